@@ -1,0 +1,38 @@
+# make demo, make test, make bench, make lint: each sets up what it needs in .venv, once.
+PYTHON ?= python3
+# 2.13 is what the project is tested with; any torch from 2.9 on that is in .venv already is kept.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: demo test bench lint clean
+
+demo: .venv/installed
+	$(BIN)/dspa demo
+
+test: .venv/tested
+	$(BIN)/pytest
+
+bench: .venv/tested
+	$(BIN)/pytest bench --benchmark-json=bench/results/latest.json
+
+lint: .venv/tested
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# torch first: left to another package, it may come as a CUDA build of several GB.
+.venv/torch:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
+	touch $@
+
+.venv/installed: .venv/torch pyproject.toml setup.py
+	$(BIN)/pip install --quiet -e .
+	touch $@
+
+.venv/tested: .venv/installed
+	$(BIN)/pip install --quiet -e ".[saelens,train,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist ./*.egg-info

@@ -1,0 +1,29 @@
+"""Ops that steer language models through sparse autoencoders. They know tensors and SAE weights, nothing of models."""
+
+from dspa_kernels.backends import BackendError, BackendStatus, available_backends
+from dspa_kernels.checks import InputError
+from dspa_kernels.ops.activation_counts import activation_counts
+from dspa_kernels.ops.lookup_and_steer import lookup_and_steer
+from dspa_kernels.ops.map_lookup import map_lookup
+from dspa_kernels.ops.sparse_decode import sparse_decode
+from dspa_kernels.ops.sparse_encode import sparse_encode
+from dspa_kernels.ops.steer import steer
+from dspa_kernels.weights import Edits, MapWeights, SAEWeights, SparseLatents, SteeringPlan
+
+__all__ = [
+    "BackendError",
+    "BackendStatus",
+    "Edits",
+    "InputError",
+    "MapWeights",
+    "SAEWeights",
+    "SparseLatents",
+    "SteeringPlan",
+    "activation_counts",
+    "available_backends",
+    "lookup_and_steer",
+    "map_lookup",
+    "sparse_decode",
+    "sparse_encode",
+    "steer",
+]

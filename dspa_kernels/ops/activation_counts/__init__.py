@@ -1,0 +1,52 @@
+"""`activation_counts`: how many rows of each sequence activate each latent."""
+
+import torch
+from torch import Tensor
+
+from dspa_kernels.backends import choose, define_op
+from dspa_kernels.checks import check_at_least, check_device, check_dtype, check_shape
+from dspa_kernels.weights import ENCODER, FLOATS, SAEWeights
+
+
+def activation_counts(
+    h: Tensor, sae: SAEWeights, sequences: Tensor, n_sequences: int, *, backend: str = "auto"
+) -> Tensor:
+    """Count, for each sequence and latent, the rows on which the latent is active (`T_x rho`, DSPA).
+
+    Args:
+        h: residual rows [N, d_in], any floating dtype; N may be 0.
+        sae: the SAE that reads them.
+        sequences: [N] int32, the sequence of each row, below `n_sequences`; a negative row is not counted.
+        n_sequences: number of sequences S.
+        backend: "auto", "reference", "triton" or "cuda".
+
+    Returns:
+        counts [S, d_sae] int32. Not differentiable.
+
+    Raises:
+        InputError: a shape, dtype or device that does not fit. BackendError: see `choose`.
+    """
+    check_shape("h", h, ("N", sae.d_in), "Flatten batch and sequence into one dimension.")
+    check_dtype("h", h, FLOATS)
+    check_device("sae", sae.W_enc, h, "h")
+    check_shape("sequences", sequences, (h.shape[0],))
+    check_dtype("sequences", sequences, (torch.int32,))
+    check_device("sequences", sequences, h, "h")
+    check_at_least("n_sequences", n_sequences, 0)
+    counts: Tensor = _activation_counts(
+        h=h,
+        **sae.encoder(),
+        sequences=sequences,
+        n_sequences=n_sequences,
+        backend=choose("activation_counts", h.device, backend),
+    )
+    return counts
+
+
+def _fake(h: Tensor, W_enc: Tensor, n_sequences: int, **_: object) -> Tensor:
+    return torch.empty(n_sequences, W_enc.shape[0], dtype=torch.int32, device=h.device)
+
+
+_activation_counts = define_op(
+    "activation_counts", f"(Tensor h, {ENCODER}, Tensor sequences, int n_sequences) -> Tensor", _fake
+)

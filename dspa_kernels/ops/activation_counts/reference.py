@@ -1,0 +1,43 @@
+"""The specification of `activation_counts`, in plain PyTorch."""
+
+import torch
+from torch import Tensor
+
+from dspa_kernels.ops.common import (
+    active_latents,
+    compute_dtype,
+    latent_blocks,
+    normalise,
+    pre_activations,
+    row_blocks,
+)
+
+
+def activation_counts(
+    h: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    k: int,
+    normalize: str,
+    sequences: Tensor,
+    n_sequences: int,
+) -> Tensor:
+    """counts[s, j] = number of rows n with sequences[n] = s on which latent j is active."""
+    d_sae = W_enc.shape[0]
+    counts = torch.zeros(n_sequences, d_sae, dtype=torch.int32, device=h.device)
+    counted = (sequences >= 0).nonzero().flatten()
+    hn, _ = normalise(h[counted], normalize, compute_dtype(h, W_enc))
+    sequence = sequences[counted].long()
+    everything = slice(0, d_sae)
+    # A rank needs whole rows; a threshold does not, and then each block of the encoder is read once.
+    tiles = (
+        ((rows, everything) for rows in row_blocks(len(counted), d_sae))
+        if k
+        else ((slice(None), latents) for latents in latent_blocks(len(counted), d_sae))
+    )
+    for rows, latents in tiles:
+        pre = pre_activations(hn[rows], W_enc[latents], b_enc[latents])
+        active = active_latents(pre, threshold[latents], k)
+        counts[:, latents].index_add_(0, sequence[rows], active.to(torch.int32))
+    return counts

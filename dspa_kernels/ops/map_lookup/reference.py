@@ -1,0 +1,32 @@
+"""The specification of `map_lookup`, in plain PyTorch."""
+
+import torch
+from torch import Tensor
+
+
+def _extremes(score: Tensor, n: int, sign: int) -> Tensor:
+    """Slots [B, n] of the n largest `sign * score` that are positive, ties to the smaller slot, else -1."""
+    value, slot = (sign * score).sort(dim=1, descending=True, stable=True)
+    slots = torch.full((score.shape[0], n), -1, dtype=torch.int32, device=score.device)
+    width = min(n, score.shape[1])
+    slots[:, :width] = torch.where(value > 0, slot, -1)[:, :width].to(torch.int32)
+    return slots
+
+
+def map_lookup(counts: Tensor, values: Tensor, k_prompt: int, k_diff: int, mode: str) -> tuple[Tensor, Tensor]:
+    """s = sum of values[i] over the k_prompt largest counts (> 0); the k_diff extremes of s on each side.
+
+    The sum runs from the largest count to the smallest, in fp32, so that its rounding is defined too.
+    """
+    n_prompts, d_sae = counts.shape
+    # One integer orders by count and then by the smaller index, with no ties left.
+    key = counts.long() * d_sae + torch.arange(d_sae - 1, -1, -1, device=counts.device)
+    prompt_latents = key.topk(k_prompt, dim=1).indices
+    present = counts.gather(1, prompt_latents) > 0
+    score = values.new_zeros(n_prompts, values.shape[1])
+    for latent, here in zip(prompt_latents.unbind(1), present.unbind(1), strict=True):
+        score = torch.where(here[:, None], score + values[latent], score)
+    wanted = {"augment": (1,), "ablate": (-1,), "both": (1, -1)}[mode]
+    slots = torch.cat([_extremes(score, k_diff, sign) for sign in wanted], dim=1)
+    signs = torch.tensor(wanted, dtype=torch.int8, device=counts.device).repeat_interleave(k_diff)
+    return slots, torch.where(slots < 0, 0, signs).to(torch.int8)

@@ -1,0 +1,57 @@
+"""`sparse_decode`: residual rows from their active latents."""
+
+import torch
+from torch import Tensor
+
+from dspa_kernels.backends import choose, define_op
+from dspa_kernels.checks import check_device, check_dtype, check_shape
+from dspa_kernels.weights import FLOATS, SparseLatents
+
+
+def sparse_decode(
+    latents: SparseLatents, W_dec: Tensor, b_dec: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """Decode sparse latents: `b_dec + sum_j f_j W_dec[j]`.
+
+    Args:
+        latents: N rows of at most K active latents; an index of -1 is an empty place.
+        W_dec: [d_sae, d_in], one contiguous row a latent.
+        b_dec: [d_in] or None.
+        backend: "auto", "reference", "triton" or "cuda".
+
+    Returns:
+        [N, d_in] in W_dec's dtype, summed in at least fp32; NaN on a row that overflowed when it was
+        encoded. The normalisation of an SAE is not undone here. Not differentiable.
+
+    Raises:
+        InputError: a shape, dtype or device that does not fit. BackendError: see `choose`.
+    """
+    check_shape("W_dec", W_dec, ("d_sae", "d_in"))
+    check_dtype("W_dec", W_dec, FLOATS)
+    check_shape("latents.indices", latents.indices, ("N", "K"))
+    check_dtype("latents.indices", latents.indices, (torch.int32,))
+    check_shape("latents.values", latents.values, latents.indices.shape)
+    check_dtype("latents.values", latents.values, FLOATS)
+    check_device("latents.indices", latents.indices, W_dec, "W_dec")
+    check_device("latents.values", latents.values, W_dec, "W_dec")
+    if b_dec is not None:
+        check_shape("b_dec", b_dec, (W_dec.shape[1],))
+        check_dtype("b_dec", b_dec, FLOATS)
+        check_device("b_dec", b_dec, W_dec, "W_dec")
+    out: Tensor = _sparse_decode(
+        indices=latents.indices,
+        values=latents.values,
+        W_dec=W_dec,
+        b_dec=b_dec,
+        backend=choose("sparse_decode", W_dec.device, backend),
+    )
+    return out
+
+
+def _fake(indices: Tensor, W_dec: Tensor, **_: object) -> Tensor:
+    return W_dec.new_empty(indices.shape[0], W_dec.shape[1])
+
+
+_sparse_decode = define_op(
+    "sparse_decode", "(Tensor indices, Tensor values, Tensor W_dec, Tensor? b_dec) -> Tensor", _fake
+)

@@ -1,0 +1,28 @@
+"""The specification of `sparse_encode`, in plain PyTorch."""
+
+import torch
+from torch import Tensor
+
+from dspa_kernels.ops.common import active_latents, compute_dtype, normalise, pre_activations, row_blocks
+
+
+def sparse_encode(
+    h: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int, normalize: str, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The active latents of each row, in order of their index; NaN values where they do not fit."""
+    dtype = compute_dtype(h, W_enc)
+    hn, _ = normalise(h, normalize, dtype)
+    indices = torch.full((len(h), capacity), -1, dtype=torch.int32, device=h.device)
+    values = torch.zeros(len(h), capacity, dtype=dtype, device=h.device)
+    counts = torch.zeros(len(h), dtype=torch.int32, device=h.device)
+    for rows in row_blocks(len(h), len(W_enc)):
+        pre = pre_activations(hn[rows], W_enc, b_enc)
+        active = active_latents(pre, threshold, k)
+        counts[rows] = active.sum(dim=1, dtype=torch.int32)
+        place = active.cumsum(dim=1) - 1
+        row, latent = (active & (place < capacity)).nonzero(as_tuple=True)
+        slot = place[row, latent]
+        indices[rows][row, slot] = latent.to(torch.int32)
+        values[rows][row, slot] = pre[row, latent]
+    values[counts > capacity] = float("nan")
+    return indices, values, counts

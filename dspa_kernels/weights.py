@@ -1,0 +1,206 @@
+"""What the ops read: SAE weights, map weights, plans. Plain dataclasses of tensors, checked once when made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from dspa_kernels.checks import check_at_least, check_device, check_dtype, check_shape, refuse
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FULL = (torch.float32, torch.float64)
+NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
+
+# How an op's schema spells an encoder and the map's columns.
+ENCODER = "Tensor W_enc, Tensor b_enc, Tensor threshold, int k, str normalize"
+COLUMNS = "Tensor columns, Tensor columns_W_enc, Tensor columns_b_enc, Tensor columns_threshold, Tensor columns_W_dec"
+
+T = TypeVar("T", "SAEWeights", "MapWeights", "SteeringPlan")
+
+
+def _moved(weights: T, device: torch.device | str) -> T:
+    tensors: Any = {f.name: v.to(device) for f in fields(weights) if isinstance(v := getattr(weights, f.name), Tensor)}
+    return replace(weights, **tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class SAEWeights:
+    """A residual-stream SAE as the kernels read it: one contiguous row a latent.
+
+    `pre = n(h) W_enc^T + b_enc`; latent j is active where `pre_j > threshold_j` and `pre_j > 0` (a ReLU SAE
+    has `threshold = 0`), or, with `k > 0`, where it is among the k largest of its row and `pre_j > 0`.
+    `n` is the normalisation of a row; the edit of a latent reaches the residual through `W_dec`, times the
+    scale that `n` took out.
+
+    Shapes: W_enc, W_dec [d_sae, d_in] of one floating dtype; b_enc, threshold [d_sae], fp32 (fp64 for fp64
+    weights). Errors: `InputError` for any other shape, dtype, device, layout.
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    threshold: Tensor
+    W_dec: Tensor
+    k: int = 0
+    normalize: str = "none"
+
+    def __post_init__(self) -> None:
+        check_shape("W_enc", self.W_enc, ("d_sae", "d_in"))
+        check_rows(self.W_enc, self.b_enc, self.threshold, self.W_dec)
+        if not 0 <= self.k <= self.d_sae:
+            raise refuse("k", self.k, f"0 (no top-k) to d_sae = {self.d_sae}")
+        if self.normalize not in NORMALIZATIONS:
+            raise refuse("normalize", repr(self.normalize), ", ".join(NORMALIZATIONS))
+
+    @property
+    def d_in(self) -> int:
+        """Width of the residual stream."""
+        return self.W_enc.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.W_enc.shape[0]
+
+    def encoder(self) -> dict[str, Any]:
+        """The arguments `ENCODER` of an op's schema."""
+        names = ("W_enc", "b_enc", "threshold", "k", "normalize")
+        return {name: getattr(self, name) for name in names}
+
+    def to(self, device: torch.device | str) -> SAEWeights:
+        """The same weights on another device."""
+        return _moved(self, device)
+
+
+@dataclass(frozen=True, eq=False)
+class MapWeights:
+    """The non-empty columns of a conditional-difference map, and compact copies of their latents.
+
+    Everything that can be steered lies in these C latents of the output SAE, so that their rows fit in a
+    cache. Shapes: columns [C] int32, strictly increasing latents of the output SAE; values [d_sae_in, C]
+    fp32, `A[:, columns]`; W_enc, W_dec [C, d_in] and b_enc, threshold [C], rows `columns` of the output SAE.
+    """
+
+    columns: Tensor
+    values: Tensor
+    W_enc: Tensor
+    b_enc: Tensor
+    threshold: Tensor
+    W_dec: Tensor
+
+    def __post_init__(self) -> None:
+        n_columns = self.columns.numel()
+        check_shape("columns", self.columns, ("C",))
+        check_dtype("columns", self.columns, (torch.int32,))
+        check_shape("values", self.values, ("d_sae_in", n_columns))
+        check_dtype("values", self.values, (torch.float32,))
+        check_shape("W_enc", self.W_enc, (n_columns, "d_in"))
+        check_rows(self.W_enc, self.b_enc, self.threshold, self.W_dec)
+        check_device("columns", self.columns, self.W_enc, "W_enc")
+        check_device("values", self.values, self.W_enc, "W_enc")
+
+    @classmethod
+    def gather(cls, columns: Tensor, values: Tensor, sae: SAEWeights) -> MapWeights:
+        """The map of `values [d_sae_in, C]` at latents `columns [C]` of the output SAE `sae`."""
+        i = columns.to(sae.W_enc.device, torch.int64)
+        if i.numel() and (bool((i.diff() <= 0).any()) or int(i[0]) < 0 or int(i[-1]) >= sae.d_sae):
+            raise refuse("columns", i.tolist(), f"strictly increasing latents below d_sae = {sae.d_sae}")
+        return cls(
+            columns=i.to(torch.int32),
+            values=values.to(sae.W_enc.device, torch.float32).contiguous(),
+            W_enc=sae.W_enc[i],
+            b_enc=sae.b_enc[i],
+            threshold=sae.threshold[i],
+            W_dec=sae.W_dec[i],
+        )
+
+    def latents(self) -> dict[str, Tensor]:
+        """The arguments `COLUMNS` of an op's schema."""
+        return {
+            "columns": self.columns,
+            "columns_W_enc": self.W_enc,
+            "columns_b_enc": self.b_enc,
+            "columns_threshold": self.threshold,
+            "columns_W_dec": self.W_dec,
+        }
+
+    def to(self, device: torch.device | str) -> MapWeights:
+        """The same map on another device."""
+        return _moved(self, device)
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringPlan:
+    """What each prompt steers. slots [B, S] int32: places in `MapWeights.columns`, -1 where there is none;
+    signs [B, S] int8: +1 augment, -1 ablate, 0 where there is none."""
+
+    slots: Tensor
+    signs: Tensor
+
+    def __post_init__(self) -> None:
+        check_shape("slots", self.slots, ("B", "S"))
+        check_dtype("slots", self.slots, (torch.int32,))
+        check_shape("signs", self.signs, self.slots.shape)
+        check_dtype("signs", self.signs, (torch.int8,))
+        check_device("signs", self.signs, self.slots, "slots")
+
+    def latents(self, columns: Tensor) -> Tensor:
+        """Latents of the output SAE, [B, S] int32, -1 where there is none; `columns [C]` are the map's."""
+        if not columns.numel():
+            return self.slots
+        return torch.where(self.slots < 0, -1, columns[self.slots.clamp(min=0).long()])
+
+    def to(self, device: torch.device | str) -> SteeringPlan:
+        """The same plan on another device."""
+        return _moved(self, device)
+
+
+@dataclass(frozen=True, eq=False)
+class Edits:
+    """What `steer` did, by row and plan slot, in the precision it computed in (at least fp32).
+
+    before, after [N, S]: value of the selected latent, 0 where it is inactive, absent or not looked at.
+    maximum [N]: `M_t`, the largest latent of the row, 0 on rows without an active selected latent, NaN on a
+    steered row whose residual is not finite (it was left as it came).
+    """
+
+    before: Tensor
+    after: Tensor
+    maximum: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SparseLatents:
+    """Active latents of N rows. indices [N, K] int32, increasing along a row, then -1; values [N, K], 0 where
+    the index is -1; counts [N] int32, how many latents are active. A row with `counts > K` did not fit: all
+    its values are NaN, so that it cannot be taken for the whole."""
+
+    indices: Tensor
+    values: Tensor
+    counts: Tensor
+
+
+def check_rows(W_enc: Tensor, b_enc: Tensor, threshold: Tensor, W_dec: Tensor) -> None:
+    """Raise unless the four tensors are contiguous rows of the same latents, on one device."""
+    n, d_in = W_enc.shape
+    check_dtype("W_enc", W_enc, FLOATS)
+    check_shape("b_enc", b_enc, (n,))
+    check_shape("threshold", threshold, (n,))
+    check_shape("W_dec", W_dec, (n, d_in))
+    check_dtype("W_dec", W_dec, (W_enc.dtype,))
+    for name, tensor in (("b_enc", b_enc), ("threshold", threshold)):
+        check_dtype(name, tensor, FULL)
+    for name, tensor in (("b_enc", b_enc), ("threshold", threshold), ("W_dec", W_dec)):
+        check_device(name, tensor, W_enc, "W_enc")
+    for name, tensor in (("W_enc", W_enc), ("W_dec", W_dec)):
+        if not tensor.is_contiguous():
+            raise refuse(name, "not contiguous", "one contiguous row a latent", f"Pass {name}.contiguous().")
+
+
+def check_k(argument: str, k: int, width: int) -> None:
+    """Raise unless `k` picks at least one and at most `width` of something."""
+    check_at_least(argument, k, 1)
+    if k > width:
+        raise refuse(argument, k, f"1 to the width, {width}")

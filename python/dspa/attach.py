@@ -1,0 +1,191 @@
+"""What travels with a call of a model: each prompt's plan, as keyword tensors that `generate()` carries.
+
+Nothing here guesses what a call is. What a row steers is decided from the whole prompt before generation
+starts, and reaches the layers as keywords of one row a sequence, which `generate()` itself repeats for beams
+and return sequences; a token is then gated by its position alone. So the same row steers the same way alone,
+padded, in chunks, with or without a cache, in a compiled model.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dspa.errors import ModelError
+from dspa.hooks import CausalLM, check_context
+
+ATTRIBUTE = "_dspa_attachment"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts as a model gets them.
+
+    inputs: input_ids [B, T] or inputs_embeds [B, T, d_in]; mask [B, T] bool, True at prompt tokens;
+    positions [B, T], the position_ids that the tokens have in the model.
+    """
+
+    inputs: dict[str, Tensor]
+    mask: Tensor
+    positions: Tensor
+
+    @property
+    def last_position(self) -> Tensor:
+        """Position of each prompt's last token, [B]."""
+        return self.positions.where(self.mask, 0).amax(dim=1)
+
+
+class Steers(Protocol):
+    """What an `Attachment` carries plans for."""
+
+    @property
+    def keywords(self) -> tuple[str, ...]:
+        """Names under which the plans travel, different for everything attached at one time."""
+
+    def begin(self, prompts: Prompts) -> dict[str, Tensor]:
+        """The keyword tensors, one row a prompt."""
+
+    def finish(self) -> None:
+        """Raise if the call that `begin` began did not steer as it should."""
+
+
+class Attachment:
+    """Everything attached to one model, and the `generate()` that carries its plans."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self.model = model
+        self.steerings: list[Steers] = []
+
+    @classmethod
+    def of(cls, model: CausalLM) -> Attachment:
+        """The attachment of `model`, made if it has none."""
+        found = model.__dict__.get(ATTRIBUTE)
+        if found is None:
+            found = cls(model)
+            setattr(model, ATTRIBUTE, found)
+            found._wrap_generate()
+        assert isinstance(found, Attachment)
+        return found
+
+    def add(self, steering: Steers) -> Callable[[], None]:
+        """Carry the plans of `steering` from now on; returns what ends that."""
+        self.steerings.append(steering)
+
+        def remove() -> None:
+            self.steerings.remove(steering)
+            if not self.steerings:
+                self._unwrap_generate()
+                delattr(self.model, ATTRIBUTE)
+
+        return remove
+
+    def _wrap_generate(self) -> None:
+        self._before = self.model.__dict__.get("generate")
+        original = self.model.generate
+
+        @functools.wraps(original)
+        def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+            names = [name for steering in self.steerings for name in steering.keywords]
+            if any(name in kwargs for name in names):  # a call that `generate()` makes of itself
+                return original(inputs, *args, **kwargs)
+            prompts = generate_prompts(self.model, inputs, kwargs)
+            plans = {name: row for each in self.steerings for name, row in each.begin(prompts).items()}
+            with ExitStack() as stack:
+                for model in (self.model, kwargs.get("assistant_model")):
+                    if model is not None:
+                        stack.enter_context(accepting(model, names))
+                result = original(inputs, *args, **kwargs, **plans)
+            for steering in self.steerings:
+                steering.finish()
+            return result
+
+        self.model.generate = generate
+
+    def _unwrap_generate(self) -> None:
+        restore(self.model, "generate", self._before)
+
+
+def restore(model: CausalLM, name: str, before: Any) -> None:
+    """Undo an override of the method `name` on the instance; `before` was its own override, or None."""
+    if before is None:
+        delattr(model, name)
+    else:
+        setattr(model, name, before)
+
+
+@contextmanager
+def accepting(model: CausalLM, names: Iterable[str]) -> Iterator[None]:
+    """Let `generate()` pass the keywords `names` on to every layer.
+
+    `generate()` asks the signature of `prepare_inputs_for_generation` which keywords a model knows, and
+    refuses the rest.
+    """
+    before = model.__dict__.get("prepare_inputs_for_generation")
+    original = model.prepare_inputs_for_generation
+
+    @functools.wraps(original)
+    def prepare(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    signature = inspect.signature(original)
+    extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+    # A keyword-only parameter stands before **kwargs, which is last.
+    *known, rest = signature.parameters.values()
+    prepare.__signature__ = signature.replace(parameters=[*known, *extra, rest])  # type: ignore[attr-defined]
+    model.prepare_inputs_for_generation = prepare
+    try:
+        yield
+    finally:
+        restore(model, "prepare_inputs_for_generation", before)
+
+
+def generate_prompts(model: CausalLM, inputs: Tensor | None, kwargs: dict[str, Any]) -> Prompts:
+    """The prompts of a call of `generate(inputs, **kwargs)`, refused where they cannot be read for certain."""
+    tokens = inputs if inputs is not None else kwargs.get("input_ids")
+    name, whole = "input_ids", tokens
+    if kwargs.get("inputs_embeds") is not None:
+        name, whole = "inputs_embeds", kwargs["inputs_embeds"]
+    if whole is None or whole.dim() < 2 or 0 in whole.shape[:2]:
+        shape = None if whole is None else list(whole.shape)
+        raise ModelError(f"The prompt is empty ({name}: {shape}). Steering selects from a prompt: pass one.")
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        _check_unpadded(model, tokens)
+        mask = torch.ones(whole.shape[:2], dtype=torch.bool)
+    mask = mask.to(whole.device).bool()
+    _check_prompt(model, whole.shape[1], mask, kwargs.get("past_key_values"))
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    return Prompts(inputs={name: whole}, mask=mask, positions=positions.to(whole.device))
+
+
+def _check_unpadded(model: CausalLM, tokens: Tensor | None) -> None:
+    pad = model.generation_config.pad_token_id if model.generation_config else None
+    if tokens is not None and pad is not None and bool((tokens[:, (0, -1)] == pad).any()):
+        raise ModelError(
+            "A prompt begins or ends with the padding token and there is no attention_mask, so it cannot be told "
+            "where the prompt is. Pass it: generate(**tokenizer(prompts, padding=True, return_tensors='pt'))."
+        )
+
+
+def _check_prompt(model: CausalLM, length: int, mask: Tensor, cache: Any) -> None:
+    cached = int(cache.get_seq_length()) if cache is not None else 0
+    if mask.dim() != 2 or mask.shape[1] != length or cached >= length:
+        raise ModelError(
+            f"generate() got {length} tokens, an attention_mask of shape {list(mask.shape)} and a cache of {cached} "
+            "tokens. What is steered is selected from the whole conversation: pass all its input_ids with a 2-D "
+            "attention_mask; tokens in the cache are still not computed again."
+        )
+    if not bool(mask.any(dim=1).all()):
+        raise ModelError(f"Prompt {int((~mask.any(dim=1)).nonzero()[0])} of the batch is empty (all padding).")
+    if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        raise ModelError("A prompt is padded on the right. Set tokenizer.padding_side = 'left' to generate.")
+    check_context(model, int(mask.sum(dim=1).max()))

@@ -1,0 +1,1 @@
+"""What DSPA is compared with."""

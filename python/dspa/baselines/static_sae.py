@@ -1,0 +1,19 @@
+"""Static-SAE: the same latents for every prompt, chosen once by the column sums of the map."""
+
+from dspa.cdmap import ConditionalDifferenceMap
+
+
+def static_map(cdmap: ConditionalDifferenceMap) -> ConditionalDifferenceMap:
+    """A map whose every row holds the column sums of `A`, so that the prompt has no say.
+
+    Steer with it at `k_prompt=1`; `k_diff`, `alpha` and `mode` mean what they mean for DSPA.
+    """
+    sums = cdmap.values.double().sum(dim=0).float()
+    return ConditionalDifferenceMap(
+        cdmap.columns,
+        sums.expand_as(cdmap.values).contiguous(),
+        n_open=cdmap.n_open,
+        variance=cdmap.variance,
+        gates=cdmap.gates,
+        meta=cdmap.meta,
+    )

@@ -1,0 +1,247 @@
+"""The demo: build a map from preference triples, steer held-out prompts with it, compare."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from dspa.baselines.static_sae import static_map
+from dspa.cdmap import ConditionalDifferenceMap, build_map
+from dspa.config import SteeringConfig
+from dspa.demo import world
+from dspa.preferences import load_triples
+from dspa.saes import FrozenSAE
+from dspa.steering import Steering
+
+ASSETS = Path(__file__).parent / "assets"
+MODEL_NAME = "dspa-demo"
+N_TRIPLES = 250
+N_NEW_TOKENS = 32
+SEEDS = (0, 1, 2)
+N_SHOWN = 4
+PUBLISHED = SteeringConfig()
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the table: how to steer, by DSPA or with the static set; `None` is the base model."""
+
+    name: str
+    config: SteeringConfig | None = None
+    static: bool = False
+
+
+METHODS = (
+    Method("base model"),
+    *(
+        method
+        for alpha in (PUBLISHED.alpha, 1.0)
+        for method in (
+            Method("Static-SAE ablate", SteeringConfig(k_prompt=1, alpha=alpha), static=True),
+            Method("DSPA ablate", SteeringConfig(alpha=alpha)),
+            Method("DSPA both", SteeringConfig(alpha=alpha, mode="both")),
+        )
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method reached. share: of style words that are of the preferred style, one a seed; perplexity: on
+    style-neutral words of held-out answers."""
+
+    method: str
+    alpha: float | None
+    share: list[float]
+    perplexity: float
+
+    @property
+    def mean_share(self) -> float:
+        """Mean over the seeds."""
+        return statistics.fmean(self.share)
+
+
+class World:
+    """The demo's model, SAEs and data, loaded as anyone's would be."""
+
+    def __init__(self, assets: Path = ASSETS) -> None:
+        self.triples = assets / "preferences.jsonl"
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(assets / "model")
+        self.model: Any = AutoModelForCausalLM.from_pretrained(assets / "model", dtype=torch.float32).eval()
+        self.sae_in = FrozenSAE.load(assets / "sae_in", dtype=torch.float32)
+        self.sae_out = FrozenSAE.load(assets / "sae_out", dtype=torch.float32)
+        lines = (assets / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+        self.held_out: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.wanted: list[str] = [world.preferred_style(row["register"]) for row in self.held_out]
+
+    def build_map(self, *, progress: bool = True) -> ConditionalDifferenceMap:
+        """The map of the first 250 triples."""
+        triples = islice(load_triples(self.triples), N_TRIPLES)
+        return build_map(
+            self.model, self.tokenizer, triples, self.sae_in, self.sae_out, model_name=MODEL_NAME, progress=progress
+        )
+
+    def steering(self, method: Method, cdmap: ConditionalDifferenceMap, *, record: bool = False) -> Steering:
+        """The method, ready to attach."""
+        used = static_map(cdmap) if method.static else cdmap
+        return Steering(self.sae_in, self.sae_out, used, method.config, record=record)
+
+    def generate(self, seed: int) -> Tensor:
+        """Sampled answers to every held-out prompt, [N, tokens], as the model is steered now."""
+        inputs = self.tokenizer([row["prompt"] for row in self.held_out], return_tensors="pt", padding=True)
+        torch.manual_seed(seed)
+        output: Tensor = self.model.generate(
+            **inputs, max_new_tokens=N_NEW_TOKENS, do_sample=True, top_k=0, pad_token_id=self.tokenizer.pad_token_id
+        )
+        return output[:, inputs["input_ids"].shape[1] :]
+
+    def share(self, answers: Tensor) -> float:
+        """Of the style words of all answers, the fraction of the style that each prompt's register prefers."""
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        counts = [world.count_style_words(text, style) for text, style in zip(texts, self.wanted, strict=True)]
+        return sum(liked for liked, _ in counts) / max(1, sum(total for _, total in counts))
+
+    def neutral_perplexity(self, steering: Steering | None) -> float:
+        """Perplexity on the style-neutral words of given answers, teacher-forced."""
+        prompts = [self.tokenizer(row["prompt"])["input_ids"] for row in self.held_out]
+        answers = [self.tokenizer(row["response"], add_special_tokens=False)["input_ids"] for row in self.held_out]
+        rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        width = max(map(len, rows))
+        tokens = torch.tensor([row + [self.tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+        inputs = {"input_ids": tokens, "attention_mask": (tokens != self.tokenizer.pad_token_id).long()}
+        with torch.no_grad():
+            if steering is None:
+                logits = self.model(**inputs).logits
+            else:
+                with steering.responses([len(prompt) for prompt in prompts]):
+                    logits = self.model(**inputs).logits
+        losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+        neutral = torch.zeros_like(tokens, dtype=torch.bool)
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            words = self.tokenizer.convert_ids_to_tokens(answer)
+            neutral[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(world.neutral_positions(words))
+        return math.exp(float(losses[neutral[:, 1:]].mean()))
+
+
+def measure(demo: World, cdmap: ConditionalDifferenceMap, *, progress: bool = True) -> list[Outcome]:
+    """Every method on every held-out prompt and seed."""
+    outcomes = []
+    with tqdm(total=len(METHODS) * len(SEEDS), unit="run", desc="generate", disable=not progress) as bar:
+        for method in METHODS:
+            steering = demo.steering(method, cdmap).attach(demo.model, model_name=MODEL_NAME) if method.config else None
+            shares = []
+            try:
+                for seed in SEEDS:
+                    shares.append(demo.share(demo.generate(seed)))
+                    bar.update()
+                perplexity = demo.neutral_perplexity(steering)
+            finally:
+                if steering:
+                    steering.detach()
+            outcomes.append(Outcome(method.name, method.config.alpha if method.config else None, shares, perplexity))
+    return outcomes
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, its two answers as tokens, and which of the steered tokens were predicted from an edited residual."""
+
+    prompt: str
+    preferred: str
+    base: list[str]
+    steered: list[str]
+    edited: list[bool]
+
+
+def examples(demo: World, cdmap: ConditionalDifferenceMap) -> list[Example]:
+    """The first held-out prompts with the base model's answer and DSPA's, at the published settings."""
+    base = demo.generate(SEEDS[0])
+    with demo.steering(Method("DSPA", PUBLISHED), cdmap, record=True).attach(
+        demo.model, model_name=MODEL_NAME
+    ) as steering:
+        steered = demo.generate(SEEDS[0])
+    places = {(edit.row, edit.position + 1) for edit in steering.trace}
+    shown = []
+    for row, held_out in enumerate(demo.held_out[:N_SHOWN]):
+        first = len(demo.tokenizer(held_out["prompt"])["input_ids"])
+        shown.append(
+            Example(
+                prompt=held_out["prompt"],
+                preferred=demo.wanted[row],
+                base=list(demo.tokenizer.convert_ids_to_tokens(base[row].tolist())),
+                steered=list(demo.tokenizer.convert_ids_to_tokens(steered[row].tolist())),
+                edited=[(row, first + n) in places for n in range(steered.shape[1])],
+            )
+        )
+    return shown
+
+
+def run(json_path: Path | None = None, *, assets: Path = ASSETS, progress: bool = True) -> list[Outcome]:
+    """Build the map, measure every method, print the table and some examples, and write all of it as JSON."""
+    console = Console()
+    demo = World(assets)
+    console.print(
+        "A small language model that answers letters in a formal or a casual style. Preferred is an answer in the "
+        "register of its letter, so what is preferred flips with the prompt."
+    )
+    cdmap = demo.build_map(progress=progress)
+    console.print(f"{cdmap!r}, from {demo.triples.name}")
+    outcomes = measure(demo, cdmap, progress=progress)
+    shown = examples(demo, cdmap)
+    console.print(_table(outcomes))
+    for example in shown:
+        _print_example(console, example)
+    if json_path is not None:
+        record = {
+            "settings": {"n_triples": N_TRIPLES, "n_new_tokens": N_NEW_TOKENS, "seeds": SEEDS, **asdict(PUBLISHED)},
+            "map": asdict(cdmap.meta) | {"n_columns": len(cdmap.columns)},
+            "outcomes": [asdict(outcome) for outcome in outcomes],
+            "examples": [asdict(example) for example in shown],
+        }
+        json_path.write_text(json.dumps(record, indent=2), encoding="utf-8")
+        console.print(f"All of it: {json_path}")
+    return outcomes
+
+
+def _table(outcomes: list[Outcome]) -> Table:
+    base = outcomes[0]
+    table = Table(title=f"Held-out prompts, seeds {', '.join(map(str, SEEDS))}")
+    for column in ("method", "alpha", "preferred style", "over base", "each seed", "neutral perplexity"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for outcome in outcomes:
+        table.add_row(
+            outcome.method,
+            "" if outcome.alpha is None else f"{outcome.alpha:g}",
+            f"{outcome.mean_share:.3f}",
+            f"{outcome.mean_share - base.mean_share:+.3f}",
+            " ".join(f"{share:.2f}" for share in outcome.share),
+            f"{outcome.perplexity:.2f} ({outcome.perplexity / base.perplexity - 1:+.1%})",
+        )
+    return table
+
+
+def _print_example(console: Console, example: Example) -> None:
+    console.print(Text(f"\n{example.prompt}", style="bold"), Text(f"(preferred: {example.preferred})", style="dim"))
+    console.print(_answer("base", example.base, [False] * len(example.base)))
+    console.print(_answer("DSPA", example.steered, example.edited))
+
+
+def _answer(name: str, tokens: list[str], edited: list[bool]) -> Text:
+    """Tokens in a row, each marked with ^ where it was predicted from an edited residual."""
+    text = Text(f"  {name}: ")
+    for token, mark in zip(tokens, edited, strict=True):
+        text.append(f"{token}^ " if mark else f"{token} ", style="cyan" if mark else "")
+    return text

@@ -1,0 +1,204 @@
+"""Makes the demo's model, its two SAEs and its preference data again from nothing."""
+
+import random
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+
+from dspa.demo import world
+
+SEED = 20
+DRIFT = 0.1
+MODEL_NAME = "dspa-demo"
+
+LAYER_IN = 1
+LAYER_OUT = 3
+D_SAE = 512
+L0_IN = 12.0
+L0_OUT = 12.0
+
+INITIAL_STD = 0.1
+LM_STEPS = 600
+LM_BATCH = 32
+LM_RATE = 3e-3
+SAE_STEPS = 3000
+SAE_BATCH = 1024
+SAE_RATE = 1e-3
+SAE_DOCUMENTS = 6000
+
+TRIPLES = 400
+HELD_OUT = 80
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word or punctuation mark, `<bos>` in front."""
+    vocabulary = {word: index for index, word in enumerate(world.vocabulary())}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.WordPiece(prefix="##", cleanup=True), decoders.Replace(Regex(" :"), ":")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> Gemma2ForCausalLM:
+    """An untrained Gemma-2 of about 0.8 M parameters."""
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        query_pre_attn_scalar=24,
+        sliding_window=128,
+        max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        initializer_range=INITIAL_STD,
+        attn_implementation="eager",
+    )
+    return Gemma2ForCausalLM(config)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both [B, T], padded on the right; each text ends with `<eos>`."""
+    batch = tokenizer(
+        [f"{text} <eos>" for text in texts], padding=True, padding_side="right", return_tensors="pt"
+    )
+    return batch["input_ids"], batch["attention_mask"]
+
+
+def train_language_model(
+    model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random, progress: bool
+) -> None:
+    """Next-word prediction over prompts and answers alike."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LM_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LM_RATE, total_steps=LM_STEPS, pct_start=0.05)
+    documents = world.corpus(rng, drift=DRIFT)
+    bar = tqdm(range(LM_STEPS), desc="language model", disable=not progress)
+    model.train()
+    for _ in bar:
+        ids, mask = encode(tokenizer, list(islice(documents, LM_BATCH)))
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
+
+
+@torch.no_grad()
+def collect_activations(
+    model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random, progress: bool
+) -> dict[int, Tensor]:
+    """Outputs of the two decoder layers over fresh documents, [tokens, d_in] by layer."""
+    documents = world.corpus(rng, drift=DRIFT)
+    outputs: dict[int, Tensor] = {}
+    kept: dict[int, list[Tensor]] = {LAYER_IN: [], LAYER_OUT: []}
+    # Hooks, because the last entry of `output_hidden_states` has gone through the final norm.
+    handles = [
+        model.model.layers[layer].register_forward_hook(
+            lambda _module, _inputs, output, layer=layer: outputs.update({layer: output})
+        )
+        for layer in kept
+    ]
+    for _ in tqdm(range(SAE_DOCUMENTS // LM_BATCH), desc="activations", disable=not progress):
+        ids, mask = encode(tokenizer, list(islice(documents, LM_BATCH)))
+        model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        for layer, rows in kept.items():
+            rows.append(outputs[layer][mask.bool()])
+    for handle in handles:
+        handle.remove()
+    return {layer: torch.cat(rows) for layer, rows in kept.items()}
+
+
+def shuffled_batches(rows: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless batches [SAE_BATCH, d_in], each pass over the rows in a new order."""
+    while True:
+        order = torch.randperm(len(rows), generator=generator)
+        for start in range(0, len(rows) - SAE_BATCH + 1, SAE_BATCH):
+            yield rows[order[start : start + SAE_BATCH]]
+
+
+def train_sae(rows: Tensor, layer: int, l0: float, out: Path) -> None:
+    """A BatchTopK SAE on activations [tokens, d_in], saved as a JumpReLU SAE in a SAELens folder."""
+    from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.saes.sae import SAEMetadata
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    # Seeded here, so that an SAE does not depend on what was trained before it.
+    torch.manual_seed(SEED + layer)
+    metadata = SAEMetadata(
+        model_name=MODEL_NAME, hook_name=f"blocks.{layer}.hook_resid_post", context_size=128, prepend_bos=True
+    )
+    config = BatchTopKTrainingSAEConfig(
+        d_in=rows.shape[1],
+        d_sae=D_SAE,
+        k=l0,
+        normalize_activations="expected_average_only_in",
+        metadata=metadata,
+    )
+    schedule = SAETrainerConfig(
+        total_training_samples=SAE_STEPS * SAE_BATCH,
+        train_batch_size_samples=SAE_BATCH,
+        lr=SAE_RATE,
+        lr_end=SAE_RATE / 10,
+        lr_decay_steps=SAE_STEPS // 3,
+        dead_feature_window=200,
+        n_batches_for_norm_estimate=50,
+    )
+    batches = shuffled_batches(rows, torch.Generator().manual_seed(SEED + layer))
+    sae = SAETrainer(schedule, BatchTopKTrainingSAE(config), batches).fit()
+    sae.save_inference_model(out)
+
+
+def write_preferences(out: Path) -> None:
+    """`preferences.jsonl`, and `heldout.jsonl` with prompts that are not in it."""
+    triples = list(world.preferences(random.Random(SEED + 2), TRIPLES))
+    seen = frozenset(triple["prompt"] for triple in triples)
+    world.write_json_lines(out / "preferences.jsonl", iter(triples))
+    world.write_json_lines(
+        out / "heldout.jsonl", world.held_out(random.Random(SEED + 3), HELD_OUT, unlike=seen)
+    )
+
+
+def train(out: Path, progress: bool = True) -> None:
+    """Writes `model/`, `sae_in/`, `sae_out/`, `preferences.jsonl` and `heldout.jsonl` under `out`."""
+    torch.manual_seed(SEED)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    train_language_model(model, tokenizer, random.Random(SEED), progress)
+    # The SAEs see the model as it will be loaded: weights rounded to bf16, arithmetic in fp32.
+    model.to(torch.bfloat16).save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
+    model.float()
+    rows = collect_activations(model, tokenizer, random.Random(SEED + 1), progress)
+    train_sae(rows[LAYER_IN], LAYER_IN, L0_IN, out / "sae_in")
+    train_sae(rows[LAYER_OUT], LAYER_OUT, L0_OUT, out / "sae_out")
+    write_preferences(out)

@@ -1,0 +1,159 @@
+"""Where the package meets a Hugging Face model: find its decoder layers, read the residual at their outputs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dspa.errors import ModelError
+from dspa.saes import FrozenSAE
+
+# A PreTrainedModel that generates; its methods come from a mixin that its type does not tell.
+CausalLM: TypeAlias = Any
+# Llama, Mistral, Gemma, Gemma-2, Gemma-3 text, Qwen-2, Qwen-3; Gemma-3 with images; GPT-2; GPT-NeoX.
+LAYER_PATHS = ("model.layers", "model.language_model.layers", "transformer.h", "gpt_neox.layers")
+# Told to the layers by a pass that only reads: steering stays out of it.
+READING = "dspa_reading"
+
+
+def base_model(model: nn.Module) -> CausalLM:
+    """The transformers model itself, out of a PEFT wrapper if it is in one."""
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if not isinstance(inner, PreTrainedModel):
+        raise ModelError(
+            f"`model` is a {type(model).__name__}; accepted: a transformers causal language model, or one in a "
+            "PEFT wrapper."
+        )
+    if inner.config.is_encoder_decoder:
+        raise ModelError(f"{type(inner).__name__} is an encoder-decoder; accepted: decoder-only models.")
+    return inner
+
+
+def decoder_layers(model: nn.Module, path: str | None = None) -> nn.ModuleList:
+    """The list of decoder layers of `model`, at the dotted `path` if its architecture is not a known one."""
+    inner = base_model(model)
+    for each in (path,) if path else LAYER_PATHS:
+        found: Any = inner
+        for name in each.split("."):
+            found = getattr(found, name, None)
+        if isinstance(found, nn.ModuleList):
+            return found
+    lists = [f"{name!r} ({len(m)})" for name, m in inner.named_modules() if isinstance(m, nn.ModuleList)]
+    raise ModelError(
+        f"No decoder layers at {path or ' or '.join(LAYER_PATHS)} in {type(inner).__name__}. Name them by hand: "
+        f"layers='path.to.layers'. Module lists of this model (and their lengths): {', '.join(lists) or 'none'}."
+    )
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where `model` takes its input_ids."""
+    embedding = base_model(model).get_input_embeddings()
+    device: torch.device = embedding.weight.device
+    # Offloaded weights are away until their module runs; accelerate knows where that will be.
+    return device if device.type != "meta" else torch.device(embedding._hf_hook.execution_device)
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Width of the residual stream."""
+    return int(base_model(model).config.get_text_config().hidden_size)
+
+
+def model_name(model: nn.Module) -> str:
+    """The name or path that `model` was loaded from, empty for a model made from a configuration."""
+    return str(base_model(model).config.name_or_path or "")
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names can mean the same model: "google/gemma-2-2b-it" and "gemma-2-2b" can."""
+    a, b = (name.rstrip("/").rsplit("/", 1)[-1].lower() for name in (one, other))
+    return a.startswith(b) or b.startswith(a)
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the last layer that is wanted has run."""
+
+
+def hidden(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The residual `[B, T, d_in]` in what a decoder layer returned."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def read_layers(
+    model: nn.Module, indices: Iterable[int], layers: str | None = None, **inputs: Any
+) -> dict[int, Tensor]:
+    """Residuals `[B, T, d_in]` at the outputs of the decoder layers `indices`, for one forward pass.
+
+    Runs nothing above the last of them: no further layer, no final norm, no language-model head.
+    """
+    inner, wanted = base_model(model), sorted(set(indices))
+    stack, read = decoder_layers(model, layers), {}
+
+    def keep(index: int, _module: nn.Module, _args: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+        read[index] = hidden(output)
+        if index == wanted[-1]:
+            raise _Stop
+
+    handles = [stack[i].register_forward_hook(functools.partial(keep, i), prepend=True) for i in wanted]
+    try:
+        inner.base_model(**inputs, use_cache=False, **{READING: True})
+    except _Stop:
+        return read
+    finally:
+        for handle in handles:
+            handle.remove()
+    raise ModelError(
+        f"Layer {wanted[-1]} of {type(inner).__name__} did not run its hooks. A model or layer that was compiled "
+        "before cannot be read: torch.compiler.reset(), or compile it afterwards."
+    )
+
+
+def check_context(model: CausalLM, length: int) -> None:
+    """Raise if `length` tokens are more than the model has positions for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ModelError(f"The prompt has {length} tokens and {type(model).__name__} has {limit} positions.")
+
+
+def check_saes(
+    sae_in: FrozenSAE, sae_out: FrozenSAE, model: nn.Module, n_layers: int, called: str | None = None
+) -> None:
+    """Raise unless both SAEs can sit at their layers of `model`, the input SAE first.
+
+    `called` is what the model is, where its own name or path does not tell.
+    """
+    for name, sae in (("sae_in", sae_in), ("sae_out", sae_out)):
+        _check_sae(name, sae, model, n_layers, called)
+    if layer_of(sae_in) >= layer_of(sae_out):
+        raise ModelError(
+            f"The input SAE sits at layer {sae_in.layer} and the output SAE at layer {sae_out.layer}. The input SAE "
+            "has to come first, since a prompt is read before it is steered."
+        )
+
+
+def layer_of(sae: FrozenSAE) -> int:
+    """The layer of an SAE that has to say one."""
+    if sae.layer is None:
+        raise ModelError(f"{sae!r} does not say its layer. Load it with FrozenSAE.load(path, layer=...).")
+    return sae.layer
+
+
+def _check_sae(name: str, sae: FrozenSAE, model: nn.Module, n_layers: int, called: str | None) -> None:
+    if not 0 <= layer_of(sae) < n_layers:
+        raise ModelError(f"`{name}` sits at layer {sae.layer}; accepted: 0 to {n_layers - 1}, the model's layers.")
+    if sae.d_in != hidden_size(model):
+        raise ModelError(
+            f"`{name}` reads {sae.d_in} dimensions and the model's hidden size is {hidden_size(model)}: it is an SAE "
+            "of another model."
+        )
+    mine = called or model_name(model)
+    if sae.model_name and mine and not same_model(sae.model_name, mine):
+        raise ModelError(
+            f"`{name}` was made for {sae.model_name!r} and the model is {mine!r}. If they are the same, say so: "
+            f"model_name={sae.model_name!r}."
+        )

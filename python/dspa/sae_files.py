@@ -1,0 +1,333 @@
+"""Files that hold an SAE: SAELens folders, Gemma Scope's `params.npz`, dictionary_learning's `ae.pt`.
+
+A reader gives an SAE as its maker stored it, with SAELens' names and shapes; `FrozenSAE` checks and folds it.
+Nothing is ever unpickled except tensors, through `torch.load(weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+SAE_LENS_CONFIG = "cfg.json"
+SAE_LENS_WEIGHTS = "sae_weights.safetensors"
+GEMMA_SCOPE_WEIGHTS = "params.npz"
+DICTIONARY_WEIGHTS = "ae.pt"
+DICTIONARY_CONFIG = "config.json"
+# The entry of a SAELens folder's metadata in which `FrozenSAE.save` says what it wrote.
+RECORD = "dspa"
+
+COMMON = frozenset({"W_enc", "W_dec", "b_dec"})
+SAE_LENS_TENSORS = {
+    "standard": COMMON | {"b_enc"},
+    "jumprelu": COMMON | {"b_enc", "threshold"},
+    "topk": COMMON | {"b_enc"},
+    "gated": COMMON | {"b_gate", "b_mag", "r_mag"},
+}
+# dictionary_learning's names, and whether its `nn.Linear` keeps the matrix transposed.
+RENAMED = {
+    "encoder.weight": ("W_enc", True),
+    "encoder.bias": ("b_enc", False),
+    "decoder.weight": ("W_dec", True),
+    "bias": ("b_dec", False),
+    "decoder_bias": ("b_dec", False),
+    "gate_bias": ("b_gate", False),
+    "mag_bias": ("b_mag", False),
+}
+RESIDUAL_HOOKS = (
+    r"blocks\.(\d+)\.hook_resid_(?:post|pre)",
+    r"(?:\w+\.)*(?:layers|h)\.(\d+)",
+    r"resid_post_layer_(\d+)",
+)
+
+
+class SAEError(ValueError):
+    """An SAE, or a file of one, that cannot be used; the message says why and what would be accepted."""
+
+
+def refuse(name: str, got: object, accepted: str, advice: str = "") -> SAEError:
+    """The error for one bad argument or file, to be raised by the caller."""
+    return SAEError(f"{name} is {got}; accepted: {accepted}. {advice}".rstrip())
+
+
+@dataclass(frozen=True)
+class SourceSAE:
+    """An SAE as its maker stored it, nothing folded.
+
+    `tensors` have SAELens' names and shapes; arch "gated" has `b_gate`, `b_mag`, `r_mag` instead of `b_enc`.
+    `name` says in messages where it came from. `record` is what `FrozenSAE.save` wrote about it.
+    """
+
+    name: str
+    arch: str
+    tensors: dict[str, Tensor]
+    k: int | None = None
+    layer: int | None = None
+    model_name: str | None = None
+    apply_b_dec_to_input: bool = False
+    normalize_activations: str = "none"
+    rescale_acts_by_decoder_norm: bool = False
+    record: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _DictClass:
+    """A class of dictionary_learning: what becomes of it at inference, and the keys of its state dict."""
+
+    arch: str
+    required: frozenset[str]
+    optional: frozenset[str] = frozenset()
+    apply_b_dec_to_input: bool = True
+
+
+_LINEAR = frozenset({"encoder.weight", "encoder.bias", "decoder.weight"})
+_MATRICES = COMMON | {"b_enc", "threshold"}
+_GATED = frozenset({"encoder.weight", "decoder.weight", "decoder_bias", "gate_bias", "mag_bias", "r_mag"})
+# Read as stored, like SAELens does; dictionary_learning's own AutoEncoder.from_pretrained also normalises W_dec.
+DICT_CLASSES = {
+    "AutoEncoder": _DictClass("standard", _LINEAR | {"bias"}),
+    "AutoEncoderTopK": _DictClass("topk", _LINEAR | {"b_dec"}, frozenset({"k", "threshold"})),
+    "BatchTopKSAE": _DictClass("jumprelu", _LINEAR | {"b_dec", "threshold"}, frozenset({"k"})),
+    "MatryoshkaBatchTopKSAE": _DictClass("jumprelu", _MATRICES | {"k", "group_sizes"}),
+    "JumpReluAutoEncoder": _DictClass("jumprelu", _MATRICES, apply_b_dec_to_input=False),
+    "GatedAutoEncoder": _DictClass("gated", _GATED),
+}
+
+
+def read_sae(path: Path, dict_class: str | None = None) -> SourceSAE:
+    """The SAE in a folder or file: SAELens, Gemma Scope or dictionary_learning, told apart by file names.
+
+    `dict_class` names the class of an `ae.pt` that has no `config.json` beside it. Errors: `SAEError`.
+    """
+    file = _weights_file(path)
+    if file.suffix == ".safetensors":
+        return _read_sae_lens(file)
+    if file.suffix == ".npz":
+        return _read_gemma_scope(file)
+    return _read_dictionary(file, dict_class)
+
+
+def write_sae_lens(folder: Path, sae: SourceSAE) -> None:
+    """Write an SAE that needs no more folding as a SAELens folder, in the format of version 6."""
+    metadata = {"sae_lens_version": "6.0.0", "model_name": sae.model_name, RECORD: sae.record}
+    if sae.layer is not None:
+        metadata["hook_name"] = f"blocks.{sae.layer}.hook_resid_post"
+    d_in, d_sae = sae.tensors["W_enc"].shape
+    cfg = {
+        "architecture": sae.arch,
+        "d_in": d_in,
+        "d_sae": d_sae,
+        # SAELens converts every tensor to this; that of the biases and thresholds rounds nothing.
+        "dtype": str(sae.tensors["b_enc"].dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": sae.normalize_activations,
+        "reshape_activations": "none",
+        "metadata": metadata,
+    }
+    if sae.arch == "topk":
+        cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({n: t.cpu().contiguous() for n, t in sae.tensors.items()}, folder / SAE_LENS_WEIGHTS)
+    (folder / SAE_LENS_CONFIG).write_text(json.dumps(cfg, indent=2) + "\n", encoding="utf-8")
+
+
+def layer_of(name: str, hook: str) -> int:
+    """The decoder layer whose output is the residual stream at `hook`, as SAE `name` calls its place.
+
+    `hook_resid_pre` of a block is the output of the layer before it. Errors: `SAEError` for any other place.
+    """
+    match = next(filter(None, (re.fullmatch(pattern, hook) for pattern in RESIDUAL_HOOKS)), None)
+    layer = -1 if match is None else int(match[1]) - hook.endswith("hook_resid_pre")
+    if layer < 0:
+        raise refuse(
+            f"{name}: the place of this SAE",
+            repr(hook),
+            "the output of a decoder layer: blocks.{i}.hook_resid_post, blocks.{i}.hook_resid_pre (i >= 1), "
+            "model.layers.{i}, layers.{i}, transformer.h.{i}, gpt_neox.layers.{i}, resid_post_layer_{i}",
+            "Choose an SAE of the residual stream.",
+        )
+    return layer
+
+
+def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SourceSAE:
+    """What SAELens' configuration (version 6, or the flat one before it) and state dict say of an SAE."""
+    metadata = {**cfg, **_section(name, cfg, "metadata", {})}
+    activation = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
+    arch = "topk" if activation == "topk" else cfg.get("architecture", "standard")
+    if arch not in SAE_LENS_TENSORS:
+        raise refuse(
+            f"{name}: the architecture",
+            repr(arch),
+            ", ".join(SAE_LENS_TENSORS),
+            "A batchtopk or matryoshka_batchtopk SAE that was just trained: save_inference_model() makes a "
+            "jumprelu SAE of it. Transcoders and the like do not edit a residual stream through one decoder.",
+        )
+    if activation not in ("relu", "topk"):
+        raise refuse(f"{name}: the activation function", repr(activation), "relu, topk")
+    if cfg.get("reshape_activations", "none") != "none":
+        raise refuse(f"{name}: reshape_activations", repr(cfg["reshape_activations"]), "none")
+    # Written as ones for a while, and meaning nothing then.
+    tensors = {n: t for n, t in tensors.items() if n != "scaling_factor" or bool((t != 1).any())}
+    _check_names(name, tensors, SAE_LENS_TENSORS[arch])
+    stated = [cfg.get("d_in"), cfg.get("d_sae")]
+    if None not in stated and stated != list(tensors["W_enc"].shape):
+        raise refuse(f"{name}: `W_enc`", f"of shape {list(tensors['W_enc'].shape)}", f"{stated}, as the cfg says")
+    hook = metadata.get("hook_name") or metadata.get("hook_point")
+    normalize = cfg.get("normalize_activations") or "none"
+    return SourceSAE(
+        name=name,
+        arch=arch,
+        tensors=dict(tensors),
+        k=cfg.get("k", _section(name, cfg, "activation_fn_kwargs", {}).get("k")) if arch == "topk" else None,
+        layer=None if hook is None else layer_of(name, str(hook)),
+        model_name=metadata.get("model_name"),
+        apply_b_dec_to_input=bool(cfg.get("apply_b_dec_to_input", True)),
+        normalize_activations="expected_average_only_in" if normalize is True else normalize,
+        rescale_acts_by_decoder_norm=bool(cfg.get("rescale_acts_by_decoder_norm", False)),
+        record=_section(name, metadata, RECORD) if RECORD in metadata else None,
+    )
+
+
+def _weights_file(path: Path) -> Path:
+    names = (SAE_LENS_WEIGHTS, GEMMA_SCOPE_WEIGHTS, DICTIONARY_WEIGHTS)
+    accepted = f"a folder with one of {', '.join(names)}, or the path of such a file"
+    if path.is_dir():
+        found = [path / name for name in names if (path / name).is_file()]
+        if len(found) == 1:
+            return found[0]
+        held = sorted(each.name for each in path.iterdir())[:8]
+        raise refuse(str(path), f"a folder with {len(found)} of these ({held})", accepted, "Name the file.")
+    if not path.exists():
+        raise refuse(str(path), "not there", accepted, "For an SAE on a hub: FrozenSAE.from_pretrained.")
+    if path.name == SAE_LENS_CONFIG:
+        return path.with_name(SAE_LENS_WEIGHTS)
+    if path.suffix not in (".safetensors", ".npz", ".pt"):
+        raise refuse(str(path), f"a file of unknown kind {path.suffix!r}", accepted)
+    return path
+
+
+def _read_sae_lens(file: Path) -> SourceSAE:
+    cfg = _read_json(file.with_name(SAE_LENS_CONFIG))
+    return sae_lens_source(str(file.parent), cfg, _read(file, load_file))
+
+
+def _read_gemma_scope(file: Path) -> SourceSAE:
+    def arrays(path: Path) -> dict[str, Tensor]:
+        with np.load(path, allow_pickle=False) as data:
+            return {re.sub("^w_", "W_", name): torch.from_numpy(data[name]) for name in data.files}
+
+    tensors = _read(file, arrays)
+    _check_names(str(file), tensors, SAE_LENS_TENSORS["jumprelu"])
+    return SourceSAE(str(file), "jumprelu", tensors)
+
+
+def _read_dictionary(file: Path, dict_class: str | None) -> SourceSAE:
+    state = _read(file, lambda path: torch.load(path, map_location="cpu", weights_only=True))
+    if not isinstance(state, dict) or not all(isinstance(each, Tensor) for each in state.values()):
+        held = f"a dict of {', '.join(map(str, state))}" if isinstance(state, dict) else type(state).__name__
+        raise refuse(str(file), held, "a state dict of tensors", "Save ae.state_dict(), not a training backup.")
+    beside = file.with_name(DICTIONARY_CONFIG)
+    trainer = _section(str(beside), _read_json(beside), "trainer") if beside.is_file() else {}
+    name = _agreed(file, "dict_class", dict_class, trainer.get("dict_class")) or _inferred_class(file, state)
+    if name not in DICT_CLASSES:
+        raise refuse(f"{file}: the class", name, ", ".join(DICT_CLASSES))
+    kind = DICT_CLASSES[name]
+    _check_names(str(file), state, kind.required, kind.optional)
+    k = int(state["k"]) if "k" in state else None
+    tensors = {RENAMED.get(n, (n,))[0]: t.T if n in RENAMED and RENAMED[n][1] else t for n, t in state.items()}
+    if kind.arch == "jumprelu":
+        tensors["threshold"] = _learned_threshold(file, tensors["threshold"], tensors["b_enc"])
+    return SourceSAE(
+        name=str(file),
+        arch=kind.arch,
+        tensors={n: t for n, t in tensors.items() if n in SAE_LENS_TENSORS[kind.arch]},
+        k=_agreed(file, "k", k, trainer.get("k")) if kind.arch == "topk" else None,
+        layer=_dictionary_layer(beside, trainer),
+        model_name=trainer.get("lm_name"),
+        apply_b_dec_to_input=kind.apply_b_dec_to_input,
+    )
+
+
+def _inferred_class(file: Path, state: Collection[str]) -> str:
+    names = set(state)
+    fitting = [n for n, kind in DICT_CLASSES.items() if kind.required <= names <= kind.required | kind.optional]
+    if len(fitting) != 1:
+        held = f"the tensors {', '.join(sorted(names))} and no class in a {DICTIONARY_CONFIG} beside it"
+        accepted = f"the class by name: dict_class= one of {', '.join(fitting or DICT_CLASSES)}"
+        raise refuse(f"{file}: what it is", f"not certain, from {held}", accepted)
+    return fitting[0]
+
+
+def _learned_threshold(file: Path, threshold: Tensor, b_enc: Tensor) -> Tensor:
+    if threshold.dim():
+        return threshold
+    if not threshold >= 0:
+        raise refuse(
+            f"{file}: `threshold`",
+            f"{float(threshold)}, which is unset",
+            "a threshold learned in training, >= 0",
+            "Train past `threshold_start_step`.",
+        )
+    return threshold.expand(b_enc.shape)
+
+
+def _dictionary_layer(config: Path, trainer: Mapping[str, Any]) -> int | None:
+    place = trainer.get("submodule_name")
+    named = None if place is None else layer_of(str(config), str(place))
+    layer: int | None = _agreed(config, "layer", named, trainer.get("layer"))
+    return layer
+
+
+def _agreed(file: Path, name: str, first: Any, second: Any) -> Any:
+    if None not in (first, second) and first != second:
+        raise SAEError(f"{file}: `{name}` is {first!r} and {second!r}; accepted: one of them. Correct the wrong one.")
+    return second if first is None else first
+
+
+def _check_names(
+    file: str, tensors: Collection[str], required: frozenset[str], optional: frozenset[str] = frozenset()
+) -> None:
+    missing = sorted(required - set(tensors))
+    unknown = sorted(set(tensors) - required - optional)
+    if missing or unknown:
+        got = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(unknown)}"] * bool(unknown)
+        raise SAEError(f"{file} {' and '.join(got)}; accepted: exactly {', '.join(sorted(required))}.")
+
+
+def _section(name: str, cfg: Mapping[str, Any], key: str, default: Any = None) -> dict[str, Any]:
+    value = default if cfg.get(key) is None else cfg[key]
+    if not isinstance(value, dict):
+        raise refuse(f"{name}: {key!r}", repr(value), "a JSON object")
+    return value
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    value = _read(file, lambda path: json.loads(path.read_text(encoding="utf-8")))
+    if not isinstance(value, dict):
+        raise refuse(str(file), f"a JSON {type(value).__name__}", "a JSON object")
+    return value
+
+
+def _read(file: Path, reader: Callable[[Path], Any]) -> Any:
+    if not file.is_file():
+        raise refuse(str(file), "not there", "the file that belongs to the rest of the SAE beside it")
+    try:
+        return reader(file)
+    # Four formats, each with errors of its own; whatever they are, the file is the reason.
+    except Exception as error:
+        raise refuse(
+            str(file),
+            f"not readable ({type(error).__name__})",
+            "an undamaged file of tensors, or of JSON, without pickled objects",
+            "Download or save it again.",
+        ) from error

@@ -1,0 +1,480 @@
+"""The frozen SAE: loaded from any of its formats, folded once, and handed to the kernels as `SAEWeights`."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from dspa.sae_files import RECORD, SAEError, SourceSAE, read_sae, refuse, sae_lens_source, write_sae_lens
+from dspa_kernels import SAEWeights
+
+ARCHITECTURES = ("standard", "jumprelu", "topk")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Folded into the weights when SAELens ends a training; where it was not, SAELens' encode leaves it out.
+FOLDED_IN_TRAINING = ("expected_average_only_in", "covariance_whitening")
+# Rows that are held in a wider dtype at once.
+ROWS = 4096
+
+# Settings and tensors that a fingerprint is taken of.
+_Content: TypeAlias = tuple[tuple[object, ...], tuple[Tensor, ...]]
+
+
+class FrozenSAE:
+    """A sparse autoencoder of the residual stream, at inference.
+
+    `pre = n(h) W_enc + b_enc`; a latent is active where `pre > threshold` and `pre > 0` (jumprelu), `pre > 0`
+    (standard), or where it is among the `k` largest of its row and `pre > 0` (topk); its value is `pre`.
+    `n` is `normalize_activations`, as SAELens computes it. BatchTopK, Matryoshka and gated SAEs are jumprelu
+    SAEs at inference, and become such when they are loaded.
+
+    What can be folded is folded here, in fp64, and its name kept in `folded`: `apply_b_dec_to_input`
+    (`pre = (n(h) - b_dec) W_enc + b_enc`) and `rescale_acts_by_decoder_norm` (selection and value are
+    `pre ||W_dec_j||`, with which `threshold` is compared). The tensors are copied; nothing changes in use.
+
+    Args:
+        arch: "standard", "jumprelu" or "topk".
+        W_enc: [d_in, d_sae], one of fp32, bf16, fp16, fp64.
+        b_enc: [d_sae]; kept in fp32 (fp64 where `W_enc` is).
+        W_dec: [d_sae, d_in], in the dtype of `W_enc`.
+        b_dec: [d_in]; zeros if None.
+        threshold: [d_sae], for jumprelu; kept like `b_enc`. +inf is a latent that never fires.
+        k: latents a row, 1 to d_sae, for topk.
+        layer: the decoder layer, from 0, whose output the SAE reads; None if unknown.
+        model_name: the model that it was trained on; None if unknown.
+        normalize_activations: "none", "layer_norm", "constant_norm_rescale"; "expected_average_only_in" and
+            "covariance_whitening" do nothing at inference, here as in SAELens, and warn.
+
+    Attributes: `arch`, `weights` (what the kernels read), `b_dec [d_in]`, `layer`, `model_name`, `folded`.
+
+    Raises:
+        ValueError: wrong shapes, dtypes or devices, NaN or infinite weights, or an argument that does not
+            belong to `arch`.
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor | None = None,
+        threshold: Tensor | None = None,
+        k: int | None = None,
+        *,
+        layer: int | None = None,
+        model_name: str | None = None,
+        apply_b_dec_to_input: bool = False,
+        normalize_activations: str = "none",
+        rescale_acts_by_decoder_norm: bool = False,
+    ) -> None:
+        _check_arguments(arch, W_enc, threshold, k, layer)
+        full = _full(W_enc.dtype)
+        threshold = torch.zeros_like(b_enc) if threshold is None else threshold
+        weights = SAEWeights(
+            W_enc=W_enc.detach().T.clone(memory_format=torch.contiguous_format),
+            b_enc=b_enc.detach().to(full, copy=True),
+            threshold=threshold.detach().to(full, copy=True),
+            W_dec=W_dec.detach().clone(memory_format=torch.contiguous_format),
+            k=k or 0,
+            normalize=_at_inference(normalize_activations),
+        )
+        b_dec = W_enc.new_zeros(weights.d_in) if b_dec is None else b_dec.detach().clone()
+        _check_values(weights, b_dec)
+        folds = {
+            "apply_b_dec_to_input": apply_b_dec_to_input,
+            "rescale_acts_by_decoder_norm": rescale_acts_by_decoder_norm,
+        }
+        self.arch, self.layer, self.model_name = arch, layer, model_name
+        self.folded = tuple(name for name, folded in folds.items() if folded)
+        self.weights = _fold(weights, b_dec, **folds)
+        self.b_dec = b_dec.to(weights.W_enc.dtype)
+        self._fingerprint = ""
+        self._source: _Content | None = _content(arch, weights, b_dec, *folds.values())
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        layer: int | None = None,
+        model_name: str | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        dict_class: str | None = None,
+    ) -> FrozenSAE:
+        """The SAE in a folder or file: SAELens (`cfg.json` and `sae_weights.safetensors`), Gemma Scope
+        (`params.npz`) or dictionary_learning (`ae.pt`, best with its `config.json` beside it).
+
+        Args:
+            path: the folder, or the file of weights in it.
+            layer: the decoder layer, where the file does not say it; it may not contradict the file.
+            model_name: instead of the file's.
+            device, dtype: where to, and the dtype of `W_enc`, `W_dec`, `b_dec`; by default as stored.
+            dict_class: class of an `ae.pt` without `config.json` whose tensors do not tell it.
+
+        Raises:
+            SAEError: a path or format that is not one of these, damaged files, missing or unknown tensors, an
+                SAE that is not one of the residual stream, and all that the constructor refuses.
+        """
+        source = read_sae(Path(path), dict_class)
+        return cls._from_source(source, layer, model_name).to(device, dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        release: str,
+        sae_id: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> FrozenSAE:
+        """The SAE `sae_id` of a `release` in SAELens' catalogue, or of a Hugging Face repository, downloaded.
+
+        It is loaded in fp32, and converted to `dtype` where one is given.
+
+        Raises:
+            RuntimeError: sae-lens is not installed. SAEError: as `from_sae_lens`.
+        """
+        try:
+            from sae_lens import SAE
+        except ModuleNotFoundError as error:
+            raise RuntimeError(
+                f'FrozenSAE.from_pretrained needs sae-lens ({error}): pip install "dspa-kernels[saelens]". '
+                "Without it, download the SAE and use FrozenSAE.load(path)."
+            ) from error
+        return cls.from_sae_lens(SAE.from_pretrained(release, sae_id)).to(device, dtype)
+
+    @classmethod
+    def from_sae_lens(cls, sae: Any, *, layer: int | None = None, model_name: str | None = None) -> FrozenSAE:
+        """The same SAE as a `sae_lens.SAE` object, on its device and in its dtype; its tensors are copied.
+
+        `layer` and `model_name` are for an object whose metadata do not say them.
+
+        Raises:
+            SAEError: not one of standard, jumprelu, topk, gated, or not an SAE of the residual stream.
+        """
+        # Folding on the CPU gives the same bits wherever the SAE came from.
+        tensors = {name: tensor.detach().cpu() for name, tensor in sae.state_dict().items()}
+        source = sae_lens_source(type(sae).__name__, sae.cfg.to_dict(), tensors)
+        return cls._from_source(source, layer, model_name).to(sae.W_enc.device)
+
+    @classmethod
+    def _from_source(cls, source: SourceSAE, layer: int | None, model_name: str | None) -> FrozenSAE:
+        if None not in (layer, source.layer) and layer != source.layer:
+            raise refuse("`layer`", layer, f"{source.layer}, as {source.name} says", "Leave `layer` out.")
+        gated = source.arch == "gated"
+        try:
+            sae = cls(
+                "jumprelu" if gated else source.arch,
+                **(_ungated(source.tensors) if gated else source.tensors),
+                k=source.k,
+                layer=source.layer if layer is None else layer,
+                model_name=model_name or source.model_name,
+                apply_b_dec_to_input=source.apply_b_dec_to_input,
+                normalize_activations=source.normalize_activations,
+                rescale_acts_by_decoder_norm=source.rescale_acts_by_decoder_norm,
+            )
+            if source.record is not None:
+                sae._take_up(source.record)
+        except ValueError as error:
+            raise SAEError(f"{source.name}: {error}") from error
+        if gated and sae._source is not None:
+            sae.folded = ("gated", *sae.folded)
+            # As it was stored: another machine's `exp` may round the folded tensors otherwise.
+            tensors = tuple(source.tensors[name] for name in sorted(source.tensors))
+            sae._source = (("gated", *sae._source[0][1:]), tensors)
+        return sae
+
+    def _take_up(self, record: dict[str, Any]) -> None:
+        if record.keys() != {"fingerprint", "weights", "folded"} or record["weights"] != self.fingerprint:
+            raise refuse(
+                f"the SAE (fingerprint {self.fingerprint})",
+                f"not the one that was saved ({record})",
+                "what FrozenSAE.save wrote, neither changed nor rounded",
+                f"If the change is meant, remove {RECORD!r} from the metadata, and it is an SAE of its own.",
+            )
+        self._fingerprint, self.folded = str(record["fingerprint"]), tuple(record["folded"])
+
+    def save(self, path: str | Path) -> None:
+        """Write a SAELens folder at `path`, in the folded form, which SAELens itself loads and encodes alike.
+
+        The dtype stays as it is, and `cfg.json` states fp32 all the same (fp64 for an fp64 SAE), because
+        SAELens would round the thresholds to a narrower one. The fingerprint of the source SAE goes along,
+        with one of the tensors as written, by which `load` refuses a changed folder.
+        """
+        tensors = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+        if self.arch == "jumprelu":
+            tensors["threshold"] = self.threshold
+        stored = SourceSAE(
+            name=str(path),
+            arch=self.arch,
+            tensors=tensors,
+            k=self.weights.k or None,
+            layer=self.layer,
+            model_name=self.model_name,
+            normalize_activations=self.weights.normalize,
+            record={
+                "fingerprint": self.fingerprint,
+                "weights": _digest(_content(self.arch, self.weights, self.b_dec)),
+                "folded": self.folded,
+            },
+        )
+        write_sae_lens(Path(path), stored)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FrozenSAE:
+        """The SAE on `device`, with `W_enc`, `W_dec` and `b_dec` in `dtype`; itself where nothing changes.
+
+        `b_enc` and `threshold` stay fp32 (fp64 for fp64): rounding them changes which latents are active. The
+        fingerprint goes along.
+
+        Raises:
+            SAEError: another dtype, or one in which a weight overflows.
+        """
+        device = torch.device(self.device if device is None else device)
+        dtype = self.dtype if dtype is None else dtype
+        if (device, dtype) == (self.device, self.dtype):
+            return self
+        if dtype not in DTYPES:
+            raise refuse("`dtype`", dtype, ", ".join(map(str, DTYPES)))
+        full = _full(dtype)
+        new = copy.copy(self)
+        new._fingerprint, new._source = self.fingerprint, None
+        new.b_dec = self.b_dec.to(device, dtype)
+        new.weights = replace(
+            self.weights,
+            W_enc=self.weights.W_enc.to(device, dtype),
+            b_enc=self.b_enc.to(device, full),
+            threshold=self.threshold.to(device, full),
+            W_dec=self.W_dec.to(device, dtype),
+        )
+        _check_values(new.weights, new.b_dec)
+        return new
+
+    def encode(self, h: Tensor) -> Tensor:
+        """Latents `f [..., d_sae]` of residuals `h [..., d_in]`, dense, differentiable in h.
+
+        Computed and returned in fp32, or in fp64 where h or the weights are. Of equal values at the edge of
+        the top k, the smaller index is active.
+        """
+        _check_width("h", h, self.d_in)
+        hn, _, _ = _normalise(h.to(self._compute_dtype(h)), self.weights.normalize)
+        pre = hn @ self.W_enc.to(hn.dtype) + self.b_enc.to(hn.dtype)
+        active = (pre > self.threshold) & (pre > 0)
+        if self.weights.k:
+            active &= _top_k(pre, self.weights.k)
+        return torch.where(active, pre, 0)
+
+    def decode(self, f: Tensor, like: Tensor | None = None) -> Tensor:
+        """Reconstruction `[..., d_in]` of latents `f [..., d_sae]`, `b_dec` included, in `encode`'s dtype.
+
+        `like [..., d_in]` are the residuals that f was encoded from. An SAE that normalises its input needs
+        their mean and scale to undo it; others do not look at them.
+
+        Raises:
+            SAEError: `like` is needed and not given.
+        """
+        _check_width("f", f, self.d_sae)
+        f = f.to(self._compute_dtype(f))
+        out = f @ self.W_dec.to(f.dtype) + self.b_dec.to(f.dtype)
+        if self.weights.normalize == "none":
+            return out
+        if like is None:
+            raise refuse(
+                "`like`",
+                "None",
+                "the residuals that `f` was encoded from, [..., d_in]",
+                f"This SAE normalises its input ({self.weights.normalize}): decode(f, like=h).",
+            )
+        _check_width("like", like, self.d_in)
+        _, mean, scale = _normalise(like.to(f.dtype), self.weights.normalize)
+        return out * scale + mean
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that identify the source SAE: the same from any format, device and dtype.
+
+        A SHA-256 over architecture, k, normalisation and the values of all tensors before anything was folded
+        or converted; computed when first asked for.
+        """
+        if self._source is not None:
+            self._fingerprint, self._source = _digest(self._source), None
+        return self._fingerprint
+
+    @property
+    def W_enc(self) -> Tensor:
+        """Encoder, [d_in, d_sae]: a transposed view of the rows that the kernels read."""
+        return self.weights.W_enc.T
+
+    @property
+    def b_enc(self) -> Tensor:
+        """Encoder bias, [d_sae], fp32 (fp64 for an fp64 SAE)."""
+        return self.weights.b_enc
+
+    @property
+    def threshold(self) -> Tensor:
+        """Threshold, [d_sae], in the dtype of `b_enc`; zeros for standard and topk."""
+        return self.weights.threshold
+
+    @property
+    def W_dec(self) -> Tensor:
+        """Decoder, [d_sae, d_in]."""
+        return self.weights.W_dec
+
+    @property
+    def d_in(self) -> int:
+        """Width of the residual stream."""
+        return self.weights.d_in
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.weights.d_sae
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.weights.W_enc.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of `W_enc`, `W_dec` and `b_dec`."""
+        return self.weights.W_enc.dtype
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        return torch.promote_types(torch.promote_types(x.dtype, self.dtype), torch.float32)
+
+    def __repr__(self) -> str:
+        k = f", k={self.weights.k}" if self.weights.k else ""
+        normalize = f", {self.weights.normalize}" if self.weights.normalize != "none" else ""
+        folded = f", folded: {', '.join(self.folded)}" if self.folded else ""
+        return (
+            f"FrozenSAE({self.arch}{k}{normalize}, d_in={self.d_in}, d_sae={self.d_sae}, layer={self.layer}, "
+            f"model={self.model_name}, {str(self.dtype).removeprefix('torch.')} on {self.device}{folded})"
+        )
+
+
+def _full(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _content(
+    arch: str, weights: SAEWeights, b_dec: Tensor, apply_b_dec: bool = False, rescale: bool = False
+) -> _Content:
+    settings = (arch, weights.k, weights.normalize, apply_b_dec, rescale)
+    return settings, (weights.W_enc, weights.b_enc, weights.threshold, weights.W_dec, b_dec)
+
+
+def _digest(content: _Content) -> str:
+    settings, tensors = content
+    sha = hashlib.sha256(repr((settings, [list(tensor.shape) for tensor in tensors])).encode())
+    for tensor in tensors:
+        for block in tensor.split(ROWS):
+            # By value, so that a bf16 tensor and its fp32 copy are the same.
+            sha.update(block.to("cpu", _full(block.dtype)).contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def _fold(
+    weights: SAEWeights, b_dec: Tensor, apply_b_dec_to_input: bool, rescale_acts_by_decoder_norm: bool
+) -> SAEWeights:
+    """The same latents with neither setting, but for the scale of `W_dec`'s rows."""
+    W_enc, b_enc, W_dec = weights.W_enc, weights.b_enc.double(), weights.W_dec
+    if apply_b_dec_to_input:
+        b_enc = b_enc - torch.cat([rows.double() @ b_dec.double() for rows in W_enc.split(ROWS)])
+    if rescale_acts_by_decoder_norm:
+        norm = torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.float64)
+        W_enc, b_enc = _scaled(W_enc, norm), b_enc * norm
+        # A latent without a direction never fires: its encoder row and bias are zero now.
+        W_dec = _scaled(W_dec, torch.where(norm > 0, 1 / norm, 0))
+    return replace(weights, W_enc=W_enc, b_enc=b_enc.to(weights.b_enc.dtype), W_dec=W_dec)
+
+
+def _ungated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The jumprelu SAE that a gated one is: with `z = h W_enc`, the gate `z + b_gate > 0` is
+    `e^r_mag z + b_mag > b_mag - e^r_mag b_gate`, whose left side is the magnitude."""
+    W_enc, b_mag, b_gate, r_mag = (tensors[name] for name in ("W_enc", "b_mag", "b_gate", "r_mag"))
+    if W_enc.dim() != 2 or not b_mag.shape == b_gate.shape == r_mag.shape == W_enc.shape[1:]:
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        raise refuse("the gated SAE", f"of shapes {shapes}", "b_mag, b_gate, r_mag [d_sae], W_enc [d_in, d_sae]")
+    scale = r_mag.double().exp()
+    return {
+        "W_enc": _scaled(W_enc.T, scale).T,
+        "b_enc": b_mag,
+        "W_dec": tensors["W_dec"],
+        "b_dec": tensors["b_dec"],
+        "threshold": b_mag - scale * b_gate,
+    }
+
+
+def _scaled(rows: Tensor, factors: Tensor) -> Tensor:
+    pairs = zip(rows.split(ROWS), factors[:, None].split(ROWS), strict=True)
+    return torch.cat([(block.double() * factor).to(rows.dtype) for block, factor in pairs])
+
+
+def _normalise(h: Tensor, normalize: str) -> tuple[Tensor, Tensor, Tensor]:
+    """`n(h)`, and the mean and scale `[..., 1]` that it took out of each row, as SAELens computes them."""
+    if normalize == "layer_norm":
+        mean = h.mean(dim=-1, keepdim=True)
+        std = (h - mean).std(dim=-1, keepdim=True)
+        return (h - mean) / (std + 1e-5), mean, std
+    mean, scale = torch.zeros_like(h[..., :1]), torch.ones_like(h[..., :1])
+    if normalize == "constant_norm_rescale":
+        scale = h.norm(dim=-1, keepdim=True) / h.shape[-1] ** 0.5
+    return h / scale, mean, scale
+
+
+def _top_k(pre: Tensor, k: int) -> Tensor:
+    largest = pre.argsort(dim=-1, descending=True, stable=True)[..., :k]
+    return torch.zeros_like(pre, dtype=torch.bool).scatter_(-1, largest, True)
+
+
+def _at_inference(normalize: str) -> str:
+    if normalize not in FOLDED_IN_TRAINING:
+        return normalize
+    warnings.warn(
+        f"normalize_activations={normalize!r} does nothing at inference, here as in SAELens: right only "
+        "if its scale was folded into these weights: check how well they reconstruct residuals of the model.",
+        stacklevel=3,
+    )
+    return "none"
+
+
+def _check_arguments(arch: str, W_enc: Tensor, threshold: Tensor | None, k: int | None, layer: int | None) -> None:
+    if arch not in ARCHITECTURES:
+        advice = "BatchTopK, Matryoshka and gated SAEs become jumprelu in FrozenSAE.load and from_sae_lens."
+        raise refuse("`arch`", repr(arch), ", ".join(ARCHITECTURES), advice)
+    if W_enc.dim() != 2:
+        raise refuse("`W_enc`", f"of shape {list(W_enc.shape)}", "shape [d_in, d_sae]")
+    if (threshold is None) == (arch == "jumprelu"):
+        got = "None" if threshold is None else "given"
+        raise refuse(f"`threshold` of a {arch} SAE", got, "a tensor [d_sae] for jumprelu, None for the others")
+    if (k is None) == (arch == "topk"):
+        raise refuse(f"`k` of a {arch} SAE", k, "a number of latents for topk, None for the others")
+    if k is not None and not (isinstance(k, int) and 1 <= k <= W_enc.shape[1]):
+        raise refuse("`k`", repr(k), f"1 to d_sae = {W_enc.shape[1]}")
+    if layer is not None and not (isinstance(layer, int) and layer >= 0):
+        raise refuse("`layer`", repr(layer), "the index of a decoder layer, from 0, or None")
+
+
+def _check_values(weights: SAEWeights, b_dec: Tensor) -> None:
+    if b_dec.shape != (weights.d_in,):
+        raise refuse("`b_dec`", f"of shape {list(b_dec.shape)}", f"shape [{weights.d_in}]")
+    # A threshold of +inf is a latent that never fires.
+    threshold = weights.threshold.nan_to_num(nan=torch.nan, posinf=0.0, neginf=-torch.inf)
+    tensors = {"W_enc": weights.W_enc, "b_enc": weights.b_enc, "W_dec": weights.W_dec}
+    for name, tensor in (tensors | {"b_dec": b_dec, "threshold": threshold}).items():
+        if bad := tensor.numel() - int(tensor.isfinite().sum()):
+            got = f"NaN or infinite in {bad} of {tensor.numel()} places ({tensor.dtype})"
+            raise refuse(f"`{name}`", got, "finite numbers, and +inf in `threshold`")
+
+
+def _check_width(name: str, x: Tensor, width: int) -> None:
+    if x.shape[-1:] != (width,):
+        raise refuse(f"`{name}`", f"of shape {list(x.shape)}", f"shape [..., {width}]")

@@ -1,0 +1,315 @@
+"""DSPA online: choose each prompt's latents, then edit each token where they are active."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dspa.attach import Attachment, Prompts
+from dspa.cdmap import ConditionalDifferenceMap
+from dspa.config import SteeringConfig
+from dspa.errors import ModelError
+from dspa.hooks import READING, base_model, check_saes, decoder_layers, hidden, layer_of, read_layers
+from dspa.saes import FrozenSAE
+from dspa.trace import Trace
+from dspa_kernels import MapWeights, SteeringPlan, activation_counts, steer
+
+
+class Steering(nn.Module):
+    """Steers a model's `generate()` while attached, without touching its weights.
+
+    ```python
+    with dspa.Steering(sae_in, sae_out, cdmap).attach(model):
+        model.generate(**inputs, max_new_tokens=200)
+    ```
+
+    Each prompt is read once up to `sae_in.layer` and chooses its latents of `sae_out`; every token that
+    predicts a response token is then edited at `sae_out.layer` where those latents are active. A forward pass
+    outside of `generate()` is steered within `responses(starts)` and refused otherwise.
+
+    `plan` tells what the latest call steers, one row a prompt, in places of `cdmap.columns`; `trace`, made with
+    `record=True`, what was edited.
+
+    Args:
+        sae_in, sae_out: the SAEs that the map was made with, on the devices of their layers.
+        cdmap: the conditional-difference map.
+        config: how to steer.
+        backend: "auto", "reference", "triton" or "cuda".
+        record: keep a record of every edit in `trace`.
+
+    Raises:
+        MapError: the map belongs to other SAEs. ModelError: layers that do not fit. ValueError: k too large.
+    """
+
+    _serial = itertools.count()
+
+    def __init__(
+        self,
+        sae_in: FrozenSAE,
+        sae_out: FrozenSAE,
+        cdmap: ConditionalDifferenceMap,
+        config: SteeringConfig | None = None,
+        *,
+        backend: str = "auto",
+        record: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config or SteeringConfig()
+        cdmap.check_saes(sae_in, sae_out)
+        for name, k, width in (
+            ("k_prompt", self.config.k_prompt, sae_in.d_sae),
+            ("k_diff", self.config.k_diff, sae_out.d_sae),
+        ):
+            if k > width:
+                raise ValueError(f"`{name}` is {k}; accepted: 1 to the width of its SAE, {width}.")
+        self.sae_in, self.sae_out, self.cdmap = sae_in, sae_out, cdmap
+        self.backend, self.record = backend, record
+        self.plan: SteeringPlan | None = None
+        self.trace = Trace()
+        self._weights = MapWeights.gather(cdmap.columns, cdmap.values, sae_out.weights)
+        self._attachment: Attachment | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._starts: Tensor | None = None
+        self._layers: str | None = None
+        self._calls = 0
+        self._ran = False
+        self._keys: dict[str, str] = {}
+        self.register_buffer("_not_finite", torch.zeros((), dtype=torch.bool, device=sae_out.device), False)
+        self._not_finite: Tensor
+
+    def extra_repr(self) -> str:
+        """One line for `print(steering)`."""
+        return f"layers {self.sae_in.layer} -> {self.sae_out.layer}, {len(self.cdmap.columns)} columns, {self.config}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Steering:
+        probe = fn(torch.zeros((), device=self.sae_out.device))
+        if probe.dtype != torch.float32:
+            raise TypeError(
+                f"Steering cannot become {probe.dtype}: the dtype of an SAE's weights decides which latents are "
+                "active. Convert the SAEs, FrozenSAE.to(dtype=...), and make a new Steering."
+            )
+        self.sae_in, self.sae_out = self.sae_in.to(probe.device), self.sae_out.to(probe.device)
+        self._weights = self._weights.to(probe.device)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    # Attaching
+
+    def attach(self, model: nn.Module, *, layers: str | None = None, model_name: str | None = None) -> Steering:
+        """Steer `model` until `detach()`, or until the end of a `with` block.
+
+        Args:
+            model: a transformers causal language model, or one in a PEFT wrapper. Compile it afterwards.
+            layers: dotted path of its list of decoder layers, for an architecture that is not a known one.
+            model_name: what the model is, where its own name or path does not tell.
+
+        Raises:
+            ModelError: attached already; SAEs of another width, layer or model.
+        """
+        inner = base_model(model)
+        if self._attachment is not None:
+            held = type(self._attachment.model).__name__
+            raise ModelError(f"This Steering is attached to a {held} already: detach() it first.")
+        stack = decoder_layers(inner, layers)
+        check_saes(self.sae_in, self.sae_out, inner, len(stack), model_name)
+        attachment = Attachment.of(inner)
+        taken = [each for each in attachment.steerings if isinstance(each, Steering)]
+        if any(each.sae_out.layer == self.sae_out.layer for each in taken):
+            raise ModelError(
+                f"Layer {self.sae_out.layer} of this model is steered already: detach() that Steering first."
+            )
+        # A graph compiled for an earlier Steering must not be found again, so the keywords are new each time.
+        serial = next(self._serial)
+        self._keys = {name: f"dspa_{serial}_{name}" for name in ("slots", "signs", "start", "rows")}
+        self._attachment, self._layers = attachment, layers
+        edit = stack[layer_of(self.sae_out)].register_forward_hook(self._edit, prepend=True, with_kwargs=True)
+        plan = inner.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
+        self._undo = [edit.remove, plan.remove, attachment.add(self)]
+        return self
+
+    def detach(self) -> None:
+        """Leave the model as it was. Does nothing when not attached."""
+        while self._undo:
+            self._undo.pop()()
+        self._attachment = None
+
+    def __enter__(self) -> Steering:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    @contextmanager
+    def responses(self, starts: Sequence[int] | Tensor) -> Iterator[None]:
+        """Steer plain forward passes, whose row b has its first response token in column `starts[b]`.
+
+        For scoring given responses (teacher forcing): each pass gets whole sequences, prompt and response, with
+        an attention_mask where they are padded, and no cache.
+        """
+        self._starts = torch.as_tensor(starts)
+        self._ran = False
+        try:
+            yield
+            self.finish()
+        finally:
+            self._starts = None
+
+    # One call of the model
+
+    @property
+    def keywords(self) -> tuple[str, ...]:
+        """Names under which the plan travels through `generate()`."""
+        return self._keys["slots"], self._keys["signs"], self._keys["start"]
+
+    def begin(self, prompts: Prompts) -> dict[str, Tensor]:
+        """Choose each prompt's latents; the plan as keyword tensors of one row a prompt."""
+        self._ran = False
+        plan = self._choose(prompts)
+        last = prompts.last_position
+        start = {"response": last, "generated": last + 1, "all": torch.zeros_like(last)}[self.config.positions]
+        return dict(zip(self.keywords, (plan.slots, plan.signs, start), strict=True))
+
+    def finish(self) -> None:
+        """Raise if the call that ended was not steered, or met numbers that cannot be."""
+        if not self._ran:
+            raise ModelError(
+                f"The hook at layer {self.sae_out.layer} did not run, so nothing was steered. A model compiled before "
+                "attach() does not see it: attach first, or call torch.compiler.reset() and compile again."
+            )
+        if bool(self._not_finite):
+            self._not_finite.zero_()
+            raise ModelError(
+                f"Hidden states at layer {self.sae_out.layer} are NaN or infinite; those tokens were not steered. "
+                "Check the model's weights and dtype (fp16 overflows in Gemma models: use bfloat16)."
+            )
+
+    def _choose(self, prompts: Prompts) -> SteeringPlan:
+        """Count the prompt's active latents at `l_in` and look their map rows up (steps 1 to 3)."""
+        assert self._attachment is not None
+        l_in = layer_of(self.sae_in)
+        h = read_layers(
+            self._attachment.model,
+            [l_in],
+            self._layers,
+            **prompts.inputs,
+            attention_mask=prompts.mask.long(),
+            position_ids=prompts.positions,
+        )[l_in]
+        self._check_device("sae_in", self.sae_in, h)
+        n_prompts, length, _ = h.shape
+        mask = prompts.mask.to(h.device)
+        if not bool(h[mask].isfinite().all()):
+            raise ModelError(f"Hidden states of the prompt at layer {self.sae_in.layer} are NaN or infinite.")
+        row = torch.arange(n_prompts, device=h.device, dtype=torch.int32)[:, None].expand(-1, length)
+        counts = activation_counts(
+            h.flatten(0, 1),
+            self.sae_in.weights,
+            torch.where(mask, row, -1).flatten(),
+            n_prompts,
+            backend=self.backend,
+        )
+        self.plan = self.cdmap.select(counts, self.config).to(self.sae_out.device)
+        self._calls += 1
+        return self.plan
+
+    def _check_device(self, name: str, sae: FrozenSAE, h: Tensor) -> None:
+        if h.device != sae.device:
+            raise ModelError(
+                f"Layer {sae.layer} computes on {h.device} and `{name}` is on {sae.device}. Move one of them, for "
+                f"instance steering.to({str(h.device)!r})."
+            )
+
+    def _before_forward(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._keys["slots"] in kwargs:
+            return None
+        if self._starts is None:
+            raise ModelError(
+                "This model is steered and was called outside of generate(), so it is not known where the response "
+                "begins. Say so, `with steering.responses(starts): model(...)`, or detach() first."
+            )
+        return args, {**kwargs, **self._teacher_forced(args, kwargs, self._starts)}
+
+    def _teacher_forced(self, args: tuple[Any, ...], kwargs: dict[str, Any], starts: Tensor) -> dict[str, Tensor]:
+        """The plan of a whole-sequence pass, and which of its tokens are steered."""
+        name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
+        whole = kwargs.get(name, args[0] if args else None)
+        cache = kwargs.get("past_key_values")
+        if whole is None or (cache is not None and cache.get_seq_length()):
+            raise ModelError("responses() steers whole sequences: pass input_ids and no cache.")
+        shape, device = whole.shape[:2], whole.device
+        start = starts.to(device)
+        if start.shape != shape[:1] or bool(((start < 1) | (start > shape[1])).any()):
+            raise ModelError(
+                f"`starts` is {start.tolist()}; accepted: {shape[0]} columns, one a row, from 1 to {shape[1]}."
+            )
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        mask = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.bool()
+        column = torch.arange(shape[1], device=device)
+        in_prompt = mask & (column < start[:, None])
+        if not bool(in_prompt.any(dim=1).all()):
+            raise ModelError("A row has no prompt token before its response. Steering selects from a prompt.")
+        length = int(start.max())
+        positions = column[None].expand(shape) if positions is None else positions.expand(shape)
+        self._ran = False
+        plan = self._choose(Prompts({name: whole[:, :length]}, in_prompt[:, :length], positions[:, :length]))
+        first = {"response": start - 1, "generated": start, "all": torch.zeros_like(start)}[self.config.positions]
+        row = torch.arange(shape[0], device=device, dtype=torch.int32)[:, None]
+        rows = torch.where(mask & (column >= first[:, None]), row, -1)
+        return {self._keys["slots"]: plan.slots, self._keys["signs"]: plan.signs, self._keys["rows"]: rows}
+
+    def _rows(self, kwargs: dict[str, Any], positions: Tensor) -> Tensor:
+        """Plan row of each token [B, T] int32, -1 where it is not steered."""
+        rows: Tensor | None = kwargs.get(self._keys["rows"])
+        if rows is not None:
+            return rows.to(positions.device)
+        start = kwargs[self._keys["start"]].to(positions.device)
+        steered = positions >= start[:, None]
+        if self.config.positions == "all":
+            # Padding on the left repeats position 0 until the first token.
+            steered[:, :-1] &= positions[:, 1:] > 0
+        row = torch.arange(positions.shape[0], device=positions.device, dtype=torch.int32)[:, None]
+        return torch.where(steered, row, -1).to(torch.int32)
+
+    def _edit(
+        self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Tensor | tuple[Any, ...] | None:
+        """Steps 4 and 5 at the output of layer `l_out`."""
+        if kwargs.get(READING):
+            return None
+        if self._keys["slots"] not in kwargs:
+            raise ModelError(
+                "This model is steered, and its layers were called without a plan (directly, or by a serving loop of "
+                "its own). Call the model itself, or detach() first."
+            )
+        h = hidden(output)
+        self._check_device("sae_out", self.sae_out, h)
+        positions = kwargs["position_ids"].expand(h.shape[:2])
+        rows = self._rows(kwargs, positions).to(h.device).flatten()
+        slots, signs = (kwargs[self._keys[name]].to(h.device) for name in ("slots", "signs"))
+        plan = SteeringPlan(slots=slots, signs=signs)
+        edited, edits = steer(
+            h.flatten(0, 1),
+            self.sae_out.weights,
+            self._weights,
+            plan,
+            rows,
+            alpha=self.config.alpha,
+            record=True,
+            backend=self.backend,
+        )
+        self._not_finite.logical_or_(edits.maximum.isnan().any())
+        self._ran = True
+        if self.record:
+            if torch.compiler.is_compiling():
+                raise ModelError("A compiled model cannot be recorded: make the Steering with record=False.")
+            latents = plan.latents(self._weights.columns)
+            self.trace.add(self._calls - 1, rows, positions.flatten(), latents, edits)
+        edited = edited.view_as(h)
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited

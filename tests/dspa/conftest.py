@@ -1,0 +1,119 @@
+"""Small real models, SAEs and maps, made on the spot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from dspa.cdmap import ConditionalDifferenceMap, MapMeta
+from dspa.saes import FrozenSAE
+
+D_IN, D_SAE_IN, D_SAE_OUT, VOCAB = 48, 96, 128, 61
+L_IN, L_OUT = 1, 2
+# Sizes by their names in each family's configuration.
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": D_IN,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+GPT2 = {"vocab_size": VOCAB, "n_embd": D_IN, "n_layer": 4, "n_head": 4, "n_positions": 128} | {
+    name: COMMON[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")
+}
+FAMILIES = {
+    "gemma2": COMMON | {"sliding_window": 16, "query_pre_attn_scalar": 12},
+    "qwen3": COMMON,
+    "llama": COMMON,
+    "mistral": COMMON | {"sliding_window": None},
+    "gemma": COMMON,
+    "gemma3_text": COMMON | {"sliding_window": 16, "query_pre_attn_scalar": 12},
+    "qwen2": {name: value for name, value in COMMON.items() if name != "head_dim"},
+    "gpt2": GPT2,
+    "gpt_neox": {n: v for n, v in COMMON.items() if n not in ("num_key_value_heads", "head_dim")},
+}
+
+
+def make_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """A model with random weights, large enough that tokens are told apart by a wide margin."""
+    torch.manual_seed(seed)
+    config = CONFIG_MAPPING[family](**FAMILIES[family], initializer_range=0.2)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def make_sae(layer: int, d_sae: int, *, d_in: int = D_IN, seed: int = 0, **kwargs: object) -> FrozenSAE:
+    """A JumpReLU SAE with random weights, of which about a tenth is active on a normalised residual."""
+    g = torch.Generator().manual_seed(seed)
+    W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=g), dim=1)
+    return FrozenSAE(
+        "jumprelu",
+        W_enc=W_dec.T.clone(),
+        b_enc=0.05 * torch.randn(d_sae, generator=g),
+        W_dec=W_dec,
+        threshold=0.2 + torch.rand(d_sae, generator=g),
+        layer=layer,
+        **kwargs,
+    )
+
+
+def make_map(
+    sae_in: FrozenSAE, sae_out: FrozenSAE, *, n_columns: int = 40, seed: int = 0, n_triples: int = 50
+) -> ConditionalDifferenceMap:
+    """A map with random entries in some of its columns."""
+    g = torch.Generator().manual_seed(seed)
+    columns = torch.randperm(sae_out.d_sae, generator=g)[:n_columns].sort().values.to(torch.int32)
+    gates = torch.randint(0, 256, (sae_in.d_sae, -(-n_triples // 8)), generator=g, dtype=torch.uint8)
+    meta = MapMeta(
+        sae_in=sae_in.fingerprint,
+        sae_out=sae_out.fingerprint,
+        model_name="",
+        layer_in=sae_in.layer,
+        layer_out=sae_out.layer,
+        d_sae_in=sae_in.d_sae,
+        d_sae_out=sae_out.d_sae,
+        n_triples=n_triples,
+        n_cut=0,
+        count_tokens="all",
+        max_length=128,
+        percentile=90.0,
+        gate_rule="published",
+        k_diff=16,
+        sparsify=True,
+        package="0",
+    )
+    return ConditionalDifferenceMap(
+        columns,
+        torch.randn(sae_in.d_sae, n_columns, generator=g),
+        n_open=torch.full((sae_in.d_sae,), n_triples // 2, dtype=torch.int32),
+        variance=0.1 + torch.rand(n_columns, generator=g),
+        gates=gates,
+        meta=meta,
+    )
+
+
+@pytest.fixture(scope="session")
+def sae_in() -> FrozenSAE:
+    return make_sae(L_IN, D_SAE_IN, seed=1)
+
+
+@pytest.fixture(scope="session")
+def sae_out() -> FrozenSAE:
+    return make_sae(L_OUT, D_SAE_OUT, seed=2)
+
+
+@pytest.fixture(scope="session")
+def cdmap(sae_in: FrozenSAE, sae_out: FrozenSAE) -> ConditionalDifferenceMap:
+    return make_map(sae_in, sae_out)
+
+
+@pytest.fixture(scope="session", params=["gemma2", "qwen3"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return make_model(request.param)

@@ -1,0 +1,90 @@
+"""DSPA written out plainly for one row, as an independent check: no cache, no batch, no ops of the package."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dspa.cdmap import ConditionalDifferenceMap
+from dspa.config import SteeringConfig
+from dspa.saes import FrozenSAE
+
+
+def encode(sae: FrozenSAE, h: Tensor) -> Tensor:
+    pre = h @ sae.W_enc + sae.b_enc
+    return pre * (pre > sae.threshold) * (pre > 0)
+
+
+class Plain:
+    """Steers one row by full passes over the whole sequence."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: torch.nn.ModuleList,
+        sae_in: FrozenSAE,
+        sae_out: FrozenSAE,
+        cdmap: ConditionalDifferenceMap,
+        config: SteeringConfig,
+    ) -> None:
+        self.model, self.layers, self.config = model, layers, config
+        self.sae_in, self.sae_out, self.cdmap = sae_in, sae_out, cdmap
+
+    def select(self, prompt: list[int]) -> tuple[list[int], list[int]]:
+        """Latents to augment and to ablate."""
+        with torch.no_grad():
+            hidden = self.model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
+        counts = (encode(self.sae_in, hidden[self.sae_in.layer + 1][0]) > 0).sum(0).tolist()
+        ranked = sorted((i for i, n in enumerate(counts) if n), key=lambda i: (-counts[i], i))
+        score = self.cdmap.dense()[ranked[: self.config.k_prompt]].sum(0).tolist()
+        by_score = sorted(range(len(score)), key=lambda j: (-score[j], j))
+        augment = [j for j in by_score if score[j] > 0][: self.config.k_diff]
+        ablate = sorted((j for j in range(len(score)) if score[j] < 0), key=lambda j: (score[j], j))
+        return (
+            augment if self.config.mode in ("augment", "both") else [],
+            ablate[: self.config.k_diff] if self.config.mode in ("ablate", "both") else [],
+        )
+
+    @contextlib.contextmanager
+    def steered(self, prompt: list[int]) -> Iterator[None]:
+        """Within it, every pass over the whole sequence of one row (or of its beams) is edited."""
+        augment, ablate = self.select(prompt)
+        start = len(prompt) - {"response": 1, "generated": 0, "all": len(prompt)}[self.config.positions]
+
+        def edit(_module: object, _args: object, output: Tensor) -> Tensor:
+            h = output.clone()
+            for b in range(h.shape[0]):
+                for t in range(start, h.shape[1]):
+                    f = encode(self.sae_out, h[b, t])
+                    step = self.config.alpha * f.max()
+                    new = f.clone()
+                    for j in augment:
+                        new[j] = f[j] + step if f[j] > 0 else 0
+                    for j in ablate:
+                        new[j] = max(f[j] - step, torch.zeros(()))
+                    if not torch.equal(new, f):
+                        h[b, t] += (new - f) @ self.sae_out.W_dec
+            return h
+
+        handle = self.layers[self.sae_out.layer].register_forward_hook(edit)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def generate(self, prompt: list[int], n_tokens: int, *, sample: bool = False) -> list[int]:
+        """The next tokens, greedy, or sampled from torch's generator as it stands."""
+        tokens = list(prompt)
+        with self.steered(prompt):
+            for _ in range(n_tokens):
+                logits = self.model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+                if sample:
+                    tokens.append(int(torch.multinomial(logits.softmax(-1), 1)))
+                else:
+                    tokens.append(int(logits.argmax()))
+        return tokens[len(prompt) :]

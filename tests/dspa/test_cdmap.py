@@ -1,0 +1,642 @@
+"""`dspa.cdmap` against SPEC.md, section 2, written out in exact fractions and plain NumPy."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dspa import ConditionalDifferenceMap, FrozenSAE, MapError, PreferenceError, SteeringConfig, build_map
+from dspa.cdmap import FORMAT, GATE_RULES, QUANTUM, TENSORS, reduce
+from dspa.densities import CollectSettings, Counts, Densities, collect
+from dspa.version import __version__
+
+from .conftest import L_IN, L_OUT, VOCAB, make_map, make_sae
+
+D_IN, D_OUT = 14, 18
+# Lengths whose densities are exact in binary, and others.
+DYADIC, ODD = (1, 2, 4, 8), (1, 3, 5, 6, 7)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On small tensors, threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# Densities by hand, and the map of them in exact arithmetic
+
+
+def as_counts(table: np.ndarray, lengths: list[int]) -> Counts:
+    rows = []
+    for row, length in zip(table, lengths, strict=True):
+        latents = np.flatnonzero(row)
+        rows.append((torch.tensor(latents, dtype=torch.int32), torch.tensor(row[latents], dtype=torch.int32), length))
+    return Counts.join(rows)
+
+
+def as_densities(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, lengths: np.ndarray) -> Densities:
+    """Of counts [N, d] and lengths [3, N]."""
+    settings = CollectSettings(
+        model_name="made by hand",
+        sae_in="a" * 16,
+        sae_out="b" * 16,
+        layer_in=L_IN,
+        layer_out=L_OUT,
+        d_sae_in=prompt.shape[1],
+        d_sae_out=chosen.shape[1],
+        dtypes="",
+        count_tokens="all",
+        max_length=64,
+        data="",
+        n_triples=len(prompt),
+        n_cut=3,
+    )
+    tables = zip((prompt, chosen, rejected), lengths.tolist(), strict=True)
+    return Densities(settings, *(as_counts(table, length) for table, length in tables))
+
+
+def draw(n: int, seed: int, lengths_from: tuple[int, ...] = DYADIC, active: float = 0.4) -> list[np.ndarray]:
+    """Counts of prompts, chosen and rejected responses, and lengths. Latent 0 is never active, latent 1 always."""
+    g = np.random.default_rng(seed)
+    lengths = g.choice(lengths_from, size=(3, n))
+    tables = []
+    for width, length in zip((D_IN, D_OUT, D_OUT), lengths, strict=True):
+        table = g.integers(1, length[:, None] + 1, size=(n, width)) * (g.random((n, width)) < active)
+        table[:, 0], table[:, 1] = 0, length
+        tables.append(table)
+    return [*tables, lengths]
+
+
+def fractions(table: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return np.array([[Fraction(int(c), int(t)) for c in row] for row, t in zip(table, lengths, strict=True)])
+
+
+def naive(
+    data: list[np.ndarray], percentile: float = 90.0, rule: str = "published", k: int = 16, sparsify: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gates [N, d_in] and A [d_in, d_out] in exact fractions."""
+    prompt, chosen, rejected, lengths = data
+    n = len(prompt)
+    rho, plus, minus = (fractions(*each) for each in zip((prompt, chosen, rejected), lengths, strict=True))
+    gates = rho.astype(float) >= np.percentile(rho.astype(float), percentile, axis=0)
+    if rule == "active":
+        gates &= prompt > 0
+    A = np.full((prompt.shape[1], chosen.shape[1]), Fraction(0))
+    for t in range(n):
+        A = A + np.outer(gates[t].astype(int), plus[t] - minus[t]) / Fraction(n)
+    if sparsify:
+        sizes = []
+        for row, opened in zip(A, gates.sum(axis=0), strict=True):
+            if opened > 0:
+                ordered = sorted(row)
+                sizes += [abs(a) for a in row if (a >= ordered[-k] or a <= ordered[k - 1]) and a != 0]
+        A = np.where(np.abs(A) < min(sizes), Fraction(0), A)
+    return gates, A
+
+
+def check(cdmap: ConditionalDifferenceMap, gates: np.ndarray, A: np.ndarray, exact: bool) -> None:
+    """The map is that of these gates and this A, stored as its non-empty columns."""
+    full, expected = cdmap.dense().numpy(), A.astype(np.float64).astype(np.float32)
+    assert np.array_equal(full != 0, A != 0)
+    assert np.abs(full - expected).max() <= (0 if exact else QUANTUM + np.spacing(np.abs(expected).max()))
+    assert cdmap.columns.tolist() == np.flatnonzero((A != 0).any(axis=0)).tolist()
+    assert cdmap.n_open.tolist() == gates.sum(axis=0).tolist()
+
+
+def same_bits(one: ConditionalDifferenceMap, other: ConditionalDifferenceMap) -> bool:
+    assert one.meta == other.meta
+    return all(
+        (a := getattr(one, name)).dtype == (b := getattr(other, name)).dtype and torch.equal(a, b) for name in TENSORS
+    )
+
+
+# Reduce
+
+
+def test_two_by_two_by_hand() -> None:
+    """Prompt densities 1/4 3/4 | 2/4 0 | 3/4 0, so tau_90 = 0.7 and 0.6; differences 1/2 0 | -1/4 1/4 | 1/4 -3/4."""
+    data = [np.array(each) for each in (
+        [[1, 3], [2, 0], [3, 0]],
+        [[2, 1], [0, 2], [2, 1]],
+        [[0, 1], [1, 1], [1, 4]],
+        [[4, 4, 4]] * 3,
+    )]  # fmt: skip
+    cdmap = reduce(as_densities(*data), k_diff=1)
+    third = torch.tensor(1 / 3)
+    # Gate 0 opens on prompt 2 alone, gate 1 on prompt 0 alone.
+    assert cdmap.n_open.tolist() == [1, 1]
+    assert torch.equal(
+        cdmap.dense(), torch.stack([torch.stack([third / 4, -third * 3 / 4]), torch.stack([third / 2, 0 * third])])
+    )
+    # Entries at an end of their row: 1/12, -1/4, 1/6; the smallest of them cuts nothing.
+    assert torch.equal(cdmap.values, cdmap.dense()) and cdmap.columns.tolist() == [0, 1]
+    # At the median, gate 0 opens on prompts 1 and 2 (1/2 >= 1/2), gate 1 (tau 0, published) on all three.
+    cdmap = reduce(as_densities(*data), percentile=50, sparsify=False)
+    assert cdmap.n_open.tolist() == [2, 3]
+    assert torch.equal(cdmap.dense(), torch.tensor([[0.0, -1 / 6], [1 / 6, -1 / 6]]))
+    assert reduce(as_densities(*data), percentile=50, gate_rule="active").n_open.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("rule", GATE_RULES)
+@pytest.mark.parametrize("percentile", [0, 37.5, 90, 100])
+@pytest.mark.parametrize("n", [1, 2, 9, 40])
+def test_gates_and_map(n: int, percentile: float, rule: str) -> None:
+    data = draw(n, seed=n)
+    gates, A = naive(data, percentile, rule, sparsify=False)
+    check(reduce(as_densities(*data), percentile=percentile, gate_rule=rule, sparsify=False), gates, A, exact=True)
+
+
+@pytest.mark.parametrize("lengths_from", [DYADIC, ODD])
+@pytest.mark.parametrize("k", [1, 2, 4, D_OUT])
+@pytest.mark.parametrize("n", [1, 2, 9, 40])
+def test_sparsification(n: int, k: int, lengths_from: tuple[int, ...]) -> None:
+    data = draw(n, seed=100 + n, lengths_from=lengths_from, active=0.8)
+    gates, A = naive(data, k=k)
+    check(reduce(as_densities(*data), k_diff=k), gates, A, exact=lengths_from == DYADIC)
+    # Something is cut where it can be.
+    if k == 1 and n > 1:
+        assert (A != 0).sum() < (naive(data, sparsify=False)[1] != 0).sum()
+
+
+def test_ties_with_the_cut_stay() -> None:
+    """The cut is 1/3 (row 0's largest, on prompt 0); 1/3 = (1 + 1 - 1) / 3 as another sum stays, 1/6 goes."""
+    prompt = np.array([[1, 1, 1]] * 3)
+    chosen = np.array([[6, 6, 3], [0, 6, 0], [0, 0, 0]])
+    rejected = np.array([[0, 0, 0], [0, 0, 0], [0, 6, 0]])
+    data = [prompt, chosen, rejected, np.array([[1] * 3, [6] * 3, [6] * 3])]
+    gates, A = naive(data, k=1)
+    assert A[0].tolist() == [Fraction(1, 3), Fraction(1, 3), 0]
+    check(reduce(as_densities(*data), k_diff=1), gates, A, exact=True)
+
+
+def test_rounding_makes_no_entry_of_a_zero() -> None:
+    """Column 0 is 1/3 + 1/3 + 1/3 - 1 = 0, which no binary fraction sums to: it sets no cut and is no column."""
+    chosen = np.array([[1, 1, 0], [1, 0, 0], [1, 0, 0], [0, 0, 0]])
+    rejected = np.array([[0, 0, 0], [0, 0, 0], [0, 0, 0], [3, 0, 1]])
+    data = [np.ones((4, 1), int), chosen, rejected, np.array([[1] * 4, [3] * 4, [3] * 4])]
+    for sparsify in (True, False):
+        gates, A = naive(data, k=3, sparsify=sparsify)
+        check(reduce(as_densities(*data), k_diff=3, sparsify=sparsify), gates, A, exact=False)
+        assert np.flatnonzero(A[0]).tolist() == [1, 2]
+
+
+def test_percentile_on_a_prompt_is_that_prompt() -> None:
+    """7 % of 101 prompts is the 8th smallest; in binary, 0.07 * 100 is a little more than 7."""
+    n = 101
+    prompt = np.arange(n)[:, None]
+    response = np.ones((n, 1), int)
+    densities = as_densities(prompt, response, 0 * response, np.array([[128] * n, [1] * n, [1] * n]))
+    assert reduce(densities, percentile=7, k_diff=1).n_open.tolist() == [n - 7]
+
+
+def test_text_without_tokens_has_density_zero() -> None:
+    data = draw(5, seed=3)
+    for table, lengths in zip(data[:3], data[3], strict=True):
+        table[2], lengths[2] = 0, 0
+    got = reduce(as_densities(*data), k_diff=2)
+    for lengths in data[3]:
+        lengths[2] = 1
+    assert same_bits(got, reduce(as_densities(*data), k_diff=2))
+
+
+@pytest.mark.parametrize("block", [1, 5, 1000])
+def test_blocks_change_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    densities = as_densities(*draw(40, seed=1, lengths_from=ODD))
+    whole = reduce(densities, k_diff=3)
+    monkeypatch.setattr("dspa.cdmap.ROWS_A_BLOCK", block)
+    assert same_bits(reduce(densities, k_diff=3), whole)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_order_of_triples_does_not_show(seed: int) -> None:
+    data = draw(41, seed, lengths_from=ODD)
+    order = np.random.default_rng(seed).permutation(41)
+    other = [*(table[order] for table in data[:3]), data[3][:, order]]
+    assert same_bits(reduce(as_densities(*other), k_diff=3), reduce(as_densities(*data), k_diff=3))
+
+
+def test_variance_is_that_of_all_responses() -> None:
+    data = draw(30, seed=2)
+    cdmap = reduce(as_densities(*data), k_diff=2)
+    rho = np.concatenate([fractions(table, t).astype(float) for table, t in zip(data[1:3], data[3][1:], strict=True)])
+    assert torch.equal(cdmap.variance, torch.tensor(rho.var(axis=0)[cdmap.columns], dtype=torch.float32))
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 40])
+def test_gates_as_bits(n: int) -> None:
+    """One bit a prompt, the rest of the last byte empty; the order is that of the gates, so compare as multisets."""
+    data = draw(n, seed=n)
+    bits = reduce(as_densities(*data), percentile=50, gate_rule="active", k_diff=1).gates
+    assert bits.shape == (D_IN, math.ceil(n / 8))
+    unpacked = np.unpackbits(bits.numpy(), axis=1, bitorder="little").T
+    assert not unpacked[n:].any()
+    gates, _ = naive(data, 50, "active", sparsify=False)
+    assert sorted(unpacked[:n].tolist()) == sorted(gates.astype(int).tolist())
+
+
+def test_meta_says_how_it_was_made() -> None:
+    data = draw(9, seed=0)
+    meta = reduce(as_densities(*data), percentile=80.0, gate_rule="active", k_diff=3, sparsify=False).meta
+    assert dataclasses.asdict(meta) == {
+        "sae_in": "a" * 16,
+        "sae_out": "b" * 16,
+        "model_name": "made by hand",
+        "layer_in": L_IN,
+        "layer_out": L_OUT,
+        "d_sae_in": D_IN,
+        "d_sae_out": D_OUT,
+        "n_triples": 9,
+        "n_cut": 3,
+        "count_tokens": "all",
+        "max_length": 64,
+        "percentile": 80.0,
+        "gate_rule": "active",
+        "k_diff": 3,
+        "sparsify": False,
+        "package": __version__,
+    }
+
+
+BAD_SETTINGS = [
+    ({"percentile": -1}, "`percentile` is -1; accepted: 0 to 100"),
+    ({"percentile": 100.5}, "`percentile` is 100.5"),
+    ({"percentile": math.nan}, "`percentile` is nan"),
+    ({"gate_rule": "activ"}, "`gate_rule` is 'activ'; accepted: published, active"),
+    ({"k_diff": 0}, "`k_diff` is 0; accepted: 1 to"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), [*BAD_SETTINGS, ({"k_diff": D_OUT + 1}, f"width, {D_OUT}")])
+def test_bad_settings_of_reduce(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        reduce(as_densities(*draw(5, seed=0)), **settings)
+
+
+@pytest.mark.parametrize("sparsify", [True, False])
+def test_equal_statistics_make_no_map(sparsify: bool) -> None:
+    """Chosen and rejected of the same densities, if not of the same lengths."""
+    prompt, chosen, _, lengths = draw(9, seed=0)
+    lengths[2] = 3 * lengths[1]
+    with pytest.raises(MapError, match="The map is empty: no output latent differs"):
+        reduce(as_densities(prompt, chosen, 3 * chosen, lengths), k_diff=2, sparsify=sparsify)
+
+
+def test_no_open_gate_makes_no_map() -> None:
+    prompt, *rest = draw(9, seed=0)
+    with pytest.raises(MapError, match="The map is empty"):
+        reduce(as_densities(0 * prompt, *rest), k_diff=2, gate_rule="active")
+
+
+# Scores and plans
+
+
+@pytest.fixture(scope="module")
+def made() -> tuple[ConditionalDifferenceMap, np.ndarray, np.ndarray]:
+    """A map with its gates and its A."""
+    data = draw(40, seed=11, lengths_from=ODD)
+    options = {"percentile": 50.0, "gate_rule": "active"}
+    gates, _ = naive(data, 50.0, "active", sparsify=False)
+    cdmap = reduce(as_densities(*data), k_diff=3, **options)
+    return cdmap, gates, cdmap.dense().double().numpy()
+
+
+PROMPTS = torch.randint(0, 5, (6, D_IN), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+# No latent, one latent, and many ties.
+PROMPTS[0], PROMPTS[1] = 0, 0
+PROMPTS[1, 4], PROMPTS[2] = 3, 1
+
+
+def prompt_latents(counts: Tensor, k: int) -> list[int]:
+    """The k largest counts, ties to the smaller index, without zeros."""
+    return [i for i in sorted(range(len(counts)), key=lambda i: (-counts[i], i))[:k] if counts[i] > 0]
+
+
+def chosen_latents(score: np.ndarray, k: int, mode: str) -> list[tuple[int, int]]:
+    """Output latents and signs: the k largest positive scores, and the k smallest negative ones."""
+    up = [(j, 1) for j in np.argsort(-score, kind="stable")[:k] if score[j] > 0]
+    down = [(j, -1) for j in np.argsort(score, kind="stable")[:k] if score[j] < 0]
+    return {"augment": up, "ablate": down, "both": up + down}[mode]
+
+
+def plan_of(cdmap: ConditionalDifferenceMap, config: SteeringConfig) -> list[list[tuple[int, int]]]:
+    plan = cdmap.select(PROMPTS, config)
+    latents, signs = plan.latents(cdmap.columns).tolist(), plan.signs.tolist()
+    assert all((j < 0) == (s == 0) for row in zip(latents, signs, strict=True) for j, s in zip(*row, strict=True))
+    return [[(j, s) for j, s in zip(*row, strict=True) if s] for row in zip(latents, signs, strict=True)]
+
+
+def naive_score(made: Any, latents: list[int], config: SteeringConfig) -> np.ndarray:
+    cdmap, gates, A = made
+    n = len(gates)
+    if config.scoring == "whitened":
+        variance = np.zeros(D_OUT)
+        variance[cdmap.columns] = cdmap.variance
+        A = np.divide(A, variance, out=np.zeros_like(A), where=variance > 0)
+    elif config.scoring == "confident":
+        n_open = np.maximum(gates.sum(axis=0), 1)[:, None]
+        A = np.where(np.abs(A * n / n_open) > np.sqrt(2 * np.log(2 * D_OUT / config.delta) / n_open), A, 0)
+    elif config.scoring == "demixed":
+        g = gates[:, latents].astype(float)
+        M = g.T @ g / n
+        return A[latents].T @ np.linalg.solve(M + config.ridge * np.eye(len(latents)), np.ones(len(latents)))
+    return A[latents].sum(axis=0)
+
+
+@pytest.mark.parametrize("mode", ["ablate", "augment", "both"])
+@pytest.mark.parametrize("k_prompt", [1, 3, D_IN])
+@pytest.mark.parametrize(
+    "scoring",
+    [
+        {"scoring": "raw"},
+        {"scoring": "whitened"},
+        {"scoring": "confident", "delta": 0.999},
+        {"scoring": "demixed", "ridge": 1e-3},
+        {"scoring": "demixed", "ridge": 1.0},
+    ],
+    ids=str,
+)
+def test_select(made: Any, scoring: dict[str, Any], k_prompt: int, mode: str) -> None:
+    config = SteeringConfig(k_prompt=k_prompt, k_diff=4, mode=mode, **scoring)
+    got = plan_of(made[0], config)
+    scores = [naive_score(made, prompt_latents(counts, k_prompt), config) for counts in PROMPTS]
+    for score in scores:
+        # Exact ties aside, which only exact zeros are, no order hangs on rounding.
+        gaps = np.diff(np.sort(score[score != 0]))
+        assert gaps.size == 0 or gaps.min() > 1e-6
+    assert got == [chosen_latents(score, 4, mode) for score in scores]
+    assert got[0] == [] and any(got)
+
+
+def test_scorings_differ(made: Any) -> None:
+    """Else the tests above would not tell them apart."""
+    configs = [
+        SteeringConfig(k_diff=4, k_prompt=5, scoring=s, delta=0.999)
+        for s in ("raw", "demixed", "whitened", "confident")
+    ]
+    plans = [plan_of(made[0], config) for config in configs]
+    assert all(a != b for i, a in enumerate(plans) for b in plans[:i])
+
+
+def test_radius(made: Any) -> None:
+    cdmap = made[0]
+    radius = cdmap.radius(0.05)
+    assert radius[0] == math.inf and cdmap.n_open[0] == 0
+    n_open = cdmap.n_open[1:].double()
+    torch.testing.assert_close(radius[1:].double(), (2 * math.log(2 * D_OUT / 0.05) / n_open).sqrt())
+
+
+def test_confidence_drops_what_is_within_its_radius(sae_in: FrozenSAE, sae_out: FrozenSAE) -> None:
+    """Means 1.001 and 0.999 radii of a row with 25 of 50 prompts open, one of them negative."""
+    cdmap = make_map(sae_in, sae_out, n_columns=3)
+    radius = math.sqrt(2 * math.log(2 * sae_out.d_sae / 0.05) / 25)
+    cdmap.values[:] = radius / 2 * torch.tensor([1.001, -0.999, -1.001])
+    kept = cdmap.scored(SteeringConfig(scoring="confident", delta=0.05))
+    assert torch.equal(kept, cdmap.values * torch.tensor([1, 0, 1]))
+
+
+def test_score_and_dense(made: Any) -> None:
+    cdmap, gates, A = made
+    full = cdmap.dense()
+    empty = [j for j in range(D_OUT) if j not in cdmap.columns.tolist()]
+    assert empty and not full[:, empty].any() and torch.equal(full[:, cdmap.columns.long()], cdmap.values)
+    for shape in ((40, D_IN), (5, 8, D_IN), (0, D_IN)):
+        g = gates[: math.prod(shape[:-1])].reshape(shape)
+        for given in (torch.tensor(g), torch.tensor(g, dtype=torch.float64)):
+            score = cdmap.score(given)
+            assert score.dtype == torch.float32
+            np.testing.assert_allclose(score.numpy(), g @ A, atol=1e-6)
+    assert torch.equal(
+        cdmap.score(torch.tensor(gates[0])).nonzero().flatten(), torch.tensor(gates[0] @ A).nonzero().flatten()
+    )
+
+
+def test_to_keeps_everything(made: Any) -> None:
+    assert same_bits(made[0].to("cpu"), made[0])
+
+
+# Files
+
+
+@pytest.fixture
+def saved(made: Any, tmp_path: Path) -> Path:
+    path = tmp_path / "map.safetensors"
+    made[0].save(path)
+    return path
+
+
+def test_round_trip(made: Any, saved: Path, tmp_path: Path) -> None:
+    loaded = ConditionalDifferenceMap.load(str(saved))
+    assert same_bits(loaded, made[0])
+    loaded.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == saved.read_bytes()
+    with safe_open(saved, framework="pt") as file:
+        header = file.metadata()
+    assert header["format"] == FORMAT and json.loads(header["meta"]) == dataclasses.asdict(made[0].meta)
+
+
+def rewrite(path: Path, header: dict[str, Any] | None = None, tensors: dict[str, Tensor | None] | None = None) -> None:
+    """Change entries of the metadata ("meta." those of the map), and tensors; None removes."""
+    kept = load_file(path) | (tensors or {})
+    with safe_open(path, framework="pt") as file:
+        texts: dict[str, Any] = file.metadata()
+    meta = json.loads(texts["meta"])
+    for name, value in (header or {}).items():
+        if name.startswith("meta."):
+            meta[name[5:]] = value
+        else:
+            texts[name] = value
+    if texts["meta"] and "meta" not in (header or {}):
+        texts["meta"] = json.dumps({k: v for k, v in meta.items() if v is not None})
+    save_file({k: v for k, v in kept.items() if v is not None}, path, {k: v for k, v in texts.items() if v is not None})
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(MapError) as raised:
+        ConditionalDifferenceMap.load(path)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("n", [0, 4, 8, 100, -1])
+def test_truncated(saved: Path, n: int) -> None:
+    saved.write_bytes(saved.read_bytes()[:n])
+    assert f"{saved} is damaged" in refusal(saved)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a map, but some lines of text\n" * 20, bytes(range(256))])
+def test_other_files(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(content)
+    assert f"{path} is damaged" in refusal(path)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    assert f"There is no map at {tmp_path / 'no'}" in refusal(tmp_path / "no")
+    assert "There is no map at" in refusal(tmp_path)
+
+
+def test_safetensors_of_another_kind(tmp_path: Path) -> None:
+    save_file({"values": torch.zeros(2)}, tmp_path / "x")
+    assert f"{tmp_path / 'x'} is not a map of format {FORMAT} (it says None)" in refusal(tmp_path / "x")
+
+
+def test_tampered_header(saved: Path) -> None:
+    content = saved.read_bytes()
+    saved.write_bytes(content.replace(b'"F32"', b'"F64"'))
+    assert "is damaged" in refusal(saved)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"format": "dspa.map.2"}, f"is not a map of format {FORMAT} (it says 'dspa.map.2')"),
+        ({"format": None}, "(it says None)"),
+        ({"meta": None}, "is damaged"),
+        ({"meta": "{"}, "is damaged"),
+        ({"meta": "null"}, "is damaged"),
+        ({"meta": "[]"}, "is damaged"),
+        ({"meta.k_diff": None}, "'k_diff'"),
+        ({"meta.colour": "red"}, "'colour'"),
+        ({"meta.d_sae_in": 15}, "`values` is torch.float32 [14, "),
+        ({"meta.d_sae_out": 5}, "`columns` are not increasing latents"),
+        ({"meta.d_sae_out": "many"}, "is damaged"),
+        ({"meta.n_triples": 50}, "`gates` is torch.uint8 [14, 5]"),
+        ({"meta.n_triples": "many"}, "is damaged"),
+    ],
+    ids=str,
+)
+def test_changed_metadata(saved: Path, header: dict[str, Any], message: str) -> None:
+    rewrite(saved, header)
+    assert message in refusal(saved)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("how", ["missing", "dtype", "shape"])
+def test_changed_tensors(made: Any, saved: Path, name: str, how: str) -> None:
+    tensor = getattr(made[0], name)
+    rewrite(
+        saved, tensors={name: {"missing": None, "dtype": tensor.to(torch.float16), "shape": tensor[:-1].clone()}[how]}
+    )
+    message = refusal(saved)
+    assert "damaged" in message and (how == "shape" or name in message)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["values", "variance"])
+def test_values_that_are_not_finite(made: Any, saved: Path, name: str, value: float) -> None:
+    tensor = getattr(made[0], name).clone()
+    tensor.view(-1)[2] = value
+    rewrite(saved, tensors={name: tensor})
+    assert f"`{name}` hold NaN or infinity" in refusal(saved)
+
+
+@pytest.mark.parametrize("change", ["repeated", "descending", "negative", "beyond"])
+def test_columns_that_are_no_columns(made: Any, saved: Path, change: str) -> None:
+    columns = made[0].columns.clone()
+    if change == "descending":
+        columns = columns.flip(0)
+    else:
+        place, value = {"repeated": (1, columns[0]), "negative": (0, -1), "beyond": (-1, D_OUT)}[change]
+        columns[place] = value
+    rewrite(saved, tensors={"columns": columns})
+    assert "`columns` are not increasing latents of the output SAE" in refusal(saved)
+
+
+# The SAEs it belongs to
+
+
+def test_its_own_saes(sae_in: FrozenSAE, sae_out: FrozenSAE, cdmap: ConditionalDifferenceMap) -> None:
+    cdmap.check_saes(sae_in, sae_out)
+    cdmap.check_saes(sae_in.to(dtype=torch.bfloat16), sae_out)
+
+
+@pytest.mark.parametrize("name", ["sae_in", "sae_out"])
+def test_other_saes(sae_in: FrozenSAE, sae_out: FrozenSAE, cdmap: ConditionalDifferenceMap, name: str) -> None:
+    saes = {"sae_in": sae_in, "sae_out": sae_out}
+    own, other = saes[name], make_sae(saes[name].layer, saes[name].d_sae, seed=77)
+    with pytest.raises(MapError, match=f"`{name}` has fingerprint {other.fingerprint} and .* with {own.fingerprint}"):
+        cdmap.check_saes(**saes | {name: other})
+
+
+def test_swapped_saes(sae_in: FrozenSAE, sae_out: FrozenSAE, cdmap: ConditionalDifferenceMap) -> None:
+    with pytest.raises(MapError, match=f"`sae_in` has fingerprint {sae_out.fingerprint} and"):
+        cdmap.check_saes(sae_out, sae_in)
+
+
+def test_an_sae_at_another_layer(sae_in: FrozenSAE, sae_out: FrozenSAE, cdmap: ConditionalDifferenceMap) -> None:
+    moved = make_sae(L_OUT + 1, sae_out.d_sae, seed=2)
+    assert moved.fingerprint == sae_out.fingerprint
+    with pytest.raises(MapError, match=f"`sae_out` sits at layer {L_OUT + 1} and the map was made at layer {L_OUT}"):
+        cdmap.check_saes(sae_in, moved)
+
+
+# End to end
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0")
+
+
+@pytest.fixture
+def prefs(tmp_path: Path) -> Path:
+    g = random.Random(5)
+    path = tmp_path / "prefs.jsonl"
+
+    def text() -> str:
+        return " ".join(f"w{g.randrange(1, VOCAB)}" for _ in range(g.randrange(3, 10)))
+
+    lines = [json.dumps({"prompt": text(), "chosen": text(), "rejected": text()}) for _ in range(12)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"percentile": 60.0, "gate_rule": "active", "k_diff": 2}, {"sparsify": False}], ids=str
+)
+def test_build_map_is_reduce_of_collect(
+    model: PreTrainedModel, sae_in: FrozenSAE, sae_out: FrozenSAE, prefs: Path, settings: dict[str, Any]
+) -> None:
+    options = {"count_tokens": "text", "max_length": 12, "work_dir": prefs.parent / "work", "model_name": "mine"}
+    both = (model, make_tokenizer(), prefs, sae_in, sae_out)
+    built = build_map(*both, progress=False, **options, **settings)
+    del options["work_dir"]
+    assert same_bits(built, reduce(collect(*both, progress=False, **options), **settings))
+    assert (prefs.parent / "work" / "settings.json").exists()
+    assert (built.meta.count_tokens, built.meta.max_length, built.meta.n_triples) == ("text", 12, 12)
+    assert built.meta.model_name == "mine" and built.meta.n_cut > 0
+    built.check_saes(sae_in, sae_out)
+    built.save(prefs.parent / "map")
+    assert same_bits(ConditionalDifferenceMap.load(prefs.parent / "map"), built)
+
+
+@pytest.mark.parametrize(("settings", "message"), [*BAD_SETTINGS, ({"k_diff": 129}, "`k_diff` is 129.*width, 128")])
+def test_build_map_checks_its_settings_first(
+    model: PreTrainedModel, sae_in: FrozenSAE, sae_out: FrozenSAE, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_map(model, make_tokenizer(), "no such file", sae_in, sae_out, **settings)
+
+
+def test_build_map_names_a_bad_line(model: PreTrainedModel, sae_in: FrozenSAE, sae_out: FrozenSAE, prefs: Path) -> None:
+    prefs.write_text(prefs.read_text() + '\n{"prompt": "w1"}\n')
+    with pytest.raises(PreferenceError, match=f"{prefs} line 13"):
+        build_map(model, make_tokenizer(), prefs, sae_in, sae_out, progress=False)

@@ -1,0 +1,273 @@
+"""What cannot be steered for certain is refused, with a message that says what to do; nothing is left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+import dspa
+from dspa.hooks import decoder_layers, same_model
+
+from .conftest import D_IN, L_OUT, make_map, make_model, make_sae
+from .plain import Plain
+
+PROMPT = torch.tensor([[1, 5, 9, 33, 20, 7]])
+
+
+@pytest.fixture(scope="module")
+def gemma():
+    return make_model("gemma2")
+
+
+@pytest.fixture
+def steering(sae_in, sae_out, cdmap):
+    steering = dspa.Steering(sae_in, sae_out, cdmap, dspa.SteeringConfig(alpha=0.6, mode="both"))
+    yield steering
+    steering.detach()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("alpha", -0.1),
+        ("alpha", float("nan")),
+        ("alpha", float("inf")),
+        ("k_prompt", 0),
+        ("k_diff", 2.5),
+        ("mode", "boost"),
+        ("positions", "prompt"),
+        ("scoring", "best"),
+        ("ridge", 0.0),
+        ("delta", 1.0),
+    ],
+)
+def test_config(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` is .*; accepted: "):
+        dspa.SteeringConfig(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "width"), [("k_prompt", 96), ("k_diff", 128)])
+def test_k_larger_than_the_width(sae_in, sae_out, cdmap, name, width):
+    with pytest.raises(ValueError, match=f"`{name}` is 500; accepted: 1 to the width of its SAE, {width}"):
+        dspa.Steering(sae_in, sae_out, cdmap, dspa.SteeringConfig(**{name: 500}))
+
+
+def test_map_of_other_saes(sae_in, sae_out, cdmap):
+    other = make_sae(L_OUT, 128, seed=77)
+    with pytest.raises(dspa.MapError, match=f"{other.fingerprint}.*{cdmap.meta.sae_out}"):
+        dspa.Steering(sae_in, other, cdmap)
+
+
+def test_width_of_another_model(gemma, sae_in):
+    narrow = make_sae(L_OUT, 64, d_in=D_IN // 2)
+    steering = dspa.Steering(sae_in, narrow, make_map(sae_in, narrow))
+    with pytest.raises(dspa.ModelError, match="`sae_out` reads 24 dimensions and the model's hidden size is 48"):
+        steering.attach(gemma)
+
+
+def test_layer_out_of_range(gemma, sae_in):
+    high = make_sae(9, 64)
+    steering = dspa.Steering(sae_in, high, make_map(sae_in, high))
+    with pytest.raises(dspa.ModelError, match="`sae_out` sits at layer 9; accepted: 0 to 3"):
+        steering.attach(gemma)
+
+
+def test_input_layer_not_below_output_layer(gemma, sae_out):
+    late = make_sae(3, 96, seed=4)
+    steering = dspa.Steering(late, sae_out, make_map(late, sae_out))
+    with pytest.raises(dspa.ModelError, match="layer 3 and the output SAE at layer 2"):
+        steering.attach(gemma)
+
+
+def test_sae_without_a_layer(gemma, sae_in):
+    nowhere = make_sae(None, 64)
+    with pytest.raises(dspa.ModelError, match="does not say its layer"):
+        dspa.Steering(sae_in, nowhere, make_map(sae_in, nowhere)).attach(gemma)
+
+
+def test_sae_of_another_model(sae_in):
+    model = make_model("gemma2")
+    model.config.name_or_path = "google/gemma-2-9b"
+    named = make_sae(L_OUT, 64, model_name="gemma-2-2b")
+    steering = dspa.Steering(sae_in, named, make_map(sae_in, named))
+    with pytest.raises(dspa.ModelError, match="made for 'gemma-2-2b' and the model is 'google/gemma-2-9b'"):
+        steering.attach(model)
+    with steering.attach(model, model_name="gemma-2-2b"):
+        model.generate(PROMPT, max_new_tokens=1)
+
+
+def test_names_of_the_same_model():
+    assert same_model("google/gemma-2-2b-it", "gemma-2-2b")
+    assert same_model("Qwen3-8B", "/models/qwen3-8b/")
+    assert not same_model("gemma-2-2b", "google/gemma-2-27b")
+
+
+def test_attach_twice(gemma, steering, sae_in, sae_out, cdmap):
+    steering.attach(gemma)
+    with pytest.raises(dspa.ModelError, match=r"attached to a Gemma2ForCausalLM already: detach\(\) it first"):
+        steering.attach(gemma)
+    with pytest.raises(dspa.ModelError, match="Layer 2 of this model is steered already"):
+        dspa.Steering(sae_in, sae_out, cdmap).attach(gemma)
+    steering.detach()
+    steering.detach()
+    with steering.attach(gemma):
+        gemma.generate(PROMPT, max_new_tokens=1)
+
+
+def test_unknown_architecture(steering):
+    class Odd(type(make_model("llama"))):
+        pass
+
+    model = make_model("llama")
+    model.__class__ = Odd
+    model.trunk = model.model
+    model.model = nn.Identity()
+    with pytest.raises(dspa.ModelError, match=r"layers='path.to.layers'.*'trunk.layers' \(4\)"):
+        decoder_layers(model)
+    assert len(decoder_layers(model, "trunk.layers")) == 4
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), "a model"], ids=["module", "text"])
+def test_not_a_language_model(steering, model):
+    with pytest.raises(dspa.ModelError, match="accepted: a transformers causal language model"):
+        steering.attach(model)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "prompt is empty"),
+        ({"input_ids": PROMPT, "attention_mask": torch.zeros_like(PROMPT)}, "Prompt 0 of the batch is empty"),
+        ({"input_ids": PROMPT, "attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])}, "padding_side = 'left'"),
+        ({"input_ids": torch.tensor([[0, 0, 5, 9]])}, "no attention_mask"),
+        ({"input_ids": torch.ones(1, 200, dtype=torch.long)}, "200 tokens and Gemma2ForCausalLM has 128 positions"),
+    ],
+    ids=["empty", "all padding", "right padding", "padding without a mask", "too long"],
+)
+def test_prompts(gemma, steering, inputs, message):
+    with steering.attach(gemma), pytest.raises(dspa.ModelError, match=message):
+        gemma.generate(**inputs, max_new_tokens=2)
+
+
+def test_calls_outside_of_generate(gemma, steering):
+    with steering.attach(gemma):
+        with pytest.raises(dspa.ModelError, match="responses\\(starts\\)"):
+            gemma(PROMPT)
+        with pytest.raises(dspa.ModelError, match="without a plan"):
+            gemma.model(PROMPT)
+    gemma(PROMPT)
+
+
+def test_hidden_states_that_are_not_finite(sae_in, sae_out, cdmap):
+    for layer, message in ((0, "prompt at layer 1 are NaN"), (L_OUT, "at layer 2 are NaN or infinite")):
+        model = make_model("gemma2")
+        model.model.layers[layer].mlp.down_proj.weight.data[0] = float("nan")
+        with dspa.Steering(sae_in, sae_out, cdmap).attach(model), pytest.raises(dspa.ModelError, match=message):
+            model.generate(PROMPT, max_new_tokens=2)
+
+
+def test_hooks_that_never_ran(steering):
+    """A forward pass compiled before attach() does not see the hooks: that is an error, not unsteered text."""
+    torch.compiler.reset()
+    model = make_model("llama")
+    model.forward = torch.compile(model.forward, backend="eager")
+    model(PROMPT)
+    stack = decoder_layers(model)
+    with steering.attach(model), pytest.raises(dspa.ModelError, match="did not run"):
+        stack[L_OUT]._forward_hooks.clear()  # as the stale graph would have it
+        model.generate(PROMPT, max_new_tokens=2)
+    torch.compiler.reset()
+
+
+def test_failed_generation_leaves_the_model_clean(gemma, steering):
+    before = set(gemma.__dict__)
+    with steering.attach(gemma), pytest.raises(ValueError, match="nonsense"):
+        gemma.generate(PROMPT, nonsense=1)
+    assert set(gemma.__dict__) == before
+
+
+def test_steering_cannot_change_dtype(steering):
+    with pytest.raises(TypeError, match=r"FrozenSAE.to\(dtype=...\)"):
+        steering.half()
+
+
+def test_model_that_moved(gemma, steering, monkeypatch):
+    with steering.attach(gemma):
+        gemma.generate(PROMPT, max_new_tokens=1)
+        monkeypatch.setattr(type(steering.sae_in), "device", property(lambda _: torch.device("cuda:1")))
+        with pytest.raises(dspa.ModelError, match="Layer 1 computes on cpu and `sae_in` is on cuda:1"):
+            gemma.generate(PROMPT, max_new_tokens=1)
+
+
+class TestResponses:
+    """Plain forward passes over given responses."""
+
+    SEQUENCE = torch.tensor([[1, 5, 9, 33, 20, 7, 44, 12, 31]])
+
+    def test_logits(self, model, sae_in, sae_out, cdmap, steering):
+        loop = Plain(model, decoder_layers(model), sae_in, sae_out, cdmap, steering.config)
+        with loop.steered(self.SEQUENCE[0, :5].tolist()), torch.no_grad():
+            wanted = model(self.SEQUENCE).logits
+        with steering.attach(model), steering.responses([5]), torch.no_grad():
+            got = model(self.SEQUENCE).logits
+        torch.testing.assert_close(got, wanted, atol=2e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padding(self, model, steering, side):
+        """A padded row gives what it gives alone."""
+        pad = torch.zeros(1, 3, dtype=torch.long)
+        parts = (pad, self.SEQUENCE) if side == "left" else (self.SEQUENCE, pad)
+        tokens = torch.cat(parts, dim=1)
+        mask = torch.cat([torch.ones_like(p) if p is self.SEQUENCE else p for p in parts], dim=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        start = 5 + (3 if side == "left" else 0)
+        with steering.attach(model), torch.no_grad():
+            with steering.responses([5]):
+                alone = model(self.SEQUENCE).logits
+            with steering.responses([start]):
+                padded = model(tokens, attention_mask=mask, position_ids=positions).logits
+        torch.testing.assert_close(padded[mask.bool()][None], alone, atol=2e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize("starts", [[0], [10], [5, 5], [[5]]])
+    def test_starts(self, gemma, steering, starts):
+        with (
+            steering.attach(gemma),
+            pytest.raises(dspa.ModelError, match="accepted: 1 columns, one a row, from 1 to 9"),
+        ):
+            with steering.responses(starts):
+                gemma(self.SEQUENCE)
+
+    def test_cache(self, gemma, steering):
+        cache = DynamicCache(config=gemma.config)
+        gemma(self.SEQUENCE, past_key_values=cache)
+        with steering.attach(gemma), steering.responses([5]):
+            with pytest.raises(dspa.ModelError, match="no cache"):
+                gemma(self.SEQUENCE, past_key_values=cache)
+            gemma(self.SEQUENCE)
+
+    def test_no_pass_at_all(self, gemma, steering):
+        with (
+            steering.attach(gemma),
+            pytest.raises(dspa.ModelError, match="did not run"),
+            steering.responses([5]),
+        ):
+            pass
+
+
+def test_trace(gemma, sae_in, sae_out, cdmap, tmp_path):
+    """The record tells each edited token and what became of its latents."""
+    config = dspa.SteeringConfig(alpha=0.5)
+    with dspa.Steering(sae_in, sae_out, cdmap, config, record=True).attach(gemma) as steering:
+        gemma.generate(PROMPT, max_new_tokens=4, do_sample=False)
+    edits = list(steering.trace)
+    assert edits and {edit.row for edit in edits} == {0} and {edit.call for edit in edits} == {0}
+    assert {edit.position for edit in edits} <= set(range(5, 9))
+    planned = set(steering.plan.latents(cdmap.columns)[0].tolist())
+    for edit in edits:
+        assert set(edit.latents) <= planned
+        for before, after in zip(edit.before, edit.after, strict=True):
+            assert after == pytest.approx(max(before - 0.5 * edit.maximum, 0), abs=1e-6)
+    steering.trace.save(tmp_path / "trace.jsonl")
+    assert len((tmp_path / "trace.jsonl").read_text().splitlines()) == len(edits)

@@ -1,0 +1,86 @@
+"""Inputs of the ops, in odd sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspa_kernels import MapWeights, SAEWeights, SteeringPlan
+from dspa_kernels.testing import random_map, random_plan, random_sae
+
+D_IN, D_SAE, D_SAE_IN, N_COLUMNS, N_SLOTS, N_PROMPTS = 19, 67, 31, 23, 6, 3
+# (residual, weights)
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float64, torch.float64),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float64),
+    (torch.float64, torch.float32),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of `steer`, by name."""
+
+    h: Tensor
+    sae: SAEWeights
+    cdmap: MapWeights
+    plan: SteeringPlan
+    rows: Tensor
+
+    def arguments(self, **others: Any) -> dict[str, Any]:
+        return vars(self) | others
+
+
+def integer_tensor(low: int, high: int, shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+
+
+def residual(n: int, dtype: torch.dtype, *, integers: bool = False, seed: int = 0) -> Tensor:
+    if integers:
+        return integer_tensor(-2, 3, (n, D_IN), seed).to(dtype)
+    g = torch.Generator().manual_seed(seed)
+    return (0.3 + torch.randn(n, D_IN, generator=g, dtype=torch.float64)).to(dtype)
+
+
+def make_case(
+    kind: str = "jumprelu",
+    dtypes: tuple[torch.dtype, torch.dtype] = DTYPES[0],
+    *,
+    n: int = 11,
+    n_columns: int = N_COLUMNS,
+    mode: str = "both",
+    normalize: str = "none",
+    integers: bool = False,
+    k: int | None = None,
+    seed: int = 0,
+) -> Case:
+    """Rows of three prompts and unsteered rows in turn; the last prompt steers nothing."""
+    h_dtype, W_dtype = dtypes
+    sae = random_sae(kind, D_IN, D_SAE, dtype=W_dtype, seed=seed, normalize=normalize, integers=integers, k=k)
+    plan = random_plan(N_PROMPTS, N_SLOTS, n_columns, mode=mode, seed=seed)
+    plan.slots[-1], plan.signs[-1] = -1, 0
+    return Case(
+        h=residual(n, h_dtype, integers=integers, seed=seed),
+        sae=sae,
+        cdmap=random_map(sae, D_SAE_IN, n_columns, seed),
+        plan=plan,
+        rows=(torch.arange(n) % (N_PROMPTS + 1) - 1).to(torch.int32),
+    )
+
+
+# Each is the same rows [N, d] in another layout.
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda h: h.T.contiguous().T,
+    "every second row": lambda h: h.repeat_interleave(2, dim=0)[::2],
+    "columns of a wider": lambda h: torch.cat([h, h, h], dim=1)[:, h.shape[1] : 2 * h.shape[1]],
+    "every second column": lambda h: h.repeat_interleave(2, dim=1)[:, 1::2],
+}

@@ -1,0 +1,123 @@
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dspa_kernels import BackendError, InputError, available_backends, backends, steer
+from dspa_kernels.backends import MODULES, OPS, choose
+
+from .cases import make_case
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def implement(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """As if `steer` had kernels for `names`, and nobody had set DSPA_BACKEND."""
+    monkeypatch.setattr(backends, "IMPLEMENTED", frozenset(("steer", name) for name in names))
+    monkeypatch.setattr(backends, "DEFAULT", "auto")
+
+
+def test_every_op_has_a_reference() -> None:
+    for op in OPS:
+        assert choose(op, CPU) == "reference" and callable(backends.implementation(op, "reference"))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_a_backend_asked_for_by_name_runs_or_says_why_not(op: str, name: str) -> None:
+    with pytest.raises(BackendError) as error:
+        choose(op, CPU, name)
+    message = str(error.value)
+    assert f"{name} cannot run {op}" in message and "on cpu" in message and "'reference'" in message
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_the_public_function_passes_the_reason_on(name: str) -> None:
+    with pytest.raises(BackendError, match=f"{name} cannot run steer: .*tensors are on cpu"):
+        steer(**make_case().arguments(backend=name))
+
+
+def test_an_unknown_name_is_an_input_error() -> None:
+    with pytest.raises(InputError, match=r"`backend` is 'tpu'; accepted: auto, cuda, triton, reference\."):
+        choose("steer", CPU, "tpu")
+
+
+@pytest.mark.parametrize(
+    ("implemented", "device", "chosen"),
+    [
+        (["cuda", "triton", "reference"], CUDA, "cuda"),
+        (["triton", "reference"], CUDA, "triton"),
+        (["reference"], CUDA, "reference"),
+        (["cuda", "triton", "reference"], CPU, "reference"),
+    ],
+)
+def test_auto_goes_cuda_triton_reference(
+    monkeypatch: pytest.MonkeyPatch, implemented: list[str], device: torch.device, chosen: str
+) -> None:
+    implement(monkeypatch, *implemented)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert choose("steer", device) == chosen
+    assert choose("steer", device, "reference") == "reference"
+
+
+def test_a_kernel_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    implement(monkeypatch, "reference")
+    with pytest.raises(BackendError, match="cuda cannot run steer: this version has no such kernel"):
+        choose("steer", CUDA, "cuda")
+
+
+def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    implement(monkeypatch, "triton", "reference")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert choose("steer", CUDA) == "reference"
+    with pytest.raises(BackendError, match="pip install triton"):
+        choose("steer", CUDA, "triton")
+
+
+def test_available_backends() -> None:
+    found = available_backends()
+    assert list(found) == list(MODULES)
+    assert found["reference"].available and found["reference"].ops == OPS
+    for status in found.values():
+        assert status.available == (not status.reason) and set(status.ops) <= set(OPS)
+    if not torch.cuda.is_available():
+        assert not found["cuda"].available and not found["triton"].available
+
+
+def test_available_backends_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    implement(monkeypatch, "triton", "reference")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = available_backends()
+    assert found["cuda"].reason == "this version has no cuda kernels" and found["cuda"].ops == ()
+    assert found["triton"].reason == "no CUDA device was found" and found["triton"].ops == ("steer",)
+
+
+def test_the_environment_variable_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "DEFAULT", "tpu")
+    with pytest.raises(InputError, match="`backend` is 'tpu'"):
+        choose("steer", CPU)
+
+
+SCRIPT = """
+import os, torch
+from dspa_kernels import BackendError, backends
+print(torch.cuda.is_initialized())
+os.environ["DSPA_BACKEND"] = "reference"  # too late: it is read once
+cpu = torch.device("cpu")
+print(backends.choose("steer", cpu, "reference"))
+try:
+    backends.choose("steer", cpu)
+except BackendError as error:
+    print(error)
+"""
+
+
+def test_environment_variable_replaces_auto_and_is_read_once() -> None:
+    environment = os.environ | {"DSPA_BACKEND": "triton"}
+    result = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)
+    touched_a_device, explicit, auto = result.stdout.splitlines()
+    assert (touched_a_device, explicit) == ("False", "reference")
+    assert auto.startswith("triton cannot run steer")

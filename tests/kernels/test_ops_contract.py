@@ -1,0 +1,179 @@
+"""What holds for every op: its contract with torch, inputs left alone, and no dense [N, d_sae]."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dspa_kernels import (
+    activation_counts,
+    lookup_and_steer,
+    map_lookup,
+    sparse_decode,
+    sparse_encode,
+    steer,
+)
+from dspa_kernels.backends import OPS, implementation
+from dspa_kernels.ops import common
+from dspa_kernels.testing import KINDS, run_on, same_bits, tensors
+
+from .cases import D_IN, D_SAE, D_SAE_IN, N_COLUMNS, N_PROMPTS, Case, integer_tensor, make_case
+
+Call = tuple[Callable[..., Any], dict[str, Any]]
+
+
+def calls(case: Case) -> dict[str, Call]:
+    """One call of every public op, by its name."""
+    counts = integer_tensor(0, 4, (N_PROMPTS, D_SAE_IN))
+    latents = sparse_encode(case.h, case.sae, capacity=D_SAE, backend="reference")
+    lookup = {"counts": counts, "k_prompt": 5, "k_diff": 3}
+    residual = case.arguments()
+    del residual["plan"]
+    found: dict[str, Call] = {
+        "activation_counts": (
+            activation_counts,
+            {"h": case.h, "sae": case.sae, "sequences": case.rows, "n_sequences": N_PROMPTS},
+        ),
+        "map_lookup": (map_lookup, {**lookup, "values": case.cdmap.values}),
+        "steer": (steer, case.arguments(record=True)),
+        "lookup_and_steer": (lookup_and_steer, {**lookup, **residual}),
+        "sparse_encode": (sparse_encode, {"h": case.h, "sae": case.sae, "capacity": D_SAE}),
+        "sparse_decode": (sparse_decode, {"latents": latents, "W_dec": case.sae.W_dec}),
+    }
+    assert tuple(found) == OPS
+    return found
+
+
+class Recorded(TorchDispatchMode):
+    """The call of a custom op of this package, and the largest tensor that any op made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.call: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "dspa":
+            self.call = (func, args, kwargs or {})
+        result = func(*args, **(kwargs or {}))
+        # A view of an input is no memory.
+        made = [each for each in tensors(result) if not each._is_view()]
+        self.largest = max([self.largest, *(each.numel() for each in made)])
+        return result
+
+
+def recorded(function: Callable[..., Any], **arguments: Any) -> Recorded:
+    with Recorded() as record:
+        function(**arguments)
+    return record
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "topk"])
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op: str, kind: str) -> None:
+    function, arguments = calls(make_case(kind))[op]
+    call = recorded(function, **arguments).call
+    assert call is not None
+    func, args, kwargs = call
+    assert func is getattr(torch.ops.dspa, op).default
+    torch.library.opcheck(func, args, kwargs)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiled_is_eager(op: str) -> None:
+    function, arguments = calls(make_case("topk", (torch.bfloat16, torch.bfloat16), integers=True))[op]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: function(**arguments), fullgraph=True)
+    for ours, eager in zip(tensors(compiled()), tensors(function(**arguments)), strict=True):
+        assert same_bits(ours, eager)
+
+
+def test_compiled_with_neighbours_and_other_numbers_of_rows() -> None:
+    torch._dynamo.reset()
+    case = make_case(integers=True)
+
+    def layer(h: Tensor, rows: Tensor) -> Tensor:
+        return 2 * steer(2 * h, case.sae, case.cdmap, case.plan, rows)
+
+    # Inductor would call a C++ compiler for the neighbours, for most of a minute.
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (11, 4, 7):
+        assert same_bits(compiled(case.h[:n], case.rows[:n]), layer(case.h[:n], case.rows[:n]))
+
+
+def differentiable() -> Case:
+    case = make_case()
+    case.h.requires_grad_()
+    case.sae.W_dec.requires_grad_()
+    return case
+
+
+@pytest.mark.parametrize("op", ["steer", "lookup_and_steer", "sparse_encode", "sparse_decode"])
+def test_backward_raises(op: str) -> None:
+    case = differentiable()
+    function, arguments = calls(case)[op]
+    for result in tensors(function(**arguments)):
+        if result.is_floating_point():
+            with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+                result.sum().backward()
+    assert case.h.grad is None and case.sae.W_dec.grad is None
+
+
+def test_backward_raises_beside_another_path_and_without_edits() -> None:
+    case = differentiable()
+    steered = steer(**case.arguments(rows=torch.full_like(case.rows, -1)))
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        (case.h + steered).sum().backward()
+
+
+def test_counts_have_no_gradient() -> None:
+    function, arguments = calls(differentiable())["activation_counts"]
+    assert not function(**arguments).requires_grad
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_runs_in_inference_mode(op: str) -> None:
+    function, arguments = calls(make_case(integers=True))[op]
+    expected = tensors(function(**arguments))
+    with torch.inference_mode():
+        results = tensors(function(**arguments))
+    assert all(same_bits(ours, other) for ours, other in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("op", OPS)
+def test_inputs_stay_and_outputs_are_new(backend: str, op: str, kind: str) -> None:
+    function, arguments = calls(make_case(kind))[op]
+    outputs = tensors(run_on(backend, function, **arguments))  # raises if an input changed
+    ours = {each.untyped_storage().data_ptr() for each in tensors(arguments)}
+    assert outputs and not ours & {each.untyped_storage().data_ptr() for each in outputs}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("op", ["activation_counts", "steer", "lookup_and_steer", "sparse_encode"])
+def test_no_dense_latents(monkeypatch: pytest.MonkeyPatch, op: str, kind: str) -> None:
+    """Blocks change no result, and nothing of the size [N, d_sae] is made."""
+    n = 150
+    case = make_case(kind, n=n, integers=True)
+    function, arguments = calls(replace(case, rows=case.rows.remainder(2)))[op]
+    if op == "sparse_encode":
+        arguments["capacity"] = 20
+    whole = tensors(function(**arguments, backend="reference"))
+    run = recorded(function, **arguments, backend="reference")
+    assert run.call is not None
+    names = [each.name for each in run.call[0]._schema.arguments]
+    inner = dict(zip(names, run.call[1], strict=False)) | run.call[2]
+    del inner["backend"]
+
+    monkeypatch.setattr(common, "MAX_ELEMENTS", 1000)
+    blocked = tensors(function(**arguments, backend="reference"))
+    assert all(same_bits(ours, other) for ours, other in zip(blocked, whole, strict=True))
+    # Rows of h, changes of the map's columns and sparse results may be held; pre-activations may not.
+    most = n * max(D_IN, N_COLUMNS, 20)
+    assert recorded(implementation(op, "reference"), **inner).largest <= most < n * D_SAE / 2
+    monkeypatch.setattr(common, "MAX_ELEMENTS", 1 << 24)
+    assert recorded(implementation(op, "reference"), **inner).largest > most, "the meter sees nothing"

@@ -1,0 +1,139 @@
+from dataclasses import FrozenInstanceError, fields
+from typing import Any
+
+import pytest
+import torch
+
+from dspa_kernels import InputError, MapWeights, SteeringPlan
+from dspa_kernels.testing import random_sae
+
+D_IN, D_SAE, C = 5, 12, 3
+SAE = random_sae("jumprelu", D_IN, D_SAE)
+COLUMNS, VALUES = torch.tensor([1, 4, 11]), torch.arange(12.0).reshape(4, C)
+CDMAP = MapWeights.gather(COLUMNS, VALUES, SAE)
+PLAN = SteeringPlan(
+    slots=torch.tensor([[2, -1], [0, 1]], dtype=torch.int32),
+    signs=torch.tensor([[1, 0], [-1, 1]], dtype=torch.int8),
+)
+
+
+def remade(weights: Any, change: dict[str, Any]) -> Any:
+    arguments = {each.name: getattr(weights, each.name) for each in fields(weights)}
+    return type(weights)(**(arguments | change))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_sae(dtype: torch.dtype) -> None:
+    sae = random_sae("topk", D_IN, D_SAE, dtype=dtype, k=4)
+    assert (sae.d_in, sae.d_sae, sae.k, sae.normalize) == (D_IN, D_SAE, 4, "none")
+    assert sae.W_enc.dtype == sae.W_dec.dtype == dtype
+    assert sae.b_enc.dtype == sae.threshold.dtype == torch.promote_types(dtype, torch.float32)
+    assert list(sae.encoder()) == ["W_enc", "b_enc", "threshold", "k", "normalize"]
+
+
+def test_gather_takes_the_rows_of_the_sae() -> None:
+    assert CDMAP.columns.tolist() == [1, 4, 11] and CDMAP.columns.dtype == torch.int32
+    assert torch.equal(CDMAP.values, VALUES) and CDMAP.values.dtype == torch.float32
+    for name in ("W_enc", "b_enc", "threshold", "W_dec"):
+        assert torch.equal(getattr(CDMAP, name), getattr(SAE, name)[COLUMNS])
+
+
+def test_gather_of_no_columns() -> None:
+    empty = MapWeights.gather(COLUMNS[:0], VALUES[:, :0], SAE)
+    assert empty.columns.shape == (0,) and empty.W_enc.shape == empty.W_dec.shape == (0, D_IN)
+
+
+def test_plan_names_latents() -> None:
+    latents = PLAN.latents(CDMAP.columns)
+    assert latents.tolist() == [[11, -1], [1, 4]] and latents.dtype == torch.int32
+    nothing = SteeringPlan(torch.full((2, 2), -1, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int8))
+    assert nothing.latents(CDMAP.columns[:0]).tolist() == [[-1, -1], [-1, -1]]
+
+
+@pytest.mark.parametrize("weights", [SAE, CDMAP, PLAN], ids=lambda weights: type(weights).__name__)
+def test_to_moves_every_tensor_and_nothing_changes(weights: Any) -> None:
+    moved = weights.to("meta")
+    for each in fields(weights):
+        before, after = getattr(weights, each.name), getattr(moved, each.name)
+        if isinstance(before, torch.Tensor):
+            assert after.device.type == "meta" and (after.shape, after.dtype) == (before.shape, before.dtype)
+        else:
+            assert before == after
+    with pytest.raises(FrozenInstanceError):
+        setattr(weights, fields(weights)[0].name, None)
+
+
+ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"b_enc": torch.zeros(99)}, ("`b_enc`", "[99]")),
+    ({"threshold": torch.zeros(1)}, ("`threshold`", "[1]")),
+    ({"W_dec": torch.zeros(99, D_IN)}, ("`W_dec`", "[99, 5]")),
+    ({"W_dec": torch.zeros(2, D_IN).T}, ("`W_dec`", "[5, 2]")),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        *ROWS,
+        ({"W_enc": torch.zeros(D_SAE)}, ("`W_enc`", "[12]", "[d_sae, d_in]")),
+        ({"W_enc": torch.zeros(D_SAE, D_IN, dtype=torch.int8)}, ("`W_enc`", "torch.int8", "torch.bfloat16")),
+        ({"W_enc": torch.zeros(D_IN, D_SAE).T}, ("`W_enc`", "not contiguous", "W_enc.contiguous()")),
+        ({"W_dec": torch.zeros(D_IN, D_SAE).T}, ("`W_dec`", "not contiguous", "W_dec.contiguous()")),
+        ({"W_dec": SAE.W_dec.bfloat16()}, ("`W_dec`", "torch.bfloat16", "torch.float32", "W_dec.to(")),
+        ({"b_enc": SAE.b_enc.bfloat16()}, ("`b_enc`", "torch.bfloat16", "torch.float32")),
+        ({"threshold": SAE.threshold.half()}, ("`threshold`", "torch.float16", "torch.float32")),
+        ({"b_enc": SAE.b_enc.to("meta")}, ("`b_enc`", "meta", "cpu", "`W_enc`")),
+        ({"threshold": SAE.threshold.to("meta")}, ("`threshold`", "meta", "cpu", "`W_enc`")),
+        ({"W_dec": SAE.W_dec.to("meta")}, ("`W_dec`", "meta", "cpu", "`W_enc`")),
+        ({"k": -1}, ("`k`", "-1", "d_sae = 12")),
+        ({"k": 13}, ("`k`", "13", "d_sae = 12")),
+        ({"normalize": "layernorm"}, ("`normalize`", "'layernorm'", "none, layer_norm, constant_norm_rescale")),
+    ],
+)
+def test_sae_errors(change: dict[str, Any], parts: tuple[str, ...]) -> None:
+    with pytest.raises(InputError) as error:
+        remade(SAE, change)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        *ROWS,
+        ({"columns": CDMAP.columns[None]}, ("`columns`", "[1, 3]", "[C]")),
+        ({"columns": CDMAP.columns.long()}, ("`columns`", "torch.int64", "torch.int32")),
+        ({"columns": CDMAP.columns.to("meta")}, ("`columns`", "meta", "cpu", "`W_enc`")),
+        ({"values": VALUES[:, 1:]}, ("`values`", "[4, 2]", "[d_sae_in, 3]")),
+        ({"values": VALUES.double()}, ("`values`", "torch.float64", "torch.float32")),
+        ({"values": VALUES.to("meta")}, ("`values`", "meta", "cpu", "`W_enc`")),
+        ({"W_enc": SAE.W_enc}, ("`W_enc`", "[12, 5]", "[3, d_in]")),
+        ({"W_enc": torch.zeros(D_IN, C).T}, ("`W_enc`", "not contiguous")),
+    ],
+)
+def test_map_errors(change: dict[str, Any], parts: tuple[str, ...]) -> None:
+    with pytest.raises(InputError) as error:
+        remade(CDMAP, change)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+@pytest.mark.parametrize("columns", [[4, 1, 11], [1, 1, 4], [-1, 4, 11], [1, 4, 12]], ids=str)
+def test_gather_refuses_columns(columns: list[int]) -> None:
+    with pytest.raises(InputError, match="strictly increasing") as error:
+        MapWeights.gather(torch.tensor(columns), VALUES, SAE)
+    assert str(columns) in str(error.value) and "d_sae = 12" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"slots": PLAN.slots[0]}, ("`slots`", "[2]", "[B, S]")),
+        ({"slots": PLAN.slots.long()}, ("`slots`", "torch.int64", "torch.int32")),
+        ({"signs": PLAN.signs[:1]}, ("`signs`", "[1, 2]", "[2, 2]")),
+        ({"signs": PLAN.signs.int()}, ("`signs`", "torch.int32", "torch.int8")),
+        ({"signs": PLAN.signs.to("meta")}, ("`signs`", "meta", "cpu", "`slots`")),
+    ],
+)
+def test_plan_errors(change: dict[str, Any], parts: tuple[str, ...]) -> None:
+    with pytest.raises(InputError) as error:
+        remade(PLAN, change)
+    assert all(part in str(error.value) for part in parts), error.value
