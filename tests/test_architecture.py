@@ -22,6 +22,7 @@ DSPA = (
     {"densities", "attach"},
     {"hooks", "preferences", "trace", "config"},
     {"saes"},
+    {"sae_weights"},
     {"sae_files"},
     {"errors", "version"},
 )

@@ -122,11 +122,13 @@ def map_build(
     from dspa.cdmap import build_map
     from dspa.preferences import load_triples
 
+    # All triples are checked before a model is loaded.
+    checked = list(islice(load_triples(triples), first))
     lm, tokenizer, read, edit = _load(model, (sae_in, layer_in), (sae_out, layer_out), device, dtype)
     cdmap = build_map(
         lm,
         tokenizer,
-        islice(load_triples(triples), first),
+        checked,
         read,
         edit,
         percentile=percentile,
@@ -342,7 +344,7 @@ def _tokens(tokenizer: Any, text: str, chat: bool) -> Any:
 def main() -> None:
     """Run the command line: an error is one message and exit code 2."""
     try:
-        app()
+        app(prog_name="dspa")
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         if "--debug" in sys.argv:
             raise

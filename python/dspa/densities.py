@@ -24,7 +24,7 @@ from dspa.hooks import (
     base_model,
     check_saes,
     decoder_layers,
-    input_device,
+    device_of,
     layer_of,
     read_layers,
 )
@@ -137,7 +137,7 @@ def collect(
     Args:
         model, tokenizer: the model that will be steered.
         triples: what `load_triples` takes. All are read and checked before the model runs.
-        sae_in, sae_out: on the devices of their layers.
+        sae_in, sae_out: the SAEs, copied to the devices of their layers where they are elsewhere.
         count_tokens: "all" tokens, as published, or "text": special tokens left out.
         max_length: tokens of prompt and response together; longer responses are cut at their end, and a prompt
             that leaves no room is refused. Default: the model's context.
@@ -156,8 +156,9 @@ def collect(
     inner = base_model(model)
     if inner.training:
         raise ModelError("The model is in training mode, where dropout changes what is counted: model.eval() first.")
-    n_layers = len(decoder_layers(inner, layers))
-    check_saes(sae_in, sae_out, inner, n_layers, model_name)
+    stack = decoder_layers(inner, layers)
+    check_saes(sae_in, sae_out, inner, len(stack), model_name)
+    sae_in, sae_out = (sae.to(device_of(stack[layer_of(sae)])) for sae in (sae_in, sae_out))
     context = int(inner.config.get_text_config().max_position_embeddings)
     limit = context if max_length is None else max_length
     if not 2 <= limit <= context:
@@ -251,7 +252,9 @@ def _count(
         prompt[2 * i, :start] = torch.where(_counted(item, "prompt", count_tokens), i, -1)
 
     l_in, l_out = layer_of(sae_in), layer_of(sae_out)
-    h = read_layers(model, [l_in, l_out], layers, input_ids=tokens.to(input_device(model)))
+    h = read_layers(
+        model, [l_in, l_out], layers, input_ids=tokens.to(device_of(base_model(model).get_input_embeddings()))
+    )
     at_prompt = _counts_at(h[l_in], sae_in, prompt, len(batch))
     at_response = _counts_at(h[l_out], sae_out, response, 2 * len(batch))
     lengths = [(row >= 0).sum().item() for row in (*prompt[::2], *response)]
@@ -276,10 +279,6 @@ def _counted(item: _Item, part: str, count_tokens: str) -> Tensor:
 
 
 def _counts_at(h: Tensor, sae: FrozenSAE, sequences: Tensor, n_sequences: int) -> Tensor:
-    if h.device != sae.device:
-        raise ModelError(
-            f"Layer {sae.layer} computes on {h.device} and its SAE is on {sae.device}: move the SAE there."
-        )
     sequences = sequences.to(h.device).flatten()
     h = h.flatten(0, 1)
     if not bool(h[sequences >= 0].isfinite().all()):

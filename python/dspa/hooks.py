@@ -50,12 +50,14 @@ def decoder_layers(model: nn.Module, path: str | None = None) -> nn.ModuleList:
     )
 
 
-def input_device(model: nn.Module) -> torch.device:
-    """Where `model` takes its input_ids."""
-    embedding = base_model(model).get_input_embeddings()
-    device: torch.device = embedding.weight.device
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module of a model computes."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
     # Offloaded weights are away until their module runs; accelerate knows where that will be.
-    return device if device.type != "meta" else torch.device(embedding._hf_hook.execution_device)
+    hooks = (getattr(each, "_hf_hook", None) for each in module.modules())
+    return torch.device(next(hook.execution_device for hook in hooks if hook is not None))
 
 
 def hidden_size(model: nn.Module) -> int:

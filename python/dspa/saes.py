@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dspa.sae_files import RECORD, SAEError, SourceSAE, read_sae, refuse, sae_lens_source, write_sae_lens
+from dspa.sae_weights import (
+    Content,
+    at_inference,
+    check_arguments,
+    check_values,
+    content,
+    digest,
+    fold,
+    full_dtype,
+    ungated,
+)
 from dspa_kernels import SAEWeights
 
-ARCHITECTURES = ("standard", "jumprelu", "topk")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Folded into the weights when SAELens ends a training; where it was not, SAELens' encode leaves it out.
-FOLDED_IN_TRAINING = ("expected_average_only_in", "covariance_whitening")
-# Rows that are held in a wider dtype at once.
-ROWS = 4096
-
-# Settings and tensors that a fingerprint is taken of.
-_Content: TypeAlias = tuple[tuple[object, ...], tuple[Tensor, ...]]
 
 
 class FrozenSAE:
@@ -74,8 +75,8 @@ class FrozenSAE:
         normalize_activations: str = "none",
         rescale_acts_by_decoder_norm: bool = False,
     ) -> None:
-        _check_arguments(arch, W_enc, threshold, k, layer)
-        full = _full(W_enc.dtype)
+        check_arguments(arch, W_enc, threshold, k, layer)
+        full = full_dtype(W_enc.dtype)
         threshold = torch.zeros_like(b_enc) if threshold is None else threshold
         weights = SAEWeights(
             W_enc=W_enc.detach().T.clone(memory_format=torch.contiguous_format),
@@ -83,20 +84,20 @@ class FrozenSAE:
             threshold=threshold.detach().to(full, copy=True),
             W_dec=W_dec.detach().clone(memory_format=torch.contiguous_format),
             k=k or 0,
-            normalize=_at_inference(normalize_activations),
+            normalize=at_inference(normalize_activations),
         )
         b_dec = W_enc.new_zeros(weights.d_in) if b_dec is None else b_dec.detach().clone()
-        _check_values(weights, b_dec)
+        check_values(weights, b_dec)
         folds = {
             "apply_b_dec_to_input": apply_b_dec_to_input,
             "rescale_acts_by_decoder_norm": rescale_acts_by_decoder_norm,
         }
         self.arch, self.layer, self.model_name = arch, layer, model_name
         self.folded = tuple(name for name, folded in folds.items() if folded)
-        self.weights = _fold(weights, b_dec, **folds)
+        self.weights = fold(weights, b_dec, **folds)
         self.b_dec = b_dec.to(weights.W_enc.dtype)
         self._fingerprint = ""
-        self._source: _Content | None = _content(arch, weights, b_dec, *folds.values())
+        self._source: Content | None = content(arch, weights, b_dec, *folds.values())
 
     @classmethod
     def load(
@@ -173,7 +174,7 @@ class FrozenSAE:
         try:
             sae = cls(
                 "jumprelu" if gated else source.arch,
-                **(_ungated(source.tensors) if gated else source.tensors),
+                **(ungated(source.tensors) if gated else source.tensors),
                 k=source.k,
                 layer=source.layer if layer is None else layer,
                 model_name=model_name or source.model_name,
@@ -222,7 +223,7 @@ class FrozenSAE:
             normalize_activations=self.weights.normalize,
             record={
                 "fingerprint": self.fingerprint,
-                "weights": _digest(_content(self.arch, self.weights, self.b_dec)),
+                "weights": digest(content(self.arch, self.weights, self.b_dec)),
                 "folded": self.folded,
             },
         )
@@ -243,7 +244,7 @@ class FrozenSAE:
             return self
         if dtype not in DTYPES:
             raise refuse("`dtype`", dtype, ", ".join(map(str, DTYPES)))
-        full = _full(dtype)
+        full = full_dtype(dtype)
         new = copy.copy(self)
         new._fingerprint, new._source = self.fingerprint, None
         new.b_dec = self.b_dec.to(device, dtype)
@@ -254,7 +255,7 @@ class FrozenSAE:
             threshold=self.threshold.to(device, full),
             W_dec=self.W_dec.to(device, dtype),
         )
-        _check_values(new.weights, new.b_dec)
+        check_values(new.weights, new.b_dec)
         return new
 
     def encode(self, h: Tensor) -> Tensor:
@@ -304,7 +305,7 @@ class FrozenSAE:
         or converted; computed when first asked for.
         """
         if self._source is not None:
-            self._fingerprint, self._source = _digest(self._source), None
+            self._fingerprint, self._source = digest(self._source), None
         return self._fingerprint
 
     @property
@@ -360,64 +361,6 @@ class FrozenSAE:
         )
 
 
-def _full(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _content(
-    arch: str, weights: SAEWeights, b_dec: Tensor, apply_b_dec: bool = False, rescale: bool = False
-) -> _Content:
-    settings = (arch, weights.k, weights.normalize, apply_b_dec, rescale)
-    return settings, (weights.W_enc, weights.b_enc, weights.threshold, weights.W_dec, b_dec)
-
-
-def _digest(content: _Content) -> str:
-    settings, tensors = content
-    sha = hashlib.sha256(repr((settings, [list(tensor.shape) for tensor in tensors])).encode())
-    for tensor in tensors:
-        for block in tensor.split(ROWS):
-            # By value, so that a bf16 tensor and its fp32 copy are the same.
-            sha.update(block.to("cpu", _full(block.dtype)).contiguous().numpy().tobytes())
-    return sha.hexdigest()[:16]
-
-
-def _fold(
-    weights: SAEWeights, b_dec: Tensor, apply_b_dec_to_input: bool, rescale_acts_by_decoder_norm: bool
-) -> SAEWeights:
-    """The same latents with neither setting, but for the scale of `W_dec`'s rows."""
-    W_enc, b_enc, W_dec = weights.W_enc, weights.b_enc.double(), weights.W_dec
-    if apply_b_dec_to_input:
-        b_enc = b_enc - torch.cat([rows.double() @ b_dec.double() for rows in W_enc.split(ROWS)])
-    if rescale_acts_by_decoder_norm:
-        norm = torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.float64)
-        W_enc, b_enc = _scaled(W_enc, norm), b_enc * norm
-        # A latent without a direction never fires: its encoder row and bias are zero now.
-        W_dec = _scaled(W_dec, torch.where(norm > 0, 1 / norm, 0))
-    return replace(weights, W_enc=W_enc, b_enc=b_enc.to(weights.b_enc.dtype), W_dec=W_dec)
-
-
-def _ungated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The jumprelu SAE that a gated one is: with `z = h W_enc`, the gate `z + b_gate > 0` is
-    `e^r_mag z + b_mag > b_mag - e^r_mag b_gate`, whose left side is the magnitude."""
-    W_enc, b_mag, b_gate, r_mag = (tensors[name] for name in ("W_enc", "b_mag", "b_gate", "r_mag"))
-    if W_enc.dim() != 2 or not b_mag.shape == b_gate.shape == r_mag.shape == W_enc.shape[1:]:
-        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        raise refuse("the gated SAE", f"of shapes {shapes}", "b_mag, b_gate, r_mag [d_sae], W_enc [d_in, d_sae]")
-    scale = r_mag.double().exp()
-    return {
-        "W_enc": _scaled(W_enc.T, scale).T,
-        "b_enc": b_mag,
-        "W_dec": tensors["W_dec"],
-        "b_dec": tensors["b_dec"],
-        "threshold": b_mag - scale * b_gate,
-    }
-
-
-def _scaled(rows: Tensor, factors: Tensor) -> Tensor:
-    pairs = zip(rows.split(ROWS), factors[:, None].split(ROWS), strict=True)
-    return torch.cat([(block.double() * factor).to(rows.dtype) for block, factor in pairs])
-
-
 def _normalise(h: Tensor, normalize: str) -> tuple[Tensor, Tensor, Tensor]:
     """`n(h)`, and the mean and scale `[..., 1]` that it took out of each row, as SAELens computes them."""
     if normalize == "layer_norm":
@@ -433,46 +376,6 @@ def _normalise(h: Tensor, normalize: str) -> tuple[Tensor, Tensor, Tensor]:
 def _top_k(pre: Tensor, k: int) -> Tensor:
     largest = pre.argsort(dim=-1, descending=True, stable=True)[..., :k]
     return torch.zeros_like(pre, dtype=torch.bool).scatter_(-1, largest, True)
-
-
-def _at_inference(normalize: str) -> str:
-    if normalize not in FOLDED_IN_TRAINING:
-        return normalize
-    warnings.warn(
-        f"normalize_activations={normalize!r} does nothing at inference, here as in SAELens: right only "
-        "if its scale was folded into these weights: check how well they reconstruct residuals of the model.",
-        stacklevel=3,
-    )
-    return "none"
-
-
-def _check_arguments(arch: str, W_enc: Tensor, threshold: Tensor | None, k: int | None, layer: int | None) -> None:
-    if arch not in ARCHITECTURES:
-        advice = "BatchTopK, Matryoshka and gated SAEs become jumprelu in FrozenSAE.load and from_sae_lens."
-        raise refuse("`arch`", repr(arch), ", ".join(ARCHITECTURES), advice)
-    if W_enc.dim() != 2:
-        raise refuse("`W_enc`", f"of shape {list(W_enc.shape)}", "shape [d_in, d_sae]")
-    if (threshold is None) == (arch == "jumprelu"):
-        got = "None" if threshold is None else "given"
-        raise refuse(f"`threshold` of a {arch} SAE", got, "a tensor [d_sae] for jumprelu, None for the others")
-    if (k is None) == (arch == "topk"):
-        raise refuse(f"`k` of a {arch} SAE", k, "a number of latents for topk, None for the others")
-    if k is not None and not (isinstance(k, int) and 1 <= k <= W_enc.shape[1]):
-        raise refuse("`k`", repr(k), f"1 to d_sae = {W_enc.shape[1]}")
-    if layer is not None and not (isinstance(layer, int) and layer >= 0):
-        raise refuse("`layer`", repr(layer), "the index of a decoder layer, from 0, or None")
-
-
-def _check_values(weights: SAEWeights, b_dec: Tensor) -> None:
-    if b_dec.shape != (weights.d_in,):
-        raise refuse("`b_dec`", f"of shape {list(b_dec.shape)}", f"shape [{weights.d_in}]")
-    # A threshold of +inf is a latent that never fires.
-    threshold = weights.threshold.nan_to_num(nan=torch.nan, posinf=0.0, neginf=-torch.inf)
-    tensors = {"W_enc": weights.W_enc, "b_enc": weights.b_enc, "W_dec": weights.W_dec}
-    for name, tensor in (tensors | {"b_dec": b_dec, "threshold": threshold}).items():
-        if bad := tensor.numel() - int(tensor.isfinite().sum()):
-            got = f"NaN or infinite in {bad} of {tensor.numel()} places ({tensor.dtype})"
-            raise refuse(f"`{name}`", got, "finite numbers, and +inf in `threshold`")
 
 
 def _check_width(name: str, x: Tensor, width: int) -> None:

@@ -14,7 +14,16 @@ from dspa.attach import Attachment, Prompts
 from dspa.cdmap import ConditionalDifferenceMap
 from dspa.config import SteeringConfig
 from dspa.errors import ModelError
-from dspa.hooks import READING, base_model, check_saes, decoder_layers, hidden, layer_of, read_layers
+from dspa.hooks import (
+    READING,
+    base_model,
+    check_saes,
+    decoder_layers,
+    device_of,
+    hidden,
+    layer_of,
+    read_layers,
+)
 from dspa.saes import FrozenSAE
 from dspa.trace import Trace
 from dspa_kernels import MapWeights, SteeringPlan, activation_counts, steer
@@ -36,7 +45,7 @@ class Steering(nn.Module):
     `record=True`, what was edited.
 
     Args:
-        sae_in, sae_out: the SAEs that the map was made with, on the devices of their layers.
+        sae_in, sae_out: the SAEs that the map was made with.
         cdmap: the conditional-difference map.
         config: how to steer.
         backend: "auto", "reference", "triton" or "cuda".
@@ -93,15 +102,18 @@ class Steering(nn.Module):
                 f"Steering cannot become {probe.dtype}: the dtype of an SAE's weights decides which latents are "
                 "active. Convert the SAEs, FrozenSAE.to(dtype=...), and make a new Steering."
             )
-        self.sae_in, self.sae_out = self.sae_in.to(probe.device), self.sae_out.to(probe.device)
-        self._weights = self._weights.to(probe.device)
+        self._place(probe.device, probe.device)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _place(self, device_in: torch.device, device_out: torch.device) -> None:
+        self.sae_in, self.sae_out = self.sae_in.to(device_in), self.sae_out.to(device_out)
+        self._weights, self._not_finite = self._weights.to(device_out), self._not_finite.to(device_out)
 
     # Attaching
 
     def attach(self, model: nn.Module, *, layers: str | None = None, model_name: str | None = None) -> Steering:
-        """Steer `model` until `detach()`, or until the end of a `with` block.
+        """Steer `model` until `detach()`, or until the end of a `with` block. The SAEs go where its layers are.
 
         Args:
             model: a transformers causal language model, or one in a PEFT wrapper. Compile it afterwards.
@@ -123,6 +135,7 @@ class Steering(nn.Module):
             raise ModelError(
                 f"Layer {self.sae_out.layer} of this model is steered already: detach() that Steering first."
             )
+        self._place(*(device_of(stack[layer_of(sae)]) for sae in (self.sae_in, self.sae_out)))
         # A graph compiled for an earlier Steering must not be found again, so the keywords are new each time.
         serial = next(self._serial)
         self._keys = {name: f"dspa_{serial}_{name}" for name in ("slots", "signs", "start", "rows")}

@@ -72,10 +72,10 @@ def recorded(function: Callable[..., Any], **arguments: Any) -> Recorded:
     return record
 
 
-@pytest.mark.parametrize("kind", ["jumprelu", "topk"])
+@pytest.mark.parametrize(("kind", "dtype"), [("jumprelu", torch.float32), ("topk", torch.bfloat16)])
 @pytest.mark.parametrize("op", OPS)
-def test_opcheck(op: str, kind: str) -> None:
-    function, arguments = calls(make_case(kind))[op]
+def test_opcheck(op: str, kind: str, dtype: torch.dtype) -> None:
+    function, arguments = calls(make_case(kind, (dtype, dtype)))[op]
     call = recorded(function, **arguments).call
     assert call is not None
     func, args, kwargs = call

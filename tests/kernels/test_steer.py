@@ -86,16 +86,18 @@ def test_accuracy(
         ([1, -1], 1, [5, 0]),
         ([-1, 1], 0, [1, 4]),
         ([0, -1], 0.5, [0, 2]),  # an empty place
+        ([-1, 0], 0.5, [0, 0]),
+        ([1, 0], 0.5, [3, 0]),
     ],
 )
 def test_worked_example(backend: str, signs: list[int], alpha: float, after: list[float]) -> None:
     arguments = small([(1, 0), (4, 0), (-9, 0)], signs)
     arguments["plan"].slots[0, torch.tensor(signs) == 0] = -1
     out, edits = run_on(backend, steer, **arguments, alpha=alpha, record=True)
-    assert edits.before.tolist() == [[1 if signs[0] else 0, 4]]
+    assert edits.before.tolist() == [[f if sign else 0 for f, sign in zip([1, 4], signs, strict=True)]]
     assert edits.after.tolist() == [after]
     assert edits.maximum.tolist() == [4]
-    assert out.tolist() == [[after[0] if signs[0] else 1, after[1], -9]]
+    assert out.tolist() == [[*(a if s else f for f, a, s in zip([1, 4], after, signs, strict=True)), -9]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -236,6 +238,30 @@ def test_a_row_does_not_depend_on_the_others(backend: str, kind: str) -> None:
     for n in range(len(case.h)):
         alone = replace(case, h=case.h[n : n + 1], rows=case.rows[n : n + 1])
         assert same_bits(run_on(backend, steer, **alone.arguments())[0], together[n])
+
+
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_a_selected_latent_may_round_differently_than_in_the_whole_encoder(backend: str, kind: str) -> None:
+    d_in, d_sae, n_columns = 257, 300, 7
+    sae = random_sae(kind, d_in, d_sae, k=1)
+    columns = torch.arange(n_columns)
+    # Each row lies along one selected latent, which is therefore its largest.
+    noise = torch.randn(70, d_in, generator=torch.Generator().manual_seed(0))
+    _, edits = run_on(
+        backend,
+        steer,
+        h=20 * sae.W_dec[columns].repeat(10, 1) + noise,
+        sae=sae,
+        cdmap=MapWeights.gather(columns, torch.zeros(1, n_columns), sae),
+        plan=SteeringPlan(columns.int()[None], -torch.ones(1, n_columns, dtype=torch.int8)),
+        rows=torch.zeros(70, dtype=torch.int32),
+        record=True,
+    )
+    largest, latent = edits.before.max(dim=1)
+    assert torch.equal(latent, columns.repeat(10))
+    assert (edits.maximum >= largest).all()
+    if kind == "topk":
+        assert ((edits.before > 0).sum(dim=1) == 1).all()
 
 
 def test_record_changes_nothing(backend: str) -> None:

@@ -14,26 +14,26 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFas
 from dspa.demo import world
 
 SEED = 20
-DRIFT = 0.1
+DRIFT = 0.12
 MODEL_NAME = "dspa-demo"
 
 LAYER_IN = 1
-LAYER_OUT = 3
-D_SAE = 512
+LAYER_OUT = 4
+D_SAE_IN = 512
+D_SAE_OUT = 256
 L0_IN = 12.0
-L0_OUT = 12.0
+L0_OUT = 8.0
 
-INITIAL_STD = 0.1
-LM_STEPS = 600
+LM_STEPS = 900
 LM_BATCH = 32
 LM_RATE = 3e-3
-SAE_STEPS = 3000
+SAE_STEPS = 1200
 SAE_BATCH = 1024
 SAE_RATE = 1e-3
-SAE_DOCUMENTS = 6000
+SAE_DOCUMENTS = 3000
 
 TRIPLES = 400
-HELD_OUT = 80
+HELD_OUT = 100
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -74,7 +74,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Gemma2ForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        initializer_range=INITIAL_STD,
         attn_implementation="eager",
     )
     return Gemma2ForCausalLM(config)
@@ -82,9 +81,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Gemma2ForCausalLM:
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, both [B, T], padded on the right; each text ends with `<eos>`."""
-    batch = tokenizer(
-        [f"{text} <eos>" for text in texts], padding=True, padding_side="right", return_tensors="pt"
-    )
+    batch = tokenizer([f"{text} <eos>" for text in texts], padding=True, padding_side="right", return_tensors="pt")
     return batch["input_ids"], batch["attention_mask"]
 
 
@@ -144,7 +141,7 @@ def shuffled_batches(rows: Tensor, generator: torch.Generator) -> Iterator[Tenso
             yield rows[order[start : start + SAE_BATCH]]
 
 
-def train_sae(rows: Tensor, layer: int, l0: float, out: Path) -> None:
+def train_sae(rows: Tensor, layer: int, d_sae: int, l0: float, out: Path) -> None:
     """A BatchTopK SAE on activations [tokens, d_in], saved as a JumpReLU SAE in a SAELens folder."""
     from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
@@ -158,7 +155,7 @@ def train_sae(rows: Tensor, layer: int, l0: float, out: Path) -> None:
     )
     config = BatchTopKTrainingSAEConfig(
         d_in=rows.shape[1],
-        d_sae=D_SAE,
+        d_sae=d_sae,
         k=l0,
         normalize_activations="expected_average_only_in",
         metadata=metadata,
@@ -182,9 +179,7 @@ def write_preferences(out: Path) -> None:
     triples = list(world.preferences(random.Random(SEED + 2), TRIPLES))
     seen = frozenset(triple["prompt"] for triple in triples)
     world.write_json_lines(out / "preferences.jsonl", iter(triples))
-    world.write_json_lines(
-        out / "heldout.jsonl", world.held_out(random.Random(SEED + 3), HELD_OUT, unlike=seen)
-    )
+    world.write_json_lines(out / "heldout.jsonl", world.held_out(random.Random(SEED + 3), HELD_OUT, unlike=seen))
 
 
 def train(out: Path, progress: bool = True) -> None:
@@ -199,6 +194,6 @@ def train(out: Path, progress: bool = True) -> None:
     tokenizer.save_pretrained(out / "model")
     model.float()
     rows = collect_activations(model, tokenizer, random.Random(SEED + 1), progress)
-    train_sae(rows[LAYER_IN], LAYER_IN, L0_IN, out / "sae_in")
-    train_sae(rows[LAYER_OUT], LAYER_OUT, L0_OUT, out / "sae_out")
+    train_sae(rows[LAYER_IN], LAYER_IN, D_SAE_IN, L0_IN, out / "sae_in")
+    train_sae(rows[LAYER_OUT], LAYER_OUT, D_SAE_OUT, L0_OUT, out / "sae_out")
     write_preferences(out)

@@ -151,10 +151,7 @@ PROMPT_END = "{closing}. answer:"
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
 
 STYLE_OF: dict[str, Style] = {
-    word: style
-    for pairs in PAIRS.values()
-    for pair in pairs
-    for word, style in zip(pair, STYLES, strict=True)
+    word: style for pairs in PAIRS.values() for pair in pairs for word, style in zip(pair, STYLES, strict=True)
 }
 
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -189,6 +186,7 @@ def preferred_style(register: Style) -> Style:
 
 
 def other_style(style: Style) -> Style:
+    """Formal for casual, casual for formal."""
     return "casual" if style == "formal" else "formal"
 
 
@@ -203,9 +201,7 @@ def sample_prompt(rng: random.Random, register: Style | None = None) -> Prompt:
     return Prompt(text, register, topic)
 
 
-def sample_response(
-    rng: random.Random, topic: str, style: Style, *, drift: float = 0.0, sentences: int = 3
-) -> str:
+def sample_response(rng: random.Random, topic: str, style: Style, *, drift: float = 0.0, sentences: int = 3) -> str:
     """An answer that begins in `style`; each styled word after the first changes sides with odds `drift`.
 
     It begins with a space, so that prompt + response is a text.

@@ -1,0 +1,125 @@
+"""What happens to an SAE's tensors once, when it is loaded: checks, folding, a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from dspa.sae_files import refuse
+from dspa_kernels import SAEWeights
+
+ARCHITECTURES = ("standard", "jumprelu", "topk")
+# Folded into the weights when SAELens ends a training; where it was not, SAELens' encode leaves it out.
+FOLDED_IN_TRAINING = ("expected_average_only_in", "covariance_whitening")
+# Rows that are held in a wider dtype at once.
+ROWS = 4096
+
+# Settings and tensors that a fingerprint is taken of.
+Content: TypeAlias = tuple[tuple[object, ...], tuple[Tensor, ...]]
+
+
+def full_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of thresholds and biases beside weights of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def content(arch: str, weights: SAEWeights, b_dec: Tensor, apply_b_dec: bool = False, rescale: bool = False) -> Content:
+    """What a fingerprint of these weights is taken of."""
+    settings = (arch, weights.k, weights.normalize, apply_b_dec, rescale)
+    return settings, (weights.W_enc, weights.b_enc, weights.threshold, weights.W_dec, b_dec)
+
+
+def digest(content: Content) -> str:
+    """A short fingerprint."""
+    settings, tensors = content
+    sha = hashlib.sha256(repr((settings, [list(tensor.shape) for tensor in tensors])).encode())
+    for tensor in tensors:
+        for block in tensor.split(ROWS):
+            # By value, so that a bf16 tensor and its fp32 copy are the same.
+            sha.update(block.to("cpu", full_dtype(block.dtype)).contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def fold(
+    weights: SAEWeights, b_dec: Tensor, apply_b_dec_to_input: bool, rescale_acts_by_decoder_norm: bool
+) -> SAEWeights:
+    """The same latents with neither setting, but for the scale of `W_dec`'s rows."""
+    W_enc, b_enc, W_dec = weights.W_enc, weights.b_enc.double(), weights.W_dec
+    if apply_b_dec_to_input:
+        b_enc = b_enc - torch.cat([rows.double() @ b_dec.double() for rows in W_enc.split(ROWS)])
+    if rescale_acts_by_decoder_norm:
+        norm = torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.float64)
+        W_enc, b_enc = _scaled(W_enc, norm), b_enc * norm
+        # A latent without a direction never fires: its encoder row and bias are zero now.
+        W_dec = _scaled(W_dec, torch.where(norm > 0, 1 / norm, 0))
+    return replace(weights, W_enc=W_enc, b_enc=b_enc.to(weights.b_enc.dtype), W_dec=W_dec)
+
+
+def ungated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The jumprelu SAE that a gated one is: with `z = h W_enc`, the gate `z + b_gate > 0` is
+    `e^r_mag z + b_mag > b_mag - e^r_mag b_gate`, whose left side is the magnitude."""
+    W_enc, b_mag, b_gate, r_mag = (tensors[name] for name in ("W_enc", "b_mag", "b_gate", "r_mag"))
+    if W_enc.dim() != 2 or not b_mag.shape == b_gate.shape == r_mag.shape == W_enc.shape[1:]:
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        raise refuse("the gated SAE", f"of shapes {shapes}", "b_mag, b_gate, r_mag [d_sae], W_enc [d_in, d_sae]")
+    scale = r_mag.double().exp()
+    return {
+        "W_enc": _scaled(W_enc.T, scale).T,
+        "b_enc": b_mag,
+        "W_dec": tensors["W_dec"],
+        "b_dec": tensors["b_dec"],
+        "threshold": b_mag - scale * b_gate,
+    }
+
+
+def _scaled(rows: Tensor, factors: Tensor) -> Tensor:
+    pairs = zip(rows.split(ROWS), factors[:, None].split(ROWS), strict=True)
+    return torch.cat([(block.double() * factor).to(rows.dtype) for block, factor in pairs])
+
+
+def at_inference(normalize: str) -> str:
+    """What a normalisation is at inference."""
+    if normalize not in FOLDED_IN_TRAINING:
+        return normalize
+    warnings.warn(
+        f"normalize_activations={normalize!r} does nothing at inference, here as in SAELens: right only "
+        "if its scale was folded into these weights: check how well they reconstruct residuals of the model.",
+        stacklevel=3,
+    )
+    return "none"
+
+
+def check_arguments(arch: str, W_enc: Tensor, threshold: Tensor | None, k: int | None, layer: int | None) -> None:
+    """Raise `SAEError` unless the arguments of a `FrozenSAE` go together."""
+    if arch not in ARCHITECTURES:
+        advice = "BatchTopK, Matryoshka and gated SAEs become jumprelu in FrozenSAE.load and from_sae_lens."
+        raise refuse("`arch`", repr(arch), ", ".join(ARCHITECTURES), advice)
+    if W_enc.dim() != 2:
+        raise refuse("`W_enc`", f"of shape {list(W_enc.shape)}", "shape [d_in, d_sae]")
+    if (threshold is None) == (arch == "jumprelu"):
+        got = "None" if threshold is None else "given"
+        raise refuse(f"`threshold` of a {arch} SAE", got, "a tensor [d_sae] for jumprelu, None for the others")
+    if (k is None) == (arch == "topk"):
+        raise refuse(f"`k` of a {arch} SAE", k, "a number of latents for topk, None for the others")
+    if k is not None and not (isinstance(k, int) and 1 <= k <= W_enc.shape[1]):
+        raise refuse("`k`", repr(k), f"1 to d_sae = {W_enc.shape[1]}")
+    if layer is not None and not (isinstance(layer, int) and layer >= 0):
+        raise refuse("`layer`", repr(layer), "the index of a decoder layer, from 0, or None")
+
+
+def check_values(weights: SAEWeights, b_dec: Tensor) -> None:
+    """Raise `SAEError` for a weight that is not finite."""
+    if b_dec.shape != (weights.d_in,):
+        raise refuse("`b_dec`", f"of shape {list(b_dec.shape)}", f"shape [{weights.d_in}]")
+    # A threshold of +inf is a latent that never fires.
+    threshold = weights.threshold.nan_to_num(nan=torch.nan, posinf=0.0, neginf=-torch.inf)
+    tensors = {"W_enc": weights.W_enc, "b_enc": weights.b_enc, "W_dec": weights.W_dec}
+    for name, tensor in (tensors | {"b_dec": b_dec, "threshold": threshold}).items():
+        if bad := tensor.numel() - int(tensor.isfinite().sum()):
+            got = f"NaN or infinite in {bad} of {tensor.numel()} places ({tensor.dtype})"
+            raise refuse(f"`{name}`", got, "finite numbers, and +inf in `threshold`")
