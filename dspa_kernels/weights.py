@@ -35,8 +35,8 @@ class SAEWeights:
     `n` is the normalisation of a row; the edit of a latent reaches the residual through `W_dec`, times the
     scale that `n` took out.
 
-    Shapes: W_enc, W_dec [d_sae, d_in] of one floating dtype; b_enc, threshold [d_sae], fp32 (fp64 for fp64
-    weights). Errors: `InputError` for any other shape, dtype, device, layout.
+    Shapes: W_enc, W_dec [d_sae, d_in] of one floating dtype; b_enc, threshold [d_sae], fp32 or
+    fp64. Errors: `InputError` for any other shape, dtype, device, layout.
     """
 
     W_enc: Tensor
@@ -79,8 +79,9 @@ class MapWeights:
     """The non-empty columns of a conditional-difference map, and compact copies of their latents.
 
     Everything that can be steered lies in these C latents of the output SAE, so that their rows fit in a
-    cache. Shapes: columns [C] int32, strictly increasing latents of the output SAE; values [d_sae_in, C]
-    fp32, `A[:, columns]`; W_enc, W_dec [C, d_in] and b_enc, threshold [C], rows `columns` of the output SAE.
+    cache. Shapes: columns [C] int32, latents of the output SAE, strictly increasing (`gather` checks it);
+    values [d_sae_in, C] fp32, `A[:, columns]`; W_enc, W_dec [C, d_in] and b_enc, threshold [C], rows
+    `columns` of the output SAE.
     """
 
     columns: Tensor
@@ -175,7 +176,7 @@ class Edits:
 class SparseLatents:
     """Active latents of N rows. indices [N, K] int32, increasing along a row, then -1; values [N, K], 0 where
     the index is -1; counts [N] int32, how many latents are active. A row with `counts > K` did not fit: all
-    its values are NaN, so that it cannot be taken for the whole."""
+    its values are NaN, so that it cannot be taken for the whole; so are those of a row that was not finite."""
 
     indices: Tensor
     values: Tensor

@@ -232,12 +232,9 @@ class TestResponses:
 
     @pytest.mark.parametrize("starts", [[0], [10], [5, 5], [[5]]])
     def test_starts(self, gemma, steering, starts):
-        with (
-            steering.attach(gemma),
-            pytest.raises(dspa.ModelError, match="accepted: 1 columns, one a row, from 1 to 9"),
-        ):
-            with steering.responses(starts):
-                gemma(self.SEQUENCE)
+        accepted = "accepted: 1 columns, one a row, from 1 to 9"
+        with steering.attach(gemma), pytest.raises(dspa.ModelError, match=accepted), steering.responses(starts):
+            gemma(self.SEQUENCE)
 
     def test_cache(self, gemma, steering):
         cache = DynamicCache(config=gemma.config)

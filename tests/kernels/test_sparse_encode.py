@@ -157,3 +157,15 @@ def test_input_errors(change: dict[str, Any], parts: tuple[str, ...]) -> None:
     with pytest.raises(InputError) as error:
         sparse_encode(**(VALID | change))
     assert all(part in str(error.value) for part in parts), error.value
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_rows_that_are_not_finite(backend, value):
+    """They cannot be taken for rows without active latents; their neighbours are as they were."""
+    sae = random_sae("jumprelu", 24, 50, dtype=torch.float32, seed=0)
+    h = torch.randn(3, 24, generator=torch.Generator().manual_seed(1))
+    whole = run_on(backend, sparse_encode, h, sae, capacity=50)
+    h[1, 5] = value
+    latents = run_on(backend, sparse_encode, h, sae, capacity=50)
+    assert latents.values[1].isnan().all()
+    assert torch.equal(latents.values[[0, 2]], whole.values[[0, 2]])

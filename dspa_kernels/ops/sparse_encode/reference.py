@@ -9,7 +9,8 @@ from dspa_kernels.ops.common import active_latents, compute_dtype, normalise, pr
 def sparse_encode(
     h: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int, normalize: str, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The active latents of each row, in order of their index; NaN values where they do not fit."""
+    """The active latents of each row, in order of their index; NaN values where they do not fit or
+    the row is not finite."""
     dtype = compute_dtype(h, W_enc)
     hn, _ = normalise(h, normalize, dtype)
     indices = torch.full((len(h), capacity), -1, dtype=torch.int32, device=h.device)
@@ -24,5 +25,5 @@ def sparse_encode(
         slot = place[row, latent]
         indices[rows][row, slot] = latent.to(torch.int32)
         values[rows][row, slot] = pre[row, latent]
-    values[counts > capacity] = float("nan")
+    values[(counts > capacity) | ~h.isfinite().all(dim=1)] = float("nan")
     return indices, values, counts

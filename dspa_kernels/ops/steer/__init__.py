@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dspa_kernels.backends import choose, define_op
-from dspa_kernels.checks import check_at_least, check_device, check_dtype, check_shape, refuse
+from dspa_kernels.checks import check_at_least, check_device, check_dtype, check_shape
 from dspa_kernels.ops.common import compute_dtype
 from dspa_kernels.weights import (
     COLUMNS,
@@ -107,8 +107,6 @@ def check_residual(h: Tensor, sae: SAEWeights, cdmap: MapWeights, rows: Tensor, 
     check_shape("rows", rows, (h.shape[0],))
     check_dtype("rows", rows, (torch.int32,))
     check_device("rows", rows, h, "h")
-    if alpha != alpha:
-        raise refuse("alpha", alpha, "a finite number >= 0")
     check_at_least("alpha", alpha, 0)
 
 
