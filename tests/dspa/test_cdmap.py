@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import random
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,6 @@ from .conftest import L_IN, L_OUT, VOCAB, make_map, make_sae
 D_IN, D_OUT = 14, 18
 # Lengths whose densities are exact in binary, and others.
 DYADIC, ODD = (1, 2, 4, 8), (1, 3, 5, 6, 7)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On small tensors, threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # Densities by hand, and the map of them in exact arithmetic

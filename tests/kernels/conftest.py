@@ -1,5 +1,3 @@
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -12,12 +10,3 @@ def backend(request: pytest.FixtureRequest) -> str:
     if request.param != "reference" and not torch.cuda.is_available():
         pytest.skip(f"{request.param} needs a CUDA device and torch.cuda.is_available() is False")
     return str(request.param)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The matrices are so small that more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -22,12 +22,12 @@ from dspa.baselines.static_sae import static_map
 from dspa.cdmap import ConditionalDifferenceMap, build_map
 from dspa.config import SteeringConfig
 from dspa.demo import world
+from dspa.demo.train import MODEL_NAME
 from dspa.preferences import load_triples
 from dspa.saes import FrozenSAE
 from dspa.steering import Steering
 
 ASSETS = Path(__file__).parent / "assets"
-MODEL_NAME = "dspa-demo"
 N_TRIPLES = 250
 N_NEW_TOKENS = 32
 SEEDS = (0, 1, 2)
@@ -79,20 +79,18 @@ class World:
 
     def __init__(self, assets: Path = ASSETS) -> None:
         self.triples = assets / "preferences.jsonl"
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(assets / "model")
-        self.model: Any = AutoModelForCausalLM.from_pretrained(assets / "model", dtype=torch.float32).eval()
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(assets / MODEL_NAME)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(assets / MODEL_NAME, dtype=torch.float32).eval()
         self.sae_in = FrozenSAE.load(assets / "sae_in", dtype=torch.float32)
         self.sae_out = FrozenSAE.load(assets / "sae_out", dtype=torch.float32)
         lines = (assets / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
         self.held_out: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        self.wanted: list[str] = [world.preferred_style(row["register"]) for row in self.held_out]
+        self.wanted = [world.preferred_style(row["register"]) for row in self.held_out]
 
     def build_map(self, *, progress: bool = True) -> ConditionalDifferenceMap:
         """The map of the first 250 triples."""
         triples = islice(load_triples(self.triples), N_TRIPLES)
-        return build_map(
-            self.model, self.tokenizer, triples, self.sae_in, self.sae_out, model_name=MODEL_NAME, progress=progress
-        )
+        return build_map(self.model, self.tokenizer, triples, self.sae_in, self.sae_out, progress=progress)
 
     def steering(self, method: Method, cdmap: ConditionalDifferenceMap, *, record: bool = False) -> Steering:
         """The method, ready to attach."""
@@ -141,7 +139,7 @@ def measure(demo: World, cdmap: ConditionalDifferenceMap, *, progress: bool = Tr
     outcomes = []
     with tqdm(total=len(METHODS) * len(SEEDS), unit="run", desc="generate", disable=not progress) as bar:
         for method in METHODS:
-            steering = demo.steering(method, cdmap).attach(demo.model, model_name=MODEL_NAME) if method.config else None
+            steering = demo.steering(method, cdmap).attach(demo.model) if method.config else None
             shares = []
             try:
                 for seed in SEEDS:
@@ -169,9 +167,7 @@ class Example:
 def examples(demo: World, cdmap: ConditionalDifferenceMap) -> list[Example]:
     """The first held-out prompts with the base model's answer and DSPA's, at the published settings."""
     base = demo.generate(SEEDS[0])
-    with demo.steering(Method("DSPA", PUBLISHED), cdmap, record=True).attach(
-        demo.model, model_name=MODEL_NAME
-    ) as steering:
+    with demo.steering(Method("DSPA", PUBLISHED), cdmap, record=True).attach(demo.model) as steering:
         steered = demo.generate(SEEDS[0])
     places = {(edit.row, edit.position + 1) for edit in steering.trace}
     shown = []

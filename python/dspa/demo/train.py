@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from dspa.demo import world
+from dspa.hooks import read_layers
 
 SEED = 20
 DRIFT = 0.12
@@ -59,7 +60,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Gemma2ForCausalLM:
-    """An untrained Gemma-2 of about 0.8 M parameters."""
+    """An untrained Gemma-2 of about 0.5 M parameters."""
     config = Gemma2Config(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -74,9 +75,11 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Gemma2ForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        attn_implementation="eager",
     )
-    return Gemma2ForCausalLM(config)
+    model = Gemma2ForCausalLM(config)
+    # PyTorch's own attention leaves out Gemma-2's soft-capping.
+    model.set_attn_implementation("eager")
+    return model
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -108,28 +111,17 @@ def train_language_model(
     model.eval()
 
 
-@torch.no_grad()
 def collect_activations(
     model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random, progress: bool
 ) -> dict[int, Tensor]:
     """Outputs of the two decoder layers over fresh documents, [tokens, d_in] by layer."""
     documents = world.corpus(rng, drift=DRIFT)
-    outputs: dict[int, Tensor] = {}
     kept: dict[int, list[Tensor]] = {LAYER_IN: [], LAYER_OUT: []}
-    # Hooks, because the last entry of `output_hidden_states` has gone through the final norm.
-    handles = [
-        model.model.layers[layer].register_forward_hook(
-            lambda _module, _inputs, output, layer=layer: outputs.update({layer: output})
-        )
-        for layer in kept
-    ]
     for _ in tqdm(range(SAE_DOCUMENTS // LM_BATCH), desc="activations", disable=not progress):
         ids, mask = encode(tokenizer, list(islice(documents, LM_BATCH)))
-        model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        read = read_layers(model, kept, input_ids=ids, attention_mask=mask)
         for layer, rows in kept.items():
-            rows.append(outputs[layer][mask.bool()])
-    for handle in handles:
-        handle.remove()
+            rows.append(read[layer][mask.bool()])
     return {layer: torch.cat(rows) for layer, rows in kept.items()}
 
 
@@ -183,15 +175,15 @@ def write_preferences(out: Path) -> None:
 
 
 def train(out: Path, progress: bool = True) -> None:
-    """Writes `model/`, `sae_in/`, `sae_out/`, `preferences.jsonl` and `heldout.jsonl` under `out`."""
+    """Writes `dspa-demo/` (the model and its tokenizer), `sae_in/`, `sae_out/`, `preferences.jsonl` and `heldout.jsonl` under `out`."""
     torch.manual_seed(SEED)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     train_language_model(model, tokenizer, random.Random(SEED), progress)
     # The SAEs see the model as it will be loaded: weights rounded to bf16, arithmetic in fp32.
-    model.to(torch.bfloat16).save_pretrained(out / "model")
-    tokenizer.save_pretrained(out / "model")
+    model.bfloat16().save_pretrained(out / MODEL_NAME)
+    tokenizer.save_pretrained(out / MODEL_NAME)
     model.float()
     rows = collect_activations(model, tokenizer, random.Random(SEED + 1), progress)
     train_sae(rows[LAYER_IN], LAYER_IN, D_SAE_IN, L0_IN, out / "sae_in")

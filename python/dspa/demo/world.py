@@ -192,13 +192,13 @@ def other_style(style: Style) -> Style:
 
 def sample_prompt(rng: random.Random, register: Style | None = None) -> Prompt:
     """A prompt of a given register, or of either with equal odds."""
-    register = register or rng.choice(STYLES)
+    own: Style = rng.choice(STYLES) if register is None else register
     topic = rng.choice(list(TOPICS))
     middles = [rng.choice(PROMPT_MIDDLES) for _ in range(rng.randint(1, 3))]
     shape = ". ".join([PROMPT_OPENING, *middles, PROMPT_END])
-    fillers = {**FILLERS[register], "noun": TOPICS[topic]}
+    fillers = {**FILLERS[own], "noun": TOPICS[topic]}
     text = _SLOT.sub(lambda slot: rng.choice(fillers[slot[1]]), shape)
-    return Prompt(text, register, topic)
+    return Prompt(text, own, topic)
 
 
 def sample_response(rng: random.Random, topic: str, style: Style, *, drift: float = 0.0, sentences: int = 3) -> str:
