@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -175,7 +176,10 @@ def write_preferences(out: Path) -> None:
 
 
 def train(out: Path, progress: bool = True) -> None:
-    """Writes `dspa-demo/` (the model and its tokenizer), `sae_in/`, `sae_out/`, `preferences.jsonl` and `heldout.jsonl` under `out`."""
+    """Write the model and its tokenizer (`dspa-demo/`), `sae_in/`, `sae_out/`, `preferences.jsonl` and
+    `heldout.jsonl` under `out`. Raises `RuntimeError` without sae-lens, whose trainer makes the SAEs."""
+    if find_spec("sae_lens") is None:
+        raise RuntimeError('Training the demo\'s SAEs needs sae-lens: pip install "dspa-kernels[saelens]".')
     torch.manual_seed(SEED)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
