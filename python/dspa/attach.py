@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,62 +62,66 @@ class Attachment:
     def __init__(self, model: CausalLM) -> None:
         self.model = model
         self.steerings: list[Steers] = []
+        self._undo = ExitStack()
 
     @classmethod
     def of(cls, model: CausalLM) -> Attachment:
-        """The attachment of `model`, made if it has none."""
+        """The attachment of `model`, a new one if it has none."""
         found = model.__dict__.get(ATTRIBUTE)
-        if found is None:
-            found = cls(model)
-            setattr(model, ATTRIBUTE, found)
-            found._wrap_generate()
-        assert isinstance(found, Attachment)
-        return found
+        return found if isinstance(found, Attachment) else cls(model)
 
     def add(self, steering: Steers) -> Callable[[], None]:
         """Carry the plans of `steering` from now on; returns what ends that."""
-        self.steerings.append(steering)
+        self._set([*self.steerings, steering])
+        return lambda: self._set([each for each in self.steerings if each is not steering])
 
-        def remove() -> None:
-            self.steerings.remove(steering)
-            if not self.steerings:
-                self._unwrap_generate()
-                delattr(self.model, ATTRIBUTE)
+    def __deepcopy__(self, _memo: object) -> Attachment:
+        raise ModelError("A steered model cannot be copied: its generate() would be the original's. detach() first.")
 
-        return remove
+    def _set(self, steerings: list[Steers]) -> None:
+        """Override the model's methods for these steerings, and for none leave it as it was."""
+        self._undo.close()
+        self.steerings = steerings
+        if not steerings:
+            return
+        self._undo.enter_context(accepting(self.model, self._keywords()))
+        self._undo.enter_context(overridden(self.model, "generate", self._generate(self.model.generate)))
+        setattr(self.model, ATTRIBUTE, self)
+        self._undo.callback(delattr, self.model, ATTRIBUTE)
 
-    def _wrap_generate(self) -> None:
-        self._before = self.model.__dict__.get("generate")
-        original = self.model.generate
+    def _keywords(self) -> list[str]:
+        return [name for steering in self.steerings for name in steering.keywords]
 
+    def _generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-            names = [name for steering in self.steerings for name in steering.keywords]
+            names = self._keywords()
             if any(name in kwargs for name in names):  # a call that `generate()` makes of itself
                 return original(inputs, *args, **kwargs)
             prompts = generate_prompts(self.model, inputs, kwargs)
             plans = {name: row for each in self.steerings for name, row in each.begin(prompts).items()}
-            with ExitStack() as stack:
-                for model in (self.model, kwargs.get("assistant_model")):
-                    if model is not None:
-                        stack.enter_context(accepting(model, names))
+            assistant = kwargs.get("assistant_model")
+            with accepting(assistant, names) if assistant is not None else nullcontext():
                 result = original(inputs, *args, **kwargs, **plans)
             for steering in self.steerings:
                 steering.finish()
             return result
 
-        self.model.generate = generate
-
-    def _unwrap_generate(self) -> None:
-        restore(self.model, "generate", self._before)
+        return generate
 
 
-def restore(model: CausalLM, name: str, before: Any) -> None:
-    """Undo an override of the method `name` on the instance; `before` was its own override, or None."""
-    if before is None:
-        delattr(model, name)
-    else:
-        setattr(model, name, before)
+@contextmanager
+def overridden(model: CausalLM, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Give the instance a method of its own, and take it back."""
+    before = model.__dict__.get(name)
+    setattr(model, name, method)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(model, name)
+        else:
+            setattr(model, name, before)
 
 
 @contextmanager
@@ -127,7 +131,6 @@ def accepting(model: CausalLM, names: Iterable[str]) -> Iterator[None]:
     `generate()` asks the signature of `prepare_inputs_for_generation` which keywords a model knows, and
     refuses the rest.
     """
-    before = model.__dict__.get("prepare_inputs_for_generation")
     original = model.prepare_inputs_for_generation
 
     @functools.wraps(original)
@@ -139,11 +142,8 @@ def accepting(model: CausalLM, names: Iterable[str]) -> Iterator[None]:
     # A keyword-only parameter stands before **kwargs, which is last.
     *known, rest = signature.parameters.values()
     prepare.__signature__ = signature.replace(parameters=[*known, *extra, rest])  # type: ignore[attr-defined]
-    model.prepare_inputs_for_generation = prepare
-    try:
+    with overridden(model, "prepare_inputs_for_generation", prepare):
         yield
-    finally:
-        restore(model, "prepare_inputs_for_generation", before)
 
 
 def generate_prompts(model: CausalLM, inputs: Tensor | None, kwargs: dict[str, Any]) -> Prompts:

@@ -96,14 +96,23 @@ def read_layers(
     inner, wanted = base_model(model), sorted(set(indices))
     stack, read = decoder_layers(model, layers), {}
 
-    def keep(index: int, _module: nn.Module, _args: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+    # Another thread may be in the same layers: only this pass carries this mark.
+    mark = object()
+
+    def keep(
+        index: int, _module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Tensor | tuple[Tensor, ...]
+    ) -> None:
+        if kwargs.get(READING) is not mark:
+            return
         read[index] = hidden(output)
         if index == wanted[-1]:
             raise _Stop
 
-    handles = [stack[i].register_forward_hook(functools.partial(keep, i), prepend=True) for i in wanted]
+    handles = [
+        stack[i].register_forward_hook(functools.partial(keep, i), prepend=True, with_kwargs=True) for i in wanted
+    ]
     try:
-        inner.base_model(**inputs, use_cache=False, **{READING: True})
+        inner.base_model(**inputs, use_cache=False, **{READING: mark})
     except _Stop:
         return read
     finally:

@@ -139,7 +139,7 @@ class Steering(nn.Module):
         # A graph compiled for an earlier Steering must not be found again, so the keywords are new each time.
         serial = next(self._serial)
         self._keys = {name: f"dspa_{serial}_{name}" for name in ("slots", "signs", "start", "rows")}
-        self._attachment, self._layers = attachment, layers
+        self._attachment, self._layers, self._ran = attachment, layers, False
         edit = stack[layer_of(self.sae_out)].register_forward_hook(self._edit, prepend=True, with_kwargs=True)
         plan = inner.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
         self._undo = [edit.remove, plan.remove, attachment.add(self)]
@@ -165,7 +165,6 @@ class Steering(nn.Module):
         an attention_mask where they are padded, and no cache.
         """
         self._starts = torch.as_tensor(starts)
-        self._ran = False
         try:
             yield
             self.finish()
@@ -181,7 +180,6 @@ class Steering(nn.Module):
 
     def begin(self, prompts: Prompts) -> dict[str, Tensor]:
         """Choose each prompt's latents; the plan as keyword tensors of one row a prompt."""
-        self._ran = False
         plan = self._choose(prompts)
         last = prompts.last_position
         start = {"response": last, "generated": last + 1, "all": torch.zeros_like(last)}[self.config.positions]
@@ -270,7 +268,6 @@ class Steering(nn.Module):
             raise ModelError("A row has no prompt token before its response. Steering selects from a prompt.")
         length = int(start.max())
         positions = column[None].expand(shape) if positions is None else positions.expand(shape)
-        self._ran = False
         plan = self._choose(Prompts({name: whole[:, :length]}, in_prompt[:, :length], positions[:, :length]))
         first = {"response": start - 1, "generated": start, "all": torch.zeros_like(start)}[self.config.positions]
         row = torch.arange(shape[0], device=device, dtype=torch.int32)[:, None]
@@ -294,7 +291,7 @@ class Steering(nn.Module):
         self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Tensor | tuple[Any, ...] | None:
         """Steps 4 and 5 at the output of layer `l_out`."""
-        if kwargs.get(READING):
+        if kwargs.get(READING) is not None:
             return None
         if self._keys["slots"] not in kwargs:
             raise ModelError(

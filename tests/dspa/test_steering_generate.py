@@ -239,6 +239,23 @@ def test_streamer_in_a_thread(model, steering, expected):
     assert [token for piece in pieces[1:] for token in piece] == expected[0]
 
 
+def test_threads(model, steering, expected):
+    """Threads that generate at the same time each carry their own plans."""
+    answers: dict[int, list[list[int]]] = {}
+
+    def answer(n: int) -> None:
+        output = model.generate(torch.tensor([PROMPTS[n]]), max_new_tokens=N_NEW, do_sample=False)
+        answers[n] = new_tokens(output)
+
+    with steering.attach(model):
+        threads = [threading.Thread(target=answer, args=(n,)) for n in range(len(PROMPTS))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [answers[n][0] for n in range(len(PROMPTS))] == expected
+
+
 def test_peft(model, steering, expected):
     peft = pytest.importorskip("peft")
     model = make_model("qwen3" if "Qwen3" in type(model).__name__ else "gemma2")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -182,10 +184,32 @@ def test_hooks_that_never_ran(steering):
 
 
 def test_failed_generation_leaves_the_model_clean(gemma, steering):
-    before = set(gemma.__dict__)
+    before = dict(gemma.__dict__)
     with steering.attach(gemma), pytest.raises(ValueError, match="nonsense"):
         gemma.generate(PROMPT, nonsense=1)
-    assert set(gemma.__dict__) == before
+    assert gemma.__dict__ == before
+
+
+def test_a_copy_of_a_steered_model(gemma, steering):
+    with steering.attach(gemma), pytest.raises(dspa.ModelError, match="cannot be copied"):
+        copy.deepcopy(gemma)
+    copy.deepcopy(gemma)
+
+
+def test_inference_mode(gemma, steering):
+    wanted = gemma.generate(PROMPT, max_new_tokens=3, do_sample=False)
+    with torch.inference_mode():
+        with steering.attach(gemma), steering.responses([3]):
+            gemma(PROMPT)
+        assert torch.equal(gemma.generate(PROMPT, max_new_tokens=3, do_sample=False), wanted)
+
+
+def test_no_gradient_through_an_edit(gemma, steering):
+    """A wrong gradient is never given: backward raises."""
+    with steering.attach(gemma), steering.responses([3]):
+        loss = gemma(PROMPT).logits.sum()
+    with pytest.raises(RuntimeError, match="through dspa.steer"):
+        loss.backward()
 
 
 def test_steering_cannot_change_dtype(steering):
