@@ -71,9 +71,8 @@ def choose(op: str, device: torch.device, requested: str = "auto") -> str:
     candidates = MODULES if requested == "auto" else (requested,)
     reasons = []
     for backend in candidates:
-        reason = _obstacle(backend, device)
-        if not reason and (op, backend) not in IMPLEMENTED:
-            reason = "this version has no such kernel"
+        missing = (op, backend) not in IMPLEMENTED
+        reason = "this version has no such kernel" if missing else _obstacle(backend, device)
         if not reason:
             return backend
         reasons.append(f"{backend} cannot run {op}: {reason}")

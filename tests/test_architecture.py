@@ -99,13 +99,17 @@ def test_triton_and_sae_lens_stay_inside():
 # transformers itself imports Triton where it is installed.
 @pytest.mark.parametrize(
     ("package", "unwanted"),
-    [("dspa", ["sae_lens", "trl", "peft", "datasets"]), ("dspa_kernels", ["transformers", "triton"])],
+    [
+        ("dspa.cli", ["torch", "transformers"]),
+        ("dspa.steering, dspa.cdmap, dspa.preferences", ["sae_lens", "trl", "peft", "datasets"]),
+        ("dspa_kernels", ["transformers", "triton"]),
+    ],
 )
 def test_import_is_light(package: str, unwanted: list[str]):
     """Importing touches no device and none of the optional packages."""
     code = (
-        f"import sys, torch, {package}; assert not torch.cuda.is_initialized(); "
-        f"print([m for m in {unwanted} if m in sys.modules])"
+        f"import sys, {package}; print([m for m in {unwanted} if m in sys.modules]); "
+        "import torch; assert not torch.cuda.is_initialized()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout.strip() == "[]"

@@ -1,12 +1,35 @@
 """Steer language models with sparse autoencoders: DSPA at inference time, without changing a weight."""
 
-from dspa.cdmap import ConditionalDifferenceMap, build_map
-from dspa.config import SteeringConfig
-from dspa.errors import MapError, ModelError
-from dspa.preferences import PreferenceError, Triple, load_triples
-from dspa.saes import FrozenSAE
-from dspa.steering import Steering
-from dspa.version import __version__
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dspa.cdmap import ConditionalDifferenceMap, build_map
+    from dspa.config import SteeringConfig
+    from dspa.errors import MapError, ModelError
+    from dspa.preferences import PreferenceError, Triple, load_triples
+    from dspa.sae_files import SAEError
+    from dspa.saes import FrozenSAE
+    from dspa.steering import Steering, detach
+    from dspa.version import __version__
+
+# Where each public name lives. It is imported when it is first asked for, because torch and transformers take
+# seconds, for which `dspa --help` should not wait.
+HOMES = {
+    "ConditionalDifferenceMap": "cdmap",
+    "build_map": "cdmap",
+    "SteeringConfig": "config",
+    "MapError": "errors",
+    "ModelError": "errors",
+    "PreferenceError": "preferences",
+    "Triple": "preferences",
+    "load_triples": "preferences",
+    "SAEError": "sae_files",
+    "FrozenSAE": "saes",
+    "Steering": "steering",
+    "detach": "steering",
+    "__version__": "version",
+}
 
 __all__ = [
     "ConditionalDifferenceMap",
@@ -14,10 +37,22 @@ __all__ = [
     "MapError",
     "ModelError",
     "PreferenceError",
+    "SAEError",
     "Steering",
     "SteeringConfig",
     "Triple",
     "__version__",
     "build_map",
+    "detach",
     "load_triples",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'dspa' has no attribute {name!r}")
+    return getattr(import_module(f"dspa.{HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -22,6 +22,8 @@ from dspa.errors import ModelError
 from dspa.hooks import CausalLM, check_context
 
 ATTRIBUTE = "_dspa_attachment"
+# Tensors of a call of generate() that this package understands; token types are all alike in text.
+PROMPT_TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,11 @@ class Steers(Protocol):
     def begin(self, prompts: Prompts) -> dict[str, Tensor]:
         """The keyword tensors, one row a prompt."""
 
-    def finish(self) -> None:
-        """Raise if the call that `begin` began did not steer as it should."""
+    def progress(self) -> tuple[int, int]:
+        """Passes steered so far, and of those the ones with hidden states that were not finite."""
+
+    def finish(self, before: tuple[int, int]) -> None:
+        """Raise if the call that began at `before` was not steered as it should be."""
 
 
 class Attachment:
@@ -98,13 +103,16 @@ class Attachment:
             names = self._keywords()
             if any(name in kwargs for name in names):  # a call that `generate()` makes of itself
                 return original(inputs, *args, **kwargs)
-            prompts = generate_prompts(self.model, inputs, kwargs)
-            plans = {name: row for each in self.steerings for name, row in each.begin(prompts).items()}
+            prompts = generate_prompts(self.model, inputs, args, kwargs)
+            began = [(steering, steering.progress()) for steering in self.steerings]
+            plans = {name: row for steering, _ in began for name, row in steering.begin(prompts).items()}
             assistant = kwargs.get("assistant_model")
             with accepting(assistant, names) if assistant is not None else nullcontext():
                 result = original(inputs, *args, **kwargs, **plans)
-            for steering in self.steerings:
-                steering.finish()
+            for steering, before in began:
+                if steering not in self.steerings:
+                    raise ModelError("A Steering was detached while generate() ran: the end of its text is unsteered.")
+                steering.finish(before)
             return result
 
         return generate
@@ -146,8 +154,14 @@ def accepting(model: CausalLM, names: Iterable[str]) -> Iterator[None]:
         yield
 
 
-def generate_prompts(model: CausalLM, inputs: Tensor | None, kwargs: dict[str, Any]) -> Prompts:
-    """The prompts of a call of `generate(inputs, **kwargs)`, refused where they cannot be read for certain."""
+def generate_prompts(model: CausalLM, inputs: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompts:
+    """The prompts of `generate(inputs, *args, **kwargs)`, refused where they cannot be read for certain."""
+    foreign = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in PROMPT_TENSORS]
+    if foreign:
+        raise ModelError(
+            f"generate() got {', '.join(foreign)}. Steering selects from the text of a prompt; accepted tensors: "
+            f"{', '.join(PROMPT_TENSORS)}."
+        )
     tokens = inputs if inputs is not None else kwargs.get("input_ids")
     name, whole = "input_ids", tokens
     if kwargs.get("inputs_embeds") is not None:
@@ -157,7 +171,7 @@ def generate_prompts(model: CausalLM, inputs: Tensor | None, kwargs: dict[str, A
         raise ModelError(f"The prompt is empty ({name}: {shape}). Steering selects from a prompt: pass one.")
     mask = kwargs.get("attention_mask")
     if mask is None:
-        _check_unpadded(model, tokens)
+        _check_unpadded(tokens, [kwargs, kwargs.get("generation_config"), *args[:1], model.generation_config])
         mask = torch.ones(whole.shape[:2], dtype=torch.bool)
     mask = mask.to(whole.device).bool()
     _check_prompt(model, whole.shape[1], mask, kwargs.get("past_key_values"))
@@ -167,12 +181,18 @@ def generate_prompts(model: CausalLM, inputs: Tensor | None, kwargs: dict[str, A
     return Prompts(inputs={name: whole}, mask=mask, positions=positions.to(whole.device))
 
 
-def _check_unpadded(model: CausalLM, tokens: Tensor | None) -> None:
-    pad = model.generation_config.pad_token_id if model.generation_config else None
-    if tokens is not None and pad is not None and bool((tokens[:, (0, -1)] == pad).any()):
+def _check_unpadded(tokens: Tensor | None, settings: list[Any]) -> None:
+    """Raise if generate() would take tokens for padding; the first of `settings` that names one decides."""
+    for each in settings:
+        pad = each.get("pad_token_id") if isinstance(each, dict) else getattr(each, "pad_token_id", None)
+        if pad is not None:
+            break
+    else:
+        return
+    if tokens is not None and bool((tokens == int(pad)).any()):
         raise ModelError(
-            "A prompt begins or ends with the padding token and there is no attention_mask, so it cannot be told "
-            "where the prompt is. Pass it: generate(**tokenizer(prompts, padding=True, return_tensors='pt'))."
+            "A prompt holds the padding token and there is no attention_mask, so it cannot be told where the prompt "
+            "is. Pass it: generate(**tokenizer(prompts, padding=True, return_tensors='pt'))."
         )
 
 

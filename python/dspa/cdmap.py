@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -45,7 +46,7 @@ class MapMeta:
     n_triples: int
     n_cut: int
     count_tokens: str
-    max_length: int
+    max_length: int | None
     percentile: float
     gate_rule: str
     k_diff: int
@@ -117,9 +118,11 @@ class ConditionalDifferenceMap:
             ("sae_out", sae_out, self.meta.sae_out, self.meta.layer_out),
         ):
             if sae.fingerprint != fingerprint:
+                swapped = sae.fingerprint in (self.meta.sae_in, self.meta.sae_out)
+                hint = "Are the two SAEs swapped? " if swapped else ""
                 raise MapError(
                     f"`{name}` has fingerprint {sae.fingerprint} and the map was made with {fingerprint} (layer "
-                    f"{layer}). Load the SAE that the map was made with, or make a map with this one."
+                    f"{layer}). {hint}Load the SAE that the map was made with, or make a map with this one."
                 )
             if sae.layer != layer:
                 raise MapError(f"`{name}` sits at layer {sae.layer} and the map was made at layer {layer}.")
@@ -132,7 +135,7 @@ class ConditionalDifferenceMap:
         score[..., self.columns.long()] = gates.to(self.values) @ self.values
         return score
 
-    def select(self, counts: Tensor, config: SteeringConfig) -> SteeringPlan:
+    def select(self, counts: Tensor, config: SteeringConfig, *, backend: str = "auto") -> SteeringPlan:
         """What prompts with these activation counts [B, d_sae_in] int32 steer (DSPA online, steps 1 to 3)."""
         counts = counts.to(self.values.device)
         if config.scoring != "demixed":
@@ -141,7 +144,8 @@ class ConditionalDifferenceMap:
             # Each prompt looks up the one row that holds its own score.
             values, k_prompt = self._demixed(counts, config), 1
             counts = torch.eye(len(counts), dtype=torch.int32, device=counts.device)
-        return map_lookup(counts, values, k_prompt=k_prompt, k_diff=config.k_diff, mode=config.mode)
+        sizes = {"k_prompt": k_prompt, "k_diff": config.k_diff}
+        return map_lookup(counts, values, **sizes, mode=config.mode, backend=backend)
 
     def scored(self, config: SteeringConfig) -> Tensor:
         """The values [d_sae_in, C] that `config.scoring` sums, for a scoring that is a sum of rows."""
@@ -187,8 +191,10 @@ class ConditionalDifferenceMap:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, with the metadata in its header."""
+        if not Path(path).parent.is_dir() or Path(path).is_dir():
+            raise MapError(f"The map cannot be written to {path}; accepted: a file in a folder that exists.")
         tensors = {name: getattr(self, name).cpu().contiguous() for name in TENSORS}
-        header = json.dumps({"format": FORMAT, "meta": asdict(self.meta)})
+        header = json.dumps({"format": FORMAT, "sha256": _digest(tensors), "meta": asdict(self.meta)})
         # Of several entries, safetensors writes any first; with one, the same map is the same file.
         save_file(tensors, path, metadata={"dspa": header})
 
@@ -196,7 +202,9 @@ class ConditionalDifferenceMap:
     def load(cls, path: str | Path) -> ConditionalDifferenceMap:
         """Read what `save` wrote. Raises `MapError` for a damaged file or one of another kind."""
         if not Path(path).is_file():
-            raise MapError(f"There is no map at {path}. Make one: dspa map build, or dspa.build_map(...).save(path).")
+            raise MapError(
+                f"There is no map file at {path}. Make one: dspa map build, or dspa.build_map(...).save(path)."
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("dspa", "{}"))
@@ -204,12 +212,22 @@ class ConditionalDifferenceMap:
                     raise MapError(f"{path} is not a map of format {FORMAT} (it says {header.get('format')!r}).")
                 meta = MapMeta(**header["meta"])
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in TENSORS}
-            return cls(**tensors, meta=meta)
+            found = cls(**tensors, meta=meta)
+            if header["sha256"] != _digest(tensors):
+                raise MapError(f"{path} is damaged (its tensors are not those that were written). Copy it again.")
+            return found
         except (SafetensorError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise MapError(f"{path} is damaged ({error}). Copy it again from where it was made.") from error
 
 
 TENSORS = ("columns", "values", "n_open", "variance", "gates")
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name in TENSORS:
+        sha.update(tensors[name].numpy().tobytes())
+    return sha.hexdigest()
 
 
 def build_map(

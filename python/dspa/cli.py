@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import sys
 from collections.abc import Iterator
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -63,12 +65,21 @@ Name = Annotated[str | None, typer.Option(help="What the model is, if its name o
 Layers = Annotated[str | None, typer.Option(help="Dotted path of the decoder layers, for an unknown architecture.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("dspa-kernels"))
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Show the version and stop.", is_eager=True, callback=_show_version)
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show where in the code an error comes from.")] = False,
 ) -> None:
     # Nothing to do before a command: `main` looks for --debug when one fails.
-    del debug
+    del debug, show_version
 
 
 @app.command()
@@ -84,10 +95,14 @@ def demo(
     """
     from dspa.demo import run
 
+    _check_writable("--json", json_path)
     if retrain:
         from dspa.demo.train import train
 
-        train(run.ASSETS)
+        # A training that is stopped leaves the demo as it was.
+        with TemporaryDirectory() as folder:
+            train(Path(folder))
+            shutil.copytree(folder, run.ASSETS, dirs_exist_ok=True)
     run.run(json_path)
 
 
@@ -119,6 +134,7 @@ def map_build(
     """Make a map from preference triples: which output latents tell chosen from rejected, for which prompts."""
     from itertools import islice
 
+    _check_writable("--out", out)
     from dspa.cdmap import build_map
     from dspa.preferences import load_triples
 
@@ -174,12 +190,17 @@ def generate(
     prompt: Annotated[
         str | None, typer.Option(help="One prompt. Without it and --file, prompts are asked for.")
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="Prompts: one a line, or JSON Lines with `prompt`.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write answers here, as JSON Lines.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Prompts: one a line, or JSON Lines with `prompt`. Answers are JSON Lines.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write answers here, as JSON Lines, instead of printing.")] = None,
     alpha: Annotated[float, typer.Option(help="Strength; 0 is the untouched model.")] = 0.2,
     mode: Annotated[Mode, typer.Option(help="Which latents are edited.")] = Mode.ablate,
     k_prompt: Annotated[int, typer.Option(help="Prompt latents that choose.")] = 32,
     k_diff: Annotated[int, typer.Option(help="Output latents to edit at each end.")] = 16,
+    positions: Annotated[str, typer.Option(help="Tokens to steer: response, generated or all.")] = "response",
+    scoring: Annotated[str, typer.Option(help="raw, demixed, whitened or confident.")] = "raw",
+    backend: Annotated[str, typer.Option(help="auto, reference, triton or cuda; see dspa info.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens an answer, at most.", min=1)] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
@@ -199,26 +220,27 @@ def generate(
     from dspa.config import SteeringConfig
     from dspa.steering import Steering
 
-    config = SteeringConfig(k_prompt=k_prompt, k_diff=k_diff, alpha=alpha, mode=mode.value)
+    _check_writable("--out", out)
+    _check_writable("--trace", trace)
+    config = SteeringConfig(
+        k_prompt=k_prompt, k_diff=k_diff, alpha=alpha, mode=mode.value, positions=positions, scoring=scoring
+    )
     prompts = _prompts(prompt, file)
     cdmap = ConditionalDifferenceMap.load(map_path)
     lm, tokenizer, read, edit = _load(model, (sae_in, layer_in), (sae_out, layer_out), device, dtype)
-    steering = Steering(read, edit, cdmap, config, record=trace is not None)
+    steering = Steering(read, edit, cdmap, config, backend=backend, record=trace is not None)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling["temperature"] = temperature
     torch.manual_seed(seed)
-    sink = out.open("w", encoding="utf-8") if out else None
+    sink = out.open("w", encoding="utf-8") if out else sys.stdout
+    as_records = out is not None or file is not None
     with steering.attach(lm, layers=layers, model_name=model_name):
         for text in prompts:
             inputs = _tokens(tokenizer, text, chat).to(lm.device)
             tokens = lm.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)[0]
             answer = tokenizer.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            if sink is None:
-                console.print(answer, markup=False, highlight=False)
-            else:
-                sink.write(json.dumps({"prompt": text, "response": answer}) + "\n")
-                sink.flush()
+            print(json.dumps({"prompt": text, "response": answer}) if as_records else answer, file=sink, flush=True)
     if trace is not None:
         steering.trace.save(trace)
 
@@ -263,6 +285,12 @@ def _print_table(title: str, rows: dict[str, Any]) -> None:
     console.print(table)
 
 
+def _check_writable(option: str, path: Path | None) -> None:
+    """Raise before the work, not after it."""
+    if path is not None and (not path.parent.is_dir() or path.is_dir()):
+        raise ValueError(f"{option} is {path}; accepted: a file in a folder that exists.")
+
+
 def _device(name: str) -> str:
     import torch
 
@@ -279,7 +307,7 @@ def _sae(spec: str, layer: int | None, device: str) -> FrozenSAE:
 
     release, _, sae_id = spec.partition(":")
     if sae_id and not Path(spec).exists():
-        return FrozenSAE.from_pretrained(release, sae_id, device=device)
+        return FrozenSAE.from_pretrained(release, sae_id, device=device, layer=layer)
     return FrozenSAE.load(spec, layer=layer, device=device)
 
 
@@ -304,6 +332,8 @@ def _prompts(prompt: str | None, file: Path | None) -> Iterator[str]:
     if prompt is not None and file is not None:
         raise ValueError("--prompt and --file were both given; accepted: one of them.")
     if prompt is not None:
+        if not prompt.strip():
+            raise ValueError("--prompt is empty. Steering selects from a prompt: give one.")
         return iter([prompt])
     if file is not None:
         return iter(_prompts_of(file))
@@ -311,22 +341,33 @@ def _prompts(prompt: str | None, file: Path | None) -> Iterator[str]:
 
 
 def _prompts_of(file: Path) -> list[str]:
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if file.suffix != ".jsonl":
-        return lines
-    found = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            found.append(json.loads(line)["prompt"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}, entry {number}: not a JSON object with a `prompt` ({error!r}).") from error
+    if not file.is_file():
+        raise ValueError(f"--file is {file}, which is not a file; accepted: one prompt a line, or JSON Lines.")
+    lines = list(enumerate(file.read_text(encoding="utf-8").splitlines(), start=1))
+    found = [_prompt_of(f"{file} line {n}", line, file.suffix) for n, line in lines if line.strip()]
+    if not found:
+        raise ValueError(f"{file} holds no prompt; accepted: one a line, or JSON Lines with `prompt`.")
     return found
 
 
+def _prompt_of(name: str, line: str, suffix: str) -> str:
+    if suffix != ".jsonl":
+        return line
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}: not JSON ({error}).") from error
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"{name}: `prompt` is {prompt!r}; accepted: a text that is not empty.")
+    return prompt
+
+
 def _asked() -> Iterator[str]:
+    """What is typed, or piped, a line a prompt; each is answered by itself."""
     while True:
         try:
-            text = console.input("[bold]> [/bold]")
+            text = console.input("[bold]> [/bold]") if sys.stdin.isatty() else input()
         except EOFError:
             return
         if text.strip():
@@ -343,9 +384,11 @@ def _tokens(tokenizer: Any, text: str, chat: bool) -> Any:
 
 def main() -> None:
     """Run the command line: an error is one message and exit code 2."""
+    from safetensors import SafetensorError
+
     try:
         app(prog_name="dspa")
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError, SafetensorError) as error:
         if "--debug" in sys.argv:
             raise
         Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}")

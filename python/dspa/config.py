@@ -33,6 +33,9 @@ class SteeringConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` is {value!r}; accepted: a whole number >= 1.")
+        for name in ("alpha", "ridge", "delta"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), (int, float)):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; accepted: a number.")
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise ValueError(f"`alpha` is {self.alpha!r}; accepted: a finite number >= 0 (published: 0.2).")
         if not (math.isfinite(self.ridge) and self.ridge > 0):

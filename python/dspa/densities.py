@@ -23,6 +23,7 @@ from dspa.errors import MapError, ModelError
 from dspa.hooks import (
     base_model,
     check_saes,
+    context_length,
     decoder_layers,
     device_of,
     layer_of,
@@ -52,7 +53,7 @@ class CollectSettings:
     d_sae_out: int
     dtypes: str
     count_tokens: str
-    max_length: int
+    max_length: int | None
     data: str
     n_triples: int
     n_cut: int
@@ -159,9 +160,9 @@ def collect(
     stack = decoder_layers(inner, layers)
     check_saes(sae_in, sae_out, inner, len(stack), model_name)
     sae_in, sae_out = (sae.to(device_of(stack[layer_of(sae)])) for sae in (sae_in, sae_out))
-    context = int(inner.config.get_text_config().max_position_embeddings)
+    context = context_length(inner)
     limit = context if max_length is None else max_length
-    if not 2 <= limit <= context:
+    if limit is not None and not 2 <= limit <= (context or limit):
         raise ValueError(f"`max_length` is {limit!r}; accepted: 2 to {context}, the model's positions.")
     items = [
         _Item(index, tokenize_triple(triple, tokenizer, max_length=limit))
@@ -191,7 +192,7 @@ def _settings(
     sae_out: FrozenSAE,
     items: Sequence[_Item],
     count_tokens: str,
-    max_length: int,
+    max_length: int | None,
     called: str | None,
 ) -> CollectSettings:
     digest = hashlib.sha256()

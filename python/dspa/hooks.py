@@ -29,6 +29,10 @@ def base_model(model: nn.Module) -> CausalLM:
             f"`model` is a {type(model).__name__}; accepted: a transformers causal language model, or one in a "
             "PEFT wrapper."
         )
+    if not inner.can_generate():
+        raise ModelError(f"{type(inner).__name__} does not generate; accepted: the whole model, ...ForCausalLM.")
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ModelError("A PEFT model with learned prompts has no tokens to select from; accepted: LoRA and the like.")
     if inner.config.is_encoder_decoder:
         raise ModelError(f"{type(inner).__name__} is an encoder-decoder; accepted: decoder-only models.")
     return inner
@@ -71,9 +75,10 @@ def model_name(model: nn.Module) -> str:
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two names can mean the same model: "google/gemma-2-2b-it" and "gemma-2-2b" can."""
-    a, b = (name.rstrip("/").rsplit("/", 1)[-1].lower() for name in (one, other))
-    return a.startswith(b) or b.startswith(a)
+    """Whether two names can mean the same model: "google/gemma-2-2b-it" and "gemma-2-2b" can, since an SAE of
+    a base model is used with the models tuned from it."""
+    a, b = sorted((name.rstrip("/").rsplit("/", 1)[-1].lower() for name in (one, other)), key=len)
+    return b == a or b.startswith(f"{a}-")
 
 
 class _Stop(Exception):
@@ -124,9 +129,15 @@ def read_layers(
     )
 
 
+def context_length(model: CausalLM) -> int | None:
+    """Positions that the model has, None where it has no bound."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
 def check_context(model: CausalLM, length: int) -> None:
     """Raise if `length` tokens are more than the model has positions for."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(model)
     if limit is not None and length > limit:
         raise ModelError(f"The prompt has {length} tokens and {type(model).__name__} has {limit} positions.")
 

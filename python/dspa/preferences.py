@@ -278,6 +278,12 @@ def tokenize_triple(
         if not ids:
             advice = "Remove the triple or check the tokenizer."
             raise _refuse(triple.name, f"`{field_name}` gives no tokens", "one token or more", advice)
+    special = set(tokenizer.all_special_ids)
+    if special.issuperset(prompt):
+        raise _refuse(triple.name, "`prompt` gives special tokens only", "a prompt with text", "Remove the triple.")
+    if chosen == rejected:
+        problem = "`chosen` and `rejected` give the same tokens"
+        raise _refuse(triple.name, problem, "responses that differ", "Remove the triple.")
     if max_length is not None and len(prompt) >= max_length:
         problem = f"its prompt of {len(prompt)} tokens leaves no room for a response in {max_length} tokens"
         advice = "Raise max_length or remove the triple; prompts are never shortened."
@@ -285,7 +291,6 @@ def tokenize_triple(
     room = None if max_length is None else max_length - len(prompt)
     cut = sum(len(response[:room]) < len(response) for response in (chosen, rejected))
     kept = (prompt, chosen[:room], rejected[:room])
-    special = set(tokenizer.all_special_ids)
     return TokenizedTriple(*kept, cut, *([token not in special for token in ids] for ids in kept))
 
 

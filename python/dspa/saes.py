@@ -135,10 +135,13 @@ class FrozenSAE:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        layer: int | None = None,
+        model_name: str | None = None,
     ) -> FrozenSAE:
         """The SAE `sae_id` of a `release` in SAELens' catalogue, or of a Hugging Face repository, downloaded.
 
-        It is loaded in fp32, and converted to `dtype` where one is given.
+        It is loaded in fp32, and converted to `dtype` where one is given. `layer` and `model_name` as for
+        `from_sae_lens`.
 
         Raises:
             RuntimeError: sae-lens is not installed. SAEError: as `from_sae_lens`.
@@ -150,7 +153,9 @@ class FrozenSAE:
                 f'FrozenSAE.from_pretrained needs sae-lens ({error}): pip install "dspa-kernels[saelens]". '
                 "Without it, download the SAE and use FrozenSAE.load(path)."
             ) from error
-        return cls.from_sae_lens(SAE.from_pretrained(release, sae_id)).to(device, dtype)
+        return cls.from_sae_lens(SAE.from_pretrained(release, sae_id), layer=layer, model_name=model_name).to(
+            device, dtype
+        )
 
     @classmethod
     def from_sae_lens(cls, sae: Any, *, layer: int | None = None, model_name: str | None = None) -> FrozenSAE:

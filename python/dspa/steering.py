@@ -23,10 +23,12 @@ from dspa.hooks import (
     hidden,
     layer_of,
     read_layers,
+    same_model,
 )
+from dspa.hooks import model_name as name_of
 from dspa.saes import FrozenSAE
 from dspa.trace import Trace
-from dspa_kernels import MapWeights, SteeringPlan, activation_counts, steer
+from dspa_kernels import BackendError, MapWeights, SteeringPlan, activation_counts, available_backends, steer
 
 
 class Steering(nn.Module):
@@ -69,6 +71,15 @@ class Steering(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config or SteeringConfig()
+        for name, value, kind in (
+            ("sae_in", sae_in, FrozenSAE),
+            ("sae_out", sae_out, FrozenSAE),
+            ("cdmap", cdmap, ConditionalDifferenceMap),
+            ("config", self.config, SteeringConfig),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"`{name}` is a {type(value).__name__}; accepted: a dspa.{kind.__name__}.")
+        _check_backend(backend)
         cdmap.check_saes(sae_in, sae_out)
         for name, k, width in (
             ("k_prompt", self.config.k_prompt, sae_in.d_sae),
@@ -86,10 +97,10 @@ class Steering(nn.Module):
         self._starts: Tensor | None = None
         self._layers: str | None = None
         self._calls = 0
-        self._ran = False
         self._keys: dict[str, str] = {}
-        self.register_buffer("_not_finite", torch.zeros((), dtype=torch.bool, device=sae_out.device), False)
-        self._not_finite: Tensor
+        # Passes steered, and of those the ones with hidden states that were not finite.
+        with torch.inference_mode(False):
+            self._passes = torch.zeros(2, dtype=torch.int64, device=sae_out.device)
 
     def extra_repr(self) -> str:
         """One line for `print(steering)`."""
@@ -108,7 +119,9 @@ class Steering(nn.Module):
 
     def _place(self, device_in: torch.device, device_out: torch.device) -> None:
         self.sae_in, self.sae_out = self.sae_in.to(device_in), self.sae_out.to(device_out)
-        self._weights, self._not_finite = self._weights.to(device_out), self._not_finite.to(device_out)
+        self._weights = self._weights.to(device_out)
+        with torch.inference_mode(False):
+            self._passes = self._passes.to(device_out)
 
     # Attaching
 
@@ -116,7 +129,8 @@ class Steering(nn.Module):
         """Steer `model` until `detach()`, or until the end of a `with` block. The SAEs go where its layers are.
 
         Args:
-            model: a transformers causal language model, or one in a PEFT wrapper. Compile it afterwards.
+            model: a transformers causal language model, or one in a PEFT wrapper. Compile it afterwards; it is
+                compiled anew for each attach(), so in a long sweep call torch.compiler.reset() now and then.
             layers: dotted path of its list of decoder layers, for an architecture that is not a known one.
             model_name: what the model is, where its own name or path does not tell.
 
@@ -129,21 +143,29 @@ class Steering(nn.Module):
             raise ModelError(f"This Steering is attached to a {held} already: detach() it first.")
         stack = decoder_layers(inner, layers)
         check_saes(self.sae_in, self.sae_out, inner, len(stack), model_name)
+        self._check_map(model_name or name_of(inner))
         attachment = Attachment.of(inner)
         taken = [each for each in attachment.steerings if isinstance(each, Steering)]
         if any(each.sae_out.layer == self.sae_out.layer for each in taken):
-            raise ModelError(
-                f"Layer {self.sae_out.layer} of this model is steered already: detach() that Steering first."
-            )
+            raise ModelError(f"Layer {self.sae_out.layer} of this model is steered already: dspa.detach(model) first.")
         self._place(*(device_of(stack[layer_of(sae)]) for sae in (self.sae_in, self.sae_out)))
         # A graph compiled for an earlier Steering must not be found again, so the keywords are new each time.
         serial = next(self._serial)
         self._keys = {name: f"dspa_{serial}_{name}" for name in ("slots", "signs", "start", "rows")}
-        self._attachment, self._layers, self._ran = attachment, layers, False
+        self._undo = [attachment.add(self)]
+        self._attachment, self._layers = attachment, layers
         edit = stack[layer_of(self.sae_out)].register_forward_hook(self._edit, prepend=True, with_kwargs=True)
         plan = inner.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
-        self._undo = [edit.remove, plan.remove, attachment.add(self)]
+        self._undo += [edit.remove, plan.remove]
         return self
+
+    def _check_map(self, name: str) -> None:
+        made_for = self.cdmap.meta.model_name
+        if made_for and name and not same_model(made_for, name):
+            raise ModelError(
+                f"The map was made with {made_for!r} and the model is {name!r}. If they are the same, say so: "
+                f"model_name={made_for!r}."
+            )
 
     def detach(self) -> None:
         """Leave the model as it was. Does nothing when not attached."""
@@ -164,10 +186,13 @@ class Steering(nn.Module):
         For scoring given responses (teacher forcing): each pass gets whole sequences, prompt and response, with
         an attention_mask where they are padded, and no cache.
         """
+        if self._attachment is None:
+            raise ModelError("This Steering is not attached: call attach(model) first.")
         self._starts = torch.as_tensor(starts)
+        before = self.progress()
         try:
             yield
-            self.finish()
+            self.finish(before)
         finally:
             self._starts = None
 
@@ -185,15 +210,20 @@ class Steering(nn.Module):
         start = {"response": last, "generated": last + 1, "all": torch.zeros_like(last)}[self.config.positions]
         return dict(zip(self.keywords, (plan.slots, plan.signs, start), strict=True))
 
-    def finish(self) -> None:
-        """Raise if the call that ended was not steered, or met numbers that cannot be."""
-        if not self._ran:
+    def progress(self) -> tuple[int, int]:
+        """Passes steered so far, and of those the ones with hidden states that were not finite."""
+        steered, not_finite = self._passes.tolist()
+        return steered, not_finite
+
+    def finish(self, before: tuple[int, int]) -> None:
+        """Raise if no pass was steered since `before`, or one met numbers that cannot be."""
+        steered, not_finite = self.progress()
+        if steered == before[0]:
             raise ModelError(
                 f"The hook at layer {self.sae_out.layer} did not run, so nothing was steered. A model compiled before "
                 "attach() does not see it: attach first, or call torch.compiler.reset() and compile again."
             )
-        if bool(self._not_finite):
-            self._not_finite.zero_()
+        if not_finite != before[1]:
             raise ModelError(
                 f"Hidden states at layer {self.sae_out.layer} are NaN or infinite; those tokens were not steered. "
                 "Check the model's weights and dtype (fp16 overflows in Gemma models: use bfloat16)."
@@ -202,6 +232,8 @@ class Steering(nn.Module):
     def _choose(self, prompts: Prompts) -> SteeringPlan:
         """Count the prompt's active latents at `l_in` and look their map rows up (steps 1 to 3)."""
         assert self._attachment is not None
+        if self._attachment.model.training:
+            raise ModelError("The model is in training mode, where dropout blurs what is selected: call model.eval().")
         l_in = layer_of(self.sae_in)
         h = read_layers(
             self._attachment.model,
@@ -224,7 +256,7 @@ class Steering(nn.Module):
             n_prompts,
             backend=self.backend,
         )
-        self.plan = self.cdmap.select(counts, self.config).to(self.sae_out.device)
+        self.plan = self.cdmap.select(counts, self.config, backend=self.backend).to(self.sae_out.device)
         self._calls += 1
         return self.plan
 
@@ -242,8 +274,9 @@ class Steering(nn.Module):
             return None
         if self._starts is None:
             raise ModelError(
-                "This model is steered and was called outside of generate(), so it is not known where the response "
-                "begins. Say so, `with steering.responses(starts): model(...)`, or detach() first."
+                "This model is steered and was called outside of generate(), or by it for another text (as with "
+                "guidance_scale), so it is not known where the response begins. Say so, `with "
+                "steering.responses(starts): model(...)`, or dspa.detach(model) first."
             )
         return args, {**kwargs, **self._teacher_forced(args, kwargs, self._starts)}
 
@@ -281,9 +314,8 @@ class Steering(nn.Module):
             return rows.to(positions.device)
         start = kwargs[self._keys["start"]].to(positions.device)
         steered = positions >= start[:, None]
-        if self.config.positions == "all":
-            # Padding on the left repeats position 0 until the first token.
-            steered[:, :-1] &= positions[:, 1:] > 0
+        # Padding on the left repeats position 0 until the first token.
+        steered[:, :-1] &= positions[:, 1:] > 0
         row = torch.arange(positions.shape[0], device=positions.device, dtype=torch.int32)[:, None]
         return torch.where(steered, row, -1).to(torch.int32)
 
@@ -293,10 +325,11 @@ class Steering(nn.Module):
         """Steps 4 and 5 at the output of layer `l_out`."""
         if kwargs.get(READING) is not None:
             return None
-        if self._keys["slots"] not in kwargs:
+        if self._keys["slots"] not in kwargs or kwargs.get("position_ids") is None:
             raise ModelError(
-                "This model is steered, and its layers were called without a plan (directly, or by a serving loop of "
-                "its own). Call the model itself, or detach() first."
+                "This model is steered, and its layers were called without a plan or position_ids: directly, by a "
+                "serving loop, or because this architecture keeps them from its layers and cannot be steered. Call "
+                "the model itself, or dspa.detach(model) first."
             )
         h = hidden(output)
         self._check_device("sae_out", self.sae_out, h)
@@ -314,8 +347,8 @@ class Steering(nn.Module):
             record=True,
             backend=self.backend,
         )
-        self._not_finite.logical_or_(edits.maximum.isnan().any())
-        self._ran = True
+        not_finite = edits.maximum.isnan().any().long()
+        self._passes.add_(torch.stack((torch.ones_like(not_finite), not_finite)))
         if self.record:
             if torch.compiler.is_compiling():
                 raise ModelError("A compiled model cannot be recorded: make the Steering with record=False.")
@@ -323,3 +356,18 @@ class Steering(nn.Module):
             self.trace.add(self._calls - 1, rows, positions.flatten(), latents, edits)
         edited = edited.view_as(h)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+
+def _check_backend(backend: str) -> None:
+    found = available_backends()
+    if backend not in ("auto", *found):
+        raise ValueError(f"`backend` is {backend!r}; accepted: {', '.join(('auto', *found))}.")
+    if backend != "auto" and not found[backend].available:
+        raise BackendError(f"backend={backend!r} cannot run here: {found[backend].reason}. Use 'auto' or 'reference'.")
+
+
+def detach(model: nn.Module) -> None:
+    """Detach every Steering of `model`, whoever attached it."""
+    for steering in list(Attachment.of(base_model(model)).steerings):
+        if isinstance(steering, Steering):
+            steering.detach()

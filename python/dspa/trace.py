@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from dspa_kernels import Edits
@@ -31,43 +30,42 @@ class Edit:
     after: list[float]
 
 
-@dataclass(frozen=True)
-class _Step:
-    call: int
-    rows: Tensor
-    positions: Tensor
-    latents: Tensor
-    edits: Edits
-
-
 class Trace:
     """Edits in the order in which they were made; iterate for `Edit` records, or `save` them."""
 
     def __init__(self) -> None:
-        self._steps: list[_Step] = []
+        self._edits: list[Edit] = []
 
     def add(self, call: int, rows: Tensor, positions: Tensor, latents: Tensor, edits: Edits) -> None:
-        """Keep one step: plan row and position of N residual rows [N], plan latents [B, S], edits [N, S]."""
-        self._steps.append(_Step(call, rows, positions, latents, edits))
+        """Keep what changed in one step: plan row and position of N residual rows [N], plan latents [B, S], edits
+        [N, S]. Waits for the device."""
+        changed = edits.before != edits.after
+        for n in changed.any(dim=1).nonzero().flatten().tolist():
+            row, which = int(rows[n]), changed[n]
+            self._edits.append(
+                Edit(
+                    call=call,
+                    row=row,
+                    position=int(positions[n]),
+                    maximum=float(edits.maximum[n]),
+                    latents=latents[row][which].tolist(),
+                    before=edits.before[n][which].tolist(),
+                    after=edits.after[n][which].tolist(),
+                )
+            )
 
     def clear(self) -> None:
         """Forget everything."""
-        self._steps.clear()
+        self._edits.clear()
+
+    def __repr__(self) -> str:
+        return f"Trace({len(self)} edited tokens)"
+
+    def __len__(self) -> int:
+        return len(self._edits)
 
     def __iter__(self) -> Iterator[Edit]:
-        for step in self._steps:
-            changed = step.edits.before != step.edits.after
-            for n in changed.any(dim=1).nonzero().flatten().tolist():
-                row, which = int(step.rows[n]), changed[n]
-                yield Edit(
-                    call=step.call,
-                    row=row,
-                    position=int(step.positions[n]),
-                    maximum=float(step.edits.maximum[n]),
-                    latents=step.latents[row][which].tolist(),
-                    before=step.edits.before[n][which].to(torch.float32).tolist(),
-                    after=step.edits.after[n][which].to(torch.float32).tolist(),
-                )
+        return iter(self._edits)
 
     def save(self, path: str | Path) -> None:
         """Write JSON Lines, one record an edited token."""

@@ -432,7 +432,16 @@ def test_round_trip(made: Any, saved: Path, tmp_path: Path) -> None:
     assert (tmp_path / "again").read_bytes() == saved.read_bytes()
     with safe_open(saved, framework="pt") as file:
         header = json.loads(file.metadata()["dspa"])
-    assert header == {"format": FORMAT, "meta": dataclasses.asdict(made[0].meta)}
+    assert header.keys() == {"format", "sha256", "meta"} and header["format"] == FORMAT
+    assert header["meta"] == dataclasses.asdict(made[0].meta)
+
+
+def test_one_bit_flipped(saved: Path) -> None:
+    content = bytearray(saved.read_bytes())
+    content[-3] ^= 1
+    saved.write_bytes(content)
+    with pytest.raises(MapError, match="not those that were written"):
+        ConditionalDifferenceMap.load(saved)
 
 
 def without_none(of: dict[str, Any]) -> dict[str, Any]:
@@ -467,8 +476,8 @@ def test_other_files(tmp_path: Path, content: bytes) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    assert f"There is no map at {tmp_path / 'no'}" in refusal(tmp_path / "no")
-    assert "There is no map at" in refusal(tmp_path)
+    assert f"There is no map file at {tmp_path / 'no'}" in refusal(tmp_path / "no")
+    assert "There is no map file at" in refusal(tmp_path)
 
 
 def test_safetensors_of_another_kind(tmp_path: Path) -> None:

@@ -128,13 +128,19 @@ def test_help(run, command):
 
 def test_errors(run, folder, built, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": \n')
+    (tmp_path / "messages.jsonl").write_text('{"prompt": "the cat"}\n{"prompt": [{"role": "user"}]}\n')
     other = ["--model", folder / "tiny", "--sae-in", folder / "sae_in", "--device", "cpu"]
     make_sae(L_OUT, 128, seed=9).save(tmp_path / "other")
     for arguments, message in (
-        (["map", "show", tmp_path / "none"], "There is no map at"),
+        (["map", "show", tmp_path / "none"], "There is no map file at"),
         (["map", "build", tmp_path / "bad.jsonl", *common(folder)], "bad.jsonl line 2"),
         (["map", "build", folder / "triples.jsonl", *common(folder), "--percentile", 101], "`percentile` is 101.0"),
         (["sae", "show", tmp_path / "nothing"], "nothing"),
+        (["map", "build", folder / "triples.jsonl", *common(folder), "--out", tmp_path / "no" / "x"], "--out is"),
+        (["generate", *common(folder), "--map", built, "--prompt", " "], "--prompt is empty"),
+        (["generate", *common(folder), "--map", built, "--file", tmp_path / "messages.jsonl"], "messages.jsonl line 2"),
+        (["generate", *common(folder), "--map", built, "--file", tmp_path / "no.txt"], "not a file"),
+        (["demo", "--json", tmp_path / "no" / "demo.json"], "--json is"),
         (["generate", *common(folder), "--map", built, "--prompt", "a", "--alpha", -1], "`alpha` is -1.0"),
         (["generate", *common(folder), "--map", built, "--prompt", "a", "--device", "cuda"], "no CUDA device"),
         (["generate", *other, "--sae-out", tmp_path / "other", "--map", built, "--prompt", "a"], "fingerprint"),

@@ -239,6 +239,22 @@ def test_streamer_in_a_thread(model, steering, expected):
     assert [token for piece in pieces[1:] for token in piece] == expected[0]
 
 
+def test_trace_of_a_padded_batch(model, sae_in, sae_out, cdmap):
+    """Each row's edits are those that it has alone; padding has none."""
+    prompts = [[7], PROMPTS[0]]
+
+    def edits(inputs: dict[str, torch.Tensor]) -> list[set[tuple[int, tuple[int, ...]]]]:
+        with dspa.Steering(sae_in, sae_out, cdmap, CONFIG, record=True).attach(model) as steering:
+            model.generate(**inputs, max_new_tokens=N_NEW, do_sample=False)
+        rows = range(len(inputs["input_ids"]))
+        found = [[(e.position, tuple(e.latents)) for e in steering.trace if e.row == row] for row in rows]
+        assert all(len(row) == len(set(row)) for row in found)
+        return [set(row) for row in found]
+
+    alone = [edits(padded([prompt]))[0] for prompt in prompts]
+    assert edits(padded(prompts)) == alone and all(alone)
+
+
 def test_threads(model, steering, expected):
     """Threads that generate at the same time each carry their own plans."""
     answers: dict[int, list[list[int]]] = {}

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    DynamicCache,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 import dspa
 from dspa.hooks import decoder_layers, same_model
+from dspa_kernels import BackendError
 
 from .conftest import D_IN, L_OUT, make_map, make_model, make_sae
 from .plain import Plain
@@ -104,6 +113,7 @@ def test_names_of_the_same_model():
     assert same_model("google/gemma-2-2b-it", "gemma-2-2b")
     assert same_model("Qwen3-8B", "/models/qwen3-8b/")
     assert not same_model("gemma-2-2b", "google/gemma-2-27b")
+    assert not same_model("gemma-2-2b", "gemma-2-2b2")
 
 
 def test_attach_twice(gemma, steering, sae_in, sae_out, cdmap):
@@ -170,17 +180,110 @@ def test_hidden_states_that_are_not_finite(sae_in, sae_out, cdmap):
             model.generate(PROMPT, max_new_tokens=2)
 
 
-def test_hooks_that_never_ran(steering):
-    """A forward pass compiled before attach() does not see the hooks: that is an error, not unsteered text."""
-    torch.compiler.reset()
+@pytest.mark.parametrize("earlier_calls", [0, 1])
+def test_hooks_that_never_ran(steering, earlier_calls):
+    """A graph compiled without the hooks, as one is that predates attach(): an error, not unsteered text."""
     model = make_model("llama")
-    model.forward = torch.compile(model.forward, backend="eager")
-    model(PROMPT)
     stack = decoder_layers(model)
-    with steering.attach(model), pytest.raises(dspa.ModelError, match="did not run"):
-        stack[L_OUT]._forward_hooks.clear()  # as the stale graph would have it
-        model.generate(PROMPT, max_new_tokens=2)
-    torch.compiler.reset()
+    with steering.attach(model):
+        for _ in range(earlier_calls):
+            model.generate(PROMPT, max_new_tokens=2)
+        stack[L_OUT]._forward_hooks.clear()
+        with pytest.raises(dspa.ModelError, match="did not run"):
+            model.generate(PROMPT, max_new_tokens=2)
+        with pytest.raises(dspa.ModelError, match="did not run"), steering.responses([4]):
+            pass
+
+
+@pytest.mark.parametrize("how", ["keyword", "configuration", "positional", "model"])
+def test_padding_that_generate_would_infer(sae_in, sae_out, cdmap, how):
+    """Without a mask, transformers takes the padding token for padding, wherever it got its id from."""
+    model = make_model("gemma2")
+    model.generation_config.pad_token_id = 0 if how == "model" else None
+    config = GenerationConfig(pad_token_id=0, max_new_tokens=2)
+    args = (config,) if how == "positional" else ()
+    kwargs = {"keyword": {"pad_token_id": 0}, "configuration": {"generation_config": config}}.get(how, {})
+    with dspa.Steering(sae_in, sae_out, cdmap).attach(model):
+        for tokens in ([[0, 0, 5, 9]], [[1, 5, 0, 9]]):
+            with pytest.raises(dspa.ModelError, match="no attention_mask"):
+                model.generate(torch.tensor(tokens), *args, **kwargs)
+
+
+def test_images_are_refused(gemma, steering):
+    with steering.attach(gemma), pytest.raises(dspa.ModelError, match="pixel_values"):
+        gemma.generate(PROMPT, pixel_values=torch.zeros(1, 3, 8, 8))
+
+
+def test_detach_while_generating(gemma, steering):
+    class Detach(StoppingCriteria):
+        def __call__(self, *_: object, **__: object) -> torch.Tensor:
+            steering.detach()
+            return torch.tensor([False])
+
+    steering.attach(gemma)
+    with pytest.raises(dspa.ModelError, match="detached while generate"):
+        gemma.generate(PROMPT, max_new_tokens=4, stopping_criteria=StoppingCriteriaList([Detach()]))
+
+
+def test_map_of_another_model(sae_in, sae_out, cdmap):
+    model = make_model("gemma2")
+    model.config.name_or_path = "google/gemma-2-9b"
+    other = copy.copy(cdmap)
+    other.meta = dataclasses.replace(cdmap.meta, model_name="google/gemma-2-2b")
+    steering = dspa.Steering(sae_in, sae_out, other)
+    with pytest.raises(dspa.ModelError, match="map was made with 'google/gemma-2-2b' and the model is"):
+        steering.attach(model)
+
+
+def test_training_mode(sae_in, sae_out, cdmap):
+    model = make_model("gemma2").train()
+    steering = dspa.Steering(sae_in, sae_out, cdmap)
+    with steering.attach(model), pytest.raises(dspa.ModelError, match=r"call model.eval\(\)"):
+        model.generate(PROMPT, max_new_tokens=1)
+
+
+def test_a_model_without_a_head(gemma, steering):
+    with pytest.raises(dspa.ModelError, match="does not generate"):
+        steering.attach(gemma.model, layers="layers")
+    gemma.model(PROMPT)
+
+
+def test_a_failure_does_not_outlive_its_call(gemma, steering):
+    with steering.attach(gemma):
+        weight = gemma.model.layers[L_OUT].mlp.down_proj.weight
+        kept = weight.data[0].clone()
+        weight.data[0] = float("nan")
+        with pytest.raises(RuntimeError):
+            gemma.generate(PROMPT, max_new_tokens=2, do_sample=True)
+        weight.data[0] = kept
+        gemma.generate(PROMPT, max_new_tokens=2)
+
+
+def test_made_and_attached_in_inference_mode(gemma, sae_in, sae_out, cdmap):
+    with torch.inference_mode():
+        steering = dspa.Steering(sae_in, sae_out, cdmap).attach(gemma)
+    with steering:
+        gemma.generate(PROMPT, max_new_tokens=1)
+
+
+def test_architecture_that_keeps_keywords_from_its_layers(sae_in, sae_out, cdmap):
+    config = BloomConfig(vocab_size=61, hidden_size=D_IN, n_layer=4, n_head=4)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with dspa.Steering(sae_in, sae_out, cdmap).attach(model), pytest.raises(dspa.ModelError, match="cannot be"):
+        model.generate(PROMPT, max_new_tokens=1)
+
+
+def test_learned_prompts(steering):
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    wrapped = peft.get_peft_model(make_model("gemma2"), config)
+    with pytest.raises(dspa.ModelError, match="learned prompts"):
+        steering.attach(wrapped)
+
+
+def test_config_that_is_text():
+    with pytest.raises(ValueError, match=r"`alpha` is '0.2'; accepted: a number"):
+        dspa.SteeringConfig(alpha="0.2")
 
 
 def test_failed_generation_leaves_the_model_clean(gemma, steering):
@@ -208,7 +311,7 @@ def test_no_gradient_through_an_edit(gemma, steering):
     """A wrong gradient is never given: backward raises."""
     with steering.attach(gemma), steering.responses([3]):
         loss = gemma(PROMPT).logits.sum()
-    with pytest.raises(RuntimeError, match="through dspa.steer"):
+    with pytest.raises(RuntimeError, match=r"through dspa\.steer"):
         loss.backward()
 
 
@@ -292,3 +395,33 @@ def test_trace(gemma, sae_in, sae_out, cdmap, tmp_path):
             assert after == pytest.approx(max(before - 0.5 * edit.maximum, 0), abs=1e-6)
     steering.trace.save(tmp_path / "trace.jsonl")
     assert len((tmp_path / "trace.jsonl").read_text().splitlines()) == len(edits)
+
+
+def test_wrong_kinds_of_arguments(sae_in, sae_out, cdmap):
+    with pytest.raises(TypeError, match=r"`cdmap` is a str; accepted: a dspa\.ConditionalDifferenceMap"):
+        dspa.Steering(sae_in, sae_out, "map.safetensors")
+    with pytest.raises(TypeError, match=r"`config` is a dict; accepted: a dspa\.SteeringConfig"):
+        dspa.Steering(sae_in, sae_out, cdmap, {"alpha": 0.2})
+    with pytest.raises(ValueError, match="`backend` is 'tritn'; accepted: auto, cuda, triton, reference"):
+        dspa.Steering(sae_in, sae_out, cdmap, backend="tritn")
+    with pytest.raises(BackendError, match="backend='triton' cannot run here: this version has no triton kernels"):
+        dspa.Steering(sae_in, sae_out, cdmap, backend="triton")
+
+
+def test_responses_before_attach(steering):
+    with pytest.raises(dspa.ModelError, match=r"not attached: call attach\(model\)"), steering.responses([3]):
+        pass
+
+
+def test_detach_without_the_steering(gemma, sae_in, sae_out, cdmap):
+    before = dict(gemma.__dict__)
+    dspa.Steering(sae_in, sae_out, cdmap).attach(gemma)
+    dspa.detach(gemma)
+    dspa.detach(gemma)
+    assert gemma.__dict__ == before
+    gemma(PROMPT)
+
+
+def test_swapped_saes(sae_in, sae_out, cdmap):
+    with pytest.raises(dspa.MapError, match="Are the two SAEs swapped"):
+        dspa.Steering(sae_out, sae_in, cdmap)

@@ -31,12 +31,12 @@ def test_a_backend_asked_for_by_name_runs_or_says_why_not(op: str, name: str) ->
     with pytest.raises(BackendError) as error:
         choose(op, CPU, name)
     message = str(error.value)
-    assert f"{name} cannot run {op}" in message and "on cpu" in message and "'reference'" in message
+    assert f"{name} cannot run {op}" in message and "no such kernel" in message and "'reference'" in message
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_the_public_function_passes_the_reason_on(name: str) -> None:
-    with pytest.raises(BackendError, match=f"{name} cannot run steer: .*tensors are on cpu"):
+    with pytest.raises(BackendError, match=f"{name} cannot run steer: this version has no such kernel"):
         steer(**make_case().arguments(backend=name))
 
 
