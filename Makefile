@@ -13,6 +13,7 @@ test: .venv/tested
 	$(BIN)/pytest
 
 bench: .venv/tested
+	mkdir -p bench/results
 	$(BIN)/pytest bench --benchmark-json=bench/results/latest.json
 
 lint: .venv/tested

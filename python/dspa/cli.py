@@ -7,6 +7,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from dspa.saes import FrozenSAE
+    from dspa.trace import Trace
 
 app = typer.Typer(
     help="Steer language models with sparse autoencoders (SAEs): DSPA, preference alignment at inference time.",
@@ -235,14 +237,12 @@ def generate(
     torch.manual_seed(seed)
     sink = out.open("w", encoding="utf-8") if out else sys.stdout
     as_records = out is not None or file is not None
-    with steering.attach(lm, layers=layers, model_name=model_name):
+    with steering.attach(lm, layers=layers, model_name=model_name), _saving(steering.trace, trace):
         for text in prompts:
             inputs = _tokens(tokenizer, text, chat).to(lm.device)
             tokens = lm.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)[0]
             answer = tokenizer.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             print(json.dumps({"prompt": text, "response": answer}) if as_records else answer, file=sink, flush=True)
-    if trace is not None:
-        steering.trace.save(trace)
 
 
 @sae_app.command("show")
@@ -283,6 +283,16 @@ def _print_table(title: str, rows: dict[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(name, escape(str(value)))
     console.print(table)
+
+
+@contextmanager
+def _saving(trace: Trace, path: Path | None) -> Iterator[None]:
+    """Write the trace at the end, an early one too."""
+    try:
+        yield
+    finally:
+        if path is not None:
+            trace.save(path)
 
 
 def _check_writable(option: str, path: Path | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -70,8 +71,10 @@ def hidden_size(model: nn.Module) -> int:
 
 
 def model_name(model: nn.Module) -> str:
-    """The name or path that `model` was loaded from, empty for a model made from a configuration."""
-    return str(base_model(model).config.name_or_path or "")
+    """The name that `model` was loaded by, of a local folder its last part; empty for a model made from a
+    configuration."""
+    name = str(base_model(model).config.name_or_path or "")
+    return Path(name).resolve().name if name and Path(name).is_dir() else name
 
 
 def same_model(one: str, other: str) -> bool:
@@ -139,7 +142,9 @@ def check_context(model: CausalLM, length: int) -> None:
     """Raise if `length` tokens are more than the model has positions for."""
     limit = context_length(model)
     if limit is not None and length > limit:
-        raise ModelError(f"The prompt has {length} tokens and {type(model).__name__} has {limit} positions.")
+        raise ModelError(
+            f"The prompt has {length} tokens and {type(model).__name__} has {limit} positions. Shorten the prompt."
+        )
 
 
 def check_saes(

@@ -81,12 +81,12 @@ class Steering(nn.Module):
                 raise TypeError(f"`{name}` is a {type(value).__name__}; accepted: a dspa.{kind.__name__}.")
         _check_backend(backend)
         cdmap.check_saes(sae_in, sae_out)
-        for name, k, width in (
-            ("k_prompt", self.config.k_prompt, sae_in.d_sae),
-            ("k_diff", self.config.k_diff, sae_out.d_sae),
+        for name, k, end, width in (
+            ("k_prompt", self.config.k_prompt, "input", sae_in.d_sae),
+            ("k_diff", self.config.k_diff, "output", sae_out.d_sae),
         ):
             if k > width:
-                raise ValueError(f"`{name}` is {k}; accepted: 1 to the width of its SAE, {width}.")
+                raise ValueError(f"`{name}` is {k}; accepted: 1 to the {end} SAE's width, {width}.")
         self.sae_in, self.sae_out, self.cdmap = sae_in, sae_out, cdmap
         self.backend, self.record = backend, record
         self.plan: SteeringPlan | None = None

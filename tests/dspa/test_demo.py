@@ -22,7 +22,7 @@ def outcome(outcomes, name, alpha):
 def test_dspa_at_the_published_settings(outcomes):
     base = outcome(outcomes, "base model", None)
     dspa = outcome(outcomes, "DSPA ablate", 0.2)
-    static = outcome(outcomes, "Static-SAE ablate", 0.2)
+    static = outcome(outcomes, "Static-SAE", 0.2)
     gain = dspa.mean_share - base.mean_share
     assert gain >= 0.10
     assert static.mean_share - base.mean_share <= gain / 3

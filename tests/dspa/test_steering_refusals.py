@@ -59,9 +59,11 @@ def test_config(name, value):
         dspa.SteeringConfig(**{name: value})
 
 
-@pytest.mark.parametrize(("name", "width"), [("k_prompt", 96), ("k_diff", 128)])
-def test_k_larger_than_the_width(sae_in, sae_out, cdmap, name, width):
-    with pytest.raises(ValueError, match=f"`{name}` is 500; accepted: 1 to the width of its SAE, {width}"):
+@pytest.mark.parametrize(
+    ("name", "end"), [("k_prompt", "input SAE's width, 96"), ("k_diff", "output SAE's width, 128")]
+)
+def test_k_larger_than_the_width(sae_in, sae_out, cdmap, name, end):
+    with pytest.raises(ValueError, match=f"`{name}` is 500; accepted: 1 to the {end}"):
         dspa.Steering(sae_in, sae_out, cdmap, dspa.SteeringConfig(**{name: 500}))
 
 

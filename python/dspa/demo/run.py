@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -50,7 +51,7 @@ METHODS = (
         method
         for alpha in (PUBLISHED.alpha, 1.0)
         for method in (
-            Method("Static-SAE ablate", SteeringConfig(k_prompt=1, alpha=alpha), static=True),
+            Method("Static-SAE", SteeringConfig(k_prompt=1, alpha=alpha), static=True),
             Method("DSPA ablate", SteeringConfig(alpha=alpha)),
             Method("DSPA both", SteeringConfig(alpha=alpha, mode="both")),
         )
@@ -214,8 +215,9 @@ def run(json_path: Path | None = None, *, assets: Path = ASSETS, progress: bool 
 
 def _table(outcomes: list[Outcome]) -> Table:
     base = outcomes[0]
-    table = Table(title=f"Held-out prompts, seeds {', '.join(map(str, SEEDS))}")
-    for column in ("method", "alpha", "preferred style", "over base", "each seed", "neutral perplexity"):
+    title = f"Share of style words in the preferred style, seeds {', '.join(map(str, SEEDS))}"
+    table = Table(title=title, box=SIMPLE_HEAD)
+    for column in ("method", "alpha", "share", "over base", "lowest, highest", "neutral perplexity"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for outcome in outcomes:
         table.add_row(
@@ -223,7 +225,7 @@ def _table(outcomes: list[Outcome]) -> Table:
             "" if outcome.alpha is None else f"{outcome.alpha:g}",
             f"{outcome.mean_share:.3f}",
             f"{outcome.mean_share - base.mean_share:+.3f}",
-            " ".join(f"{share:.2f}" for share in outcome.share),
+            f"{min(outcome.share):.3f}, {max(outcome.share):.3f}",
             f"{outcome.perplexity:.2f} ({outcome.perplexity / base.perplexity - 1:+.1%})",
         )
     return table

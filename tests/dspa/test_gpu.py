@@ -1,0 +1,30 @@
+"""Steering on a CUDA device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dspa
+
+from .conftest import make_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch finds none"),
+]
+PROMPT = torch.tensor([[1, 5, 9, 33, 20, 7]])
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("family", ["gemma2", "qwen3"])
+def test_the_tokens_of_the_cpu(family, cache, sae_in, sae_out, cdmap):
+    """The SAEs go where the model is; a static cache decodes in compiled steps."""
+    model = make_model(family)
+    steering = dspa.Steering(sae_in, sae_out, cdmap, dspa.SteeringConfig(alpha=0.6, k_diff=8, mode="both"))
+    settings = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
+    with steering.attach(model):
+        wanted = model.generate(PROMPT, max_new_tokens=8, do_sample=False)
+    model.cuda()
+    with steering.attach(model):
+        assert torch.equal(model.generate(PROMPT.cuda(), **settings).cpu(), wanted)
