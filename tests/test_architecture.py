@@ -24,7 +24,7 @@ DSPA = (
     {"saes"},
     {"sae_weights"},
     {"sae_files"},
-    {"errors", "version"},
+    {"errors", "version", "prompts"},
 )
 KERNELS = ({"ops"}, {"backends", "weights", "testing"}, {"checks"})
 

@@ -220,6 +220,7 @@ def generate(
 
     from dspa.cdmap import ConditionalDifferenceMap
     from dspa.config import SteeringConfig
+    from dspa.prompts import read_prompts, tokenize_prompt
     from dspa.steering import Steering
 
     _check_writable("--out", out)
@@ -227,7 +228,7 @@ def generate(
     config = SteeringConfig(
         k_prompt=k_prompt, k_diff=k_diff, alpha=alpha, mode=mode.value, positions=positions, scoring=scoring
     )
-    prompts = _prompts(prompt, file)
+    prompts = read_prompts(prompt, file)
     cdmap = ConditionalDifferenceMap.load(map_path)
     lm, tokenizer, read, edit = _load(model, (sae_in, layer_in), (sae_out, layer_out), device, dtype)
     steering = Steering(read, edit, cdmap, config, backend=backend, record=trace is not None)
@@ -239,7 +240,7 @@ def generate(
     as_records = out is not None or file is not None
     with steering.attach(lm, layers=layers, model_name=model_name), _saving(steering.trace, trace):
         for text in prompts:
-            inputs = _tokens(tokenizer, text, chat).to(lm.device)
+            inputs = tokenize_prompt(tokenizer, text, chat).to(lm.device)
             tokens = lm.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)[0]
             answer = tokenizer.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             print(json.dumps({"prompt": text, "response": answer}) if as_records else answer, file=sink, flush=True)
@@ -335,61 +336,6 @@ def _load(
     lm = load_model(model, dtype=dtype.value).to(device).eval()
     read, edit = (sae.to(dtype=lm.dtype) for sae in saes)
     return lm, tokenizer, read, edit
-
-
-def _prompts(prompt: str | None, file: Path | None) -> Iterator[str]:
-    """What to answer, checked before a model is loaded."""
-    if prompt is not None and file is not None:
-        raise ValueError("--prompt and --file were both given; accepted: one of them.")
-    if prompt is not None:
-        if not prompt.strip():
-            raise ValueError("--prompt is empty. Steering selects from a prompt: give one.")
-        return iter([prompt])
-    if file is not None:
-        return iter(_prompts_of(file))
-    return _asked()
-
-
-def _prompts_of(file: Path) -> list[str]:
-    if not file.is_file():
-        raise ValueError(f"--file is {file}, which is not a file; accepted: one prompt a line, or JSON Lines.")
-    lines = list(enumerate(file.read_text(encoding="utf-8").splitlines(), start=1))
-    found = [_prompt_of(f"{file} line {n}", line, file.suffix) for n, line in lines if line.strip()]
-    if not found:
-        raise ValueError(f"{file} holds no prompt; accepted: one a line, or JSON Lines with `prompt`.")
-    return found
-
-
-def _prompt_of(name: str, line: str, suffix: str) -> str:
-    if suffix != ".jsonl":
-        return line
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: not JSON ({error}).") from error
-    prompt = row.get("prompt") if isinstance(row, dict) else None
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{name}: `prompt` is {prompt!r}; accepted: a text that is not empty.")
-    return prompt
-
-
-def _asked() -> Iterator[str]:
-    """What is typed, or piped, a line a prompt; each is answered by itself."""
-    while True:
-        try:
-            text = console.input("[bold]> [/bold]") if sys.stdin.isatty() else input()
-        except EOFError:
-            return
-        if text.strip():
-            yield text
-
-
-def _tokens(tokenizer: Any, text: str, chat: bool) -> Any:
-    if not chat:
-        return tokenizer(text, return_tensors="pt")
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
 
 
 def main() -> None:

@@ -100,7 +100,7 @@ def test_generate(run, folder, built, tmp_path):
 def test_interactive(run, folder, built, monkeypatch):
     lines = iter(["the cat", "", "is a dog"])
 
-    def typed() -> str:
+    def typed(_: str = "") -> str:
         try:
             return next(lines)
         except StopIteration:
