@@ -15,6 +15,8 @@ from transformers import (
     GenerationConfig,
     StoppingCriteria,
     StoppingCriteriaList,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import dspa
@@ -427,3 +429,15 @@ def test_detach_without_the_steering(gemma, sae_in, sae_out, cdmap):
 def test_swapped_saes(sae_in, sae_out, cdmap):
     with pytest.raises(dspa.MapError, match="Are the two SAEs swapped"):
         dspa.Steering(sae_out, sae_in, cdmap)
+
+
+def test_encoder_decoder(steering):
+    model = T5ForConditionalGeneration(T5Config(vocab_size=61, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8))
+    with pytest.raises(dspa.ModelError, match="encoder-decoder; accepted: decoder-only"):
+        steering.attach(model)
+
+
+def test_guidance(gemma, steering):
+    """Its second pass is over another text, whose plan nobody made."""
+    with steering.attach(gemma), pytest.raises(dspa.ModelError, match="guidance_scale"):
+        gemma.generate(PROMPT, guidance_scale=2.0, max_new_tokens=2)
