@@ -107,7 +107,9 @@ class ConditionalDifferenceMap:
         )
 
     def to(self, device: torch.device | str) -> ConditionalDifferenceMap:
-        """The same map on another device."""
+        """The map on `device`; itself where it is there already."""
+        if torch.device(device) == self.values.device:
+            return self
         tensors = {name: getattr(self, name).to(device) for name in TENSORS}
         return ConditionalDifferenceMap(**tensors, meta=self.meta)
 

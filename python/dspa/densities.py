@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dspa.errors import MapError, ModelError
+from dspa.errors import MapError
 from dspa.hooks import (
     base_model,
+    check_eval,
+    check_finite,
     check_saes,
     context_length,
     decoder_layers,
@@ -155,8 +157,7 @@ def collect(
     if count_tokens not in COUNT_TOKENS:
         raise ValueError(f"`count_tokens` is {count_tokens!r}; accepted: {', '.join(COUNT_TOKENS)}.")
     inner = base_model(model)
-    if inner.training:
-        raise ModelError("The model is in training mode, where dropout changes what is counted: model.eval() first.")
+    check_eval(inner)
     stack = decoder_layers(inner, layers)
     check_saes(sae_in, sae_out, inner, len(stack), model_name)
     sae_in, sae_out = (sae.to(device_of(stack[layer_of(sae)])) for sae in (sae_in, sae_out))
@@ -282,11 +283,7 @@ def _counted(item: _Item, part: str, count_tokens: str) -> Tensor:
 def _counts_at(h: Tensor, sae: FrozenSAE, sequences: Tensor, n_sequences: int) -> Tensor:
     sequences = sequences.to(h.device).flatten()
     h = h.flatten(0, 1)
-    if not bool(h[sequences >= 0].isfinite().all()):
-        raise ModelError(
-            f"Hidden states at layer {sae.layer} are NaN or infinite. Check the model's weights and dtype (fp16 "
-            "overflows in Gemma models: use bfloat16)."
-        )
+    check_finite(h[sequences >= 0], layer_of(sae))
     return activation_counts(h, sae.weights, sequences, n_sequences).cpu()
 
 

@@ -20,6 +20,7 @@ CausalLM: TypeAlias = Any
 LAYER_PATHS = ("model.layers", "model.language_model.layers", "transformer.h", "gpt_neox.layers")
 # Told to the layers by a pass that only reads: steering stays out of it.
 READING = "dspa_reading"
+NOT_FINITE = "Check the model's weights and dtype (fp16 overflows in Gemma models: use bfloat16)."
 
 
 def base_model(model: nn.Module) -> CausalLM:
@@ -128,8 +129,29 @@ def read_layers(
             handle.remove()
     raise ModelError(
         f"Layer {wanted[-1]} of {type(inner).__name__} did not run its hooks. A model or layer that was compiled "
-        "before cannot be read: torch.compiler.reset(), or compile it afterwards."
+        "before cannot be read: torch.compiler.reset(), or compile it afterwards. Nor can an architecture that keeps "
+        "the model's keywords from its layers."
     )
+
+
+def check_eval(model: CausalLM) -> None:
+    """Raise if dropout would change which latents are active."""
+    if model.training:
+        raise ModelError("The model is in training mode, where dropout blurs what is read: call model.eval() first.")
+
+
+def check_finite(h: Tensor, layer: int, what: str = "Hidden states") -> None:
+    """Raise unless all of `h`, residuals at the output of `layer`, is finite."""
+    if not bool(h.isfinite().all()):
+        raise ModelError(f"{what} at layer {layer} are NaN or infinite. {NOT_FINITE}")
+
+
+def check_model_name(made: str, name: str, mine: str) -> None:
+    """Raise if something `made` "... for" the model `name` is used with the model `mine`; empty is unknown."""
+    if name and mine and not same_model(name, mine):
+        raise ModelError(
+            f"{made} {name!r} and the model is {mine!r}. If they are the same, say so: model_name={name!r}."
+        )
 
 
 def context_length(model: CausalLM) -> int | None:
@@ -178,9 +200,4 @@ def _check_sae(name: str, sae: FrozenSAE, model: nn.Module, n_layers: int, calle
             f"`{name}` reads {sae.d_in} dimensions and the model's hidden size is {hidden_size(model)}: it is an SAE "
             "of another model."
         )
-    mine = called or model_name(model)
-    if sae.model_name and mine and not same_model(sae.model_name, mine):
-        raise ModelError(
-            f"`{name}` was made for {sae.model_name!r} and the model is {mine!r}. If they are the same, say so: "
-            f"model_name={sae.model_name!r}."
-        )
+    check_model_name(f"`{name}` was made for", sae.model_name or "", called or model_name(model))

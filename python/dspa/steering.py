@@ -15,15 +15,18 @@ from dspa.cdmap import ConditionalDifferenceMap
 from dspa.config import SteeringConfig
 from dspa.errors import ModelError
 from dspa.hooks import (
+    NOT_FINITE,
     READING,
     base_model,
+    check_eval,
+    check_finite,
+    check_model_name,
     check_saes,
     decoder_layers,
     device_of,
     hidden,
     layer_of,
     read_layers,
-    same_model,
 )
 from dspa.hooks import model_name as name_of
 from dspa.saes import FrozenSAE
@@ -119,7 +122,7 @@ class Steering(nn.Module):
 
     def _place(self, device_in: torch.device, device_out: torch.device) -> None:
         self.sae_in, self.sae_out = self.sae_in.to(device_in), self.sae_out.to(device_out)
-        self._weights = self._weights.to(device_out)
+        self._weights, self.cdmap = self._weights.to(device_out), self.cdmap.to(device_out)
         with torch.inference_mode(False):
             self._passes = self._passes.to(device_out)
 
@@ -143,7 +146,7 @@ class Steering(nn.Module):
             raise ModelError(f"This Steering is attached to a {held} already: detach() it first.")
         stack = decoder_layers(inner, layers)
         check_saes(self.sae_in, self.sae_out, inner, len(stack), model_name)
-        self._check_map(model_name or name_of(inner))
+        check_model_name("The map was made with", self.cdmap.meta.model_name, model_name or name_of(inner))
         attachment = Attachment.of(inner)
         taken = [each for each in attachment.steerings if isinstance(each, Steering)]
         if any(each.sae_out.layer == self.sae_out.layer for each in taken):
@@ -158,14 +161,6 @@ class Steering(nn.Module):
         plan = inner.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
         self._undo += [edit.remove, plan.remove]
         return self
-
-    def _check_map(self, name: str) -> None:
-        made_for = self.cdmap.meta.model_name
-        if made_for and name and not same_model(made_for, name):
-            raise ModelError(
-                f"The map was made with {made_for!r} and the model is {name!r}. If they are the same, say so: "
-                f"model_name={made_for!r}."
-            )
 
     def detach(self) -> None:
         """Leave the model as it was. Does nothing when not attached."""
@@ -226,14 +221,13 @@ class Steering(nn.Module):
         if not_finite != before[1]:
             raise ModelError(
                 f"Hidden states at layer {self.sae_out.layer} are NaN or infinite; those tokens were not steered. "
-                "Check the model's weights and dtype (fp16 overflows in Gemma models: use bfloat16)."
+                f"{NOT_FINITE}"
             )
 
     def _choose(self, prompts: Prompts) -> SteeringPlan:
         """Count the prompt's active latents at `l_in` and look their map rows up (steps 1 to 3)."""
         assert self._attachment is not None
-        if self._attachment.model.training:
-            raise ModelError("The model is in training mode, where dropout blurs what is selected: call model.eval().")
+        check_eval(self._attachment.model)
         l_in = layer_of(self.sae_in)
         h = read_layers(
             self._attachment.model,
@@ -246,8 +240,7 @@ class Steering(nn.Module):
         self._check_device("sae_in", self.sae_in, h)
         n_prompts, length, _ = h.shape
         mask = prompts.mask.to(h.device)
-        if not bool(h[mask].isfinite().all()):
-            raise ModelError(f"Hidden states of the prompt at layer {self.sae_in.layer} are NaN or infinite.")
+        check_finite(h[mask], l_in, "Hidden states of the prompt")
         row = torch.arange(n_prompts, device=h.device, dtype=torch.int32)[:, None].expand(-1, length)
         counts = activation_counts(
             h.flatten(0, 1),
@@ -256,7 +249,7 @@ class Steering(nn.Module):
             n_prompts,
             backend=self.backend,
         )
-        self.plan = self.cdmap.select(counts, self.config, backend=self.backend).to(self.sae_out.device)
+        self.plan = self.cdmap.select(counts, self.config, backend=self.backend)
         self._calls += 1
         return self.plan
 
