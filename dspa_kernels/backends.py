@@ -48,19 +48,23 @@ IMPLEMENTED = frozenset(
 )
 
 
-def _obstacle(backend: str, device: torch.device) -> str:
-    """Why `backend` cannot run on `device`; empty if it can."""
+def _obstacle(backend: str, device: torch.device, dtype: torch.dtype = torch.float32, by_name: bool = False) -> str:
+    """Why `backend` cannot compute in `dtype` on `device`; empty if it can."""
     if backend == "reference":
         return ""
-    if device.type != "cuda":
+    # Triton's interpreter runs kernels on the CPU: to test them, never by itself.
+    interpreted = by_name and backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
         return f"it runs on CUDA devices and the tensors are on {device}"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
+    if dtype == torch.float64:
+        return "it computes in fp32 and an operand is fp64"
     return ""
 
 
-def choose(op: str, device: torch.device, requested: str = "auto") -> str:
-    """The backend that runs `op` on `device`.
+def choose(op: str, device: torch.device, requested: str = "auto", dtype: torch.dtype = torch.float32) -> str:
+    """The backend that runs `op` on `device`, computing in `dtype` (fp32 or fp64).
 
     `requested="auto"` (or the environment variable DSPA_BACKEND, read once) takes the first of cuda, triton
     and reference that has the op and can run. A backend asked for by name runs or raises `BackendError`.
@@ -72,7 +76,7 @@ def choose(op: str, device: torch.device, requested: str = "auto") -> str:
     reasons = []
     for backend in candidates:
         missing = (op, backend) not in IMPLEMENTED
-        reason = "this version has no such kernel" if missing else _obstacle(backend, device)
+        reason = "this version has no such kernel" if missing else _obstacle(backend, device, dtype, requested != "auto")
         if not reason:
             return backend
         reasons.append(f"{backend} cannot run {op}: {reason}")
@@ -85,11 +89,12 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     return function
 
 
-def define_op(op: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+def define_op(op: str, schema: str, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[..., Any]:
     """Register the custom op `dspa::<op>` and return it, to be called with keywords.
 
     `schema` is "(arguments) -> results" without the last argument, `str backend`, which names the module
     that computes. Implementations and `fake` (shapes and dtypes of the results) get the arguments by name.
+    `mutates` names the arguments that the schema marks as written to.
     """
     arguments, results = schema.split(" -> ")
     names = [each.split()[-1] for each in arguments.strip("()").split(", ")]
@@ -102,7 +107,7 @@ def define_op(op: str, schema: str, fake: Callable[..., Any]) -> Callable[..., A
         return fake(**dict(zip(names, values[:-1], strict=True)))
 
     full = f"{arguments[:-1]}, str backend) -> {results}"
-    definition = torch.library.custom_op(f"dspa::{op}", run, mutates_args=(), schema=full)
+    definition = torch.library.custom_op(f"dspa::{op}", run, mutates_args=mutates, schema=full)
     definition.register_fake(infer)
     return definition
 

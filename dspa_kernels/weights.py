@@ -12,13 +12,25 @@ from dspa_kernels.checks import check_at_least, check_device, check_dtype, check
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FULL = (torch.float32, torch.float64)
+SCREENS = ("none", "int8")
 NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
 
 # How an op's schema spells an encoder and the map's columns.
 ENCODER = "Tensor W_enc, Tensor b_enc, Tensor threshold, int k, str normalize"
 COLUMNS = "Tensor columns, Tensor columns_W_enc, Tensor columns_b_enc, Tensor columns_threshold, Tensor columns_W_dec"
 
-T = TypeVar("T", "SAEWeights", "MapWeights", "SteeringPlan")
+# How `steer` spells the encoder that it streams.
+STREAM = (
+    "Tensor W_enc, Tensor b_enc, Tensor threshold, int k, str normalize, Tensor? order, int n_large,"
+    " Tensor? screen_W_enc, Tensor? screen_latents, Tensor? screen_mean, Tensor barriers"
+)
+# What becomes of a residual row, in the order of the first numbers of `paths`.
+PATHS = ("unsteered", "not_finite", "inactive", "settled", "streamed")
+# Words of `EncoderStream.barriers`: one a stream of the device, and as many for captured graphs, each in a
+# cache line of its own.
+N_BARRIERS, BARRIER_INTS = 64, 32
+
+T = TypeVar("T", "SAEWeights", "MapWeights", "SteeringPlan", "EncoderStream")
 
 
 def _moved(weights: T, device: torch.device | str) -> T:
@@ -53,6 +65,13 @@ class SAEWeights:
             raise refuse("k", self.k, f"0 (no top-k) to d_sae = {self.d_sae}")
         if self.normalize not in NORMALIZATIONS:
             raise refuse("normalize", repr(self.normalize), ", ".join(NORMALIZATIONS))
+        object.__setattr__(self, "_stream", EncoderStream.of(self))
+
+    @property
+    def stream(self) -> EncoderStream:
+        """The rows of W_enc as `steer` reads them: in their own order, unscreened."""
+        stream: EncoderStream = self._stream  # type: ignore[attr-defined]
+        return stream
 
     @property
     def d_in(self) -> int:
@@ -72,6 +91,120 @@ class SAEWeights:
     def to(self, device: torch.device | str) -> SAEWeights:
         """The same weights on another device."""
         return _moved(self, device)
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderStream:
+    """The encoder in the form in which `steer` reads it when a row's maximum is needed.
+
+    Rows stand in the order of how often their latents hold the maximum, so that a stream can stop early; the
+    first `n_large` of them are evaluated before it and often settle a row without it. With a screen, an int8
+    copy is read instead, and of the rows themselves only those that could hold a maximum. None of this
+    changes a result. Make one with `EncoderStream.of`.
+
+    Shapes: W_enc [d_sae, d_in]; b_enc, threshold [d_sae] fp32 (fp64 for fp64); order [d_sae] int32, the latent
+    of each row, None for their own order; screen_W_enc [d_sae, d_in] int8; screen_latents [4, d_sae] fp32:
+    scale, offset, error and size of each row; screen_mean [d_in] fp32; barriers, zeros that every launch
+    leaves as it found them.
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    threshold: Tensor
+    k: int
+    normalize: str
+    order: Tensor | None
+    n_large: int
+    screen_W_enc: Tensor | None
+    screen_latents: Tensor | None
+    screen_mean: Tensor | None
+    barriers: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        sae: SAEWeights,
+        *,
+        hot: Tensor | None = None,
+        n_large: int = 64,
+        screen: str = "none",
+        mean: Tensor | None = None,
+    ) -> EncoderStream:
+        """The stream of `sae`.
+
+        Args:
+            sae: the SAE. Its rows are copied if `hot` is given.
+            hot: latents [H], the one that holds a row's maximum most often first. They lead the stream.
+            n_large: how many of them are evaluated before it.
+            screen: "none" or "int8", which adds one byte for each number of W_enc.
+            mean: [d_in], about the mean of the (normalised) rows; a good one makes a screen tighter.
+
+        Raises:
+            InputError: latents that are not distinct or do not exist, another screen, another shape.
+        """
+        if screen not in SCREENS:
+            raise refuse("screen", repr(screen), ", ".join(SCREENS))
+        order, rows = None, (sae.W_enc, sae.b_enc, sae.threshold)
+        n_large = min(n_large, 0 if hot is None else len(hot))
+        if hot is not None and len(hot):
+            order = _led_by(hot.to(sae.W_enc.device), sae.d_sae)
+            rows = tuple(each[order.long()] for each in rows)
+        mean = torch.zeros(sae.d_in) if mean is None else mean
+        check_shape("mean", mean, (sae.d_in,))
+        mean = mean.to(sae.W_enc.device, torch.float32)
+        screened = (*screen_rows(rows[0], rows[1], mean), mean) if screen == "int8" else (None, None, None)
+        barriers = torch.zeros(N_BARRIERS, BARRIER_INTS, dtype=torch.int32, device=sae.W_enc.device)
+        return cls(*rows, sae.k, sae.normalize, order, n_large, *screened, barriers)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments `STREAM` of an op's schema."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def added_bytes(self, sae: SAEWeights) -> int:
+        """Memory that this takes beside `sae`, in bytes."""
+        ours = [v for v in self.arguments().values() if isinstance(v, Tensor)]
+        theirs = {sae.W_enc.data_ptr(), sae.b_enc.data_ptr(), sae.threshold.data_ptr()}
+        return sum(each.nbytes for each in ours if each.data_ptr() not in theirs)
+
+    def to(self, device: torch.device | str) -> EncoderStream:
+        """The same stream on another device."""
+        return _moved(self, device)
+
+
+def _led_by(hot: Tensor, d_sae: int) -> Tensor:
+    """All latents [d_sae] int32, those of `hot` first and the rest by their index."""
+    first = torch.zeros(d_sae, dtype=torch.bool, device=hot.device)
+    inside = bool(((hot >= 0) & (hot < d_sae)).all())
+    if inside:
+        first[hot.long()] = True
+    if not inside or int(first.sum()) != len(hot):
+        raise refuse("hot", hot.tolist(), f"distinct latents below d_sae = {d_sae}")
+    return torch.cat([hot.to(torch.int32), (~first).nonzero().flatten().to(torch.int32)])
+
+
+def screen_rows(W_enc: Tensor, b_enc: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """An int8 copy Q of encoder rows, and per row what bounds the error of `z = scale (h . Q) + offset`.
+
+    With the residual r = W - scale Q: offset = b + <mean, r> and a little more than both sums can lose,
+    error >= ||r||, size >= ||W|| + scale ||Q||. Then `h . W + b <= z + ||h - mean|| error + g ||h|| size`, where g
+    bounds the relative rounding error of a sum of d_in products. Computed in fp64, in blocks.
+    """
+    Q = torch.empty(W_enc.shape, dtype=torch.int8, device=W_enc.device)
+    latents = torch.empty(4, len(W_enc), dtype=torch.float32, device=W_enc.device)
+    up = 1 + 2.0**-20  # fp64 to fp32, upwards
+    for rows in torch.arange(len(W_enc), device=W_enc.device).split(4096):
+        W = W_enc[rows].double()
+        # A scale below this would leave the normal numbers, where products are not as exact.
+        scale = (W.abs().amax(dim=1) / 127).clamp(min=2.0**-100).float()
+        q = (W / scale[:, None].double()).round().clamp(-127, 127)
+        r = W - q * scale[:, None].double()
+        b = b_enc[rows].double()
+        offset = b + r @ mean.double()
+        slack = 2.0**-18 * (b.abs() + offset.abs()) + 1e-30
+        size = W.norm(dim=1) + scale.double() * q.norm(dim=1)
+        Q[rows] = q.to(torch.int8)
+        latents[:, rows] = torch.stack([scale.double(), offset + slack, r.norm(dim=1) * up, size * up]).float()
+    return Q, latents
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +325,7 @@ def check_rows(W_enc: Tensor, b_enc: Tensor, threshold: Tensor, W_dec: Tensor) -
     check_shape("W_dec", W_dec, (n, d_in))
     check_dtype("W_dec", W_dec, (W_enc.dtype,))
     for name, tensor in (("b_enc", b_enc), ("threshold", threshold)):
-        check_dtype(name, tensor, FULL)
+        check_dtype(name, tensor, FULL if W_enc.dtype == torch.float64 else FULL[:1])
     for name, tensor in (("b_enc", b_enc), ("threshold", threshold), ("W_dec", W_dec)):
         check_device(name, tensor, W_enc, "W_enc")
     for name, tensor in (("W_enc", W_enc), ("W_dec", W_dec)):

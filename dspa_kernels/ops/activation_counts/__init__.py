@@ -5,6 +5,7 @@ from torch import Tensor
 
 from dspa_kernels.backends import choose, define_op
 from dspa_kernels.checks import check_at_least, check_device, check_dtype, check_shape
+from dspa_kernels.ops.common import compute_dtype
 from dspa_kernels.weights import ENCODER, FLOATS, SAEWeights
 
 
@@ -38,7 +39,7 @@ def activation_counts(
         **sae.encoder(),
         sequences=sequences,
         n_sequences=n_sequences,
-        backend=choose("activation_counts", h.device, backend),
+        backend=choose("activation_counts", h.device, backend, compute_dtype(h, sae.W_enc)),
     )
     return counts
 

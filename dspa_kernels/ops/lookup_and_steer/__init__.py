@@ -5,8 +5,9 @@ from torch import Tensor
 
 from dspa_kernels.backends import choose, define_op
 from dspa_kernels.ops.map_lookup import check_lookup, n_slots
-from dspa_kernels.ops.steer import check_residual, fake_steered
-from dspa_kernels.weights import COLUMNS, ENCODER, Edits, MapWeights, SAEWeights, SteeringPlan
+from dspa_kernels.ops.common import compute_dtype
+from dspa_kernels.ops.steer import GATE, check_residual, fake_steered, stream_of
+from dspa_kernels.weights import COLUMNS, STREAM, Edits, EncoderStream, MapWeights, SAEWeights, SteeringPlan
 
 
 def lookup_and_steer(
@@ -14,12 +15,17 @@ def lookup_and_steer(
     counts: Tensor,
     sae: SAEWeights,
     cdmap: MapWeights,
-    rows: Tensor,
+    rows: Tensor | None = None,
     *,
     k_prompt: int = 32,
     k_diff: int = 16,
     mode: str = "ablate",
     alpha: float = 0.2,
+    record: bool = True,
+    stream: EncoderStream | None = None,
+    positions: Tensor | None = None,
+    start: Tensor | None = None,
+    paths: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, SteeringPlan, Edits]:
     """`map_lookup` and `steer` in one: the step at which the last prompt token passes (DSPA, 1 to 5).
@@ -27,42 +33,47 @@ def lookup_and_steer(
     Args:
         h: residual rows [N, d_in], any floating dtype.
         counts: [B, d_sae_in] int32, activation counts of the prompts at the input SAE.
-        sae, cdmap, rows, alpha: as for `steer`; `rows` index the B prompts.
+        sae, cdmap, rows, alpha, record, stream, positions, start, paths: as for `steer`; `rows` index the B
+            prompts.
         k_prompt, k_diff, mode: as for `map_lookup`.
 
     Returns:
-        h' [N, d_in], the plan for `steer` at later tokens, and the `Edits`. Not differentiable.
+        h' [N, d_in], the plan for `steer` at later tokens, and the `Edits`, of no rows unless
+        recorded. Not differentiable.
 
     Raises:
         InputError: a shape, dtype, device or value that does not fit. BackendError: see `choose`.
     """
     check_lookup(counts, cdmap.values, k_prompt, k_diff, mode)
-    check_residual(h, sae, cdmap, rows, alpha)
+    gate = {"rows": rows, "positions": positions, "start": start, "paths": paths}
+    check_residual(h, sae, cdmap, alpha, len(counts), **gate)
     out, before, after, maximum, slots, signs = _lookup_and_steer(
         h=h,
         counts=counts,
         values=cdmap.values,
-        **sae.encoder(),
+        **stream_of(sae, stream).arguments(),
         **cdmap.latents(),
-        rows=rows,
+        **gate,
         k_prompt=k_prompt,
         k_diff=k_diff,
-        mode=mode,
+        lookup_mode=mode,
         alpha=alpha,
-        backend=choose("lookup_and_steer", h.device, backend),
+        record=record,
+        backend=choose("lookup_and_steer", h.device, backend, compute_dtype(h, sae.W_enc)),
     )
     return out, SteeringPlan(slots=slots, signs=signs), Edits(before, after, maximum)
 
 
-def _fake(h: Tensor, counts: Tensor, W_enc: Tensor, k_diff: int, mode: str, **_: object) -> tuple[Tensor, ...]:
-    slots = counts.new_empty(counts.shape[0], n_slots(k_diff, mode))
+def _fake(h: Tensor, counts: Tensor, W_enc: Tensor, k_diff: int, lookup_mode: str, record: bool, **_: object) -> tuple[Tensor, ...]:
+    slots = counts.new_empty(counts.shape[0], n_slots(k_diff, lookup_mode))
     signs = slots.new_empty(slots.shape, dtype=torch.int8)
-    return (*fake_steered(h, W_enc, slots.shape[1]), slots, signs)
+    return (*fake_steered(h, W_enc, slots.shape[1], record), slots, signs)
 
 
 _lookup_and_steer = define_op(
     "lookup_and_steer",
-    f"(Tensor h, Tensor counts, Tensor values, {ENCODER}, {COLUMNS}, Tensor rows, int k_prompt, int k_diff,"
-    " str mode, float alpha) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor h, Tensor counts, Tensor values, {STREAM}, {COLUMNS}, {GATE}, int k_prompt,"
+    " int k_diff, str lookup_mode, float alpha, bool record) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
+    mutates=("paths",),
 )

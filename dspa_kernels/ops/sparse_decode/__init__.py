@@ -5,6 +5,7 @@ from torch import Tensor
 
 from dspa_kernels.backends import choose, define_op
 from dspa_kernels.checks import check_device, check_dtype, check_shape
+from dspa_kernels.ops.common import compute_dtype
 from dspa_kernels.weights import FLOATS, SparseLatents
 
 
@@ -43,7 +44,7 @@ def sparse_decode(
         values=latents.values,
         W_dec=W_dec,
         b_dec=b_dec,
-        backend=choose("sparse_decode", W_dec.device, backend),
+        backend=choose("sparse_decode", W_dec.device, backend, compute_dtype(latents.values, W_dec)),
     )
     return out
 

@@ -32,7 +32,7 @@ def sparse_encode(h: Tensor, sae: SAEWeights, *, capacity: int | None = None, ba
             raise refuse("capacity", None, "1 to d_sae", "Only a top-k SAE bounds its active latents by itself.")
         capacity = sae.k
     check_k("capacity", capacity, sae.d_sae)
-    backend = choose("sparse_encode", h.device, backend)
+    backend = choose("sparse_encode", h.device, backend, compute_dtype(h, sae.W_enc))
     return SparseLatents(*_sparse_encode(h=h, **sae.encoder(), capacity=capacity, backend=backend))
 
 

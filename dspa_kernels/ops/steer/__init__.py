@@ -1,18 +1,20 @@
 """`steer`: edit the residual where the latents of its plan are active."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from dspa_kernels.backends import choose, define_op
-from dspa_kernels.checks import check_at_least, check_device, check_dtype, check_shape
+from dspa_kernels.checks import check_at_least, check_device, check_dtype, check_shape, refuse
 from dspa_kernels.ops.common import compute_dtype
 from dspa_kernels.weights import (
     COLUMNS,
-    ENCODER,
     FLOATS,
+    PATHS,
+    STREAM,
     Edits,
+    EncoderStream,
     MapWeights,
     SAEWeights,
     SteeringPlan,
@@ -25,10 +27,14 @@ def steer(
     sae: SAEWeights,
     cdmap: MapWeights,
     plan: SteeringPlan,
-    rows: Tensor,
+    rows: Tensor | None = ...,
     *,
     alpha: float = ...,
     record: Literal[False] = ...,
+    stream: EncoderStream | None = ...,
+    positions: Tensor | None = ...,
+    start: Tensor | None = ...,
+    paths: Tensor | None = ...,
     backend: str = ...,
 ) -> Tensor: ...
 
@@ -39,10 +45,14 @@ def steer(
     sae: SAEWeights,
     cdmap: MapWeights,
     plan: SteeringPlan,
-    rows: Tensor,
+    rows: Tensor | None = ...,
     *,
     alpha: float = ...,
     record: Literal[True],
+    stream: EncoderStream | None = ...,
+    positions: Tensor | None = ...,
+    start: Tensor | None = ...,
+    paths: Tensor | None = ...,
     backend: str = ...,
 ) -> tuple[Tensor, Edits]: ...
 
@@ -52,10 +62,14 @@ def steer(
     sae: SAEWeights,
     cdmap: MapWeights,
     plan: SteeringPlan,
-    rows: Tensor,
+    rows: Tensor | None = None,
     *,
     alpha: float = 0.2,
     record: bool = False,
+    stream: EncoderStream | None = None,
+    positions: Tensor | None = None,
+    start: Tensor | None = None,
+    paths: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Edits]:
     """Apply prompt-conditional, token-conditional edits (DSPA, online steps 4 and 5).
@@ -69,9 +83,15 @@ def steer(
         sae: the output SAE.
         cdmap: the map whose columns the plan points into, gathered from the same SAE.
         plan: what each of B prompts steers.
-        rows: [N] int32, the plan row of each residual row; a negative row is not steered.
+        rows: [N] int32, the plan row of each residual row; a negative row is not steered. None: N = B, each
+            its own.
         alpha: strength, a finite number >= 0 (published: 0.2).
-        record: also return the `Edits`.
+        record: also return the `Edits`. They tell M, so that every row with an active selected latent needs it.
+        stream: how the encoder is read where M is needed, made from `sae`; by default `sae.stream`.
+        positions, start: [N] and [B] int64, or neither: a row before `start` of its plan row is not steered.
+        paths: [6] int64, to which is added how many rows were unsteered, not finite, inactive (no selected
+            latent was), settled (all ended at 0 by a bound on M) and streamed, and how many rows of the
+            encoder were read for it in full. The last depends on timing where rows settle early.
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
@@ -81,50 +101,87 @@ def steer(
     Raises:
         InputError: a shape, dtype, device or value that does not fit. BackendError: see `choose`.
     """
-    check_residual(h, sae, cdmap, rows, alpha)
+    gate = {"rows": rows, "positions": positions, "start": start, "paths": paths}
+    check_residual(h, sae, cdmap, alpha, len(plan.slots), **gate)
     check_device("plan", plan.slots, h, "h")
     out, *edits = _steer(
         h=h,
-        **sae.encoder(),
+        **stream_of(sae, stream).arguments(),
         **cdmap.latents(),
         slots=plan.slots,
         signs=plan.signs,
-        rows=rows,
+        **gate,
         alpha=alpha,
-        backend=choose("steer", h.device, backend),
+        record=record,
+        backend=choose("steer", h.device, backend, compute_dtype(h, sae.W_enc)),
     )
     return (out, Edits(*edits)) if record else out
 
 
-def check_residual(h: Tensor, sae: SAEWeights, cdmap: MapWeights, rows: Tensor, alpha: float) -> None:
-    """Raise `InputError` unless residual rows, SAE, map and strength fit each other."""
+def stream_of(sae: SAEWeights, stream: EncoderStream | None) -> EncoderStream:
+    """`stream` if it was made from an SAE like `sae`, by default the SAE's own."""
+    if stream is None:
+        return sae.stream
+    check_shape("stream.W_enc", stream.W_enc, sae.W_enc.shape, "Make it with EncoderStream.of(sae).")
+    check_dtype("stream.W_enc", stream.W_enc, (sae.W_enc.dtype,))
+    check_device("stream", stream.W_enc, sae.W_enc, "sae")
+    if (stream.k, stream.normalize) != (sae.k, sae.normalize):
+        raise refuse("stream", (stream.k, stream.normalize), f"k and normalize of the SAE, {sae.k}, {sae.normalize}")
+    return stream
+
+
+def check_residual(
+    h: Tensor,
+    sae: SAEWeights,
+    cdmap: MapWeights,
+    alpha: float,
+    n_prompts: int,
+    rows: Tensor | None,
+    positions: Tensor | None,
+    start: Tensor | None,
+    paths: Tensor | None,
+) -> None:
+    """Raise `InputError` unless residual rows, SAE, map, strength and gates fit each other."""
     check_shape("h", h, ("N", sae.d_in), "Flatten batch and sequence into one dimension.")
     check_dtype("h", h, FLOATS)
     check_device("sae", sae.W_enc, h, "h")
     check_device("cdmap", cdmap.W_enc, h, "h")
     check_shape("cdmap.W_enc", cdmap.W_enc, ("C", sae.d_in), "Gather the map from the SAE that steers.")
     check_dtype("cdmap.W_enc", cdmap.W_enc, (sae.W_enc.dtype,))
-    check_shape("rows", rows, (h.shape[0],))
-    check_dtype("rows", rows, (torch.int32,))
-    check_device("rows", rows, h, "h")
     check_at_least("alpha", alpha, 0)
+    if rows is None and len(h) != n_prompts:
+        raise refuse("rows", None, f"the plan row of each of {len(h)} rows", f"The plan has {n_prompts} rows.")
+    if (positions is None) != (start is None):
+        raise refuse("start" if start is None else "positions", None, "both of `positions` and `start`, or neither")
+    for name, tensor, shape, dtype in (
+        ("rows", rows, (len(h),), torch.int32),
+        ("positions", positions, (len(h),), torch.int64),
+        ("start", start, (n_prompts,), torch.int64),
+        ("paths", paths, (len(PATHS) + 1,), torch.int64),
+    ):
+        if tensor is not None:
+            check_shape(name, tensor, shape)
+            check_dtype(name, tensor, (dtype,))
+            check_device(name, tensor, h, "h")
 
 
-def fake_steered(h: Tensor, W_enc: Tensor, n_slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shapes and dtypes of h', before, after, maximum."""
-    dtype = compute_dtype(h, W_enc)
-    slots = h.new_empty(h.shape[0], n_slots, dtype=dtype)
+def fake_steered(h: Tensor, W_enc: Tensor, n_slots: int, record: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of h', before, after, maximum; nothing is kept of the edits unless recorded."""
+    dtype, n_rows = compute_dtype(h, W_enc), h.shape[0] if record else 0
+    slots = h.new_empty(n_rows, n_slots, dtype=dtype)
     out = torch.empty_like(h, memory_format=torch.contiguous_format)
-    return out, slots, torch.empty_like(slots), h.new_empty(h.shape[0], dtype=dtype)
+    return out, slots, torch.empty_like(slots), h.new_empty(n_rows, dtype=dtype)
 
 
-def _fake(h: Tensor, W_enc: Tensor, slots: Tensor, **_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fake_steered(h, W_enc, slots.shape[1])
+def _fake(h: Tensor, W_enc: Tensor, slots: Tensor, record: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return fake_steered(h, W_enc, slots.shape[1], record)
 
 
+GATE = "Tensor? rows, Tensor? positions, Tensor? start, Tensor(a!)? paths"
 _steer = define_op(
     "steer",
-    f"(Tensor h, {ENCODER}, {COLUMNS}, Tensor slots, Tensor signs, Tensor rows, float alpha)"
+    f"(Tensor h, {STREAM}, {COLUMNS}, Tensor slots, Tensor signs, {GATE}, float alpha, bool record)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
+    mutates=("paths",),
 )

@@ -1,5 +1,7 @@
 """The specification of `steer`, in plain PyTorch."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,14 @@ from dspa_kernels.ops.common import compute_dtype, is_active, latent_blocks, nor
 
 
 def _stream(
-    hn: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int, picked: Tensor, latents: Tensor
+    hn: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    k: int,
+    order: Tensor,
+    picked: Tensor,
+    latents: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The largest latent of each row [N], and by how many others each picked latent is beaten [N, S].
 
@@ -20,12 +29,22 @@ def _stream(
         if not k:
             pre = torch.where(is_active(pre, threshold[block]), pre, 0)
         maximum = torch.maximum(maximum, pre.amax(dim=1))
-        index = torch.arange(block.start, block.stop, device=hn.device)
+        index = order[block]
         for slot in range(latents.shape[1]) if k else ():
             own, value = latents[:, slot, None], picked[:, slot, None]
             ahead = (pre > value) | ((pre == value) & (index < own))
             beaten[:, slot] += (ahead & (index != own)).sum(dim=1)
     return maximum, beaten
+
+
+def steered_rows(n_rows: int, rows: Tensor | None, positions: Tensor | None, start: Tensor | None) -> Tensor:
+    """Plan row of each residual row [N] int64, -1 where it is not steered."""
+    device = None if start is None else start.device
+    prompt = torch.arange(n_rows, device=device) if rows is None else rows.long()
+    if positions is None or start is None:
+        return prompt
+    began = torch.cat([start, start.new_zeros(1)])[prompt]  # a negative row takes the last, whatever it is
+    return torch.where(positions >= began, prompt, -1)
 
 
 def steer(
@@ -35,6 +54,8 @@ def steer(
     threshold: Tensor,
     k: int,
     normalize: str,
+    order: Tensor | None,
+    n_large: int,
     columns: Tensor,
     columns_W_enc: Tensor,
     columns_b_enc: Tensor,
@@ -42,52 +63,79 @@ def steer(
     columns_W_dec: Tensor,
     slots: Tensor,
     signs: Tensor,
-    rows: Tensor,
+    rows: Tensor | None,
+    positions: Tensor | None,
+    start: Tensor | None,
+    paths: Tensor | None,
     alpha: float,
+    record: bool,
+    **_screen: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h'_n = h_n + scale_n sum_j (f'_j - f_j) W_dec[j] over the active latents j of plan row rows[n].
 
     f'_j = f_j + alpha M (sign +1) or max(f_j - alpha M, 0) (sign -1), M = max over all latents of f.
     A row with rows[n] < 0, without an active selected latent, or without a change is copied. A steered row
-    that is not finite is copied too, and its maximum is NaN.
+    that is not finite is copied too, and its maximum is NaN. Unless recorded, the encoder is not read for a
+    row whose active latents a lower bound on M, the selected and the first `n_large` latents, already sends to 0.
     """
     dtype = compute_dtype(h, W_enc)
     out = h.clone(memory_format=torch.contiguous_format)
-    before = torch.zeros(len(h), slots.shape[1], dtype=dtype, device=h.device)
+    before = torch.zeros(len(h) if record else 0, slots.shape[1], dtype=dtype, device=h.device)
     after = torch.zeros_like(before)
-    maximum = torch.zeros(len(h), dtype=dtype, device=h.device)
+    maximum = torch.zeros(len(before), dtype=dtype, device=h.device)
 
-    row = (rows >= 0).nonzero().flatten()
+    prompt = steered_rows(len(h), rows, positions, start).to(h.device)
+    row = (prompt >= 0).nonzero().flatten()
     finite = h[row].isfinite().all(dim=1)
-    maximum[row[~finite]] = float("nan")
+    if record:
+        maximum[row[~finite]] = float("nan")
+    counts = [len(h) - len(row), int((~finite).sum())]
     row = row[finite]
-    if not columns.numel():
-        return out, before, after, maximum
     hn, scale = normalise(h[row], normalize, dtype)
-    slot, sign = slots[rows[row].long()].long(), signs[rows[row].long()]
+    slot, sign = slots[prompt[row]].long(), signs[prompt[row]]
     chosen, slot = slot >= 0, slot.clamp(min=0)
-    f = pre_activations(hn, columns_W_enc, columns_b_enc).gather(1, slot)
-    active = chosen & (f > 0 if k else is_active(f, columns_threshold[slot]))
-    # Only rows with an active selected latent need the maximum, so only they read the whole encoder.
-    needed = active.any(dim=1)
-    if not needed.any():
-        return out, before, after, maximum
-    row, hn, scale, slot, sign, f, active = (each[needed] for each in (row, hn, scale, slot, sign, f, active))
+    if columns.numel():
+        f = pre_activations(hn, columns_W_enc, columns_b_enc).gather(1, slot)
+        active = chosen & (f > 0 if k else is_active(f, columns_threshold[slot]))
+        f = torch.where(active, f, 0)
+    else:
+        f = hn.new_zeros(slot.shape)
+        active = torch.zeros_like(chosen)
 
-    largest, beaten = _stream(hn, W_enc, b_enc, threshold, k, f, columns.long()[slot])
-    if k:
-        active &= beaten < k
+    # Only rows with an active selected latent need the maximum, and of those only some read the encoder.
+    open_rows = active.any(dim=1)
+    large = pre_activations(hn, W_enc[:n_large], b_enc[:n_large])
+    large = large.clamp(min=0) if k else torch.where(is_active(large, threshold[:n_large]), large, 0)
+    bound = torch.cat([f, large], dim=1).amax(dim=1) if f.shape[1] + n_large else hn.new_zeros(len(hn))
+    gone = ~active | ((sign < 0) & (f <= alpha * bound[:, None]))
+    settled = open_rows & gone.all(dim=1) & (not record and not k)
+    streamed = open_rows & ~settled
+    counts += [int(each.sum()) for each in (~open_rows, settled, streamed)]
+    if paths is not None:
+        read = len(W_enc) if counts[-1] else 0
+        paths += torch.tensor([*counts, read], device=paths.device)
+    if not open_rows.any():
+        return out, before, after, maximum
+
+    at = streamed.nonzero().flatten()
+    if len(at):
+        index = torch.arange(len(W_enc), device=h.device) if order is None else order.long()
+        latents = columns.long()[slot[at]]
+        largest, beaten = _stream(hn[at], W_enc, b_enc, threshold, k, index, f[at], latents)
+        bound[at] = torch.maximum(bound[at], largest)
+        if k:
+            active[at] &= beaten < k
     f = torch.where(active, f, 0)
-    largest = torch.maximum(largest, f.amax(dim=1))
-    step = alpha * largest[:, None]
+    step = alpha * bound[:, None]
     edited = torch.where(sign > 0, f + step, (f - step).clamp(min=0))
     edited = torch.where(active, edited, 0)
-    before[row], after[row] = f, edited
-    maximum[row] = torch.where(active.any(dim=1), largest, 0)
+    if record:
+        before[row], after[row] = f, edited
+        maximum[row] = torch.where(active.any(dim=1), bound, 0)
 
+    changed = (edited != f).any(dim=1)
     change = torch.zeros(len(row), len(columns), dtype=dtype, device=h.device)
     change.scatter_add_(1, slot, edited - f)
-    changed = (edited != f).any(dim=1)
     delta = change[changed] @ columns_W_dec.to(dtype) * scale[changed]
     out[row[changed]] = (h[row[changed]].to(dtype) + delta).to(h.dtype)
     return out, before, after, maximum

@@ -1,0 +1,214 @@
+"""`map_lookup` in Triton: one program a prompt, no sort of the latents, the reference's order of summation."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+# Selections this wide are ordered by comparing them with each other.
+MAX_SELECTED = 4096
+SIDES = {"augment": (True, False), "ablate": (False, True), "both": (True, True)}
+
+
+@triton.jit
+def count_above(p_key, n, b_level, BLOCK: tl.constexpr):
+    """How many of n keys are above a level."""
+    b_count = tl.zeros([BLOCK], dtype=tl.int32)
+    o_key = tl.arange(0, BLOCK)
+    for i in range(0, n, BLOCK):
+        b_key = tl.load(p_key + i + o_key, mask=o_key < n - i, other=0)
+        b_count += (b_key > b_level).to(tl.int32)
+    return tl.sum(b_count, axis=0)
+
+
+@triton.jit
+def level_of(p_key, n, k, BLOCK: tl.constexpr):
+    """The smallest level >= 0 with fewer than k keys above it: the k-th largest key, or 0 if k are not positive."""
+    b_most = tl.zeros([BLOCK], dtype=tl.int32)
+    o_key = tl.arange(0, BLOCK)
+    for i in range(0, n, BLOCK):
+        b_most = tl.maximum(b_most, tl.load(p_key + i + o_key, mask=o_key < n - i, other=0))
+    b_low = tl.zeros([], dtype=tl.int32)
+    b_high = tl.max(b_most, axis=0)
+    while b_low < b_high:
+        b_middle = b_low + (b_high - b_low) // 2
+        if count_above(p_key, n, b_middle, BLOCK) < k:
+            b_high = b_middle
+        else:
+            b_low = b_middle + 1
+    return b_low
+
+
+@triton.jit
+def largest(p_key, p_index, n, k, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr):
+    """index = the k largest positive keys, largest first, ties to the smaller index, then -1; returns how many.
+
+    Keys are int32 >= 0, k <= BLOCK_K. `p_index` needs k places, and holds them in order of index for a while.
+    """
+    b_level = level_of(p_key, n, k, BLOCK)
+    b_room = k - count_above(p_key, n, b_level, BLOCK)
+    b_taken, b_ties = tl.zeros([], dtype=tl.int32), tl.zeros([], dtype=tl.int32)
+    o_key = tl.arange(0, BLOCK)
+    for i in range(0, n, BLOCK):
+        b_key = tl.load(p_key + i + o_key, mask=o_key < n - i, other=0)
+        m_tie = (b_key == b_level) & (b_key > 0)
+        b_tie = tl.cumsum(m_tie.to(tl.int32), axis=0) + b_ties
+        m_take = (b_key > b_level) | (m_tie & (b_tie <= b_room))
+        b_place = tl.cumsum(m_take.to(tl.int32), axis=0) + b_taken - 1
+        tl.store(p_index + b_place, i + o_key, mask=m_take)
+        b_taken += tl.sum(m_take.to(tl.int32), axis=0)
+        b_ties += tl.sum(m_tie.to(tl.int32), axis=0)
+    tl.debug_barrier()
+
+    o_place = tl.arange(0, BLOCK_K)
+    m_place = o_place < b_taken
+    b_index = tl.load(p_index + o_place, mask=m_place, other=0)
+    b_key = tl.load(p_key + b_index, mask=m_place, other=0)
+    b_rank = tl.zeros([BLOCK_K], dtype=tl.int32)
+    for i in range(0, b_taken, CHUNK):
+        o_other = i + tl.arange(0, CHUNK)
+        m_other = o_other < b_taken
+        b_other = tl.load(p_index + o_other, mask=m_other, other=0)
+        b_their = tl.load(p_key + b_other, mask=m_other, other=0)
+        m_ahead = (b_their[None, :] > b_key[:, None]) | (
+            (b_their[None, :] == b_key[:, None]) & (b_other[None, :] < b_index[:, None])
+        )
+        b_rank += tl.sum((m_ahead & m_other[None, :]).to(tl.int32), axis=1)
+    tl.debug_barrier()
+    tl.store(p_index + tl.where(m_place, b_rank, o_place), tl.where(m_place, b_index, -1), mask=o_place < k)
+    tl.debug_barrier()
+    return b_taken
+
+
+@triton.jit
+def lookup_prompt(
+    p_counts,
+    p_values,
+    p_prompt,
+    p_key,
+    p_slots,
+    p_signs,
+    d_sae,
+    n_columns,
+    k_prompt,
+    k_diff,
+    AUGMENT: tl.constexpr,
+    ABLATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_PROMPT: tl.constexpr,
+    CHUNK_PROMPT: tl.constexpr,
+    BLOCK_DIFF: tl.constexpr,
+    CHUNK_DIFF: tl.constexpr,
+):
+    """s = sum of values[i] over the k_prompt largest counts (> 0), largest first; the k_diff extremes of s.
+
+    Scratch of the prompt: prompt [k_prompt], key [n_columns] int32. A positive fp32 number orders like its bits.
+    """
+    b_present = largest(p_counts, p_prompt, d_sae, k_prompt, BLOCK, BLOCK_PROMPT, CHUNK_PROMPT)
+    o_column = tl.arange(0, BLOCK)
+    for i_side in tl.static_range(2):
+        if AUGMENT if i_side == 0 else ABLATE:
+            for i in range(0, n_columns, BLOCK):
+                m_column = o_column < n_columns - i
+                b_score = tl.zeros([BLOCK], dtype=tl.float32)
+                for i_place in range(b_present):
+                    i_latent = tl.load(p_prompt + i_place)
+                    p_row = p_values + i_latent.to(tl.int64) * n_columns + i
+                    b_score += tl.load(p_row + o_column, mask=m_column, other=0.0)
+                b_score = b_score if i_side == 0 else -b_score
+                b_key = tl.where(b_score > 0, b_score.to(tl.int32, bitcast=True), 0)
+                tl.store(p_key + i + o_column, b_key, mask=m_column)
+            tl.debug_barrier()
+            i_first = k_diff if AUGMENT and i_side == 1 else 0
+            largest(p_key, p_slots + i_first, n_columns, k_diff, BLOCK, BLOCK_DIFF, CHUNK_DIFF)
+            o_slot = tl.arange(0, BLOCK_DIFF)
+            b_slot = tl.load(p_slots + i_first + o_slot, mask=o_slot < k_diff, other=-1)
+            b_sign = tl.where(b_slot < 0, 0, 1 - 2 * i_side).to(tl.int8)
+            tl.store(p_signs + i_first + o_slot, b_sign, mask=o_slot < k_diff)
+            tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["d_sae", "n_columns", "k_prompt", "k_diff", "n_slots"])
+def lookup_kernel(
+    p_counts,
+    p_values,
+    p_prompt,
+    p_key,
+    p_slots,
+    p_signs,
+    d_sae,
+    n_columns,
+    k_prompt,
+    k_diff,
+    n_slots,
+    AUGMENT: tl.constexpr,
+    ABLATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_PROMPT: tl.constexpr,
+    CHUNK_PROMPT: tl.constexpr,
+    BLOCK_DIFF: tl.constexpr,
+    CHUNK_DIFF: tl.constexpr,
+):
+    """One program a prompt of `lookup_prompt`."""
+    i_prompt = tl.program_id(0).to(tl.int64)
+    lookup_prompt(
+        p_counts + i_prompt * d_sae,
+        p_values,
+        p_prompt + i_prompt * k_prompt,
+        p_key + i_prompt * n_columns,
+        p_slots + i_prompt * n_slots,
+        p_signs + i_prompt * n_slots,
+        d_sae,
+        n_columns,
+        k_prompt,
+        k_diff,
+        AUGMENT,
+        ABLATE,
+        BLOCK,
+        BLOCK_PROMPT,
+        CHUNK_PROMPT,
+        BLOCK_DIFF,
+        CHUNK_DIFF,
+    )
+
+
+def selection_blocks(name: str, k: int) -> dict[str, int]:
+    """Constants of `largest` for k selected."""
+    block = max(16, triton.next_power_of_2(k))
+    return {f"BLOCK_{name}": block, f"CHUNK_{name}": max(1, min(block, MAX_SELECTED // block))}
+
+
+def lookup_constants(k_prompt: int, k_diff: int, mode: str) -> dict[str, int | bool]:
+    """Constants of `lookup_prompt`."""
+    augment, ablate = SIDES[mode]
+    blocks = selection_blocks("PROMPT", k_prompt) | selection_blocks("DIFF", k_diff)
+    return {"AUGMENT": augment, "ABLATE": ablate, "BLOCK": BLOCK, **blocks}
+
+
+def map_lookup(counts: Tensor, values: Tensor, k_prompt: int, k_diff: int, mode: str) -> tuple[Tensor, Tensor]:
+    """Slots and signs [B, S] of a plan."""
+    n_prompts, d_sae = counts.shape
+    n_columns, n_slots = values.shape[1], k_diff * sum(SIDES[mode])
+    slots = counts.new_empty(n_prompts, n_slots, dtype=torch.int32)
+    signs = counts.new_empty(n_prompts, n_slots, dtype=torch.int8)
+    if n_prompts:
+        lookup_kernel[(n_prompts,)](
+            counts.contiguous(),
+            values.contiguous(),
+            counts.new_empty(n_prompts, k_prompt),
+            counts.new_empty(n_prompts, n_columns),
+            slots,
+            signs,
+            d_sae,
+            n_columns,
+            k_prompt,
+            k_diff,
+            n_slots,
+            **lookup_constants(k_prompt, k_diff, mode),
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    return slots, signs
