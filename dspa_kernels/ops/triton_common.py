@@ -98,9 +98,9 @@ def dot_tile(b_w, b_x, b_acc, PRECISION: tl.constexpr):
 def product_tile(
     p_W,
     p_x,
-    o_latent,
+    i_latent,
     m_latent,
-    o_row,
+    i_row,
     m_row,
     d_in,
     BLOCK_L: tl.constexpr,
@@ -108,15 +108,16 @@ def product_tile(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc[l, n] = sum_k W[latent_l, k] x[row_n, k], [BLOCK_L, BLOCK_N] fp32.
+    """acc[l, n] = sum_k W[i_latent + l, k] x[i_row + n, k], [BLOCK_L, BLOCK_N] fp32.
 
     The weights are the first operand: sixteen rows fill a tensor-core tile whose other side is latents.
     Whatever the blocks, an element is summed in the order of k, so its bits depend on its row and latent alone.
     Latents outside of `m_latent` are not read.
     """
     o_k = tl.arange(0, BLOCK_K)
-    p_w = p_W + o_latent.to(tl.int64)[:, None] * d_in + o_k[None, :]
-    p_r = p_x + o_row.to(tl.int64)[None, :] * d_in + o_k[:, None]
+    # Offsets within a tile fit 32 bits, which halves the registers that addresses take.
+    p_w = p_W + tl.cast(i_latent, tl.int64) * d_in + (tl.arange(0, BLOCK_L)[:, None] * d_in + o_k[None, :])
+    p_r = p_x + tl.cast(i_row, tl.int64) * d_in + (tl.arange(0, BLOCK_N)[None, :] * d_in + o_k[:, None])
     b_acc = tl.zeros([BLOCK_L, BLOCK_N], dtype=tl.float32)
     for i_k in range(0, d_in, BLOCK_K):
         m_k = o_k < d_in - i_k

@@ -180,9 +180,8 @@ def stream_tile(
     p_value,
     p_maximum,
     p_beaten,
-    o_latent,
-    m_latent,
-    o_row,
+    i_latent,
+    i_row,
     b_plan,
     m_open,
     b_least,
@@ -202,9 +201,11 @@ def stream_tile(
     Screened, an upper bound on each pre-activation decides which rows could raise a maximum (or, for top-k, beat
     the least of the row's selected latents); only those are read, through the same products.
     """
+    o_latent, o_row = i_latent + tl.arange(0, BLOCK_L), i_row + tl.arange(0, BLOCK_N)
+    m_latent = o_latent < d_sae
     b_threshold = tl.load(p_threshold + o_latent, mask=m_latent, other=0.0)
     if p_screen_W is not None:
-        b_z = product_tile(p_screen_W, p_x, o_latent, m_latent, o_row, m_open, d_in, BLOCK_L, BLOCK_N, BLOCK_K, PRECISION)
+        b_z = product_tile(p_screen_W, p_x, i_latent, m_latent, i_row, m_open, d_in, BLOCK_L, BLOCK_N, BLOCK_K, PRECISION)
         b_s = tl.load(p_screen + o_latent, mask=m_latent, other=0.0)
         b_offset = tl.load(p_screen + d_sae + o_latent, mask=m_latent, other=0.0)
         b_error = tl.load(p_screen + 2 * d_sae + o_latent, mask=m_latent, other=0.0)
@@ -222,7 +223,7 @@ def stream_tile(
         m_latent = m_latent & (tl.max(m_candidate.to(tl.int32), axis=1) > 0)
     b_read = tl.sum(m_latent.to(tl.int32), axis=0)
     if b_read > 0:
-        b_pre = product_tile(p_W_enc, p_x, o_latent, m_latent, o_row, m_open, d_in, BLOCK_L, BLOCK_N, BLOCK_K, PRECISION)
+        b_pre = product_tile(p_W_enc, p_x, i_latent, m_latent, i_row, m_open, d_in, BLOCK_L, BLOCK_N, BLOCK_K, PRECISION)
         b_pre += tl.load(p_b_enc + o_latent, mask=m_latent, other=0.0)[:, None]
         m_active = m_latent[:, None] & (b_pre > 0)
         if not TOP_K:
@@ -527,7 +528,6 @@ def steer_kernel(
                     if SETTLE:
                         m_open = m_waiting & (b_need > alpha * b_floor)
                     if tl.max(m_open.to(tl.int32), axis=0) > 0:
-                        o_latent = i_tile * BLOCK_L + tl.arange(0, BLOCK_L)
                         n_read += stream_tile(
                             p_x,
                             p_W_enc,
@@ -542,9 +542,8 @@ def steer_kernel(
                             p_value,
                             p_maximum,
                             p_beaten,
-                            o_latent,
-                            o_latent < d_sae,
-                            o_row,
+                            i_tile * BLOCK_L,
+                            i_first,
                             b_plan,
                             m_open,
                             b_least,
