@@ -39,8 +39,8 @@ _LOOKUP, _SELECT, _STREAM = tl.constexpr(LOOKUP), tl.constexpr(SELECT), tl.const
 _TAIL, _ALL = tl.constexpr(TAIL), tl.constexpr(ALL)
 # Latents that one program of the select phase evaluates together, and how much of a row it reads at a time.
 BLOCK_S, BLOCK_C = 8, 512
-# Columns that one program of the tail writes.
-BLOCK_D = 256
+# Slots that are looked at together, and columns that one program of the tail writes.
+BLOCK_SLOTS, BLOCK_D = 16, 256
 
 
 @triton.jit
@@ -98,8 +98,9 @@ def prepare_row(
     tl.store(p_finite + i_row, 1 - tl.max(b_infinite, axis=0))
     tl.store(p_maximum + i_row, 0)
     if p_beaten is not None:
-        o_slot = tl.arange(0, BLOCK_SLOTS)
-        tl.store(p_beaten + i_row * n_slots + o_slot, tl.zeros([BLOCK_SLOTS], tl.int32), mask=o_slot < n_slots)
+        for i in range(0, n_slots, BLOCK_SLOTS):
+            o_slot = i + tl.arange(0, BLOCK_SLOTS)
+            tl.store(p_beaten + i_row * n_slots + o_slot, tl.zeros([BLOCK_SLOTS], tl.int32), mask=o_slot < n_slots)
 
 
 @triton.jit
@@ -134,34 +135,29 @@ def latent_values(
 
 @triton.jit
 def summarise(
-    p_signs,
-    p_finite,
-    p_value,
-    o_row,
-    b_plan,
-    n_slots,
-    n_large,
-    BLOCK_SLOTS: tl.constexpr,
-    BLOCK_LARGE: tl.constexpr,
+    p_signs, p_finite, p_value, o_row, b_plan, n_slots, n_large, BLOCK_N: tl.constexpr, BLOCK_SLOTS: tl.constexpr
 ):
-    """Of rows [R]: finite; need, the value that alpha M has to reach to send all their active latents to 0
-    (inf where one augments, 0 where none is active); the least active value; a lower bound on M."""
+    """Of BLOCK_N rows: whether finite; need, the value that alpha M has to reach to send all their active
+    latents to 0 (inf where one augments, 0 where none is active); the least active value; a lower bound on M."""
     o_slot = tl.arange(0, BLOCK_SLOTS)
     m_steered = b_plan >= 0
     m_finite = m_steered & (tl.load(p_finite + o_row, mask=m_steered, other=0) == 1)
-    m_slot = m_finite[:, None] & (o_slot < n_slots)[None, :]
     p_f = p_value + o_row.to(tl.int64)[:, None] * (n_slots + n_large)
-    b_f = tl.load(p_f + o_slot[None, :], mask=m_slot, other=0.0)
-    b_sign = tl.load(p_signs + b_plan.to(tl.int64)[:, None] * n_slots + o_slot[None, :], mask=m_slot, other=0)
-    m_active = b_f > 0
-    b_need = tl.max(tl.where(m_active, tl.where(b_sign > 0, float("inf"), b_f), 0.0), axis=1)
-    b_least = tl.min(tl.where(m_active, b_f, float("inf")), axis=1)
-    b_bound = tl.max(b_f, axis=1)
-    if BLOCK_LARGE > 0:
-        o_large = tl.arange(0, BLOCK_LARGE)
-        m_large = m_finite[:, None] & (o_large < n_large)[None, :]
-        b_large = tl.load(p_f + n_slots + o_large[None, :], mask=m_large, other=0.0)
-        b_bound = tl.maximum(b_bound, tl.max(b_large, axis=1))
+    p_sign = p_signs + b_plan.to(tl.int64)[:, None] * n_slots
+    b_need, b_bound = tl.zeros([BLOCK_N], dtype=tl.float32), tl.zeros([BLOCK_N], dtype=tl.float32)
+    b_least = b_need + float("inf")
+    for i in range(0, n_slots, BLOCK_SLOTS):
+        m_slot = m_finite[:, None] & (o_slot < n_slots - i)[None, :]
+        b_f = tl.load(p_f + i + o_slot[None, :], mask=m_slot, other=0.0)
+        b_sign = tl.load(p_sign + i + o_slot[None, :], mask=m_slot, other=0)
+        b_reach = tl.where(b_f > 0, tl.where(b_sign > 0, float("inf"), b_f), 0.0)
+        b_need = tl.maximum(b_need, tl.max(b_reach, axis=1))
+        b_least = tl.minimum(b_least, tl.min(tl.where(b_f > 0, b_f, float("inf")), axis=1))
+        b_bound = tl.maximum(b_bound, tl.max(b_f, axis=1))
+    for i in range(0, n_large, BLOCK_SLOTS):
+        m_large = m_finite[:, None] & (o_slot < n_large - i)[None, :]
+        b_f = tl.load(p_f + n_slots + i + o_slot[None, :], mask=m_large, other=0.0)
+        b_bound = tl.maximum(b_bound, tl.max(b_f, axis=1))
     return m_finite, b_need, b_least, b_bound
 
 
@@ -272,61 +268,62 @@ def edit_row(
     n_large,
     RECORD: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
-    BLOCK_LARGE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """out = h + scale sum_j (f'_j - f_j) W_dec[j] at BLOCK_D columns; f' = f + alpha M or max(f - alpha M, 0).
 
     The first chunk of a row also tells what became of it.
     """
-    o_one = i_row + tl.arange(0, 1)
-    b_plans = b_plan + tl.arange(0, 1)
     m_finite, b_need, _, b_bound = summarise(
-        p_signs, p_finite, p_value, o_one, b_plans, n_slots, n_large, BLOCK_SLOTS, BLOCK_LARGE
+        p_signs, p_finite, p_value, i_row + tl.arange(0, 1), b_plan + tl.arange(0, 1), n_slots, n_large, 1, BLOCK_SLOTS
     )
     b_bound, b_need = tl.sum(b_bound, axis=0), tl.sum(b_need, axis=0)
     b_finite = tl.sum(m_finite.to(tl.int32), axis=0)
-    b_settled = b_need <= alpha * b_bound
-
-    o_slot = tl.arange(0, BLOCK_SLOTS)
-    m_slot = o_slot < n_slots * b_finite
-    b_f = tl.load(p_value + i_row * (n_slots + n_large) + o_slot, mask=m_slot, other=0.0)
-    if p_beaten is not None:
-        b_beaten = tl.load(p_beaten + i_row * n_slots + o_slot, mask=m_slot, other=0, cache_modifier=".cg")
-        b_f = tl.where(b_beaten < k, b_f, 0.0)
-    b_stream = tl.load(p_maximum + i_row, mask=b_finite == 1, other=0, cache_modifier=".cg").to(tl.float32, bitcast=True)
-    b_M = tl.maximum(b_bound, b_stream)
-    b_slot = tl.load(p_slots + b_plan.to(tl.int64) * n_slots + o_slot, mask=m_slot, other=-1)
-    b_sign = tl.load(p_signs + b_plan.to(tl.int64) * n_slots + o_slot, mask=m_slot, other=0)
-    b_step = alpha * b_M
-    b_edited = tl.where(b_sign > 0, b_f + b_step, tl.maximum(b_f - b_step, 0.0))
-    b_edited = tl.where(b_f > 0, b_edited, 0.0)
-    b_change = b_edited - b_f
+    # What other programs wrote is looked for past the first-level cache.
+    b_most = tl.load(p_maximum + i_row, mask=b_finite == 1, other=0, cache_modifier=".cg").to(tl.float32, bitcast=True)
+    b_most = tl.maximum(b_most, b_bound)
+    b_step = alpha * b_most
 
     o_d = i_chunk * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
-    b_h = tl.load(p_h + i_row * d_in + o_d, mask=m_d, other=0.0)
-    if tl.max(tl.abs(b_change), axis=0) > 0:
+    b_delta = tl.zeros([BLOCK_D], dtype=tl.float32)
+    b_changed, b_active = tl.zeros([], dtype=tl.float32), tl.zeros([], dtype=tl.float32)
+    for i in range(0, n_slots, BLOCK_SLOTS):
+        o_slot = i + tl.arange(0, BLOCK_SLOTS)
+        m_slot = o_slot < n_slots * b_finite
+        b_f = tl.load(p_value + i_row * (n_slots + n_large) + o_slot, mask=m_slot, other=0.0)
+        if p_beaten is not None:
+            b_beaten = tl.load(p_beaten + i_row * n_slots + o_slot, mask=m_slot, other=0, cache_modifier=".cg")
+            b_f = tl.where(b_beaten < k, b_f, 0.0)
+        b_slot = tl.load(p_slots + b_plan.to(tl.int64) * n_slots + o_slot, mask=m_slot, other=-1)
+        b_sign = tl.load(p_signs + b_plan.to(tl.int64) * n_slots + o_slot, mask=m_slot, other=0)
+        b_edited = tl.where(b_sign > 0, b_f + b_step, tl.maximum(b_f - b_step, 0.0))
+        b_edited = tl.where(b_f > 0, b_edited, 0.0)
+        b_change = b_edited - b_f
         p_w = p_columns_W_dec + b_slot.to(tl.int64)[:, None] * d_in + o_d[None, :]
         b_w = tl.load(p_w, mask=(b_change != 0)[:, None] & m_d[None, :], other=0.0)
-        b_delta = tl.sum(b_change[:, None] * b_w.to(tl.float32), axis=0)
-        if p_scale is not None:
-            b_delta *= tl.load(p_scale + i_row)
-        tl.store(p_out + i_row * d_in + o_d, (b_h.to(tl.float32) + b_delta).to(b_h.dtype), mask=m_d)
-    else:
-        tl.store(p_out + i_row * d_in + o_d, b_h, mask=m_d)
+        b_delta += tl.sum(b_change[:, None] * b_w.to(tl.float32), axis=0)
+        b_changed = tl.maximum(b_changed, tl.max(tl.abs(b_change), axis=0))
+        b_active = tl.maximum(b_active, tl.max(b_f, axis=0))
+        if RECORD:
+            if i_chunk == 0:
+                tl.store(p_before + i_row * n_slots + o_slot, b_f, mask=o_slot < n_slots)
+                tl.store(p_after + i_row * n_slots + o_slot, b_edited, mask=o_slot < n_slots)
+
+    if p_scale is not None:
+        b_delta *= tl.load(p_scale + i_row, mask=b_finite == 1, other=0.0)
+    b_h = tl.load(p_h + i_row * d_in + o_d, mask=m_d, other=0.0)
+    b_out = (b_h.to(tl.float32) + b_delta).to(b_h.dtype)
+    tl.store(p_out + i_row * d_in + o_d, tl.where(b_changed > 0, b_out, b_h), mask=m_d)
 
     if i_chunk == 0:
         if RECORD:
-            tl.store(p_before + i_row * n_slots + o_slot, b_f, mask=o_slot < n_slots)
-            tl.store(p_after + i_row * n_slots + o_slot, b_edited, mask=o_slot < n_slots)
-            b_any = tl.max(b_f, axis=0) > 0
-            b_most = tl.where(b_any, b_M, 0.0)
             b_lost = (b_plan >= 0) & (b_finite == 0)
-            tl.store(p_most + i_row, tl.where(b_lost, float("nan"), b_most))
+            tl.store(p_most + i_row, tl.where(b_lost, float("nan"), tl.where(b_active > 0, b_most, 0.0)))
         if p_paths is not None:
-            can_settle = (not RECORD) and (p_beaten is None)
-            b_path = tl.where(b_need == 0, 2, tl.where(b_settled & can_settle, 3, 4))
+            b_path = tl.where(b_need > 0, 4, 2)
+            if not RECORD and p_beaten is None:
+                b_path = tl.where((b_need > 0) & (b_need <= alpha * b_bound), 3, b_path)
             b_path = tl.where(b_plan < 0, 0, tl.where(b_finite == 0, 1, b_path))
             tl.atomic_add(p_paths + b_path, 1, sem="relaxed")
 
@@ -395,7 +392,6 @@ def steer_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
-    BLOCK_LARGE: tl.constexpr,
     AUGMENT: tl.constexpr = False,
     ABLATE: tl.constexpr = False,
     BLOCK: tl.constexpr = 16,
@@ -512,7 +508,7 @@ def steer_kernel(
             o_row = i_first + tl.arange(0, BLOCK_N)
             b_plan = plan_rows(p_rows, p_positions, p_start, o_row, o_row < n_rows)
             m_finite, b_need, b_least, b_bound = summarise(
-                p_signs, p_finite, p_value, o_row, b_plan, n_slots, n_large, BLOCK_SLOTS, BLOCK_LARGE
+                p_signs, p_finite, p_value, o_row, b_plan, n_slots, n_large, BLOCK_N, BLOCK_SLOTS
             )
             m_waiting = b_need > 0
             if SETTLE:
@@ -595,7 +591,6 @@ def steer_kernel(
                 n_large,
                 RECORD,
                 BLOCK_SLOTS,
-                BLOCK_LARGE,
                 BLOCK_D,
             )
 
@@ -710,8 +705,7 @@ def launch_steer(
         "BLOCK_S": BLOCK_S,
         "BLOCK_C": BLOCK_C,
         "BLOCK_D": BLOCK_D,
-        "BLOCK_SLOTS": triton.next_power_of_2(max(1, n_slots)),
-        "BLOCK_LARGE": triton.next_power_of_2(n_large) if n_large else 0,
+        "BLOCK_SLOTS": BLOCK_SLOTS,
         **(lookup or NO_LOOKUP),
     }
     programs = n_programs(h.device, launch.programs)
