@@ -12,9 +12,10 @@ demo: .venv/installed
 test: .venv/tested
 	$(BIN)/pytest
 
+# With a GPU, at the sizes of real models, and into the README's table; without one, a quick trial at tiny sizes.
 bench: .venv/tested
-	mkdir -p bench/results
-	$(BIN)/pytest bench --benchmark-json=bench/results/latest.json
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest bench --benchmark-quiet
+	$(BIN)/python -m bench.report
 
 lint: .venv/tested
 	$(BIN)/ruff format --check .

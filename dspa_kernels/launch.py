@@ -1,9 +1,10 @@
 """Launch parameters of the kernels, from a fixed table; nothing is tuned at run time.
 
 `launch_table.json` holds one entry a line: kernel, how its tiles multiply (0 operands of one 16-bit dtype, 1
-fp32 rows with bf16 weights, 2 fp32), the compute capability from which on and the number of rows up to which
-it serves (null: any), the shape for which it was measured (null: any), and the parameters. The first entry
-that fits is taken. `bench/tune.py` measures and writes it.
+fp32 rows with bf16 weights, 2 fp32), compute capability (null: any), the number of rows up to which it serves
+(null: any), the shape for which it was measured (null: any), and the parameters. The first entry that fits is
+taken. Those for any capability fit into 96 KB of shared memory a multiprocessor. `bench/tune.py` measures and
+writes entries.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 
+# Of a multiprocessor, on every supported GPU.
+REGISTERS = 65536
 TABLE = Path(__file__).parent / "launch_table.json"
 
 
@@ -33,8 +36,10 @@ class Launch:
     def kernel_options(self) -> dict[str, Any]:
         """What a kernel is launched with."""
         options = {name: value for name, value in vars(self).items() if name != "programs"}
+        # All registers that the programs of a multiprocessor can share; so they do fit on it together.
+        registers = min(255, REGISTERS // (32 * self.num_warps * self.programs) // 8 * 8)
         # Fused where a product is meant, never where a comparison depends on the rounding.
-        return options | {"enable_fp_fusion": False}
+        return options | {"maxnreg": registers, "enable_fp_fusion": False}
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Entry:
 
     kernel: str
     precision: int
-    capability: int
+    capability: int | None
     rows: int | None
     d_in: int | None
     d_sae: int | None
@@ -53,7 +58,7 @@ class Entry:
         """Whether this entry serves such a launch."""
         return (
             (self.kernel, self.precision) == (kernel, precision)
-            and capability >= self.capability
+            and self.capability in (None, capability)
             and (self.rows is None or rows <= self.rows)
             and self.d_in in (None, d_in)
             and self.d_sae in (None, d_sae)
@@ -69,9 +74,9 @@ def table() -> tuple[Entry, ...]:
 
 @functools.cache
 def capability_of(device: torch.device) -> int:
-    """Compute capability, 90 for Hopper; that of the oldest supported, 80, where there is no GPU."""
+    """Compute capability, 90 for Hopper; 0 where there is no GPU."""
     if device.type != "cuda":
-        return 80
+        return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dspa_kernels.weights import MapWeights, SAEWeights, SteeringPlan
+from dspa_kernels.weights import EncoderStream, MapWeights, SAEWeights, SteeringPlan
 
-# The backends that the tests of every op run on. All but "reference" need a GPU.
-BACKENDS: tuple[str, ...] = ("reference",)
+# The backends that the tests of every op run on, all but "reference" on a GPU or in Triton's interpreter.
+BACKENDS = ("reference", "triton")
 KINDS = ("relu", "jumprelu", "topk")
 
 
@@ -86,7 +87,8 @@ def run_on(backend: str, op: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 
     Raises if the op changed an input.
     """
-    device = "cpu" if backend == "reference" else "cuda"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    device = "cpu" if backend == "reference" or interpreted else "cuda"
     args, kwargs = _moved(args, device), {name: _moved(value, device) for name, value in kwargs.items()}
     inputs = tensors((args, kwargs))
     before = [each.clone() for each in inputs]
@@ -141,3 +143,167 @@ def assert_as_accurate(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
     error, allowed = ((each.double().nan_to_num() - exact).abs().max() for each in (actual, plain))
     unit = torch.finfo(torch.promote_types(actual.dtype, torch.float32)).eps * exact.abs().max()
     assert error <= 2 * allowed + 16 * unit, f"error {error:.3g}, of a plain computation {allowed:.3g}"
+
+
+# Activity as of a trained SAE at about the middle of a language model. Norms are in units of a latent's median value.
+L0, FALL, MOST_FREQUENT = 70.0, 0.7, 0.9
+WITHIN, BETWEEN, ENCODER_NORMS = 0.7, 0.5, 0.25
+CLUSTER, ENCODER_NOISE = 0.4, 0.3
+MEAN_NORM, NOISE_NORM, NOISE_FALL = 10.0, 5.0, 0.5
+N_MASSIVE, MASSIVE, MASSIVE_SPREAD = 4, 40.0, 0.1
+# Which latents are ablated, by their place among the most frequent.
+CASES = {"hard": (0, 160), "easy": (160, 1600)}
+MAX_ELEMENTS = 1 << 26
+
+
+@dataclass(frozen=True, eq=False)
+class Activity:
+    """An SAE, rows of a residual stream, and what was measured on other rows of that stream.
+
+    h [N, d_in]; frequencies [d_sae], how often each latent fires; by_frequency [d_sae], latents, the most
+    frequent first; hot [H], latents, the one that holds the maximum most often first; mean [d_in] fp32.
+    """
+
+    sae: SAEWeights
+    h: Tensor
+    frequencies: Tensor
+    by_frequency: Tensor
+    hot: Tensor
+    mean: Tensor
+
+    def stream(self, *, screen: str = "none") -> EncoderStream:
+        """The encoder as a calibrated `steer` reads it."""
+        return EncoderStream.of(self.sae, hot=self.hot, n_large=len(self.hot), screen=screen, mean=self.mean)
+
+    def steered(self, case: str, n_prompts: int, *, seed: int = 0) -> tuple[MapWeights, SteeringPlan]:
+        """A map of 160 columns from among the latents of `CASES[case]`, and 16 of them for each prompt to ablate."""
+        g = torch.Generator().manual_seed(seed)
+        eligible = self.by_frequency.cpu()[slice(*CASES[case])]
+        columns = eligible[torch.randperm(len(eligible), generator=g)[:160]].sort().values
+        cdmap = MapWeights.gather(columns, torch.zeros(1, len(columns)), self.sae)
+        slots = torch.rand(n_prompts, len(columns), generator=g).argsort(dim=1)[:, :16].to(torch.int32)
+        plan = SteeringPlan(slots=slots, signs=torch.full_like(slots, -1, dtype=torch.int8))
+        return cdmap, plan.to(self.h.device)
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """Draws rows: firing latents times their magnitudes, a mean vector, noise and massive dimensions."""
+
+    W_dec: Tensor
+    frequencies: Tensor
+    medians: Tensor
+    constant: Tensor
+    spread: Tensor
+
+    def rows(self, n: int, g: torch.Generator) -> Tensor:
+        height = max(1, MAX_ELEMENTS // len(self.W_dec))
+        blocks = [self._block(min(height, n - start), g) for start in range(0, n, height)]
+        return torch.cat(blocks) if blocks else self.W_dec.new_empty(0, self.W_dec.shape[1])
+
+    def _block(self, n: int, g: torch.Generator) -> Tensor:
+        draw = {"generator": g, "device": g.device}
+        fires = torch.rand(n, len(self.W_dec), **draw) < self.frequencies
+        row, latent = fires.nonzero(as_tuple=True)
+        values = self.medians[latent] * (WITHIN * torch.randn(len(latent), **draw)).exp()
+        offsets = torch.searchsorted(row, torch.arange(n, device=g.device))
+        features = torch.nn.functional.embedding_bag(
+            latent, self.W_dec, offsets, mode="sum", per_sample_weights=values.to(self.W_dec.dtype)
+        )
+        noise = torch.randn(n, len(self.spread), **draw) * self.spread
+        return (features.float() + self.constant + noise).to(self.W_dec.dtype)
+
+
+def realistic_activity(
+    d_in: int,
+    d_sae: int,
+    n_rows: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    n_calibration: int = 4096,
+    n_hot: int = 64,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Activity:
+    """A JumpReLU SAE and rows on which it is about as active as trained ones are, for want of a real model.
+
+    Unit decoder rows in mild clusters; encoder rows along them, with noise and log-normal norms. A latent
+    fires with a frequency that falls with its rank, `L0` of them a row, with a log-normal magnitude. A row is
+    the sum of its firing latents, a mean vector (which the encoder's bias takes out), noise of power-law
+    spectrum and a few massive dimensions. Thresholds are such that each latent is active at its frequency.
+
+    The same arguments give the same tensors on the same kind of device. Shapes: see `Activity`.
+    """
+    g = torch.Generator(device).manual_seed(seed)
+    draw = {"generator": g, "device": g.device}
+    frequencies = torch.empty(d_sae, device=g.device)
+    by_frequency = torch.randperm(d_sae, **draw)
+    frequencies[by_frequency] = _falling(d_sae).to(g.device)
+    W_enc, W_dec = _rows_in_clusters(d_in, d_sae, dtype, g)
+
+    constant = torch.randn(d_in, **draw)
+    constant *= MEAN_NORM / constant.norm()
+    spread = (1 + torch.randperm(d_in, **draw)) ** -NOISE_FALL
+    spread *= NOISE_NORM / spread.norm()
+    massive = torch.randperm(d_in, **draw)[:N_MASSIVE]
+    constant[massive] = MASSIVE * torch.randn(N_MASSIVE, **draw).sign()
+    spread[massive] = MASSIVE * MASSIVE_SPREAD
+    medians = (BETWEEN * torch.randn(d_sae, **draw)).exp()
+    source = _Source(W_dec, frequencies, medians, constant, spread)
+
+    h = source.rows(n_calibration, g)
+    b_enc, threshold, holders = _calibrated(h, W_enc, frequencies, constant, g)
+    often = holders.bincount(minlength=d_sae)
+    hot = often.argsort(descending=True, stable=True)[: min(n_hot, int((often > 0).sum()))]
+    sae = SAEWeights(W_enc, b_enc, threshold, W_dec)
+    return Activity(sae, source.rows(n_rows, g), frequencies, by_frequency, hot, h.float().mean(dim=0))
+
+
+def _falling(d_sae: int) -> Tensor:
+    """Frequencies by rank: rank^-FALL, at most MOST_FREQUENT, of sum L0."""
+    power = torch.arange(1, d_sae + 1, dtype=torch.float64) ** -FALL
+    low, high = 0.0, float(d_sae)
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (middle * power).clamp(max=MOST_FREQUENT).sum() < L0 else (low, middle)
+    return (high * power).clamp(max=MOST_FREQUENT).float()
+
+
+def _rows_in_clusters(d_in: int, d_sae: int, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """W_enc and W_dec [d_sae, d_in], in blocks of latents."""
+    draw = {"generator": g, "device": g.device}
+    centres = torch.nn.functional.normalize(torch.randn(max(1, d_sae // 64), d_in, **draw))
+    W_enc, W_dec = (torch.empty(d_sae, d_in, dtype=dtype, device=g.device) for _ in range(2))
+    for encoder, decoder in zip(W_enc.split(8192), W_dec.split(8192), strict=True):
+        centre = centres[torch.randint(len(centres), (len(decoder),), **draw)]
+        unit = torch.nn.functional.normalize(CLUSTER * centre + torch.randn(decoder.shape, **draw) / d_in**0.5)
+        along = unit + ENCODER_NOISE * torch.randn(decoder.shape, **draw) / d_in**0.5
+        norms = (ENCODER_NORMS * torch.randn(len(decoder), 1, **draw)).exp()
+        decoder.copy_(unit)
+        encoder.copy_(torch.nn.functional.normalize(along) * norms)
+    return W_enc, W_dec
+
+
+def _calibrated(
+    h: Tensor, W_enc: Tensor, frequencies: Tensor, constant: Tensor, g: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """b_enc and threshold [d_sae] with which latents are active at their frequency, and the latent that holds
+    the maximum of each row."""
+    n, d_sae = len(h), len(W_enc)
+    b_enc, threshold = torch.empty(2, d_sae, device=g.device)
+    maximum, holder = torch.zeros(n, device=g.device), torch.zeros(n, dtype=torch.int64, device=g.device)
+    width = max(1, MAX_ELEMENTS // n)
+    for start in range(0, d_sae, width):
+        block = slice(start, start + width)
+        W = W_enc[block].float()
+        b_enc[block] = -(W @ constant)
+        pre = W @ h.float().T + b_enc[block, None]
+        # A new row is above the m-th largest of n with probability m / (n + 1).
+        m = frequencies[block] * (n + 1) + torch.rand(len(W), generator=g, device=g.device)
+        order = pre.sort(dim=1, descending=True).values
+        level = order.gather(1, m.long().clamp(min=1, max=n)[:, None] - 1).flatten()
+        threshold[block] = torch.where(m < 1, 1.5 * level, level).clamp(min=0)
+        f, latent = torch.where(pre > threshold[block, None], pre, 0).max(dim=0)
+        holder = torch.where(f > maximum, latent + start, holder)
+        maximum = torch.maximum(f, maximum)
+    return b_enc, threshold, holder[maximum > 0]

@@ -99,8 +99,9 @@ class EncoderStream:
 
     Rows stand in the order of how often their latents hold the maximum, so that a stream can stop early; the
     first `n_large` of them are evaluated before it and often settle a row without it. With a screen, an int8
-    copy is read instead, and of the rows themselves only those that could hold a maximum. None of this
-    changes a result. Make one with `EncoderStream.of`.
+    copy is read instead, and of the rows themselves only those that could hold a maximum. Neither order nor
+    screen changes a bit; the large latents, evaluated apart, may change the rounding of M. Make one with
+    `EncoderStream.of`.
 
     Shapes: W_enc [d_sae, d_in]; b_enc, threshold [d_sae] fp32 (fp64 for fp64); order [d_sae] int32, the latent
     of each row, None for their own order; screen_W_enc [d_sae, d_in] int8; screen_latents [4, d_sae] fp32:

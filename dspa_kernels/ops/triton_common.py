@@ -33,6 +33,16 @@ def n_programs(device: torch.device, per_multiprocessor: int) -> int:
 
 
 @triton.jit
+def rounded(b_x, dtype: tl.constexpr):
+    """b_x fp32 in `dtype`, to the nearest, ties to even; the interpreter would cut bf16 off."""
+    if UPCAST and dtype == tl.bfloat16:
+        b_bits = b_x.to(tl.int32, bitcast=True)
+        b_bits = b_bits + 32767 + ((b_bits >> 16) & 1)
+        b_x = tl.where(b_x == b_x, (b_bits & -65536).to(tl.float32, bitcast=True), b_x)
+    return b_x.to(dtype)
+
+
+@triton.jit
 def row_chunk(p_row, i_k, o_k, d_in, b_mean, b_divisor, NORMALIZE: tl.constexpr):
     """n(h) at i_k + o_k of one row in fp32, 0 beyond its end: (h - mean) / divisor."""
     m_k = o_k < d_in - i_k
@@ -143,7 +153,8 @@ def grid_arrive(p_barrier, n_programs):
 @triton.jit
 def grid_wait(p_barrier, b_ticket):
     """Wait until all programs have arrived. The launch has to be cooperative."""
-    b_now = tl.atomic_add(p_barrier, 0, sem="acquire", scope="gpu")
-    while (b_now ^ b_ticket) >= 0:
-        b_now = tl.atomic_add(p_barrier, 0, sem="acquire", scope="gpu")
+    # Plain loads look for the sign to turn; one atomic then makes what the others wrote visible.
+    while (tl.load(p_barrier, volatile=True) ^ b_ticket) >= 0:
+        pass
+    tl.atomic_add(p_barrier, 0, sem="acquire", scope="gpu")
     tl.debug_barrier()

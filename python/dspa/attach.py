@@ -55,7 +55,7 @@ class Steers(Protocol):
         """The keyword tensors, one row a prompt."""
 
     def progress(self) -> tuple[int, int]:
-        """Passes steered so far, and of those the ones with hidden states that were not finite."""
+        """Rows of hidden states seen so far, and of those that were to be steered the ones that were not finite."""
 
     def finish(self, before: tuple[int, int]) -> None:
         """Raise if the call that began at `before` was not steered as it should be."""

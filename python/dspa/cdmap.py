@@ -23,12 +23,14 @@ from dspa.saes import FrozenSAE
 from dspa.version import __version__
 from dspa_kernels import SteeringPlan, map_lookup
 
-FORMAT = "dspa.map.1"
+FORMAT = "dspa.map.2"
 GATE_RULES = ("published", "active")
 # Differences of densities become multiples of this, so that sums of up to 2^20 of them are exact in fp64 in any
 # order. An entry of the map is then known to half of it, and two equal ones are within one of it.
 QUANTUM = 2.0**-32
 ROWS_A_BLOCK = 128
+# Hot latents that steering evaluates before it reads the encoder.
+N_LARGE = 64
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,16 @@ class MapMeta:
 
 
 class ConditionalDifferenceMap:
-    """`A` [d_sae_in, d_sae_out] as its non-empty columns, with what the optional scorings need.
+    """`A` [d_sae_in, d_sae_out] as its non-empty columns, with what the optional scorings need, and a calibration,
+    which changes no result: with it, steering reads less of the encoder.
 
     columns [C] int32, increasing latents of the output SAE; values [d_sae_in, C] fp32, `A[:, columns]`; n_open
     [d_sae_in] int32, prompts on which each gate is open; variance [C] fp32, of `rho~` over all responses; gates
     [d_sae_in, ceil(N / 8)] uint8, bit n % 8 of byte n // 8 for the n-th prompt, in an order of their own.
+
+    Calibration, of a sample of response tokens: hot [H] int32, the output latents that ever held a token's maximum,
+    most often first and of equals the smaller; hot_counts [H] int64, how often; mean [d_in] fp32, of the residuals as
+    the output SAE normalises them. All three are empty where a map has none, as those of older versions.
     """
 
     def __init__(
@@ -71,9 +78,15 @@ class ConditionalDifferenceMap:
         variance: Tensor,
         gates: Tensor,
         meta: MapMeta,
+        hot: Tensor | None = None,
+        hot_counts: Tensor | None = None,
+        mean: Tensor | None = None,
     ) -> None:
         self.columns, self.values, self.meta = columns, values, meta
         self.n_open, self.variance, self.gates = n_open, variance, gates
+        self.hot = columns.new_empty(0, dtype=torch.int32) if hot is None else hot
+        self.hot_counts = columns.new_empty(0, dtype=torch.int64) if hot_counts is None else hot_counts
+        self.mean = columns.new_empty(0, dtype=torch.float32) if mean is None else mean
         self._check()
 
     def _check(self) -> None:
@@ -84,6 +97,9 @@ class ConditionalDifferenceMap:
             "n_open": (torch.int32, (meta.d_sae_in,)),
             "variance": (torch.float32, (n_columns,)),
             "gates": (torch.uint8, (meta.d_sae_in, -(-meta.n_triples // 8))),
+            "hot": (torch.int32, (len(self.hot),)),
+            "hot_counts": (torch.int64, (len(self.hot),)),
+            "mean": (torch.float32, (len(self.mean),)),
         }
         for name, (dtype, shape) in wanted.items():
             tensor: Tensor = getattr(self, name)
@@ -95,7 +111,10 @@ class ConditionalDifferenceMap:
         within = (self.columns >= 0) & (self.columns < meta.d_sae_out)
         if not n_columns or not bool(within.all()) or bool((self.columns.diff() <= 0).any()):
             raise MapError("`columns` are not increasing latents of the output SAE. The map is damaged.")
-        for name in ("values", "variance"):
+        within = (self.hot >= 0) & (self.hot < meta.d_sae_out)
+        if not bool(within.all()) or len(self.hot.unique()) != len(self.hot):
+            raise MapError("`hot` are not distinct latents of the output SAE. The map is damaged.")
+        for name in ("values", "variance", "mean"):
             if not bool(getattr(self, name).isfinite().all()):
                 raise MapError(f"`{name}` hold NaN or infinity. The map is damaged.")
 
@@ -112,6 +131,10 @@ class ConditionalDifferenceMap:
             return self
         tensors = {name: getattr(self, name).to(device) for name in TENSORS}
         return ConditionalDifferenceMap(**tensors, meta=self.meta)
+
+    def hot_share(self) -> float:
+        """Of the maxima that the calibration saw, the fraction that the first N_LARGE latents of `hot` held."""
+        return float(self.hot_counts[:N_LARGE].sum() / self.hot_counts.sum().clamp(min=1))
 
     def check_saes(self, sae_in: FrozenSAE, sae_out: FrozenSAE) -> None:
         """Raise `MapError` unless these are the SAEs that the map was made with, in the right order of layers."""
@@ -210,10 +233,11 @@ class ConditionalDifferenceMap:
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("dspa", "{}"))
-                if header.get("format") != FORMAT:
+                names = FORMATS.get(header.get("format"))
+                if names is None:
                     raise MapError(f"{path} is not a map of format {FORMAT} (it says {header.get('format')!r}).")
                 meta = MapMeta(**header["meta"])
-                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in TENSORS}
+                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
             found = cls(**tensors, meta=meta)
             if header["sha256"] != _digest(tensors):
                 raise MapError(f"{path} is damaged (its tensors are not those that were written). Copy it again.")
@@ -222,13 +246,16 @@ class ConditionalDifferenceMap:
             raise MapError(f"{path} is damaged ({error}). Copy it again from where it was made.") from error
 
 
-TENSORS = ("columns", "values", "n_open", "variance", "gates")
+TENSORS = ("columns", "values", "n_open", "variance", "gates", "hot", "hot_counts", "mean")
+# What a file of each format holds: maps without a calibration are read as well.
+FORMATS = {"dspa.map.1": TENSORS[:5], FORMAT: TENSORS}
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
+    """Of all tensors, in the order of TENSORS."""
     sha = hashlib.sha256()
-    for name in TENSORS:
-        sha.update(tensors[name].numpy().tobytes())
+    for tensor in tensors.values():
+        sha.update(tensor.numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -311,6 +338,7 @@ def reduce(
             "The map is empty: no output latent differs between chosen and rejected responses where a gate is open. "
             "Check that the triples prefer something, and that the SAEs are active on this model."
         )
+    hot, hot_counts = densities.hot()
     values = torch.zeros(s.d_sae_in, len(latents))
     for start, block in _blocks(gates, difference[:, latents]):
         values[start : start + len(block)] = torch.where(block.abs() > above, block, 0)
@@ -333,6 +361,9 @@ def reduce(
         .float(),
         gates=_packed(gates),
         meta=meta,
+        hot=hot,
+        hot_counts=hot_counts,
+        mean=densities.mean(),
     )
 
 

@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from dspa.cdmap import ConditionalDifferenceMap
     from dspa.saes import FrozenSAE
     from dspa.trace import Trace
 
@@ -44,6 +45,13 @@ class Mode(str, Enum):
     ablate = "ablate"
     augment = "augment"
     both = "both"
+
+
+class Screen(str, Enum):
+    """How the encoder is read where a token's maximum is needed."""
+
+    none = "none"
+    int8 = "int8"
 
 
 class DType(str, Enum):
@@ -173,7 +181,7 @@ def map_show(
     from dspa.cdmap import ConditionalDifferenceMap
 
     cdmap = ConditionalDifferenceMap.load(path)
-    _print_table(f"{path}", vars(cdmap.meta) | {"columns": len(cdmap.columns)})
+    _print_table(f"{path}", vars(cdmap.meta) | {"columns": len(cdmap.columns), "hot latents": _calibration(cdmap)})
     sums = cdmap.values.double().sum(dim=0)
     order = sums.argsort(descending=True, stable=True)
     table = Table("augmented", "column sum", "ablated", "column sum", title="Output latents by column sum of A")
@@ -203,6 +211,9 @@ def generate(
     positions: Annotated[str, typer.Option(help="Tokens to steer: response, generated or all.")] = "response",
     scoring: Annotated[str, typer.Option(help="raw, demixed, whitened or confident.")] = "raw",
     backend: Annotated[str, typer.Option(help="auto, reference, triton or cuda; see dspa info.")] = "auto",
+    screen: Annotated[
+        Screen, typer.Option(help="int8: the same answers; reads a copy of the encoder of one byte a number first.")
+    ] = Screen.none,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens an answer, at most.", min=1)] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
@@ -231,7 +242,7 @@ def generate(
     prompts = read_prompts(prompt, file)
     cdmap = ConditionalDifferenceMap.load(map_path)
     lm, tokenizer, read, edit = _load(model, (sae_in, layer_in), (sae_out, layer_out), device, dtype)
-    steering = Steering(read, edit, cdmap, config, backend=backend, record=trace is not None)
+    steering = Steering(read, edit, cdmap, config, backend=backend, screen=screen.value, record=trace is not None)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling["temperature"] = temperature
@@ -277,6 +288,15 @@ def info() -> None:
     for name, status in available_backends().items():
         table.add_row(name, "yes" if status.available else "no", status.reason or ", ".join(status.ops))
     console.print(table)
+
+
+def _calibration(cdmap: ConditionalDifferenceMap) -> str:
+    """One line about what lets steering read less of the encoder."""
+    from dspa.cdmap import N_LARGE
+
+    if not len(cdmap.hot):
+        return "none: the map has no calibration"
+    return f"{len(cdmap.hot)}; the first {N_LARGE} held {cdmap.hot_share():.1%} of the tokens' maxima"
 
 
 def _print_table(title: str, rows: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """The expensive offline pass: run the model on preference triples, keep integer activation counts.
 
 Counts stay integers until the map is reduced from them, so that the map does not depend on how triples were
-batched, sharded or ordered.
+batched, sharded or ordered. On the way, some response tokens tell which latents tend to hold a token's maximum and
+where residuals lie: with that, steering reads less of the encoder, and does nothing else.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load, save
@@ -36,15 +38,24 @@ from dspa.preferences import TokenizedTriple, Triple, load_triples, tokenize_tri
 from dspa.saes import FrozenSAE
 from dspa_kernels import activation_counts
 
+FORMAT = "dspa.counts.2"
 COUNT_TOKENS = ("all", "text")
 PARTS = ("prompt", "chosen", "rejected")
+# What is counted: latents on the tokens of each part, and which of them held the maximum of a response token.
+COUNTED = (*PARTS, "maxima")
 TRIPLES_A_SHARD = 32
+# Maxima are taken of at most this many tokens of a response, and so many latents at once.
+TOKENS_A_RESPONSE = 16
+LATENTS_A_BLOCK = 1 << 24
+# Residuals become multiples of this, no larger than the bound, so that sums of 2^23 of them are exact integers.
+ROW_QUANTUM = 2.0**-16
+ROW_BOUND = 2.0**24
 
 
 @dataclass(frozen=True)
 class CollectSettings:
     """All that decides the counts. SAE fingerprints; layers; dtypes of model and SAEs; `count_tokens`; what each
-    triple was cut to (tokens); and a digest of the tokens of the data."""
+    triple was cut to (tokens); a digest of the tokens of the data; and the format of the shards."""
 
     model_name: str
     sae_in: str
@@ -59,6 +70,7 @@ class CollectSettings:
     data: str
     n_triples: int
     n_cut: int
+    format: str = FORMAT
 
 
 @dataclass(frozen=True)
@@ -99,12 +111,34 @@ class Counts:
 
 @dataclass(frozen=True)
 class Densities:
-    """Counts of N triples in their order: of prompts at the input SAE, of responses at the output SAE."""
+    """Counts of N triples in their order: of prompts at the input SAE, of responses at the output SAE.
+
+    maxima counts the tokens of both responses whose largest output latent it is, at most TOKENS_A_RESPONSE of each
+    (every n-th one), a token without an active latent for none; its lengths are the tokens that were looked at.
+    totals [N, d_in] int64: their residuals as the output SAE normalises them, summed, in units of ROW_QUANTUM.
+    """
 
     settings: CollectSettings
     prompt: Counts
     chosen: Counts
     rejected: Counts
+    maxima: Counts
+    totals: Tensor
+
+    def hot(self) -> tuple[Tensor, Tensor]:
+        """Output latents that ever held a maximum, [H] int32, most often first and of equals the smaller, and how
+        often they did, [H] int64."""
+        held = torch.zeros(self.settings.d_sae_out, dtype=torch.int64)
+        held.index_add_(0, self.maxima.latents.long(), self.maxima.counts.long())
+        order = held.argsort(descending=True, stable=True)[: int((held > 0).sum())]
+        return order.to(torch.int32), held[order]
+
+    def mean(self) -> Tensor:
+        """Mean residual [d_in] fp32 of the same tokens, normalised, as exact as bf16: what batching does to the last
+        bits of hidden states should not show in a map."""
+        n_tokens = int(self.maxima.lengths.sum())
+        mean = self.totals.sum(dim=0).double() * ROW_QUANTUM / max(1, n_tokens)
+        return mean.to(torch.bfloat16).float()
 
 
 @dataclass(frozen=True)
@@ -117,7 +151,15 @@ class _Item:
         return len(self.triple.prompt) + max(len(self.triple.chosen), len(self.triple.rejected))
 
 
-Rows = dict[int, dict[str, tuple[Tensor, Tensor, int]]]
+@dataclass(frozen=True)
+class _Row:
+    """What one triple gives: latents, counts and length of each of COUNTED, and its row of `Densities.totals`."""
+
+    counts: dict[str, tuple[Tensor, Tensor, int]]
+    total: Tensor
+
+
+Rows = dict[int, _Row]
 
 
 def collect(
@@ -183,8 +225,13 @@ def collect(
                 shards.write(fresh)
                 fresh = {}
             bar.update(len(batch))
-    parts = {part: Counts.join([rows[n][part] for n in range(len(items))]) for part in PARTS}
-    return Densities(settings=settings, **parts)
+    return Densities(settings=settings, **_joined([rows[n] for n in range(len(items))]))
+
+
+def _joined(rows: Sequence[_Row]) -> dict[str, Any]:
+    """The fields of `Densities` that hold one row a triple."""
+    counts = {name: Counts.join([row.counts[name] for row in rows]) for name in COUNTED}
+    return {**counts, "totals": torch.stack([row.total for row in rows])}
 
 
 def _settings(
@@ -239,18 +286,21 @@ def _count(
     """Counts of one batch, by the index of the triple.
 
     The sequences 2 i and 2 i + 1 are prompt + chosen and prompt + rejected of triple i, padded on the right, where a
-    causal model cannot see it. Prompts are counted on the first of the two, at `l_in`; responses at `l_out`.
+    causal model cannot see it. Prompts are counted on the first of the two, at `l_in`; responses at `l_out`, and
+    some of their tokens looked at more closely.
     """
     width = max(item.length for item in batch)
     tokens = torch.zeros(2 * len(batch), width, dtype=torch.long)
-    prompt, response = (torch.full(tokens.shape, -1, dtype=torch.int32) for _ in range(2))
+    prompt, response, sample = (torch.full(tokens.shape, -1, dtype=torch.int32) for _ in range(3))
     for i, item in enumerate(batch):
         start = len(item.triple.prompt)
         for row, part in ((2 * i, "chosen"), (2 * i + 1, "rejected")):
             answer = getattr(item.triple, part)
             end = start + len(answer)
             tokens[row, :end] = torch.tensor([*item.triple.prompt, *answer])
-            response[row, start:end] = torch.where(_counted(item, part, count_tokens), row, -1)
+            counted = _counted(item, part, count_tokens)
+            response[row, start:end] = torch.where(counted, row, -1)
+            sample[row, start + _evenly(counted.nonzero().flatten(), TOKENS_A_RESPONSE)] = i
         prompt[2 * i, :start] = torch.where(_counted(item, "prompt", count_tokens), i, -1)
 
     l_in, l_out = layer_of(sae_in), layer_of(sae_out)
@@ -260,10 +310,12 @@ def _count(
     at_prompt = _counts_at(h[l_in], sae_in, prompt, len(batch))
     at_response = _counts_at(h[l_out], sae_out, response, 2 * len(batch))
     lengths = [(row >= 0).sum().item() for row in (*prompt[::2], *response)]
+    triple, held, rows_out = _looked_at(h[l_out], sae_out, sample)
+    totals = torch.zeros(len(batch), sae_out.d_in, dtype=torch.int64).index_add_(0, triple, rows_out)
 
     rows: Rows = {}
     for i, item in enumerate(batch):
-        rows[item.index] = {
+        counts = {
             part: (*_entries(counts), int(length))
             for part, counts, length in (
                 ("prompt", at_prompt[i], lengths[i]),
@@ -271,7 +323,31 @@ def _count(
                 ("rejected", at_response[2 * i + 1], lengths[len(batch) + 2 * i + 1]),
             )
         }
+        mine = held[triple == i]
+        latents, times = mine[mine >= 0].unique(return_counts=True)
+        counts["maxima"] = (latents.to(torch.int32), times.to(torch.int32), len(mine))
+        rows[item.index] = _Row(counts, totals[i])
     return rows
+
+
+def _evenly(places: Tensor, most: int) -> Tensor:
+    """Every n-th of `places` [T] from the first on, `most` at most."""
+    return places[:: max(1, -(-len(places) // most))]
+
+
+def _looked_at(h: Tensor, sae: FrozenSAE, triples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the N rows of `h` [B, T, d_in] with a triple (not -1 in `triples` [B, T]), on the CPU: the triple [N]; the
+    latent that holds the maximum [N], of equals the smaller, -1 where none is active; the row [N, d_in] as the encoder
+    reads it, in units of ROW_QUANTUM. All int64."""
+    at = (triples.flatten() >= 0).nonzero().flatten()
+    rows = h.flatten(0, 1)[at.to(h.device)]
+    held = [at.new_empty(0)]
+    for block in rows.split(max(1, LATENTS_A_BLOCK // sae.d_sae)):
+        largest, latent = sae.encode(block).max(dim=1)
+        held.append(torch.where(largest > 0, latent, -1).cpu())
+    # Where an SAE divides by the norm, a row of zeros is none.
+    units = (sae.normalise(rows).double().nan_to_num().clamp(-ROW_BOUND, ROW_BOUND) / ROW_QUANTUM).round()
+    return triples.flatten()[at].long(), torch.cat(held), units.long().cpu()
 
 
 def _counted(item: _Item, part: str, count_tokens: str) -> Tensor:
@@ -322,18 +398,18 @@ class _Shards:
                     "are counted again."
                 )
             tensors = load(content)
-            parts = {part: Counts(*(tensors[f"{part}.{name}"] for name in Counts.__annotations__)) for part in PARTS}
+            parts = {part: Counts(*(tensors[f"{part}.{name}"] for name in Counts.__annotations__)) for part in COUNTED}
             for n, index in enumerate(tensors["index"].tolist()):
-                rows[index] = {part: counts.row(n) for part, counts in parts.items()}
+                rows[index] = _Row({part: counts.row(n) for part, counts in parts.items()}, tensors["totals"][n])
         return rows
 
     def write(self, rows: Rows) -> None:
         """One new shard."""
         index = sorted(rows)
-        tensors = {"index": torch.tensor(index)}
-        for part in PARTS:
-            counts = Counts.join([rows[i][part] for i in index])
-            tensors.update({f"{part}.{name}": getattr(counts, name) for name in Counts.__annotations__})
+        joined = _joined([rows[i] for i in index])
+        tensors = {"index": torch.tensor(index), "totals": joined["totals"]}
+        for part in COUNTED:
+            tensors.update({f"{part}.{name}": getattr(joined[part], name) for name in Counts.__annotations__})
         content = save(tensors)
         _replace(self.folder / _name(content), content)
 

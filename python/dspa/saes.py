@@ -269,13 +269,17 @@ class FrozenSAE:
         Computed and returned in fp32, or in fp64 where h or the weights are. Of equal values at the edge of
         the top k, the smaller index is active.
         """
-        _check_width("h", h, self.d_in)
-        hn, _, _ = _normalise(h.to(self._compute_dtype(h)), self.weights.normalize)
+        hn = self.normalise(h)
         pre = hn @ self.W_enc.to(hn.dtype) + self.b_enc.to(hn.dtype)
         active = (pre > self.threshold) & (pre > 0)
         if self.weights.k:
             active &= _top_k(pre, self.weights.k)
         return torch.where(active, pre, 0)
+
+    def normalise(self, h: Tensor) -> Tensor:
+        """`n(h) [..., d_in]`, what the encoder reads of residuals `h [..., d_in]`, in `encode`'s dtype."""
+        _check_width("h", h, self.d_in)
+        return _normalise(h.to(self._compute_dtype(h)), self.weights.normalize)[0]
 
     def decode(self, f: Tensor, like: Tensor | None = None) -> Tensor:
         """Reconstruction `[..., d_in]` of latents `f [..., d_sae]`, `b_dec` included, in `encode`'s dtype.

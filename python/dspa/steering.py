@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dspa.attach import Attachment, Prompts
-from dspa.cdmap import ConditionalDifferenceMap
+from dspa.cdmap import N_LARGE, ConditionalDifferenceMap
 from dspa.config import SteeringConfig
 from dspa.errors import ModelError
 from dspa.hooks import (
@@ -31,7 +31,19 @@ from dspa.hooks import (
 from dspa.hooks import model_name as name_of
 from dspa.saes import FrozenSAE
 from dspa.trace import Trace
-from dspa_kernels import BackendError, MapWeights, SteeringPlan, activation_counts, available_backends, steer
+from dspa_kernels import (
+    BackendError,
+    EncoderStream,
+    MapWeights,
+    SteeringPlan,
+    activation_counts,
+    available_backends,
+    steer,
+)
+from dspa_kernels import weights as kernel_weights
+
+# What a number of `Steering.paths` counts.
+PATHS = (*kernel_weights.PATHS, "encoder_rows_read")
 
 
 class Steering(nn.Module):
@@ -51,10 +63,14 @@ class Steering(nn.Module):
 
     Args:
         sae_in, sae_out: the SAEs that the map was made with.
-        cdmap: the conditional-difference map.
+        cdmap: the conditional-difference map. For one with a calibration, a second copy of the output SAE's encoder
+            is kept, its rows in the order of the hot latents.
         config: how to steer.
         backend: "auto", "reference", "triton" or "cuda".
-        record: keep a record of every edit in `trace`.
+        record: keep a record of every edit in `trace`. It tells each edited token's largest latent, and so costs a
+            read of the whole encoder for every token with an active selected latent.
+        screen: "none", or "int8": read an int8 copy of the output SAE's encoder first, and the encoder itself only
+            where the copy cannot tell. The same result; adds one byte for each number of the encoder.
 
     Raises:
         MapError: the map belongs to other SAEs. ModelError: layers that do not fit. ValueError: k too large.
@@ -71,6 +87,7 @@ class Steering(nn.Module):
         *,
         backend: str = "auto",
         record: bool = False,
+        screen: str = "none",
     ) -> None:
         super().__init__()
         self.config = config or SteeringConfig()
@@ -91,23 +108,38 @@ class Steering(nn.Module):
             if k > width:
                 raise ValueError(f"`{name}` is {k}; accepted: 1 to the {end} SAE's width, {width}.")
         self.sae_in, self.sae_out, self.cdmap = sae_in, sae_out, cdmap
-        self.backend, self.record = backend, record
+        self.backend, self.record, self.screen = backend, record, screen
         self.plan: SteeringPlan | None = None
         self.trace = Trace()
         self._weights = MapWeights.gather(cdmap.columns, cdmap.values, sae_out.weights)
+        self._stream = self._read()
         self._attachment: Attachment | None = None
         self._undo: list[Callable[[], None]] = []
         self._starts: Tensor | None = None
         self._layers: str | None = None
         self._calls = 0
         self._keys: dict[str, str] = {}
-        # Passes steered, and of those the ones with hidden states that were not finite.
         with torch.inference_mode(False):
-            self._passes = torch.zeros(2, dtype=torch.int64, device=sae_out.device)
+            self._paths = torch.zeros(len(PATHS), dtype=torch.int64, device=sae_out.device)
 
     def extra_repr(self) -> str:
         """One line for `print(steering)`."""
-        return f"layers {self.sae_in.layer} -> {self.sae_out.layer}, {len(self.cdmap.columns)} columns, {self.config}"
+        added = self._stream.added_bytes(self.sae_out.weights) / 1e6
+        return (
+            f"layers {self.sae_in.layer} -> {self.sae_out.layer}, {len(self.cdmap.columns)} columns, "
+            f"{len(self.cdmap.hot)} hot latents, screen={self.screen!r}, {added:.1f} MB beside the SAE, {self.config}"
+        )
+
+    @property
+    def paths(self) -> dict[str, int]:
+        """What became of every row of hidden states that this Steering has met, and what it cost. Waits for the device.
+
+        How many rows were "unsteered" (before the response, or padding), "not_finite", "inactive" (no selected latent
+        was active: left as they were), "settled" (all their selected latents went to 0, as a lower bound on the
+        largest latent told) and "streamed" (needed the largest latent itself); and "encoder_rows_read" in full for
+        the last, which depends on timing where it may stop early.
+        """
+        return dict(zip(PATHS, self._paths.tolist(), strict=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Steering:
         probe = fn(torch.zeros((), device=self.sae_out.device))
@@ -121,10 +153,20 @@ class Steering(nn.Module):
         return self
 
     def _place(self, device_in: torch.device, device_out: torch.device) -> None:
+        moves = device_out != self.sae_out.device
         self.sae_in, self.sae_out = self.sae_in.to(device_in), self.sae_out.to(device_out)
         self._weights, self.cdmap = self._weights.to(device_out), self.cdmap.to(device_out)
+        if moves:
+            self._stream = self._read()
         with torch.inference_mode(False):
-            self._passes = self._passes.to(device_out)
+            self._paths = self._paths.to(device_out)
+
+    def _read(self) -> EncoderStream:
+        """The output SAE's encoder as it is read for a largest latent: anew wherever it is, to share what it can."""
+        mean = self.cdmap.mean if len(self.cdmap.mean) else None
+        return EncoderStream.of(
+            self.sae_out.weights, hot=self.cdmap.hot, n_large=N_LARGE, screen=self.screen, mean=mean
+        )
 
     # Attaching
 
@@ -153,6 +195,7 @@ class Steering(nn.Module):
             raise ModelError(f"Layer {self.sae_out.layer} of this model is steered already: dspa.detach(model) first.")
         self._place(*(device_of(stack[layer_of(sae)]) for sae in (self.sae_in, self.sae_out)))
         # A graph compiled for an earlier Steering must not be found again, so the keywords are new each time.
+        self._hold_still()
         serial = next(self._serial)
         self._keys = {name: f"dspa_{serial}_{name}" for name in ("slots", "signs", "start", "rows")}
         self._undo = [attachment.add(self)]
@@ -161,6 +204,13 @@ class Steering(nn.Module):
         plan = inner.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
         self._undo += [edit.remove, plan.remove]
         return self
+
+    def _hold_still(self) -> None:
+        """Tell compiled graphs that these tensors stay where they are: a CUDA graph need not copy them."""
+        tensors = (*self._stream.arguments().values(), *self._weights.latents().values(), self._paths)
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                torch._dynamo.mark_static_address(tensor)
 
     def detach(self) -> None:
         """Leave the model as it was. Does nothing when not attached."""
@@ -206,14 +256,14 @@ class Steering(nn.Module):
         return dict(zip(self.keywords, (plan.slots, plan.signs, start), strict=True))
 
     def progress(self) -> tuple[int, int]:
-        """Passes steered so far, and of those the ones with hidden states that were not finite."""
-        steered, not_finite = self._passes.tolist()
-        return steered, not_finite
+        """Rows of hidden states seen so far, and of those that were to be steered the ones that were not finite."""
+        paths = self.paths
+        return sum(paths[name] for name in kernel_weights.PATHS), paths["not_finite"]
 
     def finish(self, before: tuple[int, int]) -> None:
-        """Raise if no pass was steered since `before`, or one met numbers that cannot be."""
-        steered, not_finite = self.progress()
-        if steered == before[0]:
+        """Raise if no row was seen since `before`, or one met numbers that cannot be."""
+        seen, not_finite = self.progress()
+        if seen == before[0]:
             raise ModelError(
                 f"The hook at layer {self.sae_out.layer} did not run, so nothing was steered. A model compiled before "
                 "attach() does not see it: attach first, or call torch.compiler.reset() and compile again."
@@ -300,17 +350,20 @@ class Steering(nn.Module):
         rows = torch.where(mask & (column >= first[:, None]), row, -1)
         return {self._keys["slots"]: plan.slots, self._keys["signs"]: plan.signs, self._keys["rows"]: rows}
 
-    def _rows(self, kwargs: dict[str, Any], positions: Tensor) -> Tensor:
-        """Plan row of each token [B, T] int32, -1 where it is not steered."""
+    def _gate(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Tensor]:
+        """Which tokens are steered, and by which plan row: the gates of `steer`, from positions [B, T]."""
         rows: Tensor | None = kwargs.get(self._keys["rows"])
         if rows is not None:
-            return rows.to(positions.device)
+            return {"rows": rows.to(positions.device).flatten()}
         start = kwargs[self._keys["start"]].to(positions.device)
+        if positions.shape[1] == 1:
+            # Decoding: every row has its own plan row, and nothing is computed here beside the edit itself.
+            return {"positions": positions.flatten().long().contiguous(), "start": start}
         steered = positions >= start[:, None]
         # Padding on the left repeats position 0 until the first token.
         steered[:, :-1] &= positions[:, 1:] > 0
         row = torch.arange(positions.shape[0], device=positions.device, dtype=torch.int32)[:, None]
-        return torch.where(steered, row, -1).to(torch.int32)
+        return {"rows": torch.where(steered, row, -1).to(torch.int32).flatten()}
 
     def _edit(
         self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -326,27 +379,25 @@ class Steering(nn.Module):
             )
         h = hidden(output)
         self._check_device("sae_out", self.sae_out, h)
-        positions = kwargs["position_ids"].expand(h.shape[:2])
-        rows = self._rows(kwargs, positions).to(h.device).flatten()
+        positions = kwargs["position_ids"].expand(h.shape[:2]).to(h.device)
         slots, signs = (kwargs[self._keys[name]].to(h.device) for name in ("slots", "signs"))
-        plan = SteeringPlan(slots=slots, signs=signs)
-        edited, edits = steer(
-            h.flatten(0, 1),
-            self.sae_out.weights,
-            self._weights,
-            plan,
-            rows,
-            alpha=self.config.alpha,
-            record=True,
-            backend=self.backend,
-        )
-        not_finite = edits.maximum.isnan().any().long()
-        self._passes.add_(torch.stack((torch.ones_like(not_finite), not_finite)))
+        plan, gate = SteeringPlan(slots=slots, signs=signs), self._gate(kwargs, positions)
+        settings: dict[str, Any] = {
+            "alpha": self.config.alpha,
+            "stream": self._stream,
+            "paths": self._paths,
+            "backend": self.backend,
+            **gate,
+        }
+        inputs = (h.flatten(0, 1), self.sae_out.weights, self._weights, plan)
         if self.record:
             if torch.compiler.is_compiling():
                 raise ModelError("A compiled model cannot be recorded: make the Steering with record=False.")
+            edited, edits = steer(*inputs, record=True, **settings)
             latents = plan.latents(self._weights.columns)
-            self.trace.add(self._calls - 1, rows, positions.flatten(), latents, edits)
+            self.trace.add(self._calls - 1, gate.get("rows"), positions.flatten(), latents, edits)
+        else:
+            edited = steer(*inputs, **settings)
         edited = edited.view_as(h)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 

@@ -36,12 +36,12 @@ class Trace:
     def __init__(self) -> None:
         self._edits: list[Edit] = []
 
-    def add(self, call: int, rows: Tensor, positions: Tensor, latents: Tensor, edits: Edits) -> None:
-        """Keep what changed in one step: plan row and position of N residual rows [N], plan latents [B, S], edits
-        [N, S]. Waits for the device."""
+    def add(self, call: int, rows: Tensor | None, positions: Tensor, latents: Tensor, edits: Edits) -> None:
+        """Keep what changed in one step: plan row (None: its own) and position of N residual rows [N], plan latents
+        [B, S], edits [N, S]. Waits for the device."""
         changed = edits.before != edits.after
         for n in changed.any(dim=1).nonzero().flatten().tolist():
-            row, which = int(rows[n]), changed[n]
+            row, which = n if rows is None else int(rows[n]), changed[n]
             self._edits.append(
                 Edit(
                     call=call,

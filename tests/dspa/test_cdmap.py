@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import random
@@ -20,9 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dspa import ConditionalDifferenceMap, FrozenSAE, MapError, PreferenceError, SteeringConfig, build_map
-from dspa.cdmap import FORMAT, GATE_RULES, QUANTUM, TENSORS, reduce
+from dspa.cdmap import FORMAT, FORMATS, GATE_RULES, N_LARGE, QUANTUM, TENSORS, reduce
 from dspa.config import SCORINGS
-from dspa.densities import CollectSettings, Counts, Densities, collect
+from dspa.densities import ROW_QUANTUM, CollectSettings, Counts, Densities, collect
 from dspa.version import __version__
 
 from .conftest import L_IN, L_OUT, VOCAB, make_map, make_sae
@@ -44,7 +45,8 @@ def as_counts(table: np.ndarray, lengths: list[int]) -> Counts:
 
 
 def as_densities(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, lengths: np.ndarray) -> Densities:
-    """Of counts [N, d] and lengths [3, N]."""
+    """Of counts [N, d] and lengths [3, N]. Each latent held as many maxima as it has rejected counts, and the
+    residuals are the first four of these in halves."""
     settings = CollectSettings(
         model_name="made by hand",
         sae_in="a" * 16,
@@ -61,7 +63,10 @@ def as_densities(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, l
         n_cut=3,
     )
     tables = zip((prompt, chosen, rejected), lengths.tolist(), strict=True)
-    return Densities(settings, *(as_counts(table, length) for table, length in tables))
+    counts = [as_counts(table, length) for table, length in tables]
+    totals = torch.from_numpy(rejected[:, :4]).long() * int(0.5 / ROW_QUANTUM)
+    maxima = as_counts(rejected, rejected.sum(axis=1).tolist())
+    return Densities(settings, *counts, maxima=maxima, totals=totals)
 
 
 def draw(n: int, seed: int, lengths_from: tuple[int, ...] = DYADIC, active: float = 0.4) -> list[np.ndarray]:
@@ -223,6 +228,18 @@ def test_variance_is_that_of_all_responses() -> None:
     cdmap = reduce(as_densities(*data), k_diff=2)
     rho = np.concatenate([fractions(table, t).astype(float) for table, t in zip(data[1:3], data[3][1:], strict=True)])
     assert torch.equal(cdmap.variance, torch.tensor(rho.var(axis=0)[cdmap.columns], dtype=torch.float32))
+
+
+def test_calibration() -> None:
+    """Latents by how often they held a maximum, of equals the smaller; the mean over the tokens looked at."""
+    rejected = np.array([[0, 5, 2, 0, 4], [0, 3, 2, 0, 0]])
+    chosen = np.array([[1, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
+    cdmap = reduce(as_densities(np.ones((2, 1), int), chosen, rejected, np.array([[1, 1], [8, 8], [8, 8]])), k_diff=1)
+    assert cdmap.hot.tolist() == [1, 2, 4] and cdmap.hot_counts.tolist() == [8, 4, 4]
+    assert cdmap.mean.tolist() == [0, 4 / 16, 2 / 16, 0]
+    assert cdmap.hot_share() == 1
+    cdmap.hot_counts = torch.arange(100, 0, -1)
+    assert cdmap.hot_share() == pytest.approx(sum(range(37, 101)) / sum(range(1, 101))) and N_LARGE == 64
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 40])
@@ -462,6 +479,43 @@ def refusal(path: Path) -> str:
     return str(raised.value)
 
 
+def test_a_map_of_the_first_format(made: Any, saved: Path) -> None:
+    """It has no calibration and is otherwise the same; saved, it is of this format."""
+    old = {name: load_file(saved)[name] for name in FORMATS["dspa.map.1"]}
+    sha = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in old.values())).hexdigest()
+    rewrite(saved, {"format": "dspa.map.1", "sha256": sha}, tensors=dict.fromkeys(set(TENSORS) - set(old)))
+    assert load_file(saved).keys() == old.keys()
+    loaded = ConditionalDifferenceMap.load(saved)
+    assert loaded.meta == made[0].meta and all(torch.equal(getattr(loaded, name), old[name]) for name in old)
+    assert (len(loaded.hot), len(loaded.hot_counts), len(loaded.mean), loaded.hot_share()) == (0, 0, 0, 0)
+    loaded.save(saved)
+    assert same_bits(ConditionalDifferenceMap.load(saved), loaded)
+    old["values"] = old["values"] + 1
+    rewrite(saved, {"format": "dspa.map.1", "sha256": sha}, tensors=old)
+    assert "not those that were written" in refusal(saved)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_the_checksum_is_of_every_tensor(made: Any, saved: Path, name: str) -> None:
+    changed = getattr(made[0], name).clone()
+    if name in ("columns", "hot"):  # still latents of the SAE, in an order that is one
+        unused = sorted(set(range(D_OUT)) - set(changed.tolist()))
+        changed[-1] = unused[-1]
+        changed = changed.sort().values if name == "columns" else changed
+    else:
+        changed.view(-1)[0] += 1
+    rewrite(saved, tensors={name: changed})
+    assert "not those that were written" in refusal(saved)
+
+
+@pytest.mark.parametrize("value", [-1, D_OUT, "repeated"])
+def test_hot_latents_that_are_none(made: Any, saved: Path, value: Any) -> None:
+    hot = made[0].hot.clone()
+    hot[0] = hot[1] if value == "repeated" else value
+    rewrite(saved, tensors={"hot": hot})
+    assert "`hot` are not distinct latents of the output SAE" in refusal(saved)
+
+
 @pytest.mark.parametrize("n", [0, 4, 8, 100, -1])
 def test_truncated(saved: Path, n: int) -> None:
     saved.write_bytes(saved.read_bytes()[:n])
@@ -500,7 +554,7 @@ def test_header_that_is_no_header(saved: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"header": {"format": "dspa.map.2"}}, f"is not a map of format {FORMAT} (it says 'dspa.map.2')"),
+        ({"header": {"format": "dspa.map.3"}}, f"is not a map of format {FORMAT} (it says 'dspa.map.3')"),
         ({"header": {"format": None}}, "(it says None)"),
         ({"header": {"meta": None}}, "is damaged"),
         ({"header": {"meta": 5}}, "is damaged"),
@@ -530,7 +584,7 @@ def test_changed_tensors(made: Any, saved: Path, name: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["values", "variance"])
+@pytest.mark.parametrize("name", ["values", "variance", "mean"])
 def test_values_that_are_not_finite(made: Any, saved: Path, name: str, value: float) -> None:
     tensor = getattr(made[0], name).clone()
     tensor.view(-1)[2] = value
@@ -615,6 +669,7 @@ def test_build_map_is_reduce_of_collect(
     assert (built.meta.count_tokens, built.meta.max_length, built.meta.n_triples) == ("text", 12, 12)
     assert built.meta.model_name == "mine" and built.meta.n_cut > 0
     built.check_saes(sae_in, sae_out)
+    assert len(built.hot) > 1 and built.mean.shape == (sae_out.d_in,) and built.mean.any()
     built.save(prefs.parent / "map")
     assert same_bits(ConditionalDifferenceMap.load(prefs.parent / "map"), built)
 

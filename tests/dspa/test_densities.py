@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dspa import FrozenSAE, ModelError, PreferenceError, Triple, densities
-from dspa.densities import PARTS, Counts, Densities, collect
+from dspa.densities import COUNTED, FORMAT, PARTS, ROW_QUANTUM, Counts, Densities, collect
 from dspa.errors import MapError
 
 from .conftest import D_IN, D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, VOCAB, make_model, make_sae
@@ -132,13 +132,22 @@ def check_plain(case: Case, got: Densities, ids: list[Ids], count_tokens: str = 
 
 
 def parts(of: Densities) -> dict[str, Tensor]:
-    return {f"{part}.{name}": t for part in PARTS for name, t in vars(getattr(of, part)).items()}
+    return {f"{part}.{name}": t for part in COUNTED for name, t in vars(getattr(of, part)).items()}
 
 
-def check_same(one: Densities, other: Densities) -> None:
+def check_totals(one: Tensor, other: Tensor, lengths: Tensor) -> None:
+    """Alike up to the rounding of hidden states, which depends on the batch."""
+    assert one.dtype == other.dtype == torch.int64 and one.any()
+    assert ((one - other).abs() <= lengths[:, None] * 1e-4 / ROW_QUANTUM).all()
+
+
+def check_same(one: Densities, other: Densities, *, batched_alike: bool = True) -> None:
     assert one.settings == other.settings
     for (name, a), b in zip(parts(one).items(), parts(other).values(), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b), name
+    check_totals(one.totals, other.totals, one.maxima.lengths)
+    assert not batched_alike or torch.equal(one.totals, other.totals)
+    assert torch.equal(one.mean(), other.mean())
 
 
 class Calls:
@@ -180,7 +189,7 @@ def test_densities_are_counts_over_lengths(each: Case) -> None:
 def test_batch_size_changes_nothing(each: Case, batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = each.collect()
     calls = Calls(monkeypatch)
-    check_same(each.collect(batch_tokens=batch_tokens), whole)
+    check_same(each.collect(batch_tokens=batch_tokens), whole, batched_alike=False)
     n, longest = len(each.ids), max(len(p) + max(len(c), len(r)) for p, c, r in each.ids)
     assert {1: calls.n == n, 64: 64 // (2 * longest) < n and 1 < calls.n < n, 8192: calls.n == 1}[batch_tokens]
 
@@ -188,10 +197,13 @@ def test_batch_size_changes_nothing(each: Case, batch_tokens: int, monkeypatch: 
 def test_order_of_triples_permutes_the_counts(each: Case) -> None:
     order = random.Random(1).sample(range(len(each.ids)), len(each.ids))
     one, other = each.collect(), each.collect([each.ids[i] for i in order])
-    for part in PARTS:
+    for part in COUNTED:
         for n, i in enumerate(order):
             a, b = getattr(other, part).row(n), getattr(one, part).row(i)
             assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[2] == b[2]
+    check_totals(other.totals, one.totals[order], other.maxima.lengths)
+    assert all(torch.equal(a, b) for a, b in zip(one.hot(), other.hot(), strict=True))
+    assert torch.equal(one.mean(), other.mean())
 
 
 def test_long_responses_are_cut_at_their_end(each: Case) -> None:
@@ -222,6 +234,119 @@ def test_nothing_above_the_output_layer_runs(each: Case) -> None:
 def test_hooks_are_gone_afterwards(case: Case) -> None:
     case.collect()
     assert not any(module._forward_hooks for module in case.model.modules())
+
+
+# Maxima, and the mean of what the encoder reads
+
+
+# Added to all thresholds, it leaves about half of the tokens without an active latent.
+RAISED = {"gemma2": 6.0, "qwen3": 9.0, "gpt2": 3.2}
+
+
+def make_kind(arch: str, family: str, **options: Any) -> FrozenSAE:
+    """An output SAE like `make_sae`'s."""
+    base = make_sae(L_OUT, D_SAE_OUT, seed=3)
+    if arch == "jumprelu":
+        options["threshold"] = base.threshold + RAISED[family]
+    return FrozenSAE(arch, base.W_enc, base.b_enc, base.W_dec, layer=L_OUT, **options)
+
+
+def reads(sae: FrozenSAE, h: Tensor) -> Tensor:
+    """What the encoder reads of one token, in fp64."""
+    h = h.double()
+    if sae.weights.normalize == "layer_norm":
+        h = h - h.mean()
+        return h / (h.std() + 1e-5)
+    return h
+
+
+@torch.no_grad()
+def plain_maxima(case: Case, sae: FrozenSAE, count_tokens: str, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """How often each latent holds a maximum [N, d_sae], tokens looked at [N], sums of what is read [N, d_in]."""
+    held = torch.zeros(len(case.ids), sae.d_sae, dtype=torch.int64)
+    n_tokens = torch.zeros(len(case.ids), dtype=torch.int64)
+    sums = torch.zeros(len(case.ids), D_IN, dtype=torch.float64)
+    for i, (prompt, *answers) in enumerate(case.ids):
+        for answer in answers:
+            out = case.model(input_ids=torch.tensor([prompt + answer]), output_hidden_states=True, use_cache=False)
+            counted = [t for t, token in enumerate(answer) if count_tokens == "all" or token not in (0, BOS, EOS)]
+            step = next(n for n in range(1, 100) if len(counted[::n]) <= most)
+            for t in counted[::step]:
+                x = reads(sae, out.hidden_states[L_OUT + 1][0, len(prompt) + t])
+                pre = (x @ sae.W_enc.double() + sae.b_enc.double()).tolist()
+                # A top-k SAE's largest latent is among the k.
+                f = [p if p > max(0, u) else 0 for p, u in zip(pre, sae.threshold.tolist(), strict=True)]
+                first, second = sorted(range(len(f)), key=lambda j: (-f[j], j))[:2]
+                assert f[first] - f[second] > MARGIN or f[first] == 0
+                held[i, first] += f[first] > 0
+                n_tokens[i] += 1
+                sums[i] += x
+    return held, n_tokens, sums
+
+
+KINDS: dict[str, Any] = {
+    "jumprelu": {},
+    "standard": {},
+    "topk": {"k": 3},
+    "standard, layer norm": {"normalize_activations": "layer_norm"},
+}
+
+
+@pytest.mark.parametrize("most", [2, 16])
+@pytest.mark.parametrize("count_tokens", ["all", "text"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_maxima_are_those_of_separate_full_passes(
+    each: Case, kind: str, count_tokens: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(densities, "TOKENS_A_RESPONSE", most)
+    sae = make_kind(kind.split(",")[0], each.model.config.model_type, **KINDS[kind])
+    held, n_tokens, sums = plain_maxima(each, sae, count_tokens, most)
+    got = each.collect(sae_out=sae, count_tokens=count_tokens)
+    assert torch.equal(dense(got.maxima, D_SAE_OUT), held) and torch.equal(got.maxima.lengths, n_tokens)
+    assert held.sum() > 0 and (held.sum() < n_tokens.sum()) == (kind == "jumprelu")
+    torch.testing.assert_close(got.totals.double() * ROW_QUANTUM, sums, rtol=0, atol=1e-3)
+    latents, counts = got.hot()
+    times = held.sum(dim=0).tolist()
+    wanted = sorted((j for j, n in enumerate(times) if n), key=lambda j: (-times[j], j))
+    assert latents.tolist() == wanted and counts.tolist() == [times[j] for j in wanted]
+    assert latents.dtype == torch.int32 and len(set(counts.tolist())) < len(counts), "ties are ordered"
+    torch.testing.assert_close(got.mean().double(), sums.sum(dim=0) / n_tokens.sum(), rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("elements", [1, 5 * D_SAE_OUT, 1 << 24])
+def test_blocks_change_nothing(case: Case, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = case.collect()
+    monkeypatch.setattr(densities, "LATENTS_A_BLOCK", elements)
+    check_same(case.collect(), whole)
+
+
+def test_of_equal_latents_the_smaller_holds_the_maximum() -> None:
+    """Latents 1 and 3 are equal and largest on a row of ones; none is active on a row of minus ones."""
+    W_enc = torch.tensor([[1.0, 2.0, 1.0, 2.0]]).expand(4, 4).clone()
+    sae = FrozenSAE("standard", W_enc, torch.zeros(4), torch.eye(4), layer=0)
+    h = torch.ones(2, 3, 4)
+    h[0, 1], h[1, 2] = -1, 2.5
+    triples = torch.tensor([[0, 0, -1], [-1, 1, 1]])
+    triple, held, units = densities._looked_at(h, sae, triples)
+    assert triple.tolist() == [0, 0, 1, 1] and held.tolist() == [1, -1, 1, 1]
+    assert torch.equal(units.double() * ROW_QUANTUM, torch.stack([h[0, 0], h[0, 1], h[1, 1], h[1, 2]]).double())
+
+
+def test_residuals_without_measure() -> None:
+    """Huge ones do not overflow the sums, and a row of zeros, which has no direction, adds nothing."""
+    sae = make_sae(0, 8, d_in=4, normalize_activations="constant_norm_rescale")
+    _, held, units = densities._looked_at(torch.zeros(1, 1, 4), sae, torch.zeros(1, 1))
+    assert held.tolist() == [-1] and not units.any()
+    h = torch.tensor([[[3e38, -3e38, 1.0, 0.0]]])
+    _, _, units = densities._looked_at(h, make_sae(0, 8, d_in=4), torch.zeros(1, 1))
+    assert (units * ROW_QUANTUM).tolist() == [[2.0**24, -(2.0**24), 1.0, 0.0]]
+
+
+def test_no_token_looked_at() -> None:
+    """As where all tokens of all responses are special."""
+    empty = Counts.join([(torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), 0)])
+    got = Densities(make_case("qwen3").collect().settings, *[empty] * 4, totals=torch.zeros(1, 5, dtype=torch.int64))
+    assert not len(got.hot()[0]) and torch.equal(got.mean(), torch.zeros(5))
 
 
 # Progress
@@ -294,7 +419,7 @@ def test_partial_files_are_not_read(
             case.collect(work_dir=tmp_path, batch_tokens=1)
     (partial,) = tmp_path.glob("*.partial")
     partial.write_bytes(b"half a sha")
-    check_same(case.collect(work_dir=tmp_path, batch_tokens=1), whole)
+    check_same(case.collect(work_dir=tmp_path, batch_tokens=1), whole, batched_alike=False)
 
 
 def test_settings_are_on_disk(case: Case, tmp_path: Path) -> None:
@@ -323,6 +448,15 @@ def test_a_folder_of_other_settings_is_refused(case: Case, tmp_path: Path, name:
         case.collect(work_dir=tmp_path, **CHANGES[name])
     assert str(raised.value).count(" there, ") == 1
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_shards_of_an_earlier_format_are_refused(case: Case, tmp_path: Path) -> None:
+    case.collect(work_dir=tmp_path)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    del settings["format"]
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(MapError, match=rf"other settings \(format: None there, '{FORMAT}' now\)"):
+        case.collect(work_dir=tmp_path)
 
 
 def cut_off(content: bytes) -> bytes:

@@ -21,7 +21,7 @@ from transformers import (
 
 import dspa
 from dspa.hooks import decoder_layers, same_model
-from dspa_kernels import BackendError
+from dspa_kernels import BackendError, available_backends
 
 from .conftest import D_IN, L_OUT, make_map, make_model, make_sae
 from .plain import Plain
@@ -408,8 +408,12 @@ def test_wrong_kinds_of_arguments(sae_in, sae_out, cdmap):
         dspa.Steering(sae_in, sae_out, cdmap, {"alpha": 0.2})
     with pytest.raises(ValueError, match="`backend` is 'tritn'; accepted: auto, cuda, triton, reference"):
         dspa.Steering(sae_in, sae_out, cdmap, backend="tritn")
-    with pytest.raises(BackendError, match="backend='triton' cannot run here: this version has no triton kernels"):
-        dspa.Steering(sae_in, sae_out, cdmap, backend="triton")
+    for name, status in available_backends().items():
+        if not status.available:
+            with pytest.raises(BackendError, match=f"backend='{name}' cannot run here: {status.reason}"):
+                dspa.Steering(sae_in, sae_out, cdmap, backend=name)
+    with pytest.raises(ValueError, match="`screen` is 'int4'; accepted: none, int8"):
+        dspa.Steering(sae_in, sae_out, cdmap, screen="int4")
 
 
 def test_responses_before_attach(steering):

@@ -6,8 +6,11 @@ is compiled is what the launcher would launch: the same specialisation, constant
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +25,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from dspa_kernels import EncoderStream
+from dspa_kernels.backends import IMPLEMENTED, implementation
+from dspa_kernels.testing import random_map, random_plan, random_sae
+from dspa_kernels.weights import SCREENS
+
+MULTIPROCESSORS = 132
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -79,7 +88,7 @@ def compiling(capability: int) -> Iterator[list[Compiled]]:
         compiled.append(Compiled(self.fn.__name__, kwargs, tuple(grid), kernel.asm, kernel.metadata.shared))
         return kernel
 
-    properties = mock.Mock(multi_processor_count=132)
+    properties = mock.Mock(multi_processor_count=MULTIPROCESSORS)
     with (
         mock.patch.object(driver, "_active", Driver(capability)),
         mock.patch.object(JITFunction, "run", compile_only),
@@ -89,3 +98,109 @@ def compiling(capability: int) -> Iterator[list[Compiled]]:
         mock.patch("dspa_kernels.launch.capability_of", lambda _device: capability),
     ):
         yield compiled
+
+
+def unguarded_tickets(ptx: str) -> int:
+    """Tickets (atomics that release) before which a warp of the block may still be storing."""
+    unguarded = 0
+    guarded = False
+    for line in ptx.splitlines():
+        if "bar.sync" in line or "barrier.sync" in line:
+            guarded = True
+        elif re.search(r"\b(st|red)\.(?:\w+\.)*global|\bst\.global", line):
+            guarded = False
+        elif "atom." in line and "acq_rel" in line:
+            unguarded += not guarded
+    return unguarded
+
+
+def facts(kernel: Compiled) -> dict[str, Any]:
+    """What the tests ask about a compiled kernel."""
+    sass = kernel.dump("--dump-sass")
+    return {
+        "name": kernel.name,
+        "launch": {name: value for name, value in kernel.options.items() if isinstance(value, (int, str, bool))},
+        "programs": kernel.grid[0] // MULTIPROCESSORS,
+        "shared": kernel.shared,
+        "tickets": len(re.findall(r"atom\.[\w.]*acq_rel", kernel.asm["ptx"])),
+        "unguarded_tickets": unguarded_tickets(kernel.asm["ptx"]),
+        "tensor_cores": len(re.findall(r"\b(?:HGMMA|HMMA)\b", sass)),
+        "wide_copies": len(re.findall(r"\bLDGSTS[\w.]*\.128\b", sass)),
+        "narrow_copies": len(re.findall(r"\bLDGSTS\b(?![\w.]*\.128\b)", sass)),
+        "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        **kernel.resources(),
+    }
+
+
+def plain_steering(
+    kind: str, dtypes: tuple[torch.dtype, torch.dtype], n: int, normalize: str, screen: str, record: bool
+) -> dict[str, Any]:
+    """Arguments of the custom op `steer` at a shape as wide as real ones, of few latents."""
+    h_dtype, W_dtype = dtypes
+    sae = random_sae(kind, 256, 512, dtype=W_dtype, normalize=normalize)
+    plan = random_plan(n, 16, 40)
+    stream = EncoderStream.of(sae, hot=torch.arange(64), screen=screen)
+    return {
+        "h": torch.zeros(n, 256, dtype=h_dtype),
+        **stream.arguments(),
+        **random_map(sae, 64, 40).latents(),
+        "slots": plan.slots,
+        "signs": plan.signs,
+        "rows": None,
+        "positions": torch.zeros(n, dtype=torch.int64),
+        "start": torch.zeros(n, dtype=torch.int64),
+        "paths": torch.zeros(6, dtype=torch.int64),
+        "alpha": 0.2,
+        "record": record,
+    }
+
+
+# One representative of each way to multiply, and what it normalises: the value of PRECISION is the place.
+DTYPES = (
+    ((torch.bfloat16, torch.bfloat16), "none"),
+    ((torch.bfloat16, torch.bfloat16), "layer_norm"),
+    ((torch.float32, torch.float32), "none"),
+)
+ROWS = (1, 32, 64, 640)
+
+
+def calls() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Ops and arguments that launch every entry of the table, and every kernel that has none."""
+    for (i, (dtypes, normalize)), kind, screen, (j, n) in itertools.product(
+        enumerate(DTYPES), ("jumprelu", "topk"), SCREENS, enumerate(ROWS)
+    ):
+        yield "steer", plain_steering(kind, dtypes, n, normalize, screen, record=(i + j) % 2 == 1)
+    fp16 = (torch.float16, torch.float16)
+    yield "steer", plain_steering("relu", fp16, 1, "none", "none", record=False)
+    yield "steer", plain_steering("relu", (torch.float32, torch.bfloat16), 1, "constant_norm_rescale", "none", record=True)
+    counts, values = torch.zeros(4, 64, dtype=torch.int32), torch.zeros(64, 40)
+    for mode in ("ablate", "both"):
+        lookup = {"counts": counts, "values": values, "k_prompt": 32, "k_diff": 16}
+        yield "map_lookup", {**lookup, "mode": mode}
+        steering = plain_steering("jumprelu", DTYPES[0][0], 4, "none", "none", record=False)
+        del steering["slots"], steering["signs"]
+        yield "lookup_and_steer", {**steering, **lookup, "lookup_mode": mode}
+    for (dtypes, normalize), kind, n in itertools.product(DTYPES, ("jumprelu", "topk"), ROWS):
+        h_dtype, W_dtype = dtypes
+        sae = random_sae(kind, 256, 512, dtype=W_dtype, normalize=normalize)
+        h, sequences = torch.zeros(n, 256, dtype=h_dtype), torch.zeros(n, dtype=torch.int32)
+        yield "activation_counts", {"h": h, **sae.encoder(), "sequences": sequences, "n_sequences": 1}
+        yield "sparse_encode", {"h": h, **sae.encoder(), "capacity": 64}
+        latents = {"indices": torch.zeros(n, 64, dtype=torch.int32), "values": torch.zeros(n, 64)}
+        yield "sparse_decode", {**latents, "W_dec": sae.W_dec, "b_dec": None}
+
+
+def main(capability: int, output: str) -> None:
+    """Write a JSON list: op, number of launches and their facts, for each of `calls`."""
+    found: list[dict[str, Any]] = []
+    for op, arguments in calls():
+        if (op, "triton") not in IMPLEMENTED:
+            continue
+        with compiling(capability) as compiled:
+            implementation(op, "triton")(**arguments)
+        found.append({"op": op, "launches": [facts(kernel) for kernel in compiled]})
+    Path(output).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

@@ -28,6 +28,7 @@ from dspa_kernels.ops.triton_common import (
     n_programs,
     precision,
     product_tile,
+    rounded,
     row_chunk,
     row_scale,
 )
@@ -313,7 +314,7 @@ def edit_row(
     if p_scale is not None:
         b_delta *= tl.load(p_scale + i_row, mask=b_finite == 1, other=0.0)
     b_h = tl.load(p_h + i_row * d_in + o_d, mask=m_d, other=0.0)
-    b_out = (b_h.to(tl.float32) + b_delta).to(b_h.dtype)
+    b_out = rounded(b_h.to(tl.float32) + b_delta, b_h.dtype)
     tl.store(p_out + i_row * d_in + o_d, tl.where(b_changed > 0, b_out, b_h), mask=m_d)
 
     if i_chunk == 0:
@@ -410,7 +411,7 @@ def steer_kernel(
     if p_counts is not None:
         if PHASE == _ALL or PHASE == _LOOKUP:
             for i in range(i_program, n_prompts, n_programs):
-                i_prompt = i.to(tl.int64)
+                i_prompt = tl.cast(i, tl.int64)
                 lookup_prompt(
                     p_counts + i_prompt * d_sae_in,
                     p_values,
@@ -657,7 +658,8 @@ def launch_steer(
 
     normalised = normalize != "none"
     multiply = precision(h, W_enc, normalize)
-    launch = launch_parameters("steer", n_rows, d_in, d_sae, multiply, h.device)
+    kernel = "steer" + ("_topk" if k else "") + ("" if screen_W_enc is None else "_int8")
+    launch = launch_parameters(kernel, n_rows, d_in, d_sae, multiply, h.device)
     arguments: dict[str, Any] = {
         "p_h": h.contiguous(),
         "p_W_enc": W_enc,

@@ -16,4 +16,7 @@ def static_map(cdmap: ConditionalDifferenceMap) -> ConditionalDifferenceMap:
         variance=cdmap.variance,
         gates=cdmap.gates,
         meta=cdmap.meta,
+        hot=cdmap.hot,
+        hot_counts=cdmap.hot_counts,
+        mean=cdmap.mean,
     )

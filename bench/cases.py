@@ -1,0 +1,148 @@
+"""What is measured: shapes, activity, and the formulations that others use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.measure import DEVICE, Step
+from dspa_kernels import MapWeights, SAEWeights, SteeringPlan, steer
+from dspa_kernels.backends import IMPLEMENTED
+from dspa_kernels.testing import Activity, realistic_activity
+
+ON_GPU = DEVICE.type == "cuda"
+# Gemma-2-2B, Gemma-2-9B, Qwen3-8B, and a wide SAE.
+SHAPES = [(2304, 16384), (3584, 16384), (4096, 65536), (2304, 262144)] if ON_GPU else [(64, 512)]
+ROWS = [1, 4, 8, 16, 32, 64] if ON_GPU else [1, 4]
+# Enough for what is slow and not ours.
+FEW_ROWS = [1, 64] if ON_GPU else [1]
+# Rows of an activity; steps of a measurement, more where each is of few rows.
+N_ROWS, N_STEPS, N_PROMPTS = (8192, (32, 128), 64) if ON_GPU else (16, (4, 4), 4)
+ALPHA = 0.2
+TOP_K = 70
+
+
+def backends(op: str) -> list[str]:
+    """The kernels that have `op`, where there is a GPU, and the reference."""
+    return [name for name in ("cuda", "triton") if ON_GPU and (op, name) in IMPLEMENTED] + ["reference"]
+
+
+def with_rows(op: str) -> list[tuple[str, int]]:
+    """Backends of `op` with the numbers of rows at which each is measured."""
+    return [(name, n) for name in backends(op) for n in (FEW_ROWS if name == "reference" else ROWS)]
+
+
+def n_steps(n_rows: int) -> int:
+    """How many steps of `n_rows` rows are measured together."""
+    least, most = N_STEPS
+    return max(least, min(most, 256 // n_rows))
+
+
+@lru_cache(maxsize=1)
+def activity_of(shape: tuple[int, int]) -> Activity:
+    """The activity of a shape; one at a time is kept."""
+    return realistic_activity(*shape, N_ROWS, n_calibration=4096 if ON_GPU else 256, device=DEVICE)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Decoding steps of `n_rows` rows that ablate what their prompts' plans say."""
+
+    h: Tensor
+    rows: Tensor
+    sae: SAEWeights
+    cdmap: MapWeights
+    plan: SteeringPlan
+    n_rows: int
+
+    @classmethod
+    def of(cls, activity: Activity, case: str, n_rows: int) -> Setting:
+        cdmap, plan = activity.steered(case, N_PROMPTS)
+        h = activity.h[: n_steps(n_rows) * n_rows]
+        rows = torch.arange(len(h), dtype=torch.int32, device=DEVICE) % N_PROMPTS
+        return cls(h, rows, activity.sae, cdmap, plan, n_rows)
+
+    def never_settled(self, activity: Activity) -> Setting:
+        """All prompts augment the 16 most frequent latents: one of them is active on about every row, and only
+        the whole encoder tells the maximum."""
+        columns = activity.by_frequency[:16].sort().values
+        cdmap = MapWeights.gather(columns, torch.zeros(1, len(columns)), self.sae)
+        slots = torch.arange(len(columns), dtype=torch.int32, device=DEVICE).repeat(N_PROMPTS, 1)
+        return replace(self, cdmap=cdmap, plan=SteeringPlan(slots, torch.ones_like(slots, dtype=torch.int8)))
+
+    def ranked(self) -> Setting:
+        """The same latents of a top-k SAE."""
+        return replace(self, sae=replace(self.sae, k=TOP_K, threshold=torch.zeros_like(self.sae.threshold)))
+
+    def steer(self, h: Tensor, rows: Tensor, **options: Any) -> Tensor:
+        """h' of some rows; what `record` adds is dropped."""
+        out = steer(h, self.sae, self.cdmap, self.plan, rows, alpha=ALPHA, **options)
+        return out[0] if isinstance(out, tuple) else out
+
+    def all_steps(self, **options: Any) -> Tensor:
+        """h' of all rows, step by step."""
+        return torch.cat([self.steer(h, rows, **options) for h, rows in self.batches()])
+
+    def steps(self, run: Callable[[Tensor, Tensor], Tensor]) -> list[Step]:
+        """`run(h, rows)` for each step."""
+        return [lambda h=h, rows=rows: run(h, rows) for h, rows in self.batches()]
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self.h.split(self.n_rows), self.rows.split(self.n_rows), strict=True)
+
+    @property
+    def encoder_bytes(self) -> int:
+        return sum(each.nbytes for each in (self.sae.W_enc, self.sae.b_enc, self.sae.threshold))
+
+    @property
+    def row_bytes(self) -> int:
+        """Rows in and out, and for each the encoder and decoder rows of its selected latents."""
+        d_in, size = self.sae.d_in, self.sae.W_enc.element_size()
+        return self.n_rows * d_in * (2 * self.h.element_size() + 2 * self.plan.slots.shape[1] * size)
+
+
+def check_rows(out: Tensor, wanted: Tensor) -> None:
+    """Fail unless rows are equal up to their dtype's rounding. One in a thousand may differ: rounding may decide
+    whether a latent is active."""
+    assert out.shape == wanted.shape and out.dtype == wanted.dtype
+    close = torch.isclose(out.float(), wanted.float(), rtol=1.6e-2, atol=1e-3).all(dim=1)
+    assert float(close.float().mean()) >= 0.999, f"{int((~close).sum())} of {len(close)} rows are wrong"
+
+
+def widened(sae: SAEWeights) -> SAEWeights:
+    """The same weights in fp32, in which formulations agree."""
+    return replace(sae, W_enc=sae.W_enc.float(), W_dec=sae.W_dec.float())
+
+
+def dense_steer(h: Tensor, sae: SAEWeights, latents: Tensor) -> Tensor:
+    """Encode everything, ablate latents [N, S], decode everything: what a script does without the package."""
+    pre = h @ sae.W_enc.T + sae.b_enc.to(h.dtype)
+    f = pre * ((pre > sae.threshold) & (pre > 0))
+    ablated = torch.zeros_like(f, dtype=torch.bool).scatter_(1, latents, True)
+    edited = torch.where(ablated, (f - ALPHA * f.amax(dim=1, keepdim=True)).clamp(min=0), f)
+    return h + (edited - f) @ sae.W_dec
+
+
+def sae_lens_steer(sae: SAEWeights) -> Callable[[Tensor, Tensor], Tensor]:
+    """The same with SAELens: its encode, the edit, its decode before and after."""
+    lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed")
+    config = lens.JumpReLUSAEConfig(
+        d_in=sae.d_in, d_sae=sae.d_sae, dtype=str(sae.W_enc.dtype).removeprefix("torch."), device=str(DEVICE)
+    )
+    theirs = lens.JumpReLUSAE(config)
+    tensors = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "threshold": sae.threshold}
+    theirs.load_state_dict(tensors | {"b_dec": torch.zeros(sae.d_in)})
+
+    def run(h: Tensor, latents: Tensor) -> Tensor:
+        f = theirs.encode(h)
+        ablated = torch.zeros_like(f, dtype=torch.bool).scatter_(1, latents, True)
+        edited = torch.where(ablated, (f - ALPHA * f.amax(dim=1, keepdim=True)).clamp(min=0), f)
+        return h + theirs.decode(edited) - theirs.decode(f)
+
+    return run

@@ -1,0 +1,128 @@
+"""Every kernel once at small shapes, beside the reference: `python -m bench.every_kernel`.
+
+Short, so that it can run under compute-sanitizer. Weights and rows are small integers where nothing is
+normalised: then every sum is exact, and results have to be equal to the last bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import traceback
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from bench.measure import synchronize
+from dspa_kernels import (
+    EncoderStream,
+    SAEWeights,
+    activation_counts,
+    lookup_and_steer,
+    map_lookup,
+    sparse_decode,
+    sparse_encode,
+    steer,
+)
+from dspa_kernels.backends import IMPLEMENTED, OPS
+from dspa_kernels.testing import random_map, random_plan, random_sae, run_on, tensors
+
+D_IN, D_SAE, D_SAE_IN, N_COLUMNS, N_PROMPTS = 200, 600, 300, 40, 5
+ROWS = (1, 19, 40, 100)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# kind, dtypes of rows and weights, normalisation, screen, record
+VARIANTS = [
+    ("jumprelu", (BF16, BF16), "none", "none", False),
+    ("jumprelu", (BF16, BF16), "none", "int8", False),
+    ("jumprelu", (BF16, BF16), "none", "none", True),
+    ("topk", (BF16, BF16), "none", "none", False),
+    ("topk", (BF16, BF16), "none", "int8", True),
+    ("relu", (FP16, FP16), "none", "int8", False),
+    ("relu", (FP32, BF16), "layer_norm", "none", False),
+    ("jumprelu", (FP32, FP32), "constant_norm_rescale", "int8", True),
+]
+
+Check = Callable[[], None]
+
+
+def compare(call: Callable[..., object], exact: bool, *args: object, **options: object) -> Check:
+    """A check that `call` gives on Triton what it gives on the reference."""
+
+    def check() -> None:
+        results = [tensors(run_on(backend, call, *args, **options)) for backend in ("triton", "reference")]
+        for ours, wanted in zip(*results, strict=True):
+            tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 2e-2, "atol": 1e-3}
+            torch.testing.assert_close(ours, wanted, equal_nan=True, **tolerance)
+
+    return check
+
+
+def integers(low: int, high: int, *shape: int) -> Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.int32)
+
+
+def stream_of(sae: SAEWeights, screen: str) -> EncoderStream:
+    hot = torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(1))[:24]
+    return EncoderStream.of(sae, hot=hot, screen=screen)
+
+
+def checks() -> Iterator[tuple[str, str, Check]]:
+    """op, what is special about it, and the check."""
+    counts = integers(0, 9, N_PROMPTS, D_SAE_IN)
+    for (kind, dtypes, normalize, screen, record), n in itertools.product(VARIANTS, ROWS):
+        name = f"{n} rows, {kind}, {dtypes[0]} x {dtypes[1]}, {normalize}, screen {screen}, record {record}"
+        exact = normalize == "none"
+        sae = random_sae(kind, D_IN, D_SAE, dtype=dtypes[1], normalize=normalize, integers=exact)
+        h = integers(-2, 3, n, D_IN).to(dtypes[0])
+        cdmap = random_map(sae, D_SAE_IN, N_COLUMNS)
+        plan = random_plan(N_PROMPTS, 6, N_COLUMNS)
+        fixed = {"rows": integers(-1, N_PROMPTS, n), "alpha": 0.125, "record": record, "stream": stream_of(sae, screen)}
+        yield "steer", name, compare(steer, exact, h, sae, cdmap, plan, **fixed)
+        arguments = (h, counts, sae, cdmap)
+        yield "lookup_and_steer", name, compare(lookup_and_steer, exact, *arguments, **fixed)
+        if screen == "none" and not record:
+            arguments = (h, sae, integers(-1, 3, n), 3)
+            yield "activation_counts", name, compare(activation_counts, exact, *arguments)
+            yield "sparse_encode", name, compare(sparse_encode, exact, h, sae, capacity=400)
+            latents = sparse_encode(h, sae, capacity=400, backend="reference")
+            yield "sparse_decode", name, compare(sparse_decode, exact, latents, sae.W_dec)
+    for mode in ("ablate", "augment", "both"):
+        values = torch.randn(D_SAE_IN, N_COLUMNS, generator=torch.Generator().manual_seed(0))
+        yield "map_lookup", mode, compare(map_lookup, True, counts, values, mode=mode)
+
+
+def few_programs(n: int | None) -> contextlib.AbstractContextManager[object]:
+    """Persistent grids of `n` programs, where a tool leaves less room on the GPU than the launch table expects."""
+    if n is None:
+        return contextlib.nullcontext()
+    return mock.patch("dspa_kernels.ops.steer.triton_impl.n_programs", lambda *_: n)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--programs", type=int, help="size of persistent grids")
+    parser.add_argument("--rows", type=int, nargs="*", default=list(ROWS), help="only these numbers of rows")
+    chosen = parser.parse_args()
+    missing = [op for op in OPS if (op, "triton") not in IMPLEMENTED]
+    failed, done = 0, 0
+    with few_programs(chosen.programs):
+        for op, name, check in checks():
+            if op in missing or (" rows" in name and int(name.split()[0]) not in chosen.rows):
+                continue
+            try:
+                check()
+                synchronize()
+            except Exception:
+                failed += 1
+                print(f"FAILED {op}, {name}", traceback.format_exc(limit=-3), sep="\n")
+            done += 1
+    skipped = f"; without a kernel: {', '.join(missing)}" if missing else ""
+    print(f"every kernel: {done - failed} of {done} as the reference{skipped}")
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

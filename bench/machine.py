@@ -1,0 +1,54 @@
+"""What a result was measured on and with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "triton", "transformers", "sae-lens", "numpy")
+CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.limit,temperature.gpu,driver_version"
+
+
+def output_of(*command: str) -> str:
+    """What a command prints; empty if it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def clocks() -> dict[str, str]:
+    """Clocks of the first GPU now, as far as they can be read."""
+    values = output_of("nvidia-smi", "-i", "0", f"--query-gpu={CLOCKS}", "--format=csv,noheader").split(", ")
+    names = CLOCKS.split(",")
+    return dict(zip(names, values, strict=True)) if len(values) == len(names) else {}
+
+
+def describe(commit: str) -> dict[str, Any]:
+    """Commit (as git knows it, otherwise `commit`), versions and device."""
+    gpu = torch.cuda.is_available()
+    known = output_of("git", "rev-parse", "--short=12", "HEAD")
+    return {
+        "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "capability": list(torch.cuda.get_device_capability()) if gpu else None,
+        "host": platform.processor() or platform.machine(),
+        "commit": known or commit or "unknown",
+        "dirty": bool(output_of("git", "status", "--porcelain")) if known else None,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda if gpu else None,
+        "versions": {package: version_of(package) for package in PACKAGES},
+        "clocks": clocks() if gpu else {},
+    }

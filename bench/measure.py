@@ -1,0 +1,164 @@
+"""Device time from a cold cache, eager wall time, and the ceilings of the machine.
+
+The device time of a step is the difference of two CUDA graphs, divided by their steps: one empties the
+second-level cache before each step, the other only empties it. What a launch inside a graph costs is thus part
+of it, and neither the host nor the emptying is. Emptying means reading, so that nothing is left to be written
+back, and never the same memory twice within the reach of the cache. Without a GPU only wall time is measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROUNDS = 10
+N_CHUNKS = 16
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of one step, in microseconds, over the rounds of a measurement."""
+
+    median: float
+    mean: float
+    least: float
+    most: float
+    rounds: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Times:
+        micro = [1e6 * each for each in seconds]
+        return cls(statistics.median(micro), statistics.fmean(micro), min(micro), max(micro), len(micro))
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def captured(steps: Sequence[Step]) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for step in steps:
+            step()
+    return graph
+
+
+def elapsed(run: Step) -> float:
+    """Seconds on the device between two events around `run`."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return 1e-3 * start.elapsed_time(end)
+
+
+def wall_seconds(run: Step, setup: Step, rounds: int, benchmark: Any = None) -> list[float]:
+    """Seconds until the result of `run` is there, each time after `setup`; through pytest-benchmark if given."""
+
+    def synchronised() -> None:
+        run()
+        synchronize()
+
+    def prepare() -> None:
+        setup()
+        synchronize()
+
+    if benchmark is not None:
+        benchmark.pedantic(synchronised, setup=prepare, rounds=rounds, warmup_rounds=1)
+        return list(benchmark.stats.stats.data)
+    seconds = []
+    for _ in range(rounds + 1):
+        prepare()
+        start = time.perf_counter()
+        synchronised()
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
+
+
+class Stopwatch:
+    """Measures on `DEVICE`; holds the memory that empties its cache."""
+
+    def __init__(self) -> None:
+        self._chunk = itertools.count()
+        if DEVICE.type == "cuda":
+            l2 = torch.cuda.get_device_properties(DEVICE).L2_cache_size
+            self.memory = torch.rand(N_CHUNKS, max(l2 >> 20, 1) << 20, device=DEVICE)
+        else:
+            self.memory = torch.rand(1, 1 << 22)
+
+    @cached_property
+    def _fastest(self) -> tuple[float, Any]:
+        """The read-only bandwidth in bytes a second, and what reached it."""
+        ways: list[Any] = [torch.sum]
+        if DEVICE.type == "cuda":
+            from bench.read_triton import readers
+
+            ways += readers()
+        return max(((self._bandwidth(way), way) for way in ways), key=lambda each: each[0])
+
+    def _bandwidth(self, read: Callable[[Tensor], object]) -> float:
+        if DEVICE.type == "cuda":
+            read(self.memory)
+            seconds = [elapsed(lambda: read(self.memory)) for _ in range(5)]
+        else:
+            seconds = wall_seconds(lambda: read(self.memory), lambda: None, 3)
+        return self.memory.nbytes / statistics.median(seconds)
+
+    @property
+    def read_bandwidth(self) -> float:
+        """The fastest read of several GB, in bytes a second (of a few MB without a GPU)."""
+        return self._fastest[0]
+
+    @property
+    def read_way(self) -> str:
+        """What reached `read_bandwidth`."""
+        return getattr(self._fastest[1], "__name__", None) or str(self._fastest[1])
+
+    def read(self, x: Tensor) -> None:
+        """Read `x` as fast as is known."""
+        self._fastest[1](x)
+
+    @cached_property
+    def matmul_rate(self) -> float:
+        """Operations a second of a large bf16 product of random numbers."""
+        n = 8192 if DEVICE.type == "cuda" else 256
+        a, b = torch.randn(2, n, n, device=DEVICE).to(torch.bfloat16)
+        torch.mm(a, b)
+        times = [elapsed(lambda: torch.mm(a, b)) for _ in range(10)] if DEVICE.type == "cuda" else []
+        times = times or wall_seconds(lambda: torch.mm(a, b), lambda: None, 3)
+        return 2 * n**3 / statistics.median(times)
+
+    def empty_cache(self) -> None:
+        """Replace what the second-level cache holds."""
+        if DEVICE.type == "cuda":
+            self.read(self.memory[next(self._chunk) % N_CHUNKS])
+
+    def device(self, steps: Sequence[Step], rounds: int = ROUNDS) -> Times:
+        """Device time of a step; `steps` are run in order, each from an empty cache, and averaged."""
+        for step in (self.empty_cache, *steps):
+            step()
+        synchronize()
+        cold = captured([each for step in steps for each in (self.empty_cache, step)])
+        idle = captured([self.empty_cache] * len(steps))
+        for graph in (cold, idle):
+            graph.replay()
+        seconds = [(elapsed(cold.replay) - elapsed(idle.replay)) / len(steps) for _ in range(rounds)]
+        return Times.of(seconds)
+
+    def wall(self, steps: Sequence[Step], rounds: int, benchmark: Any = None) -> Times:
+        """Wall time of a step called from Python, from an empty cache until it has finished."""
+        turn = itertools.cycle(steps)
+        return Times.of(wall_seconds(lambda: next(turn)(), self.empty_cache, rounds, benchmark))

@@ -1,0 +1,48 @@
+"""A kernel that only reads: it empties the cache between measurements, and how fast it goes is the ceiling."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["n_blocks", "n_programs"])
+def read_kernel(p_x, p_sum, n_blocks, n_programs, BLOCK: tl.constexpr):
+    """sum[i] = sum of the blocks i, i + n_programs, ... of x."""
+    i_program = tl.program_id(0)
+    o_x = tl.arange(0, BLOCK)
+    b_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    for i in range(i_program, n_blocks, n_programs):
+        b_sum += tl.load(p_x + tl.cast(i, tl.int64) * BLOCK + o_x)
+    tl.store(p_sum + i_program, tl.sum(b_sum, axis=0))
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One way to launch `read_kernel`."""
+
+    block: int
+    num_warps: int
+    programs: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Read all of `x` (a whole number of blocks of fp32, in any dtype); returns partial sums."""
+        words = x.view(-1).view(torch.float32)
+        n_blocks = len(words) // self.block
+        assert n_blocks * self.block == len(words), f"{len(words)} words are no whole blocks of {self.block}"
+        count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+        n_programs = min(n_blocks, self.programs * count)
+        sums = torch.empty(n_programs, device=x.device)
+        read_kernel[(n_programs,)](words, sums, n_blocks, n_programs, BLOCK=self.block, num_warps=self.num_warps)
+        return sums
+
+
+def readers() -> Iterator[Reader]:
+    """The ways to try."""
+    return itertools.starmap(Reader, itertools.product((2048, 4096, 8192), (4, 8), (2, 4, 8, 16)))

@@ -1,0 +1,198 @@
+"""What only a GPU can show: graph replays, streams at once, compiled callers, batch invariance, run to run equality.
+
+`python -m bench.stress`. Everything is compared to the last bit with plain eager calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.cases import SHAPES, Setting, activity_of
+from bench.measure import DEVICE
+from dspa_kernels import activation_counts, sparse_decode, sparse_encode
+from dspa_kernels.backends import IMPLEMENTED
+from dspa_kernels.testing import Activity, same_bits, tensors
+
+ROWS = (1, 8, 64)
+BATCHES = (2, 3, 4, 8, 16, 17, 32, 33, 64, 65, 200)
+
+Steer = Callable[[Tensor, Tensor], Tensor]
+Check = Callable[[], None]
+
+
+def variants(activity: Activity) -> dict[str, tuple[Setting, Steer]]:
+    """Inputs and `steer` in each of its forms."""
+    hard = Setting.of(activity, "hard", 64)
+    whole, ranked = hard.never_settled(activity), hard.ranked()
+    screened = activity.stream(screen="int8")
+    ranked_screened = type(screened).of(ranked.sae, screen="int8", mean=activity.mean)
+    options: dict[str, tuple[Setting, dict[str, Any]]] = {
+        "calibrated": (hard, {"stream": activity.stream()}),
+        "int8": (hard, {"stream": screened}),
+        "recorded": (hard, {"record": True}),
+        "whole encoder": (whole, {}),
+        "top-k": (ranked, {}),
+        "top-k int8": (ranked, {"stream": ranked_screened}),
+    }
+    return {name: (setting, bound(setting, each)) for name, (setting, each) in options.items()}
+
+
+def bound(setting: Setting, options: dict[str, Any]) -> Steer:
+    return lambda h, rows: setting.steer(h, rows, backend="triton", **options)
+
+
+def inputs(setting: Setting, n_rows: int, turn: int) -> tuple[Tensor, Tensor]:
+    """Other rows at each turn."""
+    first = 37 * turn % (len(setting.h) - n_rows + 1)
+    return setting.h[first : first + n_rows], setting.rows[first : first + n_rows]
+
+
+def equal(ours: Tensor, wanted: Tensor, what: str) -> None:
+    if not same_bits(ours, wanted):
+        different = (ours != wanted).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        raise AssertionError(f"{what}: rows {different[:8]} differ")
+
+
+def captured(setting: Setting, run: Steer, n_rows: int) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor], Tensor]:
+    """A graph of one call, the tensors that it reads, and the one that it writes."""
+    held = tuple(each.clone() for each in inputs(setting, n_rows, 0))
+    h, rows = held
+    run(h, rows)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(h, rows)
+    return graph, (h, rows), out
+
+
+def refill(held: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    for old, each in zip(held, new, strict=True):
+        old.copy_(each)
+
+
+def graph_replays(setting: Setting, run: Steer, n_rows: int, replays: int) -> None:
+    """One graph replayed with changing inputs."""
+    graph, held, out = captured(setting, run, n_rows)
+    for turn in range(replays):
+        refill(held, inputs(setting, n_rows, turn))
+        graph.replay()
+        if turn % 50 == 0 or turn == replays - 1:
+            equal(out, run(*held), f"replay {turn}")
+
+
+def two_streams(first: tuple[Setting, Steer], second: tuple[Setting, Steer], n_rows: int, turns: int) -> None:
+    """Two streams that launch at the same time, eagerly and by graphs."""
+    sides = list(zip((first, second), (torch.cuda.Stream(), torch.cuda.Stream()), strict=True))
+    graphs = [captured(setting, run, n_rows) for (setting, run), _ in sides]
+    for start in range(0, turns, 20):
+        torch.cuda.synchronize()
+        found: list[list[Tensor]] = [[], []]
+        for turn, (i, ((setting, run), stream)) in itertools.product(range(start, start + 20), enumerate(sides)):
+            with torch.cuda.stream(stream):
+                found[i].append(run(*inputs(setting, n_rows, turn)))
+                graph, held, out = graphs[i]
+                refill(held, inputs(setting, n_rows, turn))
+                graph.replay()
+                found[i].append(out.clone())
+        torch.cuda.synchronize()
+        for ((setting, run), _), outs in zip(sides, found, strict=True):
+            for turn in range(start, start + 20):
+                wanted = run(*inputs(setting, n_rows, turn))
+                for out in outs[2 * (turn - start) : 2 * (turn - start) + 2]:
+                    equal(out, wanted, f"turn {turn}")
+
+
+def compiled(setting: Setting, run: Steer, n_rows: int) -> None:
+    """A caller under torch.compile, in one graph, which CUDA graphs replay."""
+    torch.compiler.reset()
+    caller = torch.compile(lambda h, rows: 2 * run(h + h, rows), fullgraph=True, mode="reduce-overhead")
+    for turn in range(60):
+        h, rows = inputs(setting, n_rows, turn)
+        torch.compiler.cudagraph_mark_step_begin()
+        equal(caller(h, rows), 2 * run(h + h, rows), f"call {turn}")
+
+
+def batch_invariance(setting: Setting, run: Steer) -> None:
+    """A row's result alone is its result in any batch."""
+    h, rows = setting.h, setting.rows
+    alone = torch.cat([run(h[i : i + 1], rows[i : i + 1]) for i in range(min(64, len(h)))])
+    for n in BATCHES:
+        if n <= len(h):
+            equal(run(h[:n], rows[:n])[: len(alone)], alone[:n], f"in a batch of {n}")
+
+
+def run_to_run(run: Callable[[], Any], turns: int) -> None:
+    first = tensors(run())
+    for turn in range(turns):
+        for ours, wanted in zip(tensors(run()), first, strict=True):
+            assert same_bits(ours, wanted), f"run {turn} differs"
+
+
+def other_ops(activity: Activity) -> Iterator[tuple[str, Callable[[], Any]]]:
+    h, sae = activity.h[:1000], activity.sae
+    sequences = torch.arange(len(h), dtype=torch.int32, device=h.device) // 90
+    latents = sparse_encode(h[:64], sae, capacity=256, backend="reference")
+    calls: dict[str, Callable[[], Any]] = {
+        "activation_counts": lambda: activation_counts(h, sae, sequences, 12, backend="triton"),
+        "sparse_encode": lambda: sparse_encode(h[:64], sae, capacity=256, backend="triton"),
+        "sparse_decode": lambda: sparse_decode(latents, sae.W_dec, backend="triton"),
+    }
+    return ((op, call) for op, call in calls.items() if (op, "triton") in IMPLEMENTED)
+
+
+def checks(replays: int) -> Iterator[tuple[str, Check]]:
+    """The hard ones at the first shape, batch invariance and run to run equality at all."""
+    for shape in SHAPES:
+        activity = activity_of(shape)
+        of = variants(activity)
+        for name, (setting, run) in of.items():
+            yield f"batch invariance {shape}, {name}", lambda s=setting, r=run: batch_invariance(s, r)
+            call = lambda s=setting, r=run: r(s.h[:64], s.rows[:64])  # noqa: E731
+            yield f"run to run {shape}, {name}", lambda c=call: run_to_run(c, 100)
+        for op, call in other_ops(activity):
+            yield f"run to run {shape}, {op}", lambda c=call: run_to_run(c, 30)
+        if shape != SHAPES[0]:
+            continue
+        for (name, (setting, run)), n in itertools.product(of.items(), ROWS):
+            yield f"{replays} replays, {name}, {n} rows", lambda s=setting, r=run, n=n: graph_replays(s, r, n, replays)
+        for (a, b), n in itertools.product((("calibrated", "int8"), ("whole encoder", "top-k")), ROWS):
+            yield f"two streams, {a} and {b}, {n} rows", lambda a=a, b=b, n=n, of=of: two_streams(of[a], of[b], n, 1000)
+        for name, (setting, run) in of.items():
+            yield f"compiled, {name}", lambda s=setting, r=run: compiled(s, r, 8)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--replays", type=int, default=10000)
+    parser.add_argument("--only", default="", help="checks whose name has this in it")
+    chosen = parser.parse_args()
+    if DEVICE.type != "cuda":
+        print("bench.stress needs a CUDA device, and torch finds none")
+        return 2
+    failed = []
+    with torch.no_grad():
+        for name, check in checks(chosen.replays):
+            if chosen.only not in name:
+                continue
+            start = time.perf_counter()
+            try:
+                check()
+                torch.cuda.synchronize()
+            except Exception:
+                failed.append(name)
+                traceback.print_exc(limit=-3)
+            print(f"{'FAILED' if name in failed else 'passed'} {name}, {time.perf_counter() - start:.1f} s", flush=True)
+    print(f"stress: {len(failed)} failed" + "".join(f"\n  {name}" for name in failed))
+    return min(len(failed), 1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

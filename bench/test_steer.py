@@ -1,0 +1,144 @@
+"""`steer` beside what it replaces. A result that is wrong fails instead of being timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.cases import ALPHA, FEW_ROWS, ROWS, Setting, check_rows, dense_steer, sae_lens_steer, widened, with_rows
+from bench.conftest import Measure
+from bench.measure import Stopwatch
+from dspa_kernels import EncoderStream, MapWeights, SAEWeights, steer
+from dspa_kernels.ops.steer import reference
+from dspa_kernels.testing import Activity, same_bits
+from dspa_kernels.weights import PATHS
+
+BACKENDS = with_rows("steer")
+# The reference reads no screen.
+SCREENED = [(*each, "none") for each in BACKENDS] + [(*each, "int8") for each in BACKENDS if each[0] != "reference"]
+STREAMED = PATHS.index("streamed")
+
+
+def paths_of(setting: Setting, **options: Any) -> Tensor:
+    """What each step added to `paths` [N_STEPS, 6]."""
+    taken = []
+    for h, rows in setting.batches():
+        taken.append(torch.zeros(len(PATHS) + 1, dtype=torch.int64, device=h.device))
+        setting.steer(h, rows, paths=taken[-1], **options)
+    return torch.stack(taken)
+
+
+def labels(setting: Setting, case: str, backend: str) -> dict[str, Any]:
+    return {"op": "steer", "case": case, "backend": backend, "shape": (setting.sae.d_in, setting.sae.d_sae)} | {
+        "rows": setting.n_rows,
+        "encoder_bytes": setting.encoder_bytes,
+    }
+
+
+@pytest.mark.parametrize(("backend", "n_rows"), BACKENDS)
+@pytest.mark.parametrize("case", ["stream", "stream, recorded", "stream, top-k"])
+def test_whole_encoder(measure: Measure, activity: Activity, case: str, backend: str, n_rows: int) -> None:
+    """Steps that have to read the whole encoder."""
+    setting = Setting.of(activity, "hard", n_rows).never_settled(activity)
+    setting = setting.ranked() if case == "stream, top-k" else setting
+    options: dict[str, Any] = {"record": case == "stream, recorded", "backend": backend}
+    # Of a batch one row suffices; of single rows a few may have none of the latents.
+    share = float((paths_of(setting, **options)[:, STREAMED] > 0).float().mean())
+    assert share > 0.97
+    check_rows(setting.all_steps(**options), setting.steer(setting.h, setting.rows, backend="reference"))
+    measure(
+        setting.steps(lambda h, rows: setting.steer(h, rows, **options)),
+        capture=backend != "reference",
+        n_bytes=share * setting.encoder_bytes + setting.row_bytes,
+        **labels(setting, case, backend),
+    )
+
+
+@pytest.mark.parametrize(("backend", "n_rows", "screen"), SCREENED)
+@pytest.mark.parametrize("case", ["hard", "easy"])
+def test_mean_step(measure: Measure, activity: Activity, case: str, screen: str, backend: str, n_rows: int) -> None:
+    """Steps as they come: some read nothing, some a part of the encoder, some all of it."""
+    setting = Setting.of(activity, case, n_rows)
+    options: dict[str, Any] = {"stream": stream_of(activity, screen), "backend": backend}
+    out = setting.all_steps(**options)
+    check_rows(out, setting.steer(setting.h, setting.rows, backend="reference"))
+    assert same_bits(out, setting.all_steps(backend=backend)), "calibration or a screen changed the result"
+    paths = paths_of(setting, **options)
+    measure(
+        setting.steps(lambda h, rows: setting.steer(h, rows, **options)),
+        capture=backend != "reference",
+        **labels(setting, case + (", int8" if screen == "int8" else ""), backend),
+        paths=dict(zip(PATHS, paths.sum(dim=0).tolist(), strict=False)),
+        encoder_rows_read=float(paths[:, -1].float().mean()),
+        steps_that_stream=float((paths[:, STREAMED] > 0).float().mean()),
+    )
+
+
+def stream_of(activity: Activity, screen: str) -> EncoderStream:
+    """Made once for each activity."""
+    if (id(activity), screen) not in STREAMS:
+        STREAMS.clear()
+        STREAMS[id(activity), screen] = activity.stream(screen=screen)
+    return STREAMS[id(activity), screen]
+
+
+STREAMS: dict[tuple[int, str], EncoderStream] = {}
+
+
+@pytest.mark.parametrize(("mode", "n_rows"), [*(("eager", n) for n in ROWS), *(("compiled", n) for n in FEW_ROWS)])
+@pytest.mark.parametrize("what", ["dense PyTorch", "SAELens"])
+def test_dense(measure: Measure, activity: Activity, what: str, mode: str, n_rows: int) -> None:
+    """What does the same without the package: held against the reference in fp32, timed in the SAE's dtype."""
+    setting = Setting.of(activity, "hard", n_rows)
+    latents = setting.plan.latents(setting.cdmap.columns)[setting.rows.long()].long()
+
+    def formulation(sae: SAEWeights) -> Callable[[Tensor, Tensor], Tensor]:
+        return sae_lens_steer(sae) if what == "SAELens" else lambda h, latents: dense_steer(h, sae, latents)
+
+    few = slice(0, 4 * n_rows)
+    h, rows = setting.h[few].float(), setting.rows[few]
+    wide = widened(setting.sae)
+    wide_map = activity_map(setting, wide)
+    wanted = steer(h, wide, wide_map, setting.plan, rows, alpha=ALPHA, backend="reference")
+    torch.testing.assert_close(formulation(wide)(h, latents[few]), wanted, rtol=1e-3, atol=1e-3)
+
+    torch.compiler.reset()
+    run = formulation(setting.sae)
+    run = torch.compile(run, dynamic=False) if mode == "compiled" else run
+    batches = zip(setting.h.split(n_rows), latents.split(n_rows), strict=True)
+    steps = [lambda h=h, latents=latents: run(h, latents) for h, latents in batches]
+    measure(steps, n_bytes=2 * setting.encoder_bytes, **labels(setting, f"{what}, {mode}", "torch"))
+
+
+def activity_map(setting: Setting, sae: SAEWeights) -> MapWeights:
+    """The setting's map, gathered from other weights."""
+    return MapWeights.gather(setting.cdmap.columns, setting.cdmap.values, sae)
+
+
+@pytest.mark.parametrize("n_rows", FEW_ROWS)
+def test_compiled_reference(measure: Measure, activity: Activity, n_rows: int) -> None:
+    """The specification itself under torch.compile, which has to leave its graph where the data decide."""
+    setting = Setting.of(activity, "hard", n_rows)
+    torch.compiler.reset()
+    compiled = torch.compile(reference.steer)
+    fixed = setting.sae.stream.arguments() | setting.cdmap.latents() | {"slots": setting.plan.slots}
+    fixed |= {"signs": setting.plan.signs, "positions": None, "start": None, "paths": None}
+
+    def run(h: Tensor, rows: Tensor) -> Tensor:
+        out, *_ = compiled(h=h, rows=rows, alpha=ALPHA, record=False, **fixed)
+        return out
+
+    steps = setting.steps(run)
+    check_rows(torch.cat([step() for step in steps]), setting.all_steps(backend="reference"))
+    measure(steps, capture=False, **labels(setting, "reference, compiled", "reference"))
+
+
+def test_read(measure: Measure, activity: Activity, stopwatch: Stopwatch) -> None:
+    """Nothing but a read of the encoder: what a stream of this size could reach."""
+    setting = Setting.of(activity, "hard", 1)
+    W = activity.sae.W_enc
+    measure([lambda: stopwatch.read(W)] * 32, n_bytes=W.nbytes, **labels(setting, "read only", "read"))

@@ -1,0 +1,70 @@
+"""`activation_counts` in Triton: the GEMM of `sparse_encode` with a count as epilogue, so that no latent is stored.
+
+A rank needs whole rows: top-k SAEs go through the keys of some rows at a time, and a program a row counts.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dspa_kernels.ops.sparse_encode.triton_impl import (
+    BLOCK,
+    active_block,
+    launch_encode,
+    normalised_rows,
+    rank_cut,
+    row_keys,
+)
+from dspa_kernels.ops.triton_common import precision
+
+
+@triton.jit(do_not_specialize=["d_sae", "n_sequences", "k"])
+def count_row_kernel(p_key, p_sequences, p_counts, d_sae, width, n_sequences, k, BLOCK: tl.constexpr):
+    """counts_sj += 1 where latent j is among the k largest of a row of sequence s, and positive. A program a row."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_sequence = tl.load(p_sequences + i_row)
+    if (i_sequence >= 0) & (i_sequence < n_sequences):
+        p_row, p_count = p_key + i_row * width, p_counts + i_sequence.to(tl.int64) * d_sae
+        b_level, b_room = rank_cut(p_row, width, k, True, BLOCK)
+        b_ties = tl.zeros([], dtype=tl.int32)
+        o_latent = tl.arange(0, BLOCK)
+        for i in range(0, width, BLOCK):
+            _, m_active, b_ties = active_block(p_row, i, width, b_level, b_room, b_ties, True, BLOCK)
+            tl.atomic_add(p_count + i + o_latent, 1, mask=m_active, sem="relaxed")
+
+
+def activation_counts(
+    h: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    k: int,
+    normalize: str,
+    sequences: Tensor,
+    n_sequences: int,
+) -> Tensor:
+    """counts [S, d_sae]."""
+    d_sae = len(W_enc)
+    counts = torch.zeros(n_sequences, d_sae, dtype=torch.int32, device=h.device)
+    sequences = sequences.contiguous()
+    if k:
+        for rows, keys in row_keys(h, W_enc, b_enc, threshold, k, normalize):
+            count_row_kernel[(len(keys),)](
+                keys,
+                sequences[rows],
+                counts,
+                d_sae,
+                keys.shape[1],
+                n_sequences,
+                k,
+                BLOCK=BLOCK,
+                num_warps=8,
+                enable_fp_fusion=False,
+            )
+    elif len(h):
+        x, multiply = normalised_rows(h, normalize), precision(h, W_enc, normalize)
+        launch_encode(x, W_enc, b_enc, threshold, k, multiply, sequences=sequences, counts=counts)
+    return counts

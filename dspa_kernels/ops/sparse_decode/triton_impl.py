@@ -1,0 +1,68 @@
+"""`sparse_decode` in Triton: a program writes a few columns of one row, so that one row already fills the chip."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dspa_kernels.ops.triton_common import rounded
+
+# The same for any number of rows, so that the bits of a row do not depend on it. Columns: a cache line of bf16.
+BLOCK_D, BLOCK_S = 64, 64
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_places"])
+def decode_kernel(
+    p_indices,
+    p_values,
+    p_W_dec,
+    p_b_dec,
+    p_out,
+    d_in,
+    n_rows,
+    n_places,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """out_n = b_dec + sum_s values[n, s] W_dec[indices[n, s]] over the places s with an index >= 0, in fp32."""
+    # Rows go first: what all of them read of W_dec in their columns stays in cache.
+    i_row = (tl.program_id(0) % n_rows).to(tl.int64)
+    o_d = tl.program_id(0) // n_rows * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_d = o_d < d_in
+    o_place = tl.arange(0, BLOCK_S)
+    b_acc = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
+    for i in range(0, n_places, BLOCK_S):
+        m_place = o_place < n_places - i
+        b_index = tl.load(p_indices + i_row * n_places + i + o_place, mask=m_place, other=-1)
+        m_place = b_index >= 0
+        b_value = tl.load(p_values + i_row * n_places + i + o_place, mask=m_place, other=0.0).to(tl.float32)
+        p_w = p_W_dec + b_index.to(tl.int64)[:, None] * d_in + o_d[None, :]
+        b_w = tl.load(p_w, mask=m_place[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+        b_acc += b_value[:, None] * b_w
+    b_out = tl.sum(b_acc, axis=0)
+    if p_b_dec is not None:
+        b_out += tl.load(p_b_dec + o_d, mask=m_d, other=0.0).to(tl.float32)
+    tl.store(p_out + i_row * d_in + o_d, rounded(b_out, p_out.dtype.element_ty), mask=m_d)
+
+
+def sparse_decode(indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    """out [N, d_in]."""
+    (n_rows, n_places), d_in = indices.shape, W_dec.shape[1]
+    out = W_dec.new_empty(n_rows, d_in)
+    if n_rows:
+        decode_kernel[(n_rows * triton.cdiv(d_in, BLOCK_D),)](
+            indices.contiguous(),
+            values.contiguous(),
+            W_dec.contiguous(),
+            None if b_dec is None else b_dec.contiguous(),
+            out,
+            d_in,
+            n_rows,
+            n_places,
+            BLOCK_D=BLOCK_D,
+            BLOCK_S=BLOCK_S,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    return out

@@ -1,0 +1,259 @@
+"""How `steer` avoids reading the encoder: each path taken, counted, and of the same bits as the plain stream."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dspa_kernels import EncoderStream, MapWeights, SAEWeights, SteeringPlan, steer
+from dspa_kernels.testing import KINDS, random_sae, run_on, same_bits
+from dspa_kernels.weights import PATHS
+
+from .cases import D_SAE, DTYPES, Case, make_case
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def steered(backend: str, **arguments: Any) -> tuple[Tensor, dict[str, int]]:
+    """h' and what became of the rows; "read" is how many encoder rows were read in full."""
+    paths = torch.zeros(len(PATHS) + 1, dtype=torch.int64)
+    device = "cpu" if backend == "reference" or INTERPRETED else "cuda"
+    tally = paths.to(device)
+    moved = {name: each.to(device) if hasattr(each, "to") else each for name, each in arguments.items()}
+    out = steer(**moved, paths=tally, backend=backend)
+    return out.cpu(), dict(zip((*PATHS, "read"), tally.tolist(), strict=True))
+
+
+def one_row(pre: list[float], selected: dict[int, int], *, k: int = 0, plan_rows: int = 1) -> dict[str, Any]:
+    """A row whose latents have pre-activations `pre`, and a plan of latent -> sign. Threshold 0."""
+    n = len(pre)
+    eye = torch.eye(n)
+    sae = SAEWeights(eye, torch.zeros(n), torch.zeros(n), eye.clone(), k=k)
+    return {
+        "h": torch.tensor([pre]),
+        "sae": sae,
+        "cdmap": MapWeights.gather(torch.arange(n), torch.zeros(1, n), sae),
+        "plan": SteeringPlan(
+            torch.tensor([list(selected)], dtype=torch.int32), torch.tensor([list(selected.values())], dtype=torch.int8)
+        ),
+    }
+
+
+ABLATE, AUGMENT = -1, 1
+
+
+@pytest.mark.parametrize(
+    ("pre", "selected", "hot", "alpha", "path"),
+    [
+        ([-1.0, 5.0, 2.0], {0: ABLATE}, [1], 0.2, "inactive"),
+        ([1.0, 5.0, 2.0], {0: ABLATE}, [1], 0.2, "settled"),  # exactly alpha times a large latent
+        ([1.5, 5.0, 2.0], {0: ABLATE}, [1], 0.2, "streamed"),
+        ([1.0, 5.0, 2.0], {0: ABLATE}, [2], 0.2, "streamed"),  # what is large was not expected
+        ([1.0, 5.0, 2.0], {0: ABLATE, 1: ABLATE}, [], 0.2, "streamed"),
+        ([1.0, 5.0, 2.0], {0: ABLATE, 1: ABLATE}, [], 1.0, "settled"),  # every f <= M
+        ([1.0, 5.0, 2.0], {0: ABLATE, 2: AUGMENT}, [1], 1.0, "streamed"),  # to augment, M has to be known
+        ([1.0, 5.0, -2.0], {0: ABLATE, 2: AUGMENT}, [1], 1.0, "settled"),  # unless there is nothing to augment
+        ([1.0, 5.0, 2.0], {0: ABLATE}, [1], 0.0, "streamed"),
+        ([1.0, float("inf"), 2.0], {0: ABLATE}, [1], 0.2, "not_finite"),
+        ([1.0, float("nan"), 2.0], {0: ABLATE}, [1], 0.2, "not_finite"),
+    ],
+)
+def test_each_path_is_taken_and_counted(
+    backend: str, pre: list[float], selected: dict[int, int], hot: list[int], alpha: float, path: str
+) -> None:
+    arguments = one_row(pre, selected)
+    stream = EncoderStream.of(arguments["sae"], hot=torch.tensor(hot, dtype=torch.int32))
+    out, paths = steered(backend, **arguments, alpha=alpha, stream=stream)
+    assert {name: n for name, n in paths.items() if n and name != "read"} == {path: 1}
+    assert paths["read"] == (len(pre) if path == "streamed" else 0)
+
+    # The same bits with everything read.
+    plain, _ = run_on(backend, steer, **arguments, alpha=alpha, record=True)
+    assert same_bits(out, plain)
+    changes = path in ("settled", "streamed") and alpha > 0
+    assert same_bits(out, arguments["h"]) != changes
+
+
+def test_unsteered_rows_are_counted(backend: str) -> None:
+    arguments = one_row([1.0, 5.0, 2.0], {0: ABLATE})
+    out, paths = steered(backend, **arguments, rows=torch.tensor([-1], dtype=torch.int32))
+    assert paths["unsteered"] == 1 and same_bits(out, arguments["h"])
+
+
+def test_recording_reads_what_settling_would_not(backend: str) -> None:
+    arguments = one_row([1.0, 5.0, 2.0], {0: ABLATE})
+    stream = EncoderStream.of(arguments["sae"], hot=torch.tensor([1]))
+    _, edits = run_on(backend, steer, **arguments, stream=stream, record=True)
+    assert edits.maximum.tolist() == [5] and edits.before.tolist() == [[1]] and edits.after.tolist() == [[0]]
+
+
+def test_paths_add_up_over_calls(backend: str) -> None:
+    arguments = one_row([1.5, 5.0, 2.0], {0: ABLATE})
+    paths = torch.full((6,), 7, dtype=torch.int64)
+    device = "cpu" if backend == "reference" or INTERPRETED else "cuda"
+    arguments, paths = {name: each.to(device) for name, each in arguments.items()}, paths.to(device)
+    for _ in range(2):
+        steer(**arguments, paths=paths, backend=backend)
+    assert paths.tolist() == [7, 7, 7, 7, 9, 7 + 2 * 3]
+
+
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_rows_before_the_start_of_their_plan_are_not_steered(backend: str, start: int) -> None:
+    case = make_case(integers=True, mode="ablate")
+    positions = torch.arange(len(case.h)) % 3
+    starts = torch.full((len(case.plan.slots),), start)
+    gated = run_on(backend, steer, **case.arguments(positions=positions, start=starts))
+    rows = torch.where(positions >= start, case.rows, -1)
+    assert same_bits(gated, run_on(backend, steer, **case.arguments(rows=rows)))
+
+
+def test_without_rows_each_follows_its_own_plan(backend: str) -> None:
+    case = make_case(integers=True)
+    n = len(case.plan.slots)
+    own = torch.arange(n, dtype=torch.int32)
+    h = case.h[:n]
+    without = run_on(backend, steer, **case.arguments(h=h, rows=None))
+    assert same_bits(without, run_on(backend, steer, **case.arguments(h=h, rows=own)))
+
+
+# Streams
+
+
+@pytest.mark.parametrize("n_large", [0, 9])
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[1], DTYPES[4]], ids=str)
+@pytest.mark.parametrize("kind", ["jumprelu", "topk"])
+def test_no_stream_changes_a_bit(
+    backend: str, kind: str, dtypes: tuple[torch.dtype, torch.dtype], n_large: int
+) -> None:
+    """Screened, settled or read in another order: the same bits as when every row is needed and recorded."""
+    # numpy, which multiplies in the interpreter, rounds a product by its place in the matrix.
+    case = make_case(kind, dtypes, mode="ablate", n=7, integers=INTERPRETED)
+    mean = case.h.double().mean(dim=0).float()
+    hot = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(1))
+    plain, edits = run_on(backend, steer, **case.arguments(record=True))
+    # A library may round a product by its place in the matrix; the large latents are evaluated apart.
+    same = same_bits if INTERPRETED or (backend == "triton" and not n_large) else close
+    for screen in ("none", "int8"):
+        stream = EncoderStream.of(case.sae, hot=hot, n_large=n_large, screen=screen, mean=mean)
+        out, found = run_on(backend, steer, **case.arguments(record=True, stream=stream))
+        assert same(out, plain) and same(found.maximum, edits.maximum) and same_bits(found.before, edits.before)
+        settled = run_on(backend, steer, **case.arguments(stream=stream))
+        assert same_bits(settled, out) if backend == "triton" else close(settled, out)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Equal but for a few units in the last place."""
+    return torch.allclose(a, b, rtol=8 * torch.finfo(a.dtype).eps, atol=8 * torch.finfo(a.dtype).eps, equal_nan=True)
+
+
+def wide_case(h: Tensor, W_enc: Tensor, *, kind: str, selected: int = 3) -> dict[str, Any]:
+    """Rows h [N, d_in] that ablate the latents 0, 1, ..; W_enc [d_sae, d_in] as given."""
+    d_sae, d_in = W_enc.shape
+    nothing = torch.zeros(d_sae)
+    sae = replace(random_sae(kind, d_in, d_sae, dtype=W_enc.dtype), W_enc=W_enc, b_enc=nothing, threshold=nothing)
+    plan = SteeringPlan(
+        torch.arange(selected, dtype=torch.int32).expand(len(h), -1).contiguous(),
+        torch.full((len(h), selected), -1, dtype=torch.int8),
+    )
+    columns = torch.arange(selected)
+    return {"h": h, "sae": sae, "cdmap": MapWeights.gather(columns, torch.zeros(1, selected), sae), "plan": plan}
+
+
+def adversarial(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows and encoder rows on which a careless bound loses the maximum."""
+    g = torch.Generator().manual_seed(0)
+    h, W = torch.randn(3, 48, generator=g), torch.randn(150, 48, generator=g)
+    if name == "massive activations":
+        h[:, [5, 17]] = torch.tensor([3000.0, -2000.0])
+    elif name == "near ties":
+        W = W[:1] * (1 + torch.randn(150, 48, generator=g) * torch.finfo(dtype).eps)
+        h = h.abs() * W[0].sign()
+    elif name == "all rows are candidates":
+        W = W[:1].expand(150, -1).contiguous()
+    elif name == "denormals":
+        h, W = h * 1e-20, W * 1e-19
+        W[::3] = 0
+    elif name == "a wide range in each row":
+        W = W * torch.logspace(-6, 3, 48)
+    return h.to(dtype), W.to(dtype)
+
+
+ADVERSARIAL = ["massive activations", "near ties", "all rows are candidates", "denormals", "a wide range in each row"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_the_screen_never_loses_a_maximum(backend: str, name: str, kind: str, dtype: torch.dtype) -> None:
+    h, W_enc = adversarial(name, dtype)
+    arguments = wide_case(h, W_enc, kind=kind)
+    plain, plain_edits = run_on(backend, steer, **arguments, record=True)
+    for mean in (None, h.float().mean(dim=0)):
+        stream = EncoderStream.of(arguments["sae"], screen="int8", mean=mean)
+        out, edits = run_on(backend, steer, **arguments, record=True, stream=stream)
+        assert same_bits(out, plain) and same_bits(edits.maximum, plain_edits.maximum)
+
+
+def test_the_screen_reads_few_rows() -> None:
+    """On ordinary rows the int8 copy rules out most of the encoder; where all rows tie it rules out none."""
+    h, W_enc = adversarial("ordinary", torch.bfloat16)
+    arguments = wide_case(h[:1], W_enc, kind="relu")
+    _, plain = steered("triton", **arguments, alpha=0)
+    screened = EncoderStream.of(arguments["sae"], screen="int8")
+    _, few = steered("triton", **arguments, alpha=0, stream=screened)
+    assert plain["read"] == 150 and 0 < few["read"] < 15
+    tied = wide_case(*adversarial("all rows are candidates", torch.bfloat16), kind="relu")
+    tied = {**tied, "h": tied["h"][:1].abs() * tied["sae"].W_enc[0].sign(), "plan": _first(tied["plan"])}
+    _, all_rows = steered("triton", **tied, alpha=0, stream=EncoderStream.of(tied["sae"], screen="int8"))
+    assert all_rows["read"] == 150
+
+
+def _first(plan: SteeringPlan) -> SteeringPlan:
+    return SteeringPlan(plan.slots[:1], plan.signs[:1])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="programs that run at one time may all have begun a tile before any ends")
+def test_a_stream_ends_as_soon_as_rows_are_settled() -> None:
+    """The hottest rows come first: where they settle a row, the rest is not read."""
+    pre = [1.0, *[0.1] * 198, 5.0]
+    arguments = one_row(pre, {0: ABLATE})
+    hot = EncoderStream.of(arguments["sae"], hot=torch.tensor([199]), n_large=0)
+    out, paths = steered("triton", **arguments, stream=hot)
+    assert paths["streamed"] == 1 and 0 < paths["read"] <= 64
+    assert same_bits(out, run_on("triton", steer, **arguments, record=True)[0])
+
+
+def test_a_screen_reports_its_memory() -> None:
+    sae = random_sae("jumprelu", 64, 512)
+    plain, screened = EncoderStream.of(sae), EncoderStream.of(sae, screen="int8")
+    added = screened.added_bytes(sae) - plain.added_bytes(sae)
+    assert added == 64 * 512 + 4 * 4 * 512 + 4 * 64  # the copy, four numbers a latent, the mean
+    assert plain.added_bytes(sae) == plain.barriers.nbytes
+
+
+# Bits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_of_a_row_do_not_depend_on_the_batch(backend: str, kind: str) -> None:
+    """Alone, in any batch, at any place: through tiles of 16, 32 and 64 rows and the grid of many rows."""
+    n = 18 if INTERPRETED else 70
+    case = make_case(kind, DTYPES[1], n=n, integers=backend == "reference" or INTERPRETED, mode="ablate")
+    whole = run_on(backend, steer, **case.arguments())
+    for rows in (slice(5, 6), slice(3, 20), *([] if INTERPRETED else [slice(0, 40), slice(0, 64)])):
+        part = run_on(backend, steer, **case.arguments(h=case.h[rows], rows=case.rows[rows]))
+        assert same_bits(part, whole[rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the interpreter has no order of blocks")
+def test_runs_are_alike() -> None:
+    case = make_case("jumprelu", DTYPES[1], n=64)
+    first = run_on("triton", steer, **case.arguments())
+    for _ in range(20):
+        assert same_bits(run_on("triton", steer, **case.arguments()), first)
