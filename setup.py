@@ -10,6 +10,6 @@ setup(
     package_dir={"dspa": "python/dspa"},
     package_data={
         "dspa": ["py.typed", "demo/assets/*", "demo/assets/*/*"],
-        "dspa_kernels": ["py.typed"],
+        "dspa_kernels": ["py.typed", "launch_table.json"],
     },
 )

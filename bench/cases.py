@@ -69,10 +69,11 @@ class Setting:
         return cls(h, rows, activity.sae, cdmap, plan, n_rows)
 
     def never_settled(self, activity: Activity) -> Setting:
-        """All prompts augment the 16 most frequent latents: one of them is active on about every row, and only
-        the whole encoder tells the maximum."""
+        """All prompts augment the 16 most frequent latents, above 0 instead of their thresholds: one of them is active
+        on every row, and only the whole encoder tells the maximum."""
         columns = activity.by_frequency[:16].sort().values
         cdmap = MapWeights.gather(columns, torch.zeros(1, len(columns)), self.sae)
+        cdmap = replace(cdmap, threshold=torch.zeros_like(cdmap.threshold))
         slots = torch.arange(len(columns), dtype=torch.int32, device=DEVICE).repeat(N_PROMPTS, 1)
         return replace(self, cdmap=cdmap, plan=SteeringPlan(slots, torch.ones_like(slots, dtype=torch.int8)))
 

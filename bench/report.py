@@ -39,7 +39,7 @@ def path_of(folder: Path, found: Result) -> Path:
 
 def newest(folder: Path) -> Result | None:
     """The newest GPU results, with what else was measured on that GPU at that commit."""
-    runs = [json.loads(path.read_text()) for path in folder.glob("*/*.json")]
+    runs: list[Result] = [json.loads(path.read_text()) for path in folder.glob("*/*.json")]
     runs = sorted((run for run in runs if run["device"] != "cpu"), key=lambda run: run["date"])
     if not runs:
         return None

@@ -10,6 +10,7 @@ import itertools
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -154,19 +155,19 @@ def checks(replays: int) -> Iterator[tuple[str, Check]]:
         activity = activity_of(shape)
         of = variants(activity)
         for name, (setting, run) in of.items():
-            yield f"batch invariance {shape}, {name}", lambda s=setting, r=run: batch_invariance(s, r)
-            call = lambda s=setting, r=run: r(s.h[:64], s.rows[:64])  # noqa: E731
-            yield f"run to run {shape}, {name}", lambda c=call: run_to_run(c, 100)
-        for op, call in other_ops(activity):
-            yield f"run to run {shape}, {op}", lambda c=call: run_to_run(c, 30)
+            yield f"batch invariance {shape}, {name}", partial(batch_invariance, setting, run)
+            call = partial(run, setting.h[:64], setting.rows[:64])
+            yield f"run to run {shape}, {name}", partial(run_to_run, call, 100)
+        for op, other in other_ops(activity):
+            yield f"run to run {shape}, {op}", partial(run_to_run, other, 30)
         if shape != SHAPES[0]:
             continue
         for (name, (setting, run)), n in itertools.product(of.items(), ROWS):
-            yield f"{replays} replays, {name}, {n} rows", lambda s=setting, r=run, n=n: graph_replays(s, r, n, replays)
+            yield f"{replays} replays, {name}, {n} rows", partial(graph_replays, setting, run, n, replays)
         for (a, b), n in itertools.product((("calibrated", "int8"), ("whole encoder", "top-k")), ROWS):
-            yield f"two streams, {a} and {b}, {n} rows", lambda a=a, b=b, n=n, of=of: two_streams(of[a], of[b], n, 1000)
+            yield f"two streams, {a} and {b}, {n} rows", partial(two_streams, of[a], of[b], n, 1000)
         for name, (setting, run) in of.items():
-            yield f"compiled, {name}", lambda s=setting, r=run: compiled(s, r, 8)
+            yield f"compiled, {name}", partial(compiled, setting, run, 8)
 
 
 def main() -> int:

@@ -29,7 +29,7 @@ from bench.cases import ON_GPU
 from bench.conftest import Record
 from bench.measure import DEVICE, Times
 
-TINY = {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 128, "num_attention_heads": 4}
+TINY: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 128, "num_attention_heads": 4}
 TINY |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256, "query_pre_attn_scalar": 16}
 L_IN, L_OUT = (7, 24) if ON_GPU else (1, 2)
 D_SAE, N_WORDS = (16384, 2048) if ON_GPU else (256, 200)
@@ -86,9 +86,9 @@ def steering(case: str) -> dspa.Steering:
     ids = tokenizer()(triples[0]["prompt"], return_tensors="pt").input_ids.to(DEVICE)
     hidden = model()(ids, output_hidden_states=True).hidden_states
     spread, mode = STEERED[case]
-    saes = [random_sae(layer, hidden[layer + 1][0], spread) for layer in (L_IN, L_OUT)]
-    cdmap = dspa.build_map(model(), tokenizer(), triples, *saes, progress=False)
-    return dspa.Steering(*saes, cdmap, dspa.SteeringConfig(mode=mode))
+    sae_in, sae_out = (random_sae(layer, hidden[layer + 1][0], spread) for layer in (L_IN, L_OUT))
+    cdmap = dspa.build_map(model(), tokenizer(), triples, sae_in, sae_out, progress=False)
+    return dspa.Steering(sae_in, sae_out, cdmap, dspa.SteeringConfig(mode=mode))
 
 
 class Clock(LogitsProcessor):

@@ -46,14 +46,12 @@ def test_whole_encoder(measure: Measure, activity: Activity, case: str, backend:
     setting = Setting.of(activity, "hard", n_rows).never_settled(activity)
     setting = setting.ranked() if case == "stream, top-k" else setting
     options: dict[str, Any] = {"record": case == "stream, recorded", "backend": backend}
-    # Of a batch one row suffices; of single rows a few may have none of the latents.
-    share = float((paths_of(setting, **options)[:, STREAMED] > 0).float().mean())
-    assert share > 0.97
+    assert int(paths_of(setting, **options)[:, STREAMED].min()) > 0
     check_rows(setting.all_steps(**options), setting.steer(setting.h, setting.rows, backend="reference"))
     measure(
         setting.steps(lambda h, rows: setting.steer(h, rows, **options)),
         capture=backend != "reference",
-        n_bytes=share * setting.encoder_bytes + setting.row_bytes,
+        n_bytes=setting.encoder_bytes + setting.row_bytes,
         **labels(setting, case, backend),
     )
 

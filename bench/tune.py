@@ -92,9 +92,8 @@ def ordered(entries: Iterable[Entry]) -> list[Entry]:
 
     def place(entry: Entry) -> tuple[Any, ...]:
         shape = (entry.d_in is None, entry.d_in or 0, entry.d_sae is None, entry.d_sae or 0)
-        capability = (entry.capability is None, entry.capability or 0)
         rows = (entry.rows is None, entry.rows or 0)
-        return kernels.index(entry.kernel), entry.precision, *shape, *capability, *rows
+        return kernels.index(entry.kernel), *shape, -(entry.capability or 0), entry.precision, *rows
 
     return sorted(entries, key=place)
 

@@ -72,11 +72,14 @@ def choose(op: str, device: torch.device, requested: str = "auto", dtype: torch.
     requested = DEFAULT if requested == "auto" else requested
     if requested != "auto" and requested not in MODULES:
         raise refuse("backend", repr(requested), ", ".join(("auto", *MODULES)))
-    candidates = MODULES if requested == "auto" else (requested,)
+    by_name = requested != "auto"
+    candidates = (requested,) if by_name else MODULES
     reasons = []
     for backend in candidates:
         missing = (op, backend) not in IMPLEMENTED
-        reason = "this version has no such kernel" if missing else _obstacle(backend, device, dtype, requested != "auto")
+        reason = (
+            "this version has no such kernel" if missing else _obstacle(backend, device, dtype, by_name)
+        )
         if not reason:
             return backend
         reasons.append(f"{backend} cannot run {op}: {reason}")

@@ -82,9 +82,7 @@ def capability_of(device: torch.device) -> int:
 
 
 @functools.cache
-def launch_parameters(
-    kernel: str, n_rows: int, d_in: int, d_sae: int, precision: int, device: torch.device
-) -> Launch:
+def launch_parameters(kernel: str, n_rows: int, d_in: int, d_sae: int, precision: int, device: torch.device) -> Launch:
     """The parameters of a kernel's launch on `device`."""
     capability = capability_of(device)
     return next(e.launch for e in table() if e.fits(kernel, n_rows, d_in, d_sae, precision, capability))

@@ -202,7 +202,7 @@ class _Source:
         return torch.cat(blocks) if blocks else self.W_dec.new_empty(0, self.W_dec.shape[1])
 
     def _block(self, n: int, g: torch.Generator) -> Tensor:
-        draw = {"generator": g, "device": g.device}
+        draw: dict[str, Any] = {"generator": g, "device": g.device}
         fires = torch.rand(n, len(self.W_dec), **draw) < self.frequencies
         row, latent = fires.nonzero(as_tuple=True)
         values = self.medians[latent] * (WITHIN * torch.randn(len(latent), **draw)).exp()
@@ -211,7 +211,8 @@ class _Source:
             latent, self.W_dec, offsets, mode="sum", per_sample_weights=values.to(self.W_dec.dtype)
         )
         noise = torch.randn(n, len(self.spread), **draw) * self.spread
-        return (features.float() + self.constant + noise).to(self.W_dec.dtype)
+        rows: Tensor = features.float() + self.constant + noise
+        return rows.to(self.W_dec.dtype)
 
 
 def realistic_activity(
@@ -235,7 +236,7 @@ def realistic_activity(
     The same arguments give the same tensors on the same kind of device. Shapes: see `Activity`.
     """
     g = torch.Generator(device).manual_seed(seed)
-    draw = {"generator": g, "device": g.device}
+    draw: dict[str, Any] = {"generator": g, "device": g.device}
     frequencies = torch.empty(d_sae, device=g.device)
     by_frequency = torch.randperm(d_sae, **draw)
     frequencies[by_frequency] = _falling(d_sae).to(g.device)
@@ -271,7 +272,7 @@ def _falling(d_sae: int) -> Tensor:
 
 def _rows_in_clusters(d_in: int, d_sae: int, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor, Tensor]:
     """W_enc and W_dec [d_sae, d_in], in blocks of latents."""
-    draw = {"generator": g, "device": g.device}
+    draw: dict[str, Any] = {"generator": g, "device": g.device}
     centres = torch.nn.functional.normalize(torch.randn(max(1, d_sae // 64), d_in, **draw))
     W_enc, W_dec = (torch.empty(d_sae, d_in, dtype=dtype, device=g.device) for _ in range(2))
     for encoder, decoder in zip(W_enc.split(8192), W_dec.split(8192), strict=True):

@@ -145,17 +145,29 @@ class EncoderStream:
         """
         if screen not in SCREENS:
             raise refuse("screen", repr(screen), ", ".join(SCREENS))
-        order, rows = None, (sae.W_enc, sae.b_enc, sae.threshold)
+        W_enc, b_enc, threshold, order = sae.W_enc, sae.b_enc, sae.threshold, None
         n_large = min(n_large, 0 if hot is None else len(hot))
         if hot is not None and len(hot):
-            order = _led_by(hot.to(sae.W_enc.device), sae.d_sae)
-            rows = tuple(each[order.long()] for each in rows)
+            order = _led_by(hot.to(W_enc.device), sae.d_sae)
+            W_enc, b_enc, threshold = (each[order.long()] for each in (W_enc, b_enc, threshold))
         mean = torch.zeros(sae.d_in) if mean is None else mean
         check_shape("mean", mean, (sae.d_in,))
         mean = mean.to(sae.W_enc.device, torch.float32)
-        screened = (*screen_rows(rows[0], rows[1], mean), mean) if screen == "int8" else (None, None, None)
+        Q, latents = screen_rows(W_enc, b_enc, mean) if screen == "int8" else (None, None)
         barriers = torch.zeros(N_BARRIERS, BARRIER_INTS, dtype=torch.int32, device=sae.W_enc.device)
-        return cls(*rows, sae.k, sae.normalize, order, n_large, *screened, barriers)
+        return cls(
+            W_enc=W_enc,
+            b_enc=b_enc,
+            threshold=threshold,
+            k=sae.k,
+            normalize=sae.normalize,
+            order=order,
+            n_large=n_large,
+            screen_W_enc=Q,
+            screen_latents=latents,
+            screen_mean=mean if screen == "int8" else None,
+            barriers=barriers,
+        )
 
     def arguments(self) -> dict[str, Any]:
         """The arguments `STREAM` of an op's schema."""

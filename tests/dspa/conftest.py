@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from dspa.cdmap import ConditionalDifferenceMap, MapMeta
+from dspa.cdmap import TENSORS, ConditionalDifferenceMap, MapMeta
 from dspa.saes import FrozenSAE
 
 D_IN, D_SAE_IN, D_SAE_OUT, VOCAB = 48, 96, 128, 61
@@ -99,6 +100,11 @@ def make_map(
     )
 
 
+def with_tensors(cdmap: ConditionalDifferenceMap, **tensors: Tensor) -> ConditionalDifferenceMap:
+    """The map with some of its tensors replaced."""
+    return ConditionalDifferenceMap(**{name: getattr(cdmap, name) for name in TENSORS} | tensors, meta=cdmap.meta)
+
+
 @pytest.fixture(scope="session")
 def sae_in() -> FrozenSAE:
     return make_sae(L_IN, D_SAE_IN, seed=1)
@@ -112,6 +118,18 @@ def sae_out() -> FrozenSAE:
 @pytest.fixture(scope="session")
 def cdmap(sae_in: FrozenSAE, sae_out: FrozenSAE) -> ConditionalDifferenceMap:
     return make_map(sae_in, sae_out)
+
+
+@pytest.fixture(scope="session")
+def calibrated(cdmap: ConditionalDifferenceMap) -> ConditionalDifferenceMap:
+    """The map with hot latents, more of them than are evaluated first, and a mean."""
+    g = torch.Generator().manual_seed(4)
+    return with_tensors(
+        cdmap,
+        hot=torch.randperm(D_SAE_OUT, generator=g)[:90].to(torch.int32),
+        hot_counts=torch.arange(90, 0, -1),
+        mean=torch.randn(D_IN, generator=g),
+    )
 
 
 @pytest.fixture(scope="session", params=["gemma2", "qwen3"])

@@ -12,12 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 import dspa
 from dspa.baselines.static_sae import static_map
-from dspa.cdmap import TENSORS
 from dspa.hooks import decoder_layers
 from dspa.steering import PATHS
 from dspa_kernels.weights import PATHS as KERNEL_PATHS
 
-from .conftest import D_IN, D_SAE_OUT, L_OUT, make_map, make_model, make_sae
+from .conftest import D_IN, D_SAE_OUT, L_OUT, make_map, make_model, make_sae, with_tensors
 from .plain import Plain
 from .test_steering_generate import MODES, N_NEW, PROMPTS, compiled_decoding, new_tokens, padded
 
@@ -25,23 +24,6 @@ SETTINGS = {"max_new_tokens": N_NEW, "do_sample": False}
 # Residual rows of one such call: the padded prompts, then a row a token; of the prompts, their last tokens are steered.
 N_ROWS = 3 * 10 + 3 * (N_NEW - 1)
 N_STEERED = 3 * N_NEW
-
-
-def with_tensors(cdmap: dspa.ConditionalDifferenceMap, **tensors: Tensor) -> dspa.ConditionalDifferenceMap:
-    """The map with some of its tensors replaced."""
-    return dspa.ConditionalDifferenceMap(**{name: getattr(cdmap, name) for name in TENSORS} | tensors, meta=cdmap.meta)
-
-
-@pytest.fixture(scope="module")
-def calibrated(cdmap: dspa.ConditionalDifferenceMap) -> dspa.ConditionalDifferenceMap:
-    """The map with hot latents, more of them than are evaluated first, and a mean."""
-    g = torch.Generator().manual_seed(4)
-    return with_tensors(
-        cdmap,
-        hot=torch.randperm(D_SAE_OUT, generator=g)[:90].to(torch.int32),
-        hot_counts=torch.arange(90, 0, -1),
-        mean=torch.randn(D_IN, generator=g),
-    )
 
 
 @pytest.fixture

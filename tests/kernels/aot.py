@@ -172,7 +172,10 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
         yield "steer", plain_steering(kind, dtypes, n, normalize, screen, record=(i + j) % 2 == 1)
     fp16 = (torch.float16, torch.float16)
     yield "steer", plain_steering("relu", fp16, 1, "none", "none", record=False)
-    yield "steer", plain_steering("relu", (torch.float32, torch.bfloat16), 1, "constant_norm_rescale", "none", record=True)
+    yield (
+        "steer",
+        plain_steering("relu", (torch.float32, torch.bfloat16), 1, "constant_norm_rescale", "none", record=True),
+    )
     counts, values = torch.zeros(4, 64, dtype=torch.int32), torch.zeros(64, 40)
     for mode in ("ablate", "both"):
         lookup = {"counts": counts, "values": values, "k_prompt": 32, "k_diff": 16}

@@ -125,8 +125,21 @@ except BackendError as error:
 
 
 def test_environment_variable_replaces_auto_and_is_read_once() -> None:
-    environment = os.environ | {"DSPA_BACKEND": "triton"}
+    environment = os.environ | {"DSPA_BACKEND": "triton", "TRITON_INTERPRET": "0"}
     result = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)
     touched_a_device, explicit, auto = result.stdout.splitlines()
     assert (touched_a_device, explicit) == ("False", "reference")
     assert auto.startswith("triton cannot run steer")
+
+
+def test_fp64_is_the_reference_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    implement(monkeypatch, "triton", "reference")
+    assert choose("steer", CUDA, dtype=torch.float64) == "reference"
+    with pytest.raises(BackendError, match="triton cannot run steer: it computes in fp32 and an operand is fp64"):
+        choose("steer", CUDA, "triton", torch.float64)
+
+
+def test_the_interpreter_runs_when_asked_for_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    implement(monkeypatch, "triton", "reference")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose("steer", CPU) == "reference" and choose("steer", CPU, "triton") == "triton"

@@ -14,7 +14,7 @@ from dspa_kernels import EncoderStream, MapWeights, SAEWeights, SteeringPlan, st
 from dspa_kernels.testing import KINDS, random_sae, run_on, same_bits
 from dspa_kernels.weights import PATHS
 
-from .cases import D_SAE, DTYPES, Case, make_case
+from .cases import D_SAE, DTYPES, make_case
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -76,7 +76,7 @@ def test_every_path_is_taken(activity: Activity) -> None:
     hard, easy = shares(activity, "hard"), shares(activity, "easy")
     for share in (hard, easy):
         assert share["unsteered"] == share["not_finite"] == 0
-        assert share["settled"] > 0.02
+        assert share["settled"] > 0.005
     assert 0.1 < hard["inactive"] < 0.35 and 0.4 < hard["streamed"] < 0.75
     assert 0.6 < easy["inactive"] < 0.9 and 0.05 < easy["streamed"] < 0.3
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from dspa_kernels.backends import choose, define_op
-from dspa_kernels.ops.map_lookup import check_lookup, n_slots
 from dspa_kernels.ops.common import compute_dtype
+from dspa_kernels.ops.map_lookup import check_lookup, n_slots
 from dspa_kernels.ops.steer import GATE, check_residual, fake_steered, stream_of
 from dspa_kernels.weights import COLUMNS, STREAM, Edits, EncoderStream, MapWeights, SAEWeights, SteeringPlan
 
@@ -64,7 +64,9 @@ def lookup_and_steer(
     return out, SteeringPlan(slots=slots, signs=signs), Edits(before, after, maximum)
 
 
-def _fake(h: Tensor, counts: Tensor, W_enc: Tensor, k_diff: int, lookup_mode: str, record: bool, **_: object) -> tuple[Tensor, ...]:
+def _fake(
+    h: Tensor, counts: Tensor, W_enc: Tensor, k_diff: int, lookup_mode: str, record: bool, **_: object
+) -> tuple[Tensor, ...]:
     slots = counts.new_empty(counts.shape[0], n_slots(k_diff, lookup_mode))
     signs = slots.new_empty(slots.shape, dtype=torch.int8)
     return (*fake_steered(h, W_enc, slots.shape[1], record), slots, signs)

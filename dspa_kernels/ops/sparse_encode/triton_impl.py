@@ -22,7 +22,7 @@ GROUP = 8
 # Rows of keys start on addresses from which a thread reads and writes 16 bytes.
 ALIGN = 16
 # What a program of a row reads of it at a time.
-BLOCK = 4096
+BLOCK = 2048
 
 
 @triton.jit

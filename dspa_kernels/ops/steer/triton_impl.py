@@ -20,18 +20,10 @@ from torch import Tensor
 
 from dspa_kernels.launch import launch_parameters
 from dspa_kernels.ops.map_lookup.triton_impl import lookup_prompt
-from dspa_kernels.ops.triton_common import (
-    INTERPRETED,
-    NATIVE,
-    grid_arrive,
-    grid_wait,
-    n_programs,
-    precision,
-    product_tile,
-    rounded,
-    row_chunk,
-    row_scale,
-)
+from dspa_kernels.ops.steer.triton_select import latent_values, plan_rows, prepare_row
+from dspa_kernels.ops.steer.triton_stream import stream_tile, waiting_rows
+from dspa_kernels.ops.steer.triton_tail import edit_row
+from dspa_kernels.ops.triton_common import INTERPRETED, grid_arrive, grid_wait, n_programs, precision
 from dspa_kernels.weights import N_BARRIERS
 
 # The interpreter runs programs one after the other, so that each phase is a launch of its own there.
@@ -44,295 +36,10 @@ BLOCK_S, BLOCK_C = 8, 512
 BLOCK_SLOTS, BLOCK_D = 16, 256
 
 
-@triton.jit
-def plan_rows(p_rows, p_positions, p_start, o_row, m_row):
-    """Plan row of each residual row, -1 where it is not steered."""
-    b_plan = o_row
-    if p_rows is not None:
-        b_plan = tl.load(p_rows + o_row, mask=m_row, other=-1)
-    if p_positions is not None:
-        b_start = tl.load(p_start + b_plan, mask=m_row & (b_plan >= 0), other=0)
-        b_plan = tl.where(tl.load(p_positions + o_row, mask=m_row, other=0) >= b_start, b_plan, -1)
-    return tl.where(m_row, b_plan, -1)
+SIZES = ("k", "d_sae", "d_sae_in", "n_rows", "n_prompts", "n_columns", "n_slots", "n_large", "k_prompt", "k_diff")
 
 
-@triton.jit
-def prepare_row(
-    p_row,
-    p_normalised,
-    p_scale,
-    p_norms,
-    p_mean,
-    p_finite,
-    p_maximum,
-    p_beaten,
-    i_row,
-    d_in,
-    n_slots,
-    NORMALIZE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
-):
-    """finite = all of h is; n(h), its scale, ||n(h) - mean|| and ||n(h)|| where needed; maximum and beaten 0."""
-    b_mean, b_divisor, b_scale = row_scale(p_row, d_in, NORMALIZE, BLOCK_C)
-    o_k = tl.arange(0, BLOCK_C)
-    b_infinite = tl.zeros([BLOCK_C], dtype=tl.int32)
-    b_near, b_size = tl.zeros([BLOCK_C], dtype=tl.float32), tl.zeros([BLOCK_C], dtype=tl.float32)
-    for i_k in range(0, d_in, BLOCK_C):
-        m_k = o_k < d_in - i_k
-        b_h = row_chunk(p_row, i_k, o_k, d_in, b_mean, b_divisor, "none")
-        # A NaN compares false.
-        b_infinite |= tl.where(tl.abs(b_h) < float("inf"), 0, 1)
-        if NORMALIZE != "none":
-            b_h = row_chunk(p_row, i_k, o_k, d_in, b_mean, b_divisor, NORMALIZE)
-            tl.store(p_normalised + i_row * d_in + i_k + o_k, b_h, mask=m_k)
-        if p_norms is not None:
-            b_off = tl.where(m_k, b_h - tl.load(p_mean + i_k + o_k, mask=m_k, other=0.0), 0.0)
-            b_near += b_off * b_off
-            b_size += b_h * b_h
-    if NORMALIZE != "none":
-        tl.store(p_scale + i_row, b_scale)
-    if p_norms is not None:
-        # Upwards: the relative error of the sums, and what squares lose that are too small to be numbers.
-        tl.store(p_norms + 2 * i_row, tl.sqrt_rn(tl.sum(b_near, axis=0)) * 1.001 + 1e-17)
-        tl.store(p_norms + 2 * i_row + 1, tl.sqrt_rn(tl.sum(b_size, axis=0)) * 1.001 + 1e-17)
-    tl.store(p_finite + i_row, 1 - tl.max(b_infinite, axis=0))
-    tl.store(p_maximum + i_row, 0)
-    if p_beaten is not None:
-        for i in range(0, n_slots, BLOCK_SLOTS):
-            o_slot = i + tl.arange(0, BLOCK_SLOTS)
-            tl.store(p_beaten + i_row * n_slots + o_slot, tl.zeros([BLOCK_SLOTS], tl.int32), mask=o_slot < n_slots)
-
-
-@triton.jit
-def latent_values(
-    p_row,
-    p_W_enc,
-    p_b_enc,
-    p_threshold,
-    o_latent,
-    m_latent,
-    d_in,
-    NORMALIZE: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """f_j = pre_j where latent j of the row is active, else 0, [BLOCK_S]; for top-k where pre_j > 0."""
-    b_mean, b_divisor, _ = row_scale(p_row, d_in, NORMALIZE, BLOCK_C)
-    o_k = tl.arange(0, BLOCK_C)
-    p_w = p_W_enc + o_latent.to(tl.int64)[:, None] * d_in + o_k[None, :]
-    b_acc = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float32)
-    for i_k in range(0, d_in, BLOCK_C):
-        b_x = row_chunk(p_row, i_k, o_k, d_in, b_mean, b_divisor, NORMALIZE)
-        b_w = tl.load(p_w + i_k, mask=m_latent[:, None] & (o_k < d_in - i_k)[None, :], other=0.0)
-        b_acc += b_w.to(tl.float32) * b_x[None, :]
-    b_pre = tl.sum(b_acc, axis=1) + tl.load(p_b_enc + o_latent, mask=m_latent, other=0.0)
-    m_active = m_latent & (b_pre > 0)
-    if not TOP_K:
-        m_active = m_active & (b_pre > tl.load(p_threshold + o_latent, mask=m_latent, other=0.0))
-    return tl.where(m_active, b_pre, 0.0)
-
-
-@triton.jit
-def summarise(
-    p_signs, p_finite, p_value, o_row, b_plan, n_slots, n_large, BLOCK_N: tl.constexpr, BLOCK_SLOTS: tl.constexpr
-):
-    """Of BLOCK_N rows: whether finite; need, the value that alpha M has to reach to send all their active
-    latents to 0 (inf where one augments, 0 where none is active); the least active value; a lower bound on M."""
-    o_slot = tl.arange(0, BLOCK_SLOTS)
-    m_steered = b_plan >= 0
-    m_finite = m_steered & (tl.load(p_finite + o_row, mask=m_steered, other=0) == 1)
-    p_f = p_value + o_row.to(tl.int64)[:, None] * (n_slots + n_large)
-    p_sign = p_signs + b_plan.to(tl.int64)[:, None] * n_slots
-    b_need, b_bound = tl.zeros([BLOCK_N], dtype=tl.float32), tl.zeros([BLOCK_N], dtype=tl.float32)
-    b_least = b_need + float("inf")
-    for i in range(0, n_slots, BLOCK_SLOTS):
-        m_slot = m_finite[:, None] & (o_slot < n_slots - i)[None, :]
-        b_f = tl.load(p_f + i + o_slot[None, :], mask=m_slot, other=0.0)
-        b_sign = tl.load(p_sign + i + o_slot[None, :], mask=m_slot, other=0)
-        b_reach = tl.where(b_f > 0, tl.where(b_sign > 0, float("inf"), b_f), 0.0)
-        b_need = tl.maximum(b_need, tl.max(b_reach, axis=1))
-        b_least = tl.minimum(b_least, tl.min(tl.where(b_f > 0, b_f, float("inf")), axis=1))
-        b_bound = tl.maximum(b_bound, tl.max(b_f, axis=1))
-    for i in range(0, n_large, BLOCK_SLOTS):
-        m_large = m_finite[:, None] & (o_slot < n_large - i)[None, :]
-        b_f = tl.load(p_f + n_slots + i + o_slot[None, :], mask=m_large, other=0.0)
-        b_bound = tl.maximum(b_bound, tl.max(b_f, axis=1))
-    return m_finite, b_need, b_least, b_bound
-
-
-@triton.jit
-def stream_tile(
-    p_x,
-    p_W_enc,
-    p_b_enc,
-    p_threshold,
-    p_order,
-    p_screen_W,
-    p_screen,
-    p_norms,
-    p_columns,
-    p_slots,
-    p_value,
-    p_maximum,
-    p_beaten,
-    i_latent,
-    i_row,
-    b_plan,
-    m_open,
-    b_least,
-    b_bound,
-    d_in,
-    d_sae,
-    n_slots,
-    n_large,
-    TOP_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """maximum_n = max(maximum_n, f_nj) over the latents j of a tile; returns how many rows were read in full.
-
-    Screened, an upper bound on each pre-activation decides which rows could raise a maximum (or, for top-k, beat
-    the least of the row's selected latents); only those are read, through the same products.
-    """
-    o_latent, o_row = i_latent + tl.arange(0, BLOCK_L), i_row + tl.arange(0, BLOCK_N)
-    m_latent = o_latent < d_sae
-    b_threshold = tl.load(p_threshold + o_latent, mask=m_latent, other=0.0)
-    if p_screen_W is not None:
-        b_z = product_tile(p_screen_W, p_x, i_latent, m_latent, i_row, m_open, d_in, BLOCK_L, BLOCK_N, BLOCK_K, PRECISION)
-        b_s = tl.load(p_screen + o_latent, mask=m_latent, other=0.0)
-        b_offset = tl.load(p_screen + d_sae + o_latent, mask=m_latent, other=0.0)
-        b_error = tl.load(p_screen + 2 * d_sae + o_latent, mask=m_latent, other=0.0)
-        b_size = tl.load(p_screen + 3 * d_sae + o_latent, mask=m_latent, other=0.0)
-        b_near = tl.load(p_norms + 2 * o_row, mask=m_open, other=0.0)
-        b_norm = tl.load(p_norms + 2 * o_row + 1, mask=m_open, other=0.0) * ((d_in + 32) * 0.0000002384185791015625)
-        b_upper = b_z * b_s[:, None] + b_offset[:, None]
-        b_upper += b_error[:, None] * b_near[None, :] + b_size[:, None] * b_norm[None, :]
-        if TOP_K:
-            m_out = b_upper < b_least[None, :]
-        else:
-            m_out = b_upper <= tl.maximum(b_bound[None, :], b_threshold[:, None])
-        # What is not a number could be anything.
-        m_candidate = m_open[None, :] & ~m_out
-        m_latent = m_latent & (tl.max(m_candidate.to(tl.int32), axis=1) > 0)
-    b_read = tl.sum(m_latent.to(tl.int32), axis=0)
-    if b_read > 0:
-        b_pre = product_tile(p_W_enc, p_x, i_latent, m_latent, i_row, m_open, d_in, BLOCK_L, BLOCK_N, BLOCK_K, PRECISION)
-        b_pre += tl.load(p_b_enc + o_latent, mask=m_latent, other=0.0)[:, None]
-        m_active = m_latent[:, None] & (b_pre > 0)
-        if not TOP_K:
-            m_active = m_active & (b_pre > b_threshold[:, None])
-        b_most = tl.max(tl.where(m_active, b_pre, 0.0), axis=0)
-        # Numbers >= 0 order like their bits, so that the order of the blocks does not matter.
-        tl.atomic_max(p_maximum + o_row, b_most.to(tl.int32, bitcast=True), mask=m_open & (b_most > 0), sem="relaxed")
-        if TOP_K:
-            b_index = o_latent
-            if p_order is not None:
-                b_index = tl.load(p_order + o_latent, mask=m_latent, other=0)
-            for i_slot in range(n_slots):
-                b_slot = tl.load(p_slots + b_plan.to(tl.int64) * n_slots + i_slot, mask=m_open, other=-1)
-                b_f = tl.load(p_value + o_row.to(tl.int64) * (n_slots + n_large) + i_slot, mask=m_open, other=0.0)
-                b_own = tl.load(p_columns + b_slot, mask=m_open & (b_slot >= 0), other=-1)
-                m_ahead = (b_pre > b_f[None, :]) | ((b_pre == b_f[None, :]) & (b_index[:, None] < b_own[None, :]))
-                m_ahead = m_ahead & m_latent[:, None] & (b_index[:, None] != b_own[None, :])
-                b_ahead = tl.sum(m_ahead.to(tl.int32), axis=0)
-                tl.atomic_add(p_beaten + o_row * n_slots + i_slot, b_ahead, mask=m_open & (b_f > 0), sem="relaxed")
-    return b_read
-
-
-@triton.jit
-def edit_row(
-    p_h,
-    p_out,
-    p_columns_W_dec,
-    p_slots,
-    p_signs,
-    p_scale,
-    p_value,
-    p_maximum,
-    p_beaten,
-    p_finite,
-    p_before,
-    p_after,
-    p_most,
-    p_paths,
-    i_row,
-    i_chunk,
-    b_plan,
-    alpha,
-    k,
-    d_in,
-    n_slots,
-    n_large,
-    RECORD: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """out = h + scale sum_j (f'_j - f_j) W_dec[j] at BLOCK_D columns; f' = f + alpha M or max(f - alpha M, 0).
-
-    The first chunk of a row also tells what became of it.
-    """
-    m_finite, b_need, _, b_bound = summarise(
-        p_signs, p_finite, p_value, i_row + tl.arange(0, 1), b_plan + tl.arange(0, 1), n_slots, n_large, 1, BLOCK_SLOTS
-    )
-    b_bound, b_need = tl.sum(b_bound, axis=0), tl.sum(b_need, axis=0)
-    b_finite = tl.sum(m_finite.to(tl.int32), axis=0)
-    # What other programs wrote is looked for past the first-level cache.
-    b_most = tl.load(p_maximum + i_row, mask=b_finite == 1, other=0, cache_modifier=".cg").to(tl.float32, bitcast=True)
-    b_most = tl.maximum(b_most, b_bound)
-    b_step = alpha * b_most
-
-    o_d = i_chunk * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_d = o_d < d_in
-    b_delta = tl.zeros([BLOCK_D], dtype=tl.float32)
-    b_changed, b_active = tl.zeros([], dtype=tl.float32), tl.zeros([], dtype=tl.float32)
-    for i in range(0, n_slots, BLOCK_SLOTS):
-        o_slot = i + tl.arange(0, BLOCK_SLOTS)
-        m_slot = o_slot < n_slots * b_finite
-        b_f = tl.load(p_value + i_row * (n_slots + n_large) + o_slot, mask=m_slot, other=0.0)
-        if p_beaten is not None:
-            b_beaten = tl.load(p_beaten + i_row * n_slots + o_slot, mask=m_slot, other=0, cache_modifier=".cg")
-            b_f = tl.where(b_beaten < k, b_f, 0.0)
-        b_slot = tl.load(p_slots + b_plan.to(tl.int64) * n_slots + o_slot, mask=m_slot, other=-1)
-        b_sign = tl.load(p_signs + b_plan.to(tl.int64) * n_slots + o_slot, mask=m_slot, other=0)
-        b_edited = tl.where(b_sign > 0, b_f + b_step, tl.maximum(b_f - b_step, 0.0))
-        b_edited = tl.where(b_f > 0, b_edited, 0.0)
-        b_change = b_edited - b_f
-        p_w = p_columns_W_dec + b_slot.to(tl.int64)[:, None] * d_in + o_d[None, :]
-        b_w = tl.load(p_w, mask=(b_change != 0)[:, None] & m_d[None, :], other=0.0)
-        b_delta += tl.sum(b_change[:, None] * b_w.to(tl.float32), axis=0)
-        b_changed = tl.maximum(b_changed, tl.max(tl.abs(b_change), axis=0))
-        b_active = tl.maximum(b_active, tl.max(b_f, axis=0))
-        if RECORD:
-            if i_chunk == 0:
-                tl.store(p_before + i_row * n_slots + o_slot, b_f, mask=o_slot < n_slots)
-                tl.store(p_after + i_row * n_slots + o_slot, b_edited, mask=o_slot < n_slots)
-
-    if p_scale is not None:
-        b_delta *= tl.load(p_scale + i_row, mask=b_finite == 1, other=0.0)
-    b_h = tl.load(p_h + i_row * d_in + o_d, mask=m_d, other=0.0)
-    b_out = rounded(b_h.to(tl.float32) + b_delta, b_h.dtype)
-    tl.store(p_out + i_row * d_in + o_d, tl.where(b_changed > 0, b_out, b_h), mask=m_d)
-
-    if i_chunk == 0:
-        if RECORD:
-            b_lost = (b_plan >= 0) & (b_finite == 0)
-            tl.store(p_most + i_row, tl.where(b_lost, float("nan"), tl.where(b_active > 0, b_most, 0.0)))
-        if p_paths is not None:
-            b_path = tl.where(b_need > 0, 4, 2)
-            if not RECORD and p_beaten is None:
-                b_path = tl.where((b_need > 0) & (b_need <= alpha * b_bound), 3, b_path)
-            b_path = tl.where(b_plan < 0, 0, tl.where(b_finite == 0, 1, b_path))
-            tl.atomic_add(p_paths + b_path, 1, sem="relaxed")
-
-
-@triton.jit(
-    do_not_specialize=["k", "d_sae", "d_sae_in", "n_rows", "n_prompts", "n_columns", "n_slots", "n_large"]
-    + ["k_prompt", "k_diff", "n_programs"]
-)
+@triton.jit(do_not_specialize=[*SIZES, "n_programs"])
 def steer_kernel(
     p_h,
     p_W_enc,
@@ -383,6 +90,7 @@ def steer_kernel(
     k_diff,
     n_programs,
     PHASE: tl.constexpr,
+    MANY: tl.constexpr,
     RECORD: tl.constexpr,
     NORMALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -501,66 +209,122 @@ def steer_kernel(
     if PHASE == _ALL:
         grid_wait(p_barrier, grid_arrive(p_barrier, n_programs))
 
-    n_streamed = 0
+    n_waiting = n_rows
     if PHASE == _ALL or PHASE == _STREAM:
         n_read = 0
         n_tiles = tl.cdiv(d_sae, BLOCK_L)
-        for i_first in range(0, n_rows, BLOCK_N):
-            o_row = i_first + tl.arange(0, BLOCK_N)
-            b_plan = plan_rows(p_rows, p_positions, p_start, o_row, o_row < n_rows)
-            m_finite, b_need, b_least, b_bound = summarise(
-                p_signs, p_finite, p_value, o_row, b_plan, n_slots, n_large, BLOCK_N, BLOCK_SLOTS
+        if MANY:
+            # Tile by tile, so that an encoder row comes from memory once for all rows.
+            for i_tile in range(i_program, n_tiles, n_programs):
+                for i_first in range(0, n_rows, BLOCK_N):
+                    b_plan, m_waiting, b_need, b_least, b_bound = waiting_rows(
+                        p_rows,
+                        p_positions,
+                        p_start,
+                        p_signs,
+                        p_finite,
+                        p_value,
+                        i_first,
+                        alpha,
+                        n_rows,
+                        n_slots,
+                        n_large,
+                        SETTLE,
+                        BLOCK_N,
+                        BLOCK_SLOTS,
+                    )
+                    n_read += stream_tile(
+                        p_x,
+                        p_W_enc,
+                        p_b_enc,
+                        p_threshold,
+                        p_order,
+                        p_screen_W,
+                        p_screen,
+                        p_norms,
+                        p_columns,
+                        p_slots,
+                        p_value,
+                        p_maximum,
+                        p_beaten,
+                        i_tile * BLOCK_L,
+                        i_first,
+                        b_plan,
+                        m_waiting,
+                        b_need,
+                        b_least,
+                        b_bound,
+                        alpha,
+                        d_in,
+                        d_sae,
+                        n_slots,
+                        n_large,
+                        SETTLE,
+                        TOP_K,
+                        PRECISION,
+                        BLOCK_N,
+                        BLOCK_L,
+                        BLOCK_K,
+                    )
+        else:
+            b_plan, m_waiting, b_need, b_least, b_bound = waiting_rows(
+                p_rows,
+                p_positions,
+                p_start,
+                p_signs,
+                p_finite,
+                p_value,
+                0,
+                alpha,
+                n_rows,
+                n_slots,
+                n_large,
+                SETTLE,
+                BLOCK_N,
+                BLOCK_SLOTS,
             )
-            m_waiting = b_need > 0
-            if SETTLE:
-                m_waiting = m_waiting & (b_need > alpha * b_bound)
-            b_waiting = tl.sum(m_waiting.to(tl.int32), axis=0)
-            n_streamed += b_waiting
-            if b_waiting > 0:
+            n_waiting = tl.sum(m_waiting.to(tl.int32), axis=0)
+            if n_waiting > 0:
                 for i_tile in range(i_program, n_tiles, n_programs):
-                    m_open = m_waiting
-                    # Others may have raised it: past the first-level cache, which would not see that.
-                    b_now = tl.load(p_maximum + o_row, mask=m_waiting, other=0, cache_modifier=".cg")
-                    b_floor = tl.maximum(b_bound, b_now.to(tl.float32, bitcast=True))
-                    if SETTLE:
-                        m_open = m_waiting & (b_need > alpha * b_floor)
-                    if tl.max(m_open.to(tl.int32), axis=0) > 0:
-                        n_read += stream_tile(
-                            p_x,
-                            p_W_enc,
-                            p_b_enc,
-                            p_threshold,
-                            p_order,
-                            p_screen_W,
-                            p_screen,
-                            p_norms,
-                            p_columns,
-                            p_slots,
-                            p_value,
-                            p_maximum,
-                            p_beaten,
-                            i_tile * BLOCK_L,
-                            i_first,
-                            b_plan,
-                            m_open,
-                            b_least,
-                            b_floor,
-                            d_in,
-                            d_sae,
-                            n_slots,
-                            n_large,
-                            TOP_K,
-                            PRECISION,
-                            BLOCK_N,
-                            BLOCK_L,
-                            BLOCK_K,
-                        )
+                    n_read += stream_tile(
+                        p_x,
+                        p_W_enc,
+                        p_b_enc,
+                        p_threshold,
+                        p_order,
+                        p_screen_W,
+                        p_screen,
+                        p_norms,
+                        p_columns,
+                        p_slots,
+                        p_value,
+                        p_maximum,
+                        p_beaten,
+                        i_tile * BLOCK_L,
+                        0,
+                        b_plan,
+                        m_waiting,
+                        b_need,
+                        b_least,
+                        b_bound,
+                        alpha,
+                        d_in,
+                        d_sae,
+                        n_slots,
+                        n_large,
+                        SETTLE,
+                        TOP_K,
+                        PRECISION,
+                        BLOCK_N,
+                        BLOCK_L,
+                        BLOCK_K,
+                    )
         if p_paths is not None:
-            tl.atomic_add(p_paths + 5, n_read.to(tl.int64), sem="relaxed")
+            tl.atomic_add(p_paths + 5, tl.cast(n_read, tl.int64), sem="relaxed")
     if PHASE == _ALL:
         b_ticket = grid_arrive(p_barrier, n_programs)
-        # Every program finds the same: without a stream there is nothing to wait for.
-        if n_streamed > 0:
+        # Every program finds the same: where no row waited for a stream there is nothing to wait for.
+        if n_waiting > 0:
             grid_wait(p_barrier, b_ticket)
 
     if PHASE == _ALL or PHASE == _TAIL:
@@ -701,6 +465,7 @@ def launch_steer(
         "n_columns": len(columns),
         "n_slots": n_slots,
         "n_large": n_large,
+        "MANY": n_rows > launch.BLOCK_N,
         "RECORD": record,
         "NORMALIZE": normalize,
         "PRECISION": multiply,
@@ -718,9 +483,9 @@ def launch_steer(
     return out, before, after, most
 
 
-NO_LOOKUP = {"p_counts": None, "p_values": None, "p_prompt": None, "p_key": None} | {
-    name: 0 for name in ("d_sae_in", "k_prompt", "k_diff")
-}
+NO_LOOKUP = dict.fromkeys(("p_counts", "p_values", "p_prompt", "p_key")) | dict.fromkeys(
+    ("d_sae_in", "k_prompt", "k_diff"), 0
+)
 
 
 def steer(**arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

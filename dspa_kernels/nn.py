@@ -1,0 +1,173 @@
+"""Modules over the ops: an SAE for inference that takes the place of a SAELens one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from dspa_kernels.checks import check_device, check_dtype, check_shape, refuse
+from dspa_kernels.ops.common import compute_dtype, normalise, row_blocks
+from dspa_kernels.ops.sparse_decode import sparse_decode
+from dspa_kernels.ops.sparse_encode import sparse_encode
+from dspa_kernels.weights import FLOATS, SAEWeights, SparseLatents, check_k
+
+
+class FusedSAE(nn.Module):
+    """An SAE whose `encode`, `decode` and call return what those of a `sae_lens.SAE` do, in the SAE's dtype.
+
+    `x [..., d_in]` may have any leading dimensions. A call goes through sparse latents, without a dense
+    `[..., d_sae]`, where their number is bounded: for a top-k SAE, or with a `capacity`. Inputs are rounded to
+    the SAE's dtype, as SAELens does; sums are in fp32. Not differentiable.
+
+    Attributes: `weights`, the `SAEWeights`; buffers W_enc, W_dec `[d_sae, d_in]`, one contiguous row a latent
+    (SAELens' W_enc is the transpose), b_enc and threshold `[d_sae]`, which stay in fp32 whatever `.to` is
+    given, and b_dec `[d_in]`.
+
+    Args:
+        weights: the SAE, as `dspa.FrozenSAE.weights`; what has to be folded is folded there.
+        b_dec: decoder bias [d_in], as `dspa.FrozenSAE.b_dec`; zeros if None.
+        capacity: places for active latents of a row, by default k of a top-k SAE, else unbounded. A row with
+            more of them comes out as NaN, never as a part of itself.
+        backend: "auto", "reference", "triton" or "cuda".
+
+    Raises:
+        InputError: a shape, dtype, device or capacity that does not fit.
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    threshold: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+
+    def __init__(
+        self,
+        weights: SAEWeights,
+        b_dec: Tensor | None = None,
+        *,
+        capacity: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        b_dec = weights.W_dec.new_zeros(weights.d_in) if b_dec is None else b_dec
+        check_shape("b_dec", b_dec, (weights.d_in,))
+        check_dtype("b_dec", b_dec, FLOATS)
+        check_device("b_dec", b_dec, weights.W_dec, "weights.W_dec")
+        if capacity is not None:
+            check_k("capacity", capacity, weights.d_sae)
+        for name in ROWS:
+            self.register_buffer(name, getattr(weights, name).detach())
+        self.register_buffer("b_dec", b_dec.detach().to(weights.W_dec.dtype))
+        self.capacity = capacity or weights.k or None
+        self.backend = backend
+        self._weights = weights
+        self._taken_out: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def weights(self) -> SAEWeights:
+        """The buffers as the ops take them."""
+        if any(getattr(self._weights, name) is not getattr(self, name) for name in ROWS):
+            self._weights = replace(self._weights, **{name: getattr(self, name) for name in ROWS})
+        return self._weights
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latents [..., d_sae] of x [..., d_in], dense."""
+        rows = self._rows(x)
+        width = self.weights.d_sae
+        f = rows.new_zeros(len(rows), width)
+        for some in row_blocks(len(rows), width):
+            latents = self._sparse(rows[some], self.capacity or width)
+            # Empty places are added to latent 0, as 0; rows that did not fit are NaN as a whole.
+            values = latents.values.to(f.dtype)
+            f[some].scatter_add_(1, latents.indices.clamp(min=0).long(), values)
+            f[some].masked_fill_(values.isnan().any(dim=1, keepdim=True), float("nan"))
+        self._taken_out = self._statistics(rows, x.shape)
+        return f.view(*x.shape[:-1], width)
+
+    def encode_sparse(self, x: Tensor, capacity: int | None = None) -> SparseLatents:
+        """Latents of x [..., d_in]: indices and values [..., capacity], counts [...].
+
+        `capacity` instead of the module's; a JumpReLU or ReLU SAE needs one of the two.
+        """
+        rows = self._rows(x)
+        latents = self._sparse(rows, self.capacity if capacity is None else capacity)
+        self._taken_out = self._statistics(rows, x.shape)
+        shape, places = x.shape[:-1], latents.indices.shape[1]
+        return SparseLatents(
+            latents.indices.view(*shape, places), latents.values.view(*shape, places), latents.counts.view(shape)
+        )
+
+    def decode(self, latents: Tensor | SparseLatents, like: Tensor | None = None) -> Tensor:
+        """Reconstruction [..., d_in] of latents that are dense, [..., d_sae], or sparse.
+
+        An SAE that normalises its input undoes that with what it took out of `like [..., d_in]`, the rows that
+        were encoded; without `like`, out of those encoded last, once, as SAELens does.
+        """
+        if isinstance(latents, SparseLatents):
+            out = self._decoded(latents)
+        else:
+            check_shape("latents", latents, (*latents.shape[:-1], self.weights.d_sae))
+            out = latents.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+        if self.weights.normalize == "none":
+            return out
+        taken_out = self._taken_out if like is None else self._statistics(self._rows(like), like.shape)
+        self._taken_out = None
+        if taken_out is None:
+            raise refuse(
+                "like",
+                None,
+                f"the rows that were encoded, [..., {self.weights.d_in}]",
+                f"This SAE normalises them ({self.weights.normalize}), and none were encoded since the last decode.",
+            )
+        mean, scale = taken_out
+        check_shape("latents", out[..., :1], tuple(scale.shape), "Decode what was encoded last, or give `like`.")
+        return (out * scale + mean).to(out.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruction [..., d_in] of x [..., d_in]."""
+        return self.decode(self.encode(x) if self.capacity is None else self.encode_sparse(x))
+
+    def extra_repr(self) -> str:
+        """What the SAE is, for `print`."""
+        sae = self.weights
+        return f"d_in={sae.d_in}, d_sae={sae.d_sae}, k={sae.k}, normalize={sae.normalize}, capacity={self.capacity}"
+
+    def _rows(self, x: Tensor) -> Tensor:
+        check_dtype("x", x, FLOATS)
+        check_shape("x", x, (*x.shape[:-1], self.weights.d_in))
+        check_device("x", x, self.W_enc, "W_enc")
+        return x.reshape(x.shape[:-1].numel(), self.weights.d_in).to(self.W_enc.dtype)
+
+    def _sparse(self, rows: Tensor, capacity: int | None) -> SparseLatents:
+        return sparse_encode(rows, self.weights, capacity=capacity, backend=self.backend)
+
+    def _decoded(self, latents: SparseLatents) -> Tensor:
+        shape = latents.counts.shape
+        flat = (shape.numel(), latents.indices.shape[-1])
+        rows = SparseLatents(latents.indices.reshape(flat), latents.values.reshape(flat), latents.counts.flatten())
+        return sparse_decode(rows, self.W_dec, self.b_dec, backend=self.backend).view(*shape, self.weights.d_in)
+
+    def _statistics(self, rows: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
+        """Mean and scale [..., 1] that normalisation takes out of rows."""
+        kind = self.weights.normalize
+        if kind == "none":
+            return None
+        rows = rows.to(compute_dtype(rows, self.W_enc))
+        _, scale = normalise(rows, kind, rows.dtype)
+        mean = rows.mean(dim=-1, keepdim=True) if kind == "layer_norm" else torch.zeros_like(scale)
+        return mean.view(*shape[:-1], 1), scale.view(*shape[:-1], 1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedSAE:
+        """As any module's; but rounding biases and thresholds would change which latents are active."""
+        kept = {name: getattr(self, name) for name in ("b_enc", "threshold")}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            setattr(self, name, tensor.to(self.W_enc.device, compute_dtype(self.W_enc, self.W_enc)))
+        return self
+
+
+# The buffers that are also fields of `SAEWeights`.
+ROWS = ("W_enc", "b_enc", "threshold", "W_dec")

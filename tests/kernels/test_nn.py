@@ -1,0 +1,193 @@
+"""`FusedSAE` against the SAELens SAE whose place it takes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dspa import FrozenSAE
+from dspa_kernels import InputError, SparseLatents
+from dspa_kernels.nn import FusedSAE
+from dspa_kernels.testing import random_sae, same_bits
+
+from .test_ops_contract import recorded
+
+D_IN, D_SAE, K = 24, 96, 7
+CLASSES = {"standard": "Standard", "jumprelu": "JumpReLU", "topk": "TopK"}
+NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
+
+
+def sae_lens_sae(arch: str, **cfg: Any) -> Any:
+    sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: FusedSAE has nothing to compare with")
+    cfg |= {"k": K} if arch == "topk" else {}
+    sae = getattr(sae_lens, f"{CLASSES[arch]}SAE")(
+        getattr(sae_lens, f"{CLASSES[arch]}SAEConfig")(d_in=D_IN, d_sae=D_SAE, **cfg)
+    )
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=g) / D_IN**0.5)
+        if arch == "jumprelu":
+            sae.threshold.abs_()
+    return sae
+
+
+def fused(sae: Any, **options: Any) -> FusedSAE:
+    frozen = FrozenSAE.from_sae_lens(sae)
+    return FusedSAE(frozen.weights, frozen.b_dec, **options)
+
+
+def rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (0.5 + 2 * torch.randn(*shape, D_IN, generator=torch.Generator().manual_seed(1))).to(dtype)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("arch", CLASSES)
+def test_returns_what_sae_lens_returns(arch: str, normalize: str, backend: str) -> None:
+    theirs = sae_lens_sae(arch, normalize_activations=normalize, apply_b_dec_to_input=True)
+    ours = fused(theirs, backend=backend)
+    x = rows(2, 3)
+    with torch.no_grad():
+        f = theirs.encode(x)
+        recon, whole = theirs.decode(f), theirs(x)
+    assert 0 < (f != 0).float().mean() < 0.7
+    torch.testing.assert_close(ours.encode(x), f)
+    torch.testing.assert_close(ours.decode(f), recon)  # the rows encoded last
+    torch.testing.assert_close(ours.decode(f, like=x), recon)
+    torch.testing.assert_close(ours.decode(ours.encode_sparse(x, capacity=D_SAE)), recon)
+    torch.testing.assert_close(ours(x), whole)
+    assert (ours.encode(x).dtype, ours(x).dtype) == (f.dtype, whole.dtype)
+
+
+@pytest.mark.parametrize("arch", CLASSES)
+@pytest.mark.parametrize("shape", [(), (5,), (0,), (2, 0, 3), (2, 1, 2)], ids=str)
+def test_leading_dimensions(shape: tuple[int, ...], arch: str) -> None:
+    theirs = sae_lens_sae(arch)
+    ours = fused(theirs, capacity=D_SAE)
+    x = rows(*shape)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode(x), theirs.encode(x))
+        torch.testing.assert_close(ours(x), theirs(x))
+    latents = ours.encode_sparse(x)
+    assert latents.indices.shape == latents.values.shape == (*shape, D_SAE) and latents.counts.shape == shape
+    assert ours.decode(latents).shape == x.shape
+
+
+@pytest.mark.parametrize("arch", CLASSES)
+def test_bf16(arch: str) -> None:
+    """Inputs are rounded to the SAE's dtype, as theirs; they round pre-activations too."""
+    theirs = sae_lens_sae(arch)
+    ours = fused(theirs).to(torch.bfloat16)
+    theirs.to(torch.bfloat16)
+    x = rows(50)
+    with torch.no_grad():
+        f, whole = theirs.encode(x), theirs(x)
+    assert ours.encode(x).dtype == ours(x).dtype == f.dtype == whole.dtype == torch.bfloat16
+    assert ((ours.encode(x) != 0) == (f != 0)).float().mean() > 0.98
+    assert (ours(x) - whole).float().norm() < 0.05 * whole.float().norm()
+
+
+@pytest.mark.parametrize(("arch", "capacity"), [("topk", None), ("jumprelu", 60), ("standard", 80)])
+def test_a_bounded_call_makes_no_dense_latents(arch: str, capacity: int | None) -> None:
+    ours = fused(sae_lens_sae(arch), capacity=capacity)
+    run = recorded(ours, x=rows(400))
+    assert run.largest <= 400 * max(D_IN, capacity or K) < 400 * D_SAE
+    assert recorded(ours.encode, x=rows(400)).largest >= 400 * D_SAE, "the meter sees nothing"
+
+
+def test_a_row_over_capacity_is_nan_and_the_others_are_whole() -> None:
+    ours = fused(sae_lens_sae("jumprelu"))
+    x = rows(40)
+    f, counts = ours.encode(x), (ours.encode(x) > 0).sum(dim=1)
+    capacity = int(counts.median())
+    narrow = fused(sae_lens_sae("jumprelu"), capacity=capacity)
+    over = counts > capacity
+    assert over.any() and not over.all()
+    assert narrow.encode(x)[over].isnan().all() and narrow(x)[over].isnan().all()
+    torch.testing.assert_close(narrow.encode(x)[~over], f[~over])
+    torch.testing.assert_close(narrow(x)[~over], ours(x)[~over])
+
+
+def test_a_row_that_is_not_finite_is_nan() -> None:
+    ours = fused(sae_lens_sae("jumprelu"))
+    x = rows(3)
+    x[1, 4] = float("inf")
+    assert ours.encode(x)[1].isnan().all() and ours(x)[1].isnan().all()
+    assert ours.encode(x)[[0, 2]].isfinite().all() and ours(x)[[0, 2]].isfinite().all()
+
+
+def test_moves_saves_and_loads_as_a_module() -> None:
+    ours = fused(sae_lens_sae("jumprelu"))
+    x = rows(6)
+    expected = ours(x)
+    assert sorted(ours.state_dict()) == ["W_dec", "W_enc", "b_dec", "b_enc", "threshold"]
+    assert not list(ours.parameters())
+
+    for assign in (False, True):
+        other = FusedSAE(random_sae("jumprelu", D_IN, D_SAE, seed=9))
+        assert not torch.equal(other(x), expected)
+        other.load_state_dict(ours.state_dict(), assign=assign)
+        assert same_bits(other(x), expected)
+    assert same_bits(copy.deepcopy(ours)(x), expected)
+
+    half = copy.deepcopy(ours).to(torch.bfloat16)
+    assert {half.W_enc.dtype, half.W_dec.dtype, half.b_dec.dtype} == {torch.bfloat16}
+    assert same_bits(half.b_enc, ours.b_enc) and same_bits(half.threshold, ours.threshold)
+    assert half.weights.W_enc is half.W_enc and half.weights is half.weights
+    assert ours.to("meta").weights.W_enc.device.type == "meta"
+
+
+def test_statistics_are_taken_once() -> None:
+    ours = fused(sae_lens_sae("standard", normalize_activations="layer_norm"))
+    f = ours.encode(rows(4))
+    ours.decode(f)
+    with pytest.raises(InputError) as error:
+        ours.decode(f)
+    assert all(part in str(error.value) for part in ("`like`", "layer_norm", "[..., 24]")), error.value
+    ours.encode(rows(3))
+    with pytest.raises(InputError, match=r"`latents` is of shape \[4, 1\]; accepted: shape \[3, 1\]"):
+        ours.decode(f)
+
+
+WEIGHTS = random_sae("jumprelu", D_IN, D_SAE)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"b_dec": torch.zeros(D_IN + 1)}, ("`b_dec`", "[25]", "[24]")),
+        ({"b_dec": torch.zeros(D_IN, dtype=torch.int32)}, ("`b_dec`", "torch.int32", "torch.float32")),
+        ({"b_dec": torch.zeros(D_IN, device="meta")}, ("`b_dec`", "meta", "cpu")),
+        ({"capacity": 0}, ("`capacity`", "is 0", ">= 1")),
+        ({"capacity": D_SAE + 1}, ("`capacity`", "97", "96")),
+    ],
+)
+def test_input_errors_of_the_constructor(change: dict[str, Any], parts: tuple[str, ...]) -> None:
+    with pytest.raises(InputError) as error:
+        FusedSAE(WEIGHTS, **change)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+@pytest.mark.parametrize(
+    ("call", "parts"),
+    [
+        (lambda sae: sae(torch.zeros(3, D_IN + 1)), ("`x`", "[3, 25]", "[3, 24]")),
+        (lambda sae: sae(torch.zeros(3, D_IN, dtype=torch.int64)), ("`x`", "torch.int64", "torch.float32")),
+        (lambda sae: sae(torch.zeros(3, D_IN, device="meta")), ("`x`", "meta", "cpu", "`W_enc`")),
+        (lambda sae: sae.encode_sparse(torch.zeros(3, D_IN)), ("`capacity`", "None", "1 to d_sae")),
+        (lambda sae: sae.decode(torch.zeros(3, D_IN)), ("`latents`", "[3, 24]", "[3, 96]")),
+        (
+            lambda sae: sae.decode(SparseLatents(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2))),
+            ("`latents.indices`", "torch.float32", "torch.int32"),
+        ),
+    ],
+)
+def test_input_errors_of_calls(call: Any, parts: tuple[str, ...]) -> None:
+    with pytest.raises(InputError) as error:
+        call(FusedSAE(WEIGHTS))
+    assert all(part in str(error.value) for part in parts), error.value
