@@ -32,6 +32,7 @@ from dspa.hooks import model_name as name_of
 from dspa.saes import FrozenSAE
 from dspa.trace import Trace
 from dspa_kernels import (
+    PATHS,
     BackendError,
     EncoderStream,
     MapWeights,
@@ -40,10 +41,9 @@ from dspa_kernels import (
     available_backends,
     steer,
 )
-from dspa_kernels import weights as kernel_weights
 
 # What a number of `Steering.paths` counts.
-PATHS = (*kernel_weights.PATHS, "encoder_rows_read")
+COUNTED = (*PATHS, "encoder_rows_read")
 
 
 class Steering(nn.Module):
@@ -120,7 +120,7 @@ class Steering(nn.Module):
         self._calls = 0
         self._keys: dict[str, str] = {}
         with torch.inference_mode(False):
-            self._paths = torch.zeros(len(PATHS), dtype=torch.int64, device=sae_out.device)
+            self._paths = torch.zeros(len(COUNTED), dtype=torch.int64, device=sae_out.device)
 
     def extra_repr(self) -> str:
         """One line for `print(steering)`."""
@@ -139,7 +139,7 @@ class Steering(nn.Module):
         largest latent told) and "streamed" (needed the largest latent itself); and "encoder_rows_read" in full for
         the last, which depends on timing where it may stop early.
         """
-        return dict(zip(PATHS, self._paths.tolist(), strict=True))
+        return dict(zip(COUNTED, self._paths.tolist(), strict=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Steering:
         probe = fn(torch.zeros((), device=self.sae_out.device))
@@ -258,7 +258,7 @@ class Steering(nn.Module):
     def progress(self) -> tuple[int, int]:
         """Rows of hidden states seen so far, and of those that were to be steered the ones that were not finite."""
         paths = self.paths
-        return sum(paths[name] for name in kernel_weights.PATHS), paths["not_finite"]
+        return sum(paths[name] for name in PATHS), paths["not_finite"]
 
     def finish(self, before: tuple[int, int]) -> None:
         """Raise if no row was seen since `before`, or one met numbers that cannot be."""

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 import dspa
 from dspa.baselines.static_sae import static_map
 from dspa.hooks import decoder_layers
-from dspa.steering import PATHS
-from dspa_kernels.weights import PATHS as KERNEL_PATHS
+from dspa.steering import COUNTED
+from dspa_kernels import PATHS
 
 from .conftest import D_IN, D_SAE_OUT, L_OUT, make_map, make_model, make_sae, with_tensors
 from .plain import Plain
@@ -99,10 +99,10 @@ def test_placement(gemma, sae_in, sae_out, calibrated, monkeypatch):
 
 def tallies(model: Any, *args: Any, **options: Any) -> dict[str, int]:
     with dspa.Steering(*args, **options).attach(model) as steering:
-        assert steering.paths == dict.fromkeys(PATHS, 0)
+        assert steering.paths == dict.fromkeys(COUNTED, 0)
         model.generate(**padded(PROMPTS), **SETTINGS)
-    assert tuple(steering.paths) == PATHS == (*KERNEL_PATHS, "encoder_rows_read")
-    assert sum(steering.paths[name] for name in KERNEL_PATHS) == N_ROWS == steering.progress()[0]
+    assert tuple(steering.paths) == COUNTED == (*PATHS, "encoder_rows_read")
+    assert sum(steering.paths[name] for name in PATHS) == N_ROWS == steering.progress()[0]
     return steering.paths
 
 
@@ -231,7 +231,7 @@ def test_a_compiled_step_is_compiled_once_and_finds_its_tensors_in_place(gemma, 
         again = gemma.generate(**padded(PROMPTS), generation_config=config)
     torch.compiler.reset()
     assert torch.equal(first, wanted) and torch.equal(again, wanted)
-    assert {name: after[name] - before[name] for name in PATHS} == before
+    assert {name: after[name] - before[name] for name in COUNTED} == before
     # The second graph is the cache's, whose sliding window fills up.
     assert len(graphs) == n_graphs <= 2
     for name in ("paths", "stream_w_enc", "stream_barriers", "stream_screen_w_enc", "weights_w_dec"):

@@ -5,11 +5,14 @@ import torch
 from torch import Tensor
 
 from dspa_kernels import InputError, SAEWeights, activation_counts
+from dspa_kernels.backends import implementation
 from dspa_kernels.testing import KINDS, random_sae, run_on
 from dspa_kernels.weights import NORMALIZATIONS
 
 from . import oracle
 from .cases import D_IN, D_SAE, DTYPES, VIEWS, integer_tensor, residual
+from .test_ops_contract import recorded
+from .test_sparse_encode import poison, small_blocks
 
 N, N_SEQUENCES = 29, 5
 
@@ -131,3 +134,46 @@ def test_input_errors(change: dict[str, Any], parts: tuple[str, ...]) -> None:
     with pytest.raises(InputError) as error:
         activation_counts(**(VALID | change))
     assert all(part in str(error.value) for part in parts), error.value
+
+
+MANY = 70
+SEQUENCES = {
+    "ragged": ragged(MANY),
+    "sorted": ragged(MANY).sort().values,
+    "a sequence a row": torch.arange(MANY).flip(0).to(torch.int32),
+    "one": torch.full((MANY,), 2, dtype=torch.int32),
+    "tiles without": torch.where((torch.arange(MANY) // 20) % 2 == 0, -1, 1).to(torch.int32),
+    "none": torch.full((MANY,), -1, dtype=torch.int32),
+}
+
+
+@pytest.mark.parametrize("sequences", SEQUENCES)
+@pytest.mark.parametrize("kind", ["jumprelu", "topk"])
+def test_tiles_and_chunks(monkeypatch: pytest.MonkeyPatch, kind: str, sequences: str) -> None:
+    """Any order of sequences in tiles that end within all dimensions, and in chunks of rows."""
+    sae = random_sae(kind, D_IN, D_SAE, integers=True)
+    h, s = residual(MANY, torch.float32, integers=True), SEQUENCES[sequences]
+    expected = run_on("reference", activation_counts, h, sae, s, MANY)
+    assert expected.any() == (sequences != "none")
+    small_blocks(monkeypatch)
+    poison(monkeypatch)
+    assert torch.equal(run_on("triton", activation_counts, h, sae, s, MANY), expected)
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "topk"])
+def test_a_sequence_that_does_not_exist_is_written_nowhere(kind: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    sae, h = random_sae(kind, D_IN, D_SAE, integers=True), residual(6, torch.float32, integers=True)
+    s = torch.tensor([0, 3, 1, 2, 1000, 1], dtype=torch.int32)
+    expected = run_on("reference", activation_counts, h, sae, torch.where(s < 2, s, -1), 2)
+    assert torch.equal(run_on("triton", activation_counts, h, sae, s, 2), expected)
+
+
+@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+def test_latents_are_not_stored(normalize: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    sae = random_sae("jumprelu", D_IN, D_SAE, normalize=normalize)
+    h, s = residual(MANY, torch.float32), ragged(MANY)
+    for backend, most in (("triton", MANY * D_IN), ("reference", MANY * D_SAE)):
+        run = recorded(implementation("activation_counts", backend), h=h, **sae.encoder(), sequences=s, n_sequences=5)
+        assert run.largest == most or (normalize, backend) == ("none", "triton") and run.largest == 5 * D_SAE

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from dspa_kernels import InputError, SparseLatents, sparse_decode
-from dspa_kernels.testing import assert_as_accurate, random_sae, run_on
+from dspa_kernels.testing import assert_as_accurate, random_sae, run_on, same_bits
 
 from . import oracle
 from .cases import D_IN, D_SAE, DTYPES, integer_tensor
+from .test_sparse_encode import poison
 
 N, K = 9, 7
 
@@ -119,3 +120,25 @@ def test_input_errors(change: dict[str, Any], parts: tuple[str, ...]) -> None:
     with pytest.raises(InputError) as error:
         sparse_decode(**(VALID | change))
     assert all(part in str(error.value) for part in parts), error.value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("d_in", [1, 64, 150])
+def test_blocks_of_columns_and_places(
+    backend: str, monkeypatch: pytest.MonkeyPatch, d_in: int, dtype: torch.dtype
+) -> None:
+    latents = make_latents(N, 130, torch.float32, integers=True)
+    W_dec = random_sae("relu", d_in, D_SAE, dtype=dtype, integers=True).W_dec
+    b_dec = torch.arange(d_in).float()
+    exact = expected(latents, W_dec, b_dec)
+    poison(monkeypatch)
+    assert torch.equal(run_on(backend, sparse_decode, latents, W_dec, b_dec), exact.to(dtype))
+
+
+def test_the_bits_of_a_row_do_not_depend_on_the_others(backend: str) -> None:
+    latents = make_latents(N, 130, torch.float32)
+    W_dec = random_sae("relu", 150, D_SAE, dtype=torch.bfloat16).W_dec
+    together = run_on(backend, sparse_decode, latents, W_dec)
+    for n in range(N):
+        alone = SparseLatents(latents.indices[n : n + 1], latents.values[n : n + 1], latents.counts[n : n + 1])
+        assert same_bits(run_on(backend, sparse_decode, alone, W_dec)[0], together[n])

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 from dspa_kernels import InputError, SAEWeights, sparse_decode, sparse_encode
+from dspa_kernels.launch import Launch
+from dspa_kernels.ops import common
 from dspa_kernels.testing import KINDS, assert_as_accurate, random_sae, run_on
 from dspa_kernels.weights import NORMALIZATIONS
 
@@ -169,3 +171,48 @@ def test_rows_that_are_not_finite(backend, value):
     latents = run_on(backend, sparse_encode, h, sae, capacity=50)
     assert latents.values[1].isnan().all()
     assert torch.equal(latents.values[[0, 2]], whole.values[[0, 2]])
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles, groups of tiles, blocks of latents and chunks of rows, at the sizes of these tests."""
+    counts = pytest.importorskip("dspa_kernels.ops.activation_counts.triton_impl", reason="Triton is not installed")
+    encode = pytest.importorskip("dspa_kernels.ops.sparse_encode.triton_impl")
+    launch = Launch(BLOCK_N=16, BLOCK_L=16, BLOCK_K=16, num_warps=4, num_stages=2, programs=1)
+    monkeypatch.setattr(encode, "launch_parameters", lambda *_: launch)
+    monkeypatch.setattr(encode, "GROUP", 2)
+    monkeypatch.setattr(common, "MAX_ELEMENTS", 1500)
+    for module in (counts, encode):
+        monkeypatch.setattr(module, "BLOCK", 16)
+
+
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New tensors hold garbage, so that what is read or returned unwritten shows."""
+
+    def garbage(function: Any) -> Any:
+        def make(*args: Any, **options: Any) -> Tensor:
+            made = function(*args, **options)
+            return made.fill_(float("nan") if made.is_floating_point() else 77777)
+
+        return make
+
+    monkeypatch.setattr(Tensor, "new_empty", garbage(Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty_like", garbage(torch.empty_like))
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_and_chunks(monkeypatch: pytest.MonkeyPatch, kind: str, normalize: str) -> None:
+    """Rows that fit, that do not and that are no numbers, through tiles that end within all dimensions."""
+    sae = random_sae(kind, D_IN, D_SAE, integers=True, normalize=normalize, k=40 if kind == "topk" else None)
+    h = residual(45, torch.float32, integers=True)
+    h[[7, 31]] = float("nan")
+    whole = run_on("reference", sparse_encode, h, sae, capacity=D_SAE)
+    capacity = int(whole.counts.float().quantile(0.6))
+    expected = run_on("reference", sparse_encode, h, sae, capacity=capacity)
+    assert 0 < (expected.counts > capacity).sum() < 40 and capacity > 16
+    small_blocks(monkeypatch)
+    poison(monkeypatch)
+    result = run_on("triton", sparse_encode, h, sae, capacity=capacity)
+    assert torch.equal(result.indices, expected.indices) and torch.equal(result.counts, expected.counts)
+    rounding = 0 if normalize == "none" else 1e-5
+    torch.testing.assert_close(result.values, expected.values, rtol=rounding, atol=rounding, equal_nan=True)

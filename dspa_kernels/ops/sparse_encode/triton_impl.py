@@ -18,7 +18,7 @@ from dspa_kernels.ops.map_lookup.triton_impl import count_above, level_of
 from dspa_kernels.ops.triton_common import n_programs, precision, product_tile, row_chunk, row_scale
 
 # Latent tiles for which all rows pass before the next come.
-GROUP = 8
+GROUP = 16
 # Rows of keys start on addresses from which a thread reads and writes 16 bytes.
 ALIGN = 16
 # What a program of a row reads of it at a time.
