@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test test-triton36 bench lint clean
 
 demo: .venv/installed
 	$(BIN)/dspa demo
@@ -16,6 +16,11 @@ test: .venv/tested
 bench: .venv/tested
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest bench --benchmark-quiet
 	$(BIN)/python -m bench.report
+
+# What the compiler of another Triton makes of the kernels: 3.6 is the oldest that is supported.
+test-triton36: .venv/tested
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/triton36 triton==3.6.0
+	PYTHONPATH=build/triton36 $(BIN)/pytest tests/kernels/test_compiled.py
 
 lint: .venv/tested
 	$(BIN)/ruff format --check .

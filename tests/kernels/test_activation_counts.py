@@ -136,19 +136,20 @@ def test_input_errors(change: dict[str, Any], parts: tuple[str, ...]) -> None:
     assert all(part in str(error.value) for part in parts), error.value
 
 
-MANY = 70
+MANY = 45
 SEQUENCES = {
     "ragged": ragged(MANY),
     "sorted": ragged(MANY).sort().values,
     "a sequence a row": torch.arange(MANY).flip(0).to(torch.int32),
     "one": torch.full((MANY,), 2, dtype=torch.int32),
-    "tiles without": torch.where((torch.arange(MANY) // 20) % 2 == 0, -1, 1).to(torch.int32),
+    "tiles without": torch.where(torch.arange(MANY) // 20 == 1, 1, -1).to(torch.int32),
     "none": torch.full((MANY,), -1, dtype=torch.int32),
 }
 
 
-@pytest.mark.parametrize("sequences", SEQUENCES)
-@pytest.mark.parametrize("kind", ["jumprelu", "topk"])
+@pytest.mark.parametrize(
+    ("kind", "sequences"), [*(("jumprelu", name) for name in SEQUENCES), ("topk", "ragged"), ("topk", "none")]
+)
 def test_tiles_and_chunks(monkeypatch: pytest.MonkeyPatch, kind: str, sequences: str) -> None:
     """Any order of sequences in tiles that end within all dimensions, and in chunks of rows."""
     sae = random_sae(kind, D_IN, D_SAE, integers=True)
@@ -174,6 +175,11 @@ def test_latents_are_not_stored(normalize: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     sae = random_sae("jumprelu", D_IN, D_SAE, normalize=normalize)
     h, s = residual(MANY, torch.float32), ragged(MANY)
-    for backend, most in (("triton", MANY * D_IN), ("reference", MANY * D_SAE)):
-        run = recorded(implementation("activation_counts", backend), h=h, **sae.encoder(), sequences=s, n_sequences=5)
-        assert run.largest == most or (normalize, backend) == ("none", "triton") and run.largest == 5 * D_SAE
+    largest = {
+        backend: recorded(
+            implementation("activation_counts", backend), h=h, **sae.encoder(), sequences=s, n_sequences=5
+        ).largest
+        for backend in ("triton", "reference")
+    }
+    assert largest["triton"] <= max(MANY * D_IN, 5 * D_SAE), largest
+    assert largest["reference"] == MANY * D_SAE, "the meter sees nothing"

@@ -180,9 +180,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = Launch(BLOCK_N=16, BLOCK_L=16, BLOCK_K=16, num_warps=4, num_stages=2, programs=1)
     monkeypatch.setattr(encode, "launch_parameters", lambda *_: launch)
     monkeypatch.setattr(encode, "GROUP", 2)
-    monkeypatch.setattr(common, "MAX_ELEMENTS", 1500)
+    monkeypatch.setattr(common, "MAX_ELEMENTS", 1300)
     for module in (counts, encode):
-        monkeypatch.setattr(module, "BLOCK", 16)
+        monkeypatch.setattr(module, "BLOCK", 32)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,13 +203,15 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiles_and_chunks(monkeypatch: pytest.MonkeyPatch, kind: str, normalize: str) -> None:
     """Rows that fit, that do not and that are no numbers, through tiles that end within all dimensions."""
-    sae = random_sae(kind, D_IN, D_SAE, integers=True, normalize=normalize, k=40 if kind == "topk" else None)
-    h = residual(45, torch.float32, integers=True)
+    integers = normalize == "none"
+    sae = random_sae(kind, D_IN, D_SAE, integers=integers, normalize=normalize, k=30 if kind == "topk" else None)
+    h = residual(37, torch.float32, integers=integers)
+    assert integers or oracle.margin(h, sae) > 1e-5, "rounding decides here: choose another seed"
     h[[7, 31]] = float("nan")
     whole = run_on("reference", sparse_encode, h, sae, capacity=D_SAE)
-    capacity = int(whole.counts.float().quantile(0.6))
+    capacity = int(whole.counts.max()) - 1
     expected = run_on("reference", sparse_encode, h, sae, capacity=capacity)
-    assert 0 < (expected.counts > capacity).sum() < 40 and capacity > 16
+    assert 0 < (expected.counts > capacity).sum() < 35
     small_blocks(monkeypatch)
     poison(monkeypatch)
     result = run_on("triton", sparse_encode, h, sae, capacity=capacity)
