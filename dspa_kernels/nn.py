@@ -163,7 +163,7 @@ class FusedSAE(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedSAE:
         """As any module's; but rounding biases and thresholds would change which latents are active."""
         kept = {name: getattr(self, name) for name in ("b_enc", "threshold")}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in kept.items():
             setattr(self, name, tensor.to(self.W_enc.device, compute_dtype(self.W_enc, self.W_enc)))
         return self
