@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/dspa demo
 
 test: .venv/tested
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 # With a GPU, at the sizes of real models, and into the README's table; without one, a quick trial at tiny sizes.
 bench: .venv/tested

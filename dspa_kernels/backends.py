@@ -77,9 +77,7 @@ def choose(op: str, device: torch.device, requested: str = "auto", dtype: torch.
     reasons = []
     for backend in candidates:
         missing = (op, backend) not in IMPLEMENTED
-        reason = (
-            "this version has no such kernel" if missing else _obstacle(backend, device, dtype, by_name)
-        )
+        reason = "this version has no such kernel" if missing else _obstacle(backend, device, dtype, by_name)
         if not reason:
             return backend
         reasons.append(f"{backend} cannot run {op}: {reason}")

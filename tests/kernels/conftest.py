@@ -10,9 +10,16 @@ from dspa_kernels.testing import BACKENDS
 
 
 @pytest.fixture(params=[pytest.param(b, marks=[pytest.mark.gpu] * (b != "reference")) for b in BACKENDS])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend of `dspa_kernels.testing.BACKENDS`; without a GPU, Triton runs in its interpreter."""
-    return str(request.param)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend of `dspa_kernels.testing.BACKENDS`; without a GPU, Triton runs in its interpreter.
+
+    Memory comes filled with NaN and large integers, so that what a kernel does not write, or reads before it
+    was written, shows.
+    """
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan() and torch.empty(1, dtype=torch.int32) > 1 << 30
+    yield str(request.param)
+    torch.use_deterministic_algorithms(False)
 
 
 def parameters(item: Any) -> Iterator[Any]:

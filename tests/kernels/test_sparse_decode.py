@@ -123,7 +123,7 @@ def test_input_errors(change: dict[str, Any], parts: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("d_in", [1, 64, 150])
+@pytest.mark.parametrize("d_in", [1, 64, 191])
 def test_blocks_of_columns_and_places(
     backend: str, monkeypatch: pytest.MonkeyPatch, d_in: int, dtype: torch.dtype
 ) -> None:
