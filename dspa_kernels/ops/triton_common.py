@@ -138,6 +138,14 @@ def product_tile(
 
 
 @triton.jit
+def tree_sum(b, LOG_N: tl.constexpr):
+    """Sum over the first axis of b [2^LOG_N, M], halves with halves: the same bits whatever M and the layout are."""
+    for _ in tl.static_range(LOG_N):
+        b = tl.sum(tl.reshape(b, [2, b.shape[0] // 2, b.shape[1]]), axis=0)
+    return tl.reshape(b, [b.shape[1]])
+
+
+@triton.jit
 def grid_arrive(p_barrier, n_programs):
     """Announce, after everything this program wrote, that it came this far; returns what to wait on.
 

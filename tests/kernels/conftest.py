@@ -9,17 +9,19 @@ import torch
 from dspa_kernels.testing import BACKENDS
 
 
-@pytest.fixture(params=[pytest.param(b, marks=[pytest.mark.gpu] * (b != "reference")) for b in BACKENDS])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every backend of `dspa_kernels.testing.BACKENDS`; without a GPU, Triton runs in its interpreter.
-
-    Memory comes filled with NaN and large integers, so that what a kernel does not write, or reads before it
-    was written, shows.
-    """
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Memory comes filled with NaN and large integers: what is read or returned unwritten shows."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan() and torch.empty(1, dtype=torch.int32) > 1 << 30
-    yield str(request.param)
+    yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[pytest.param(b, marks=[pytest.mark.gpu] * (b != "reference")) for b in BACKENDS])
+def backend(request: pytest.FixtureRequest, poisoned_memory: None) -> str:
+    """Every backend of `dspa_kernels.testing.BACKENDS`; without a GPU, Triton runs in its interpreter."""
+    return str(request.param)
 
 
 def parameters(item: Any) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from dspa_kernels.weights import NORMALIZATIONS
 from . import oracle
 from .cases import D_IN, D_SAE, DTYPES, VIEWS, integer_tensor, residual
 from .test_ops_contract import recorded
-from .test_sparse_encode import poison, small_blocks
+from .test_sparse_encode import small_blocks
 
 N, N_SEQUENCES = 29, 5
 
@@ -148,6 +148,7 @@ SEQUENCES = {
 }
 
 
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(
     ("kind", "sequences"), [*(("jumprelu", name) for name in SEQUENCES), ("topk", "ragged"), ("topk", "none")]
 )
@@ -158,7 +159,6 @@ def test_tiles_and_chunks(monkeypatch: pytest.MonkeyPatch, kind: str, sequences:
     expected = run_on("reference", activation_counts, h, sae, s, MANY)
     assert expected.any() == (sequences != "none")
     small_blocks(monkeypatch)
-    poison(monkeypatch)
     assert torch.equal(run_on("triton", activation_counts, h, sae, s, MANY), expected)
 
 

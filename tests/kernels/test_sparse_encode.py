@@ -185,20 +185,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "BLOCK", 32)
 
 
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New tensors hold garbage, so that what is read or returned unwritten shows."""
-
-    def garbage(function: Any) -> Any:
-        def make(*args: Any, **options: Any) -> Tensor:
-            made = function(*args, **options)
-            return made.fill_(float("nan") if made.is_floating_point() else 77777)
-
-        return make
-
-    monkeypatch.setattr(Tensor, "new_empty", garbage(Tensor.new_empty))
-    monkeypatch.setattr(torch, "empty_like", garbage(torch.empty_like))
-
-
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiles_and_chunks(monkeypatch: pytest.MonkeyPatch, kind: str, normalize: str) -> None:
@@ -213,7 +200,6 @@ def test_tiles_and_chunks(monkeypatch: pytest.MonkeyPatch, kind: str, normalize:
     expected = run_on("reference", sparse_encode, h, sae, capacity=capacity)
     assert 0 < (expected.counts > capacity).sum() < 35
     small_blocks(monkeypatch)
-    poison(monkeypatch)
     result = run_on("triton", sparse_encode, h, sae, capacity=capacity)
     assert torch.equal(result.indices, expected.indices) and torch.equal(result.counts, expected.counts)
     rounding = 0 if normalize == "none" else 1e-5

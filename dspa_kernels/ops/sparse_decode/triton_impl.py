@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dspa_kernels.ops.triton_common import rounded
+from dspa_kernels.ops.triton_common import n_programs, rounded, tree_sum
 
-# The same for any number of rows, so that the bits of a row do not depend on it. Columns: a cache line of bf16.
-BLOCK_D, BLOCK_S = 64, 64
+# Places at a time; columns of a program: a cache line of bf16, or a sector of it where that leaves a chip idle.
+BLOCK_S, WIDE, NARROW = 64, 64, 16
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_places"])
@@ -24,6 +24,7 @@ def decode_kernel(
     n_places,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    LOG_S: tl.constexpr,
 ):
     """out_n = b_dec + sum_s values[n, s] W_dec[indices[n, s]] over the places s with an index >= 0, in fp32."""
     # Rows go first: what all of them read of W_dec in their columns stays in cache.
@@ -40,7 +41,8 @@ def decode_kernel(
         p_w = p_W_dec + b_index.to(tl.int64)[:, None] * d_in + o_d[None, :]
         b_w = tl.load(p_w, mask=m_place[:, None] & m_d[None, :], other=0.0).to(tl.float32)
         b_acc += b_value[:, None] * b_w
-    b_out = tl.sum(b_acc, axis=0)
+    # For any number of columns a program, and so for any number of rows, in the same order.
+    b_out = tree_sum(b_acc, LOG_S)
     if p_b_dec is not None:
         b_out += tl.load(p_b_dec + o_d, mask=m_d, other=0.0).to(tl.float32)
     tl.store(p_out + i_row * d_in + o_d, rounded(b_out, p_out.dtype.element_ty), mask=m_d)
@@ -51,7 +53,9 @@ def sparse_decode(indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor 
     (n_rows, n_places), d_in = indices.shape, W_dec.shape[1]
     out = W_dec.new_empty(n_rows, d_in)
     if n_rows:
-        decode_kernel[(n_rows * triton.cdiv(d_in, BLOCK_D),)](
+        idle = n_rows * triton.cdiv(d_in, WIDE) < n_programs(out.device, per_multiprocessor=2)
+        block = NARROW if idle else WIDE
+        decode_kernel[(n_rows * triton.cdiv(d_in, block),)](
             indices.contiguous(),
             values.contiguous(),
             W_dec.contiguous(),
@@ -60,8 +64,9 @@ def sparse_decode(indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor 
             d_in,
             n_rows,
             n_places,
-            BLOCK_D=BLOCK_D,
+            BLOCK_D=block,
             BLOCK_S=BLOCK_S,
+            LOG_S=BLOCK_S.bit_length() - 1,
             num_warps=4,
             enable_fp_fusion=False,
         )
