@@ -29,7 +29,7 @@ from tqdm import tqdm
 from bench.cases import SHAPES, Setting, widened
 from bench.measure import DEVICE, Step, Stopwatch, synchronize
 from dspa_kernels import activation_counts, launch, sparse_encode
-from dspa_kernels.launch import Entry, Launch, capability_of, launch_parameters
+from dspa_kernels.launch import STEER_WARPS, Entry, Launch, capability_of, launch_parameters
 from dspa_kernels.testing import Activity, realistic_activity, same_bits, tensors
 
 # Bytes of a weight and of a number of a row, by precision; shared memory that programs of a multiprocessor share.
@@ -62,12 +62,15 @@ class Place:
 def candidates(place: Place) -> list[Launch]:
     """Parameters that fit on a multiprocessor and keep its memory pipe full."""
     weight, row = BYTES[place.precision]
+    shapes = ((4, 1), (4, 2), (4, 3), (8, 1), (8, 2))
+    if place.kernel.startswith("steer"):
+        shapes = tuple(shape for shape in shapes if shape[0] == STEER_WARPS)
     found = []
     for rows, latents, k, (warps, programs), stages in itertools.product(
         (place.rows,) if place.rows else (64, 128),
         (64, 128),
         (32, 64, 128, 256),
-        ((4, 1), (4, 2), (4, 3), (8, 1), (8, 2)),
+        shapes,
         (2, 3, 4, 5),
     ):
         shared = stages * k * (latents * weight + rows * row) * programs

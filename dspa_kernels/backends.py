@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,10 @@ def define_op(op: str, schema: str, fake: Callable[..., Any], mutates: tuple[str
 
     def run(*values: Any) -> Any:
         *inputs, backend = values
-        return implementation(op, backend)(**dict(zip(names, inputs, strict=True)))
+        device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
+        # Kernels are launched on the current device, which need not be that of the tensors.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return implementation(op, backend)(**dict(zip(names, inputs, strict=True)))
 
     def infer(*values: Any) -> Any:
         return fake(**dict(zip(names, values[:-1], strict=True)))

@@ -17,6 +17,9 @@ from typing import Any
 
 import torch
 
+# The sums of `steer` that are not products follow the layout of a block, so that all of its entries have as many
+# warps: else the bits of a row would depend on which entry served it.
+STEER_WARPS = 8
 # Of a multiprocessor, on every supported GPU.
 REGISTERS = 65536
 TABLE = Path(__file__).parent / "launch_table.json"

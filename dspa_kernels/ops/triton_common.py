@@ -48,7 +48,7 @@ def row_chunk(p_row, i_k, o_k, d_in, b_mean, b_divisor, NORMALIZE: tl.constexpr)
     m_k = o_k < d_in - i_k
     b_x = tl.load(p_row + i_k + o_k, mask=m_k, other=0.0).to(tl.float32)
     if NORMALIZE != "none":
-        b_x = tl.where(m_k, (b_x - b_mean) / b_divisor, 0.0)
+        b_x = tl.where(m_k, tl.div_rn(b_x - b_mean, b_divisor), 0.0)
     return b_x
 
 
@@ -66,7 +66,7 @@ def row_scale(p_row, d_in, NORMALIZE: tl.constexpr, BLOCK_K: tl.constexpr):
         b_sum = tl.zeros([BLOCK_K], dtype=tl.float32)
         for i_k in range(0, d_in, BLOCK_K):
             b_sum += row_chunk(p_row, i_k, o_k, d_in, b_mean, b_divisor, "none")
-        b_mean = tl.sum(b_sum, axis=0) / d_in
+        b_mean = tl.div_rn(tl.sum(b_sum, axis=0), tl.cast(d_in, tl.float32))
     if NORMALIZE != "none":
         b_square = tl.zeros([BLOCK_K], dtype=tl.float32)
         for i_k in range(0, d_in, BLOCK_K):
@@ -74,10 +74,10 @@ def row_scale(p_row, d_in, NORMALIZE: tl.constexpr, BLOCK_K: tl.constexpr):
             b_x = tl.where(o_k < d_in - i_k, b_x - b_mean, 0.0)
             b_square += b_x * b_x
         if NORMALIZE == "layer_norm":
-            b_scale = tl.sqrt_rn(tl.sum(b_square, axis=0) / (d_in - 1))
+            b_scale = tl.sqrt_rn(tl.div_rn(tl.sum(b_square, axis=0), tl.cast(d_in - 1, tl.float32)))
             b_divisor = b_scale + 1e-5
         else:
-            b_scale = tl.sqrt_rn(tl.sum(b_square, axis=0) / d_in)
+            b_scale = tl.sqrt_rn(tl.div_rn(tl.sum(b_square, axis=0), tl.cast(d_in, tl.float32)))
             b_divisor = b_scale
     return b_mean, b_divisor, b_scale
 
@@ -161,8 +161,9 @@ def grid_arrive(p_barrier, n_programs):
 @triton.jit
 def grid_wait(p_barrier, b_ticket):
     """Wait until all programs have arrived. The launch has to be cooperative."""
-    # Plain loads look for the sign to turn; one atomic then makes what the others wrote visible.
+    # Plain loads look for the sign to turn; one atomic then makes what the others wrote visible. It compares with
+    # and stores the same value, since to add 0 is optimised away, and the acquire with it.
     while (tl.load(p_barrier, volatile=True) ^ b_ticket) >= 0:
         pass
-    tl.atomic_add(p_barrier, 0, sem="acquire", scope="gpu")
+    tl.atomic_cas(p_barrier, b_ticket, b_ticket, sem="acquire", scope="gpu")
     tl.debug_barrier()

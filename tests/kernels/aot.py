@@ -114,6 +114,12 @@ def unguarded_tickets(ptx: str) -> int:
     return unguarded
 
 
+def unfinished_waits(ptx: str) -> int:
+    """Loops that look for other programs' arrival, after which nothing makes visible what those wrote."""
+    spins = [match.end() for match in re.finditer(r"ld\.volatile\.global", ptx)]
+    return sum("acquire" not in ptx[spin:].partition("ld.volatile.global")[0][:2000] for spin in spins)
+
+
 def facts(kernel: Compiled) -> dict[str, Any]:
     """What the tests ask about a compiled kernel."""
     sass = kernel.dump("--dump-sass")
@@ -124,6 +130,8 @@ def facts(kernel: Compiled) -> dict[str, Any]:
         "shared": kernel.shared,
         "tickets": len(re.findall(r"atom\.[\w.]*acq_rel", kernel.asm["ptx"])),
         "unguarded_tickets": unguarded_tickets(kernel.asm["ptx"]),
+        "waits": kernel.asm["ptx"].count("ld.volatile.global"),
+        "unfinished_waits": unfinished_waits(kernel.asm["ptx"]),
         "tensor_cores": len(re.findall(r"\b(?:HGMMA|HMMA)\b", sass)),
         "wide_copies": len(re.findall(r"\bLDGSTS[\w.]*\.128\b", sass)),
         "narrow_copies": len(re.findall(r"\bLDGSTS\b(?![\w.]*\.128\b)", sass)),

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from dspa_kernels.launch import REGISTERS
+from dspa_kernels.launch import REGISTERS, STEER_WARPS, table
 
 ROOT = Path(__file__).parents[2]
 # Shared memory of a multiprocessor, and what of it every program has reserved, in bytes.
@@ -88,3 +88,10 @@ def test_a_block_barrier_before_every_ticket(compiled: dict[int, list[Facts]], c
     assert cooperative
     for each in cooperative:
         assert each["tickets"] >= 2 and each["unguarded_tickets"] == 0, each
+        assert each["waits"] >= 2 and each["unfinished_waits"] == 0, each
+
+
+def test_all_entries_of_steer_have_as_many_warps() -> None:
+    """Sums over a block follow its layout, so that the bits of a row would else depend on its batch."""
+    entries = [entry for entry in table() if entry.kernel.startswith("steer")]
+    assert {entry.launch.num_warps for entry in entries} == {STEER_WARPS}

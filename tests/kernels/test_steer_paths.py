@@ -206,7 +206,7 @@ def test_the_screen_reads_few_rows() -> None:
     _, plain = steered("triton", **arguments, alpha=0)
     screened = EncoderStream.of(arguments["sae"], screen="int8")
     _, few = steered("triton", **arguments, alpha=0, stream=screened)
-    assert plain["read"] == 150 and 0 < few["read"] < 15
+    assert plain["read"] == 150 and 0 < few["read"] < 30
     tied = wide_case(*adversarial("all rows are candidates", torch.bfloat16), kind="relu")
     tied = {**tied, "h": tied["h"][:1].abs() * tied["sae"].W_enc[0].sign(), "plan": _first(tied["plan"])}
     _, all_rows = steered("triton", **tied, alpha=0, stream=EncoderStream.of(tied["sae"], screen="int8"))

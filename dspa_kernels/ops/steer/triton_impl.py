@@ -10,7 +10,7 @@ What a phase leaves for the next lies in scratch that is written before it is re
 
 from __future__ import annotations
 
-import itertools
+import collections
 from typing import Any
 
 import torch
@@ -361,20 +361,23 @@ def steer_kernel(
 
 
 _streams: dict[tuple[int | None, int], int] = {}
-_captures = itertools.count()
+_captures: collections.Counter[int] = collections.Counter()
 
 
 def barrier_of(barriers: Tensor) -> Tensor:
     """The word on which this launch's programs wait for each other.
 
     One a stream, since launches of two streams may run at the same time; one a captured launch, since a graph
-    may be replayed on any stream (after 32 the first is taken again).
+    may be replayed on any stream. Where all are taken, a new one.
     """
     half = N_BARRIERS // 2
     if INTERPRETED:
         return barriers[0]
     if torch.cuda.is_current_stream_capturing():
-        return barriers[half + next(_captures) % half]
+        owner = barriers.data_ptr()
+        _captures[owner] += 1
+        i = half + _captures[owner] - 1
+        return barriers[i] if i < N_BARRIERS else torch.zeros_like(barriers[0])
     stream = (barriers.device.index, torch.cuda.current_stream(barriers.device).cuda_stream)
     i = _streams.setdefault(stream, len(_streams))
     return barriers[i] if i < half else torch.zeros_like(barriers[0])
@@ -453,7 +456,7 @@ def launch_steer(
         "p_norms": None if screen_W_enc is None else scratch(n_rows, 2, dtype=torch.float32),
         "p_value": scratch(n_rows, n_slots + n_large, dtype=torch.float32),
         "p_finite": scratch(n_rows),
-        "p_maximum": scratch(n_rows),
+        "p_maximum": scratch(triton.cdiv(n_rows, launch.BLOCK_N) * launch.BLOCK_N),
         "p_beaten": scratch(n_rows, n_slots) if k else None,
         "p_barrier": barrier_of(barriers),
         "alpha": alpha,

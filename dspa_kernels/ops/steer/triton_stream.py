@@ -3,11 +3,14 @@
 import triton
 import triton.language as tl
 
+from dspa_kernels.launch import STEER_WARPS
 from dspa_kernels.ops.steer.triton_select import plan_rows, summarise
 from dspa_kernels.ops.triton_common import product_tile
 
-# Twice what one sum of products loses at a term, truncation counted: a bound for two of them.
-ROUNDING = tl.constexpr(2.0**-22)
+# Twice what one sum of products loses at a term, truncation counted: a bound for two of them. Rows that are split
+# make three products of one.
+ROUNDING, SPLIT_ROUNDING = tl.constexpr(2.0**-22), tl.constexpr(2.0**-20)
+THREADS = tl.constexpr(32 * STEER_WARPS)
 
 
 @triton.jit
@@ -79,10 +82,14 @@ def stream_tile(
     Screened, an upper bound on each pre-activation decides which rows could raise a maximum (or, for top-k, beat
     the least of the row's selected latents); only those are read, through the same products.
     """
+    COPIES: tl.constexpr = (THREADS + BLOCK_N - 1) // BLOCK_N
     o_latent, o_row = i_latent + tl.arange(0, BLOCK_L), i_row + tl.arange(0, BLOCK_N)
-    # Others may have raised it: past the first-level cache, which would not see that.
-    b_now = tl.load(p_maximum + o_row, mask=m_waiting, other=0, cache_modifier=".cg")
-    b_bound = tl.maximum(b_bound, b_now.to(tl.float32, bitcast=True))
+    # Others may raise it meanwhile, so it is read past the first-level cache, by each thread once, and what all
+    # threads decide by is the reduction: two that read for themselves could go different ways.
+    o_copy = tl.arange(0, COPIES * BLOCK_N)
+    b_now = tl.load(p_maximum + i_row + o_copy % BLOCK_N, cache_modifier=".cg")
+    b_now = tl.max(tl.reshape(b_now, [COPIES, BLOCK_N]), axis=0)
+    b_bound = tl.where(m_waiting, tl.maximum(b_bound, b_now.to(tl.float32, bitcast=True)), b_bound)
     m_open = m_waiting
     if SETTLE:
         m_open = m_waiting & (b_need > alpha * b_bound)
@@ -99,7 +106,8 @@ def stream_tile(
             b_error = tl.load(p_screen + 2 * d_sae + o_latent, mask=m_latent, other=0.0)
             b_size = tl.load(p_screen + 3 * d_sae + o_latent, mask=m_latent, other=0.0)
             b_near = tl.load(p_norms + 2 * o_row, mask=m_open, other=0.0)
-            b_norm = tl.load(p_norms + 2 * o_row + 1, mask=m_open, other=0.0) * ((d_in + 32) * ROUNDING)
+            b_loss = (d_in + 32) * (SPLIT_ROUNDING if PRECISION == 1 else ROUNDING)
+            b_norm = tl.load(p_norms + 2 * o_row + 1, mask=m_open, other=0.0) * b_loss
             b_upper = b_z * b_s[:, None] + b_offset[:, None]
             b_upper += b_error[:, None] * b_near[None, :] + b_size[:, None] * b_norm[None, :]
             if TOP_K:
