@@ -6,7 +6,7 @@ from torch import Tensor
 from dspa_kernels.backends import choose, define_op
 from dspa_kernels.ops.common import compute_dtype
 from dspa_kernels.ops.map_lookup import check_lookup, n_slots
-from dspa_kernels.ops.steer import GATE, check_residual, fake_steered, stream_of
+from dspa_kernels.ops.steer import GATE, check_residual, empty_results, stream_of
 from dspa_kernels.weights import COLUMNS, STREAM, Edits, EncoderStream, MapWeights, SAEWeights, SteeringPlan
 
 
@@ -69,7 +69,7 @@ def _fake(
 ) -> tuple[Tensor, ...]:
     slots = counts.new_empty(counts.shape[0], n_slots(k_diff, lookup_mode))
     signs = slots.new_empty(slots.shape, dtype=torch.int8)
-    return (*fake_steered(h, W_enc, slots.shape[1], record), slots, signs)
+    return (*empty_results(h, W_enc, slots.shape[1], record), slots, signs)
 
 
 _lookup_and_steer = define_op(

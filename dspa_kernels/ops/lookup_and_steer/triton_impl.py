@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dspa_kernels.ops.map_lookup.triton_impl import SIDES, lookup_constants
-from dspa_kernels.ops.steer.triton_impl import launch_steer
+from dspa_kernels.ops.steer.triton_impl import steer
 
 
 def lookup_and_steer(
@@ -28,4 +28,4 @@ def lookup_and_steer(
         "k_diff": k_diff,
         **lookup_constants(k_prompt, k_diff, lookup_mode),
     }
-    return (*launch_steer(slots=slots, signs=signs, lookup=lookup, **residual), slots, signs)
+    return (*steer(slots=slots, signs=signs, lookup=lookup, **residual), slots, signs)

@@ -165,8 +165,8 @@ def check_residual(
             check_device(name, tensor, h, "h")
 
 
-def fake_steered(h: Tensor, W_enc: Tensor, n_slots: int, record: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shapes and dtypes of h', before, after, maximum; nothing is kept of the edits unless recorded."""
+def empty_results(h: Tensor, W_enc: Tensor, n_slots: int, record: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for h', before, after and maximum; nothing is kept of the edits unless recorded."""
     dtype, n_rows = compute_dtype(h, W_enc), h.shape[0] if record else 0
     slots = h.new_empty(n_rows, n_slots, dtype=dtype)
     out = torch.empty_like(h, memory_format=torch.contiguous_format)
@@ -174,7 +174,7 @@ def fake_steered(h: Tensor, W_enc: Tensor, n_slots: int, record: bool) -> tuple[
 
 
 def _fake(h: Tensor, W_enc: Tensor, slots: Tensor, record: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fake_steered(h, W_enc, slots.shape[1], record)
+    return empty_results(h, W_enc, slots.shape[1], record)
 
 
 GATE = "Tensor? rows, Tensor? positions, Tensor? start, Tensor(a!)? paths"

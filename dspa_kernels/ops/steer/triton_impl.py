@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from dspa_kernels.launch import launch_parameters
+from dspa_kernels.ops.steer import empty_results
 from dspa_kernels.ops.steer.triton_kernel import ALL, LOOKUP, SELECT, STREAM, TAIL, steer_kernel
 from dspa_kernels.ops.triton_common import INTERPRETED, n_programs, precision
 from dspa_kernels.weights import N_BARRIERS
@@ -26,6 +27,9 @@ from dspa_kernels.weights import N_BARRIERS
 BLOCK_S, BLOCK_C = 8, 512
 # Slots that are looked at together, and columns that one program of the tail writes.
 BLOCK_SLOTS, BLOCK_D = 16, 256
+NO_LOOKUP = dict.fromkeys(("p_counts", "p_values", "p_prompt", "p_key")) | dict.fromkeys(
+    ("d_sae_in", "k_prompt", "k_diff"), 0
+)
 
 
 _streams: dict[tuple[int | None, int], int] = {}
@@ -51,7 +55,7 @@ def barrier_of(barriers: Tensor) -> Tensor:
     return barriers[i] if i < half else torch.zeros_like(barriers[0])
 
 
-def launch_steer(
+def steer(
     h: Tensor,
     W_enc: Tensor,
     b_enc: Tensor,
@@ -79,12 +83,10 @@ def launch_steer(
     record: bool,
     lookup: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One launch; with `lookup`, which first fills slots and signs, of `lookup_and_steer`."""
+    """h', before, after, maximum; with `lookup`, which first fills slots and signs, of `lookup_and_steer`."""
     (n_rows, d_in), d_sae = h.shape, len(W_enc)
     n_prompts, n_slots = slots.shape
-    out = torch.empty_like(h, memory_format=torch.contiguous_format)
-    full = h.new_empty((n_rows if record else 0), n_slots, dtype=torch.float32), n_rows if record else 0
-    before, after, most = full[0], torch.empty_like(full[0]), h.new_empty(full[1], dtype=torch.float32)
+    out, before, after, most = empty_results(h, W_enc, n_slots, record)
     if not n_rows and lookup is None:
         return out, before, after, most
 
@@ -152,13 +154,3 @@ def launch_steer(
             **arguments, n_programs=programs, PHASE=phase, **launch.kernel_options(), launch_cooperative_grid=True
         )
     return out, before, after, most
-
-
-NO_LOOKUP = dict.fromkeys(("p_counts", "p_values", "p_prompt", "p_key")) | dict.fromkeys(
-    ("d_sae_in", "k_prompt", "k_diff"), 0
-)
-
-
-def steer(**arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h', before, after, maximum."""
-    return launch_steer(**arguments)
