@@ -1,0 +1,107 @@
+"""The command line. Parses arguments and calls the package; every heavy import waits for its command."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dspa.cli import maps, saes
+from dspa.cli.common import check_writable, console, print_table
+from dspa.cli.generate import generate
+
+app = typer.Typer(
+    help="Steer language models with sparse autoencoders (SAEs): DSPA, preference alignment at inference time.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.add_typer(maps.app, name="map")
+app.add_typer(saes.app, name="sae")
+app.command()(generate)
+
+PACKAGES = ("dspa-kernels", "torch", "triton", "transformers", "sae-lens", "safetensors", "numpy")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("dspa-kernels"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Show the version and stop.", is_eager=True, callback=_show_version)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where in the code an error comes from.")] = False,
+) -> None:
+    # Nothing to do before a command: `main` looks for --debug when one fails.
+    del debug, show_version
+
+
+@app.command()
+def demo(
+    retrain: Annotated[bool, typer.Option("--retrain", help="Train the demo's model and SAEs again first.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Where to write all results.")] = Path(
+        "dspa-demo.json"
+    ),
+) -> None:
+    """Steer a small language model, trained for this, and compare DSPA with the base model and a static set.
+
+    Runs on two CPU cores in under two minutes, without a network.
+    """
+    from dspa.demo import run
+
+    check_writable("--json", json_path)
+    if retrain:
+        from dspa.demo.train import train
+
+        # A training that is stopped leaves the demo as it was.
+        with TemporaryDirectory() as folder:
+            train(Path(folder))
+            shutil.copytree(folder, run.ASSETS, dirs_exist_ok=True)
+    run.run(json_path)
+
+
+@app.command()
+def info() -> None:
+    """Tell versions, devices, and which backends can run here and why the others cannot."""
+    import torch
+
+    from dspa_kernels import available_backends
+
+    versions = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    print_table("dspa-kernels", versions | {"CUDA devices": ", ".join(gpus) or "none"})
+    table = Table("backend", "runs here", "ops or reason", title="Backends, in the order in which auto tries them")
+    for name, status in available_backends().items():
+        table.add_row(name, "yes" if status.available else "no", status.reason or ", ".join(status.ops))
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command line: an error is one message and exit code 2."""
+    from safetensors import SafetensorError
+
+    try:
+        app(prog_name="dspa")
+    except (ValueError, RuntimeError, OSError, ImportError, SafetensorError) as error:
+        if "--debug" in sys.argv:
+            raise
+        Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}")
+        raise SystemExit(2) from error

@@ -1,0 +1,89 @@
+"""What commands share: options, loading, tables."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from dspa.saes import FrozenSAE
+
+console = Console()
+
+
+class DType(str, Enum):
+    """Numbers that a model computes with."""
+
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+SAE_HELP = "A folder or file of an SAE, or RELEASE:SAE_ID of SAELens' catalogue."
+Model = Annotated[str, typer.Option(help="A Hugging Face model: a folder or a Hub name.", show_default=False)]
+SAEIn = Annotated[str, typer.Option("--sae-in", help=f"Input SAE, which reads the prompt. {SAE_HELP}")]
+SAEOut = Annotated[str, typer.Option("--sae-out", help=f"Output SAE, where edits happen. {SAE_HELP}")]
+LayerIn = Annotated[int | None, typer.Option(help="Layer of the input SAE, if its files do not say it.")]
+LayerOut = Annotated[int | None, typer.Option(help="Layer of the output SAE, if its files do not say it.")]
+Device = Annotated[str, typer.Option(help="cuda, cuda:1, cpu; auto takes cuda where there is one.")]
+Numbers = Annotated[DType, typer.Option("--dtype", help="Numbers of the model and the SAEs.")]
+Name = Annotated[str | None, typer.Option(help="What the model is, if its name or path does not tell.")]
+Layers = Annotated[str | None, typer.Option(help="Dotted path of the decoder layers, for an unknown architecture.")]
+
+
+def print_table(title: str, rows: dict[str, Any]) -> None:
+    """Names and values, a line each."""
+    table = Table(title=title, show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, escape(str(value)))
+    console.print(table)
+
+
+def check_writable(option: str, path: Path | None) -> None:
+    """Raise before the work, not after it."""
+    if path is not None and (not path.parent.is_dir() or path.is_dir()):
+        raise ValueError(f"{option} is {path}; accepted: a file in a folder that exists.")
+
+
+def device_named(name: str) -> str:
+    """The device that --device means."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device is {name!r} and no CUDA device was found; accepted here: cpu, auto.")
+    return name
+
+
+def load_sae(spec: str, layer: int | None, device: str) -> FrozenSAE:
+    """An SAE from a path, or from RELEASE:SAE_ID."""
+    from dspa.saes import FrozenSAE
+
+    release, _, sae_id = spec.partition(":")
+    if sae_id and not Path(spec).exists():
+        return FrozenSAE.from_pretrained(release, sae_id, device=device, layer=layer)
+    return FrozenSAE.load(spec, layer=layer, device=device)
+
+
+def load_all(
+    model: str, sae_in: tuple[str, int | None], sae_out: tuple[str, int | None], device: str, dtype: DType
+) -> tuple[Any, Any, FrozenSAE, FrozenSAE]:
+    """Model, tokenizer and the two SAEs, the SAEs in the model's dtype."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = device_named(device)
+    # SAEs first: they are quick to load, and wrong more often.
+    saes = [load_sae(spec, layer, device) for spec, layer in (sae_in, sae_out)]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    load_model: Any = AutoModelForCausalLM.from_pretrained
+    lm = load_model(model, dtype=dtype.value).to(device).eval()
+    read, edit = (sae.to(dtype=lm.dtype) for sae in saes)
+    return lm, tokenizer, read, edit
