@@ -28,6 +28,7 @@ import dspa
 from bench.cases import ON_GPU
 from bench.conftest import Record
 from bench.measure import DEVICE, Times
+from dspa.cdmap import MapMeta
 
 TINY: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 128, "num_attention_heads": 4}
 TINY |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256, "query_pre_attn_scalar": 16}
@@ -78,16 +79,52 @@ def random_sae(layer: int, h: Tensor, spread: float) -> dspa.FrozenSAE:
     )
 
 
+def random_map(sae_in: dspa.FrozenSAE, sae_out: dspa.FrozenSAE, h: Tensor) -> dspa.ConditionalDifferenceMap:
+    """Random entries in as many columns as published ones have, calibrated on residuals `h` [N, d_in]."""
+    g = torch.Generator().manual_seed(0)
+    n_columns, n_triples = min(160, D_SAE // 2), 24
+    held = torch.bincount(sae_out.encode(h).argmax(dim=1), minlength=D_SAE).cpu()
+    hot = held.argsort(descending=True, stable=True)[: int((held > 0).sum())]
+    meta = MapMeta(
+        sae_in=sae_in.fingerprint,
+        sae_out=sae_out.fingerprint,
+        model_name="",
+        package=dspa.__version__,
+        layer_in=L_IN,
+        layer_out=L_OUT,
+        d_sae_in=D_SAE,
+        d_sae_out=D_SAE,
+        n_triples=n_triples,
+        n_cut=0,
+        count_tokens="all",
+        max_length=None,
+        percentile=90.0,
+        gate_rule="published",
+        k_diff=16,
+        sparsify=True,
+    )
+    return dspa.ConditionalDifferenceMap(
+        torch.randperm(D_SAE, generator=g)[:n_columns].sort().values.to(torch.int32),
+        torch.randn(D_SAE, n_columns, generator=g),
+        n_open=torch.full((D_SAE,), n_triples, dtype=torch.int32),
+        variance=torch.ones(n_columns),
+        gate_latents=torch.zeros(0, dtype=torch.int32),
+        gates=torch.zeros(0, -(-n_triples // 8), dtype=torch.uint8),
+        meta=meta,
+        hot=hot.to(torch.int32),
+        hot_counts=held[hot],
+        mean=h.float().mean(dim=0).cpu(),
+    )
+
+
 @lru_cache(maxsize=1)
 def steering(case: str) -> dspa.Steering:
-    """The whole way: a map from random triples, and steering with it."""
-    g = torch.Generator().manual_seed(0)
-    triples = [{name: text(g, PROMPT) for name in ("prompt", "chosen", "rejected")} for _ in range(24)]
-    ids = tokenizer()(triples[0]["prompt"], return_tensors="pt").input_ids.to(DEVICE)
+    """Random SAEs and a random map, of a realistic number of active latents."""
+    ids = tokenizer()(text(torch.Generator().manual_seed(0), PROMPT), return_tensors="pt").input_ids.to(DEVICE)
     hidden = model()(ids, output_hidden_states=True).hidden_states
     spread, mode = STEERED[case]
     sae_in, sae_out = (random_sae(layer, hidden[layer + 1][0], spread) for layer in (L_IN, L_OUT))
-    cdmap = dspa.build_map(model(), tokenizer(), triples, sae_in, sae_out, progress=False)
+    cdmap = random_map(sae_in, sae_out, hidden[L_OUT + 1][0])
     return dspa.Steering(sae_in, sae_out, cdmap, dspa.SteeringConfig(mode=mode))
 
 

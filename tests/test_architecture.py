@@ -17,14 +17,24 @@ DSPA = (
     {"cli"},
     {"demo"},
     {"baselines"},
-    {"steering"},
+    {"plots"},
+    {"map_reports"},
+    {"stability"},
+    {"steering", "build"},
+    {"reduction"},
     {"cdmap"},
     {"densities", "attach"},
+    {"sae_training"},
+    {"training_folder"},
+    {"activations", "batchtopk"},
+    {"shards"},
+    {"pieces"},
     {"hooks", "preferences", "trace", "config"},
     {"saes"},
     {"sae_weights"},
     {"sae_files"},
-    {"errors", "version", "prompts"},
+    {"tensor_files"},
+    {"errors", "version", "prompts", "ranks", "cost"},
 )
 KERNELS = ({"nn"}, {"ops"}, {"backends", "launch", "weights", "testing"}, {"checks"})
 
@@ -100,8 +110,8 @@ def test_triton_and_sae_lens_stay_inside():
 @pytest.mark.parametrize(
     ("package", "unwanted"),
     [
-        ("dspa.cli", ["torch", "transformers"]),
-        ("dspa.steering, dspa.cdmap, dspa.preferences", ["sae_lens", "trl", "peft", "datasets"]),
+        ("dspa.cli", ["torch", "transformers", "scipy", "matplotlib"]),
+        ("dspa.steering, dspa.cdmap, dspa.preferences", ["sae_lens", "trl", "peft", "datasets", "matplotlib"]),
         ("dspa_kernels", ["transformers", "triton"]),
     ],
 )

@@ -4,10 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dspa.cdmap import ConditionalDifferenceMap, build_map
+    from dspa.build import build_map
+    from dspa.cdmap import ConditionalDifferenceMap
     from dspa.config import SteeringConfig
+    from dspa.densities import collect
     from dspa.errors import MapError, ModelError
     from dspa.preferences import PreferenceError, Triple, load_triples
+    from dspa.reduction import reduce
     from dspa.sae_files import SAEError
     from dspa.saes import FrozenSAE
     from dspa.steering import Steering, detach
@@ -17,7 +20,9 @@ if TYPE_CHECKING:
 # seconds, for which `dspa --help` should not wait.
 HOMES = {
     "ConditionalDifferenceMap": "cdmap",
-    "build_map": "cdmap",
+    "build_map": "build",
+    "collect": "densities",
+    "reduce": "reduction",
     "SteeringConfig": "config",
     "MapError": "errors",
     "ModelError": "errors",
@@ -43,8 +48,10 @@ __all__ = [
     "Triple",
     "__version__",
     "build_map",
+    "collect",
     "detach",
     "load_triples",
+    "reduce",
 ]
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dspa.errors import ModelError
-from dspa.hooks import CausalLM, check_context
+from dspa.hooks import CausalLM, cache_in, check_context
 
 ATTRIBUTE = "_dspa_attachment"
 # Tensors of a call of generate() that this package understands; token types are all alike in text.
@@ -34,7 +34,7 @@ class Prompts:
     positions [B, T], the position_ids that the tokens have in the model.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     mask: Tensor
     positions: Tensor
 
@@ -174,7 +174,7 @@ def generate_prompts(model: CausalLM, inputs: Tensor | None, args: tuple[Any, ..
         _check_unpadded(tokens, [kwargs, kwargs.get("generation_config"), *args[:1], model.generation_config])
         mask = torch.ones(whole.shape[:2], dtype=torch.bool)
     mask = mask.to(whole.device).bool()
-    _check_prompt(model, whole.shape[1], mask, kwargs.get("past_key_values"))
+    _check_prompt(model, whole.shape[1], mask, cache_in(kwargs))
     positions = kwargs.get("position_ids")
     if positions is None:
         positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)

@@ -1,27 +1,27 @@
 """The expensive offline pass: run the model on preference triples, keep integer activation counts.
 
-Counts stay integers until the map is reduced from them, so that the map does not depend on how triples were
-batched, sharded or ordered. On the way, some response tokens tell which latents tend to hold a token's maximum and
-where residuals lie: with that, steering reads less of the encoder, and does nothing else.
+Counts stay integers until a map is reduced from them, so that it does not depend on how triples were batched, shared
+out or ordered. On the way, some response tokens tell which latents tend to hold a token's maximum and where residuals
+lie: with that, steering reads less of the encoder, and does nothing else.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from dspa.errors import MapError
+from dspa.errors import ModelError
 from dspa.hooks import (
     base_model,
     check_eval,
@@ -34,132 +34,23 @@ from dspa.hooks import (
     read_layers,
 )
 from dspa.hooks import model_name as name_of
-from dspa.preferences import TokenizedTriple, Triple, load_triples, tokenize_triple
+from dspa.pieces import DataRecord, Piece, Source, Tally
+from dspa.preferences import TokenizedTriple, Triple, tokenize_triple
+from dspa.ranks import Team
 from dspa.saes import FrozenSAE
+from dspa.shards import Collection, CollectSettings, Counts, Shard
 from dspa_kernels import activation_counts
 
-FORMAT = "dspa.counts.2"
-COUNT_TOKENS = ("all", "text")
-PARTS = ("prompt", "chosen", "rejected")
-# What is counted: latents on the tokens of each part, and which of them held the maximum of a response token.
-COUNTED = (*PARTS, "maxima")
-TRIPLES_A_SHARD = 32
 # Maxima are taken of at most this many tokens of a response, and so many latents at once.
 TOKENS_A_RESPONSE = 16
 LATENTS_A_BLOCK = 1 << 24
 # Residuals become multiples of this, no larger than the bound, so that sums of 2^23 of them are exact integers.
 ROW_QUANTUM = 2.0**-16
 ROW_BOUND = 2.0**24
-
-
-@dataclass(frozen=True)
-class CollectSettings:
-    """All that decides the counts. SAE fingerprints; layers; dtypes of model and SAEs; `count_tokens`; what each
-    triple was cut to (tokens); a digest of the tokens of the data; and the format of the shards."""
-
-    model_name: str
-    sae_in: str
-    sae_out: str
-    layer_in: int
-    layer_out: int
-    d_sae_in: int
-    d_sae_out: int
-    dtypes: str
-    count_tokens: str
-    max_length: int | None
-    data: str
-    n_triples: int
-    n_cut: int
-    format: str = FORMAT
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Sparse counts of N texts: text n activates latent `latents[e]` on `counts[e]` of its `lengths[n]` tokens, for
-    the entries e from `starts[n]` to `starts[n + 1]`. All int64 but counts and latents, int32."""
-
-    starts: Tensor
-    latents: Tensor
-    counts: Tensor
-    lengths: Tensor
-
-    @classmethod
-    def join(cls, rows: Sequence[tuple[Tensor, Tensor, int]]) -> Counts:
-        """Of one (latents, counts, length) a text."""
-        sizes = torch.tensor([0, *(len(latents) for latents, _, _ in rows)])
-        return cls(
-            starts=sizes.cumsum(0),
-            latents=torch.cat([latents for latents, _, _ in rows]),
-            counts=torch.cat([counts for _, counts, _ in rows]),
-            lengths=torch.tensor([length for _, _, length in rows]),
-        )
-
-    def row(self, n: int) -> tuple[Tensor, Tensor, int]:
-        """Latents, counts and length of text n."""
-        entries = slice(int(self.starts[n]), int(self.starts[n + 1]))
-        return self.latents[entries], self.counts[entries], int(self.lengths[n])
-
-    def densities(self, width: int) -> Tensor:
-        """`rho` [N, width] in fp64: the fraction of each text's tokens on which each latent is active."""
-        n_texts = len(self.lengths)
-        text = torch.repeat_interleave(torch.arange(n_texts), self.starts.diff())
-        rho = torch.zeros(n_texts, width, dtype=torch.float64)
-        rho[text, self.latents.long()] = self.counts.double()
-        # A text whose tokens are all special has no text tokens to count.
-        return rho / self.lengths.clamp(min=1)[:, None]
-
-
-@dataclass(frozen=True)
-class Densities:
-    """Counts of N triples in their order: of prompts at the input SAE, of responses at the output SAE.
-
-    maxima counts the tokens of both responses whose largest output latent it is, at most TOKENS_A_RESPONSE of each
-    (every n-th one), a token without an active latent for none; its lengths are the tokens that were looked at.
-    totals [N, d_in] int64: their residuals as the output SAE normalises them, summed, in units of ROW_QUANTUM.
-    """
-
-    settings: CollectSettings
-    prompt: Counts
-    chosen: Counts
-    rejected: Counts
-    maxima: Counts
-    totals: Tensor
-
-    def hot(self) -> tuple[Tensor, Tensor]:
-        """Output latents that ever held a maximum, [H] int32, most often first and of equals the smaller, and how
-        often they did, [H] int64."""
-        held = torch.zeros(self.settings.d_sae_out, dtype=torch.int64)
-        held.index_add_(0, self.maxima.latents.long(), self.maxima.counts.long())
-        order = held.argsort(descending=True, stable=True)[: int((held > 0).sum())]
-        return order.to(torch.int32), held[order]
-
-    def mean(self) -> Tensor:
-        """Mean residual [d_in] fp32 of the same tokens, normalised, as exact as bf16: what batching does to the last
-        bits of hidden states should not show in a map."""
-        n_tokens = int(self.maxima.lengths.sum())
-        mean = self.totals.sum(dim=0).double() * ROW_QUANTUM / max(1, n_tokens)
-        return mean.to(torch.bfloat16).float()
-
-
-@dataclass(frozen=True)
-class _Item:
-    index: int
-    triple: TokenizedTriple
-
-    @property
-    def length(self) -> int:
-        return len(self.triple.prompt) + max(len(self.triple.chosen), len(self.triple.rejected))
-
-
-@dataclass(frozen=True)
-class _Row:
-    """What one triple gives: latents, counts and length of each of COUNTED, and its row of `Densities.totals`."""
-
-    counts: dict[str, tuple[Tensor, Tensor, int]]
-    total: Tensor
-
-
-Rows = dict[int, _Row]
+# A batch of at least one SMALL_BATCH-th of the budget takes no more padding than this times its tokens.
+MOST_PADDED, SMALL_BATCH = 1.1, 8
+# Texts that tell tokenizers apart.
+PROBE = ("The quick brown fox, it's 42 years old!\n\n\tdef f(x): return x**2", "Über naïve cafés — 日本語 и русский 🙂")
 
 
 def collect(
@@ -169,256 +60,342 @@ def collect(
     sae_in: FrozenSAE,
     sae_out: FrozenSAE,
     *,
-    count_tokens: str = "all",
+    first: int | None = None,
     max_length: int | None = None,
     batch_tokens: int = 8192,
     work_dir: str | Path | None = None,
     progress: bool = True,
     layers: str | None = None,
     model_name: str | None = None,
-) -> Densities:
+) -> Collection:
     """Count active latents on every triple, teacher-forced (DSPA, activation densities).
+
+    Each prompt runs once, and both responses go on from its key/value cache; nothing runs above the output layer.
+    Where a launcher started several processes (torchrun, accelerate), they share the work, and each returns when all
+    of it is done.
 
     Args:
         model, tokenizer: the model that will be steered.
-        triples: what `load_triples` takes. All are read and checked before the model runs.
+        triples: what `load_triples` takes, read a window at a time. What can be read twice (a file, a list, a
+            `datasets.Dataset`) is read and tokenized first, so that a bad triple is found before the model runs.
         sae_in, sae_out: the SAEs, copied to the devices of their layers where they are elsewhere.
-        count_tokens: "all" tokens, as published, or "text": special tokens left out.
+        first: use the first so many triples only.
         max_length: tokens of prompt and response together; longer responses are cut at their end, and a prompt
             that leaves no room is refused. Default: the model's context.
-        batch_tokens: padded tokens a forward pass, two sequences a triple.
-        work_dir: a folder for finished shards, from which a stopped run goes on.
+        batch_tokens: tokens of a batch, padding and, for responses, their prompts counted. It becomes less by itself,
+            with a warning, where memory does not suffice.
+        work_dir: a folder for finished shards, from which a stopped run goes on. Several processes need one. By
+            default the counts are in a temporary folder, and go with the result.
         progress: show a bar with the rate and the time left.
         layers, model_name: as for `Steering.attach`.
 
     Raises:
         PreferenceError: a bad triple. ModelError: an SAE that does not fit, a model in training mode, hidden
-        states that are not finite.
-        MapError: a work_dir of other settings, or damaged.
+        states that are not finite, a triple that the memory does not suffice for.
+        MapError: a work_dir of other settings or data, or damaged. OSError: what cannot be written.
     """
-    if count_tokens not in COUNT_TOKENS:
-        raise ValueError(f"`count_tokens` is {count_tokens!r}; accepted: {', '.join(COUNT_TOKENS)}.")
-    inner = base_model(model)
-    check_eval(inner)
-    stack = decoder_layers(inner, layers)
-    check_saes(sae_in, sae_out, inner, len(stack), model_name)
-    sae_in, sae_out = (sae.to(device_of(stack[layer_of(sae)])) for sae in (sae_in, sae_out))
-    context = context_length(inner)
-    limit = context if max_length is None else max_length
-    if limit is not None and not 2 <= limit <= (context or limit):
-        raise ValueError(f"`max_length` is {limit!r}; accepted: 2 to {context}, the model's positions.")
-    items = [
-        _Item(index, tokenize_triple(triple, tokenizer, max_length=limit))
-        for index, triple in enumerate(load_triples(triples))
-    ]
-    settings = _settings(inner, sae_in, sae_out, items, count_tokens, limit, model_name)
-    shards = _Shards(Path(work_dir), settings) if work_dir is not None else None
-    rows: Rows = shards.read() if shards else {}
-    waiting = sorted((item for item in items if item.index not in rows), key=lambda item: item.length)
-    fresh: Rows = {}
-    with tqdm(total=len(items), initial=len(rows), unit="triple", disable=not progress, desc="collect") as bar:
-        for batch in _batches(waiting, batch_tokens):
-            counted = _count(inner, batch, sae_in, sae_out, count_tokens, layers)
-            rows.update(counted)
-            fresh.update(counted)
-            if shards and (len(fresh) >= TRIPLES_A_SHARD or batch[-1] is waiting[-1]):
-                shards.write(fresh)
-                fresh = {}
-            bar.update(len(batch))
-    return Densities(settings=settings, **_joined([rows[n] for n in range(len(items))]))
+    team = Team()
+    if team.size > 1 and work_dir is None:
+        raise ValueError(
+            f"`work_dir` is None for {team.size} processes; accepted: a folder that all of them share. Their counts "
+            "meet there."
+        )
+    reader = _Reader(model, tokenizer, sae_in, sae_out, max_length, batch_tokens, layers, model_name)
+    settings = reader.settings()
+    collection = team.in_turn("manifest", lambda: Collection.start(work_dir, settings))
+    source = Source(triples, first)
+    if source.known:
+        known = _read_ahead(source, reader, team, progress)
+        team.in_turn("known", lambda: collection.record(known))
+    found = _count_all(collection, source, reader, team, progress)
+    team.in_turn("found", lambda: collection.record(found))
+    team.leave()
+    return collection
 
 
-def _joined(rows: Sequence[_Row]) -> dict[str, Any]:
-    """The fields of `Densities` that hold one row a triple."""
-    counts = {name: Counts.join([row.counts[name] for row in rows]) for name in COUNTED}
-    return {**counts, "totals": torch.stack([row.total for row in rows])}
+def _read_ahead(source: Source, reader: _Reader, team: Team, progress: bool) -> DataRecord:
+    """Read all triples, and tokenize those of every `team.size`-th piece, to find what is wrong with them."""
+    tally = Tally()
+    with tqdm(unit="triple", desc="check", leave=False, disable=not progress or team.rank > 0) as bar:
+        for piece in source.pieces():
+            tally.add(piece)
+            if piece.number % team.size == team.rank:
+                for _, triple in piece.triples:
+                    reader.tokenize(triple)
+            bar.update(len(piece.triples))
+    return tally.record()
 
 
-def _settings(
-    model: nn.Module,
-    sae_in: FrozenSAE,
-    sae_out: FrozenSAE,
-    items: Sequence[_Item],
-    count_tokens: str,
-    max_length: int | None,
-    called: str | None,
-) -> CollectSettings:
-    digest = hashlib.sha256()
-    for item in items:
-        digest.update(json.dumps([getattr(item.triple, part) for part in PARTS]).encode())
-    return CollectSettings(
-        model_name=called or name_of(model),
-        sae_in=sae_in.fingerprint,
-        sae_out=sae_out.fingerprint,
-        layer_in=layer_of(sae_in),
-        layer_out=layer_of(sae_out),
-        d_sae_in=sae_in.d_sae,
-        d_sae_out=sae_out.d_sae,
-        dtypes=", ".join(str(each.dtype) for each in (model, sae_in, sae_out)),
-        count_tokens=count_tokens,
-        max_length=max_length,
-        data=digest.hexdigest()[:16],
-        n_triples=len(items),
-        n_cut=sum(item.triple.cut for item in items),
-    )
+def _count_all(collection: Collection, source: Source, reader: _Reader, team: Team, progress: bool) -> DataRecord:
+    """Count the pieces that this process gets, and wait for those of the others."""
+    tally, mine, known = Tally(), team.claim(), collection.data
+    total = known.n_triples if known else None
+    with tqdm(total=total, unit="triple", desc="collect", disable=not progress or team.rank > 0) as bar:
+
+        def show(n_triples: int) -> None:
+            bar.update(n_triples - bar.n)
+
+        for piece in source.pieces():
+            tally.add(piece)
+            if known and piece.number >= known.n_pieces:
+                # More data than the folder is of: raises before any of them is counted.
+                collection.record(tally.record())
+            if piece.number != mine:
+                continue
+            mine = team.claim()
+            if collection.has(piece.number, piece.digest):
+                # Counted before: no part of the rate, which a bar that is not shown does not have.
+                if not bar.disable:
+                    bar.initial += len(piece.triples)
+            else:
+                collection.write(piece.number, piece.digest, reader.count(piece))
+            show(team.finished(1, len(piece.triples)))
+        found = tally.record()
+        team.wait(found.n_pieces, show)
+    return found
 
 
-def _batches(items: Sequence[_Item], batch_tokens: int) -> Iterator[list[_Item]]:
-    """Neighbours of like length, as many as fit the budget, and at least one."""
-    batch: list[_Item] = []
-    for item in items:
-        if batch and 2 * (len(batch) + 1) * item.length > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
+@dataclass(frozen=True)
+class _Item:
+    """A triple: its number in the data, what errors call it, its tokens."""
+
+    index: int
+    name: str
+    triple: TokenizedTriple
 
 
-def _count(
-    model: nn.Module,
-    batch: Sequence[_Item],
-    sae_in: FrozenSAE,
-    sae_out: FrozenSAE,
-    count_tokens: str,
-    layers: str | None,
-) -> Rows:
-    """Counts of one batch, by the index of the triple.
+@dataclass(frozen=True)
+class _Group:
+    """Responses, the longest first: which row of the batch each is, its tokens, and which of them are text."""
 
-    The sequences 2 i and 2 i + 1 are prompt + chosen and prompt + rejected of triple i, padded on the right, where a
-    causal model cannot see it. Prompts are counted on the first of the two, at `l_in`; responses at `l_out`, and
-    some of their tokens looked at more closely.
-    """
-    width = max(item.length for item in batch)
-    tokens = torch.zeros(2 * len(batch), width, dtype=torch.long)
-    prompt, response, sample = (torch.full(tokens.shape, -1, dtype=torch.int32) for _ in range(3))
-    for i, item in enumerate(batch):
-        start = len(item.triple.prompt)
-        for row, part in ((2 * i, "chosen"), (2 * i + 1, "rejected")):
-            answer = getattr(item.triple, part)
-            end = start + len(answer)
-            tokens[row, :end] = torch.tensor([*item.triple.prompt, *answer])
-            counted = _counted(item, part, count_tokens)
-            response[row, start:end] = torch.where(counted, row, -1)
-            sample[row, start + _evenly(counted.nonzero().flatten(), TOKENS_A_RESPONSE)] = i
-        prompt[2 * i, :start] = torch.where(_counted(item, "prompt", count_tokens), i, -1)
+    rows: list[int]
+    ids: list[list[int]]
+    text: list[list[bool]]
 
-    l_in, l_out = layer_of(sae_in), layer_of(sae_out)
-    h = read_layers(
-        model, [l_in, l_out], layers, input_ids=tokens.to(device_of(base_model(model).get_input_embeddings()))
-    )
-    at_prompt = _counts_at(h[l_in], sae_in, prompt, len(batch))
-    at_response = _counts_at(h[l_out], sae_out, response, 2 * len(batch))
-    lengths = [(row >= 0).sum().item() for row in (*prompt[::2], *response)]
-    triple, held, rows_out = _looked_at(h[l_out], sae_out, sample)
-    totals = torch.zeros(len(batch), sae_out.d_in, dtype=torch.int64).index_add_(0, triple, rows_out)
 
-    rows: Rows = {}
-    for i, item in enumerate(batch):
-        counts = {
-            part: (*_entries(counts), int(length))
-            for part, counts, length in (
-                ("prompt", at_prompt[i], lengths[i]),
-                ("chosen", at_response[2 * i], lengths[len(batch) + 2 * i]),
-                ("rejected", at_response[2 * i + 1], lengths[len(batch) + 2 * i + 1]),
+class _Reader:
+    """Counts what a model's latents do on triples, in batches that fit the memory."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        sae_in: FrozenSAE,
+        sae_out: FrozenSAE,
+        max_length: int | None,
+        batch_tokens: int,
+        layers: str | None,
+        called: str | None,
+    ) -> None:
+        self.model, self.tokenizer, self.layers = base_model(model), tokenizer, layers
+        self.name, self.batch_tokens = called or name_of(self.model), batch_tokens
+        check_eval(self.model)
+        stack = decoder_layers(self.model, layers)
+        check_saes(sae_in, sae_out, self.model, len(stack), called)
+        self.sae_in, self.sae_out = (sae.to(device_of(stack[layer_of(sae)])) for sae in (sae_in, sae_out))
+        context = context_length(self.model)
+        self.limit = context if max_length is None else max_length
+        if self.limit is not None and not 2 <= self.limit <= (context or self.limit):
+            raise ValueError(f"`max_length` is {self.limit!r}; accepted: 2 to {context}, the model's positions.")
+
+    def settings(self) -> CollectSettings:
+        """What the counts depend on, but for the triples."""
+        tokenizer: Any = self.tokenizer
+        told = [tokenizer(text)["input_ids"] for text in PROBE], tokenizer.all_special_ids, tokenizer.chat_template
+        return CollectSettings(
+            model_name=self.name,
+            sae_in=self.sae_in.fingerprint,
+            sae_out=self.sae_out.fingerprint,
+            layer_in=layer_of(self.sae_in),
+            layer_out=layer_of(self.sae_out),
+            d_sae_in=self.sae_in.d_sae,
+            d_sae_out=self.sae_out.d_sae,
+            dtypes=", ".join(str(each.dtype) for each in (self.model, self.sae_in, self.sae_out)),
+            max_length=self.limit,
+            tokenizer=hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16],
+        )
+
+    def tokenize(self, triple: Triple) -> TokenizedTriple:
+        """As the model reads it, cut to its limit."""
+        return tokenize_triple(triple, self.tokenizer, max_length=self.limit)
+
+    def count(self, piece: Piece) -> Shard:
+        """Counts of one piece."""
+        waiting = [_Item(index, triple.name, self.tokenize(triple)) for index, triple in piece.triples]
+        waiting.sort(key=lambda item: len(item.triple.prompt), reverse=True)
+        shards = []
+        while waiting:
+            batch = waiting[: _alike([len(item.triple.prompt) for item in waiting], 0, self.batch_tokens)]
+            shard = self._try(batch)
+            if shard is not None:
+                shards.append(shard)
+                waiting = waiting[len(batch) :]
+        return Shard.join(shards)
+
+    def _try(self, batch: Sequence[_Item]) -> Shard | None:
+        """Counts of a batch; None where memory did not suffice, and the budget is smaller now."""
+        groups = self._groups(batch)
+        try:
+            return self._count(batch, groups)
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            if len(batch) == 1 and len(groups) == 2:
+                raise ModelError(
+                    f"Memory does not suffice for one triple alone: {batch[0].name}, of {len(batch[0].triple.prompt)} "
+                    f"tokens and {len(groups[0].ids[0])} of a response. What is finished is kept. Set max_length "
+                    "lower, or free memory, and start again."
+                ) from error
+        # Out here nothing holds the tensors of the failed pass any more.
+        torch.cuda.empty_cache()
+        n_prompt = len(batch[0].triple.prompt)
+        tokens = max(len(batch) * n_prompt, *(len(g.rows) * (n_prompt + len(g.ids[0])) for g in groups))
+        self.batch_tokens = tokens // 2
+        warnings.warn(
+            f"Memory does not suffice for batches of {tokens} tokens: going on with {self.batch_tokens}. "
+            f"batch_tokens={self.batch_tokens} does so from the start.",
+            stacklevel=2,
+        )
+        return None
+
+    def _groups(self, batch: Sequence[_Item]) -> list[_Group]:
+        """Responses of like length that go on together: of B triples, rows below B are chosen, the others rejected."""
+        triples = [item.triple for item in batch]
+        ids = [t.chosen for t in triples] + [t.rejected for t in triples]
+        text = [t.chosen_text for t in triples] + [t.rejected_text for t in triples]
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
+        groups = []
+        while order:
+            n = _alike([len(ids[row]) for row in order], len(triples[0].prompt), self.batch_tokens)
+            rows, order = order[:n], order[n:]
+            groups.append(_Group(rows, [ids[row] for row in rows], [text[row] for row in rows]))
+        return groups
+
+    @torch.no_grad()
+    def _count(self, batch: Sequence[_Item], groups: Sequence[_Group]) -> Shard:
+        """Prompts run once, padded on the left: windows of attention then reach back over tokens alone. Responses go on
+        from copies of their cache, padded on the right."""
+        triples, n = [item.triple for item in batch], len(batch)
+        prompts = _Rows.padded([t.prompt for t in triples], [t.prompt_text for t in triples], left=True)
+        cache = DynamicCache(config=self.model.config)
+        h = self._read(prompts.tokens, prompts.mask, (prompts.mask.cumsum(dim=1) - 1).clamp(min=0), cache)
+        prompt_counts = _counts_at(h[layer_of(self.sae_in)], self.sae_in, prompts)
+        if cache.get_seq_length() != prompts.tokens.shape[1]:
+            raise ModelError(
+                f"{type(self.model).__name__} keeps no key/value cache of a prompt, from which its responses could go "
+                "on. Accepted: models of attention layers that take a cache."
             )
-        }
-        mine = held[triple == i]
-        latents, times = mine[mine >= 0].unique(return_counts=True)
-        counts["maxima"] = (latents.to(torch.int32), times.to(torch.int32), len(mine))
-        rows[item.index] = _Row(counts, totals[i])
-    return rows
+        del h
+        counts = torch.zeros(2, 2 * n, self.sae_out.d_sae, dtype=torch.int32, device=self.sae_out.device)
+        lengths = torch.zeros(2, 2 * n, dtype=torch.int64)
+        samples = []
+        for group in groups:
+            answers = _Rows.padded(group.ids, group.text)
+            rows = torch.tensor(group.rows)
+            before = prompts.mask[rows % n]
+            places = before.sum(dim=1, keepdim=True) + answers.mask.cumsum(dim=1) - 1
+            mask = torch.cat((before, answers.mask), dim=1)
+            h_out = self._read(answers.tokens, mask, places, _copied(cache, rows % n))[layer_of(self.sae_out)]
+            counts[:, rows] = _counts_at(h_out, self.sae_out, answers)
+            lengths[:, rows] = answers.lengths
+            samples.append(_looked_at(h_out, self.sae_out, answers.sample()))
+        found = {}
+        for kind, name in enumerate(("", "_special")):
+            found[f"prompt{name}"] = Counts.of(prompt_counts[kind], prompts.lengths[kind])
+            found[f"chosen{name}"] = Counts.of(counts[kind, :n], lengths[kind, :n])
+            found[f"rejected{name}"] = Counts.of(counts[kind, n:], lengths[kind, n:])
+        maxima, looked, totals = (torch.stack(each).sum(dim=0) for each in zip(*samples, strict=True))
+        index = torch.tensor([item.index for item in batch])
+        cut = torch.tensor([t.cut for t in triples], dtype=torch.uint8)
+        return Shard(index, cut, found, maxima, looked, totals)
+
+    def _read(self, tokens: Tensor, mask: Tensor, places: Tensor, cache: DynamicCache) -> dict[int, Tensor]:
+        device = device_of(self.model.get_input_embeddings())
+        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": places}
+        return read_layers(
+            self.model,
+            [layer_of(self.sae_in), layer_of(self.sae_out)],
+            self.layers,
+            cache,
+            **{name: each.to(device) for name, each in inputs.items()},
+        )
 
 
-def _evenly(places: Tensor, most: int) -> Tensor:
-    """Every n-th of `places` [T] from the first on, `most` at most."""
-    return places[:: max(1, -(-len(places) // most))]
+@dataclass(frozen=True)
+class _Rows:
+    """Token ids [N, T], where they are tokens and not padding (1, 0), and where special tokens; int64, int64, bool."""
+
+    tokens: Tensor
+    mask: Tensor
+    special: Tensor
+
+    @classmethod
+    def padded(cls, rows: Sequence[list[int]], text: Sequence[list[bool]], *, left: bool = False) -> _Rows:
+        """Of ids, and of where they are text."""
+        width = max(map(len, rows))
+        tokens, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
+        special = torch.zeros(len(rows), width, dtype=torch.bool)
+        for n, (ids, is_text) in enumerate(zip(rows, text, strict=True)):
+            at = slice(width - len(ids), width) if left else slice(len(ids))
+            tokens[n, at], mask[n, at], special[n, at] = torch.tensor(ids), 1, ~torch.tensor(is_text)
+        return cls(tokens, mask, special)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens, and special ones, [2, N]."""
+        return torch.stack((self.mask.sum(dim=1), self.special.sum(dim=1)))
+
+    def sample(self) -> Tensor:
+        """Every n-th token of each row from the first on, at most TOKENS_A_RESPONSE, [N, T] bool."""
+        step = -(-self.mask.sum(dim=1, keepdim=True) // TOKENS_A_RESPONSE)
+        return (self.mask > 0) & ((self.mask.cumsum(dim=1) - 1) % step == 0)
 
 
-def _looked_at(h: Tensor, sae: FrozenSAE, triples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the N rows of `h` [B, T, d_in] with a triple (not -1 in `triples` [B, T]), on the CPU: the triple [N]; the
-    latent that holds the maximum [N], of equals the smaller, -1 where none is active; the row [N, d_in] as the encoder
-    reads it, in units of ROW_QUANTUM. All int64."""
-    at = (triples.flatten() >= 0).nonzero().flatten()
-    rows = h.flatten(0, 1)[at.to(h.device)]
-    held = [at.new_empty(0)]
-    for block in rows.split(max(1, LATENTS_A_BLOCK // sae.d_sae)):
-        largest, latent = sae.encode(block).max(dim=1)
-        held.append(torch.where(largest > 0, latent, -1).cpu())
-    # Where an SAE divides by the norm, a row of zeros is none.
-    units = (sae.normalise(rows).double().nan_to_num().clamp(-ROW_BOUND, ROW_BOUND) / ROW_QUANTUM).round()
-    return triples.flatten()[at].long(), torch.cat(held), units.long().cpu()
+def _alike(lengths: Sequence[int], before: int, budget: int) -> int:
+    """How many texts of these lengths, the longest first, make a batch: what fits the budget with `before` tokens in
+    front of each, and little padding once it is large enough to be worth a pass. At least one."""
+    n, tokens = 1, lengths[0]
+    while n < len(lengths):
+        tokens += lengths[n]
+        padding = (n + 1) * lengths[0] > MOST_PADDED * tokens
+        if (n + 1) * (before + lengths[0]) > budget or (padding and tokens - lengths[n] >= budget // SMALL_BATCH):
+            break
+        n += 1
+    return n
 
 
-def _counted(item: _Item, part: str, count_tokens: str) -> Tensor:
-    """Which tokens of a part count, [T] bool."""
-    text: list[bool] = getattr(item.triple, f"{part}_text")
-    return torch.tensor(text) if count_tokens == "text" else torch.ones(len(text), dtype=torch.bool)
+def _copied(cache: DynamicCache, rows: Tensor) -> DynamicCache:
+    """Some rows of a cache, which stays as it is."""
+    new = copy.copy(cache)
+    new.layers = [copy.copy(layer) for layer in cache.layers]
+    new.batch_select_indices(rows)
+    return new
 
 
-def _counts_at(h: Tensor, sae: FrozenSAE, sequences: Tensor, n_sequences: int) -> Tensor:
-    sequences = sequences.to(h.device).flatten()
+def _counts_at(h: Tensor, sae: FrozenSAE, rows: _Rows) -> Tensor:
+    """Counts [2, N, d_sae] of N rows: on all their tokens, and on special ones."""
+    n_rows = len(rows.tokens)
+    # Each token counts once, for its row or for the special tokens of its row.
+    row = torch.arange(n_rows)[:, None] + n_rows * rows.special
+    sequences = torch.where(rows.mask > 0, row, -1).to(torch.int32).flatten().to(h.device)
     h = h.flatten(0, 1)
     check_finite(h[sequences >= 0], layer_of(sae))
-    return activation_counts(h, sae.weights, sequences, n_sequences).cpu()
+    text, special = activation_counts(h, sae.weights, sequences, 2 * n_rows).chunk(2)
+    return torch.stack((text + special, special))
 
 
-def _entries(counts: Tensor) -> tuple[Tensor, Tensor]:
-    latents = counts.nonzero().flatten().to(torch.int32)
-    return latents, counts[latents.long()]
+def _looked_at(h: Tensor, sae: FrozenSAE, sample: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the rows of `h` [B, T, d_in] where `sample` [B, T] is true: how many each latent is the largest of [d_sae], of
+    equals the smaller; their number [1]; their sum [d_in] as the encoder reads them, in units of ROW_QUANTUM. int64."""
+    rows = h.flatten(0, 1)[sample.flatten().to(h.device)]
+    maxima = torch.zeros(sae.d_sae, dtype=torch.int64)
+    for block in rows.split(max(1, LATENTS_A_BLOCK // sae.d_sae)):
+        largest, latent = sae.encode(block).max(dim=1)
+        maxima += torch.bincount(latent[largest > 0], minlength=sae.d_sae).cpu()
+    # Where an SAE divides by the norm, a row of zeros is none.
+    units = (sae.normalise(rows).double().nan_to_num().clamp(-ROW_BOUND, ROW_BOUND) / ROW_QUANTUM).round()
+    return maxima, torch.tensor([len(rows)]), units.long().sum(dim=0).cpu()
 
 
-class _Shards:
-    """Finished triples in a folder: `settings.json`, and files that appear whole or not at all."""
-
-    def __init__(self, folder: Path, settings: CollectSettings) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        mine, path = asdict(settings), folder / "settings.json"
-        if not path.exists():
-            _replace(path, json.dumps(mine, indent=2).encode())
-        try:
-            theirs = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise MapError(f"{path} is not what collect wrote ({error}). Use another work_dir.") from error
-        if theirs != mine:
-            differ = [
-                f"{key}: {theirs.get(key)!r} there, {mine[key]!r} now" for key in mine if theirs.get(key) != mine[key]
-            ]
-            raise MapError(f"{folder} holds shards of other settings ({'; '.join(differ)}). Use another work_dir.")
-
-    def read(self) -> Rows:
-        """Every triple of every shard."""
-        rows: Rows = {}
-        for path in sorted(self.folder.glob("shard-*.safetensors")):
-            content = path.read_bytes()
-            if path.name != _name(content):
-                raise MapError(
-                    f"{path} is damaged: its content has another checksum than its name. Delete it, and its triples "
-                    "are counted again."
-                )
-            tensors = load(content)
-            parts = {part: Counts(*(tensors[f"{part}.{name}"] for name in Counts.__annotations__)) for part in COUNTED}
-            for n, index in enumerate(tensors["index"].tolist()):
-                rows[index] = _Row({part: counts.row(n) for part, counts in parts.items()}, tensors["totals"][n])
-        return rows
-
-    def write(self, rows: Rows) -> None:
-        """One new shard."""
-        index = sorted(rows)
-        joined = _joined([rows[i] for i in index])
-        tensors = {"index": torch.tensor(index), "totals": joined["totals"]}
-        for part in COUNTED:
-            tensors.update({f"{part}.{name}": getattr(joined[part], name) for name in Counts.__annotations__})
-        content = save(tensors)
-        _replace(self.folder / _name(content), content)
-
-
-def _name(shard: bytes) -> str:
-    return f"shard-{hashlib.sha256(shard).hexdigest()[:16]}.safetensors"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

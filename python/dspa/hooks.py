@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from dspa.errors import ModelError
 from dspa.saes import FrozenSAE
@@ -18,6 +19,8 @@ from dspa.saes import FrozenSAE
 CausalLM: TypeAlias = Any
 # Llama, Mistral, Gemma, Gemma-2, Gemma-3 text, Qwen-2, Qwen-3; Gemma-3 with images; GPT-2; GPT-NeoX.
 LAYER_PATHS = ("model.layers", "model.language_model.layers", "transformer.h", "gpt_neox.layers")
+# What models call a key/value cache: since transformers 5.24, and before.
+CACHE_NAMES = ("cache", "past_key_values")
 # Told to the layers by a pass that only reads: steering stays out of it.
 READING = "dspa_reading"
 NOT_FINITE = "Check the model's weights and dtype (fp16 overflows in Gemma models: use bfloat16)."
@@ -96,11 +99,12 @@ def hidden(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 @torch.no_grad()
 def read_layers(
-    model: nn.Module, indices: Iterable[int], layers: str | None = None, **inputs: Any
+    model: nn.Module, indices: Iterable[int], layers: str | None = None, cache: Cache | None = None, **inputs: Any
 ) -> dict[int, Tensor]:
     """Residuals `[B, T, d_in]` at the outputs of the decoder layers `indices`, for one forward pass.
 
-    Runs nothing above the last of them: no further layer, no final norm, no language-model head.
+    Runs nothing above the last of them: no further layer, no final norm, no language-model head. `inputs` go to the
+    model, which goes on from `cache` and adds to it.
     """
     inner, wanted = base_model(model), sorted(set(indices))
     stack, read = decoder_layers(model, layers), {}
@@ -121,7 +125,7 @@ def read_layers(
         stack[i].register_forward_hook(functools.partial(keep, i), prepend=True, with_kwargs=True) for i in wanted
     ]
     try:
-        inner.base_model(**inputs, use_cache=False, **{READING: mark})
+        inner.base_model(**inputs, **_cached(inner.base_model, cache), **{READING: mark})
     except _Stop:
         return read
     finally:
@@ -132,6 +136,19 @@ def read_layers(
         "before cannot be read: torch.compiler.reset(), or compile it afterwards. Nor can an architecture that keeps "
         "the model's keywords from its layers."
     )
+
+
+def _cached(model: nn.Module, cache: Cache | None) -> dict[str, Any]:
+    """Keywords by which a forward pass takes a cache, or none."""
+    if cache is None:
+        return {"use_cache": False}
+    takes = inspect.signature(model.forward).parameters
+    return {"use_cache": True, next(name for name in CACHE_NAMES if name in takes): cache}
+
+
+def cache_in(kwargs: Mapping[str, Any]) -> Any:
+    """The key/value cache among the keywords of a model; None where there is none."""
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
 def check_eval(model: CausalLM) -> None:

@@ -18,6 +18,7 @@ from dspa.hooks import (
     NOT_FINITE,
     READING,
     base_model,
+    cache_in,
     check_eval,
     check_finite,
     check_model_name,
@@ -327,7 +328,7 @@ class Steering(nn.Module):
         """The plan of a whole-sequence pass, and which of its tokens are steered."""
         name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
         whole = kwargs.get(name, args[0] if args else None)
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if whole is None or (cache is not None and cache.get_seq_length()):
             raise ModelError("responses() steers whole sequences: pass input_ids and no cache.")
         shape, device = whole.shape[:2], whole.device

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma2Model, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dspa.cdmap import TENSORS, ConditionalDifferenceMap, MapMeta
@@ -41,6 +43,12 @@ FAMILIES = {
     "gpt2": GPT2,
     "gpt_neox": {n: v for n, v in COMMON.items() if n not in ("num_key_value_heads", "head_dim")},
 }
+
+
+def cache_names() -> list[str]:
+    """What a key/value cache can be called in a call of this version's models."""
+    takes = inspect.signature(Gemma2Model.forward).parameters
+    return ["past_key_values", *(["cache"] if "cache" in takes else [])]
 
 
 def make_model(family: str, seed: int = 0) -> PreTrainedModel:
@@ -95,6 +103,7 @@ def make_map(
         torch.randn(sae_in.d_sae, n_columns, generator=g),
         n_open=torch.full((sae_in.d_sae,), n_triples // 2, dtype=torch.int32),
         variance=0.1 + torch.rand(n_columns, generator=g),
+        gate_latents=torch.arange(sae_in.d_sae, dtype=torch.int32),
         gates=gates,
         meta=meta,
     )

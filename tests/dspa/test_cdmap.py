@@ -1,4 +1,4 @@
-"""`dspa.cdmap` against SPEC.md, section 2, written out in exact fractions and plain NumPy."""
+"""`dspa.cdmap` against SPEC.md, sections 2 and 3, in plain NumPy, and its files; `dspa.build.build_map`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import random
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,292 +19,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dspa import ConditionalDifferenceMap, FrozenSAE, MapError, PreferenceError, SteeringConfig, build_map
-from dspa.cdmap import FORMAT, FORMATS, GATE_RULES, N_LARGE, QUANTUM, TENSORS, reduce
+from dspa import ConditionalDifferenceMap, FrozenSAE, MapError, PreferenceError, SteeringConfig, build_map, reduce
+from dspa.cdmap import EARLIER, FORMAT, FORMATS, TENSORS
 from dspa.config import SCORINGS
-from dspa.densities import ROW_QUANTUM, CollectSettings, Counts, Densities, collect
-from dspa.version import __version__
+from dspa.densities import collect
 
-from .conftest import L_IN, L_OUT, VOCAB, make_map, make_sae
-
-D_IN, D_OUT = 14, 18
-# Lengths whose densities are exact in binary, and others.
-DYADIC, ODD = (1, 2, 4, 8), (1, 3, 5, 6, 7)
-
-
-# Densities by hand, and the map of them in exact arithmetic
-
-
-def as_counts(table: np.ndarray, lengths: list[int]) -> Counts:
-    rows = []
-    for row, length in zip(table, lengths, strict=True):
-        latents = np.flatnonzero(row)
-        rows.append((torch.tensor(latents, dtype=torch.int32), torch.tensor(row[latents], dtype=torch.int32), length))
-    return Counts.join(rows)
-
-
-def as_densities(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, lengths: np.ndarray) -> Densities:
-    """Of counts [N, d] and lengths [3, N]. Each latent held as many maxima as it has rejected counts, and the
-    residuals are the first four of these in halves."""
-    settings = CollectSettings(
-        model_name="made by hand",
-        sae_in="a" * 16,
-        sae_out="b" * 16,
-        layer_in=L_IN,
-        layer_out=L_OUT,
-        d_sae_in=prompt.shape[1],
-        d_sae_out=chosen.shape[1],
-        dtypes="",
-        count_tokens="all",
-        max_length=64,
-        data="",
-        n_triples=len(prompt),
-        n_cut=3,
-    )
-    tables = zip((prompt, chosen, rejected), lengths.tolist(), strict=True)
-    counts = [as_counts(table, length) for table, length in tables]
-    totals = torch.from_numpy(rejected[:, :4]).long() * int(0.5 / ROW_QUANTUM)
-    maxima = as_counts(rejected, rejected.sum(axis=1).tolist())
-    return Densities(settings, *counts, maxima=maxima, totals=totals)
-
-
-def draw(n: int, seed: int, lengths_from: tuple[int, ...] = DYADIC, active: float = 0.4) -> list[np.ndarray]:
-    """Counts of prompts, chosen and rejected responses, and lengths. Latent 0 is never active, latent 1 always."""
-    g = np.random.default_rng(seed)
-    lengths = g.choice(lengths_from, size=(3, n))
-    tables = []
-    for width, length in zip((D_IN, D_OUT, D_OUT), lengths, strict=True):
-        table = g.integers(1, length[:, None] + 1, size=(n, width)) * (g.random((n, width)) < active)
-        table[:, 0], table[:, 1] = 0, length
-        tables.append(table)
-    return [*tables, lengths]
-
-
-def fractions(table: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    return np.array([[Fraction(int(c), int(t)) for c in row] for row, t in zip(table, lengths, strict=True)])
-
-
-def naive(
-    data: list[np.ndarray], percentile: float = 90.0, rule: str = "published", k: int = 16, sparsify: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
-    """Gates [N, d_in] and A [d_in, d_out] in exact fractions."""
-    prompt, chosen, rejected, lengths = data
-    n = len(prompt)
-    rho, plus, minus = (fractions(*each) for each in zip((prompt, chosen, rejected), lengths, strict=True))
-    gates = rho.astype(float) >= np.percentile(rho.astype(float), percentile, axis=0)
-    if rule == "active":
-        gates &= prompt > 0
-    A = np.full((prompt.shape[1], chosen.shape[1]), Fraction(0))
-    for t in range(n):
-        A = A + np.outer(gates[t].astype(int), plus[t] - minus[t]) / Fraction(n)
-    if sparsify:
-        sizes = []
-        for row, opened in zip(A, gates.sum(axis=0), strict=True):
-            if opened > 0:
-                ordered = sorted(row)
-                sizes += [abs(a) for a in row if (a >= ordered[-k] or a <= ordered[k - 1]) and a != 0]
-        A = np.where(np.abs(A) < min(sizes), Fraction(0), A)
-    return gates, A
-
-
-def check(cdmap: ConditionalDifferenceMap, gates: np.ndarray, A: np.ndarray, exact: bool) -> None:
-    """The map is that of these gates and this A, stored as its non-empty columns."""
-    full, expected = cdmap.dense().numpy(), A.astype(np.float64).astype(np.float32)
-    assert np.array_equal(full != 0, A != 0)
-    assert np.abs(full - expected).max() <= (0 if exact else QUANTUM + np.spacing(np.abs(expected).max()))
-    assert cdmap.columns.tolist() == np.flatnonzero((A != 0).any(axis=0)).tolist()
-    assert cdmap.n_open.tolist() == gates.sum(axis=0).tolist()
-
-
-def same_bits(one: ConditionalDifferenceMap, other: ConditionalDifferenceMap) -> bool:
-    assert one.meta == other.meta
-    return all(
-        (a := getattr(one, name)).dtype == (b := getattr(other, name)).dtype and torch.equal(a, b) for name in TENSORS
-    )
-
-
-# Reduce
-
-
-def test_by_hand() -> None:
-    """Prompt densities 1/4 3/4 | 1/2 0 | 3/4 0; differences 1/2 0 1/4 | -1/4 1/4 0 | 1/4 -3/4 1/8."""
-    prompt = np.array([[1, 3], [2, 0], [3, 0]])
-    chosen = np.array([[4, 2, 2], [0, 4, 0], [4, 2, 1]])
-    rejected = np.array([[0, 2, 0], [2, 2, 0], [2, 8, 0]])
-    densities = as_densities(prompt, chosen, rejected, np.array([[4] * 3, [8] * 3, [8] * 3]))
-    # tau = 0.7 0.6: gate 0 opens on prompt 2, gate 1 on prompt 0. The ends of the rows are 1/12 and -1/4, 1/6 and
-    # 0, so that the cut is 1/12: the 1/24 of row 0 goes, the 1/12 of row 1 stays.
-    cdmap = reduce(densities, k_diff=1)
-    assert cdmap.n_open.tolist() == [1, 1]
-    assert torch.equal(cdmap.dense(), torch.tensor([[1 / 12, -1 / 4, 0], [1 / 6, 0, 1 / 12]]))
-    # tau = 1/2 0: gate 0 opens on prompts 1 and 2, gate 1 on all three, two of them without its latent.
-    cdmap = reduce(densities, percentile=50, k_diff=1, sparsify=False)
-    assert cdmap.n_open.tolist() == [2, 3]
-    assert torch.equal(cdmap.dense(), torch.tensor([[0, -1 / 6, 1 / 24], [1 / 6, -1 / 6, 1 / 8]]))
-    cdmap = reduce(densities, percentile=50, k_diff=1, sparsify=False, gate_rule="active")
-    assert cdmap.n_open.tolist() == [2, 1]
-    assert torch.equal(cdmap.dense(), torch.tensor([[0, -1 / 6, 1 / 24], [1 / 6, 0, 1 / 12]]))
-
-
-@pytest.mark.parametrize("rule", GATE_RULES)
-@pytest.mark.parametrize("percentile", [0, 37.5, 90, 100])
-@pytest.mark.parametrize("n", [1, 2, 9, 40])
-def test_gates_and_map(n: int, percentile: float, rule: str) -> None:
-    data = draw(n, seed=n)
-    gates, A = naive(data, percentile, rule, sparsify=False)
-    check(reduce(as_densities(*data), percentile=percentile, gate_rule=rule, sparsify=False), gates, A, exact=True)
-
-
-@pytest.mark.parametrize("lengths_from", [DYADIC, ODD])
-@pytest.mark.parametrize("k", [1, 2, 4, D_OUT])
-@pytest.mark.parametrize("n", [1, 2, 9, 40])
-def test_sparsification(n: int, k: int, lengths_from: tuple[int, ...]) -> None:
-    data = draw(n, seed=100 + n, lengths_from=lengths_from, active=0.8)
-    gates, A = naive(data, k=k)
-    check(reduce(as_densities(*data), k_diff=k), gates, A, exact=lengths_from == DYADIC)
-    # Something is cut where it can be.
-    if k == 1 and n > 1:
-        assert (A != 0).sum() < (naive(data, sparsify=False)[1] != 0).sum()
-
-
-def test_ties_with_the_cut_stay() -> None:
-    """The cut is 1/6 = 1/12 + 1/12, which no binary fraction is: both sums stay, and 1/12 goes."""
-    chosen = np.array([[2, 1, 1, 0], [0, 1, 0, 0]])
-    data = [np.ones((2, 1), int), chosen, 0 * chosen, np.array([[1, 1], [6, 6], [6, 6]])]
-    gates, A = naive(data, k=1)
-    assert A.tolist() == [[Fraction(1, 6), Fraction(1, 6), 0, 0]]
-    check(reduce(as_densities(*data), k_diff=1), gates, A, exact=False)
-
-
-def test_rounding_makes_no_entry_of_a_zero() -> None:
-    """Column 0 is 1/3 + 1/3 + 1/3 - 1 = 0, which no binary fraction sums to: it sets no cut and is no column."""
-    chosen = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]])
-    rejected = np.array([[0, 0, 0], [0, 0, 0], [0, 0, 0], [3, 0, 0]])
-    data = [np.ones((4, 1), int), chosen, rejected, np.array([[1] * 4, [3] * 4, [3] * 4])]
-    for sparsify, columns in ((True, [1]), (False, [1, 2])):
-        gates, A = naive(data, k=1, sparsify=sparsify)
-        check(reduce(as_densities(*data), k_diff=1, sparsify=sparsify), gates, A, exact=False)
-        assert np.flatnonzero(A[0]).tolist() == columns
-
-
-def test_percentile_on_a_prompt_is_that_prompt() -> None:
-    """7 % of 101 prompts is the 8th smallest; in binary, 0.07 * 100 is a little more than 7."""
-    n = 101
-    prompt = np.arange(n)[:, None]
-    response = np.ones((n, 1), int)
-    densities = as_densities(prompt, response, 0 * response, np.array([[128] * n, [1] * n, [1] * n]))
-    assert reduce(densities, percentile=7, k_diff=1).n_open.tolist() == [n - 7]
-
-
-def test_text_without_tokens_has_density_zero() -> None:
-    data = draw(5, seed=3)
-    for table, lengths in zip(data[:3], data[3], strict=True):
-        table[2], lengths[2] = 0, 0
-    got = reduce(as_densities(*data), k_diff=2)
-    for lengths in data[3]:
-        lengths[2] = 1
-    assert same_bits(got, reduce(as_densities(*data), k_diff=2))
-
-
-@pytest.mark.parametrize("block", [1, 5, 1000])
-def test_blocks_change_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    densities = as_densities(*draw(40, seed=1, lengths_from=ODD))
-    whole = reduce(densities, k_diff=3)
-    monkeypatch.setattr("dspa.cdmap.ROWS_A_BLOCK", block)
-    assert same_bits(reduce(densities, k_diff=3), whole)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_order_of_triples_does_not_show(seed: int) -> None:
-    data = draw(41, seed, lengths_from=ODD)
-    order = np.random.default_rng(seed).permutation(41)
-    other = [*(table[order] for table in data[:3]), data[3][:, order]]
-    assert same_bits(reduce(as_densities(*other), k_diff=3), reduce(as_densities(*data), k_diff=3))
-
-
-def test_variance_is_that_of_all_responses() -> None:
-    data = draw(30, seed=2)
-    cdmap = reduce(as_densities(*data), k_diff=2)
-    rho = np.concatenate([fractions(table, t).astype(float) for table, t in zip(data[1:3], data[3][1:], strict=True)])
-    assert torch.equal(cdmap.variance, torch.tensor(rho.var(axis=0)[cdmap.columns], dtype=torch.float32))
-
-
-def test_calibration() -> None:
-    """Latents by how often they held a maximum, of equals the smaller; the mean over the tokens looked at."""
-    rejected = np.array([[0, 5, 2, 0, 4], [0, 3, 2, 0, 0]])
-    chosen = np.array([[1, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
-    cdmap = reduce(as_densities(np.ones((2, 1), int), chosen, rejected, np.array([[1, 1], [8, 8], [8, 8]])), k_diff=1)
-    assert cdmap.hot.tolist() == [1, 2, 4] and cdmap.hot_counts.tolist() == [8, 4, 4]
-    assert cdmap.mean.tolist() == [0, 4 / 16, 2 / 16, 0]
-    assert cdmap.hot_share() == 1
-    cdmap.hot_counts = torch.arange(100, 0, -1)
-    assert cdmap.hot_share() == pytest.approx(sum(range(37, 101)) / sum(range(1, 101))) and N_LARGE == 64
-
-
-@pytest.mark.parametrize("n", [1, 7, 8, 9, 40])
-def test_gates_as_bits(n: int) -> None:
-    """One bit a prompt, the rest of the last byte empty; the order is that of the gates, so compare as multisets."""
-    data = draw(n, seed=n)
-    bits = reduce(as_densities(*data), percentile=50, gate_rule="active", k_diff=1).gates
-    assert bits.shape == (D_IN, math.ceil(n / 8))
-    unpacked = np.unpackbits(bits.numpy(), axis=1, bitorder="little").T
-    assert not unpacked[n:].any()
-    gates, _ = naive(data, 50, "active", sparsify=False)
-    assert sorted(unpacked[:n].tolist()) == sorted(gates.astype(int).tolist())
-
-
-def test_meta_says_how_it_was_made() -> None:
-    data = draw(9, seed=0)
-    meta = reduce(as_densities(*data), percentile=80.0, gate_rule="active", k_diff=3, sparsify=False).meta
-    assert dataclasses.asdict(meta) == {
-        "sae_in": "a" * 16,
-        "sae_out": "b" * 16,
-        "model_name": "made by hand",
-        "layer_in": L_IN,
-        "layer_out": L_OUT,
-        "d_sae_in": D_IN,
-        "d_sae_out": D_OUT,
-        "n_triples": 9,
-        "n_cut": 3,
-        "count_tokens": "all",
-        "max_length": 64,
-        "percentile": 80.0,
-        "gate_rule": "active",
-        "k_diff": 3,
-        "sparsify": False,
-        "package": __version__,
-    }
-
-
-BAD_SETTINGS = [
-    ({"percentile": -1}, "`percentile` is -1; accepted: 0 to 100"),
-    ({"percentile": 100.5}, "`percentile` is 100.5"),
-    ({"percentile": math.nan}, "`percentile` is nan"),
-    ({"gate_rule": "activ"}, "`gate_rule` is 'activ'; accepted: published, active"),
-    ({"k_diff": 0}, "`k_diff` is 0; accepted: 1 to"),
-]
-
-
-@pytest.mark.parametrize(("settings", "message"), [*BAD_SETTINGS, ({"k_diff": D_OUT + 1}, f"width, {D_OUT}")])
-def test_bad_settings_of_reduce(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        reduce(as_densities(*draw(5, seed=0)), **settings)
-
-
-@pytest.mark.parametrize("sparsify", [True, False])
-def test_equal_statistics_make_no_map(sparsify: bool) -> None:
-    """Chosen and rejected of the same densities, if not of the same lengths."""
-    prompt, chosen, _, lengths = draw(9, seed=0)
-    lengths[2] = 3 * lengths[1]
-    with pytest.raises(MapError, match="The map is empty: no output latent differs"):
-        reduce(as_densities(prompt, chosen, 3 * chosen, lengths), k_diff=2, sparsify=sparsify)
-
-
-def test_no_open_gate_makes_no_map() -> None:
-    prompt, *rest = draw(9, seed=0)
-    with pytest.raises(MapError, match="The map is empty"):
-        reduce(as_densities(0 * prompt, *rest), k_diff=2, gate_rule="active")
-
+from .conftest import L_OUT, VOCAB, make_map, make_sae
+from .counts import D_IN, D_OUT, as_collection, draw, naive, same_bits
+from .test_reduction import BAD_SETTINGS
 
 # Scores and plans
 
@@ -314,12 +35,15 @@ def test_no_open_gate_makes_no_map() -> None:
 def made() -> tuple[ConditionalDifferenceMap, np.ndarray, np.ndarray]:
     """A map with its gates and its A, of which some is far from noise."""
     data = draw(60, seed=11, lengths_from=(53, 59, 61, 67))
+    data[0][:, 5] = data[3][0]
     strength = np.random.default_rng(0).random((60, 6)) * np.linspace(0.5, 1, 6) ** 2
     data[1][:, 3:9] = data[3][1][:, None] * strength ** ([0.1, 4] * 3)
     data[2][:, 3:9] = data[3][2][:, None] * strength ** ([4, 0.1] * 3)
     options = {"percentile": 50.0, "gate_rule": "active", "sparsify": False}
-    cdmap = reduce(as_densities(*data), **options, k_diff=1)
+    cdmap = reduce(as_collection(data), **options, k_diff=1)
     gates, _ = naive(data, 50.0, "active", sparsify=False)
+    # Of all kinds of gates: never open, always, and on some prompts.
+    assert cdmap.n_open[[0, 1, 5]].tolist() == [0, 60, 60] and 8 < len(cdmap.gate_latents) < D_IN
     return cdmap, gates, cdmap.dense().double().numpy()
 
 
@@ -465,12 +189,17 @@ def without_none(of: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in of.items() if value is not None}
 
 
-def rewrite(path: Path, header: Any = (), meta: Any = (), tensors: Any = ()) -> None:
-    """Change entries of the header, of the map's metadata in it, and tensors; None removes."""
+def rewrite(path: Path, header: Any = (), meta: Any = (), tensors: Any = (), *, seal: bool = True) -> None:
+    """Change entries of the header, of the map's metadata in it, and tensors; None removes. With `seal`, the checksum
+    is of what is written, so that other checks have to find what is wrong."""
     with safe_open(path, framework="pt") as file:
         old = json.loads(file.metadata()["dspa"])
     new = old | {"meta": without_none(old["meta"] | dict(meta))} | dict(header)
-    save_file(without_none(load_file(path) | dict(tensors)), path, {"dspa": json.dumps(without_none(new))})
+    found = without_none(load_file(path) | dict(tensors))
+    names = FORMATS.get(new["format"], ())
+    if seal and found.keys() == set(names):
+        new["sha256"] = hashlib.sha256(b"".join(found[name].numpy().tobytes() for name in names)).hexdigest()
+    save_file(found, path, {"dspa": json.dumps(without_none(new))})
 
 
 def refusal(path: Path) -> str:
@@ -479,20 +208,64 @@ def refusal(path: Path) -> str:
     return str(raised.value)
 
 
-def test_a_map_of_the_first_format(made: Any, saved: Path) -> None:
-    """It has no calibration and is otherwise the same; saved, it is of this format."""
-    old = {name: load_file(saved)[name] for name in FORMATS["dspa.map.1"]}
-    sha = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in old.values())).hexdigest()
-    rewrite(saved, {"format": "dspa.map.1", "sha256": sha}, tensors=dict.fromkeys(set(TENSORS) - set(old)))
-    assert load_file(saved).keys() == old.keys()
-    loaded = ConditionalDifferenceMap.load(saved)
-    assert loaded.meta == made[0].meta and all(torch.equal(getattr(loaded, name), old[name]) for name in old)
-    assert (len(loaded.hot), len(loaded.hot_counts), len(loaded.mean), loaded.hot_share()) == (0, 0, 0, 0)
-    loaded.save(saved)
-    assert same_bits(ConditionalDifferenceMap.load(saved), loaded)
-    old["values"] = old["values"] + 1
-    rewrite(saved, {"format": "dspa.map.1", "sha256": sha}, tensors=old)
-    assert "not those that were written" in refusal(saved)
+def all_gates(cdmap: ConditionalDifferenceMap) -> Tensor:
+    """One row of bits a latent, as earlier formats had them."""
+    n = cdmap.meta.n_triples
+    gates = torch.zeros(cdmap.meta.d_sae_in, cdmap.gates.shape[1], dtype=torch.uint8)
+    gates[cdmap.n_open == n] = torch.tensor(np.packbits(np.ones(n, dtype=bool), bitorder="little"))
+    gates[cdmap.gate_latents.long()] = cdmap.gates
+    return gates
+
+
+def earlier(cdmap: ConditionalDifferenceMap, path: Path, form: str) -> dict[str, Tensor]:
+    """Write the map in an earlier format."""
+    cdmap.save(path)
+    old = {name: all_gates(cdmap) if name == "gates" else getattr(cdmap, name) for name in EARLIER[form]}
+    rewrite(path, {"format": form}, tensors=dict.fromkeys(TENSORS) | old)
+    assert load_file(path).keys() == old.keys()
+    return old
+
+
+@pytest.mark.parametrize("form", EARLIER)
+def test_a_map_of_an_earlier_format(made: Any, tmp_path: Path, form: str) -> None:
+    """The first has no calibration; both are otherwise the same, and saved they are of this format."""
+    path = tmp_path / "map"
+    old = earlier(made[0], path, form)
+    loaded = ConditionalDifferenceMap.load(path)
+    calibration = ("hot", "hot_counts", "mean")
+    assert loaded.meta == made[0].meta
+    for name in set(TENSORS) - set(calibration):
+        assert torch.equal(getattr(loaded, name), getattr(made[0], name)), name
+    if form == "dspa.map.1":
+        assert (len(loaded.hot), len(loaded.hot_counts), len(loaded.mean), loaded.hot_share()) == (0, 0, 0, 0)
+    else:
+        assert same_bits(loaded, made[0]) and len(loaded.hot) > 1
+    for scoring in SCORINGS:
+        config = SteeringConfig(k_diff=4, k_prompt=5, scoring=scoring)
+        assert plan_of(loaded, config) == plan_of(made[0], config)
+    loaded.save(path)
+    assert read_format(path) == FORMAT and same_bits(ConditionalDifferenceMap.load(path), loaded)
+    earlier(made[0], path, form)
+    rewrite(path, tensors={"values": old["values"] + 1}, seal=False)
+    assert "not those that were written" in refusal(path)
+
+
+@pytest.mark.parametrize("form", EARLIER)
+@pytest.mark.parametrize("rows", [0, D_IN - 1])
+def test_an_earlier_format_without_all_gates(made: Any, tmp_path: Path, form: str, rows: int) -> None:
+    old = earlier(made[0], tmp_path / "map", form)
+    old["gates"] = old["gates"][:rows].clone()
+    rewrite(tmp_path / "map", tensors=old)
+    assert "is damaged" in refusal(tmp_path / "map")
+
+
+def read_format(path: Path) -> str:
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["dspa"])["format"]
+
+
+def test_formats() -> None:
+    assert FORMAT == "dspa.map.3" and set(FORMATS) == {"dspa.map.1", "dspa.map.2", FORMAT}
 
 
 @pytest.mark.parametrize("name", TENSORS)
@@ -504,7 +277,7 @@ def test_the_checksum_is_of_every_tensor(made: Any, saved: Path, name: str) -> N
         changed = changed.sort().values if name == "columns" else changed
     else:
         changed.view(-1)[0] += 1
-    rewrite(saved, tensors={name: changed})
+    rewrite(saved, tensors={name: changed}, seal=False)
     assert "not those that were written" in refusal(saved)
 
 
@@ -545,17 +318,22 @@ def test_tampered_header(saved: Path) -> None:
     assert "is damaged" in refusal(saved)
 
 
-@pytest.mark.parametrize("text", ["{", "null", "[]", "7"])
-def test_header_that_is_no_header(saved: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("{", "is damaged"), ("null", "is not a map of"), ("[]", "is not a map of"), ("7", "is not a map of")],
+)
+def test_header_that_is_no_header(saved: Path, text: str, told: str) -> None:
     save_file(load_file(saved), saved, {"dspa": text})
-    assert f"{saved} is damaged" in refusal(saved)
+    assert f"{saved} {told}" in refusal(saved)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"header": {"format": "dspa.map.3"}}, f"is not a map of format {FORMAT} (it says 'dspa.map.3')"),
+        ({"header": {"format": "dspa.map.4"}}, f"is not a map of format {FORMAT} (it says 'dspa.map.4')"),
         ({"header": {"format": None}}, "(it says None)"),
+        ({"header": {"format": "dspa.map.2"}}, "is damaged"),
+        ({"header": {"sha256": None}, "seal": False}, "not those that were written"),
         ({"header": {"meta": None}}, "is damaged"),
         ({"header": {"meta": 5}}, "is damaged"),
         ({"meta": {"k_diff": None}}, "'k_diff'"),
@@ -563,7 +341,7 @@ def test_header_that_is_no_header(saved: Path, text: str) -> None:
         ({"meta": {"d_sae_in": 15}}, "`values` is torch.float32 [14, "),
         ({"meta": {"d_sae_out": 5}}, "`columns` are not increasing latents"),
         ({"meta": {"d_sae_out": "many"}}, "is damaged"),
-        ({"meta": {"n_triples": 65}}, "`gates` is torch.uint8 [14, 8]"),
+        ({"meta": {"n_triples": 65}}, "`gates` is torch.uint8 ["),
         ({"meta": {"n_triples": "many"}}, "is damaged"),
     ],
     ids=str,
@@ -578,7 +356,8 @@ def test_changed_header(saved: Path, change: dict[str, Any], message: str) -> No
 def test_changed_tensors(made: Any, saved: Path, name: str, how: str) -> None:
     tensor = getattr(made[0], name)
     changed = {"missing": None, "dtype": tensor.to(torch.float16), "shape": tensor[:-1].clone()}
-    rewrite(saved, tensors={name: changed[how]})
+    # Only the checksum knows how wide a residual is.
+    rewrite(saved, tensors={name: changed[how]}, seal=name != "mean" or how != "shape")
     message = refusal(saved)
     assert "damaged" in message and (how == "shape" or name in message)
 
@@ -590,6 +369,22 @@ def test_values_that_are_not_finite(made: Any, saved: Path, name: str, value: fl
     tensor.view(-1)[2] = value
     rewrite(saved, tensors={name: tensor})
     assert f"`{name}` hold NaN or infinity" in refusal(saved)
+
+
+@pytest.mark.parametrize("change", ["one more", "one less", "descending", "repeated", "negative", "beyond"])
+def test_gates_of_other_latents(made: Any, saved: Path, change: str) -> None:
+    latents = made[0].gate_latents.tolist()
+    changed = {
+        "one more": [0, *latents],
+        "one less": latents[1:],
+        "descending": latents[::-1],
+        "repeated": [latents[0], *latents[:-1]],
+        "negative": [-1, *latents[1:]],
+        "beyond": [*latents[:-1], D_IN],
+    }[change]
+    gates = torch.zeros(len(changed), made[0].gates.shape[1], dtype=torch.uint8)
+    rewrite(saved, tensors={"gate_latents": torch.tensor(changed, dtype=torch.int32), "gates": gates})
+    assert "`gate_latents` are not the latents whose gates are partly open" in refusal(saved)
 
 
 @pytest.mark.parametrize("change", ["repeated", "descending", "negative", "beyond"])
@@ -660,13 +455,17 @@ def prefs(tmp_path: Path) -> Path:
 def test_build_map_is_reduce_of_collect(
     model: PreTrainedModel, sae_in: FrozenSAE, sae_out: FrozenSAE, prefs: Path, settings: dict[str, Any]
 ) -> None:
-    options = {"count_tokens": "text", "max_length": 12, "work_dir": prefs.parent / "work", "model_name": "mine"}
+    options = {"max_length": 12, "model_name": "mine", "progress": False}
     both = (model, make_tokenizer(), prefs, sae_in, sae_out)
-    built = build_map(*both, progress=False, **options, **settings)
-    del options["work_dir"]
-    assert same_bits(built, reduce(collect(*both, progress=False, **options), **settings))
-    assert (prefs.parent / "work" / "settings.json").exists()
+    settings = settings | {"count_tokens": "text"}
+    work = prefs.parent / "work"
+    built = build_map(*both, work_dir=work, **options, **settings)
+    assert same_bits(built, reduce(collect(*both, **options), **settings)) and same_bits(
+        built, reduce(work, **settings)
+    )
+    assert same_bits(built, build_map(*both, batch_tokens=30, **options, **settings))
     assert (built.meta.count_tokens, built.meta.max_length, built.meta.n_triples) == ("text", 12, 12)
+    assert settings.items() <= dataclasses.asdict(built.meta).items()
     assert built.meta.model_name == "mine" and built.meta.n_cut > 0
     built.check_saes(sae_in, sae_out)
     assert len(built.hot) > 1 and built.mean.shape == (sae_out.d_in,) and built.mean.any()
@@ -680,6 +479,14 @@ def test_build_map_checks_its_settings_first(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         build_map(model, make_tokenizer(), "no such file", sae_in, sae_out, **settings)
+
+
+def test_build_map_says_what_it_does(
+    model: PreTrainedModel, sae_in: FrozenSAE, sae_out: FrozenSAE, prefs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    build_map(model, make_tokenizer(), prefs, sae_in, sae_out)
+    out, err = capfd.readouterr()
+    assert out == "" and "12/12" in err and "survey" in err
 
 
 def test_build_map_names_a_bad_line(model: PreTrainedModel, sae_in: FrozenSAE, sae_out: FrozenSAE, prefs: Path) -> None:

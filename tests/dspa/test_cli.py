@@ -9,6 +9,7 @@ import pytest
 
 from dspa.cdmap import ConditionalDifferenceMap
 from dspa.cli import main
+from dspa.cli.common import device_named
 
 from .conftest import L_IN, L_OUT, make_model, make_sae
 from .tokens import ENGLISH, word_tokenizer
@@ -80,11 +81,77 @@ def test_map_build(built):
     assert (cdmap.meta.n_triples, cdmap.meta.layer_in, cdmap.meta.layer_out) == (12, L_IN, L_OUT)
 
 
-def test_map_show(run, built):
+@pytest.fixture(scope="module")
+def counts(folder: Path) -> Path:
+    path = folder / "counts"
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = ["map", "collect", folder / "triples.jsonl", *common(folder), "--out", path]
+        patch.setattr("sys.argv", ["dspa", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    assert stop.value.code == 0
+    return path
+
+
+def same_map(one: Path, other: Path) -> bool:
+    return one.read_bytes() == other.read_bytes()
+
+
+def test_collect_and_reduce_are_build(run, folder, counts, built, tmp_path):
+    code, text = run("map", "reduce", counts, "--out", tmp_path / "m")
+    assert code == 0 and "Next: dspa map show" in text and same_map(tmp_path / "m", built)
+    # Once more goes on from what is there, which is all.
+    before = {path: path.stat().st_mtime_ns for path in counts.iterdir()}
+    code, text = run("map", "collect", folder / "triples.jsonl", *common(folder), "--out", counts)
+    assert code == 0 and "12 triples counted" in text
+    assert {path: path.stat().st_mtime_ns for path in counts.iterdir()} == before
+
+
+def test_subsets(run, folder, counts, tmp_path):
+    (tmp_path / "numbers.txt").write_text("3\n1\n2\n5\n4\n")
+    assert run("map", "reduce", counts, "--out", tmp_path / "a", "--only", tmp_path / "numbers.txt")[0] == 0
+    assert run("map", "reduce", counts, "--out", tmp_path / "b", "--first", 5)[0] == 0
+    assert same_map(tmp_path / "a", tmp_path / "b")
+    assert ConditionalDifferenceMap.load(tmp_path / "b").meta.n_triples == 5
+    for name, seed in (("c", 1), ("d", 1), ("e", 2)):
+        assert run("map", "reduce", counts, "--out", tmp_path / name, "--random", 6, "--seed", seed)[0] == 0
+    assert same_map(tmp_path / "c", tmp_path / "d") and not same_map(tmp_path / "c", tmp_path / "e")
+
+
+def test_merge(run, folder, counts, built, tmp_path):
+    lines = (folder / "triples.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("one", lines[:5]), ("two", lines[5:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+        assert run("map", "collect", tmp_path / f"{name}.jsonl", *common(folder), "--out", tmp_path / name)[0] == 0
+    code, text = run("map", "merge", tmp_path / "both", tmp_path / "one", tmp_path / "two")
+    assert code == 0 and "12 triples" in text
+    assert run("map", "reduce", tmp_path / "both", "--out", tmp_path / "m")[0] == 0
+    assert same_map(tmp_path / "m", built)
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "streamed"])
+def test_a_data_set(run, folder, built, tmp_path, stream):
+    """A folder that `datasets` loads stands for one of the Hub."""
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_bytes((folder / "triples.jsonl").read_bytes())
+    code, text = run("map", "build", tmp_path / "data", *common(folder), *stream, "--out", tmp_path / "m")
+    assert code == 0, text
+    assert same_map(tmp_path / "m", built)
+
+
+def test_diff(run, counts, built, tmp_path):
+    assert run("map", "reduce", counts, "--out", tmp_path / "m", "--percentile", 50)[0] == 0
+    code, text = run("map", "diff", built, tmp_path / "m", "--plot", tmp_path / "d.png")
+    assert code == 0 and "90.0 and 50.0" in text and "correlation" in text and (tmp_path / "d.png").is_file()
+
+
+def test_map_show(run, built, tmp_path):
     code, text = run("map", "show", built, "--top", 3)
-    assert code == 0 and "percentile" in text and "column sum" in text
+    assert code == 0 and "percentile" in text and "column sum" in text and "gates ever open" in text
+    assert run("map", "show", built, "--plot", tmp_path / "m.png")[0] == 0 and (tmp_path / "m.png").is_file()
     cdmap = ConditionalDifferenceMap.load(built)
-    assert f"{len(cdmap.hot)}; the first 64 held {cdmap.hot_share():.1%} of the tokens' maxima" in text
+    assert f"{len(cdmap.hot)}; the first 64 held {cdmap.hot_share():.1%} of the" in text
     cdmap.hot, cdmap.hot_counts = cdmap.hot[:0], cdmap.hot_counts[:0]
     cdmap.save(built.parent / "uncalibrated")
     assert "the map has no calibration" in run("map", "show", built.parent / "uncalibrated")[1]
@@ -125,15 +192,34 @@ def test_sae_show_and_info(run, folder):
     assert code == 0 and "reference" in text and "Backends, in the order" in text
 
 
+def test_each_process_has_its_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert device_named("auto") == device_named("cuda") == "cuda:0"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert device_named("auto") == "cuda:1" and device_named("cuda:0") == "cuda:0" and device_named("cpu") == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="process 2 on a machine of 2 GPUs"):
+        device_named("auto")
+
+
 @pytest.mark.parametrize(
-    "command", [(), ("demo",), ("map", "build"), ("map", "show"), ("generate",), ("sae", "show"), ("info",)]
+    "command",
+    [
+        (),
+        ("demo",),
+        *(("map", name) for name in ("collect", "reduce", "build", "merge", "show", "diff", "stability", "cost")),
+        ("generate",),
+        *(("sae", name) for name in ("show", "train", "finetune")),
+        ("info",),
+    ],
 )
 def test_help(run, command):
     code, text = run(*command, "--help")
     assert code == 0 and "Usage: dspa" in text
 
 
-def test_errors(run, folder, built, tmp_path):
+def test_errors(run, folder, counts, built, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": \n')
     (tmp_path / "messages.jsonl").write_text('{"prompt": "the cat"}\n{"prompt": [{"role": "user"}]}\n')
     other = ["--model", folder / "tiny", "--sae-in", folder / "sae_in", "--device", "cpu"]
@@ -142,6 +228,17 @@ def test_errors(run, folder, built, tmp_path):
         (["map", "show", tmp_path / "none"], "There is no map file at"),
         (["map", "build", tmp_path / "bad.jsonl", *common(folder)], "bad.jsonl line 2"),
         (["map", "build", folder / "triples.jsonl", *common(folder), "--percentile", 101], "`percentile` is 101.0"),
+        (["map", "reduce", folder, "--out", tmp_path / "m"], "holds no counts"),
+        (["map", "reduce", counts, "--out", tmp_path / "m", "--first", 13], "--first is 13; accepted: 1 to 12"),
+        (["map", "reduce", counts, "--out", tmp_path / "m", "--first", 3, "--random", 3], "--first and --random"),
+        (["map", "reduce", counts, "--out", tmp_path / "m", "--only", tmp_path / "bad.jsonl"], "numbers from 1"),
+        (["map", "merge", tmp_path / "m", counts, counts], "same data"),
+        (
+            ["map", "collect", folder / "triples.jsonl", *common(folder), "--out", folder / "prompts.txt"],
+            "cannot be made",
+        ),
+        (["map", "collect", tmp_path / "none.jsonl", *common(folder)], "does not exist"),
+        (["map", "stability", counts, "--size", 99], "accepted: sizes from 1 to"),
         (["sae", "show", tmp_path / "nothing"], "nothing"),
         (["map", "build", folder / "triples.jsonl", *common(folder), "--out", tmp_path / "no" / "x"], "--out is"),
         (["generate", *common(folder), "--map", built, "--prompt", " "], "--prompt is empty"),

@@ -12,7 +12,7 @@ from transformers.generation.configuration_utils import CompileConfig
 import dspa
 from dspa.hooks import decoder_layers
 
-from .conftest import FAMILIES, make_map, make_model, make_sae
+from .conftest import FAMILIES, cache_names, make_map, make_model, make_sae
 from .plain import Plain
 
 N_NEW = 6
@@ -206,16 +206,17 @@ def test_assisted(model, steering, expected):
     assert "prepare_inputs_for_generation" not in assistant.__dict__
 
 
-def test_second_turn_on_a_kept_cache(model, sae_in, sae_out, cdmap, steering):
+@pytest.mark.parametrize("name", cache_names())
+def test_second_turn_on_a_kept_cache(model, sae_in, sae_out, cdmap, steering, name):
     """The second turn is selected from the whole conversation, first response included."""
-    cache = DynamicCache(config=model.config)
+    cache = {name: DynamicCache(config=model.config)}
     with steering.attach(model):
-        first = model.generate(torch.tensor([PROMPTS[0]]), past_key_values=cache, max_new_tokens=4, do_sample=False)
+        first = model.generate(torch.tensor([PROMPTS[0]]), **cache, max_new_tokens=4, do_sample=False)
         second = torch.cat([first, torch.tensor([[33, 7, 21]])], dim=1)
-        output = model.generate(second, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        output = model.generate(second, **cache, max_new_tokens=4, do_sample=False)
         latents = steering.plan.latents(cdmap.columns)[0].tolist()
         with pytest.raises(dspa.ModelError, match="whole conversation"):
-            model.generate(torch.tensor([[5, 6]]), past_key_values=cache, max_new_tokens=2)
+            model.generate(torch.tensor([[5, 6]]), **cache, max_new_tokens=2)
     augment, ablate = plain(model, sae_in, sae_out, cdmap).select(second[0].tolist())
     assert [j for j in latents if j >= 0] == augment + ablate
     assert output.shape[1] == second.shape[1] + 4

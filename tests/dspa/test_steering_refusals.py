@@ -23,7 +23,7 @@ import dspa
 from dspa.hooks import decoder_layers, same_model
 from dspa_kernels import BackendError, available_backends
 
-from .conftest import D_IN, L_OUT, make_map, make_model, make_sae
+from .conftest import D_IN, L_OUT, cache_names, make_map, make_model, make_sae
 from .plain import Plain
 
 PROMPT = torch.tensor([[1, 5, 9, 33, 20, 7]])
@@ -367,12 +367,13 @@ class TestResponses:
         with steering.attach(gemma), pytest.raises(dspa.ModelError, match=accepted), steering.responses(starts):
             gemma(self.SEQUENCE)
 
-    def test_cache(self, gemma, steering):
-        cache = DynamicCache(config=gemma.config)
-        gemma(self.SEQUENCE, past_key_values=cache)
+    @pytest.mark.parametrize("name", cache_names())
+    def test_cache(self, gemma, steering, name):
+        cache = {name: DynamicCache(config=gemma.config)}
+        gemma(self.SEQUENCE, **cache)
         with steering.attach(gemma), steering.responses([5]):
             with pytest.raises(dspa.ModelError, match="no cache"):
-                gemma(self.SEQUENCE, past_key_values=cache)
+                gemma(self.SEQUENCE, **cache)
             gemma(self.SEQUENCE)
 
     def test_no_pass_at_all(self, gemma, steering):

@@ -14,6 +14,7 @@ def static_map(cdmap: ConditionalDifferenceMap) -> ConditionalDifferenceMap:
         sums.expand_as(cdmap.values).contiguous(),
         n_open=cdmap.n_open,
         variance=cdmap.variance,
+        gate_latents=cdmap.gate_latents,
         gates=cdmap.gates,
         meta=cdmap.meta,
         hot=cdmap.hot,

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dspa.ranks import local_rank
+
 if TYPE_CHECKING:
     from dspa.saes import FrozenSAE
 
@@ -53,14 +55,21 @@ def check_writable(option: str, path: Path | None) -> None:
 
 
 def device_named(name: str) -> str:
-    """The device that --device means."""
+    """The device that --device means: of several processes, each has the GPU of its own number."""
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device is {name!r} and no CUDA device was found; accepted here: cpu, auto.")
-    return name
+    if name != "cuda":
+        return name
+    if local_rank() >= torch.cuda.device_count():
+        raise ValueError(
+            f"This is process {local_rank()} on a machine of {torch.cuda.device_count()} GPUs; accepted: at most one "
+            "process a GPU. Start fewer, or use --device cpu."
+        )
+    return f"cuda:{local_rank()}"
 
 
 def load_sae(spec: str, layer: int | None, device: str) -> FrozenSAE:

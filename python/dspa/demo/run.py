@@ -20,7 +20,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from dspa.baselines.static_sae import static_map
-from dspa.cdmap import ConditionalDifferenceMap, build_map
+from dspa.build import build_map
+from dspa.cdmap import ConditionalDifferenceMap
 from dspa.config import SteeringConfig
 from dspa.demo import world
 from dspa.demo.train import MODEL_NAME

@@ -1,10 +1,10 @@
 """Makes the demo's model, its two SAEs and its preference data again from nothing."""
 
 import random
-from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from dspa.demo import world
-from dspa.hooks import read_layers
+from dspa.sae_training import TrainingConfig, train_sae
 
 SEED = 20
 DRIFT = 0.12
@@ -112,59 +112,38 @@ def train_language_model(
     model.eval()
 
 
-def collect_activations(
-    model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random, progress: bool
-) -> dict[int, Tensor]:
-    """Outputs of the two decoder layers over fresh documents, [tokens, d_in] by layer."""
-    documents = world.corpus(rng, drift=DRIFT)
-    kept: dict[int, list[Tensor]] = {LAYER_IN: [], LAYER_OUT: []}
-    for _ in tqdm(range(SAE_DOCUMENTS // LM_BATCH), desc="activations", disable=not progress):
-        ids, mask = encode(tokenizer, list(islice(documents, LM_BATCH)))
-        read = read_layers(model, kept, input_ids=ids, attention_mask=mask)
-        for layer, rows in kept.items():
-            rows.append(read[layer][mask.bool()])
-    return {layer: torch.cat(rows) for layer, rows in kept.items()}
-
-
-def shuffled_batches(rows: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless batches [SAE_BATCH, d_in], each pass over the rows in a new order."""
-    while True:
-        order = torch.randperm(len(rows), generator=generator)
-        for start in range(0, len(rows) - SAE_BATCH + 1, SAE_BATCH):
-            yield rows[order[start : start + SAE_BATCH]]
-
-
-def train_sae(rows: Tensor, layer: int, d_sae: int, l0: float, out: Path) -> None:
-    """A BatchTopK SAE on activations [tokens, d_in], saved as a JumpReLU SAE in a SAELens folder."""
-    from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
-    from sae_lens.config import SAETrainerConfig
-    from sae_lens.saes.sae import SAEMetadata
-    from sae_lens.training.sae_trainer import SAETrainer
-
-    # Seeded here, so that an SAE does not depend on what was trained before it.
-    torch.manual_seed(SEED + layer)
-    metadata = SAEMetadata(
-        model_name=MODEL_NAME, hook_name=f"blocks.{layer}.hook_resid_post", context_size=128, prepend_bos=True
-    )
-    config = BatchTopKTrainingSAEConfig(
-        d_in=rows.shape[1],
-        d_sae=d_sae,
-        k=l0,
-        normalize_activations="expected_average_only_in",
-        metadata=metadata,
-    )
-    schedule = SAETrainerConfig(
-        total_training_samples=SAE_STEPS * SAE_BATCH,
-        train_batch_size_samples=SAE_BATCH,
-        lr=SAE_RATE,
-        lr_end=SAE_RATE / 10,
-        lr_decay_steps=SAE_STEPS // 3,
-        dead_feature_window=200,
-        n_batches_for_norm_estimate=50,
-    )
-    batches = shuffled_batches(rows, torch.Generator().manual_seed(SEED + layer))
-    sae = SAETrainer(schedule, BatchTopKTrainingSAE(config), batches).fit()
-    sae.save_inference_model(out)
+def train_saes(
+    model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random, out: Path, progress: bool
+) -> None:
+    """`sae_in/` and `sae_out/`, on fresh documents."""
+    with TemporaryDirectory() as folder:
+        texts = Path(folder) / "corpus.txt"
+        documents = islice(world.corpus(rng, drift=DRIFT), SAE_DOCUMENTS)
+        texts.write_text("".join(f"{text} <eos>\n" for text in documents), encoding="utf-8")
+        for name, layer, d_sae, l0 in (
+            ("sae_in", LAYER_IN, D_SAE_IN, L0_IN),
+            ("sae_out", LAYER_OUT, D_SAE_OUT, L0_OUT),
+        ):
+            config = TrainingConfig(
+                n_tokens=SAE_STEPS * SAE_BATCH,
+                batch_size=SAE_BATCH,
+                lr=SAE_RATE,
+                dead_feature_window=200,
+                exclude_special_tokens=False,
+                seed=SEED + layer,
+            )
+            train_sae(
+                model,
+                tokenizer,
+                texts,
+                layer,
+                out / name,
+                d_sae=d_sae,
+                k=l0,
+                config=config,
+                progress=progress,
+                model_name=MODEL_NAME,
+            )
 
 
 def write_preferences(out: Path) -> None:
@@ -189,7 +168,5 @@ def train(out: Path, progress: bool = True) -> None:
     model.bfloat16().save_pretrained(out / MODEL_NAME)
     tokenizer.save_pretrained(out / MODEL_NAME)
     model.float()
-    rows = collect_activations(model, tokenizer, random.Random(SEED + 1), progress)
-    train_sae(rows[LAYER_IN], LAYER_IN, D_SAE_IN, L0_IN, out / "sae_in")
-    train_sae(rows[LAYER_OUT], LAYER_OUT, D_SAE_OUT, L0_OUT, out / "sae_out")
+    train_saes(model, tokenizer, random.Random(SEED + 1), out, progress)
     write_preferences(out)

@@ -1,0 +1,239 @@
+"""From a file of text to residuals of one layer: documents, streamed through the model, their rows shuffled.
+
+The order is a function of the file, the settings and a seed alone, and any place in it can be gone back to: rows are
+shuffled block by block, so that only the block of that place is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from dspa.hooks import base_model, check_finite, device_of, read_layers
+from dspa.preferences import Triple, load_triples, tokenize_triple
+
+ACCEPTED = (
+    "plain text, one document a line; JSON Lines with `text`; or preference triples, JSON Lines with `chosen`, "
+    "`rejected` and usually `prompt`"
+)
+
+
+class TextError(ValueError):
+    """A file of text that cannot be used; the message names the line and says what to do."""
+
+
+class TextFile:
+    """Documents of a UTF-8 file: plain text, JSON Lines with `text`, or preference triples.
+
+    The first line that is not blank tells which; blank lines are skipped. An entry is a line, with one document, or
+    a triple, with two: prompt + chosen and prompt + rejected. All entries are read once and checked; none is kept.
+
+    Attributes: `path`; `kind`, "text", "json" or "triples"; `n_entries`; `digest`, of the bytes of the file.
+
+    Raises:
+        TextError, PreferenceError: no such file, a bad line, a file without text.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise TextError(f"{path} is not a file; accepted: a file of {ACCEPTED}.")
+        self.kind = _kind(self.path)
+        self.n_entries = sum(1 for _ in self.entries())
+        self.digest = _digest(self.path)
+
+    def entries(self) -> Iterator[str | Triple]:
+        """Each entry, from the first on."""
+        if self.kind == "triples":
+            return load_triples(self.path)
+        return (_text(name, line) if self.kind == "json" else line for name, line in _lines(self.path))
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Name and text of every line that is not blank."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            name = f"{path} line {number}"
+            try:
+                text = line.decode("utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise TextError(f"{name} is not UTF-8 ({error}); accepted: {ACCEPTED}. Convert the file.") from error
+            if text:
+                yield name, text
+
+
+def _kind(path: Path) -> str:
+    name, line = next(_lines(path), ("", ""))
+    if not name:
+        raise TextError(f"{path} holds no text; accepted: {ACCEPTED}.")
+    if path.suffix != ".jsonl" and not line.startswith("{"):
+        return "text"
+    entry = _object(name, line)
+    if "chosen" in entry:
+        return "triples"
+    _text(name, line)
+    return "json"
+
+
+def _object(name: str, line: str) -> dict[str, object]:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise TextError(f"{name} is not JSON ({error}); accepted: {ACCEPTED}. Correct or remove the line.") from error
+    if not isinstance(entry, dict):
+        raise TextError(f"{name} is a JSON {type(entry).__name__}; accepted: {ACCEPTED}. Correct or remove the line.")
+    return entry
+
+
+def _text(name: str, line: str) -> str:
+    entry = _object(name, line)
+    text = entry.get("text")
+    if not isinstance(text, str) or not text.strip():
+        held = f"has `text` {text!r}" if "text" in entry else f"has only the keys {sorted(entry)}"
+        raise TextError(f"{name} {held}; accepted: {ACCEPTED}. Correct or remove the line.")
+    return text
+
+
+def _digest(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the stream: so many batches into a block that begins with this entry of the file."""
+
+    block: int = 0
+    entry: int = 0
+    batch: int = 0
+
+
+class Activations:
+    """Residuals at the output of decoder layer `layer`, one row a token of the documents of `texts`.
+
+    A document is tokenised as the model reads it (`tokenizer(text)`, `tokenize_triple`) and cut to `max_length` at
+    its end. Its special tokens are read by the model; `exclude_special_tokens` leaves them out of the rows.
+
+    Args:
+        batch_tokens: padded tokens a forward pass.
+        layers: dotted path of the decoder layers, for an unknown architecture.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: TextFile,
+        layer: int,
+        *,
+        max_length: int,
+        exclude_special_tokens: bool,
+        batch_tokens: int,
+        layers: str | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.texts, self.layer, self.layers = model, tokenizer, texts, layer, layers
+        self.max_length, self.batch_tokens = max_length, batch_tokens
+        self.left_out = set(tokenizer.all_special_ids) if exclude_special_tokens else set()
+
+    def held_out(self, n_tokens: int) -> tuple[Tensor, int]:
+        """Rows [N, d_in] of the first entries of the file, N >= n_tokens, and how many entries these are.
+
+        Raises:
+            TextError: nothing would be left to train on.
+        """
+        documents, end = self._block(islice(self._entries(0, 0), self.texts.n_entries), n_tokens)
+        if end >= self.texts.n_entries:
+            raise TextError(
+                f"{self.texts.path} has {self.texts.n_entries} entries, and {n_tokens} held-out tokens take them all; "
+                "accepted: text to train on beside those. Give more text, or lower held_out_tokens."
+            )
+        return self.rows(documents), end
+
+    def batches(
+        self, n_held_out: int, batch_size: int, buffer_tokens: int, seed: int, start: Position | None = None
+    ) -> Iterator[tuple[Position, Tensor]]:
+        """Endless batches [batch_size, d_in] fp32 of the entries after the first `n_held_out`, over and over, each
+        with the place right after it, from which another call goes on as this one does.
+
+        A block is as many whole entries as give `buffer_tokens` rows, and is shuffled by itself; rows that fill no
+        batch at its end are left out.
+        """
+        at = start or Position(entry=n_held_out)
+        entries = self._entries(at.entry, n_held_out)
+        while True:
+            documents, end = self._block(entries, max(buffer_tokens, batch_size))
+            rows = self.rows(documents)
+            # Of a number beyond 32 bits torch would use a part.
+            shuffle = torch.Generator().manual_seed(random.Random(f"{seed}/{at.block}").getrandbits(32))
+            order = torch.randperm(len(rows), generator=shuffle).to(rows.device)
+            for i in range(at.batch, len(rows) // batch_size):
+                batch = rows[order[i * batch_size : (i + 1) * batch_size]].float()
+                yield Position(at.block, at.entry, i + 1), batch
+            at = Position(at.block + 1, end)
+
+    def rows(self, documents: Sequence[list[int]]) -> Tensor:
+        """Residuals [N, d_in] of documents' tokens, in the model's dtype; raises `ModelError` unless finite."""
+        return torch.cat([self._read(batch) for batch in _batches(documents, self.batch_tokens)])
+
+    def _read(self, documents: Sequence[list[int]]) -> Tensor:
+        tokens = torch.zeros(len(documents), max(map(len, documents)), dtype=torch.long)
+        kept = torch.zeros(tokens.shape, dtype=torch.bool)
+        for i, ids in enumerate(documents):
+            # Padded on the right, where a causal model cannot see it.
+            tokens[i, : len(ids)] = torch.tensor(ids)
+            kept[i, : len(ids)] = torch.tensor([token not in self.left_out for token in ids])
+        device = device_of(base_model(self.model).get_input_embeddings())
+        h = read_layers(self.model, [self.layer], self.layers, input_ids=tokens.to(device))[self.layer]
+        rows = h[kept.to(h.device)]
+        check_finite(rows, self.layer)
+        return rows
+
+    def _entries(self, entry: int, first: int) -> Iterator[tuple[int, list[list[int]]]]:
+        """The documents of each entry from `entry` on and, after the last, from `first` on again, without an end; each
+        with the number of the entry after it."""
+        while True:
+            for number, content in enumerate(islice(self.texts.entries(), entry, None), start=entry + 1):
+                yield number, self._tokenized(content)
+            entry = first
+
+    def _block(self, entries: Iterator[tuple[int, list[list[int]]]], n_tokens: int) -> tuple[list[list[int]], int]:
+        """The documents of the next entries, as many as give `n_tokens` rows, and the number of the entry after."""
+        block: list[list[int]] = []
+        n_rows = end = 0
+        while n_rows < n_tokens and (entry := next(entries, None)):
+            end, documents = entry
+            block += documents
+            n_rows += sum(token not in self.left_out for ids in documents for token in ids)
+        return block, end
+
+    def _tokenized(self, entry: str | Triple) -> list[list[int]]:
+        if isinstance(entry, Triple):
+            ids = tokenize_triple(entry, self.tokenizer)
+            documents = [ids.prompt + ids.chosen, ids.prompt + ids.rejected]
+        else:
+            documents = [list(self.tokenizer(entry)["input_ids"])]
+        return [document[: self.max_length] for document in documents]
+
+
+def _batches(documents: Sequence[list[int]], batch_tokens: int) -> Iterator[list[list[int]]]:
+    """Neighbours of like length, as many as fit the budget, and at least one."""
+    batch: list[list[int]] = []
+    for ids in sorted(filter(None, documents), key=len):
+        if batch and (len(batch) + 1) * len(ids) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(ids)
+    if batch:
+        yield batch

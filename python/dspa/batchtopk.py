@@ -1,0 +1,90 @@
+"""SAELens' SAEs for a training: a new BatchTopK SAE, one that goes on from a `FrozenSAE`, and what becomes of them.
+
+SAELens takes seconds to import and is optional, so that its types are not named here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspa.saes import FrozenSAE
+
+# Thresholds that are so many times the median, or such a part of it, do not become units.
+FAR = 16.0
+
+
+def new_sae(d_in: int, d_sae: int, k: float, *, seed: int, threshold_lr: float, metadata: dict[str, Any]) -> Any:
+    """An untrained `BatchTopKTrainingSAE`, on the CPU, so that a seed means the same on every device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _training_sae(d_in, d_sae, k, threshold_lr, metadata)
+
+
+@torch.no_grad()
+def started_sae(start: FrozenSAE, k: float, *, scale: float, threshold_lr: float, metadata: dict[str, Any]) -> Any:
+    """A `BatchTopKTrainingSAE`, on the CPU, that does for `scale` times an input what `start` does for that input,
+    normalisation aside.
+
+    BatchTopK has one threshold for all latents, so that each is put into units in which its own is the median one;
+    its decoder row takes the scale up. A latent whose threshold is 0, infinite or far from the others', which would
+    be lost in such units, gets those of a decoder row of norm 1.
+    """
+    norm = start.W_dec.norm(dim=1).clamp(min=1e-8)
+    threshold = start.threshold * norm
+    usable = threshold.isfinite() & (threshold > 0)
+    relative = threshold / threshold[usable].median() if usable.any() else torch.ones_like(norm)
+    unit = norm / torch.where((relative > 1 / FAR) & (relative < FAR), relative, 1)
+    kept = {"apply_b_dec_to_input": False, "rescale_acts_by_decoder_norm": False}
+    sae = _training_sae(start.d_in, start.d_sae, k, threshold_lr, metadata, **kept)
+    sae.W_enc.copy_(start.W_enc * unit)
+    sae.b_enc.copy_(start.b_enc * unit * scale)
+    sae.W_dec.copy_(start.W_dec / unit[:, None])
+    sae.b_dec.copy_(start.b_dec * scale)
+    return sae
+
+
+def _training_sae(
+    d_in: int, d_sae: int, k: float, threshold_lr: float, metadata: dict[str, Any], **settings: bool
+) -> Any:
+    from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.saes.sae import SAEMetadata
+
+    shared = {"d_in": d_in, "d_sae": d_sae, "k": k, "topk_threshold_lr": threshold_lr}
+    config = BatchTopKTrainingSAEConfig(**shared, **settings, metadata=SAEMetadata(**metadata))
+    return BatchTopKTrainingSAE(config)
+
+
+@torch.no_grad()
+def begin_threshold(sae: Any, rows: Tensor) -> None:
+    """Begin the running mean of the threshold, else 0, with the one that keeps `k` latents of `rows` [N, d_in]."""
+    f = sae.encode(rows)
+    sae.topk_threshold.fill_(f[f > 0].min())
+
+
+@torch.no_grad()
+def jumprelu(sae: Any, *, scale: float, normalize_activations: str) -> Any:
+    """The `JumpReLUSAE`, on the CPU, that a `BatchTopKTrainingSAE` of inputs times `scale` is at inference, for inputs
+    as they are. Its decoder rows have norm 1."""
+    from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+
+    made = JumpReLUSAE(
+        JumpReLUSAEConfig(
+            d_in=sae.cfg.d_in,
+            d_sae=sae.cfg.d_sae,
+            apply_b_dec_to_input=sae.cfg.apply_b_dec_to_input,
+            normalize_activations=normalize_activations,
+            metadata=sae.cfg.metadata,
+        )
+    )
+    norm = sae.get_W_dec_norm()
+    # With rescaling, latents are compared as if of norm 1 already.
+    threshold = sae.topk_threshold * (1 if sae.cfg.rescale_acts_by_decoder_norm else norm)
+    made.W_enc.copy_(sae.W_enc * norm)
+    made.b_enc.copy_(sae.b_enc * norm / scale)
+    made.W_dec.copy_(sae.W_dec / norm[:, None])
+    made.b_dec.copy_(sae.b_dec / scale)
+    made.threshold.copy_(threshold / scale)
+    return made

@@ -1,0 +1,67 @@
+"""`build_map`: collect, then reduce, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from dspa.cdmap import ConditionalDifferenceMap
+from dspa.densities import collect
+from dspa.preferences import Triple
+from dspa.reduction import check_settings, reduce
+from dspa.saes import FrozenSAE
+
+
+def build_map(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    triples: Iterable[Triple] | str | Path,
+    sae_in: FrozenSAE,
+    sae_out: FrozenSAE,
+    *,
+    percentile: float = 90.0,
+    gate_rule: str = "published",
+    count_tokens: str = "all",
+    k_diff: int = 16,
+    sparsify: bool = True,
+    max_length: int | None = None,
+    batch_tokens: int = 8192,
+    work_dir: str | Path | None = None,
+    progress: bool = True,
+    layers: str | None = None,
+    model_name: str | None = None,
+) -> ConditionalDifferenceMap:
+    """Make the conditional-difference map of a model from preference triples (DSPA, offline).
+
+    Args:
+        model, tokenizer, triples, sae_in, sae_out, max_length, batch_tokens, work_dir, progress, layers, model_name:
+        as for `collect`.
+        percentile, gate_rule, count_tokens, k_diff, sparsify: as for `reduce`. With a work_dir, maps of other such
+        settings can be made from the same counts: `reduce(work_dir, ...)`.
+    """
+    check_settings(percentile, gate_rule, k_diff, sae_out.d_sae, count_tokens)
+    counts = collect(
+        model,
+        tokenizer,
+        triples,
+        sae_in,
+        sae_out,
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        work_dir=work_dir,
+        progress=progress,
+        layers=layers,
+        model_name=model_name,
+    )
+    return reduce(
+        counts,
+        percentile=percentile,
+        gate_rule=gate_rule,
+        count_tokens=count_tokens,
+        k_diff=k_diff,
+        sparsify=sparsify,
+        progress=progress,
+    )

@@ -1,0 +1,67 @@
+"""Plots of maps, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from dspa.cdmap import ConditionalDifferenceMap
+from dspa.map_reports import top_columns
+from dspa.stability import Stability
+
+
+def plot_map(cdmap: ConditionalDifferenceMap, path: Path, top: int = 20) -> None:
+    """On how many prompts gates are open, how large entries are beside the confidence radius of their rows, and the
+    column sums of the latents that are moved most."""
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    gates, sizes, columns = figure.subplots(1, 3)
+    n_open = cdmap.n_open[cdmap.gate_latents.long()]
+    gates.hist(n_open.numpy(), bins=min(40, max(1, len(n_open.unique()))))
+    gates.set(title="gates that are open on some prompts", xlabel="prompts N_i on which it is open", ylabel="gates")
+    rows = (cdmap.n_open > 0).nonzero().flatten()
+    n_open = cdmap.n_open[rows].double()
+    largest = cdmap.values[rows].abs().amax(dim=1).double() * cdmap.meta.n_triples / n_open
+    sizes.scatter(n_open.numpy(), largest.numpy(), s=6, alpha=0.5, label="largest entry of the row")
+    places = torch.linspace(float(n_open.min()), float(n_open.max()), 200)
+    radius = (2 * torch.log(torch.tensor(2 * cdmap.meta.d_sae_out / 0.05)) / places).sqrt()
+    sizes.plot(places.numpy(), radius.numpy(), color="black", label="confidence radius, delta 0.05")
+    sizes.set(title="rows, as conditional means", xlabel="prompts N_i", ylabel="change of density", yscale="log")
+    sizes.legend()
+    augmented, ablated = top_columns(cdmap, top)
+    shown = sorted({c.latent: c.total for c in (*augmented, *ablated)}.items(), key=lambda each: each[1])
+    columns.barh(range(len(shown)), [total for _, total in shown], color=["C3" if t < 0 else "C0" for _, t in shown])
+    columns.set_yticks(range(len(shown)), [str(latent) for latent, _ in shown], fontsize=5)
+    columns.set(title="latents by column sum of A", xlabel="column sum", ylabel="output latent")
+    figure.savefig(path, dpi=150)
+
+
+def plot_difference(a: ConditionalDifferenceMap, b: ConditionalDifferenceMap, path: Path) -> None:
+    """Column sums of two maps against each other."""
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    x, y = (dict(zip(m.columns.tolist(), m.values.double().sum(dim=0).tolist(), strict=True)) for m in (a, b))
+    latents = sorted(x.keys() | y.keys())
+    axes.axline((0, 0), slope=1, color="grey", linewidth=0.8)
+    axes.scatter([x.get(j, 0.0) for j in latents], [y.get(j, 0.0) for j in latents], s=10, alpha=0.6)
+    axes.set(title="column sums of A", xlabel="first map", ylabel="second map")
+    figure.savefig(path, dpi=150)
+
+
+def plot_stability(found: Sequence[Stability], path: Path) -> None:
+    """Agreement with the map of all triples, over the number of triples."""
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axes = figure.subplots()
+    sizes = [each.n_triples for each in found]
+    for name, title in (("selected", "latents that a prompt steers"), ("columns", "columns of the map")):
+        values = [getattr(each, name) for each in found]
+        axes.plot(sizes, [sum(v) / len(v) for v in values], marker="o", label=title)
+        axes.fill_between(sizes, [min(v) for v in values], [max(v) for v in values], alpha=0.2)
+    axes.set(xlabel="triples", ylabel="Jaccard index with all triples", xscale="log", ylim=(0, 1.02))
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    axes.set_title("how few triples are enough (mean, lowest and highest draw)", fontsize=10)
+    axes.legend()
+    figure.savefig(path, dpi=150)

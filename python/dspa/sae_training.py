@@ -1,0 +1,386 @@
+"""Train an SAE for one layer of a model, or fine-tune one, with SAELens' trainer on streamed activations.
+
+Both train a BatchTopK SAE and save what it is at inference: a JumpReLU SAE, in a SAELens folder. A training that was
+stopped goes on from its last checkpoint to what it would have become.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dspa.activations import Activations, Position, TextFile
+from dspa.batchtopk import begin_threshold, jumprelu, new_sae, started_sae
+from dspa.errors import ModelError
+from dspa.hooks import (
+    base_model,
+    check_eval,
+    check_model_name,
+    context_length,
+    decoder_layers,
+    hidden_size,
+    layer_of,
+)
+from dspa.hooks import model_name as name_of
+from dspa.saes import FrozenSAE
+from dspa.training_folder import TrainingError, TrainingFolder
+
+REPORTS = 100
+# Latents that are held at once where an SAE is looked at.
+LATENTS_A_BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train.
+
+    Attributes:
+        n_tokens: rows to train on, rounded down to whole batches; the file is read again where it holds fewer.
+        batch_size: rows a step.
+        lr: Adam's rate, warmed up over the first twentieth of the steps, and decayed to 0 over the last fifth.
+        dead_feature_window: steps without activity after which a latent is dead, and trained to explain errors.
+        max_length: tokens of a document that are read, or the model's context where that is shorter.
+        exclude_special_tokens: train and report on other tokens alone. The first token, in Gemma models and others, is
+            a massive outlier that would rule loss and explained variance; SAELens keeps it unless told otherwise.
+        held_out_tokens: documents at the start of the file with so many tokens are never trained on.
+        buffer_tokens: rows that are shuffled together, and held in memory. The file is read in its order, so a file
+            that is sorted should be shuffled first.
+        batch_tokens: padded tokens a forward pass of the model.
+        checkpoint_every: steps.
+        seed: of the order of the rows, and of the weights of a new SAE.
+
+    Raises:
+        ValueError: a number that is too small, or fewer tokens than a batch.
+    """
+
+    n_tokens: int = 50_000_000
+    batch_size: int = 4096
+    lr: float = 3e-4
+    dead_feature_window: int = 1000
+    max_length: int = 1024
+    exclude_special_tokens: bool = True
+    held_out_tokens: int = 16_384
+    buffer_tokens: int = 65_536
+    batch_tokens: int = 8192
+    checkpoint_every: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 0 or (value == 0 and name not in ("seed", "exclude_special_tokens")):
+                raise ValueError(f"`{name}` is {value!r}; accepted: numbers above 0.")
+        if self.n_tokens < self.batch_size:
+            raise ValueError(
+                f"`n_tokens` is {self.n_tokens}; accepted: one batch ({self.batch_size}) or more. Lower batch_size, or "
+                "train for longer."
+            )
+
+    @property
+    def n_steps(self) -> int:
+        """Whole batches in `n_tokens`."""
+        return self.n_tokens // self.batch_size
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well an SAE does on N rows x [N, d_in] with its reconstructions x'.
+
+    explained_variance: `1 - sum (x - x')^2 / sum (x - mean x)^2`; l0: active latents a row, on average; dead: latents
+    that are active on none of these rows; mse: `(x - x')^2`, summed over d_in, mean over rows, as SAELens' loss.
+    """
+
+    explained_variance: float
+    l0: float
+    dead: int
+    mse: float
+    n_tokens: int
+
+
+@torch.no_grad()
+def evaluate_sae(sae: FrozenSAE, rows: Tensor) -> Quality:
+    """The quality of `sae` on residuals `rows` [N, d_in], not all alike, of any float dtype, on the SAE's device."""
+    active = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.device)
+    mean = rows.double().mean(dim=0)
+    error = variance = 0.0
+    for block in rows.split(max(1, LATENTS_A_BLOCK // sae.d_sae)):
+        f = sae.encode(block)
+        error += float((sae.decode(f, like=block).double() - block.double()).square().sum())
+        variance += float((block.double() - mean).square().sum())
+        active += (f > 0).sum(dim=0)
+    return Quality(
+        explained_variance=1 - error / variance,
+        l0=int(active.sum()) / len(rows),
+        dead=int((active == 0).sum()),
+        mse=error / len(rows),
+        n_tokens=len(rows),
+    )
+
+
+def train_sae(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: TextFile | str | Path,
+    layer: int,
+    out: str | Path,
+    *,
+    d_sae: int,
+    k: float = 64,
+    config: TrainingConfig | None = None,
+    progress: bool = True,
+    layers: str | None = None,
+    model_name: str | None = None,
+) -> FrozenSAE:
+    """Train a new SAE on the residuals at the output of a decoder layer.
+
+    Args:
+        model, tokenizer: the model, in evaluation mode.
+        texts: a `TextFile`, or the path of one: plain text, JSON Lines with `text`, or preference triples.
+        layer: from 0.
+        out: the folder to write, a new one or one in which the same training was stopped. Beside the SAE there is
+            `training.json`: settings, the quality on held-out tokens before and after, and what was reported between.
+        d_sae: latents. k: active latents a token, on average over a batch.
+        progress: show a bar with loss, explained variance, L0 and dead latents of the latest batch looked at.
+        layers, model_name: as for `Steering.attach`.
+
+    Raises:
+        TextError, PreferenceError: a bad file. TrainingError: an `out` with something else, or a `k` out of range.
+        ModelError: no such layer, a model in training mode, hidden states that are not finite.
+        RuntimeError: sae-lens is not installed.
+    """
+    _check_k(k, d_sae)
+    job = _prepare(model, tokenizer, texts, layer, out, config, layers, model_name, d_sae=d_sae, k=k)
+    sae = new_sae(job.held_out.shape[1], d_sae, k, seed=job.config.seed, **job.shared())
+    return _fit(job, sae, None, progress)
+
+
+def finetune_sae(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: TextFile | str | Path,
+    sae: FrozenSAE,
+    out: str | Path,
+    *,
+    k: float | None = None,
+    config: TrainingConfig | None = None,
+    progress: bool = True,
+    layers: str | None = None,
+    model_name: str | None = None,
+) -> FrozenSAE:
+    """Go on training `sae`, of any architecture, on the residuals at its layer.
+
+    It becomes a BatchTopK SAE that keeps `k` latents a token on average: its own L0 on a sample of the text, if None.
+    Thresholds that differ between latents go along, as the scale of each latent. An SAE that normalises its input is
+    trained on what it normalises to. The rest is as for `train_sae`, and so is what is raised.
+
+    Raises:
+        ModelError: an SAE that does not say its layer, or of another model.
+    """
+    if k is not None:
+        _check_k(k, sae.d_sae)
+    job = _prepare(
+        model, tokenizer, texts, layer_of(sae), out, config, layers, model_name, d_sae=sae.d_sae, k=k, start=sae
+    )
+    start = sae.to(job.held_out.device, torch.float32)
+    k = evaluate_sae(start, job.sample).l0 if k is None else k
+    _check_k(k, sae.d_sae, " It is the L0 of `sae` on these tokens: is it the SAE of this layer? Or give k.")
+    before = evaluate_sae(start, job.held_out)
+    return _fit(job, started_sae(start, k, scale=job.scale, **job.shared()), before, progress)
+
+
+def read_qualities(out: str | Path) -> dict[str, Quality]:
+    """The quality on held-out tokens "before" and "after" a finished training, from its folder."""
+    record = TrainingFolder(Path(out)).read()
+    return {when: Quality(**record[when]) for when in ("before", "after")}
+
+
+def _check_k(k: float, d_sae: int, advice: str = "") -> None:
+    if not 1 <= k <= d_sae:
+        raise TrainingError(f"`k` is {k!r}; accepted: 1 to d_sae = {d_sae}.{advice}")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a training is made with.
+
+    held_out [N, d_in]: residuals to report on. sample [N, d_in]: some that are trained on, from which the training
+    begins. `read` is what the SAE makes of residuals [N, d_in] before it encodes them, fp32; `scale` brings that to a
+    mean norm of sqrt(d_in), in which a rate means the same for any model.
+    """
+
+    config: TrainingConfig
+    folder: TrainingFolder
+    batches: Callable[[Position | None], Iterator[tuple[Position, Tensor]]]
+    held_out: Tensor
+    sample: Tensor
+    normalize: str
+    read: Callable[[Tensor], Tensor]
+    scale: float
+    metadata: dict[str, Any]
+
+    def shared(self) -> dict[str, Any]:
+        """What new and started SAEs are both told."""
+        # The threshold is a running mean, of which a short training should not keep the beginning.
+        return {"threshold_lr": min(1.0, max(0.01, 10 / self.config.n_steps)), "metadata": self.metadata}
+
+    def frozen(self, sae: Any) -> FrozenSAE:
+        """A training SAE as it is at inference."""
+        return FrozenSAE.from_sae_lens(self.inference(sae)).to(self.held_out.device)
+
+    def inference(self, sae: Any) -> Any:
+        """A training SAE as SAELens saves it."""
+        return jumprelu(sae, scale=self.scale, normalize_activations=self.normalize)
+
+
+def _prepare(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: TextFile | str | Path,
+    layer: int,
+    out: str | Path,
+    config: TrainingConfig | None,
+    layers: str | None,
+    model_name: str | None,
+    *,
+    d_sae: int,
+    k: float | None,
+    start: FrozenSAE | None = None,
+) -> _Job:
+    """Check everything, claim the folder, and read the first rows."""
+    if find_spec("sae_lens") is None:
+        raise RuntimeError('Training an SAE needs sae-lens: pip install "dspa-kernels[saelens]".')
+    config, inner, folder = config or TrainingConfig(), base_model(model), TrainingFolder(Path(out))
+    called = model_name or name_of(inner)
+    _check_model(inner, layer, layers, start, called)
+    folder.check()
+    file = texts if isinstance(texts, TextFile) else TextFile(texts)
+    max_length = min(config.max_length, context_length(inner) or config.max_length)
+    settings = {
+        "model_name": called,
+        "model_dtype": str(inner.dtype),
+        "layer": layer,
+        "sae": start.fingerprint if start else None,
+        "d_sae": d_sae,
+        "k": k,
+        "data": file.digest,
+    }
+    folder.claim({**settings, **asdict(config), "max_length": max_length})
+    activations = Activations(
+        inner,
+        tokenizer,
+        file,
+        layer,
+        max_length=max_length,
+        exclude_special_tokens=config.exclude_special_tokens,
+        batch_tokens=config.batch_tokens,
+        layers=layers,
+    )
+    held_out, n_held_out = activations.held_out(config.held_out_tokens)
+    buffer_tokens = min(config.buffer_tokens, config.n_tokens)
+    batches = functools.partial(activations.batches, n_held_out, config.batch_size, buffer_tokens, config.seed)
+    n_sampled = max(1, config.held_out_tokens // config.batch_size)
+    sample = torch.cat([rows for _, rows in islice(batches(None), n_sampled)])
+    read = start.to(sample.device, torch.float32).normalise if start else Tensor.float
+    metadata = {
+        "model_name": called or None,
+        "hook_name": f"blocks.{layer}.hook_resid_post",
+        "context_size": max_length,
+        "prepend_bos": tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id],
+        "exclude_special_tokens": config.exclude_special_tokens,
+        "dataset_path": file.path.name,
+    }
+    return _Job(
+        config=config,
+        folder=folder,
+        batches=batches,
+        held_out=held_out,
+        sample=sample,
+        normalize=start.weights.normalize if start else "none",
+        read=read,
+        scale=float(sample.shape[1] ** 0.5 / read(sample).norm(dim=-1).mean()),
+        metadata=metadata,
+    )
+
+
+def _check_model(model: nn.Module, layer: int, layers: str | None, start: FrozenSAE | None, called: str) -> None:
+    check_eval(model)
+    n_layers = len(decoder_layers(model, layers))
+    if not 0 <= layer < n_layers:
+        raise ModelError(f"`layer` is {layer!r}; accepted: 0 to {n_layers - 1}, the model's layers.")
+    if start is None:
+        return
+    if start.d_in != hidden_size(model):
+        raise ModelError(
+            f"`sae` reads {start.d_in} dimensions and the model's hidden size is {hidden_size(model)}: it is an SAE of "
+            "another model."
+        )
+    check_model_name("`sae` was made for", start.model_name or "", called)
+
+
+def _fit(job: _Job, sae: Any, before: Quality | None, progress: bool) -> FrozenSAE:
+    """Train `sae` from where it stands or was stopped, and save what it is at inference."""
+    config, total = job.config, job.config.n_steps * job.config.batch_size
+    sae.to(job.held_out.device)
+    begin_threshold(sae, job.read(job.sample[: config.batch_size]) * job.scale)
+    before = before or evaluate_sae(job.frozen(sae), job.held_out)
+    trainer = _trainer(config, sae)
+    trainer.activation_scaler.scaling_factor = job.scale
+    position, history = job.folder.restore(trainer)
+    batches = job.batches(position)
+    done, every = trainer.n_training_samples, max(1, config.n_steps // REPORTS)
+    with tqdm(total=total, initial=done, unit="token", unit_scale=True, disable=not progress, desc="train") as bar:
+        while trainer.n_training_steps < config.n_steps:
+            position, rows = next(batches)
+            output = trainer.step(job.read(rows))
+            trainer.n_training_steps += 1
+            bar.update(len(rows))
+            if trainer.n_training_steps % every == 0:
+                history.append(_report(trainer, output))
+                bar.set_postfix({name: f"{value:.4g}" for name, value in history[-1].items() if name != "tokens"})
+            if trainer.n_training_steps % config.checkpoint_every == 0:
+                job.folder.save_checkpoint(trainer, position, history)
+    after = evaluate_sae(job.frozen(sae), job.held_out)
+    made = job.inference(sae)
+    made.cfg.metadata.l0, made.cfg.metadata.num_dead_features = after.l0, after.dead
+    made.save_model(job.folder.path)
+    job.folder.finish({"before": asdict(before), "after": asdict(after), "history": history})
+    return FrozenSAE.load(job.folder.path, device=job.held_out.device)
+
+
+def _trainer(config: TrainingConfig, sae: Any) -> Any:
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    schedule = SAETrainerConfig(
+        total_training_samples=config.n_steps * config.batch_size,
+        train_batch_size_samples=config.batch_size,
+        lr=config.lr,
+        lr_end=config.lr,
+        lr_warm_up_steps=config.n_steps // 20,
+        lr_decay_steps=config.n_steps // 5,
+        dead_feature_window=config.dead_feature_window,
+        device=str(sae.device),
+    )
+    # Rows are handed to `step`, one batch at a time.
+    return SAETrainer(schedule, sae, iter(()))
+
+
+def _report(trainer: Any, output: Any) -> dict[str, float]:
+    """How the latest batch went, in the units of the training."""
+    seen = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
+    return {
+        "tokens": trainer.n_training_samples,
+        "loss": seen["losses/overall_loss"],
+        "explained_variance": seen["metrics/explained_variance"],
+        "l0": seen["metrics/l0"],
+        "dead": seen["sparsity/dead_features"],
+    }

@@ -1,0 +1,297 @@
+"""Counts of small models and counts by hand, and plain versions of what is made of them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dspa import ConditionalDifferenceMap, FrozenSAE, Triple, densities
+from dspa.cdmap import TENSORS
+from dspa.densities import ROW_QUANTUM, collect
+from dspa.pieces import DataRecord
+from dspa.shards import COUNTED, PARTS, Collection, CollectSettings, Counts, Shard
+
+from .conftest import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, VOCAB, make_model, make_sae
+
+BOS, EOS = 1, 2
+SPECIAL = (0, BOS, EOS)
+# Of a triple alone (batch_tokens=1): its prompt, and each of its responses.
+PASSES = 3
+# Data of which no pre-activation is so near its threshold that rounding could decide a count.
+SEED = 1
+Ids = tuple[list[int], list[int], list[int]]
+Table = list[np.ndarray]
+
+
+# Counts of small models
+
+
+def make_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerFast:
+    """Words w3, w4, ... of these ids; `<s>` before a text."""
+    words = {"<unk>": 0, "<s>": BOS, "</s>": EOS} | {f"w{i}": i for i in range(3, VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", padding_side=padding_side
+    )
+
+
+def words(draw: random.Random, n: int) -> list[int]:
+    return [draw.randrange(3, VOCAB) for _ in range(n)]
+
+
+def make_ids(seed: int, lengths: Iterable[tuple[int, int, int]] = ()) -> list[Ids]:
+    """Prompts that begin with `<s>` and responses that may end with `</s>`. By default the prompts have 2 to 23
+    tokens and the responses 1 to 21, of which one is `</s>` alone: on both sides of a window of 16 tokens."""
+    draw = random.Random(seed)
+    lengths = lengths or [(2 + 3 * i, 1 + (7 * i) % 20, 1 + (5 * i) % 21) for i in range(8)]
+    ids = [([BOS, *words(draw, p - 1)], words(draw, c), [*words(draw, r - 1), EOS]) for p, c, r in lengths]
+    draw.shuffle(ids)
+    return ids
+
+
+def as_triples(ids: list[Ids]) -> list[Triple]:
+    names = {EOS: "</s>"}
+    texts = ([" ".join(names.get(i, f"w{i}") for i in part) for part in (p[1:], *answers)] for p, *answers in ids)
+    return [Triple(*each) for each in texts]
+
+
+def as_rows(ids: list[Ids]) -> list[dict[str, str]]:
+    return [{"prompt": t.prompt, "chosen": t.chosen, "rejected": t.rejected} for t in as_triples(ids)]
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, str]]) -> Path:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+@dataclass
+class Case:
+    model: PreTrainedModel
+    sae_in: FrozenSAE
+    sae_out: FrozenSAE
+    tokenizer: PreTrainedTokenizerFast
+    ids: list[Ids]
+
+    def collect(self, ids: list[Ids] | None = None, **options: Any) -> Collection:
+        triples = options.pop("triples", None)
+        options = {"sae_in": self.sae_in, "sae_out": self.sae_out, "progress": False} | options
+        return collect(
+            self.model,
+            options.pop("tokenizer", self.tokenizer),
+            as_triples(ids or self.ids) if triples is None else triples,
+            **options,
+        )
+
+
+def make_case(family: str, ids: list[Ids] | None = None) -> Case:
+    return Case(
+        make_model(family),
+        make_sae(L_IN, D_SAE_IN, seed=1),
+        make_sae(L_OUT, D_SAE_OUT, seed=2),
+        make_tokenizer(),
+        ids or make_ids(SEED),
+    )
+
+
+class Calls:
+    """Counts the passes of the model, and fails at the pass `fail_at`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> None:
+        self.n, self.fail_at, self.real = 0, fail_at, densities.read_layers
+        monkeypatch.setattr(densities, "read_layers", self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[int, Tensor]:
+        if self.n == self.fail_at:
+            raise KeyboardInterrupt
+        self.n += 1
+        return self.real(*args, **kwargs)
+
+
+def whole(collection: Collection) -> Shard:
+    return Shard.join([collection.read(path) for path in collection.paths()])
+
+
+def dense(counts: Counts, width: int) -> Tensor:
+    """[N, width] int64, entry by entry."""
+    out = torch.zeros(len(counts.lengths), width, dtype=torch.int64)
+    for n, (start, end) in enumerate(zip(counts.starts.tolist(), counts.starts.tolist()[1:], strict=False)):
+        latents = counts.latents[start:end].tolist()
+        assert latents == sorted(set(latents))
+        for latent, count in zip(latents, counts.counts[start:end].tolist(), strict=True):
+            out[n, latent] = count
+    return out
+
+
+def tables(collection: Collection) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each of COUNTED, counts [N, width] and lengths [N], in the order of the data."""
+    shard = whole(collection)
+    n = len(shard.index)
+    assert sorted(shard.index.tolist()) == list(range(n)), "each triple once"
+    order = shard.index.argsort()
+    widths = dict.fromkeys(COUNTED, collection.settings.d_sae_out)
+    widths |= dict.fromkeys(("prompt", "prompt_special"), collection.settings.d_sae_in)
+    return {name: (dense(each, widths[name])[order], each.lengths[order]) for name, each in shard.counts.items()}
+
+
+def check_same(one: Collection, other: Collection, *, batched_alike: bool = True) -> None:
+    """The same counts; sums of residuals up to the rounding of hidden states, which depends on the batch."""
+    assert one.settings == other.settings and one.data == other.data
+    for (name, (counts, lengths)), theirs in zip(tables(one).items(), tables(other).values(), strict=True):
+        assert torch.equal(counts, theirs[0]) and torch.equal(lengths, theirs[1]), name
+    a, b = whole(one), whole(other)
+    assert torch.equal(a.cut[a.index.argsort()], b.cut[b.index.argsort()])
+    assert torch.equal(a.maxima, b.maxima) and torch.equal(a.looked, b.looked)
+    assert a.totals.dtype == b.totals.dtype == torch.int64 and a.totals.any()
+    assert (a.totals - b.totals).abs().max() <= (0 if batched_alike else int(a.looked) * 1e-4 / ROW_QUANTUM)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All but what a killed process was writing."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".partial"}
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("shard-*.safetensors"))
+
+
+def in_a_child(work: Callable[[], Any]) -> multiprocessing.Process:
+    """Start a copy of this process that does some work."""
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    return child
+
+
+# Counts by hand
+
+
+def as_counts(table: np.ndarray, lengths: np.ndarray) -> Counts:
+    rows = [np.flatnonzero(row) for row in table]
+    return Counts(
+        starts=torch.tensor([0, *np.cumsum([len(row) for row in rows])]),
+        latents=torch.tensor(np.concatenate(rows), dtype=torch.int32),
+        counts=torch.tensor(np.concatenate([row[at] for row, at in zip(table, rows, strict=True)]), dtype=torch.int32),
+        lengths=torch.tensor(lengths, dtype=torch.int64),
+    )
+
+
+def settings_of(data: Table, **other: Any) -> CollectSettings:
+    settings = {
+        "model_name": "made by hand",
+        "sae_in": "a" * 16,
+        "sae_out": "b" * 16,
+        "layer_in": L_IN,
+        "layer_out": L_OUT,
+        "d_sae_in": data[0].shape[1],
+        "d_sae_out": data[1].shape[1],
+        "dtypes": "",
+        "max_length": 64,
+        "tokenizer": "",
+    }
+    return CollectSettings(**settings | other)
+
+
+def as_shard(data: Table, special: Table, index: np.ndarray) -> Shard:
+    """Of some triples. Each latent held as many maxima as it has rejected counts, the residuals are the first four of
+    these in halves, and a triple was cut as often as its last prompt latent is active, modulo 3."""
+    counts = {}
+    for name, (*parts, lengths) in (("", data), ("_special", special)):
+        for part, each, length in zip(PARTS, parts, lengths, strict=True):
+            counts[f"{part}{name}"] = as_counts(each[index], length[index])
+    rejected = torch.from_numpy(data[2][index]).long()
+    return Shard(
+        index=torch.from_numpy(index),
+        cut=torch.tensor(data[0][index, -1] % 3, dtype=torch.uint8),
+        counts=counts,
+        maxima=rejected.sum(dim=0),
+        looked=rejected.sum()[None],
+        totals=rejected[:, :4].sum(dim=0) * int(0.5 / ROW_QUANTUM),
+    )
+
+
+def as_collection(
+    data: Table,
+    special: Table | None = None,
+    pieces: Sequence[Sequence[int]] | None = None,
+    folder: Path | None = None,
+    **settings: Any,
+) -> Collection:
+    """Of counts [N, d] of the three parts and lengths [3, N], and the same of special tokens (default: there are
+    none), with these triples in each shard (default: all in one)."""
+    n = len(data[0])
+    collection = Collection.start(folder, settings_of(data, **settings))
+    pieces = [range(n)] if pieces is None else pieces
+    for piece, index in enumerate(pieces):
+        shard = as_shard(data, special or [0 * each for each in data], np.array(index, dtype=np.int64))
+        collection.write(piece, str(piece), shard)
+    collection.record(DataRecord(n, len(pieces), "by hand"))
+    return collection
+
+
+# Lengths whose densities are exact in binary, and others.
+DYADIC, ODD = (1, 2, 4, 8), (1, 3, 5, 6, 7)
+D_IN, D_OUT = 14, 18
+
+
+def draw(n: int, seed: int, lengths_from: tuple[int, ...] = DYADIC, active: float = 0.4) -> Table:
+    """Counts of prompts, chosen and rejected responses, and lengths. Latent 0 is never active, latent 1 always."""
+    g = np.random.default_rng(seed)
+    lengths = g.choice(lengths_from, size=(3, n))
+    tables = []
+    for width, length in zip((D_IN, D_OUT, D_OUT), lengths, strict=True):
+        table = g.integers(1, length[:, None] + 1, size=(n, width)) * (g.random((n, width)) < active)
+        table[:, 0], table[:, 1] = 0, length
+        tables.append(table)
+    return [*tables, lengths]
+
+
+def rows_of(data: Table, index: Any) -> Table:
+    return [*(table[index] for table in data[:3]), data[3][:, index]]
+
+
+def fractions(table: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return np.array([[Fraction(int(c), int(t)) for c in row] for row, t in zip(table, lengths, strict=True)])
+
+
+def naive(
+    data: Table, percentile: float = 90.0, rule: str = "published", k: int = 16, sparsify: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gates [N, d_in] and A [d_in, d_out] in exact fractions."""
+    prompt, chosen, rejected, lengths = data
+    n = len(prompt)
+    rho, plus, minus = (fractions(*each) for each in zip((prompt, chosen, rejected), lengths, strict=True))
+    gates = rho.astype(float) >= np.percentile(rho.astype(float), percentile, axis=0)
+    if rule == "active":
+        gates &= prompt > 0
+    A = np.full((prompt.shape[1], chosen.shape[1]), Fraction(0))
+    for t in range(n):
+        A = A + np.outer(gates[t].astype(int), plus[t] - minus[t]) / Fraction(n)
+    if sparsify:
+        sizes = []
+        for row, opened in zip(A, gates.sum(axis=0), strict=True):
+            if opened > 0:
+                ordered = sorted(row)
+                sizes += [abs(a) for a in row if (a >= ordered[-k] or a <= ordered[k - 1]) and a != 0]
+        A = np.where(np.abs(A) < min(sizes), Fraction(0), A)
+    return gates, A
+
+
+def same_bits(one: ConditionalDifferenceMap, other: ConditionalDifferenceMap) -> bool:
+    assert one.meta == other.meta
+    return all(
+        (a := getattr(one, name)).dtype == (b := getattr(other, name)).dtype and torch.equal(a, b) for name in TENSORS
+    )

@@ -1,0 +1,284 @@
+"""Several processes that collect together, started by real launchers, and what they say to each other."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import HashStore
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dspa import collect, ranks, reduce
+from dspa.ranks import Team
+
+from .conftest import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_model, make_sae
+from .counts import SEED, as_rows, make_ids, make_tokenizer, shards, write_lines
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
+# Eight triples are eight pieces.
+SMALL = {"TRIPLES_A_WINDOW": 4, "TRIPLES_A_PIECE": 1}
+# Every process writes which pieces it counted. None goes on from its first before all have one, so that none comes too
+# late; one that is to die does so after its first, and the others finish one more.
+SCRIPT = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dspa import FrozenSAE, collect, pieces, reduce
+from dspa.shards import Collection
+
+torch.set_num_threads(1)
+here, out, options = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+for name, value in options.pop("small").items():
+    setattr(pieces, name, value)
+rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+dies, refused, stream = (options.pop(name, None) for name in ("dies", "refused", "stream"))
+model = AutoModelForCausalLM.from_pretrained(here / "model", dtype=torch.float32).eval()
+tokenizer = AutoTokenizer.from_pretrained(here / "model")
+saes = [FrozenSAE("jumprelu", **each) for each in torch.load(here / "saes.pt")]
+mine, write = [], Collection.write
+
+def until(done):
+    since = time.monotonic()
+    while not done():
+        assert time.monotonic() - since < 60
+        time.sleep(0.01)
+
+def written(self, piece, digest, shard):
+    mine.append(piece)
+    (out / f"claimed-{rank}").touch()
+    until(lambda: len(list(out.glob("claimed-*"))) == size)
+    if dies is not None and rank != dies:
+        until((out / "dead").exists)
+    write(self, piece, digest, shard)
+    if rank == dies:
+        (out / "dead").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif dies is not None:
+        time.sleep(60)
+
+Collection.write = written
+data = here / "prefs.jsonl"
+if refused:
+    try:
+        collect(model, tokenizer, data, *saes, progress=False)
+    except ValueError as error:
+        (out / f"refused-{rank}").write_text(str(error))
+if stream:
+    data = (json.loads(line) for line in data.open())
+counts = collect(model, tokenizer, data, *saes, work_dir=out / "work", **options)
+(out / f"pieces-{rank}").write_text(json.dumps(mine))
+if rank == 0:
+    reduce(counts, percentile=60.0, k_diff=3).save(out / "map")
+"""
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, SAEs, data and the script."""
+    here = tmp_path_factory.mktemp("ranks")
+    make_model("qwen3").save_pretrained(here / "model")
+    make_tokenizer().save_pretrained(here / "model")
+    names = ("W_enc", "b_enc", "W_dec", "threshold", "layer")
+    saes = [make_sae(L_IN, D_SAE_IN, seed=1), make_sae(L_OUT, D_SAE_OUT, seed=2)]
+    torch.save([{name: getattr(sae, name) for name in names} for sae in saes], here / "saes.pt")
+    write_lines(here / "prefs.jsonl", as_rows(make_ids(SEED)))
+    (here / "script.py").write_text(SCRIPT)
+    return here
+
+
+@pytest.fixture(scope="module")
+def alone(here: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What this process makes of it alone, in other pieces and batches than the launched ones."""
+    out = tmp_path_factory.mktemp("alone")
+    model = AutoModelForCausalLM.from_pretrained(here / "model", dtype=torch.float32).eval()
+    saes = [make_sae(L_IN, D_SAE_IN, seed=1), make_sae(L_OUT, D_SAE_OUT, seed=2)]
+    tokenizer = AutoTokenizer.from_pretrained(here / "model")
+    counts = collect(model, tokenizer, here / "prefs.jsonl", *saes, work_dir=out / "work", progress=False)
+    reduce(counts, percentile=60.0, k_diff=3).save(out / "map")
+    return out
+
+
+def launch(launcher: list[str], here: Path, out: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    arguments = [here / "script.py", here, out, json.dumps({"small": SMALL, **options})]
+    return subprocess.run(
+        [sys.executable, *launcher, *map(str, arguments)],
+        env=env | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+def counted(out: Path) -> list[list[int]]:
+    return [json.loads(path.read_text()) for path in sorted(out.glob("pieces-*"))]
+
+
+@pytest.mark.parametrize(
+    ("n", "options"), [(2, {"batch_tokens": 1, "refused": True}), (3, {"stream": True})], ids=["2", "3"]
+)
+def test_torchrun(here: Path, alone: Path, tmp_path: Path, n: int, options: dict[str, Any]) -> None:
+    done = launch([*TORCHRUN, f"--nproc-per-node={n}"], here, tmp_path, **options)
+    assert done.returncode == 0, done.stderr
+    each = counted(tmp_path)
+    assert len(each) == n and all(each) and sorted(itertools.chain(*each)) == list(range(8))
+    assert len(shards(tmp_path / "work")) == 8
+    assert (tmp_path / "map").read_bytes() == (alone / "map").read_bytes()
+    # One bar, of the whole.
+    assert "8/8" in done.stderr or options.get("stream")
+    assert done.stderr.count("collect:   0%") + done.stderr.count("collect: 0triple") == 1
+    assert "goes on alone" not in done.stderr
+    if options.get("refused"):
+        told = {path.read_text() for path in tmp_path.glob("refused-*")}
+        assert told == {
+            f"`work_dir` is None for {n} processes; accepted: a folder that all of them share. Their counts meet there."
+        }
+
+
+def test_a_process_that_dies(here: Path, alone: Path, tmp_path: Path) -> None:
+    """The launcher ends the other one; the next start, of one process, does what is missing, and nothing again."""
+    done = launch([*TORCHRUN, "--nproc-per-node=2"], here, tmp_path, batch_tokens=1, dies=1)
+    assert done.returncode != 0 and "SIGKILL" in done.stderr
+    before = {path: path.stat().st_mtime_ns for path in shards(tmp_path / "work")}
+    assert 1 <= len(before) <= 2 and not counted(tmp_path)
+    for path in tmp_path.glob("claimed-*"):
+        path.unlink()
+    done = launch([*TORCHRUN, "--nproc-per-node=1"], here, tmp_path, batch_tokens=1)
+    assert done.returncode == 0, done.stderr
+    after = {path: path.stat().st_mtime_ns for path in shards(tmp_path / "work")}
+    assert before.items() <= after.items() and len(after) == 8
+    finished = {int(path.stem.removeprefix("shard-")) for path in before}
+    assert counted(tmp_path) == [sorted(set(range(8)) - finished)]
+    assert (tmp_path / "map").read_bytes() == (alone / "map").read_bytes()
+
+
+def test_accelerate_starts_one_process_on_cpus(here: Path, alone: Path, tmp_path: Path) -> None:
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    done = launch([*launcher, "--mixed_precision=no", "--dynamo_backend=no"], here, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "It goes on alone. For K processes: torchrun --nproc-per-node K" in " ".join(done.stderr.split())
+    assert counted(tmp_path) == [list(range(8))]
+    assert (tmp_path / "map").read_bytes() == (alone / "map").read_bytes()
+
+
+# What processes say to each other
+
+
+@pytest.fixture
+def team(monkeypatch: pytest.MonkeyPatch) -> list[Team]:
+    """Three ranks, here in one process."""
+    store = HashStore()
+    monkeypatch.setattr(ranks, "_launched", lambda: store)
+    monkeypatch.setattr(ranks, "_teams", itertools.repeat(7))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    team = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        team.append(Team())
+    assert [(each.rank, each.size) for each in team] == [(0, 3), (1, 3), (2, 3)]
+    return team
+
+
+def test_claims(team: list[Team]) -> None:
+    assert [team[rank].claim() for rank in (1, 0, 0, 2, 1)] == [0, 1, 2, 3, 4]
+
+
+def test_two_teams_do_not_hear_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = HashStore()
+    monkeypatch.setattr(ranks, "_launched", lambda: store)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    one, other = Team(), Team()
+    assert (one.claim(), one.claim(), other.claim()) == (0, 1, 0)
+    assert (one.finished(1, 5), other.finished(1, 2)) == (5, 2)
+
+
+def in_a_thread(work: Any) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_rank_0_comes_first(team: list[Team]) -> None:
+    order: list[int] = []
+    others = [in_a_thread(lambda rank=rank: team[rank].in_turn("x", lambda: order.append(rank))) for rank in (1, 2)]
+    time.sleep(0.2)
+    assert order == []
+    assert team[0].in_turn("x", lambda: order.append(0) or "done") == "done"
+    for each in others:
+        each.join(10)
+    assert order[0] == 0 and sorted(order) == [0, 1, 2]
+
+
+def test_waiting_for_the_others(team: list[Team], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "POLL", 0.01)
+    shown: list[int] = []
+    assert team[1].finished(1, 10) == 10
+    waiting = in_a_thread(lambda: team[0].wait(3, shown.append))
+    time.sleep(0.1)
+    assert team[2].finished(1, 7) == 17
+    time.sleep(0.1)
+    assert waiting.is_alive()
+    team[2].finished(1, 4)
+    waiting.join(10)
+    assert not waiting.is_alive() and shown[0] == 10 and 17 in shown and shown[-1] == 21
+
+
+def test_waiting_ends(team: list[Team], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as something is finished now and then, it goes on."""
+    monkeypatch.setattr(ranks, "POLL", 0.01)
+    monkeypatch.setattr(ranks, "PATIENCE", timedelta(seconds=0.5))
+
+    def work() -> None:
+        for _ in range(3):
+            time.sleep(0.3)
+            team[1].finished(1, 1)
+
+    since = time.monotonic()
+    in_a_thread(work)
+    with pytest.raises(RuntimeError, match=r"Another process has stopped: 2 of 5 pieces are not finished.*start again"):
+        team[0].wait(5, lambda _: None)
+    assert 1.3 < time.monotonic() - since < 10
+
+
+def test_rank_0_leaves_last(team: list[Team], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "POLL", 0.01)
+    leaving = in_a_thread(team[0].leave)
+    team[1].leave()
+    time.sleep(0.1)
+    assert leaving.is_alive()
+    team[2].leave()
+    leaving.join(10)
+    assert not leaving.is_alive()
+
+
+def test_a_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        team = Team()
+    assert (team.rank, team.size, team.claim(), team.claim()) == (0, 1, 0, 1)
+    assert team.in_turn("x", lambda: 5) == 5 and team.finished(2, 9) == 9
+    team.wait(2, lambda _: None)
+    team.leave()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.warns(UserWarning, match="asked for several processes and started one"):
+        Team()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Team()

@@ -1,0 +1,531 @@
+"""SAEs trained and fine-tuned on streamed activations: what is read, what is saved, and that a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dspa.activations import Activations, Position, TextError, TextFile
+from dspa.batchtopk import jumprelu, started_sae
+from dspa.cli import main
+from dspa.errors import ModelError
+from dspa.preferences import PreferenceError
+from dspa.sae_training import TrainingConfig, evaluate_sae, finetune_sae, read_qualities, train_sae
+from dspa.saes import FrozenSAE
+from dspa.training_folder import TrainingError
+
+from .conftest import D_IN, make_model, make_sae
+from .tokens import ENGLISH, word_tokenizer
+
+pytest.importorskip("sae_lens")
+
+ASSETS = Path(__file__).parents[2] / "python" / "dspa" / "demo" / "assets"
+LAYER = 2
+D_SAE = 96
+TINY = TrainingConfig(
+    n_tokens=1600,
+    batch_size=64,
+    lr=3e-3,
+    dead_feature_window=5,
+    held_out_tokens=200,
+    buffer_tokens=300,
+    batch_tokens=256,
+    checkpoint_every=4,
+    seed=3,
+)
+
+
+def sentence(n: int) -> str:
+    g = torch.Generator().manual_seed(n)
+    length = int(torch.randint(4, 20, (), generator=g))
+    return " ".join(ENGLISH[i] for i in torch.randint(len(ENGLISH), (length,), generator=g).tolist())
+
+
+TRIPLES = [{"prompt": sentence(n), "chosen": "the cat", "rejected": sentence(n + 500)} for n in range(30)]
+MESSAGES = [
+    {
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "chosen": [{"role": "assistant", "content": row["chosen"]}],
+        "rejected": [{"role": "assistant", "content": row["rejected"]}],
+    }
+    for row in TRIPLES
+]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<bos> ' if loop.first else '' }}{{ m['role'][:1] }} {{ m['content'] }} {% endfor %}"
+    "{{ 'a ' if add_generation_prompt else '' }}"
+)
+
+
+def lines(path: Path, rows: list[object]) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("gemma2")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    return lines(tmp_path_factory.mktemp("texts") / "texts.txt", [sentence(n) for n in range(60)])
+
+
+@pytest.fixture
+def start() -> FrozenSAE:
+    return make_sae(LAYER, D_SAE, seed=5)
+
+
+def stream(model, tokenizer, path, **settings) -> Activations:
+    given = {"max_length": 128, "exclude_special_tokens": True, "batch_tokens": 256} | settings
+    return Activations(model, tokenizer, TextFile(path), LAYER, **given)
+
+
+def residuals(model, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([ids]), output_hidden_states=True).hidden_states[LAYER + 1][0]
+
+
+def same_rows(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two lots of rows are the same, whatever their order."""
+    apart = (a[:, None] - b).abs().amax(dim=-1)
+    return a.shape == b.shape and bool(apart.amin(dim=0).max() < 1e-3) and bool(apart.amin(dim=1).max() < 1e-3)
+
+
+# Files
+
+
+def test_kinds_of_text(tmp_path, model, tokenizer):
+    sentences = [sentence(n) for n in range(3)]
+    for name, rows, kind in (
+        ("a.txt", [sentences[0], "", *sentences[1:]], "text"),
+        ("a.jsonl", [{"text": text, "other": 1} for text in sentences], "json"),
+        ("b.txt", [{"text": text} for text in sentences], "json"),
+    ):
+        file = TextFile(lines(tmp_path / name, rows))
+        assert (file.kind, file.n_entries, list(file.entries())) == (kind, 3, sentences)
+
+
+def test_triples_are_prompt_and_response(tmp_path, model, tokenizer):
+    activations = stream(model, tokenizer, lines(tmp_path / "t.jsonl", TRIPLES), exclude_special_tokens=False)
+    rows, n_held_out = activations.held_out(1)
+    texts = [f"{TRIPLES[0]['prompt']} {TRIPLES[0][part]}" for part in ("chosen", "rejected")]
+    wanted = torch.cat([residuals(model, tokenizer(text)["input_ids"]) for text in texts])
+    assert n_held_out == 1 and same_rows(rows, wanted)
+
+
+def test_conversations(tmp_path, model):
+    tokenizer = word_tokenizer()
+    file = lines(tmp_path / "t.jsonl", MESSAGES)
+    with pytest.raises(PreferenceError, match=r"t\.jsonl line 1.*no chat template"):
+        stream(model, tokenizer, file).held_out(1)
+    tokenizer.chat_template = TEMPLATE
+    rows, _ = stream(model, tokenizer, file).held_out(1)
+    assert len(rows) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"txt": "a"}\n', r"a\.jsonl line 2 has only the keys \['txt'\]"),
+        ("a.jsonl", b'\n{"text": "a"}\n\n{"text": 3}\n', r"a\.jsonl line 4 has `text` 3"),
+        ("a.jsonl", b'{"text": "a"}\n[1]\n', r"a\.jsonl line 2 is a JSON list"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl line 2 is not JSON"),
+        ("a.jsonl", b"plain\n", r"a\.jsonl line 1 is not JSON"),
+        ("a.txt", b"good\n\xff\xfe\n", r"a\.txt line 2 is not UTF-8"),
+        ("a.txt", b"\n \n", r"holds no text"),
+        (
+            "a.jsonl",
+            b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"chosen": "b"}\n',
+            r"line 2: has no 'rejected'",
+        ),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((TextError, PreferenceError), match=message):
+        TextFile(tmp_path / name)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(TextError, match="is not a file"):
+        TextFile(tmp_path / "none.txt")
+
+
+# The stream
+
+
+def test_rows_are_the_models_residuals(model, tokenizer, texts):
+    ids = [tokenizer(text)["input_ids"] for text in TextFile(texts).entries()]
+    rows = stream(model, tokenizer, texts).rows(ids)
+    assert same_rows(rows, torch.cat([residuals(model, each)[1:] for each in ids]))
+    everything = stream(model, tokenizer, texts, exclude_special_tokens=False).rows(ids)
+    assert len(everything) == len(rows) + len(ids)
+
+
+def test_long_documents_are_cut(model, tokenizer, texts):
+    rows, _ = stream(model, tokenizer, texts, max_length=5).held_out(8)
+    assert len(rows) == 8
+
+
+def test_one_pass_has_every_row_once(model, tokenizer, texts):
+    """With a buffer as large as the file, a block is what is not held out, in another order."""
+    activations = stream(model, tokenizer, texts)
+    held_out, n = activations.held_out(100)
+    ids = [tokenizer(text)["input_ids"] for text in TextFile(texts).entries()]
+    left = activations.rows(ids[n:])
+    batches = activations.batches(n, 1, len(left), seed=0)
+    taken = torch.cat([next(batches)[1] for _ in range(len(left))])
+    assert same_rows(taken, left) and not torch.equal(taken, left)
+    assert same_rows(held_out, activations.rows(ids[:n]))
+    # The next pass goes on at the same rows, in an order of its own.
+    again = torch.cat([next(batches)[1] for _ in range(len(left))])
+    assert same_rows(again, left) and not torch.equal(again, taken)
+
+
+def test_stream_goes_on_from_any_place(model, tokenizer, texts):
+    activations = stream(model, tokenizer, texts)
+
+    def batches(start: Position | None, seed: int = 0):
+        return activations.batches(5, 32, 100, seed, start)
+
+    whole = batches(None)
+    seen = [next(whole) for _ in range(40)]
+    assert seen[-1][0].block > 10
+    for stop in (0, 1, 2, 3, 17, 35):
+        rest = batches(seen[stop][0])
+        for place, rows in seen[stop + 1 : stop + 4]:
+            found = next(rest)
+            assert found[0] == place and torch.equal(found[1], rows)
+    assert not torch.equal(next(batches(None, seed=1))[1], seen[0][1])
+
+
+def test_too_little_text(model, tokenizer, texts):
+    with pytest.raises(TextError, match=r"60 entries, and 100000 held-out tokens take them all"):
+        stream(model, tokenizer, texts).held_out(100_000)
+
+
+# Quality
+
+
+def test_evaluate(start):
+    start.weights.threshold[:5] = torch.inf
+    h = torch.randn(50, D_IN, generator=torch.Generator().manual_seed(0))
+    f = start.encode(h)
+    error = (start.decode(f) - h).square().sum().item()
+    quality = evaluate_sae(start, h)
+    assert quality.explained_variance == pytest.approx(1 - error / (h - h.mean(0)).square().sum().item(), abs=1e-6)
+    assert quality.l0 == pytest.approx((f > 0).sum().item() / 50)
+    assert 0 < quality.dead == ((f > 0).sum(0) == 0).sum().item()
+    assert quality.mse == pytest.approx(error / 50, rel=1e-5)
+
+
+# Starts
+
+
+def varied(arch: str, **kwargs: object) -> FrozenSAE:
+    """An SAE whose decoder rows and thresholds differ a lot, some thresholds 0 or infinite."""
+    g = torch.Generator().manual_seed(7)
+    W_dec = torch.randn(D_SAE, D_IN, generator=g) * (0.5 + torch.rand(D_SAE, 1, generator=g))
+    if arch == "jumprelu":
+        kwargs["threshold"] = 1 + 3 * torch.rand(D_SAE, generator=g)
+    b_enc, b_dec = 0.1 * torch.randn(D_SAE, generator=g), 0.1 * torch.randn(D_IN, generator=g)
+    return FrozenSAE(arch, W_dec.T / D_IN**0.5, b_enc, W_dec, b_dec, layer=LAYER, **kwargs)
+
+
+def test_jumprelu_starts_as_it_is():
+    """All its thresholds are one in the units of the training, and the way back gives the same SAE."""
+    start, scale = varied("jumprelu"), 0.3
+    sae = started_sae(start, 8, scale=scale, threshold_lr=0.01, metadata={})
+    norm = start.W_dec.norm(dim=1)
+    sae.topk_threshold.fill_((start.threshold * norm).median().item() * scale)
+    back = FrozenSAE.from_sae_lens(jumprelu(sae, scale=scale, normalize_activations="none"), layer=LAYER)
+    h = 3 * torch.randn(200, D_IN, generator=torch.Generator().manual_seed(1))
+    f, wanted = back.encode(h), start.encode(h)
+    assert (wanted > 0).any() and (wanted[:, start.threshold > 2] == 0).any()
+    torch.testing.assert_close(f, wanted * norm, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(back.decode(f), start.decode(wanted), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["standard", "topk"])
+def test_others_start_with_the_same_latents(arch):
+    start = varied(arch, **({"k": 9} if arch == "topk" else {}))
+    sae = started_sae(start, 9, scale=2.0, threshold_lr=0.01, metadata={})
+    back = FrozenSAE.from_sae_lens(jumprelu(sae, scale=2.0, normalize_activations="none"), layer=LAYER)
+    h = torch.randn(50, D_IN, generator=torch.Generator().manual_seed(1))
+    f, wanted = back.encode(h), start.encode(h) * start.W_dec.norm(dim=1)
+    torch.testing.assert_close(f[wanted > 0], wanted[wanted > 0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_threshold_without_bounds_is_no_unit():
+    start = varied("jumprelu")
+    start.weights.threshold[:4] = torch.tensor([torch.inf, 0.0, 1e-6, 1e6])
+    sae = started_sae(start, 8, scale=1.0, threshold_lr=0.01, metadata={})
+    torch.testing.assert_close(sae.W_dec[:4].norm(dim=1), torch.ones(4))
+    assert all(bool(each.isfinite().all()) for each in sae.parameters())
+
+
+# Training
+
+
+def test_train(tmp_path, model, tokenizer, texts):
+    from sae_lens import SAE
+
+    sae = train_sae(
+        model, tokenizer, texts, LAYER, tmp_path / "sae", d_sae=D_SAE, k=6, config=TINY, progress=False, model_name="m"
+    )
+    before, after = read_qualities(tmp_path / "sae").values()
+    assert after.explained_variance > before.explained_variance + 0.1 and 3 < after.l0 < 12
+    loaded = FrozenSAE.load(tmp_path / "sae")
+    assert (loaded.arch, loaded.layer, loaded.model_name, loaded.d_sae) == ("jumprelu", LAYER, "m", D_SAE)
+    torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(D_SAE))
+    held_out, _ = stream(model, tokenizer, texts).held_out(TINY.held_out_tokens)
+    assert evaluate_sae(loaded, held_out) == after and loaded.fingerprint == sae.fingerprint
+    theirs = SAE.load_from_disk(tmp_path / "sae")
+    torch.testing.assert_close(theirs.encode(held_out), loaded.encode(held_out), atol=1e-4, rtol=1e-4)
+    assert theirs.cfg.metadata.prepend_bos is True and theirs.cfg.metadata.training_architecture == "batchtopk"
+    record = json.loads((tmp_path / "sae" / "training.json").read_text())
+    assert record["settings"]["k"] == 6 and record["settings"]["data"] == TextFile(texts).digest
+    assert len(record["history"]) == 25 and record["history"][-1]["tokens"] == 1600
+    assert not list((tmp_path / "sae").glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("arch", ["standard", "topk"])
+def test_finetune_any(tmp_path, model, tokenizer, texts, arch, normalize):
+    start = varied(arch, normalize_activations=normalize, **({"k": 9} if arch == "topk" else {}))
+    config = replace(TINY, lr=1e-3)
+    sae = finetune_sae(model, tokenizer, texts, start, tmp_path / "sae", k=9, config=config, progress=False)
+    before, after = read_qualities(tmp_path / "sae").values()
+    assert sae.weights.normalize == normalize and sae.arch == "jumprelu" and sae.layer == LAYER
+    assert after.explained_variance > before.explained_variance and after.l0 < 13
+
+
+def test_k_is_the_starts_own_l0(tmp_path, model, tokenizer, texts, start):
+    finetune_sae(model, tokenizer, texts, start, tmp_path / "sae", config=TINY, progress=False)
+    details = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]["training_architecture_details"]
+    ids = [tokenizer(text)["input_ids"] for text in TextFile(texts).entries()]
+    own = evaluate_sae(start, stream(model, tokenizer, texts).rows(ids)).l0
+    assert own * 1.01 != pytest.approx(details["k"], rel=0.001) and details["k"] == pytest.approx(own, rel=0.1)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(monkeypatch, steps: int) -> None:
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    step, taken = SAETrainer.step, []
+
+    def counted(self, batch):
+        if len(taken) == steps:
+            raise Stopped
+        taken.append(batch)
+        return step(self, batch)
+
+    monkeypatch.setattr(SAETrainer, "step", counted)
+
+
+@pytest.mark.parametrize("kind", ["train", "finetune"])
+def test_a_stopped_run_goes_on_to_the_same_sae(tmp_path, monkeypatch, model, tokenizer, texts, start, kind):
+    def run(out: Path) -> FrozenSAE:
+        if kind == "train":
+            return train_sae(model, tokenizer, texts, LAYER, out, d_sae=D_SAE, k=6, config=TINY, progress=False)
+        return finetune_sae(model, tokenizer, texts, start, out, config=TINY, progress=False)
+
+    wanted = run(tmp_path / "whole")
+    # Before the first checkpoint, just after one, between two; then what is left.
+    for steps in (2, 4, 7, 9):
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            stop_after(patch, steps)
+            run(tmp_path / "stopped")
+        assert not (tmp_path / "stopped" / "cfg.json").exists()
+    assert [path.name for path in (tmp_path / "stopped").glob("checkpoint*")] == ["checkpoint-000000016"]
+    got = run(tmp_path / "stopped")
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"):
+        assert torch.equal(getattr(got, name), getattr(wanted, name)), name
+    records = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("whole", "stopped")]
+    assert records[0] == records[1]
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch, model, tokenizer, texts):
+    """A folder with a checkpoint, and what goes on in it."""
+
+    def run(**changed):
+        given = {"layer": LAYER, "d_sae": D_SAE, "k": 6, "config": TINY, "texts": texts} | changed
+        return train_sae(model, tokenizer, out=tmp_path / "sae", progress=False, **given)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 5)
+        run()
+    return tmp_path / "sae", run
+
+
+def test_other_settings_are_refused(stopped, tmp_path):
+    _, run = stopped
+    other = lines(tmp_path / "other.txt", [sentence(n) for n in range(61)])
+    for changed, message in (
+        ({"layer": 1}, "layer: 2 there, 1 now"),
+        ({"d_sae": 64}, "d_sae: 96 there, 64 now"),
+        ({"k": 7}, "k: 6 there, 7 now"),
+        ({"texts": other}, "data: "),
+        ({"config": replace(TINY, seed=4, lr=1e-3)}, "lr: 0.003 there, 0.001 now; seed: 3 there, 4 now"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            run(**changed)
+
+
+def test_damaged_checkpoints(stopped, tmp_path):
+    folder, run = stopped
+    state = next(folder.glob("checkpoint-*")) / "trainer_state.pt"
+
+    class Harm:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "harm",)
+
+    for content in (pickle.dumps(Harm()), b"nothing"):
+        state.write_bytes(content)
+        with pytest.raises(TrainingError, match=r"checkpoint-000000004 is damaged.*Delete it"):
+            run()
+    assert not (tmp_path / "harm").exists()
+
+
+def test_folders(stopped, tmp_path):
+    folder, run = stopped
+    run()
+    with pytest.raises(TrainingError, match="holds a finished SAE"):
+        run()
+    (folder / "training.json").write_text("[]")
+    with pytest.raises(TrainingError, match=r"training\.json is not what a training wrote"):
+        run()
+    (folder / "training.json").unlink()
+    with pytest.raises(TrainingError, match=r"holds \['cfg\.json', 'sae_weights\.safetensors'\]"):
+        run()
+
+
+def test_refusals(tmp_path, monkeypatch, model, tokenizer, texts, start):
+    def train(layer=LAYER, k=6.0, out=tmp_path / "sae", model=model):
+        train_sae(model, tokenizer, texts, layer, out, d_sae=D_SAE, k=k, config=TINY, progress=False)
+
+    def finetune(sae, **kwargs):
+        finetune_sae(model, tokenizer, texts, sae, tmp_path / "sae", config=TINY, progress=False, **kwargs)
+
+    training, overflowing = make_model("gemma2").train(), make_model("gemma2")
+    overflowing.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.inf
+    silent = make_sae(LAYER, D_SAE)
+    silent.weights.threshold.fill_(torch.inf)
+    for call, error, message in (
+        (lambda: train(layer=4), ModelError, "`layer` is 4; accepted: 0 to 3"),
+        (lambda: train(k=97), TrainingError, "`k` is 97; accepted: 1 to d_sae = 96"),
+        (lambda: train(out=tmp_path / "no" / "sae"), TrainingError, "The output folder is"),
+        (lambda: train(model=training), ModelError, "training mode"),
+        (lambda: finetune(make_sae(LAYER, D_SAE, d_in=40)), ModelError, "`sae` reads 40 dimensions"),
+        (lambda: finetune(make_sae(9, D_SAE)), ModelError, "`layer` is 9"),
+        (lambda: finetune(make_sae(None, D_SAE)), ModelError, "does not say its layer"),
+        (
+            lambda: finetune(make_sae(LAYER, D_SAE, model_name="a"), model_name="b"),
+            ModelError,
+            "`sae` was made for 'a'",
+        ),
+        (lambda: TrainingConfig(n_tokens=4095), ValueError, r"`n_tokens` is 4095; accepted: one batch \(4096\)"),
+        (lambda: TrainingConfig(lr=0), ValueError, "`lr` is 0"),
+        (lambda: TrainingConfig(seed=-1), ValueError, "`seed` is -1"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+        assert not (tmp_path / "sae").exists()
+    with pytest.raises(ModelError, match=r"layer 2 are NaN or infinite.*fp16 overflows"):
+        train(model=overflowing, out=tmp_path / "overflow")
+    with pytest.raises(TrainingError, match=r"`k` is 0\.0.*is it the SAE of this layer"):
+        finetune(silent)
+    monkeypatch.setattr("dspa.sae_training.find_spec", lambda _: None)
+    with pytest.raises(RuntimeError, match=r'pip install "dspa-kernels\[saelens\]"'):
+        train()
+
+
+# The demo's model
+
+
+def test_finetuning_beats_its_start(tmp_path):
+    """On held-out tokens of the demo's preferences, without more latents: the shipped SAE, and one that was trained too
+    little, which fine-tuning has to bring much further."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(ASSETS / "dspa-demo", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "dspa-demo")
+    shipped = FrozenSAE.load(ASSETS / "sae_out")
+    short = TrainingConfig(n_tokens=40_000, batch_size=1024, lr=1e-3, held_out_tokens=4000, buffer_tokens=20_000)
+    longer = replace(short, n_tokens=60_000, batch_size=512, lr=2e-3, seed=1)
+    texts = ASSETS / "preferences.jsonl"
+    small = train_sae(model, tokenizer, texts, 4, tmp_path / "small", d_sae=128, k=8, config=short, progress=False)
+    for start, left in ((shipped, 0.97), (small, 0.3)):
+        out = tmp_path / f"tuned-{start.d_sae}"
+        tuned = finetune_sae(model, tokenizer, texts, start, out, config=longer, progress=False)
+        held_out, _ = Activations(
+            model, tokenizer, TextFile(texts), 4, max_length=128, exclude_special_tokens=True, batch_tokens=4096
+        ).held_out(short.held_out_tokens)
+        before, after = evaluate_sae(start, held_out), evaluate_sae(tuned, held_out)
+        assert 1 - after.explained_variance < left * (1 - before.explained_variance)
+        assert after.l0 <= before.l0 * 1.01
+
+
+# The command line
+
+
+def test_commands(tmp_path, monkeypatch, capsys, model, tokenizer, texts):
+    model.save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+
+    def dspa(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["dspa", "sae", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), " ".join((captured.out + captured.err).split())
+
+    shared = ["--model", tmp_path / "tiny", "--device", "cpu", "--tokens", 640, "--batch-size", 64, "--held-out", 200]
+    train = ["train", texts, *shared, "--layer", LAYER, "--d-sae", 64, "--k", 4]
+    code, text = dspa(*train, "--out", tmp_path / "sae", "--special-tokens")
+    assert code == 0 and "explained variance" in text and "dead latents" in text
+    settings = json.loads((tmp_path / "sae" / "training.json").read_text())["settings"]
+    assert settings["n_tokens"] == 640 and not settings["exclude_special_tokens"]
+    finetune = ["finetune", texts, *shared, "--sae", tmp_path / "sae"]
+    code, text = dspa(*finetune, "--out", tmp_path / "tuned")
+    assert code == 0 and "before" in text and FrozenSAE.load(tmp_path / "tuned").layer == LAYER
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    for arguments, message in (
+        ((*train, "--out", tmp_path / "tuned"), "holds a finished SAE"),
+        ((*train, "--out", tmp_path / "no" / "sae"), "The output folder is"),
+        ((*finetune, "--out", texts), "The output folder is"),
+        (("train", tmp_path / "bad.jsonl", *train[2:], "--out", tmp_path / "new"), "bad.jsonl line 2 is not JSON"),
+        ((*train, "--out", tmp_path / "new", "--tokens", 63), "`n_tokens` is 63"),
+    ):
+        code, text = dspa(*arguments)
+        assert code == 2 and "Error:" in text and message in text
+
+
+def test_defaults_of_the_commands_are_the_configs():
+    import inspect
+
+    from dspa.cli.saes import sae_finetune, sae_train
+
+    config = TrainingConfig()
+    names = {"tokens": "n_tokens", "held_out": "held_out_tokens"}
+    shared = ("tokens", "batch_size", "lr", "max_length", "held_out", "buffer_tokens", "batch_tokens", "seed")
+    for command in (sae_train, sae_finetune):
+        given = inspect.signature(command).parameters
+        for name in (*shared, "checkpoint_every"):
+            assert given[name].default == getattr(config, names.get(name, name)), name
+        assert given["special_tokens"].default is not config.exclude_special_tokens

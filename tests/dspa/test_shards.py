@@ -1,0 +1,619 @@
+"""Folders of counts: stopped, resumed, damaged, merged, and where they cannot be written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from dspa import MapError, pieces, reduce
+from dspa.shards import COUNTED, DATA, FORMAT, MANIFEST, NAMES, Collection, Counts, merge
+from dspa.tensor_files import read_header, read_tensors
+
+from .conftest import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_sae
+from .counts import (
+    PASSES,
+    Calls,
+    Case,
+    as_collection,
+    as_rows,
+    check_same,
+    dense,
+    draw,
+    files,
+    in_a_child,
+    make_case,
+    make_ids,
+    make_tokenizer,
+    same_bits,
+    shards,
+)
+
+
+@pytest.fixture
+def case() -> Case:
+    return make_case("qwen3")
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of 4 triples, pieces of 2, so that 8 triples are 4 shards."""
+    monkeypatch.setattr(pieces, "TRIPLES_A_WINDOW", 4)
+    monkeypatch.setattr(pieces, "TRIPLES_A_PIECE", 2)
+
+
+def times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in shards(folder)}
+
+
+# Resumed
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fail_at", [0, 1, 2, 5, 6, 7, 12, 23])
+def test_a_stopped_run_goes_on(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int, stream: bool
+) -> None:
+    def start(folder: Path) -> Collection:
+        rows = as_rows(case.ids)
+        return case.collect(triples=iter(rows) if stream else rows, batch_tokens=1, work_dir=folder)
+
+    start(tmp_path / "at once")
+    folder = tmp_path / "new" / "work"
+    with monkeypatch.context() as patch:
+        Calls(patch, fail_at)
+        with pytest.raises(KeyboardInterrupt):
+            start(folder)
+    finished = fail_at // (2 * PASSES)
+    assert len(shards(folder)) == finished
+    before = times(folder)
+    with monkeypatch.context() as patch:
+        calls = Calls(patch)
+        start(folder)
+        assert calls.n == PASSES * (len(case.ids) - 2 * finished)
+        again = start(folder)
+        assert calls.n == PASSES * (len(case.ids) - 2 * finished)
+    assert files(folder) == files(tmp_path / "at once")
+    assert before.items() <= times(folder).items()
+    check_same(again, case.collect(batch_tokens=1))
+
+
+def test_a_run_that_is_killed_again_and_again(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By SIGKILL, at any moment, be it within a pass or a write."""
+    case.ids = [triple for seed in range(3) for triple in make_ids(seed)]
+    case.collect(work_dir=tmp_path / "at once")
+    folder, draw = tmp_path / "work", random.Random(0)
+    n_killed = 0
+    for _ in range(100):
+        child = in_a_child(lambda: case.collect(work_dir=folder))
+        n_before, since = len(shards(folder)), time.monotonic()
+        # Not before it has got anywhere, else this would take long.
+        while len(shards(folder)) == n_before and child.is_alive() and time.monotonic() - since < 10:
+            time.sleep(0.001)
+        time.sleep(draw.random() * 0.02)
+        child.kill()
+        child.join()
+        n_killed += child.exitcode == -signal.SIGKILL
+        if child.exitcode == 0:
+            break
+    assert n_killed >= 3 and child.exitcode == 0
+    assert files(folder) == files(tmp_path / "at once")
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_what_was_half_written_is_not_read(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A kill between the beginning of a file and its renaming leaves a partial file."""
+
+    def work() -> None:
+        real, n = getattr(os, step), 0
+
+        def kill(*args: Any) -> None:
+            nonlocal n
+            n += 1
+            # The manifest, the data, and one shard come first.
+            if n == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(*args)
+
+        monkeypatch.setattr(os, step, kill)
+        case.collect(work_dir=tmp_path / "work")
+
+    child = in_a_child(work)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    (partial,) = (tmp_path / "work").glob("*.partial")
+    assert [path.name for path in shards(tmp_path / "work")] == ["shard-000000.safetensors"]
+    partial.write_bytes(partial.read_bytes()[:100])
+    case.collect(work_dir=tmp_path / "work")
+    case.collect(work_dir=tmp_path / "at once")
+    assert files(tmp_path / "work") == files(tmp_path / "at once")
+
+
+def test_a_piece_is_what_is_lost_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The usual map is of 250 triples: a piece is much less, in triples and in text."""
+    monkeypatch.undo()
+    assert pieces.TRIPLES_A_PIECE <= 64 and pieces.TRIPLES_A_PIECE < pieces.TRIPLES_A_WINDOW
+    text = "x" * 40_000
+    rows = [{"prompt": text, "chosen": text, "rejected": f"{n}"} for n in range(10)]
+    assert [len(piece.triples) for piece in pieces.Source(rows).pieces()] == [1] * 10
+    assert [len(piece.triples) for piece in pieces.Source([*rows, *as_rows(make_ids(0))]).pieces()] == [1] * 9 + [9]
+
+
+@pytest.mark.parametrize("n", [1, 4, 5, 9])
+def test_pieces_hold_every_triple_once_and_the_longest_first(n: int) -> None:
+    rows = as_rows([triple for seed in range(2) for triple in make_ids(seed)][:n])
+    found = list(pieces.Source(rows).pieces())
+    assert [piece.number for piece in found] == list(range(len(found)))
+    numbers = [index for piece in found for index, _ in piece.triples]
+    assert sorted(numbers) == list(range(n))
+    lengths = [sum(map(len, rows[index].values())) for index in numbers]
+    windows = [lengths[k : k + 4] for k in range(0, n, 4)]
+    assert windows == [sorted(each, reverse=True) for each in windows]
+    assert [sorted(numbers[k : k + 4]) for k in range(0, n, 4)] == [list(range(n))[k : k + 4] for k in range(0, n, 4)]
+
+
+def test_what_is_on_disk(case: Case, tmp_path: Path) -> None:
+    got = case.collect(work_dir=tmp_path)
+    assert json.loads((tmp_path / MANIFEST).read_text()) == asdict(got.settings)
+    assert got.settings.sae_in == case.sae_in.fingerprint and got.settings.format == FORMAT
+    assert json.loads((tmp_path / DATA).read_text()) == asdict(got.data)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        MANIFEST,
+        DATA,
+        *(f"shard-00000{n}.safetensors" for n in range(4)),
+    }
+    check_same(Collection.open(tmp_path), got)
+
+
+def test_files_that_are_no_shards_of_the_data(case: Case, tmp_path: Path) -> None:
+    """As a stopped write leaves them, and a copy by hand."""
+    got = case.collect(work_dir=tmp_path / "work")
+    at_once = reduce(got)
+    one, *_ = shards(got.folder)
+    for name in ("shard-000004.safetensors", "shard-0000001.safetensors", "shard-000000.safetensors.partial"):
+        shutil.copy(one, got.folder / name)
+    assert len(got.paths()) == 4 and same_bits(reduce(got), at_once)
+    assert same_bits(reduce(merge(tmp_path / "merged", [got.folder], progress=False)), at_once)
+
+
+def test_counts_of_a_table() -> None:
+    g = torch.Generator().manual_seed(0)
+    table = torch.randint(-3, 4, (7, 5), generator=g).clamp(min=0)
+    table[3] = 0
+    counts = Counts.of(table, table.sum(dim=1))
+    assert torch.equal(dense(counts, 5), table) and counts.lengths.tolist() == table.sum(dim=1).tolist()
+    halves = Counts.join([Counts.of(part, part.sum(dim=1)) for part in (table[:3], table[3:4], table[4:])])
+    assert all(torch.equal(getattr(halves, name), value) for name, value in vars(counts).items())
+
+
+def test_a_temporary_folder_goes_with_its_collection(case: Case) -> None:
+    got = case.collect()
+    folder = got.folder
+    assert len(shards(folder)) == 4
+    del got
+    assert not folder.exists()
+
+
+# Other settings and data
+
+
+def with_template() -> Any:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    return tokenizer
+
+
+def with_special() -> Any:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["w7"]})
+    return tokenizer
+
+
+CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "max_length": ("max_length", {"max_length": 100}),
+    "sae_in": ("sae_in", {"sae_in": make_sae(L_IN, D_SAE_IN, seed=9)}),
+    "sae_out": ("sae_out", {"sae_out": make_sae(L_OUT, D_SAE_OUT, seed=9)}),
+    "layer_in": ("layer_in", {"sae_in": make_sae(L_IN - 1, D_SAE_IN, seed=1)}),
+    "layer_out": ("layer_out", {"sae_out": make_sae(L_OUT + 1, D_SAE_OUT, seed=2)}),
+    "dtype of an SAE": ("dtypes", {"sae_in": make_sae(L_IN, D_SAE_IN, seed=1).to(dtype=torch.bfloat16)}),
+    "model_name": ("model_name", {"model_name": "another"}),
+    "chat template": ("tokenizer", {"tokenizer": with_template()}),
+    "special tokens": ("tokenizer", {"tokenizer": with_special()}),
+}
+
+
+def refusal(case: Case, folder: Path, **options: Any) -> str:
+    """What is said of the folder, in which nothing changes, nor does the model run."""
+    before, calls = files(folder), []
+    handle = case.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(MapError) as raised:
+        case.collect(work_dir=folder, **options)
+    handle.remove()
+    assert files(folder) == before and not calls
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_folder_of_other_settings_is_refused(case: Case, tmp_path: Path, name: str) -> None:
+    case.collect(work_dir=tmp_path)
+    field, options = CHANGES[name]
+    told = refusal(case, tmp_path, **options)
+    assert told.startswith(f"{tmp_path} holds shards of other settings ({field}: ") and told.count(" there, ") == 1
+
+
+def test_a_folder_of_another_dtype_is_refused(case: Case, tmp_path: Path) -> None:
+    case.collect(work_dir=tmp_path)
+    case.model.to(torch.bfloat16)
+    assert "(dtypes: 'torch.float32, torch.float32, torch.float32' there, 'torch.bfloat16, " in refusal(case, tmp_path)
+
+
+def edited(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [*rows[:-1], rows[-1] | {"chosen": "w3 w4 w5"}]
+
+
+DATA_CHANGES: dict[str, Callable[[list[dict[str, str]]], list[dict[str, str]]]] = {
+    "edited": edited,
+    "appended": lambda rows: [*rows, *as_rows(make_ids(7))],
+    "shortened": lambda rows: rows[:-1],
+    "shortened by a window": lambda rows: rows[:4],
+    "reordered": lambda rows: [rows[1], rows[0], *rows[2:]],
+    "other": lambda _: as_rows(make_ids(7)),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("change", DATA_CHANGES)
+def test_a_folder_of_other_data_is_refused(case: Case, tmp_path: Path, change: str, stream: bool) -> None:
+    case.collect(work_dir=tmp_path)
+    rows = DATA_CHANGES[change](as_rows(case.ids))
+    assert "holds shards of other data (" in refusal(case, tmp_path, triples=iter(rows) if stream else rows)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("change", ["edited", "other"])
+def test_other_data_are_refused_before_the_end_too(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, stream: bool
+) -> None:
+    """The stopped run had counted the edited triple."""
+
+    def given(rows: list[dict[str, str]]) -> Any:
+        return iter(rows) if stream else rows
+
+    with monkeypatch.context() as patch:
+        Calls(patch, 3 * PASSES)
+        with pytest.raises(KeyboardInterrupt):
+            case.collect(triples=given(as_rows(case.ids)), work_dir=tmp_path, batch_tokens=1)
+    rows = as_rows(case.ids)
+    counted = {
+        index for path in shards(tmp_path) for index in read_tensors(path, ["index"], check=False)["index"].tolist()
+    }
+    rows[min(counted)] |= {"chosen": "w3 w4 w5"}
+    rows = rows if change == "edited" else DATA_CHANGES["other"](rows)
+    assert "holds shards of other data (" in refusal(case, tmp_path, triples=given(rows))
+
+
+def test_the_first_triples_are_other_data(case: Case, tmp_path: Path) -> None:
+    case.collect(work_dir=tmp_path, first=4)
+    assert "(4 triples of digest " in refusal(case, tmp_path, first=5)
+    check_same(case.collect(case.ids[:4], work_dir=tmp_path), case.collect(case.ids[:4]))
+
+
+# Damaged
+
+
+def cut_off(content: bytes) -> bytes:
+    return content[:-5]
+
+
+def flip_a_bit(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+DAMAGES = {"cut off": cut_off, "a bit": flip_a_bit, "empty": lambda _: b"", "text": lambda _: b"not a shard" * 100}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_shard_is_named_and_counted_again(case: Case, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "work"
+    case.collect(work_dir=folder)
+    before = files(folder)
+    path = shards(folder)[1]
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    for refuse in (
+        lambda: case.collect(work_dir=folder),
+        lambda: reduce(folder),
+        lambda: merge(tmp_path / "x", [folder]),
+    ):
+        with pytest.raises(MapError, match=f"{path} is damaged"):
+            refuse()
+    with pytest.raises(MapError, match="Delete it, and its triples are counted again"):
+        case.collect(work_dir=folder)
+    path.unlink()
+    case.collect(work_dir=folder)
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("name", ["index", "cut", "chosen.counts", "prompt_special.lengths", "totals"])
+def test_the_checksum_is_of_every_tensor(case: Case, tmp_path: Path, name: str) -> None:
+    case.collect(work_dir=tmp_path)
+    path = shards(tmp_path)[0]
+    header, tensors = read_header(path), read_tensors(path, NAMES)
+    tensors[name] = tensors[name].clone()
+    tensors[name][0] += 1
+    save_file(tensors, path, {"dspa": json.dumps(header)})
+    with pytest.raises(MapError, match="its tensors are not those that were written"):
+        reduce(tmp_path)
+
+
+def test_a_shard_has_no_other_tensors(case: Case, tmp_path: Path) -> None:
+    case.collect(work_dir=tmp_path)
+    with safe_open(shards(tmp_path)[0], framework="pt") as file:
+        assert set(file.keys()) == set(NAMES)
+        assert len(NAMES) == 4 * len(COUNTED) + 5
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_a_missing_shard(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    case.collect(work_dir=tmp_path)
+    before = files(tmp_path)
+    shards(tmp_path)[n].unlink()
+    with pytest.raises(MapError, match=r"not complete: 1 of 4 shards are missing. Collect again: it goes on"):
+        reduce(tmp_path)
+    calls = Calls(monkeypatch)
+    case.collect(work_dir=tmp_path)
+    assert files(tmp_path) == before and calls.n > 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_folder_in_the_making_makes_no_map(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    Calls(monkeypatch, 3 * PASSES)
+    rows = as_rows(case.ids)
+    with pytest.raises(KeyboardInterrupt):
+        case.collect(triples=iter(rows) if stream else rows, work_dir=tmp_path, batch_tokens=1)
+    state = "their data were not read to the end" if stream else "3 of 4 shards are missing"
+    with pytest.raises(MapError, match=f"not complete: {state}. Collect again: it goes on from there"):
+        reduce(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"", b"7", b"null", b"\xff\xfe", b'{"n_triples": 8}', b'{"x": 1}'])
+@pytest.mark.parametrize("name", [MANIFEST, DATA])
+def test_damaged_json(case: Case, tmp_path: Path, name: str, content: bytes) -> None:
+    case.collect(work_dir=tmp_path)
+    (tmp_path / name).write_bytes(content)
+    for refuse in (lambda: case.collect(work_dir=tmp_path), lambda: reduce(tmp_path)):
+        with pytest.raises(MapError, match=str(tmp_path)):
+            refuse()
+
+
+def test_a_folder_without_data_json_reads_them_again(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.collect(work_dir=tmp_path)
+    before = files(tmp_path)
+    (tmp_path / DATA).unlink()
+    with pytest.raises(MapError, match="not complete"):
+        reduce(tmp_path)
+    calls = Calls(monkeypatch)
+    case.collect(work_dir=tmp_path)
+    assert files(tmp_path) == before and calls.n == 0
+
+
+def test_an_earlier_format(case: Case, tmp_path: Path) -> None:
+    case.collect(work_dir=tmp_path)
+    settings = json.loads((tmp_path / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps(settings | {"format": "dspa.counts.2"}))
+    assert f"other settings (format: 'dspa.counts.2' there, '{FORMAT}' now)" in refusal(case, tmp_path)
+    with pytest.raises(MapError, match=f"is of format 'dspa.counts.2'; accepted: {FORMAT}"):
+        reduce(tmp_path)
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_folder_without_counts(tmp_path: Path, made: bool) -> None:
+    folder = tmp_path if made else tmp_path / "none"
+    with pytest.raises(MapError, match=f"{folder} holds no counts .*dspa map collect"):
+        reduce(folder)
+
+
+# Where they cannot be written
+
+
+def outcome(work: Callable[[], Any]) -> BaseException | None:
+    """What work raises in a process of its own."""
+    ours, theirs = Pipe(duplex=False)
+
+    def run() -> None:
+        try:
+            work()
+            theirs.send(None)
+        except BaseException as error:
+            theirs.send((type(error), str(error)))
+
+    child = in_a_child(run)
+    child.join(60)
+    assert child.exitcode == 0
+    told = ours.recv()
+    return told and told[0](told[1])
+
+
+def test_a_full_disk(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here one on which no more than 3 kB fit into a file."""
+    case.collect(work_dir=tmp_path / "at once")
+    folder = tmp_path / "work"
+    with monkeypatch.context() as patch:
+        Calls(patch, 3 * PASSES)
+        with pytest.raises(KeyboardInterrupt):
+            case.collect(work_dir=folder, batch_tokens=1)
+    before = times(folder)
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        case.collect(work_dir=folder)
+
+    error = outcome(work)
+    assert isinstance(error, OSError)
+    told = r"shard-000001.safetensors (0.0 MB) could not be written: File too large. Whatever was written before is"
+    assert str(folder) in str(error) and told in str(error) and "start again" in str(error)
+    assert times(folder) == before and len(before) == 1 and not list(folder.glob("*.partial"))
+    case.collect(work_dir=folder)
+    check_same(Collection.open(folder), Collection.open(tmp_path / "at once"), batched_alike=False)
+
+
+@contextlib.contextmanager
+def public_folder(mode: int) -> Iterator[Path]:
+    """One that everybody reaches, not under a folder of this user's own."""
+    path = Path(tempfile.mkdtemp())
+    path.chmod(mode)
+    try:
+        yield path
+    finally:
+        path.chmod(0o700)
+        shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_folder_that_may_not_be_written(case: Case, below: bool) -> None:
+    calls = []
+    case.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with public_folder(0o555) as folder:
+
+        def work() -> None:
+            if os.geteuid() == 0:
+                # To root, all folders are open.
+                os.seteuid(65534)
+            try:
+                case.collect(work_dir=folder / "new" if below else folder)
+            finally:
+                assert not calls
+
+        error = outcome(work)
+    assert isinstance(error, MapError if below else OSError) and "Permission denied" in str(error)
+    assert str(folder) in str(error)
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_folder_that_cannot_be(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, below: bool) -> None:
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "new" if below else tmp_path / "file"
+    calls = Calls(monkeypatch)
+    with pytest.raises(MapError, match=rf"{folder} cannot be made \("):
+        case.collect(work_dir=folder)
+    assert calls.n == 0
+
+
+# Merged
+
+
+def halves(case: Case, folder: Path) -> list[Path]:
+    for name, ids in (("one", case.ids[:5]), ("two", case.ids[5:])):
+        case.collect(ids, work_dir=folder / name, max_length=30)
+    return [folder / "one", folder / "two"]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_merged_folders_make_the_map_of_all_data(case: Case, tmp_path: Path, reverse: bool) -> None:
+    parts = halves(case, tmp_path)
+    before = [files(part) for part in parts]
+    merged = merge(tmp_path / "all", parts[::-1] if reverse else parts, progress=False)
+    ids = [*case.ids[5:], *case.ids[:5]] if reverse else case.ids
+    at_once = case.collect(ids, work_dir=tmp_path / "at once", max_length=30)
+    check_same(replace_data(merged, at_once), at_once, batched_alike=False)
+    options = {"percentile": 60, "k_diff": 3}
+    assert same_bits(reduce(merged, **options), reduce(at_once, **options))
+    assert same_bits(reduce(tmp_path / "all", **options, subset=[1, 6]), reduce(at_once, **options, subset=[1, 6]))
+    assert [files(part) for part in parts] == before
+    assert reduce(merged).meta.n_cut > 0
+
+
+def replace_data(merged: Collection, like: Collection) -> Collection:
+    """The collection as if it had been cut into the pieces that another has: only their record differs."""
+    assert merged.data is not None and like.data is not None and merged.data.n_triples == like.data.n_triples
+
+    class Same(Collection):
+        data = like.data  # type: ignore[assignment]
+
+        def paths(self) -> list[Path]:
+            return merged.paths()
+
+    return Same(merged.folder, merged.settings)
+
+
+def test_merges_of_merges(tmp_path: Path) -> None:
+    data = draw(9, seed=0)
+    rows = [list(range(4)), [4, 5], [6, 7, 8]]
+    for n, each in enumerate(rows):
+        index = [r - each[0] for r in each]
+        part = [*(table[each] for table in data[:3]), data[3][:, each]]
+        made = as_collection(part, pieces=[index[:1], index[1:]], folder=tmp_path / f"{n}")
+        record = made.data
+        assert record is not None
+        (tmp_path / f"{n}" / DATA).write_text(json.dumps(asdict(replace(record, digest=f"{n}"))))
+    merge(tmp_path / "01", [tmp_path / "0", tmp_path / "1"], progress=False)
+    merge(tmp_path / "012", [tmp_path / "01", tmp_path / "2"], progress=False)
+    assert same_bits(reduce(tmp_path / "012", k_diff=2), reduce(as_collection(data), k_diff=2))
+    assert [path.name for path in shards(tmp_path / "012")] == [f"shard-{n:06d}.safetensors" for n in range(6)]
+
+
+def test_progress_of_a_merge(case: Case, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    merge(tmp_path / "all", halves(case, tmp_path))
+    out, err = capfd.readouterr()
+    assert out == "" and "merge" in err and "5/5" in err
+
+
+@pytest.mark.parametrize("how", ["same", "copy"])
+def test_a_merge_of_the_same_data_is_refused(case: Case, tmp_path: Path, how: str) -> None:
+    one, two = halves(case, tmp_path)
+    twice = one
+    if how == "copy":
+        twice = tmp_path / "copy"
+        shutil.copytree(one, twice)
+    with pytest.raises(MapError, match=f"{one} and {twice} hold the same data, which would count twice"):
+        merge(tmp_path / "all", [one, two, twice])
+    assert not (tmp_path / "all").exists()
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_merge_of_other_settings_is_refused(case: Case, tmp_path: Path, name: str) -> None:
+    field, options = CHANGES[name]
+    case.collect(case.ids[:5], work_dir=tmp_path / "one")
+    case.collect(case.ids[5:], work_dir=tmp_path / "two", **options)
+    with pytest.raises(MapError, match=rf"{tmp_path / 'two'} holds shards of other settings \({field}: "):
+        merge(tmp_path / "all", [tmp_path / "one", tmp_path / "two"])
+    assert not (tmp_path / "all").exists()
+
+
+def test_a_merge_of_what_is_not_complete_is_refused(case: Case, tmp_path: Path) -> None:
+    one, two = halves(case, tmp_path)
+    shards(two)[0].unlink()
+    with pytest.raises(MapError, match=f"{two} are not complete: 1 of 2 shards are missing"):
+        merge(tmp_path / "all", [one, two])
+    with pytest.raises(MapError, match=f"{tmp_path / 'none'} holds no counts"):
+        merge(tmp_path / "all", [one, tmp_path / "none"])
+    assert not (tmp_path / "all").exists()
+
+
+def test_a_merge_goes_into_a_new_folder(case: Case, tmp_path: Path) -> None:
+    one, two = halves(case, tmp_path)
+    before = files(one)
+    with pytest.raises(MapError, match=f"{one} is there already; accepted: a folder that is new"):
+        merge(one, [one, two])
+    assert files(one) == before
