@@ -18,7 +18,7 @@ from rich.console import Console
 from bench.machine import describe
 from bench.synthetic_counts import write_counts
 from dspa import reduce
-from dspa.reduction import Table
+from dspa.count_table import Table
 from dspa.shards import Collection
 
 

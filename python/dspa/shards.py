@@ -22,6 +22,8 @@ from dspa.pieces import DataRecord
 from dspa.tensor_files import read_header, read_tensors, replace, write_tensors
 
 FORMAT = "dspa.counts.3"
+# Of sums of residuals: integers, which add up alike in any order.
+ROW_QUANTUM = 2.0**-16
 MANIFEST, DATA = "manifest.json", "data.json"
 # What is counted on the tokens of a triple: input latents on its prompt, output latents on its responses.
 PARTS = ("prompt", "chosen", "rejected")
@@ -86,7 +88,7 @@ class Shard:
 
     index [n] int64: their numbers in the data. cut [n] uint8: how many responses were shortened. counts: one of each
     of COUNTED. Of a sample of response tokens: maxima [d_sae_out] int64, how many each latent is the largest of; looked
-    [1] int64, how many there are; totals [d_in] int64, their residuals, summed in units of `densities.ROW_QUANTUM`.
+    [1] int64, how many there are; totals [d_in] int64, their residuals, summed in units of ROW_QUANTUM.
     """
 
     index: Tensor

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from dspa.cdmap import ConditionalDifferenceMap
 from dspa.config import SteeringConfig
+from dspa.count_table import Table
 from dspa.errors import MapError
-from dspa.reduction import Table, check_settings, reduce_table
+from dspa.reduction import check_settings, reduce_table
 from dspa.shards import Collection
 
 SIZES = (25, 50, 100, 250, 500, 1000, 2500, 5000)

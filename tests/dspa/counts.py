@@ -18,11 +18,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dspa import ConditionalDifferenceMap, FrozenSAE, Triple, densities
+from dspa import ConditionalDifferenceMap, FrozenSAE, Triple, reader
 from dspa.cdmap import TENSORS
-from dspa.densities import ROW_QUANTUM, collect
+from dspa.densities import collect
 from dspa.pieces import DataRecord
-from dspa.shards import COUNTED, PARTS, Collection, CollectSettings, Counts, Shard
+from dspa.shards import COUNTED, PARTS, ROW_QUANTUM, Collection, CollectSettings, Counts, Shard
 
 from .conftest import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, VOCAB, make_model, make_sae
 
@@ -112,8 +112,8 @@ class Calls:
     """Counts the passes of the model, and fails at the pass `fail_at`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> None:
-        self.n, self.fail_at, self.real = 0, fail_at, densities.read_layers
-        monkeypatch.setattr(densities, "read_layers", self)
+        self.n, self.fail_at, self.real = 0, fail_at, reader.read_layers
+        monkeypatch.setattr(reader, "read_layers", self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[int, Tensor]:
         if self.n == self.fail_at:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from dspa import Triple, densities
+from dspa import Triple, collect, reader
 from dspa.cli import main
 from dspa.cost import PUBLISHED, Geometry, Tokens, rahf_scit, shared_prompt, three_passes
 
@@ -85,7 +85,7 @@ def test_the_account_is_what_pytorch_counts(
             model(input_ids=torch.tensor([each]), use_cache=False)
     assert published.get_total_flops() == exactly(three_passes(g, t).total)
 
-    total, read = 0, densities.read_layers
+    total, read = 0, reader.read_layers
 
     def counted(*args: Any, **kwargs: Any) -> dict[int, Tensor]:
         nonlocal total
@@ -94,9 +94,9 @@ def test_the_account_is_what_pytorch_counts(
         total += counter.get_total_flops()
         return found
 
-    monkeypatch.setattr(densities, "read_layers", counted)
+    monkeypatch.setattr(reader, "read_layers", counted)
     saes = [make_sae(layer, 32, d_in=g.d_model) for layer in (1, g.layer_out)]
-    densities.collect(model, tokenizer, [triple], *saes, progress=False)
+    collect(model, tokenizer, [triple], *saes, progress=False)
     # Responses are padded to the longer one.
     longer = max(t.chosen, t.rejected)
     padded = Tokens(t.prompt, longer, longer)

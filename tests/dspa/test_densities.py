@@ -13,17 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
-from dspa import FrozenSAE, ModelError, PreferenceError, Triple, densities, pieces
-from dspa.densities import ROW_QUANTUM, _Rows
+from dspa import FrozenSAE, ModelError, PreferenceError, Triple, pieces, reader
 from dspa.hooks import decoder_layers
 from dspa.pieces import Source
+from dspa.reader import _Rows
 from dspa.reduction import _calibration
-from dspa.shards import PARTS, Collection
+from dspa.shards import PARTS, ROW_QUANTUM, Collection
 
 from .conftest import D_IN, D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_model, make_sae
 from .counts import (
@@ -198,8 +197,8 @@ def test_batches_keep_to_their_size(case: Case, batch_tokens: int) -> None:
 @pytest.mark.parametrize("most", [1.0, 1.1, 1.5])
 def test_batches_are_of_texts_of_like_length(each: Case, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = each.collect()
-    monkeypatch.setattr(densities, "MOST_PADDED", most)
-    monkeypatch.setattr(densities, "SMALL_BATCH", 1 << 40)
+    monkeypatch.setattr(reader, "MOST_PADDED", most)
+    monkeypatch.setattr(reader, "SMALL_BATCH", 1 << 40)
     seen: list[tuple[int, int, int, int]] = []
     with ran(each.model, seen):
         check_same(each.collect(), at_once, batched_alike=False)
@@ -365,17 +364,21 @@ def test_other_errors_are_not_taken_for_memory(case: Case) -> None:
 # Where triples come from
 
 
+def dataset(rows: list[dict[str, Any]]) -> Any:
+    return pytest.importorskip("datasets", reason="datasets is not installed").Dataset.from_list(rows)
+
+
 BAD = {"prompt": "w3", "chosen": "w4", "rejected": ""}
 SOURCES: dict[str, Callable[[list[dict[str, str]], Path], Any]] = {
     "file": lambda rows, path: write_lines(path, rows),
     "name of a file": lambda rows, path: str(write_lines(path, rows)),
     "list": lambda rows, _: rows,
     "tuple": lambda rows, _: tuple(rows),
-    "dataset": lambda rows, _: Dataset.from_list(rows),
+    "dataset": lambda rows, _: dataset(rows),
 }
 STREAMS: dict[str, Callable[[list[dict[str, str]]], Any]] = {
     "generator": lambda rows: (row for row in rows),
-    "iterable dataset": lambda rows: Dataset.from_list(rows).to_iterable_dataset(),
+    "iterable dataset": lambda rows: dataset(rows).to_iterable_dataset(),
 }
 
 
@@ -537,7 +540,7 @@ KINDS: dict[str, Any] = {
 def test_maxima_are_those_of_separate_full_passes(
     each: Case, kind: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(densities, "TOKENS_A_RESPONSE", most)
+    monkeypatch.setattr(reader, "TOKENS_A_RESPONSE", most)
     sae = make_kind(kind.split(",")[0], each.model.config.model_type, **KINDS[kind])
     held, n_tokens, total = plain_maxima(each, sae, most)
     got = each.collect(sae_out=sae)
@@ -556,14 +559,14 @@ def test_maxima_are_those_of_separate_full_passes(
 @pytest.mark.parametrize("elements", [1, 5 * D_SAE_OUT, 1 << 24])
 def test_blocks_change_nothing(case: Case, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = case.collect()
-    monkeypatch.setattr(densities, "LATENTS_A_BLOCK", elements)
+    monkeypatch.setattr(reader, "LATENTS_A_BLOCK", elements)
     check_same(case.collect(), at_once)
 
 
 @pytest.mark.parametrize("most", [1, 3, 16])
 @pytest.mark.parametrize("left", [True, False])
 def test_sample_is_of_every_nth_token(most: int, left: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(densities, "TOKENS_A_RESPONSE", most)
+    monkeypatch.setattr(reader, "TOKENS_A_RESPONSE", most)
     rows = [list(range(1, n + 1)) for n in (1, 2, 3, 4, 7, 16, 17, 33)]
     padded = _Rows.padded(rows, [[True] * len(row) for row in rows], left=left)
     for row, tokens, at in zip(rows, padded.tokens, padded.sample(), strict=True):
@@ -578,7 +581,7 @@ def test_of_equal_latents_the_smaller_holds_the_maximum() -> None:
     h = torch.ones(2, 3, 4)
     h[0, 1], h[1, 2] = -1, 2.5
     sample = torch.tensor([[True, True, False], [False, True, True]])
-    maxima, looked, totals = densities._looked_at(h, sae, sample)
+    maxima, looked, totals = reader._looked_at(h, sae, sample)
     assert maxima.tolist() == [0, 3, 0, 0] and looked.tolist() == [4]
     assert torch.equal(totals.double() * ROW_QUANTUM, (h[0, 0] + h[0, 1] + h[1, 1] + h[1, 2]).double())
 
@@ -587,10 +590,10 @@ def test_residuals_without_measure() -> None:
     """Huge ones do not overflow the sums, and a row of zeros, which has no direction, adds nothing."""
     sae = make_sae(0, 8, d_in=4, normalize_activations="constant_norm_rescale")
     one = torch.ones(1, 1, dtype=torch.bool)
-    maxima, looked, totals = densities._looked_at(torch.zeros(1, 1, 4), sae, one)
+    maxima, looked, totals = reader._looked_at(torch.zeros(1, 1, 4), sae, one)
     assert not maxima.any() and looked.tolist() == [1] and not totals.any()
     h = torch.tensor([[[3e38, -3e38, 1.0, 0.0]]])
-    _, _, totals = densities._looked_at(h, make_sae(0, 8, d_in=4), one)
+    _, _, totals = reader._looked_at(h, make_sae(0, 8, d_in=4), one)
     assert (totals * ROW_QUANTUM).tolist() == [2.0**24, -(2.0**24), 1.0, 0.0]
 
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from scipy import sparse
 
-from dspa import ConditionalDifferenceMap, MapError, reduce, reduction
+from dspa import ConditionalDifferenceMap, MapError, count_table, reduce, reduction
 from dspa.cdmap import GATE_RULES, N_LARGE, TENSORS
-from dspa.reduction import QUANTUM, Table, _blocks, _percentile, _Product, find_gates
+from dspa.count_table import QUANTUM, Table
+from dspa.reduction import _blocks, _percentile, _Product, find_gates
 from dspa.version import __version__
 
 from .conftest import L_IN, L_OUT
@@ -337,7 +338,7 @@ def cut_into(order: Sequence[int], *ends: int) -> list[list[int]]:
     return [list(order[a:b]) for a, b in zip((0, *ends), (*ends, len(order)), strict=True)]
 
 
-@pytest.mark.parametrize("count_tokens", reduction.COUNT_TOKENS)
+@pytest.mark.parametrize("count_tokens", count_table.COUNT_TOKENS)
 @pytest.mark.parametrize("ends", [(), (1,), (20, 20), (40,), tuple(range(1, 41))], ids=len)
 def test_shards_do_not_show(ends: tuple[int, ...], count_tokens: str) -> None:
     data = draw(41, 5, lengths_from=ODD)
@@ -408,7 +409,7 @@ SUBSETS = {
 }
 
 
-@pytest.mark.parametrize("count_tokens", reduction.COUNT_TOKENS)
+@pytest.mark.parametrize("count_tokens", count_table.COUNT_TOKENS)
 @pytest.mark.parametrize("name", SUBSETS)
 def test_a_subset_is_those_triples(name: str, count_tokens: str) -> None:
     """A triple that is given twice counts as two that are equal. The calibration is of all triples all the same."""
@@ -425,7 +426,7 @@ def test_a_subset_is_those_triples(name: str, count_tokens: str) -> None:
         assert torch.equal(getattr(got, tensor), getattr(like, tensor)), tensor
 
 
-@pytest.mark.parametrize("count_tokens", reduction.COUNT_TOKENS)
+@pytest.mark.parametrize("count_tokens", count_table.COUNT_TOKENS)
 def test_prompts_of_a_table(count_tokens: str) -> None:
     data = draw(12, seed=4)
     special = specials(data)
@@ -521,9 +522,9 @@ def test_a_map_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_more_triples_than_sums_are_exact_for(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = as_collection(draw(9, seed=0))
-    monkeypatch.setattr(reduction, "MOST_TRIPLES", 9)
+    monkeypatch.setattr(count_table, "MOST_TRIPLES", 9)
     reduce(counts)
-    monkeypatch.setattr(reduction, "MOST_TRIPLES", 8)
+    monkeypatch.setattr(count_table, "MOST_TRIPLES", 8)
     with pytest.raises(MapError, match="9 triples are more than 8, up to which sums are exact"):
         reduce(counts)
     reduce(counts, subset=range(8))
@@ -531,7 +532,7 @@ def test_more_triples_than_sums_are_exact_for(monkeypatch: pytest.MonkeyPatch) -
 
 def test_sums_of_the_most_triples_are_exact() -> None:
     """2^20 differences of at most 1 are multiples of QUANTUM below 2^53 of them."""
-    assert reduction.MOST_TRIPLES * (1 / QUANTUM) <= 2**53
+    assert count_table.MOST_TRIPLES * (1 / QUANTUM) <= 2**53
 
 
 def test_nothing_as_large_as_the_map_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
