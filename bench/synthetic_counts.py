@@ -70,6 +70,7 @@ def write_counts(folder: Path, n_triples: int, d_sae_in: int, d_sae_out: int, se
         none = (Counts.of(torch.zeros(n, 1), torch.zeros(n)) for _ in parts)
         shard = Shard(
             index=torch.arange(start, start + n),
+            keys=torch.arange(start, start + n),
             cut=torch.zeros(n, dtype=torch.uint8),
             counts=dict(zip(COUNTED, (*parts, *none), strict=True)),
             maxima=torch.bincount(parts[1].latents.long(), minlength=d_sae_out),
@@ -77,5 +78,5 @@ def write_counts(folder: Path, n_triples: int, d_sae_in: int, d_sae_out: int, se
             totals=torch.zeros(8, dtype=torch.int64),
         )
         collection.write(piece, f"{piece}", shard)
-    collection.record(DataRecord(n_triples, len(starts), "synthetic"))
+    collection.record(DataRecord.of(n_triples, [f"{piece}" for piece in range(len(starts))]))
     return collection

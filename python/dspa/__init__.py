@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dspa.reduction import reduce
     from dspa.sae_files import SAEError
     from dspa.saes import FrozenSAE
+    from dspa.shards import Collection
     from dspa.steering import Steering, detach
     from dspa.version import __version__
 
@@ -22,6 +23,7 @@ HOMES = {
     "ConditionalDifferenceMap": "cdmap",
     "build_map": "build",
     "collect": "densities",
+    "Collection": "shards",
     "reduce": "reduction",
     "SteeringConfig": "config",
     "MapError": "errors",
@@ -37,6 +39,7 @@ HOMES = {
 }
 
 __all__ = [
+    "Collection",
     "ConditionalDifferenceMap",
     "FrozenSAE",
     "MapError",

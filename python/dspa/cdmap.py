@@ -223,6 +223,8 @@ class ConditionalDifferenceMap:
     def load(cls, path: str | Path) -> ConditionalDifferenceMap:
         """Read what `save` wrote. Raises `MapError` for a damaged file or one of another kind."""
         path = Path(path)
+        if path.is_dir():
+            raise MapError(f"{path} is a folder. If it holds counts, make a map of them: dspa map reduce {path}.")
         if not path.is_file():
             raise MapError(
                 f"There is no map file at {path}. Make one: dspa map build, or dspa.build_map(...).save(path)."

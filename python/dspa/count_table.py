@@ -27,7 +27,7 @@ class Table:
     """Densities of a subset of triples, read from shards a block of columns at a time. Rows are triples, in the order
     of the shards, the same for every part."""
 
-    def __init__(self, collection: Collection, count_tokens: str, subset: Sequence[int] | None) -> None:
+    def __init__(self, collection: Collection, count_tokens: str, subset: Sequence[int] | Tensor | None) -> None:
         self.collection, self.settings, self.count_tokens = collection, collection.settings, count_tokens
         self._rows = _chosen([shard["index"].numpy() for shard in collection.shards("index")], subset)
         self.n_triples = sum(map(len, self._rows))
@@ -94,16 +94,20 @@ def _csr(counts: dict[str, Array], place: Array, width: int | None) -> Matrix:
     return sparse.csr_array((counts["counts"][kept], columns[kept], starts), shape=shape)
 
 
-def _chosen(index: Sequence[Array], subset: Sequence[int] | None) -> list[Array]:
+def _chosen(index: Sequence[Array], subset: Sequence[int] | Tensor | None) -> list[Array]:
     """Which rows of each shard are in the subset, as often as they are. Raises `MapError` for numbers that are none."""
     if subset is None:
         return [np.arange(len(each)) for each in index]
-    wanted = np.sort(np.asarray(subset).ravel())
-    n_triples = sum(map(len, index))
+    given, n_triples = np.asarray(subset), sum(map(len, index))
+    if given.dtype == bool and given.shape == (n_triples,):
+        given = np.flatnonzero(given)
+    wanted = np.sort(given.ravel())
     whole = wanted.dtype.kind in "iu"
-    if not len(wanted) or not whole or wanted[0] < 0 or wanted[-1] >= n_triples:
+    if not given.ndim or not len(wanted) or not whole or wanted[0] < 0 or wanted[-1] >= n_triples:
         kind = "numbers" if whole else wanted.dtype
         told = f"{kind} from {wanted[0]} to {wanted[-1]}" if len(wanted) else "empty"
-        raise MapError(f"`subset` is {told}; accepted: numbers of triples, 0 to {n_triples - 1}.")
+        raise MapError(
+            f"`subset` is {told}; accepted: several numbers of triples, 0 to {n_triples - 1}, or a mask of {n_triples}."
+        )
     times = (np.searchsorted(wanted, each, "right") - np.searchsorted(wanted, each, "left") for each in index)
     return [np.repeat(np.arange(len(each)), each) for each in times]

@@ -7,6 +7,7 @@ lie: with that, steering reads less of the encoder, and does nothing else.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dspa.pieces import DataRecord, Source, Tally
-from dspa.preferences import Triple
+from dspa.preferences import PreferenceError, Triple
 from dspa.ranks import Team
 from dspa.reader import Reader
 from dspa.saes import FrozenSAE
@@ -77,6 +78,10 @@ def collect(
         known = _read_ahead(source, reader, team, progress)
         team.in_turn("known", lambda: collection.record(known))
     found = _count_all(collection, source, reader, team, progress)
+    if first is not None and found.n_triples < first and team.rank == 0:
+        warnings.warn(
+            f"`first` is {first} and the data hold {found.n_triples} triples: all were counted.", stacklevel=2
+        )
     team.in_turn("found", lambda: collection.record(found))
     team.leave()
     return collection
@@ -84,14 +89,22 @@ def collect(
 
 def _read_ahead(source: Source, reader: Reader, team: Team, progress: bool) -> DataRecord:
     """Read all triples, and tokenize those of every `team.size`-th piece, to find what is wrong with them."""
-    tally = Tally()
+    tally, refused = Tally(), list[PreferenceError]()
     with tqdm(unit="triple", desc="check", leave=False, disable=not progress or team.rank > 0) as bar:
         for piece in source.pieces():
             tally.add(piece)
             if piece.number % team.size == team.rank:
                 for _, triple in piece.triples:
-                    reader.tokenize(triple)
+                    try:
+                        reader.tokenize(triple)
+                    except PreferenceError as error:
+                        refused.append(error)
             bar.update(len(piece.triples))
+    if refused:
+        # All at once: to find one a start would take as many starts.
+        others = [str(error).split(":")[0] for error in refused[1:]]
+        more = f" {len(others)} more are refused like this: {', '.join(others)}." if others else ""
+        raise PreferenceError(f"{refused[0]}{more}") from refused[0]
     return tally.record()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,9 +27,8 @@ class Piece:
 
     @property
     def digest(self) -> str:
-        """Of what the triples say."""
-        content = [[index, triple.prompt, triple.chosen, triple.rejected] for index, triple in self.triples]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        """Of the triples and their numbers."""
+        return _short([f"{index} {key_of(triple)}" for index, triple in self.triples])
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,11 @@ class DataRecord:
     n_triples: int
     n_pieces: int
     digest: str
+
+    @classmethod
+    def of(cls, n_triples: int, digests: Sequence[str]) -> DataRecord:
+        """Of the digests of all pieces, in order."""
+        return cls(n_triples, len(digests), _short(digests))
 
 
 class Source:
@@ -71,17 +75,26 @@ class Tally:
     """Counts pieces as they are read, for their `DataRecord`."""
 
     def __init__(self) -> None:
-        self._n_triples, self._n_pieces, self._sha = 0, 0, hashlib.sha256()
+        self._n_triples, self._digests = 0, list[str]()
 
     def add(self, piece: Piece) -> None:
         """The next piece."""
         self._n_triples += len(piece.triples)
-        self._n_pieces += 1
-        self._sha.update(piece.digest.encode())
+        self._digests.append(piece.digest)
 
     def record(self) -> DataRecord:
         """Of the pieces so far."""
-        return DataRecord(self._n_triples, self._n_pieces, self._sha.hexdigest()[:16])
+        return DataRecord.of(self._n_triples, self._digests)
+
+
+def key_of(triple: Triple) -> int:
+    """64 bits of what a triple says, by which it is found again."""
+    content = json.dumps([triple.prompt, triple.chosen, triple.rejected]).encode()
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
+
+
+def _short(texts: Sequence[str]) -> str:
+    return hashlib.sha256(" ".join(texts).encode()).hexdigest()[:16]
 
 
 def _cut(window: list[tuple[int, Triple]]) -> Iterator[list[tuple[int, Triple]]]:

@@ -46,7 +46,7 @@ def plot_difference(a: ConditionalDifferenceMap, b: ConditionalDifferenceMap, pa
     latents = sorted(x.keys() | y.keys())
     axes.axline((0, 0), slope=1, color="grey", linewidth=0.8)
     axes.scatter([x.get(j, 0.0) for j in latents], [y.get(j, 0.0) for j in latents], s=10, alpha=0.6)
-    axes.set(title="column sums of A", xlabel="first map", ylabel="second map")
+    axes.set(title="column sums of A", xlabel="first map", ylabel="second map", aspect="equal", adjustable="datalim")
     figure.savefig(path, dpi=150)
 
 

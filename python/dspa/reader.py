@@ -27,7 +27,7 @@ from dspa.hooks import (
     read_layers,
 )
 from dspa.hooks import model_name as name_of
-from dspa.pieces import Piece
+from dspa.pieces import Piece, key_of
 from dspa.preferences import TokenizedTriple, Triple, tokenize_triple
 from dspa.saes import FrozenSAE
 from dspa.shards import ROW_QUANTUM, CollectSettings, Counts, Shard
@@ -46,9 +46,10 @@ PROBE = ("The quick brown fox, it's 42 years old!\n\n\tdef f(x): return x**2", "
 
 @dataclass(frozen=True)
 class _Item:
-    """A triple: its number in the data, what errors call it, its tokens."""
+    """A triple: its number in the data, its key, what errors call it, its tokens."""
 
     index: int
+    key: int
     name: str
     triple: TokenizedTriple
 
@@ -110,7 +111,7 @@ class Reader:
 
     def count(self, piece: Piece) -> Shard:
         """Counts of one piece."""
-        waiting = [_Item(index, triple.name, self.tokenize(triple)) for index, triple in piece.triples]
+        waiting = [_Item(index, key_of(triple), triple.name, self.tokenize(triple)) for index, triple in piece.triples]
         waiting.sort(key=lambda item: len(item.triple.prompt), reverse=True)
         shards = []
         while waiting:
@@ -196,7 +197,8 @@ class Reader:
         maxima, looked, totals = (torch.stack(each).sum(dim=0) for each in zip(*samples, strict=True))
         index = torch.tensor([item.index for item in batch])
         cut = torch.tensor([t.cut for t in triples], dtype=torch.uint8)
-        return Shard(index, cut, found, maxima, looked, totals)
+        keys = torch.tensor([item.key for item in batch])
+        return Shard(index, keys, cut, found, maxima, looked, totals)
 
     def _read(self, tokens: Tensor, mask: Tensor, places: Tensor, cache: DynamicCache) -> dict[int, Tensor]:
         device = device_of(self.model.get_input_embeddings())

@@ -47,7 +47,7 @@ def reduce(
     count_tokens: str = "all",
     k_diff: int = 16,
     sparsify: bool = True,
-    subset: Sequence[int] | None = None,
+    subset: Sequence[int] | Tensor | None = None,
     progress: bool = False,
 ) -> ConditionalDifferenceMap:
     """The map of collected counts (DSPA, conditional-difference map).
@@ -59,7 +59,8 @@ def reduce(
         count_tokens: "all" tokens, as published, or "text": special tokens left out.
         k_diff: entries at each end of a row that set the cut of the sparsification (published: 16).
         sparsify: set entries below the cut to 0, as published.
-        subset: numbers of the triples to use, from 0; one that is given twice counts twice. Default: all.
+        subset: numbers of the triples to use, from 0, or a mask over all; one that is given twice counts twice.
+            Default: all.
         progress: show a bar.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import weakref
@@ -86,12 +85,14 @@ def _starts(sizes: Tensor) -> Tensor:
 class Shard:
     """Counts of n triples.
 
-    index [n] int64: their numbers in the data. cut [n] uint8: how many responses were shortened. counts: one of each
-    of COUNTED. Of a sample of response tokens: maxima [d_sae_out] int64, how many each latent is the largest of; looked
-    [1] int64, how many there are; totals [d_in] int64, their residuals, summed in units of ROW_QUANTUM.
+    index [n] int64: their numbers in the data. keys [n] int64: what they say, by `pieces.key_of`. cut [n] uint8: how
+    many responses were shortened. counts: one of each of COUNTED. Of a sample of response tokens: maxima [d_sae_out]
+    int64, how many each latent is the largest of; looked [1] int64, how many there are; totals [d_in] int64, their
+    residuals, summed in units of ROW_QUANTUM.
     """
 
     index: Tensor
+    keys: Tensor
     cut: Tensor
     counts: dict[str, Counts]
     maxima: Tensor
@@ -103,6 +104,7 @@ class Shard:
         """One after another; samples are added up."""
         return cls(
             index=torch.cat([each.index for each in parts]),
+            keys=torch.cat([each.keys for each in parts]),
             cut=torch.cat([each.cut for each in parts]),
             counts={name: Counts.join([each.counts[name] for each in parts]) for name in COUNTED},
             maxima=torch.stack([each.maxima for each in parts]).sum(dim=0),
@@ -123,7 +125,7 @@ class Shard:
 
 
 FIELDS = tuple(Counts.__annotations__)
-OTHERS = ("index", "cut", "maxima", "looked", "totals")
+OTHERS = ("index", "keys", "cut", "maxima", "looked", "totals")
 NAMES = (*(f"{name}.{field}" for name in COUNTED for field in FIELDS), *OTHERS)
 
 
@@ -147,11 +149,16 @@ class Collection:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise MapError(f"The folder of counts {folder} cannot be made ({error.strerror}).") from error
-        if not path.exists():
+            advice = "accepted: a folder, a new one or one that was begun before"
+            raise MapError(f"The folder of counts {folder} cannot be made ({error.strerror}); {advice}.") from error
+        # Without a shard, nothing is lost with settings that were given up.
+        if not path.exists() or not self._begun():
             replace(path, json.dumps(asdict(settings), indent=2).encode())
         self._check(settings)
         return self
+
+    def _begun(self) -> bool:
+        return any(self.folder.glob("shard-*.safetensors"))
 
     def _check(self, settings: CollectSettings) -> None:
         mine, theirs = asdict(settings), _json(self.folder / MANIFEST)
@@ -187,10 +194,11 @@ class Collection:
         known = self.data
         if known == data:
             return
-        if known is not None:
+        if known is not None and self._begun():
             raise MapError(
                 f"{self.folder} holds shards of other data ({known.n_triples} triples of digest {known.digest} there, "
-                f"{data.n_triples} of {data.digest} now). Use another folder."
+                f"{data.n_triples} of {data.digest} now). Use another folder; of triples that were added, collect the "
+                "new ones alone and join the folders: dspa map merge."
             )
         replace(self.folder / DATA, json.dumps(asdict(data), indent=2).encode())
 
@@ -207,11 +215,7 @@ class Collection:
         path = self.path(piece)
         if not path.exists():
             return False
-        advice = "Delete it, and its triples are counted again."
-        try:
-            self.read(path)
-        except MapError as error:
-            raise MapError(f"{error} {advice}") from error
+        self.read(path)
         if (theirs := read_header(path).get("triples")) != digest:
             raise MapError(
                 f"{path} holds shards of other data (digest {theirs} there, {digest} now). Use another folder."
@@ -220,7 +224,10 @@ class Collection:
 
     def read(self, path: Path) -> Shard:
         """One shard, its checksum tried."""
-        return Shard.of(read_tensors(path, NAMES))
+        try:
+            return Shard.of(read_tensors(path, NAMES))
+        except MapError as error:
+            raise MapError(f"{error} Delete it and collect again: only its triples are counted.") from error
 
     def paths(self) -> list[Path]:
         """All shards of data that are known to their end.
@@ -254,9 +261,15 @@ class Collection:
         return {name.split(".")[0]: torch.cat([each[name] for each in found])[order] for name in names[1:]}
 
     def verify(self) -> None:
-        """Raise `MapError` for a shard that is not what was written."""
-        for path in self.paths():
-            self.read(path)
+        """Raise `MapError` for a shard that is not what was written, or not of its place in the data."""
+        paths, data = self.paths(), _known(self)
+        index = [self.read(path).index for path in paths]
+        found = DataRecord.of(data.n_triples, [str(read_header(path).get("triples")) for path in paths])
+        if found != data or not torch.equal(torch.cat(index).sort().values, torch.arange(data.n_triples)):
+            raise MapError(
+                f"The shards in {self.folder} are not those of its data: some were exchanged, or come from elsewhere. "
+                "Collect again, into another folder."
+            )
 
 
 def merge(out: str | Path, folders: Sequence[str | Path], *, progress: bool = True) -> Collection:
@@ -268,32 +281,52 @@ def merge(out: str | Path, folders: Sequence[str | Path], *, progress: bool = Tr
     if not folders:
         raise MapError("There is nothing to merge; accepted: one folder of counts or more.")
     parts = [Collection.open(folder) for folder in folders]
-    paths = [part.paths() for part in parts]
-    records = [_known(part) for part in parts]
     if Path(out).exists():
         raise MapError(f"{out} is there already; accepted: a folder that is new.")
-    for n, (part, record) in enumerate(zip(parts, records, strict=True)):
-        if record in records[:n]:
-            twice = parts[records.index(record)].folder
-            raise MapError(f"{twice} and {part.folder} hold the same data, which would count twice. Leave one out.")
+    for part in parts:
+        part.verify()
         part._check(parts[0].settings)
-    merged = Collection.start(out, parts[0].settings)
-    n_triples = n_pieces = 0
-    with tqdm(total=sum(map(len, paths)), unit="shard", desc="merge", disable=not progress) as bar:
-        for part, record, shards in zip(parts, records, paths, strict=True):
-            for piece, path in enumerate(shards):
+    _check_apart(parts)
+    # Of another name until it is whole.
+    made = Collection.start(Path(out).with_name(f"{Path(out).name}.partial"), parts[0].settings)
+    try:
+        _copy(parts, made, progress)
+        made.folder.rename(out)
+    except BaseException:
+        shutil.rmtree(made.folder, ignore_errors=True)
+        raise
+    return Collection.open(out)
+
+
+def _check_apart(parts: Sequence[Collection]) -> None:
+    """Raise `MapError` if a triple is in two of the collections."""
+    keys = [torch.cat([shard["keys"] for shard in part.shards("keys")]) for part in parts]
+    for n, (part, mine) in enumerate(zip(parts, keys, strict=True)):
+        for other, theirs in zip(parts[:n], keys, strict=False):
+            if shared := int(torch.isin(mine, theirs).sum()):
+                raise MapError(
+                    f"{shared} of {len(mine)} triples in {part.folder} are in {other.folder} too, and would count "
+                    "twice. Leave one folder out, or collect only what the other does not have."
+                )
+
+
+def _copy(parts: Sequence[Collection], made: Collection, progress: bool) -> None:
+    n_triples, digests = 0, list[str]()
+    with tqdm(total=sum(len(part.paths()) for part in parts), unit="shard", desc="merge", disable=not progress) as bar:
+        for part in parts:
+            for path in part.paths():
                 shard = part.read(path)
                 moved = dataclasses.replace(shard, index=shard.index + n_triples)
-                merged.write(n_pieces + piece, read_header(path)["triples"], moved)
+                digest = str(read_header(path)["triples"])
+                made.write(len(digests), digest, moved)
+                digests.append(digest)
                 bar.update()
-            n_triples, n_pieces = n_triples + record.n_triples, n_pieces + record.n_pieces
-    sha = hashlib.sha256("".join(record.digest for record in records).encode())
-    merged.record(DataRecord(n_triples, n_pieces, sha.hexdigest()[:16]))
-    return merged
+            n_triples += _known(part).n_triples
+    made.record(DataRecord.of(n_triples, digests))
 
 
 def _known(collection: Collection) -> DataRecord:
-    """The data of a collection whose `paths` are all there."""
+    """The data of a collection that is complete."""
     assert collection.data is not None
     return collection.data
 

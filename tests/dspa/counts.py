@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -215,6 +216,7 @@ def as_shard(data: Table, special: Table, index: np.ndarray) -> Shard:
     rejected = torch.from_numpy(data[2][index]).long()
     return Shard(
         index=torch.from_numpy(index),
+        keys=torch.tensor([zlib.crc32(b"".join(table[n].tobytes() for table in data[:3])) for n in index]),
         cut=torch.tensor(data[0][index, -1] % 3, dtype=torch.uint8),
         counts=counts,
         maxima=rejected.sum(dim=0),
@@ -238,7 +240,7 @@ def as_collection(
     for piece, index in enumerate(pieces):
         shard = as_shard(data, special or [0 * each for each in data], np.array(index, dtype=np.int64))
         collection.write(piece, str(piece), shard)
-    collection.record(DataRecord(n, len(pieces), "by hand"))
+    collection.record(DataRecord.of(n, [str(piece) for piece in range(len(pieces))]))
     return collection
 
 

@@ -304,7 +304,7 @@ def test_other_files(tmp_path: Path, content: bytes) -> None:
 
 def test_no_file(tmp_path: Path) -> None:
     assert f"There is no map file at {tmp_path / 'no'}" in refusal(tmp_path / "no")
-    assert "There is no map file at" in refusal(tmp_path)
+    assert "is a folder. If it holds counts, make a map of them: dspa map reduce" in refusal(tmp_path)
 
 
 def test_safetensors_of_another_kind(tmp_path: Path) -> None:

@@ -221,6 +221,7 @@ def test_help(run, command):
 
 def test_errors(run, folder, counts, built, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": \n')
+    (tmp_path / "far.txt").write_text("13\n3\n")
     (tmp_path / "messages.jsonl").write_text('{"prompt": "the cat"}\n{"prompt": [{"role": "user"}]}\n')
     other = ["--model", folder / "tiny", "--sae-in", folder / "sae_in", "--device", "cpu"]
     make_sae(L_OUT, 128, seed=9).save(tmp_path / "other")
@@ -232,7 +233,10 @@ def test_errors(run, folder, counts, built, tmp_path):
         (["map", "reduce", counts, "--out", tmp_path / "m", "--first", 13], "--first is 13; accepted: 1 to 12"),
         (["map", "reduce", counts, "--out", tmp_path / "m", "--first", 3, "--random", 3], "--first and --random"),
         (["map", "reduce", counts, "--out", tmp_path / "m", "--only", tmp_path / "bad.jsonl"], "numbers from 1"),
-        (["map", "merge", tmp_path / "m", counts, counts], "same data"),
+        (["map", "reduce", counts, "--out", tmp_path / "m", "--only", tmp_path / "far.txt"], "from 3 to 13; accepted"),
+        (["map", "collect", " ", *common(folder)], "accepted: a JSON Lines file"),
+        (["map", "show", counts], "dspa map reduce"),
+        (["map", "merge", tmp_path / "m", counts, counts], "would count twice"),
         (
             ["map", "collect", folder / "triples.jsonl", *common(folder), "--out", folder / "prompts.txt"],
             "cannot be made",

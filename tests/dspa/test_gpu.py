@@ -30,3 +30,16 @@ def test_the_tokens_of_the_cpu(family, cache, screen, sae_in, sae_out, calibrate
     model.cuda()
     with steering.attach(model):
         assert torch.equal(model.generate(PROMPT.cuda(), **settings).cpu(), wanted)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen3", "gpt2"])
+def test_the_counts_of_the_cpu(family):
+    """In fp32, whose rounding is less than the data's distance from every threshold."""
+    pytest.importorskip("scipy", reason="scipy is not installed")
+    from .counts import make_case, tables
+
+    case = make_case(family)
+    wanted = tables(case.collect())
+    case.model.cuda()
+    for name, (counts, lengths) in tables(case.collect()).items():
+        assert torch.equal(counts, wanted[name][0]) and torch.equal(lengths, wanted[name][1]), name

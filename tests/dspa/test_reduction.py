@@ -443,13 +443,21 @@ def test_prompts_of_a_table(count_tokens: str) -> None:
     [([], "empty"), ([-1, 3], "numbers from -1 to 3"), ([0, 9], "numbers from 0 to 9"), ([2**40], "numbers from 1099")],
 )
 def test_numbers_that_are_no_triples(subset: list[int], told: str) -> None:
-    with pytest.raises(MapError, match=f"`subset` is {told}.*; accepted: numbers of triples, 0 to 8"):
+    with pytest.raises(
+        MapError, match=f"`subset` is {told}.*; accepted: several numbers of triples, 0 to 8, or a mask of 9"
+    ):
         reduce(as_collection(draw(9, seed=0)), subset=subset)
 
 
-@pytest.mark.parametrize("subset", [[0.5, 1.5], [True, False, True]], ids=str)
+def test_a_mask() -> None:
+    counts = as_collection(draw(9, seed=0))
+    mask = torch.tensor([True, False, True, True, False, True, True, False, True])
+    assert same_bits(reduce(counts, subset=mask, k_diff=2), reduce(counts, subset=mask.nonzero(), k_diff=2))
+
+
+@pytest.mark.parametrize("subset", [[0.5, 1.5], [True, False, True], 5], ids=str)
 def test_subsets_that_are_no_numbers(subset: Any) -> None:
-    """A mask and fractions would else be taken for other triples without a word."""
+    """They would else be taken for other triples without a word."""
     with pytest.raises((MapError, TypeError, ValueError), match="subset"):
         reduce(as_collection(draw(9, seed=0)), subset=subset)
 

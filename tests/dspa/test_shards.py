@@ -12,7 +12,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dspa import MapError, pieces, reduce
+from dspa import MapError, PreferenceError, pieces, reduce
 from dspa.shards import COUNTED, DATA, FORMAT, MANIFEST, NAMES, Collection, Counts, merge
 from dspa.tensor_files import read_header, read_tensors
 
@@ -344,7 +344,7 @@ def test_a_damaged_shard_is_named_and_counted_again(case: Case, tmp_path: Path, 
     ):
         with pytest.raises(MapError, match=f"{path} is damaged"):
             refuse()
-    with pytest.raises(MapError, match="Delete it, and its triples are counted again"):
+    with pytest.raises(MapError, match="Delete it and collect again: only its triples are counted"):
         case.collect(work_dir=folder)
     path.unlink()
     case.collect(work_dir=folder)
@@ -367,7 +367,7 @@ def test_a_shard_has_no_other_tensors(case: Case, tmp_path: Path) -> None:
     case.collect(work_dir=tmp_path)
     with safe_open(shards(tmp_path)[0], framework="pt") as file:
         assert set(file.keys()) == set(NAMES)
-        assert len(NAMES) == 4 * len(COUNTED) + 5
+        assert len(NAMES) == 4 * len(COUNTED) + 6
 
 
 @pytest.mark.parametrize("n", [0, 3])
@@ -563,10 +563,7 @@ def test_merges_of_merges(tmp_path: Path) -> None:
     for n, each in enumerate(rows):
         index = [r - each[0] for r in each]
         part = [*(table[each] for table in data[:3]), data[3][:, each]]
-        made = as_collection(part, pieces=[index[:1], index[1:]], folder=tmp_path / f"{n}")
-        record = made.data
-        assert record is not None
-        (tmp_path / f"{n}" / DATA).write_text(json.dumps(asdict(replace(record, digest=f"{n}"))))
+        as_collection(part, pieces=[index[:1], index[1:]], folder=tmp_path / f"{n}")
     merge(tmp_path / "01", [tmp_path / "0", tmp_path / "1"], progress=False)
     merge(tmp_path / "012", [tmp_path / "01", tmp_path / "2"], progress=False)
     assert same_bits(reduce(tmp_path / "012", k_diff=2), reduce(as_collection(data), k_diff=2))
@@ -586,9 +583,44 @@ def test_a_merge_of_the_same_data_is_refused(case: Case, tmp_path: Path, how: st
     if how == "copy":
         twice = tmp_path / "copy"
         shutil.copytree(one, twice)
-    with pytest.raises(MapError, match=f"{one} and {twice} hold the same data, which would count twice"):
+    with pytest.raises(MapError, match=f"triples in {twice} are in {one} too, and would count twice"):
         merge(tmp_path / "all", [one, two, twice])
-    assert not (tmp_path / "all").exists()
+    assert not list(tmp_path.glob("all*"))
+
+
+def test_a_merge_of_data_that_overlap_is_refused(case: Case, tmp_path: Path) -> None:
+    case.collect(case.ids[:5], work_dir=tmp_path / "one")
+    case.collect(case.ids[3:], work_dir=tmp_path / "two")
+    with pytest.raises(MapError, match=f"2 of 5 triples in {tmp_path / 'two'} are in {tmp_path / 'one'} too"):
+        merge(tmp_path / "all", [tmp_path / "one", tmp_path / "two"])
+
+
+def test_a_merge_that_fails_leaves_nothing(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = halves(case, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Collection, "record", lambda *_: exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):
+            merge(tmp_path / "all", parts)
+    assert not list(tmp_path.glob("all*"))
+    merge(tmp_path / "all", parts)
+
+
+def test_shards_that_were_exchanged(case: Case, tmp_path: Path) -> None:
+    """One in the place of another would count its triples twice."""
+    case.collect(work_dir=tmp_path)
+    first, second, *_ = shards(tmp_path)
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(MapError, match=f"The shards in {tmp_path} are not those of its data"):
+        reduce(tmp_path)
+
+
+def test_settings_that_were_given_up(case: Case, tmp_path: Path) -> None:
+    """A start that came to nothing does not hold the folder."""
+    with pytest.raises(PreferenceError, match="leaves no room"):
+        case.collect(work_dir=tmp_path, max_length=9)
+    assert not shards(tmp_path)
+    case.collect(case.ids[:3], work_dir=tmp_path)
+    assert reduce(tmp_path).meta.n_triples == 3
 
 
 @pytest.mark.parametrize("name", CHANGES)

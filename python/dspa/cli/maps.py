@@ -205,11 +205,18 @@ def _collect(
     # What is wrong at the beginning of a file shows before a model is loaded.
     next(load_triples(source))
     lm, tokenizer, read, edit = load_all(model, sae_in, sae_out, device, dtype)
-    return collect(lm, tokenizer, source, read, edit, **options)
+    try:
+        return collect(lm, tokenizer, source, read, edit, **options)
+    except KeyboardInterrupt:
+        if folder := options["work_dir"]:
+            console.print(f"\nStopped. What was counted is kept in {folder}: the same command goes on from there.")
+        raise
 
 
 def _source(triples: str, split: str, stream: bool) -> Any:
     """A file of triples, or a data set of the Hub or in a folder."""
+    if not triples.strip():
+        raise ValueError("The triples have an empty name; accepted: a JSON Lines file, a folder, or a data set's name.")
     path = Path(triples)
     if path.is_file() or path.suffix in (".json", ".jsonl") or not (path.is_dir() or "/" in triples):
         return path
@@ -242,12 +249,15 @@ def _subset(
         return random.Random(seed).sample(range(n_triples), at_random)
     if only is None:
         return None
+    accepted = f"accepted: a file of numbers from 1 to {n_triples}, one a line"
     try:
-        return [int(line) - 1 for line in only.read_text(encoding="utf-8").split()]
+        numbers = [int(line) for line in only.read_text(encoding="utf-8").split()]
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--only is {only} ({error}); accepted: a file of whole numbers from 1, one a line."
-        ) from error
+        raise ValueError(f"--only is {only} ({error}); {accepted}.") from error
+    if not numbers or min(numbers) < 1 or max(numbers) > n_triples:
+        held = f"holds numbers from {min(numbers)} to {max(numbers)}" if numbers else "holds none"
+        raise ValueError(f"--only is {only}, which {held}; {accepted}.")
+    return [number - 1 for number in numbers]
 
 
 def _save(cdmap: ConditionalDifferenceMap, out: Path) -> None:
