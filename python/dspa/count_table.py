@@ -29,7 +29,7 @@ class Table:
 
     def __init__(self, collection: Collection, count_tokens: str, subset: Sequence[int] | Tensor | None) -> None:
         self.collection, self.settings, self.count_tokens = collection, collection.settings, count_tokens
-        self._rows = _chosen([shard["index"].numpy() for shard in collection.shards("index")], subset)
+        self._rows = _chosen([shard["index"].numpy().copy() for shard in collection.shards("index")], subset)
         self.n_triples = sum(map(len, self._rows))
         if self.n_triples > MOST_TRIPLES:
             raise MapError(f"{self.n_triples} triples are more than {MOST_TRIPLES}, up to which sums are exact.")

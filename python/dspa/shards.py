@@ -263,7 +263,8 @@ class Collection:
     def verify(self) -> None:
         """Raise `MapError` for a shard that is not what was written, or not of its place in the data."""
         paths, data = self.paths(), _known(self)
-        index = [self.read(path).index for path in paths]
+        # Copies: a tensor of a file keeps all of it mapped.
+        index = [self.read(path).index.clone() for path in paths]
         found = DataRecord.of(data.n_triples, [str(read_header(path).get("triples")) for path in paths])
         if found != data or not torch.equal(torch.cat(index).sort().values, torch.arange(data.n_triples)):
             raise MapError(
