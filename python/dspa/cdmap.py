@@ -44,6 +44,12 @@ class MapMeta:
     package: str
 
 
+def confidence_radius(n_open: Tensor, d_sae_out: int, delta: float) -> Tensor:
+    """`sqrt(2 log(2 d_sae / delta) / N_i)` of numbers of prompts N_i: every entry of a row, as a conditional mean, is
+    within it of the truth with probability 1 - delta."""
+    return (2 * math.log(2 * d_sae_out / delta) / n_open.float()).sqrt()
+
+
 class ConditionalDifferenceMap:
     """`A` [d_sae_in, d_sae_out] as its non-empty columns, with what the optional scorings need, and a calibration,
     which changes no result: with it, steering reads less of the encoder.
@@ -177,9 +183,8 @@ class ConditionalDifferenceMap:
         return self.values
 
     def radius(self, delta: float) -> Tensor:
-        """`sqrt(2 log(2 d_sae / delta) / N_i)` [d_sae_in]: every entry of a row, as a conditional mean, is within
-        it of the truth with probability 1 - delta. Infinite for a gate that never opened."""
-        return (2 * math.log(2 * self.meta.d_sae_out / delta) / self.n_open.float()).sqrt()
+        """`confidence_radius` of each row [d_sae_in]; infinite for a gate that never opened."""
+        return confidence_radius(self.n_open, self.meta.d_sae_out, delta)
 
     def _demixed(self, counts: Tensor, config: SteeringConfig) -> Tensor:
         """`A_S^T (M_S + ridge I)^-1 g_S` [B, C], S the prompt's k_prompt latents and M = E[g g^T]."""

@@ -212,6 +212,11 @@ def layer_of(sae: FrozenSAE) -> int:
 def _check_sae(name: str, sae: FrozenSAE, model: nn.Module, n_layers: int, called: str | None) -> None:
     if not 0 <= layer_of(sae) < n_layers:
         raise ModelError(f"`{name}` sits at layer {sae.layer}; accepted: 0 to {n_layers - 1}, the model's layers.")
+    check_made_for(name, sae, model, called)
+
+
+def check_made_for(name: str, sae: FrozenSAE, model: nn.Module, called: str | None) -> None:
+    """Raise unless an SAE is of the width of `model`, and was not made for another one."""
     if sae.d_in != hidden_size(model):
         raise ModelError(
             f"`{name}` reads {sae.d_in} dimensions and the model's hidden size is {hidden_size(model)}: it is an SAE "

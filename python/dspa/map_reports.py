@@ -18,8 +18,7 @@ def summary(cdmap: ConditionalDifferenceMap, delta: float = 0.05) -> dict[str, s
     n, n_open = cdmap.meta.n_triples, cdmap.n_open
     partly = n_open[cdmap.gate_latents.long()]
     counts = {"ever": int((n_open > 0).sum()), "always": int((n_open == n).sum())}
-    largest = cdmap.values.abs().amax(dim=1)
-    beyond = (largest * n / n_open.clamp(min=1) > cdmap.radius(delta)) & (n_open > 0)
+    beyond = (largest_means(cdmap) > cdmap.radius(delta)) & (n_open > 0)
     entries = int((cdmap.values != 0).sum())
     return {
         "gates ever open": f"{counts['ever']} of {len(n_open)}, {counts['always']} of them on every prompt",
@@ -30,6 +29,11 @@ def summary(cdmap: ConditionalDifferenceMap, delta: float = 0.05) -> dict[str, s
         "entries kept": f"{entries} ({entries / (cdmap.meta.d_sae_in * cdmap.meta.d_sae_out):.3%} of all)",
         "hot latents": _calibration(cdmap),
     }
+
+
+def largest_means(cdmap: ConditionalDifferenceMap) -> Tensor:
+    """The largest size in each row [d_sae_in], as a mean over the prompts on which its gate is open."""
+    return cdmap.values.abs().amax(dim=1) * cdmap.meta.n_triples / cdmap.n_open.clamp(min=1)
 
 
 def _quartiles(values: Tensor) -> str:

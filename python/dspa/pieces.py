@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class Piece:
     number: int
     triples: list[tuple[int, Triple]]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Of the triples and their numbers."""
         return _short([f"{index} {key_of(triple)}" for index, triple in self.triples])

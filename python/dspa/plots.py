@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from dspa.cdmap import ConditionalDifferenceMap
-from dspa.map_reports import top_columns
+from dspa.cdmap import ConditionalDifferenceMap, confidence_radius
+from dspa.map_reports import largest_means, top_columns
 from dspa.stability import Stability
 
 
@@ -22,11 +22,10 @@ def plot_map(cdmap: ConditionalDifferenceMap, path: Path, top: int = 20) -> None
     gates.hist(n_open.numpy(), bins=min(40, max(1, len(n_open.unique()))))
     gates.set(title="gates that are open on some prompts", xlabel="prompts N_i on which it is open", ylabel="gates")
     rows = (cdmap.n_open > 0).nonzero().flatten()
-    n_open = cdmap.n_open[rows].double()
-    largest = cdmap.values[rows].abs().amax(dim=1).double() * cdmap.meta.n_triples / n_open
-    sizes.scatter(n_open.numpy(), largest.numpy(), s=6, alpha=0.5, label="largest entry of the row")
+    n_open = cdmap.n_open[rows]
+    sizes.scatter(n_open.numpy(), largest_means(cdmap)[rows].numpy(), s=6, alpha=0.5, label="largest entry of the row")
     places = torch.linspace(float(n_open.min()), float(n_open.max()), 200)
-    radius = (2 * torch.log(torch.tensor(2 * cdmap.meta.d_sae_out / 0.05)) / places).sqrt()
+    radius = confidence_radius(places, cdmap.meta.d_sae_out, 0.05)
     sizes.plot(places.numpy(), radius.numpy(), color="black", label="confidence radius, delta 0.05")
     sizes.set(title="rows, as conditional means", xlabel="prompts N_i", ylabel="change of density", yscale="log")
     sizes.legend()

@@ -25,10 +25,9 @@ from dspa.errors import ModelError
 from dspa.hooks import (
     base_model,
     check_eval,
-    check_model_name,
+    check_made_for,
     context_length,
     decoder_layers,
-    hidden_size,
     layer_of,
 )
 from dspa.hooks import model_name as name_of
@@ -316,14 +315,8 @@ def _check_model(model: nn.Module, layer: int, layers: str | None, start: Frozen
     n_layers = len(decoder_layers(model, layers))
     if not 0 <= layer < n_layers:
         raise ModelError(f"`layer` is {layer!r}; accepted: 0 to {n_layers - 1}, the model's layers.")
-    if start is None:
-        return
-    if start.d_in != hidden_size(model):
-        raise ModelError(
-            f"`sae` reads {start.d_in} dimensions and the model's hidden size is {hidden_size(model)}: it is an SAE of "
-            "another model."
-        )
-    check_model_name("`sae` was made for", start.model_name or "", called)
+    if start is not None:
+        check_made_for("sae", start, model, called)
 
 
 def _fit(job: _Job, sae: Any, before: Quality | None, progress: bool) -> FrozenSAE:

@@ -189,6 +189,19 @@ class Collection:
         except TypeError as error:
             raise MapError(f"{path} is not what collect wrote ({error}). Use another folder.") from error
 
+    @property
+    def n_triples(self) -> int:
+        """Triples of the data. Raises `MapError` where they have not been read to their end."""
+        return self._known().n_triples
+
+    def _known(self) -> DataRecord:
+        if (data := self.data) is None:
+            raise MapError(self._incomplete("their data were not read to the end"))
+        return data
+
+    def _incomplete(self, state: str) -> str:
+        return f"The counts in {self.folder} are not complete: {state}. Collect again: it goes on from there."
+
     def record(self, data: DataRecord) -> None:
         """Write down what the data are. Raises `MapError` where the folder is of other data."""
         known = self.data
@@ -234,17 +247,10 @@ class Collection:
 
         Raises `MapError` where some are missing.
         """
-        data = self.data
         found = set(self.folder.glob("shard-*.safetensors"))
-        wanted = [self.path(piece) for piece in range(data.n_pieces)] if data else []
-        missing = [path.name for path in wanted if path not in found]
-        if data is None or missing:
-            state = (
-                f"{len(missing)} of {len(wanted)} shards are missing" if data else "their data were not read to the end"
-            )
-            raise MapError(
-                f"The counts in {self.folder} are not complete: {state}. Collect again: it goes on from there."
-            )
+        wanted = [self.path(piece) for piece in range(self._known().n_pieces)]
+        if missing := len(set(wanted) - found):
+            raise MapError(self._incomplete(f"{missing} of {len(wanted)} shards are missing"))
         return wanted
 
     def shards(self, *names: str) -> Iterator[dict[str, Tensor]]:
@@ -262,7 +268,7 @@ class Collection:
 
     def verify(self) -> None:
         """Raise `MapError` for a shard that is not what was written, or not of its place in the data."""
-        paths, data = self.paths(), _known(self)
+        paths, data = self.paths(), self._known()
         # Copies: a tensor of a file keeps all of it mapped.
         index = [self.read(path).index.clone() for path in paths]
         found = DataRecord.of(data.n_triples, [str(read_header(path).get("triples")) for path in paths])
@@ -322,14 +328,8 @@ def _copy(parts: Sequence[Collection], made: Collection, progress: bool) -> None
                 made.write(len(digests), digest, moved)
                 digests.append(digest)
                 bar.update()
-            n_triples += _known(part).n_triples
+            n_triples += part.n_triples
     made.record(DataRecord.of(n_triples, digests))
-
-
-def _known(collection: Collection) -> DataRecord:
-    """The data of a collection that is complete."""
-    assert collection.data is not None
-    return collection.data
 
 
 def _json(path: Path) -> dict[str, Any]:

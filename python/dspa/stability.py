@@ -69,7 +69,7 @@ def stability(
     check_settings(percentile, gate_rule, config.k_diff, collection.settings.d_sae_out, count_tokens)
     collection.verify()
     rng = np.random.default_rng(seed)
-    everything = rng.permutation(Table(collection, count_tokens, None).n_triples)
+    everything = rng.permutation(collection.n_triples)
     n_prompts = min(n_prompts, len(everything) // 5)
     held_out, rest = everything[:n_prompts], everything[n_prompts:]
     sizes = sorted({*(n for n in SIZES if n < len(rest)), len(rest)}) if sizes is None else sizes

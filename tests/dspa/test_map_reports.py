@@ -150,7 +150,7 @@ def test_held_out_prompts_take_part_in_no_map(counts: Collection, monkeypatch: p
 
     monkeypatch.setattr(module, "Table", Watched)
     module.stability(counts, sizes=[10], draws=3, n_prompts=12)
-    _, held_out, whole, *drawn = seen
+    held_out, whole, *drawn = seen
     assert len(held_out) == 12 and len(whole) == 48 and set(held_out).isdisjoint(whole)
     assert len(drawn) == 3 and all(len(each) == 10 and set(each) <= set(whole) for each in drawn)
 

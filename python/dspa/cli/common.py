@@ -82,17 +82,23 @@ def load_sae(spec: str, layer: int | None, device: str) -> FrozenSAE:
     return FrozenSAE.load(spec, layer=layer, device=device)
 
 
+def load_model(model: str, device: str, dtype: DType) -> tuple[Any, Any]:
+    """Model and tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = device_named(device)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    return load(model, dtype=dtype.value).to(place).eval(), tokenizer
+
+
 def load_all(
     model: str, sae_in: tuple[str, int | None], sae_out: tuple[str, int | None], device: str, dtype: DType
 ) -> tuple[Any, Any, FrozenSAE, FrozenSAE]:
     """Model, tokenizer and the two SAEs, the SAEs in the model's dtype."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    device = device_named(device)
     # SAEs first: they are quick to load, and wrong more often.
-    saes = [load_sae(spec, layer, device) for spec, layer in (sae_in, sae_out)]
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    load_model: Any = AutoModelForCausalLM.from_pretrained
-    lm = load_model(model, dtype=dtype.value).to(device).eval()
+    place = device_named(device)
+    saes = [load_sae(spec, layer, place) for spec, layer in (sae_in, sae_out)]
+    lm, tokenizer = load_model(model, place, dtype)
     read, edit = (sae.to(dtype=lm.dtype) for sae in saes)
     return lm, tokenizer, read, edit

@@ -82,8 +82,8 @@ def map_collect(
         layers=layers,
         model_name=model_name,
     )
-    if rank() == 0 and counts.data is not None:
-        console.print(f"{counts.data.n_triples} triples counted in {escape(str(out))}. Next: dspa map reduce {out}")
+    if rank() == 0:
+        console.print(f"{counts.n_triples} triples counted in {escape(str(out))}. Next: dspa map reduce {out}")
 
 
 @app.command("reduce")
@@ -183,8 +183,7 @@ def map_merge(
     from dspa.shards import merge
 
     merged = merge(out, counts)
-    if merged.data is not None:
-        console.print(f"{merged.data.n_triples} triples in {escape(str(out))}. Next: dspa map reduce {out}")
+    console.print(f"{merged.n_triples} triples in {escape(str(out))}. Next: dspa map reduce {out}")
 
 
 def _collect(
@@ -238,7 +237,7 @@ def _subset(
     ]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} were given; accepted: one of them.")
-    n_triples = counts.data.n_triples if counts.data else 0
+    n_triples = counts.n_triples
     if max(first or 0, at_random or 0) > n_triples:
         raise ValueError(
             f"{given[0]} is {first or at_random}; accepted: 1 to {n_triples}, the triples of {counts.folder}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -17,7 +17,7 @@ from dspa.cli.common import (
     Name,
     Numbers,
     console,
-    device_named,
+    load_model,
     load_sae,
     print_table,
 )
@@ -98,7 +98,7 @@ def sae_train(
     # What is quick to check is checked before a model is loaded.
     TrainingFolder(out).check()
     file = TextFile(texts)
-    lm, tokenizer = _load_model(model, device, dtype)
+    lm, tokenizer = load_model(model, device, dtype)
     train_sae(lm, tokenizer, file, layer, out, d_sae=d_sae, k=k, config=config, layers=layers, model_name=model_name)
     _print_qualities(out)
 
@@ -149,17 +149,9 @@ def sae_finetune(
     TrainingFolder(out).check()
     file = TextFile(texts)
     start = load_sae(sae, layer, "cpu")
-    lm, tokenizer = _load_model(model, device, dtype)
+    lm, tokenizer = load_model(model, device, dtype)
     finetune_sae(lm, tokenizer, file, start, out, k=k, config=config, layers=layers, model_name=model_name)
     _print_qualities(out)
-
-
-def _load_model(model: str, device: str, dtype: DType) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    place = device_named(device)
-    load: Any = AutoModelForCausalLM.from_pretrained
-    return load(model, dtype=dtype.value).to(place).eval(), AutoTokenizer.from_pretrained(model)
 
 
 def _print_qualities(out: Path) -> None:
