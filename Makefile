@@ -3,6 +3,8 @@ PYTHON ?= python3
 # 2.13 is what the project is tested with; any torch from 2.9 on that is in .venv already is kept.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+# What the CUDA library is made of; DSPA_BUILD_CUDA, in the environment, says whether it is.
+CSRC := $(wildcard csrc/build.py csrc/*.cu csrc/*.cuh csrc/*.h csrc/device/*)
 
 .PHONY: demo test test-triton36 bench lint clean
 
@@ -33,7 +35,7 @@ lint: .venv/tested
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
 	touch $@
 
-.venv/installed: .venv/torch pyproject.toml setup.py
+.venv/installed: .venv/torch pyproject.toml setup.py $(CSRC)
 	$(BIN)/pip install --quiet -e .
 	touch $@
 
@@ -42,4 +44,4 @@ lint: .venv/tested
 	touch $@
 
 clean:
-	rm -rf .venv build dist ./*.egg-info
+	rm -rf .venv build dist ./*.egg-info dspa_kernels/libdspa_kernels.so dspa_kernels/cuda_build.json

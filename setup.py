@@ -1,8 +1,142 @@
-"""Builds the distribution: two import packages from two folders. Imports nothing that has to be installed first."""
+"""Builds the distribution: two import packages from two folders, and the CUDA library that one of them loads.
 
-from setuptools import find_packages, setup
+Imports nothing that has to be installed first. DSPA_BUILD_CUDA says whether csrc/ is compiled: `auto` (the default)
+where that is possible, `1` or fail, `0` never.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+from setuptools import Command, Distribution, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+from setuptools.errors import OptionError, SetupError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
+
+from build import LIBRARY, BuildError, build_cuda
+
+PACKAGE = "dspa_kernels"
+RECORD = "cuda_build.json"
+
+
+class DspaDistribution(Distribution):
+    """Of any platform, unless the library was built."""
+
+    has_library = False
+
+    def has_ext_modules(self) -> bool:
+        """What setuptools asks to know whether the distribution is of one platform."""
+        return self.has_library
+
+
+class BuildCuda(Command):
+    """The step of `build` that puts the library into the package, and beside it the record of how that went.
+
+    In an editable installation the package is that of the source tree. Objects are kept in build/csrc, to compile only
+    what has changed. Its form is setuptools.command.build.SubCommand.
+    """
+
+    description = "compile csrc/"
+    user_options: ClassVar[list[tuple[str, str, str]]] = []
+    distribution: DspaDistribution
+    editable_mode: bool = False
+
+    def initialize_options(self) -> None:
+        """There are no options but those of `build` and of the environment."""
+        self.build_base = self.build_lib = self.asked = ""
+
+    def finalize_options(self) -> None:
+        """Read them."""
+        step = self.distribution.get_command_obj("build")
+        step.ensure_finalized()
+        self.build_base, self.build_lib = step.build_base, step.build_lib
+        self.asked = os.environ.get("DSPA_BUILD_CUDA") or "auto"
+        if self.asked not in ("auto", "1", "0"):
+            raise OptionError(
+                f"DSPA_BUILD_CUDA is {self.asked!r}; accepted: auto (compile the CUDA library where that is possible), "
+                "1 (compile it or fail), 0 (do not compile it)"
+            )
+
+    def run(self) -> None:
+        """Write the record and, where it can be built, the library."""
+        package = self.root() / PACKAGE
+        package.mkdir(parents=True, exist_ok=True)
+        # An old library must not stay, and one that a running program has mapped must not be written over.
+        for name in (LIBRARY, RECORD):
+            (package / name).unlink(missing_ok=True)
+        record = self.build_library(package / LIBRARY)
+        (package / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+    def build_library(self, target: Path) -> dict[str, Any]:
+        """Make the library; returns its record."""
+        if self.asked == "0":
+            return not_built("DSPA_BUILD_CUDA was 0 when the package was built")
+        try:
+            library = build_cuda(Path(self.build_base, "csrc").resolve())
+        except BuildError as error:
+            if self.asked == "1":
+                raise SetupError(f"{error}. DSPA_BUILD_CUDA is 1; 0 installs without CUDA kernels") from error
+            print(f"{'*' * 80}\nBuilding without CUDA kernels: {error}\n{'*' * 80}", file=sys.stderr)
+            return not_built(str(error))
+        self.copy_file(str(library.path), str(target))
+        self.distribution.has_library = True
+        return {"built": True, "reason": "", "architectures": library.architectures, "nvcc": library.nvcc}
+
+    def root(self) -> Path:
+        """The folder of packages that the library goes to."""
+        return Path() if self.editable_mode else Path(self.build_lib)
+
+    def get_source_files(self) -> list[str]:
+        """Nothing: MANIFEST.in takes all of csrc/."""
+        return []
+
+    def get_outputs(self) -> list[str]:
+        """The files that were written, as if to `build_lib`."""
+        names = (f"{PACKAGE}/{name}" for name in (LIBRARY, RECORD))
+        return [str(Path(self.build_lib, name)) for name in names if (self.root() / name).exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """For an editable installation, where they are in the source tree."""
+        outputs = self.get_outputs() if self.editable_mode else []
+        return {output: str(Path(output).relative_to(self.build_lib)) for output in outputs}
+
+
+def not_built(reason: str) -> dict[str, Any]:
+    """The record of a package without the library."""
+    return {"built": False, "reason": reason, "architectures": [], "nvcc": ""}
+
+
+class Build(build):
+    """All steps of setuptools, and then the library."""
+
+    sub_commands: ClassVar[list[tuple[str, Any]]] = [*build.sub_commands, ("build_cuda", None)]
+
+
+class Wheel(bdist_wheel):
+    """With the library, a wheel of one platform: any Python can load it. Without, a wheel of any."""
+
+    distribution: DspaDistribution
+
+    def run(self) -> None:
+        """Build first, which tells what kind of wheel it is."""
+        self.run_command("build")
+        self.root_is_pure = not self.distribution.has_library
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Python, ABI and platform of the wheel's name."""
+        return "py3", "none", super().get_tag()[2]
+
 
 setup(
+    distclass=DspaDistribution,
+    cmdclass={"build": Build, "build_cuda": BuildCuda, "bdist_wheel": Wheel},
     packages=[
         *find_packages(where=".", include=["dspa_kernels", "dspa_kernels.*"]),
         *find_packages(where="python", include=["dspa", "dspa.*"]),
@@ -10,6 +144,6 @@ setup(
     package_dir={"dspa": "python/dspa"},
     package_data={
         "dspa": ["py.typed", "demo/assets/*", "demo/assets/*/*"],
-        "dspa_kernels": ["py.typed", "launch_table.json"],
+        "dspa_kernels": ["py.typed", "launch_table.json", "cuda_table.json"],
     },
 )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from bench.measure import DEVICE, Step
-from dspa_kernels import MapWeights, SAEWeights, SteeringPlan, steer
-from dspa_kernels.backends import IMPLEMENTED
+from dspa_kernels import MapWeights, SAEWeights, SteeringPlan, available_backends, launch, steer
+from dspa_kernels.launch import CudaEntry
 from dspa_kernels.testing import Activity, realistic_activity
 
 ON_GPU = DEVICE.type == "cuda"
@@ -26,16 +28,45 @@ FEW_ROWS = [1, 64] if ON_GPU else [1]
 N_ROWS, N_STEPS, N_PROMPTS = (8192, (32, 128), 64) if ON_GPU else (16, (4, 4), 4)
 ALPHA = 0.2
 TOP_K = 70
+# The kernels of `steer`. CUDA's launches are of two kinds: one waits until the launch ahead of it has ended, the
+# programmatic one may begin before.
+PROGRAMMATIC = "cuda-programmatic"
+KERNELS = ("triton", "cuda", PROGRAMMATIC)
 
 
 def backends(op: str) -> list[str]:
-    """The kernels that have `op`, where there is a GPU, and the reference."""
-    return [name for name in ("cuda", "triton") if ON_GPU and (op, name) in IMPLEMENTED] + ["reference"]
+    """What has `op` and runs here by itself: kernels where there is a GPU, and the reference."""
+    return [name for name, status in available_backends().items() if status.available and op in status.ops]
 
 
-def with_rows(op: str) -> list[tuple[str, int]]:
-    """Backends of `op` with the numbers of rows at which each is measured."""
-    return [(name, n) for name in backends(op) for n in (FEW_ROWS if name == "reference" else ROWS)]
+def steer_backends() -> list[str]:
+    """Those of `steer`, CUDA's with both kinds of launch."""
+    found = backends("steer")
+    return [PROGRAMMATIC, *found] if "cuda" in found else found
+
+
+@contextmanager
+def running(name: str) -> Iterator[str]:
+    """The backend that a name of `steer_backends` stands for; while this lasts, CUDA's launches are of that kind.
+
+    The CUDA table alone tells of what kind a launch is, so another one stands in for it.
+    """
+    if name not in ("cuda", PROGRAMMATIC):
+        yield name
+        return
+    served = dict.fromkeys((entry.kernel, entry.precision) for entry in launch.table())
+    entries = tuple(CudaEntry(*each, None, None, None, None, programmatic=name == PROGRAMMATIC) for each in served)
+    launch.cuda_entry.cache_clear()
+    try:
+        with mock.patch.object(launch, "cuda_table", lambda: entries):
+            yield "cuda"
+    finally:
+        launch.cuda_entry.cache_clear()
+
+
+def with_rows(names: Sequence[str]) -> list[tuple[str, int]]:
+    """Backends with the numbers of rows at which each is measured."""
+    return [(name, n) for name in names for n in (FEW_ROWS if name == "reference" else ROWS)]
 
 
 def n_steps(n_rows: int) -> int:
@@ -52,7 +83,7 @@ def activity_of(shape: tuple[int, int]) -> Activity:
 
 @dataclass(frozen=True)
 class Setting:
-    """Decoding steps of `n_rows` rows that ablate what their prompts' plans say."""
+    """Decoding steps of `n_rows` rows that edit what their prompts' plans say."""
 
     h: Tensor
     rows: Tensor
@@ -60,6 +91,7 @@ class Setting:
     cdmap: MapWeights
     plan: SteeringPlan
     n_rows: int
+    alpha: float = ALPHA
 
     @classmethod
     def of(cls, activity: Activity, case: str, n_rows: int) -> Setting:
@@ -69,13 +101,33 @@ class Setting:
         return cls(h, rows, activity.sae, cdmap, plan, n_rows)
 
     def never_settled(self, activity: Activity) -> Setting:
-        """All prompts augment the 16 most frequent latents, above 0 instead of their thresholds: one of them is active
-        on every row, and only the whole encoder tells the maximum."""
+        """All prompts augment what is active on every row: only the whole encoder tells the maximum."""
+        return self._active(activity, 1)
+
+    def taking(self, path: str, activity: Activity) -> Setting:
+        """All rows take this one of `PATHS`, for which nothing of the encoder is read."""
+        if path == "unsteered":
+            return replace(self, rows=torch.full_like(self.rows, -1))
+        if path == "inactive":
+            never = torch.full_like(self.cdmap.threshold, torch.inf)
+            return replace(self, cdmap=replace(self.cdmap, threshold=never))
+        assert path == "settled", path
+        # Ablated by the maximum itself, all ends at 0, however large that is.
+        return replace(self._active(activity, -1), alpha=1.0)
+
+    def _active(self, activity: Activity, sign: int) -> Setting:
+        """All prompts edit the 16 most frequent latents, above 0 instead of their thresholds: one of them is active on
+        every row."""
         columns = activity.by_frequency[:16].sort().values
         cdmap = MapWeights.gather(columns, torch.zeros(1, len(columns)), self.sae)
         cdmap = replace(cdmap, threshold=torch.zeros_like(cdmap.threshold))
         slots = torch.arange(len(columns), dtype=torch.int32, device=DEVICE).repeat(N_PROMPTS, 1)
-        return replace(self, cdmap=cdmap, plan=SteeringPlan(slots, torch.ones_like(slots, dtype=torch.int8)))
+        signs = torch.full_like(slots, sign, dtype=torch.int8)
+        return replace(self, cdmap=cdmap, plan=SteeringPlan(slots, signs))
+
+    def with_sae(self, sae: SAEWeights) -> Setting:
+        """The same with other weights."""
+        return replace(self, sae=sae, cdmap=MapWeights.gather(self.cdmap.columns, self.cdmap.values, sae))
 
     def ranked(self) -> Setting:
         """The same latents of a top-k SAE."""
@@ -83,7 +135,7 @@ class Setting:
 
     def steer(self, h: Tensor, rows: Tensor, **options: Any) -> Tensor:
         """h' of some rows; what `record` adds is dropped."""
-        out = steer(h, self.sae, self.cdmap, self.plan, rows, alpha=ALPHA, **options)
+        out = steer(h, self.sae, self.cdmap, self.plan, rows, alpha=self.alpha, **options)
         return out[0] if isinstance(out, tuple) else out
 
     def all_steps(self, **options: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every kernel once at small shapes, beside the reference: `python -m bench.every_kernel`.
+"""Every kernel of every backend once at small shapes, beside the reference: `python -m bench.every_kernel`.
 
 Short, so that it can run under compute-sanitizer. Weights and rows are small integers where nothing is
 normalised: then every sum is exact, and results have to be equal to the last bit.
@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from bench.cases import KERNELS, running
 from bench.measure import synchronize
 from dspa_kernels import (
     EncoderStream,
@@ -27,7 +28,7 @@ from dspa_kernels import (
     sparse_encode,
     steer,
 )
-from dspa_kernels.backends import IMPLEMENTED, OPS
+from dspa_kernels.backends import IMPLEMENTED
 from dspa_kernels.testing import random_map, random_plan, random_sae, run_on, tensors
 
 D_IN, D_SAE, D_SAE_IN, N_COLUMNS, N_PROMPTS = 200, 600, 300, 40, 5
@@ -45,14 +46,14 @@ VARIANTS = [
     ("jumprelu", (FP32, FP32), "constant_norm_rescale", "int8", True),
 ]
 
-Check = Callable[[], None]
+Check = Callable[[str], None]
 
 
 def compare(call: Callable[..., object], exact: bool, *args: object, **options: object) -> Check:
-    """A check that `call` gives on Triton what it gives on the reference."""
+    """A check that `call` gives on a backend what it gives on the reference."""
 
-    def check() -> None:
-        results = [tensors(run_on(backend, call, *args, **options)) for backend in ("triton", "reference")]
+    def check(backend: str) -> None:
+        results = [tensors(run_on(each, call, *args, **options)) for each in (backend, "reference")]
         for ours, wanted in zip(*results, strict=True):
             tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 2e-2, "atol": 1e-3}
             torch.testing.assert_close(ours, wanted, equal_nan=True, **tolerance)
@@ -95,33 +96,39 @@ def checks() -> Iterator[tuple[str, str, Check]]:
 
 
 def few_programs(n: int | None) -> contextlib.AbstractContextManager[object]:
-    """Persistent grids of `n` programs, where a tool leaves less room on the GPU than the launch table expects."""
+    """Persistent grids of `n` programs in Triton, where a tool leaves less room than the launch table expects."""
     if n is None:
         return contextlib.nullcontext()
     return mock.patch("dspa_kernels.ops.steer.triton_impl.n_programs", lambda *_: n)
 
 
+def passes(name: str, check: Check, backend: str) -> bool:
+    """Run a check, and say what is wrong if it fails."""
+    try:
+        check(backend)
+        synchronize()
+    except Exception:
+        print(f"FAILED {name}", traceback.format_exc(limit=-3), sep="\n")
+        return False
+    return True
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--programs", type=int, help="size of persistent grids")
+    parser.add_argument("--backends", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--programs", type=int, help="size of Triton's persistent grids")
     parser.add_argument("--rows", type=int, nargs="*", default=list(ROWS), help="only these numbers of rows")
     chosen = parser.parse_args()
-    missing = [op for op in OPS if (op, "triton") not in IMPLEMENTED]
-    failed, done = 0, 0
-    with few_programs(chosen.programs):
-        for op, name, check in checks():
-            if op in missing or (" rows" in name and int(name.split()[0]) not in chosen.rows):
-                continue
-            try:
-                check()
-                synchronize()
-            except Exception:
-                failed += 1
-                print(f"FAILED {op}, {name}", traceback.format_exc(limit=-3), sep="\n")
-            done += 1
-    skipped = f"; without a kernel: {', '.join(missing)}" if missing else ""
-    print(f"every kernel: {done - failed} of {done} as the reference{skipped}")
-    return min(failed, 1)
+    passed = []
+    for each in chosen.backends:
+        with few_programs(chosen.programs), running(each) as backend:
+            passed += [
+                passes(f"{each}, {op}, {name}", check, backend)
+                for op, name, check in checks()
+                if (op, backend) in IMPLEMENTED and (" rows" not in name or int(name.split()[0]) in chosen.rows)
+            ]
+    print(f"every kernel: {sum(passed)} of {len(passed)} as the reference")
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: bench/gpu.sh STAGE OUT [ARGUMENTS...]
 #
-#   check      tests on the GPU, every op beside the reference        OUT/check-*.xml
-#   sanitize   compute-sanitizer's memcheck and racecheck              OUT/sanitize-*.log
-#   stress     graph replays, streams, torch.compile, equality of bits
+#   build      the CUDA library, for this GPU                          dspa_kernels/libdspa_kernels.so
+#   check      tests on the GPU, every op beside the reference         OUT/check-*.xml
+#   sanitize   compute-sanitizer's tools on every kernel               OUT/sanitize-*.log
+#   stress     graph replays, streams, torch.compile, equal bits       OUT/stress-*.log
 #   bench      the benchmarks of the kernels                           OUT/results/
 #   generate   the benchmark of Hugging Face generate()                OUT/results/
-#   tune       launch parameters [arguments of bench.tune]             OUT/launch_table.json, OUT/tune.json
-#   all        check, sanitize, stress, bench and generate
+#   profile    Nsight Compute on a step that reads the whole encoder   OUT/profile-*.log, .csv, .ncu-rep
+#   tune       Triton's launch parameters                              OUT/launch_table.json, OUT/tune.json
+#   tune_cuda  where CUDA is faster than Triton, after tune            OUT/cuda_table.json, OUT/tune_cuda.json
+#   all        all of these, in this order
 #
-# Arguments after OUT go to the stage's program. Needs a python3 (or PYTHON) with torch, Triton, transformers and
-# pytest; the package does not have to be installed. A stage that takes longer than LIMIT seconds (580) is ended. The
-# exit status says whether all went well.
+# Every stage builds first if there is no library. Arguments after OUT go to the stage's program. Needs a python3 (or
+# PYTHON) with torch, Triton, transformers and pytest, and nvcc and ninja; the package does not have to be installed. A
+# command that takes longer than LIMIT seconds (580) is ended. The exit status says whether all went well.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 
 PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-580}
@@ -21,6 +24,8 @@ usage() { sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2; exit 2; }
 [ $# -ge 2 ] || usage
 stage=$1 out=$2
 shift 2
+# What is emulated without a GPU, and a backend that somebody asked for, would be measured in place of the kernels.
+unset DSPA_CUDA_EMULATED TRITON_INTERPRET DSPA_BACKEND
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 export PYTHONPATH=".:python${PYTHONPATH:+:$PYTHONPATH}"
@@ -34,8 +39,9 @@ if ! $PYTHON -c 'from importlib.metadata import version; version("dspa-kernels")
     PYTHONPATH="$PYTHONPATH:$site"
 fi
 
+kernels="triton cuda cuda-programmatic"
 failed=()
-# run NAME COMMAND...: what a command prints is kept too.
+# run NAME COMMAND...: what a command prints is kept too; returns its status.
 run() {
     local name=$1 start=$SECONDS
     shift
@@ -44,6 +50,16 @@ run() {
     local status=${PIPESTATUS[0]}
     [ "$status" -eq 0 ] || failed+=("$name ($status)")
     echo "== $name: status $status, $((SECONDS - start)) s"
+    return "$status"
+}
+
+# Code for this GPU as an installation has it, where an installation puts it. An old library must not stay.
+build() {
+    local architecture='import torch; major, minor = torch.cuda.get_device_capability()
+print(f"{major}.{minor}" + "a" * (major == 9))'
+    rm -f dspa_kernels/libdspa_kernels.so dspa_kernels/cuda_build.json
+    run build env TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$($PYTHON -c "$architecture")}" \
+        $PYTHON csrc/build.py --out build/csrc && cp build/csrc/libdspa_kernels.so dspa_kernels/
 }
 
 check() {
@@ -57,16 +73,24 @@ check() {
 # A sanitizer takes registers for itself, so that a grid of its usual size may not fit; a first run without it
 # compiles.
 sanitize() {
-    local small=($PYTHON -m bench.every_kernel --programs 16 --rows 1 19 "$@")
-    run sanitize-plain "${small[@]}"
+    local tool kernel small=($PYTHON -m bench.every_kernel --programs 16 --rows 1 19)
+    run sanitize-plain "${small[@]}" "$@"
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    for tool in memcheck racecheck; do
-        run "sanitize-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "${small[@]}"
+    for tool in memcheck racecheck synccheck initcheck; do
+        for kernel in $kernels; do
+            run "sanitize-$tool-$kernel" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+                "${small[@]}" --backends "$kernel" "$@"
+        done
     done
     unset PYTORCH_NO_CUDA_MEMORY_CACHING
 }
 
-stress() { run stress $PYTHON -m bench.stress "$@"; }
+stress() {
+    local kernel
+    for kernel in $kernels; do
+        run "stress-$kernel" $PYTHON -m bench.stress --backends "$kernel" "$@"
+    done
+}
 
 bench() {
     run bench $PYTHON -m pytest -q bench --ignore bench/test_generate.py --results "$out/results" "$@"
@@ -74,16 +98,41 @@ bench() {
 
 generate() { run generate $PYTHON -m pytest -q bench/test_generate.py --results "$out/results" "$@"; }
 
+# From an empty cache, at the clocks as they are. The log has achieved bandwidth and stall reasons, the table every
+# counter.
+profile() {
+    local shape kernel name
+    for shape in 2304x16384 3584x16384; do
+        for kernel in triton cuda; do
+            name=profile-$shape-$kernel
+            run "$name-record" ncu --profile-from-start off --set full --import-source yes --clock-control none \
+                --force-overwrite --export "$out/$name" $PYTHON -m bench.one_step --shape "$shape" --backend "$kernel" "$@" &&
+                run "$name" ncu --import "$out/$name.ncu-rep" --page details --print-details all &&
+                ncu --import "$out/$name.ncu-rep" --page raw --csv >"$out/$name.csv"
+        done
+    done
+}
+
 tune() {
     run tune $PYTHON -m bench.tune --seconds "$((LIMIT - 40))" --table "$out/launch_table.json" \
         --state "$out/tune.json" "$@"
 }
 
-case $stage in
-check | sanitize | stress | bench | generate | tune) "$stage" "$@" ;;
-all) for each in check sanitize stress bench generate; do "$each"; done ;;
-*) usage ;;
-esac
+tune_cuda() {
+    local tuned=()
+    [ -f "$out/launch_table.json" ] && tuned=(--launch-table "$out/launch_table.json")
+    run tune_cuda $PYTHON -m bench.tune_cuda --seconds "$((LIMIT - 40))" --table "$out/cuda_table.json" \
+        --state "$out/tune_cuda.json" "${tuned[@]}" "$@"
+}
+
+stages="build check sanitize stress bench generate profile tune tune_cuda"
+case " $stages all " in *" $stage "*) ;; *) usage ;; esac
+[ "$stage" = all ] || [ "$stage" = build ] || [ -f dspa_kernels/libdspa_kernels.so ] || build
+if [ "$stage" = all ]; then
+    for each in $stages; do "$each"; done
+else
+    "$stage" "$@"
+fi
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "== FAILED: ${failed[*]}"

@@ -1,4 +1,5 @@
-"""A kernel that only reads: it empties the cache between measurements, and how fast it goes is the ceiling."""
+"""A kernel that only reads: it empties the cache between measurements, and how fast it goes is the ceiling. Given
+nothing to read, it shows what a launch takes."""
 
 from __future__ import annotations
 
@@ -41,6 +42,14 @@ class Reader:
         sums = torch.empty(n_programs, device=x.device)
         read_kernel[(n_programs,)](words, sums, n_blocks, n_programs, BLOCK=self.block, num_warps=self.num_warps)
         return sums
+
+
+def launch_only(device: torch.device) -> Tensor:
+    """A cooperative launch of a program a multiprocessor that reads nothing; returns a zero of each."""
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    sums = torch.empty(count, device=device)
+    read_kernel[(count,)](sums, sums, 0, count, BLOCK=256, num_warps=8, launch_cooperative_grid=True)
+    return sums
 
 
 def readers() -> Iterator[Reader]:

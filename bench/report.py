@@ -12,18 +12,32 @@ ROOT = Path(__file__).parents[1]
 RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 NOTHING = "No result of a GPU is recorded yet, so there is no table here."
-# Columns of the table of `steer`: case, backend that is preferred, heading.
+# Columns of the tables of `steer`: heading and case.
+SHARE = "of ceiling"
 COLUMNS = {
-    "stream": "whole encoder",
+    "whole encoder": "stream",
+    SHARE: "stream",
+    "read alone": "read only",
     "hard": "hard",
     "hard, int8": "hard, int8",
     "easy": "easy",
     "easy, int8": "easy, int8",
-    "dense PyTorch, eager": "dense",
-    "dense PyTorch, compiled": "dense, compiled",
-    "SAELens, eager": "SAELens",
+    "dense": "dense PyTorch, eager",
+    "dense, compiled": "dense PyTorch, compiled",
+    "SAELens": "SAELens, eager",
 }
-PREFERENCE = ("cuda", "triton", "torch", "reference")
+FIXED = {
+    "launch alone": "launch only",
+    "no row steered": "unsteered",
+    "nothing active": "inactive",
+    "all settled": "settled",
+}
+FIXED_TEXT = (
+    "Steps that read nothing of the encoder. `all settled` less `launch alone` is select phase, grid barrier and tail, "
+    "and so at least what barrier and tail take together."
+)
+# What stands beside every kernel.
+OTHERS = ("torch", "read")
 
 Result = dict[str, Any]
 
@@ -61,29 +75,28 @@ def time_of(result: Result) -> str:
     return f"({result['wall_us']['median']:.1f})"
 
 
-def best(results: Iterable[Result]) -> Result | None:
-    """The result of the backend that would be chosen."""
-    return min(results, key=lambda each: PREFERENCE.index(each["backend"]), default=None)
-
-
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def steer_table(results: list[Result]) -> str:
-    """A line for each shape and number of rows."""
-    steer = [each for each in results if each["op"] == "steer"]
-    places = dict.fromkeys((tuple(each["shape"]), each["rows"]) for each in steer)
+def steer_table(results: list[Result], columns: dict[str, str]) -> str:
+    """A line for each shape, number of rows and kernel."""
+    steer = {name_of(each): each for each in results if each["op"] == "steer" and each["case"] in columns.values()}
+    places = {(shape, rows, kernel) for _, shape, rows, _, kernel in steer if kernel not in (*OTHERS, "reference")}
     lines = []
-    for shape, rows in sorted(places, key=lambda place: (place[0][1], place[0][0], place[1])):
-        here = [each for each in steer if (tuple(each["shape"]), each["rows"]) == (shape, rows)]
-        cells = [best(each for each in here if each["case"] == case) for case in COLUMNS]
-        share = f"{100 * cells[0]['of_read_ceiling']:.0f} %" if cells[0] else ""
-        times = [time_of(cell) if cell else "" for cell in cells]
-        lines.append([f"{shape[0]} x {shape[1]}", rows, times[0], share, *times[1:]])
-    head = ["SAE", "rows", "whole encoder", "of ceiling", *list(COLUMNS.values())[1:]]
-    return table(head, lines)
+    for shape, rows, kernel in sorted(places, key=lambda place: (place[0][1], place[0][0], *place[1:])):
+        cells = []
+        for heading, case in columns.items():
+            names = [("steer", shape, rows, case, backend) for backend in (kernel, *OTHERS)]
+            found = next((steer[name] for name in names if name in steer), None)
+            cells.append("" if found is None else share_of(found) if heading == SHARE else time_of(found))
+        lines.append([f"{shape[0]} x {shape[1]}", rows, kernel, *cells])
+    return table(["SAE", "rows", "kernel", *columns], lines)
+
+
+def share_of(result: Result) -> str:
+    return f"{100 * result['of_read_ceiling']:.0f} %"
 
 
 def other_table(results: list[Result]) -> str:
@@ -106,7 +119,7 @@ def plain(results: list[Result]) -> str:
     for each in results:
         shape = "x".join(str(size) for size in each["shape"])
         share = each.get("of_read_ceiling", each.get("of_matmul_rate"))
-        name = f"{each['op']:18} {shape:12} {each['rows']:5} {each['backend']:10} {each['case']:26}"
+        name = f"{each['op']:18} {shape:12} {each['rows']:5} {each['backend']:17} {each['case']:26}"
         lines.append(f"{name} {time_of(each):>12}" + (f" {100 * share:6.1f} %" if share is not None else ""))
     return "\n".join(lines)
 
@@ -120,7 +133,8 @@ def section(found: Result | None) -> str:
     return (
         f"{found['device']}, {found['date'][:10]}, commit {found['commit']}{dirty}; {versions}. Measured in the same "
         f"run: read-only bandwidth {found['read_gb_s']:.0f} GB/s, bf16 matrix product {found['matmul_tflop_s']:.0f} "
-        f"TFLOP/s.\n\n{steer_table(found['results'])}\n\n{other_table(found['results'])}"
+        f"TFLOP/s.\n\n{steer_table(found['results'], COLUMNS)}\n\n{FIXED_TEXT}\n\n"
+        f"{steer_table(found['results'], FIXED)}\n\n{other_table(found['results'])}"
     )
 
 

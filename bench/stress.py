@@ -1,6 +1,7 @@
-"""What only a GPU can show: graph replays, streams at once, compiled callers, batch invariance, run to run equality.
+"""What only a GPU can show: graph replays, launches back to back, streams at once, compiled callers, batch invariance,
+run to run equality.
 
-`python -m bench.stress`. Everything is compared to the last bit with plain eager calls.
+`python -m bench.stress`. Everything is compared to the last bit with plain eager calls of the same backend.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import SHAPES, Setting, activity_of
+from bench.cases import KERNELS, SHAPES, Setting, activity_of, running
 from bench.measure import DEVICE
 from dspa_kernels import activation_counts, sparse_decode, sparse_encode
 from dspa_kernels.backends import IMPLEMENTED
@@ -24,13 +25,14 @@ from dspa_kernels.testing import Activity, same_bits, tensors
 
 ROWS = (1, 8, 64)
 BATCHES = (2, 3, 4, 8, 16, 17, 32, 33, 64, 65, 200)
+CHAINED = 8
 
 Steer = Callable[[Tensor, Tensor], Tensor]
 Check = Callable[[], None]
 
 
-def variants(activity: Activity) -> dict[str, tuple[Setting, Steer]]:
-    """Inputs and `steer` in each of its forms."""
+def variants(activity: Activity, backend: str) -> dict[str, tuple[Setting, Steer]]:
+    """Inputs and `steer` on a backend, in each of its forms."""
     hard = Setting.of(activity, "hard", 64)
     whole, ranked = hard.never_settled(activity), hard.ranked()
     screened = activity.stream(screen="int8")
@@ -43,11 +45,9 @@ def variants(activity: Activity) -> dict[str, tuple[Setting, Steer]]:
         "top-k": (ranked, {}),
         "top-k int8": (ranked, {"stream": ranked_screened}),
     }
-    return {name: (setting, bound(setting, each)) for name, (setting, each) in options.items()}
-
-
-def bound(setting: Setting, options: dict[str, Any]) -> Steer:
-    return lambda h, rows: setting.steer(h, rows, backend="triton", **options)
+    return {
+        name: (setting, partial(setting.steer, backend=backend, **each)) for name, (setting, each) in options.items()
+    }
 
 
 def inputs(setting: Setting, n_rows: int, turn: int) -> tuple[Tensor, Tensor]:
@@ -87,6 +87,25 @@ def graph_replays(setting: Setting, run: Steer, n_rows: int, replays: int) -> No
         graph.replay()
         if turn % 50 == 0 or turn == replays - 1:
             equal(out, run(*held), f"replay {turn}")
+
+
+def chain(run: Steer, h: Tensor, rows: Tensor, then: Check = lambda: None) -> Tensor:
+    """Launches back to back, each on what the one before it wrote."""
+    for _ in range(CHAINED):
+        h = run(h, rows)
+        then()
+    return h
+
+
+def chained(setting: Setting, run: Steer, n_rows: int, turns: int) -> None:
+    """Such launches, eagerly and by a graph, beside those that wait for each other."""
+    h, rows = inputs(setting, n_rows, 0)
+    wanted = chain(run, h, rows, torch.cuda.synchronize)
+    graph, _, out = captured(setting, partial(chain, run), n_rows)
+    for turn in range(turns):
+        graph.replay()
+        equal(out, wanted, f"replay {turn}")
+        equal(chain(run, h, rows), wanted, f"turn {turn}")
 
 
 def two_streams(first: tuple[Setting, Steer], second: tuple[Setting, Steer], n_rows: int, turns: int) -> None:
@@ -137,60 +156,67 @@ def run_to_run(run: Callable[[], Any], turns: int) -> None:
             assert same_bits(ours, wanted), f"run {turn} differs"
 
 
-def other_ops(activity: Activity) -> Iterator[tuple[str, Callable[[], Any]]]:
+def other_ops(activity: Activity, backend: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     h, sae = activity.h[:1000], activity.sae
     sequences = torch.arange(len(h), dtype=torch.int32, device=h.device) // 90
     latents = sparse_encode(h[:64], sae, capacity=256, backend="reference")
     calls: dict[str, Callable[[], Any]] = {
-        "activation_counts": lambda: activation_counts(h, sae, sequences, 12, backend="triton"),
-        "sparse_encode": lambda: sparse_encode(h[:64], sae, capacity=256, backend="triton"),
-        "sparse_decode": lambda: sparse_decode(latents, sae.W_dec, backend="triton"),
+        "activation_counts": lambda: activation_counts(h, sae, sequences, 12, backend=backend),
+        "sparse_encode": lambda: sparse_encode(h[:64], sae, capacity=256, backend=backend),
+        "sparse_decode": lambda: sparse_decode(latents, sae.W_dec, backend=backend),
     }
-    return ((op, call) for op, call in calls.items() if (op, "triton") in IMPLEMENTED)
+    return ((op, call) for op, call in calls.items() if (op, backend) in IMPLEMENTED)
 
 
-def checks(replays: int) -> Iterator[tuple[str, Check]]:
+def checks(backend: str, replays: int) -> Iterator[tuple[str, Check]]:
     """The hard ones at the first shape, batch invariance and run to run equality at all."""
     for shape in SHAPES:
         activity = activity_of(shape)
-        of = variants(activity)
+        of = variants(activity, backend)
         for name, (setting, run) in of.items():
             yield f"batch invariance {shape}, {name}", partial(batch_invariance, setting, run)
             call = partial(run, setting.h[:64], setting.rows[:64])
             yield f"run to run {shape}, {name}", partial(run_to_run, call, 100)
-        for op, other in other_ops(activity):
+        for op, other in other_ops(activity, backend):
             yield f"run to run {shape}, {op}", partial(run_to_run, other, 30)
         if shape != SHAPES[0]:
             continue
         for (name, (setting, run)), n in itertools.product(of.items(), ROWS):
             yield f"{replays} replays, {name}, {n} rows", partial(graph_replays, setting, run, n, replays)
+            yield f"chained, {name}, {n} rows", partial(chained, setting, run, n, 200)
         for (a, b), n in itertools.product((("calibrated", "int8"), ("whole encoder", "top-k")), ROWS):
             yield f"two streams, {a} and {b}, {n} rows", partial(two_streams, of[a], of[b], n, 1000)
         for name, (setting, run) in of.items():
             yield f"compiled, {name}", partial(compiled, setting, run, 8)
 
 
+def passes(name: str, check: Check) -> bool:
+    """Run a check, and say how it went."""
+    start, passed = time.perf_counter(), True
+    try:
+        check()
+        torch.cuda.synchronize()
+    except Exception:
+        passed = False
+        traceback.print_exc(limit=-3)
+    print(f"{'passed' if passed else 'FAILED'} {name}, {time.perf_counter() - start:.1f} s", flush=True)
+    return passed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--replays", type=int, default=10000)
+    parser.add_argument("--backends", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--only", default="", help="checks whose name has this in it")
     chosen = parser.parse_args()
     if DEVICE.type != "cuda":
         print("bench.stress needs a CUDA device, and torch finds none")
         return 2
     failed = []
-    with torch.no_grad():
-        for name, check in checks(chosen.replays):
-            if chosen.only not in name:
-                continue
-            start = time.perf_counter()
-            try:
-                check()
-                torch.cuda.synchronize()
-            except Exception:
-                failed.append(name)
-                traceback.print_exc(limit=-3)
-            print(f"{'FAILED' if name in failed else 'passed'} {name}, {time.perf_counter() - start:.1f} s", flush=True)
+    for each in chosen.backends:
+        with torch.no_grad(), running(each) as backend:
+            named = ((f"{each}, {name}", check) for name, check in checks(backend, chosen.replays))
+            failed += [name for name, check in named if chosen.only in name and not passes(name, check)]
     print(f"stress: {len(failed)} failed" + "".join(f"\n  {name}" for name in failed))
     return min(len(failed), 1)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.cases import ROWS, Setting, check_rows, with_rows
+from bench.cases import ROWS, Setting, backends, check_rows, with_rows
 from bench.conftest import Measure
 from dspa_kernels import SAEWeights, sparse_decode, sparse_encode
 from dspa_kernels.testing import Activity
@@ -33,7 +33,7 @@ def as_dense(indices: Tensor, values: Tensor, d_sae: int) -> Tensor:
     return f.scatter_(1, place, values)[:, :d_sae]
 
 
-@pytest.mark.parametrize(("backend", "n_rows"), with_rows("sparse_encode"))
+@pytest.mark.parametrize(("backend", "n_rows"), with_rows(backends("sparse_encode")))
 def test_encode(measure: Measure, activity: Activity, backend: str, n_rows: int) -> None:
     setting = Setting.of(activity, "hard", n_rows)
     h, sae = setting.h[: 4 * n_rows], setting.sae
@@ -54,7 +54,7 @@ def test_dense_encode(measure: Measure, activity: Activity, n_rows: int) -> None
     measure(steps, n_bytes=n_bytes, **labels("sparse_encode", "dense PyTorch, eager", "torch", setting))
 
 
-@pytest.mark.parametrize(("backend", "n_rows"), [*with_rows("sparse_decode"), *(("torch", n) for n in ROWS)])
+@pytest.mark.parametrize(("backend", "n_rows"), [*with_rows(backends("sparse_decode")), *(("torch", n) for n in ROWS)])
 def test_decode(measure: Measure, activity: Activity, backend: str, n_rows: int) -> None:
     setting = Setting.of(activity, "hard", n_rows)
     sae = setting.sae

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,15 +10,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.cases import ALPHA, FEW_ROWS, ROWS, Setting, check_rows, dense_steer, sae_lens_steer, widened, with_rows
+from bench.cases import (
+    ALPHA,
+    FEW_ROWS,
+    ON_GPU,
+    ROWS,
+    Setting,
+    check_rows,
+    dense_steer,
+    running,
+    sae_lens_steer,
+    steer_backends,
+    widened,
+    with_rows,
+)
 from bench.conftest import Measure
-from bench.measure import Stopwatch
-from dspa_kernels import EncoderStream, MapWeights, SAEWeights, steer
+from bench.measure import DEVICE, Stopwatch
+from dspa_kernels import EncoderStream, SAEWeights
 from dspa_kernels.ops.steer import reference
 from dspa_kernels.testing import Activity, same_bits
 from dspa_kernels.weights import PATHS
 
-BACKENDS = with_rows("steer")
+BACKENDS = with_rows(steer_backends())
 # The reference reads no screen.
 SCREENED = [(*each, "none") for each in BACKENDS] + [(*each, "int8") for each in BACKENDS if each[0] != "reference"]
 STREAMED = PATHS.index("streamed")
@@ -39,41 +53,74 @@ def labels(setting: Setting, case: str, backend: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("backend", "n_rows"), BACKENDS)
+@pytest.mark.parametrize(("name", "n_rows"), BACKENDS)
 @pytest.mark.parametrize("case", ["stream", "stream, recorded", "stream, top-k"])
-def test_whole_encoder(measure: Measure, activity: Activity, case: str, backend: str, n_rows: int) -> None:
+def test_whole_encoder(measure: Measure, activity: Activity, case: str, name: str, n_rows: int) -> None:
     """Steps that have to read the whole encoder."""
     setting = Setting.of(activity, "hard", n_rows).never_settled(activity)
     setting = setting.ranked() if case == "stream, top-k" else setting
-    options: dict[str, Any] = {"record": case == "stream, recorded", "backend": backend}
-    assert int(paths_of(setting, **options)[:, STREAMED].min()) > 0
-    check_rows(setting.all_steps(**options), setting.steer(setting.h, setting.rows, backend="reference"))
-    measure(
-        setting.steps(lambda h, rows: setting.steer(h, rows, **options)),
-        capture=backend != "reference",
-        n_bytes=setting.encoder_bytes + setting.row_bytes,
-        **labels(setting, case, backend),
-    )
+    with running(name) as backend:
+        options: dict[str, Any] = {"record": case == "stream, recorded", "backend": backend}
+        assert int(paths_of(setting, **options)[:, STREAMED].min()) > 0
+        check_rows(setting.all_steps(**options), setting.steer(setting.h, setting.rows, backend="reference"))
+        measure(
+            setting.steps(lambda h, rows: setting.steer(h, rows, **options)),
+            capture=backend != "reference",
+            n_bytes=setting.encoder_bytes + setting.row_bytes,
+            **labels(setting, case, name),
+        )
 
 
-@pytest.mark.parametrize(("backend", "n_rows", "screen"), SCREENED)
+@pytest.mark.parametrize(("name", "n_rows", "screen"), SCREENED)
 @pytest.mark.parametrize("case", ["hard", "easy"])
-def test_mean_step(measure: Measure, activity: Activity, case: str, screen: str, backend: str, n_rows: int) -> None:
+def test_mean_step(measure: Measure, activity: Activity, case: str, screen: str, name: str, n_rows: int) -> None:
     """Steps as they come: some read nothing, some a part of the encoder, some all of it."""
     setting = Setting.of(activity, case, n_rows)
-    options: dict[str, Any] = {"stream": stream_of(activity, screen), "backend": backend}
-    out = setting.all_steps(**options)
-    check_rows(out, setting.steer(setting.h, setting.rows, backend="reference"))
-    assert same_bits(out, setting.all_steps(backend=backend)), "calibration or a screen changed the result"
-    paths = paths_of(setting, **options)
-    measure(
-        setting.steps(lambda h, rows: setting.steer(h, rows, **options)),
-        capture=backend != "reference",
-        **labels(setting, case + (", int8" if screen == "int8" else ""), backend),
-        paths=dict(zip(PATHS, paths.sum(dim=0).tolist(), strict=False)),
-        encoder_rows_read=float(paths[:, -1].float().mean()),
-        steps_that_stream=float((paths[:, STREAMED] > 0).float().mean()),
-    )
+    with running(name) as backend:
+        options: dict[str, Any] = {"stream": stream_of(activity, screen), "backend": backend}
+        out = setting.all_steps(**options)
+        check_rows(out, setting.steer(setting.h, setting.rows, backend="reference"))
+        assert same_bits(out, setting.all_steps(backend=backend)), "calibration or a screen changed the result"
+        paths = paths_of(setting, **options)
+        measure(
+            setting.steps(lambda h, rows: setting.steer(h, rows, **options)),
+            capture=backend != "reference",
+            **labels(setting, case + (", int8" if screen == "int8" else ""), name),
+            paths=dict(zip(PATHS, paths.sum(dim=0).tolist(), strict=False)),
+            encoder_rows_read=float(paths[:, -1].float().mean()),
+            steps_that_stream=float((paths[:, STREAMED] > 0).float().mean()),
+        )
+
+
+@pytest.mark.parametrize(("name", "n_rows"), itertools.product(steer_backends(), FEW_ROWS))
+@pytest.mark.parametrize("path", ["unsteered", "inactive", "settled"])
+def test_fixed_cost(measure: Measure, activity: Activity, path: str, name: str, n_rows: int) -> None:
+    """Steps that read nothing of the encoder, since all rows take the path `path`: what a step costs besides.
+
+    Barrier and tail are not timed by themselves: no launch goes without them. `settled` less `launch only`, of the same
+    run, is at least what the two take together: it is the select phase, one grid barrier and a tail that edits, and
+    whatever the launch takes longer than that of a small kernel. A step that streams waits at one more barrier of the
+    same kind. `unsteered` less `launch only` is a barrier and a tail that copies; what `inactive` adds is the select
+    phase, and what `settled` adds to that are decoder rows.
+    """
+    setting = Setting.of(activity, "hard", n_rows).taking(path, activity)
+    with running(name) as backend:
+        paths = paths_of(setting, backend=backend).sum(dim=0)
+        assert int(paths[PATHS.index(path)]) == len(setting.h) and int(paths[-1]) == 0
+        check_rows(setting.all_steps(backend=backend), setting.steer(setting.h, setting.rows, backend="reference"))
+        measure(
+            setting.steps(lambda h, rows: setting.steer(h, rows, backend=backend)),
+            capture=backend != "reference",
+            **labels(setting, path, name),
+        )
+
+
+@pytest.mark.skipif(not ON_GPU, reason="launches nothing without a GPU")
+def test_launch(measure: Measure, activity: Activity) -> None:
+    """A launch that does nothing, of as many programs as `steer` has."""
+    from bench.read_triton import launch_only
+
+    measure([lambda: launch_only(DEVICE)] * 32, **labels(Setting.of(activity, "hard", 1), "launch only", "read"))
 
 
 def stream_of(activity: Activity, screen: str) -> EncoderStream:
@@ -98,11 +145,9 @@ def test_dense(measure: Measure, activity: Activity, what: str, mode: str, n_row
         return sae_lens_steer(sae) if what == "SAELens" else lambda h, latents: dense_steer(h, sae, latents)
 
     few = slice(0, 4 * n_rows)
-    h, rows = setting.h[few].float(), setting.rows[few]
-    wide = widened(setting.sae)
-    wide_map = activity_map(setting, wide)
-    wanted = steer(h, wide, wide_map, setting.plan, rows, alpha=ALPHA, backend="reference")
-    torch.testing.assert_close(formulation(wide)(h, latents[few]), wanted, rtol=1e-3, atol=1e-3)
+    h, wide = setting.h[few].float(), setting.with_sae(widened(setting.sae))
+    wanted = wide.steer(h, setting.rows[few], backend="reference")
+    torch.testing.assert_close(formulation(wide.sae)(h, latents[few]), wanted, rtol=1e-3, atol=1e-3)
 
     torch.compiler.reset()
     run = formulation(setting.sae)
@@ -110,11 +155,6 @@ def test_dense(measure: Measure, activity: Activity, what: str, mode: str, n_row
     batches = zip(setting.h.split(n_rows), latents.split(n_rows), strict=True)
     steps = [lambda h=h, latents=latents: run(h, latents) for h, latents in batches]
     measure(steps, n_bytes=2 * setting.encoder_bytes, **labels(setting, f"{what}, {mode}", "torch"))
-
-
-def activity_map(setting: Setting, sae: SAEWeights) -> MapWeights:
-    """The setting's map, gathered from other weights."""
-    return MapWeights.gather(setting.cdmap.columns, setting.cdmap.values, sae)
 
 
 @pytest.mark.parametrize("n_rows", FEW_ROWS)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from bench.cases import SHAPES, Setting, widened
 from bench.measure import DEVICE, Step, Stopwatch, synchronize
-from dspa_kernels import activation_counts, launch, sparse_encode
-from dspa_kernels.launch import STEER_WARPS, Entry, Launch, capability_of, launch_parameters
+from dspa_kernels import EncoderStream, activation_counts, launch, sparse_encode
+from dspa_kernels.launch import STEER_WARPS, Entry, Launch, Served, capability_of, launch_parameters
 from dspa_kernels.testing import Activity, realistic_activity, same_bits, tensors
 
 # Bytes of a weight and of a number of a row, by precision; shared memory that programs of a multiprocessor share.
@@ -39,6 +39,8 @@ SHARED = 227 << 10
 IN_FLIGHT = 32 << 10
 # Rows that stand for any number of them; steps timed together; latents of a trial; a gain that is not noise.
 MANY_ROWS, N_STEPS, FEW_LATENTS, GAIN = 2048, 32, 1024, 0.98
+
+AnyEntry = TypeVar("AnyEntry", bound=Served)
 
 
 @dataclass(frozen=True)
@@ -79,21 +81,21 @@ def candidates(place: Place) -> list[Launch]:
     return found
 
 
-# The table
+# The tables
 
 
-def kind_of(entry: Entry) -> tuple[Any, ...]:
+def kind_of(entry: Served) -> tuple[Any, ...]:
     """Two entries of one kind serve the same launches."""
     return tuple(getattr(entry, name) for name in ("kernel", "precision", "capability", "rows", "d_in", "d_sae"))
 
 
-def ordered(entries: Iterable[Entry]) -> list[Entry]:
+def ordered(entries: Iterable[AnyEntry]) -> list[AnyEntry]:
     """The first entry that fits is taken: those for a shape come before those for any, those for a capability before
     those for any, few rows before many."""
     entries = list(entries)
     kernels = list(dict.fromkeys(entry.kernel for entry in entries))
 
-    def place(entry: Entry) -> tuple[Any, ...]:
+    def place(entry: Served) -> tuple[Any, ...]:
         shape = (entry.d_in is None, entry.d_in or 0, entry.d_sae is None, entry.d_sae or 0)
         rows = (entry.rows is None, entry.rows or 0)
         return kernels.index(entry.kernel), *shape, -(entry.capability or 0), entry.precision, *rows
@@ -101,14 +103,15 @@ def ordered(entries: Iterable[Entry]) -> list[Entry]:
     return sorted(entries, key=place)
 
 
-def merged(entries: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
+def merged(entries: Iterable[AnyEntry], new: Iterable[AnyEntry]) -> list[AnyEntry]:
     """The table with new entries, in place of those of their kind."""
     return ordered({kind_of(entry): entry for entry in (*entries, *new)}.values())
 
 
-def as_text(entries: Iterable[Entry]) -> str:
-    """The table as it is stored, an entry a line."""
-    return "[\n" + ",\n".join("  " + json.dumps(asdict(entry)) for entry in entries) + "\n]\n"
+def as_text(entries: Iterable[Served]) -> str:
+    """A table as it is stored, an entry a line."""
+    lines = ",\n".join("  " + json.dumps(asdict(entry)) for entry in entries)
+    return f"[\n{lines}\n]\n" if lines else "[\n]\n"
 
 
 def anywhere(entry: Entry) -> Entry:
@@ -132,19 +135,25 @@ def using(place: Place, parameters: Launch) -> Iterator[None]:
 # What is run
 
 
-def steps_of(place: Place, activity: Activity) -> list[Callable[[], Any]]:
-    """Calls of the place's kernel, each with rows of its own."""
+def setting_of(place: Place, activity: Activity) -> Setting:
+    """Steps as they come, in the place's precision and with its kind of SAE."""
     setting = Setting.of(activity, "hard", place.n_rows)
-    sae = setting.sae if place.precision < 2 else widened(setting.sae)
-    h = setting.h if place.precision == 0 else setting.h.float()
-    setting = replace(setting, sae=sae, h=h)
+    setting = setting if place.precision == 0 else replace(setting, h=setting.h.float())
+    setting = setting if place.precision < 2 else setting.with_sae(widened(setting.sae))
+    return setting.ranked() if "topk" in place.kernel else setting
+
+
+def stream_of(place: Place, setting: Setting, activity: Activity) -> EncoderStream:
+    screened = "int8" in place.kernel
+    return EncoderStream.of(setting.sae, screen="int8", mean=activity.mean) if screened else setting.sae.stream
+
+
+def steps_of(place: Place, activity: Activity) -> list[Callable[[], Any]]:
+    """Calls of the place's kernel in Triton, each with rows of its own."""
+    setting = setting_of(place, activity)
     if place.kernel == "encode":
         return [encoding(rows, setting, place.rows is None) for rows, _ in setting.batches()]
-    setting = setting.never_settled(activity)
-    setting = setting.ranked() if "topk" in place.kernel else setting
-    stream = setting.sae.stream
-    if "int8" in place.kernel:
-        stream = type(stream).of(setting.sae, screen="int8", mean=activity.mean)
+    setting, stream = setting.never_settled(activity), stream_of(place, setting, activity)
     return setting.steps(lambda h, rows: setting.steer(h, rows, stream=stream, backend="triton"))
 
 
@@ -175,16 +184,20 @@ def trouble(place: Place, parameters: Launch) -> str:
             steps_of(place, activity_for(place.d_in, FEW_LATENTS))[0]()
             synchronize()
     except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:200]}"
+        return told(error)
     spilled = max((getattr(kernel, "n_spills", 0) or 0 for kernel in kernels), default=0)
     return f"spills {spilled}" if spilled else ""
+
+
+def told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 # Measuring
 
 
 class State:
-    """What is known of candidates: a time in microseconds, or why one is out."""
+    """What is known of entries: a time in microseconds or several by name, or why one is out."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -194,12 +207,12 @@ class State:
     def name(entry: Entry) -> str:
         return json.dumps(asdict(entry))
 
-    def add(self, entry: Entry, result: float | str) -> None:
+    def add(self, entry: Entry, result: Any) -> None:
         self.known[self.name(entry)] = result
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.known, indent=1) + "\n")
 
-    def of(self, entry: Entry) -> float | str | None:
+    def of(self, entry: Entry) -> Any:
         return self.known.get(self.name(entry))
 
 
@@ -256,7 +269,7 @@ class Tuner:
                     return "other bits"
             return self.stopwatch.device(steps, rounds=5).median
         except Exception as error:
-            return f"{type(error).__name__}: {str(error)[:200]}"
+            return told(error)
 
 
 def places(kernels: Sequence[str], precisions: Sequence[int], shapes: Sequence[tuple[int, int]]) -> Iterator[Place]:

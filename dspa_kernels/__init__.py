@@ -2,6 +2,7 @@
 
 from dspa_kernels.backends import BackendError, BackendStatus, available_backends
 from dspa_kernels.checks import InputError
+from dspa_kernels.cuda_library import CudaError
 from dspa_kernels.ops.activation_counts import activation_counts
 from dspa_kernels.ops.lookup_and_steer import lookup_and_steer
 from dspa_kernels.ops.map_lookup import map_lookup
@@ -14,6 +15,7 @@ __all__ = [
     "PATHS",
     "BackendError",
     "BackendStatus",
+    "CudaError",
     "Edits",
     "EncoderStream",
     "InputError",

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 
+from dspa_kernels import cuda_library
 from dspa_kernels.checks import refuse
+from dspa_kernels.cuda_library import EMULATED, OLDEST_CAPABILITY
+from dspa_kernels.launch import capability_of
 
 # In order of preference; each is a module of the op's folder.
 MODULES = {"cuda": "cuda_impl", "triton": "triton_impl", "reference": "reference"}
@@ -53,10 +56,14 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype = torch.flo
     """Why `backend` cannot compute in `dtype` on `device`; empty if it can."""
     if backend == "reference":
         return ""
-    # Triton's interpreter runs kernels on the CPU: to test them, never by itself.
-    interpreted = by_name and backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" and not interpreted:
+    if backend == "cuda" and cuda_library.OBSTACLE:
+        return cuda_library.OBSTACLE
+    # Triton's interpreter and an emulated library run kernels on the CPU: to test them, never by themselves.
+    emulated = EMULATED if backend == "cuda" else os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not (by_name and emulated):
         return f"it runs on CUDA devices and the tensors are on {device}"
+    if backend == "cuda" and device.type == "cuda" and capability_of(device) < OLDEST_CAPABILITY:
+        return f"it needs compute capability 8.0 and {device} has {capability_of(device) / 10}"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if dtype == torch.float64:
@@ -64,17 +71,23 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype = torch.flo
     return ""
 
 
+def is_unasked(requested: str) -> bool:
+    """Whether neither the call nor the environment names a backend."""
+    return (requested, DEFAULT) == ("auto", "auto")
+
+
 def choose(op: str, device: torch.device, requested: str = "auto", dtype: torch.dtype = torch.float32) -> str:
     """The backend that runs `op` on `device`, computing in `dtype` (fp32 or fp64).
 
-    `requested="auto"` (or the environment variable DSPA_BACKEND, read once) takes the first of cuda, triton
-    and reference that has the op and can run. A backend asked for by name runs or raises `BackendError`.
+    `requested="auto"` (or the environment variable DSPA_BACKEND, read once) takes the first of triton and
+    reference that has the op and can run; an op may know when cuda is faster than triton. A backend asked for by
+    name runs or raises `BackendError`.
     """
     requested = DEFAULT if requested == "auto" else requested
     if requested != "auto" and requested not in MODULES:
         raise refuse("backend", repr(requested), ", ".join(("auto", *MODULES)))
     by_name = requested != "auto"
-    candidates = (requested,) if by_name else MODULES
+    candidates = (requested,) if by_name else ("triton", "reference")
     reasons = []
     for backend in candidates:
         missing = (op, backend) not in IMPLEMENTED
@@ -91,27 +104,37 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     return function
 
 
-def define_op(op: str, schema: str, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[..., Any]:
+def define_op(
+    op: str,
+    schema: str,
+    fake: Callable[..., Any],
+    mutates: tuple[str, ...] = (),
+    fastest: Callable[..., str] | None = None,
+) -> Callable[..., Any]:
     """Register the custom op `dspa::<op>` and return it, to be called with keywords.
 
     `schema` is "(arguments) -> results" without the last argument, `str backend`, which names the module
     that computes. Implementations and `fake` (shapes and dtypes of the results) get the arguments by name.
-    `mutates` names the arguments that the schema marks as written to.
+    `mutates` names the arguments that the schema marks as written to. `fastest` gets the arguments, too, and says
+    which backend "auto" is for them: at each launch, since a compiled graph serves many shapes.
     """
-    arguments, results = schema.split(" -> ")
-    names = [each.split()[-1] for each in arguments.strip("()").split(", ")]
+    parameters, results = schema.split(" -> ")
+    names = [each.split()[-1] for each in parameters.strip("()").split(", ")]
 
     def run(*values: Any) -> Any:
         *inputs, backend = values
+        arguments = dict(zip(names, inputs, strict=True))
+        if fastest and backend == "auto":
+            backend = fastest(**arguments)
         device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
         # Kernels are launched on the current device, which need not be that of the tensors.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            return implementation(op, backend)(**dict(zip(names, inputs, strict=True)))
+            return implementation(op, backend)(**arguments)
 
     def infer(*values: Any) -> Any:
         return fake(**dict(zip(names, values[:-1], strict=True)))
 
-    full = f"{arguments[:-1]}, str backend) -> {results}"
+    full = f"{parameters[:-1]}, str backend) -> {results}"
     definition = torch.library.custom_op(f"dspa::{op}", run, mutates_args=mutates, schema=full)
     definition.register_fake(infer)
     return definition
@@ -124,6 +147,8 @@ def available_backends() -> dict[str, BackendStatus]:
     for backend in MODULES:
         ops = tuple(op for op in OPS if (op, backend) in IMPLEMENTED)
         reason = "" if ops else f"this version has no {backend} kernels"
+        if not reason and backend == "cuda":
+            reason = cuda_library.OBSTACLE
         if not reason and _obstacle(backend, device):
             reason = "no CUDA device was found" if device.type == "cpu" else _obstacle(backend, device)
         found[backend] = BackendStatus(available=not reason, reason=reason, ops=ops)

@@ -3,8 +3,9 @@
 `launch_table.json` holds one entry a line: kernel, how its tiles multiply (0 operands of one 16-bit dtype, 1
 fp32 rows with bf16 weights, 2 fp32), compute capability (null: any), the number of rows up to which it serves
 (null: any), the shape for which it was measured (null: any), and the parameters. The first entry that fits is
-taken. Those for any capability fit into 96 KB of shared memory a multiprocessor. `bench/tune.py` measures and
-writes entries.
+taken. Those for any capability fit into 96 KB of shared memory a multiprocessor. `cuda_table.json` holds, in the
+same way, where the CUDA backend was measured to be faster than Triton: there, and nowhere else, it is chosen
+unasked. `bench/tune.py` and `bench/tune_cuda.py` measure and write entries.
 """
 
 from __future__ import annotations
@@ -16,13 +17,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+# How a tile multiplies: operands of one 16-bit dtype as they are; fp32 rows with bf16 weights, each row split
+# into three bf16 parts, which lose nothing; everything else in fp32.
+NATIVE, SPLIT, FULL = 0, 1, 2
 # The sums of `steer` that are not products follow the layout of a block, so that all of its entries have as many
 # warps: else the bits of a row would depend on which entry served it.
 STEER_WARPS = 8
 # Of a multiprocessor, on every supported GPU.
 REGISTERS = 65536
 TABLE = Path(__file__).parent / "launch_table.json"
+CUDA_TABLE = Path(__file__).parent / "cuda_table.json"
+
+
+def precision(h: Tensor, W: Tensor, normalize: str) -> int:
+    """How `h W^T` is multiplied, a value for `PRECISION`."""
+    if h.dtype == W.dtype and W.dtype != torch.float32 and normalize == "none":
+        return NATIVE
+    return SPLIT if W.dtype == torch.bfloat16 else FULL
+
+
+def steer_variant(k: int, screen_W_enc: Tensor | None) -> str:
+    """The name under which the tables know a launch of `steer`."""
+    return "steer" + ("_topk" if k else "") + ("" if screen_W_enc is None else "_int8")
 
 
 @dataclass(frozen=True)
@@ -46,8 +64,8 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A line of the table."""
+class Served:
+    """The launches that a line of a table is for."""
 
     kernel: str
     precision: int
@@ -55,10 +73,9 @@ class Entry:
     rows: int | None
     d_in: int | None
     d_sae: int | None
-    launch: Launch
 
     def fits(self, kernel: str, rows: int, d_in: int, d_sae: int, precision: int, capability: int) -> bool:
-        """Whether this entry serves such a launch."""
+        """Whether such a launch is among them."""
         return (
             (self.kernel, self.precision) == (kernel, precision)
             and self.capability in (None, capability)
@@ -66,6 +83,21 @@ class Entry:
             and self.d_in in (None, d_in)
             and self.d_sae in (None, d_sae)
         )
+
+
+@dataclass(frozen=True)
+class Entry(Served):
+    """A line of the launch table."""
+
+    launch: Launch
+
+
+@dataclass(frozen=True)
+class CudaEntry(Served):
+    """A line of the CUDA table: launches that are faster than Triton's, if they may begin before the launch ahead of
+    them on the stream has ended (`programmatic`), or if not."""
+
+    programmatic: bool
 
 
 @functools.cache
@@ -89,3 +121,18 @@ def launch_parameters(kernel: str, n_rows: int, d_in: int, d_sae: int, precision
     """The parameters of a kernel's launch on `device`."""
     capability = capability_of(device)
     return next(e.launch for e in table() if e.fits(kernel, n_rows, d_in, d_sae, precision, capability))
+
+
+@functools.cache
+def cuda_table() -> tuple[CudaEntry, ...]:
+    """All entries, in their order."""
+    return tuple(CudaEntry(**line) for line in json.loads(CUDA_TABLE.read_text()))
+
+
+@functools.cache
+def cuda_entry(
+    kernel: str, n_rows: int, d_in: int, d_sae: int, precision: int, device: torch.device
+) -> CudaEntry | None:
+    """Where the CUDA backend is faster than Triton on `device`; None where it is not, or was not measured."""
+    capability = capability_of(device)
+    return next((e for e in cuda_table() if e.fits(kernel, n_rows, d_in, d_sae, precision, capability)), None)

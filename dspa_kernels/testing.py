@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspa_kernels.cuda_library import EMULATED
 from dspa_kernels.weights import EncoderStream, MapWeights, SAEWeights, SteeringPlan
 
-# The backends that the tests of every op run on, all but "reference" on a GPU or in Triton's interpreter.
-BACKENDS = ("reference", "triton")
+# The backends that the tests of every op run on, all but "reference" on a GPU, in Triton's interpreter or in a library
+# that emulates one.
+BACKENDS = ("reference", "triton", "cuda")
 KINDS = ("relu", "jumprelu", "topk")
 
 
@@ -87,8 +89,8 @@ def run_on(backend: str, op: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 
     Raises if the op changed an input.
     """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    device = "cpu" if backend == "reference" or interpreted else "cuda"
+    emulated = EMULATED if backend == "cuda" else os.environ.get("TRITON_INTERPRET") == "1"
+    device = "cpu" if backend == "reference" or emulated else "cuda"
     args, kwargs = _moved(args, device), {name: _moved(value, device) for name, value in kwargs.items()}
     inputs = tensors((args, kwargs))
     before = [each.clone() for each in inputs]

@@ -37,7 +37,7 @@ DSPA = (
     {"tensor_files"},
     {"errors", "version", "prompts", "ranks", "cost"},
 )
-KERNELS = ({"nn"}, {"ops"}, {"backends", "launch", "weights", "testing"}, {"checks"})
+KERNELS = ({"nn"}, {"ops"}, {"backends", "testing"}, {"barriers", "cuda_library", "launch", "weights"}, {"checks"})
 
 
 def sources(package: Path) -> Iterator[Path]:

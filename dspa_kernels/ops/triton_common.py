@@ -5,24 +5,15 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+
+from dspa_kernels.launch import NATIVE, SPLIT
 
 # Under TRITON_INTERPRET=1 kernels run on CPU tensors, program after program. Its bf16 products are wrong, so
 # operands are widened there; the GPU multiplies them as they are and sums in fp32 too.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 UPCAST = tl.constexpr(INTERPRETED)
 
-# How a tile multiplies: operands of one 16-bit dtype as they are; fp32 rows with bf16 weights, each row split
-# into three bf16 parts, which lose nothing; everything else in fp32.
-NATIVE, SPLIT, FULL = 0, 1, 2
 _NATIVE, _SPLIT = tl.constexpr(NATIVE), tl.constexpr(SPLIT)
-
-
-def precision(h: Tensor, W: Tensor, normalize: str) -> int:
-    """How tiles of `h W^T` multiply, a value for `PRECISION`."""
-    if h.dtype == W.dtype and W.dtype != torch.float32 and normalize == "none":
-        return NATIVE
-    return SPLIT if W.dtype == torch.bfloat16 else FULL
 
 
 def n_programs(device: torch.device, per_multiprocessor: int) -> int:

@@ -45,6 +45,8 @@ from dspa_kernels import (
 
 # What a number of `Steering.paths` counts.
 COUNTED = (*PATHS, "encoder_rows_read")
+# What runs once a prompt; a backend may have kernels for the tokens after it alone.
+PROMPT_OPS = ("activation_counts", "map_lookup")
 
 
 class Steering(nn.Module):
@@ -67,7 +69,7 @@ class Steering(nn.Module):
         cdmap: the conditional-difference map. For one with a calibration, a second copy of the output SAE's encoder
             is kept, its rows in the order of the hot latents.
         config: how to steer.
-        backend: "auto", "reference", "triton" or "cuda".
+        backend: "auto", "reference", "triton" or "cuda", which has no kernels for prompts: "auto" reads them.
         record: keep a record of every edit in `trace`. It tells each edited token's largest latent, and so costs a
             read of the whole encoder for every token with an active selected latent.
         screen: "none", or "int8": read an int8 copy of the output SAE's encoder first, and the encoder itself only
@@ -101,6 +103,8 @@ class Steering(nn.Module):
             if not isinstance(value, kind):
                 raise TypeError(f"`{name}` is a {type(value).__name__}; accepted: a dspa.{kind.__name__}.")
         _check_backend(backend)
+        ops = () if backend == "auto" else available_backends()[backend].ops
+        self._prompt_backends = {op: backend if op in ops else "auto" for op in PROMPT_OPS}
         cdmap.check_saes(sae_in, sae_out)
         for name, k, end, width in (
             ("k_prompt", self.config.k_prompt, "input", sae_in.d_sae),
@@ -298,9 +302,9 @@ class Steering(nn.Module):
             self.sae_in.weights,
             torch.where(mask, row, -1).flatten(),
             n_prompts,
-            backend=self.backend,
+            backend=self._prompt_backends["activation_counts"],
         )
-        self.plan = self.cdmap.select(counts, self.config, backend=self.backend)
+        self.plan = self.cdmap.select(counts, self.config, backend=self._prompt_backends["map_lookup"])
         self._calls += 1
         return self.plan
 

@@ -44,8 +44,23 @@ def test_the_newest_commit_is_shown_with_all_of_its_runs(tmp_path: Path) -> None
     found = report.newest(tmp_path)
     assert found is not None
     text = report.section(found)
-    assert "| 64 x 512 | 1 | 4.0 | 50 % | 3.0 |" in text
+    assert "| 64 x 512 | 1 | triton | 4.0 | 50 % |  | 3.0 |" in text and "reference" not in text
     assert "2030-01-03" in text and "commit abc" in text and "torch 2" in text and "sae-lens" not in text
+
+
+def test_kernels_stand_below_each_other_and_beside_what_they_share() -> None:
+    kernels = [result("stream", 2.0, "triton"), result("stream", 3.0, "cuda")]
+    others = [result("read only", 1.0, "read"), result("SAELens, eager", 9.0, "torch")]
+    *_, first, second = report.steer_table(kernels + others, report.COLUMNS).splitlines()
+    assert first.startswith("| 64 x 512 | 1 | cuda | 3.0 | 50 % | 1.0 |")
+    assert second.startswith("| 64 x 512 | 1 | triton | 2.0 | 50 % | 1.0 |")
+    assert first.endswith("| 9.0 |") and second.endswith("| 9.0 |")
+
+
+def test_fixed_costs_have_a_table_of_their_own() -> None:
+    results = [result("stream", 2.0), result("settled", 5.0), result("launch only", 4.0, "read")]
+    *_, line = report.steer_table(results, report.FIXED).splitlines()
+    assert line == "| 64 x 512 | 1 | triton | 4.0 |  |  | 5.0 |"
 
 
 def test_wall_time_stands_in_brackets() -> None:

@@ -19,16 +19,16 @@ PROMPT = torch.tensor([[1, 5, 9, 33, 20, 7]])
 @pytest.mark.parametrize("screen", ["none", "int8"])
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("family", ["gemma2", "qwen3"])
-def test_the_tokens_of_the_cpu(family, cache, screen, sae_in, sae_out, calibrated):
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_the_tokens_of_the_cpu(backend, family, cache, screen, sae_in, sae_out, calibrated):
     """The SAEs, and the stream made of them, go where the model is; a static cache decodes in compiled steps."""
     model = make_model(family)
     config = dspa.SteeringConfig(alpha=0.6, k_diff=8, mode="both")
-    steering = dspa.Steering(sae_in, sae_out, calibrated, config, screen=screen)
     settings = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
-    with steering.attach(model):
+    with dspa.Steering(sae_in, sae_out, calibrated, config).attach(model):
         wanted = model.generate(PROMPT, max_new_tokens=8, do_sample=False)
     model.cuda()
-    with steering.attach(model):
+    with dspa.Steering(sae_in, sae_out, calibrated, config, backend=backend, screen=screen).attach(model):
         assert torch.equal(model.generate(PROMPT.cuda(), **settings).cpu(), wanted)
 
 

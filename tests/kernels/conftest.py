@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from dspa_kernels.backends import IMPLEMENTED, OPS
 from dspa_kernels.testing import BACKENDS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNELS = BACKENDS[1:]
 GRID = 40
 
 
@@ -25,7 +27,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(params=[pytest.param(b, marks=[pytest.mark.gpu] * (b != "reference")) for b in BACKENDS])
 def backend(request: pytest.FixtureRequest, poisoned_memory: None) -> str:
-    """Every backend of `dspa_kernels.testing.BACKENDS`; without a GPU, Triton runs in its interpreter."""
+    """Every backend of `dspa_kernels.testing.BACKENDS` that has the op; without a GPU, they are emulated."""
     return str(request.param)
 
 
@@ -36,12 +38,13 @@ def parameters(item: Any) -> Iterator[Any]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Kernels compute in fp32: fp64 is the reference's alone (test_backends.py says what else happens).
+    """Kernels compute in fp32: fp64 is the reference's alone (test_backends.py says what else happens). An op has no
+    test on a backend that does not have it.
 
     In the interpreter, which takes half a second for what a GPU does in microseconds, every fourth of a kernel's
     tests runs where they are a grid of more than `GRID`.
     """
-    items[:] = [item for item in items if not {"triton", torch.float64} <= {*map(_hashable, parameters(item))}]
+    items[:] = [item for item in items if _applies(item)]
     grids = collections.Counter(_grid(item) for item in items)
     seen: collections.Counter[str] = collections.Counter()
     kept = []
@@ -53,6 +56,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 continue
         kept.append(item)
     items[:] = kept
+
+
+def _applies(item: Any) -> bool:
+    values = {*map(_hashable, parameters(item))}
+    kernels = values & set(KERNELS)
+    if not kernels:
+        return True
+    names = {item.path.stem.removeprefix("test_"), *(value for value in values if value in OPS)}
+    op = max((op for op in OPS for name in names if name.startswith(op)), key=len, default="")
+    return torch.float64 not in values and (not op or all((op, each) in IMPLEMENTED for each in kernels))
 
 
 def _grid(item: Any) -> str:

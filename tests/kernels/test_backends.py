@@ -1,13 +1,25 @@
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from dspa_kernels import BackendError, InputError, available_backends, backends, steer
+from dspa_kernels import (
+    BackendError,
+    CudaError,
+    InputError,
+    available_backends,
+    backends,
+    cuda_library,
+    launch,
+    steer,
+)
 from dspa_kernels.backends import MODULES, OPS, choose
+from dspa_kernels.ops.steer import choose_steer, fastest
 
 from .cases import make_case
 
@@ -27,8 +39,9 @@ def test_every_op_has_a_reference() -> None:
 
 @pytest.fixture
 def compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As outside of Triton's interpreter, which runs kernels on the CPU."""
+    """As outside of Triton's interpreter and of the library that emulates a GPU, which run kernels on the CPU."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends, "EMULATED", "")
 
 
 @pytest.mark.usefixtures("compiled_kernels")
@@ -57,13 +70,12 @@ def test_an_unknown_name_is_an_input_error() -> None:
 @pytest.mark.parametrize(
     ("implemented", "device", "chosen"),
     [
-        (["cuda", "triton", "reference"], CUDA, "cuda"),
-        (["triton", "reference"], CUDA, "triton"),
+        (["cuda", "triton", "reference"], CUDA, "triton"),  # whether cuda is faster, `steer` knows
         (["reference"], CUDA, "reference"),
         (["cuda", "triton", "reference"], CPU, "reference"),
     ],
 )
-def test_auto_goes_cuda_triton_reference(
+def test_auto_goes_triton_reference(
     monkeypatch: pytest.MonkeyPatch, implemented: list[str], device: torch.device, chosen: str
 ) -> None:
     implement(monkeypatch, *implemented)
@@ -108,6 +120,73 @@ def test_the_environment_variable_is_checked_too(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(backends, "DEFAULT", "tpu")
     with pytest.raises(InputError, match="`backend` is 'tpu'"):
         choose("steer", CPU)
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An installation without the CUDA library; returns where its record would be."""
+    for name in ("LIBRARY", "RECORD"):
+        monkeypatch.setattr(cuda_library, name, tmp_path / name)
+    monkeypatch.setattr(cuda_library, "EMULATED", "")
+    return tmp_path / "RECORD"
+
+
+def test_why_there_is_no_cuda_library(no_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "install the package (pip install .) where a CUDA toolkit is" in cuda_library.find_obstacle()
+    no_library.write_text(json.dumps({"built": False, "reason": "no CUDA toolkit: nvcc is not on PATH"}))
+    monkeypatch.setattr(cuda_library, "OBSTACLE", cuda_library.find_obstacle())
+    with pytest.raises(BackendError, match="cuda cannot run steer: the CUDA kernels are not compiled: no CUDA toolkit"):
+        choose("steer", CUDA, "cuda")
+    assert (
+        available_backends()["cuda"].reason == "the CUDA kernels are not compiled: no CUDA toolkit: nvcc is not on PATH"
+    )
+    no_library.with_name("LIBRARY").touch()
+    assert cuda_library.find_obstacle() == ""
+
+
+def test_a_library_that_is_none(no_library: Path) -> None:
+    no_library.with_name("LIBRARY").write_text("not a library")
+    cuda_library.library.cache_clear()
+    try:
+        with pytest.raises(CudaError, match=r"LIBRARY cannot be loaded: .*Install the package again"):
+            cuda_library.library()
+    finally:
+        cuda_library.library.cache_clear()
+
+
+def test_a_device_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_library, "OBSTACLE", "")
+    monkeypatch.setattr(backends, "capability_of", lambda device: 75)
+    with pytest.raises(BackendError, match=r"cuda cannot run steer: it needs compute capability 8.0 and cuda has 7.5"):
+        choose("steer", CUDA, "cuda")
+
+
+@pytest.mark.parametrize(("rows", "chosen"), [(8, "cuda"), (9, "triton")])
+def test_steer_is_cuda_where_that_was_measured_to_be_faster(
+    monkeypatch: pytest.MonkeyPatch, rows: int, chosen: str
+) -> None:
+    entry = launch.CudaEntry("steer", launch.NATIVE, 90, 8, 19, 67, programmatic=False)
+    monkeypatch.setattr(launch, "cuda_table", lambda: (entry,))
+    monkeypatch.setattr(launch, "capability_of", lambda device: 90)
+    launch.cuda_entry.cache_clear()
+    case = make_case(dtypes=(torch.bfloat16, torch.bfloat16))
+    launched = {"k": 0, "normalize": "none", "screen_W_enc": None, "W_enc": case.sae.W_enc}
+    try:
+        assert fastest(h=torch.zeros(rows, 19, dtype=torch.bfloat16), **launched) == chosen
+        assert fastest(h=torch.zeros(rows, 19), **launched) == "triton"
+    finally:
+        launch.cuda_entry.cache_clear()
+
+
+def test_auto_is_left_to_steer_unless_a_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = make_case().sae
+    monkeypatch.setattr(backends, "DEFAULT", "auto")
+    h = torch.zeros(1, 19)
+    assert choose_steer("steer", h, sae, "auto") == "reference"
+    monkeypatch.setattr("dspa_kernels.ops.steer.choose", lambda *_: "triton")
+    assert choose_steer("steer", h, sae, "auto") == "auto" and choose_steer("steer", h, sae, "triton") == "triton"
+    monkeypatch.setattr(backends, "DEFAULT", "triton")
+    assert choose_steer("steer", h, sae, "auto") == "triton"
 
 
 SCRIPT = """

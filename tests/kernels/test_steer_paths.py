@@ -70,7 +70,8 @@ def test_each_path_is_taken_and_counted(
     stream = EncoderStream.of(arguments["sae"], hot=torch.tensor(hot, dtype=torch.int32))
     out, paths = steered(backend, **arguments, alpha=alpha, stream=stream)
     assert {name: n for name, n in paths.items() if n and name != "read"} == {path: 1}
-    assert paths["read"] == (len(pre) if path == "streamed" else 0)
+    # A block that looks late may find the row settled by another's part of the encoder.
+    assert (0 < paths["read"] <= len(pre)) if path == "streamed" else paths["read"] == 0
 
     # The same bits with everything read.
     plain, _ = run_on(backend, steer, **arguments, alpha=alpha, record=True)

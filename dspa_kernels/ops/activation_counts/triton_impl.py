@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dspa_kernels.launch import precision
 from dspa_kernels.ops.sparse_encode.triton_impl import (
     BLOCK,
     active_block,
@@ -18,7 +19,6 @@ from dspa_kernels.ops.sparse_encode.triton_impl import (
     rank_cut,
     row_keys,
 )
-from dspa_kernels.ops.triton_common import precision
 
 
 @triton.jit(do_not_specialize=["d_sae", "n_sequences", "k"])

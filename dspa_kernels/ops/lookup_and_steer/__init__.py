@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from dspa_kernels.backends import choose, define_op
-from dspa_kernels.ops.common import compute_dtype
+from dspa_kernels.backends import define_op
 from dspa_kernels.ops.map_lookup import check_lookup, n_slots
-from dspa_kernels.ops.steer import GATE, check_residual, empty_results, stream_of
+from dspa_kernels.ops.steer import GATE, check_residual, choose_steer, empty_results, fastest, stream_of
 from dspa_kernels.weights import COLUMNS, STREAM, Edits, EncoderStream, MapWeights, SAEWeights, SteeringPlan
 
 
@@ -59,7 +58,7 @@ def lookup_and_steer(
         lookup_mode=mode,
         alpha=alpha,
         record=record,
-        backend=choose("lookup_and_steer", h.device, backend, compute_dtype(h, sae.W_enc)),
+        backend=choose_steer("lookup_and_steer", h, sae, backend),
     )
     return out, SteeringPlan(slots=slots, signs=signs), Edits(before, after, maximum)
 
@@ -78,4 +77,5 @@ _lookup_and_steer = define_op(
     " int k_diff, str lookup_mode, float alpha, bool record) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     mutates=("paths",),
+    fastest=fastest,
 )

@@ -5,8 +5,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from dspa_kernels.backends import choose, define_op
+from dspa_kernels import cuda_library
+from dspa_kernels.backends import choose, define_op, is_unasked
 from dspa_kernels.checks import check_at_least, check_device, check_dtype, check_shape, refuse
+from dspa_kernels.launch import cuda_entry, precision, steer_variant
 from dspa_kernels.ops.common import compute_dtype
 from dspa_kernels.weights import (
     COLUMNS,
@@ -113,7 +115,7 @@ def steer(
         **gate,
         alpha=alpha,
         record=record,
-        backend=choose("steer", h.device, backend, compute_dtype(h, sae.W_enc)),
+        backend=choose_steer("steer", h, sae, backend),
     )
     return (out, Edits(*edits)) if record else out
 
@@ -128,6 +130,21 @@ def stream_of(sae: SAEWeights, stream: EncoderStream | None) -> EncoderStream:
     if (stream.k, stream.normalize) != (sae.k, sae.normalize):
         raise refuse("stream", (stream.k, stream.normalize), f"k and normalize of the SAE, {sae.k}, {sae.normalize}")
     return stream
+
+
+def choose_steer(op: str, h: Tensor, sae: SAEWeights, requested: str) -> str:
+    """The backend of `steer` or `lookup_and_steer`; "auto" where it is between Triton and CUDA."""
+    chosen = choose(op, h.device, requested, compute_dtype(h, sae.W_enc))
+    return "auto" if chosen == "triton" and is_unasked(requested) else chosen
+
+
+def fastest(
+    h: Tensor, W_enc: Tensor, k: int, normalize: str, screen_W_enc: Tensor | None, **_: Any
+) -> Literal["cuda", "triton"]:
+    """CUDA where it is there and was measured to be faster, else Triton."""
+    variant, multiply = steer_variant(k, screen_W_enc), precision(h, W_enc, normalize)
+    entry = cuda_entry(variant, len(h), *reversed(W_enc.shape), multiply, h.device)
+    return "triton" if entry is None or cuda_library.OBSTACLE else "cuda"
 
 
 def check_residual(
@@ -184,4 +201,5 @@ _steer = define_op(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
     mutates=("paths",),
+    fastest=fastest,
 )

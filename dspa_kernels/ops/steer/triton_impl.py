@@ -10,18 +10,17 @@ What a phase leaves for the next lies in scratch that is written before it is re
 
 from __future__ import annotations
 
-import collections
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from dspa_kernels.launch import launch_parameters
+from dspa_kernels.barriers import barrier_of
+from dspa_kernels.launch import launch_parameters, precision, steer_variant
 from dspa_kernels.ops.steer import empty_results
 from dspa_kernels.ops.steer.triton_kernel import ALL, LOOKUP, SELECT, STREAM, TAIL, steer_kernel
-from dspa_kernels.ops.triton_common import INTERPRETED, n_programs, precision
-from dspa_kernels.weights import N_BARRIERS
+from dspa_kernels.ops.triton_common import INTERPRETED, n_programs
 
 # Latents that one program of the select phase evaluates together, and how much of a row it reads at a time.
 BLOCK_S, BLOCK_C = 8, 512
@@ -30,29 +29,6 @@ BLOCK_SLOTS, BLOCK_D = 16, 256
 NO_LOOKUP = dict.fromkeys(("p_counts", "p_values", "p_prompt", "p_key")) | dict.fromkeys(
     ("d_sae_in", "k_prompt", "k_diff"), 0
 )
-
-
-_streams: dict[tuple[int | None, int], int] = {}
-_captures: collections.Counter[int] = collections.Counter()
-
-
-def barrier_of(barriers: Tensor) -> Tensor:
-    """The word on which this launch's programs wait for each other.
-
-    One a stream, since launches of two streams may run at the same time; one a captured launch, since a graph
-    may be replayed on any stream. Where all are taken, a new one.
-    """
-    half = N_BARRIERS // 2
-    if INTERPRETED:
-        return barriers[0]
-    if torch.cuda.is_current_stream_capturing():
-        owner = barriers.data_ptr()
-        _captures[owner] += 1
-        i = half + _captures[owner] - 1
-        return barriers[i] if i < N_BARRIERS else torch.zeros_like(barriers[0])
-    stream = (barriers.device.index, torch.cuda.current_stream(barriers.device).cuda_stream)
-    i = _streams.setdefault(stream, len(_streams))
-    return barriers[i] if i < half else torch.zeros_like(barriers[0])
 
 
 def steer(
@@ -95,8 +71,7 @@ def steer(
 
     normalised = normalize != "none"
     multiply = precision(h, W_enc, normalize)
-    kernel = "steer" + ("_topk" if k else "") + ("" if screen_W_enc is None else "_int8")
-    launch = launch_parameters(kernel, n_rows, d_in, d_sae, multiply, h.device)
+    launch = launch_parameters(steer_variant(k, screen_W_enc), n_rows, d_in, d_sae, multiply, h.device)
     arguments: dict[str, Any] = {
         "p_h": h.contiguous(),
         "p_W_enc": W_enc,

@@ -1,0 +1,240 @@
+// What only a GPU has an instruction for: atomics, barriers, asynchronous copies, tensor cores, launches. The folder
+// emulated/ holds a header of this name and these functions for the CPU; everything else in csrc/ is written in them.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define DSPA_BOTH __host__ __device__
+#define DSPA_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace dspa {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+// Numbers
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(fp16 x) { return __half2float(x); }
+// x in T, to the nearest, ties to even.
+template <class T> __device__ T rounded(float x);
+template <> __device__ inline float rounded<float>(float x) { return x; }
+template <> __device__ inline bf16 rounded<bf16>(float x) { return __float2bfloat16_rn(x); }
+template <> __device__ inline fp16 rounded<fp16>(float x) { return __float2half_rn(x); }
+
+// Threads
+
+__device__ inline int thread() { return threadIdx.x; }
+__device__ inline int n_threads() { return blockDim.x; }
+__device__ inline int block() { return blockIdx.x; }
+__device__ inline int n_blocks() { return gridDim.x; }
+__device__ inline int lane() { return threadIdx.x % 32; }
+__device__ inline int warp() { return threadIdx.x / 32; }
+
+extern __shared__ __align__(128) char dynamic_shared[];
+__device__ inline char *shared_memory() { return dynamic_shared; }
+
+__device__ inline void block_barrier() { __syncthreads(); }
+// Of `count` threads that agree on `id`, 1 to 15.
+__device__ inline void named_barrier(int id, int count) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
+}
+__device__ inline void warp_barrier() { __syncwarp(); }
+template <class T> __device__ T shuffle(T value, int from) { return __shfl_sync(~0u, value, from); }
+template <class T> __device__ T shuffle_xor(T value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+__device__ inline unsigned ballot(bool value) { return __ballot_sync(~0u, value); }
+__device__ inline int count_bits(unsigned mask) { return __popc(mask); }
+
+// Memory
+
+// Sixteen bytes of weights, which no thread of the launch writes.
+__device__ inline uint4 load_weights16(const void *p) { return __ldg(static_cast<const uint4 *>(p)); }
+__device__ inline uint4 load16(const void *p) { return *static_cast<const uint4 *>(p); }
+// What other blocks may be writing, past the first-level cache.
+__device__ inline int load_shared_state(const int *p) {
+  int value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+__device__ inline void raise(int *p, int value) { atomicMax(p, value); }
+__device__ inline void add(int *p, int value) { atomicAdd(p, value); }
+__device__ inline void add(int64_t *p, int64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long *>(p), static_cast<unsigned long long>(value));
+}
+__device__ inline void set_bits(unsigned *shared, unsigned bits) { atomicOr(shared, bits); }
+// Adds, and returns what was there before; what this thread wrote before is seen by whoever reads the sum.
+__device__ inline int arrive_at(int *p, int value) {
+  int before;
+  __threadfence();
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(value) : "memory");
+  return before;
+}
+// Until the sign of *p differs from that of `ticket`; then what others wrote before they arrived is seen.
+__device__ inline void wait_for_sign(const int *p, int ticket) {
+  int value;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  } while ((value ^ ticket) >= 0);
+  __threadfence();
+}
+// Orders plain accesses of this thread with asynchronous copies, in either direction.
+__device__ inline void fence_copies() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async;" ::: "memory");
+#endif
+}
+__device__ inline void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// A launch that may begin before the one ahead of it on the stream has ended waits here for its results.
+__device__ inline void wait_for_dependency() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Asynchronous copies: rows arrive in shared memory while others are computed with, and an mbarrier tells when.
+
+using Mbarrier = uint64_t;
+
+__device__ inline uint32_t shared_address(const void *p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ inline void mbarrier_init(Mbarrier *bar, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
+}
+__device__ inline void mbarrier_arrive(Mbarrier *bar) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(bar)) : "memory");
+}
+// Until the phase of this parity has completed.
+__device__ inline void mbarrier_wait(Mbarrier *bar, int parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{ .reg .pred done;\n"
+               "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+               "@!done bra again; }" ::"r"(shared_address(bar)),
+               "r"(parity)
+               : "memory");
+#else
+  int done = 0;
+  while (!done)
+    asm volatile("{ .reg .pred done; mbarrier.test_wait.parity.shared.b64 done, [%1], %2;\n"
+                 "selp.b32 %0, 1, 0, done; }"
+                 : "=r"(done)
+                 : "r"(shared_address(bar)), "r"(parity)
+                 : "memory");
+#endif
+}
+// A warp announces the bytes that it is about to copy; one thread of 32 does so, before any of them copies.
+__device__ inline void expect_copies(Mbarrier *bar, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes)
+               : "memory");
+#endif
+}
+// A warp copies `n` rows of `bytes`, a multiple of 16, between places aligned to 16.
+template <bool ONCE>
+__device__ inline void copy_rows(char *to, int to_stride, const char *from, int64_t from_stride, int n, int bytes,
+                                 Mbarrier *bar) {
+#if __CUDA_ARCH__ >= 900
+  // Of weights that are read once a launch, nothing should stay in the cache at the cost of what is read often.
+  uint64_t policy;
+  if (ONCE)
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  else
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  for (int i = lane(); i < n; i += 32)
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+                 "[%3], %4;" ::"r"(shared_address(to + i * to_stride)),
+                 "l"(__cvta_generic_to_global(from + i * from_stride)),
+                 "r"(bytes), "r"(shared_address(bar)), "l"(policy)
+                 : "memory");
+#else
+  const int pieces = bytes / 16;
+  for (int i = lane(); i < n * pieces; i += 32) {
+    const int row = i / pieces, place = i % pieces * 16;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to + row * to_stride + place)),
+                 "l"(__cvta_generic_to_global(from + row * from_stride + place))
+                 : "memory");
+  }
+#endif
+}
+// Each thread of the warp arrives: at once, or when the copies that it issued itself have.
+__device__ inline void arrive_with_copies(Mbarrier *bar) {
+#if __CUDA_ARCH__ >= 900
+  mbarrier_arrive(bar);
+#else
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
+#endif
+}
+
+// Tensor cores
+
+// Four 8 x 8 matrices of 16-bit numbers; thread i names the row i % 8 of matrix i / 8.
+__device__ inline void load_matrices(uint32_t (&r)[4], const void *row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+// acc [16, 8] += a [16, 16] b [16, 8], in fp32.
+template <class T>
+__device__ inline void multiply_add(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+__device__ inline void multiply_add<bf16>(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ inline void multiply_add<fp16>(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Launches, on the host. Every function gives 0 or a CUDA error code.
+
+struct Device {
+  int multiprocessors, shared, capability;  // shared: bytes that a block can have
+};
+
+inline int current_device(Device *found) {
+  int device, major, minor;
+  cudaError_t error = cudaGetDevice(&device);
+  if (!error) error = cudaDeviceGetAttribute(&found->multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (!error) error = cudaDeviceGetAttribute(&found->shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (!error) found->capability = 10 * major + minor;
+  return error;
+}
+
+// All blocks run at one time, so that they can wait for each other.
+template <class A>
+int launch_together(void (*kernel)(A), A arguments, int blocks, int threads, int shared, void *stream,
+                    bool programmatic) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error) return error;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeCooperative;
+  attributes[0].val.cooperative = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  config.numAttrs = programmatic ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments);
+}
+
+inline const char *error_name(int code) { return cudaGetErrorName(static_cast<cudaError_t>(code)); }
+inline const char *error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+
+}  // namespace dspa

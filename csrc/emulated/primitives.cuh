@@ -1,0 +1,231 @@
+// The functions of device/primitives.cuh on the CPU, so that kernels can be tested without a GPU. Threads of a launch
+// take turns in an order that is random and adverse but the same each time, and whatever a GPU leaves undefined is an
+// error or NaN.
+#pragma once
+
+#include <math.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#define __host__
+#define __device__
+#define __global__
+#define __grid_constant__
+#define __forceinline__ __inline__
+#define __launch_bounds__(...)
+#define DSPA_BOTH
+#define DSPA_EXPORT extern "C" __attribute__((visibility("default")))
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+namespace dspa {
+
+// Numbers
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+inline uint32_t bits_of_float(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float float_of_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return float_of_bits(uint32_t(x.bits) << 16); }
+inline float to_float(fp16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  if (magnitude >= 0x7c00 << 13) return float_of_bits(sign | magnitude | 0x7f800000);
+  return float_of_bits(sign | bits_of_float(float_of_bits(magnitude) * 0x1p112f));
+}
+template <class T> T rounded(float x);
+template <> inline float rounded<float>(float x) { return x; }
+template <> inline bf16 rounded<bf16>(float x) {
+  if (x != x) return {0x7fff};
+  const uint32_t bits = bits_of_float(x);
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <> inline fp16 rounded<fp16>(float x) {
+  if (x != x) return {0x7fff};
+  const uint32_t sign = bits_of_float(x) >> 16 & 0x8000, magnitude = bits_of_float(x) & 0x7fffffff;
+  if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};
+  // Below 2^-14 the last place is that of 0.5 in fp32.
+  if (magnitude < 0x38800000) return {uint16_t(sign | (bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000))};
+  return {uint16_t(sign | ((magnitude + 0xfff + (magnitude >> 13 & 1)) >> 13) - (112 << 10))};
+}
+
+// What the runtime gives to the functions below.
+namespace emulated {
+
+struct Identity {
+  int thread, n_threads, block, n_blocks;
+  char *shared;
+};
+// Who runs now; null for the scheduler.
+extern const Identity *running;
+
+// Ends the launch with this message.
+[[noreturn]] void fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+// What a warp does together. Each lane brings a part, which lies on its stack; the last to come completes the operation
+// for all, and says whether they go on at once.
+struct Operation {
+  const char *name;
+  bool (*complete)(void *const *parts);
+};
+void together(const Operation &operation, void *part);
+
+// Blocks this thread until the sign of *p differs from that of `ticket`.
+void wait_for_sign(const int *p, int ticket);
+
+// One row of an asynchronous copy; `counted` are those that dspa_emulated_bytes_copied tells of.
+void copy(char *to, const char *from, int bytes, uint64_t *bar, bool counted);
+
+// Called where other threads can see what this one did: now and then they run before it goes on.
+extern int turns_left;
+void let_others_run();
+inline void others_may_run() {
+  if (--turns_left < 0) let_others_run();
+}
+
+inline uint4 load16(const void *p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) fail("load of 16 bytes at %p, which is not aligned to 16", p);
+  return *static_cast<const uint4 *>(p);
+}
+
+int launch(void (*kernel)(const void *call), const void *call, int blocks, int threads, int shared);
+
+}  // namespace emulated
+
+// Threads
+
+inline int thread() { return emulated::running->thread; }
+inline int n_threads() { return emulated::running->n_threads; }
+inline int block() { return emulated::running->block; }
+inline int n_blocks() { return emulated::running->n_blocks; }
+inline int lane() { return thread() % 32; }
+inline int warp() { return thread() / 32; }
+inline char *shared_memory() { return emulated::running->shared; }
+
+void block_barrier();
+void named_barrier(int id, int count);
+void warp_barrier();
+template <class T> T shuffle(T value, int from) {
+  static_assert(std::is_arithmetic<T>::value && sizeof(T) >= 4, "what __shfl_sync takes");
+  struct Part {
+    T value, result;
+    int from;
+  } part = {value, value, from};
+  static constexpr emulated::Operation operation = {"shuffle", [](void *const *parts) {
+    for (int i = 0; i < 32; ++i) {
+      Part &to = *static_cast<Part *>(parts[i]);
+      to.result = static_cast<Part *>(parts[to.from & 31])->value;
+    }
+    return true;
+  }};
+  emulated::together(operation, &part);
+  return part.result;
+}
+template <class T> T shuffle_xor(T value, int mask) { return shuffle(value, lane() ^ mask); }
+unsigned ballot(bool value);
+inline int count_bits(unsigned mask) { return __builtin_popcount(mask); }
+
+// Memory
+
+inline uint4 load_weights16(const void *p) { return emulated::load16(p); }
+inline uint4 load16(const void *p) { return emulated::load16(p); }
+inline int load_shared_state(const int *p) {
+  const int value = *p;
+  emulated::others_may_run();
+  return value;
+}
+inline void raise(int *p, int value) {
+  if (*p < value) *p = value;
+  emulated::others_may_run();
+}
+inline void add(int *p, int value) {
+  *p = int(unsigned(*p) + unsigned(value));
+  emulated::others_may_run();
+}
+inline void add(int64_t *p, int64_t value) {
+  *p = int64_t(uint64_t(*p) + uint64_t(value));
+  emulated::others_may_run();
+}
+inline void set_bits(unsigned *shared, unsigned bits) {
+  *shared |= bits;
+  emulated::others_may_run();
+}
+inline int arrive_at(int *p, int value) {
+  const int before = *p;
+  add(p, value);
+  return before;
+}
+inline void wait_for_sign(const int *p, int ticket) { emulated::wait_for_sign(p, ticket); }
+inline void fence_copies() {}
+inline void prefetch(const void *) {}
+inline void wait_for_dependency() {}
+
+// Asynchronous copies
+
+using Mbarrier = uint64_t;
+
+void mbarrier_init(Mbarrier *bar, int count);
+void mbarrier_arrive(Mbarrier *bar);
+void mbarrier_wait(Mbarrier *bar, int parity);
+void expect_copies(Mbarrier *bar, int bytes);
+template <bool ONCE>
+inline void copy_rows(char *to, int to_stride, const char *from, int64_t from_stride, int n, int bytes,
+                      Mbarrier *bar) {
+  for (int i = lane(); i < n; i += 32) emulated::copy(to + i * to_stride, from + i * from_stride, bytes, bar, ONCE);
+}
+inline void arrive_with_copies(Mbarrier *bar) { mbarrier_arrive(bar); }
+
+// Tensor cores
+
+void load_matrices(uint32_t (&r)[4], const void *row);
+template <class T> void multiply_add(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+// Launches
+
+struct Device {
+  int multiprocessors, shared, capability;
+};
+
+int current_device(Device *found);
+
+template <class A>
+int launch_together(void (*kernel)(A), A arguments, int blocks, int threads, int shared, void *, bool) {
+  struct Call {
+    void (*kernel)(A);
+    const A *arguments;
+  } call = {kernel, &arguments};
+  const auto run = [](const void *p) {
+    const Call &call = *static_cast<const Call *>(p);
+    call.kernel(*call.arguments);
+  };
+  return emulated::launch(run, &call, blocks, threads, shared);
+}
+
+const char *error_name(int code);
+const char *error_text(int code);
+
+}  // namespace dspa
+
+// How many bytes copy_rows<true> was asked for, and how many launches there were, since the last reset. The order of a
+// launch follows from DSPA_EMULATED_SEED and its number since the last reset.
+DSPA_EXPORT int64_t dspa_emulated_bytes_copied();
+DSPA_EXPORT int64_t dspa_emulated_launches();
+DSPA_EXPORT void dspa_emulated_reset();

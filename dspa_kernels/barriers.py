@@ -1,0 +1,32 @@
+"""The word on which the blocks of a cooperative launch wait for each other."""
+
+from __future__ import annotations
+
+import collections
+
+import torch
+from torch import Tensor
+
+from dspa_kernels.weights import N_BARRIERS
+
+_streams: dict[tuple[int | None, int], int] = {}
+_captures: collections.Counter[int] = collections.Counter()
+
+
+def barrier_of(barriers: Tensor) -> Tensor:
+    """The word of this launch, one of `EncoderStream.barriers`.
+
+    One a stream, since launches of two streams may run at the same time; one a captured launch, since a graph
+    may be replayed on any stream. Where all are taken, a new one.
+    """
+    half = N_BARRIERS // 2
+    if barriers.device.type != "cuda":
+        return barriers[0]
+    if torch.cuda.is_current_stream_capturing():
+        owner = barriers.data_ptr()
+        _captures[owner] += 1
+        i = half + _captures[owner] - 1
+        return barriers[i] if i < N_BARRIERS else torch.zeros_like(barriers[0])
+    stream = (barriers.device.index, torch.cuda.current_stream(barriers.device).cuda_stream)
+    i = _streams.setdefault(stream, len(_streams))
+    return barriers[i] if i < half else torch.zeros_like(barriers[0])

@@ -1,0 +1,104 @@
+"""The library that `csrc/` compiles to: found, loaded and called through ctypes. `csrc/c_api.h` describes it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+from ctypes import c_char_p, c_float, c_int, c_int32, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+LIBRARY, RECORD = FOLDER / "libdspa_kernels.so", FOLDER / "cuda_build.json"
+# A library in which csrc/ runs on the CPU, for tests: kernels then take CPU tensors, if asked for by name.
+EMULATED = os.environ.get("DSPA_CUDA_EMULATED", "")
+OLDEST_CAPABILITY = 80
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NORMALIZE = {"none": 0, "layer_norm": 1, "constant_norm_rescale": 2}
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+POINTERS = _words(
+    "h out W_enc b_enc threshold order screen_W_enc screen_latents screen_mean"
+    " columns columns_W_enc columns_b_enc columns_threshold columns_W_dec slots signs rows positions start paths"
+    " before after most x scale norms value finite maximum beaten barrier counts values found"
+)
+INTEGERS = _words(
+    "d_in d_sae d_sae_in n_rows n_prompts n_columns n_slots n_large k k_prompt k_diff"
+    " h_dtype W_dtype normalize augment ablate record programmatic"
+)
+
+
+class CudaError(RuntimeError):
+    """A CUDA kernel could not be launched; the message names the kernel, its shape and the error."""
+
+
+class SteerArguments(ctypes.Structure):
+    """`dspa_steer_arguments`: device pointers, then sizes."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in POINTERS),
+        *((name, c_int32) for name in INTEGERS),
+        ("alpha", c_float),
+    )
+
+
+def find_obstacle() -> str:
+    """Why there is no library to load; empty if there is one."""
+    if EMULATED or LIBRARY.is_file():
+        return ""
+    reason = json.loads(RECORD.read_text())["reason"] if RECORD.is_file() else ""
+    advice = "install the package (pip install .) where a CUDA toolkit is"
+    return f"the CUDA kernels are not compiled: {reason or advice}"
+
+
+# Found once: a compiled model asks for it, too, and cannot look for files.
+OBSTACLE = find_obstacle()
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library, loaded once; it needs neither a device nor a driver for that."""
+    path = EMULATED or str(LIBRARY)
+    try:
+        loaded = ctypes.CDLL(path)
+    except OSError as error:
+        raise CudaError(f"{path} cannot be loaded: {error}. Install the package again on this machine.") from error
+    for name in ("dspa_error_name", "dspa_error_text"):
+        getattr(loaded, name).restype = c_char_p
+        getattr(loaded, name).argtypes = [c_int]
+    loaded.dspa_steer.argtypes = [ctypes.POINTER(SteerArguments), c_void_p]
+    loaded.dspa_steer_x_rows.argtypes = [ctypes.POINTER(SteerArguments)]
+    if loaded.dspa_steer_arguments_size() != ctypes.sizeof(SteerArguments):
+        raise CudaError(f"{path} belongs to another version of dspa-kernels. Install the package again.")
+    return loaded
+
+
+def fill(arguments: SteerArguments, **values: Any) -> None:
+    """Set fields; a tensor by its address, None by null."""
+    for name, value in values.items():
+        setattr(arguments, name, value.data_ptr() if isinstance(value, Tensor) else value)
+
+
+def launch_steer(arguments: SteerArguments, device: torch.device) -> None:
+    """Launch on the current stream of `device`. Raises `CudaError`."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    code = library().dspa_steer(ctypes.byref(arguments), stream)
+    if code:
+        kernel = "lookup_and_steer" if arguments.counts else "steer"
+        shape = ", ".join(f"{name} {getattr(arguments, name)}" for name in ("n_rows", "d_in", "d_sae", "n_slots"))
+        raise CudaError(f"{kernel} with {shape} cannot be launched: {error_of(code)}")
+
+
+def error_of(code: int) -> str:
+    """Name and description of an error code."""
+    name, text = library().dspa_error_name(code), library().dspa_error_text(code)
+    return f"{name.decode()} ({text.decode()})"

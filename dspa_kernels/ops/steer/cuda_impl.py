@@ -1,0 +1,96 @@
+"""`steer` in CUDA C++ (`csrc/steer.cuh`): one cooperative launch of select, stream and tail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspa_kernels.barriers import barrier_of
+from dspa_kernels.cuda_library import DTYPES, NORMALIZE, SteerArguments, fill, launch_steer, library
+from dspa_kernels.launch import cuda_entry, precision, steer_variant
+from dspa_kernels.ops.steer import empty_results
+
+
+def steer(
+    h: Tensor,
+    W_enc: Tensor,
+    k: int,
+    normalize: str,
+    order: Tensor | None,
+    n_large: int,
+    screen_W_enc: Tensor | None,
+    barriers: Tensor,
+    columns: Tensor,
+    slots: Tensor,
+    signs: Tensor,
+    rows: Tensor | None,
+    positions: Tensor | None,
+    start: Tensor | None,
+    alpha: float,
+    record: bool,
+    lookup: dict[str, Any] | None = None,
+    **as_they_are: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h', before, after, maximum; with `lookup`, which first fills slots and signs, of `lookup_and_steer`."""
+    (n_rows, d_in), (n_prompts, n_slots) = h.shape, slots.shape
+    out, before, after, most = empty_results(h, W_enc, n_slots, record)
+    if not n_rows and lookup is None:
+        return out, before, after, most
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=h.device)
+
+    # Tensors are named here for as long as the launch is being made: an address alone does not keep one.
+    tensors: dict[str, Tensor | None] = {
+        **as_they_are,
+        "h": h.contiguous(),
+        "out": out,
+        "W_enc": W_enc,
+        "order": order if k else None,
+        "screen_W_enc": screen_W_enc,
+        "columns": columns,
+        "slots": slots.contiguous(),
+        "signs": signs.contiguous(),
+        "rows": None if rows is None else rows.contiguous(),
+        "positions": None if positions is None else positions.contiguous(),
+        "start": None if start is None else start.contiguous(),
+        "before": before if record else None,
+        "after": after if record else None,
+        "most": most if record else None,
+        "scale": scratch(n_rows) if normalize != "none" else None,
+        "norms": None if screen_W_enc is None else scratch(n_rows, 2),
+        "value": scratch(n_rows, n_slots + n_large),
+        "finite": scratch(n_rows, dtype=torch.int32),
+        "maximum": scratch(n_rows, dtype=torch.int32),
+        "beaten": scratch(n_rows, n_slots, dtype=torch.int32) if k else None,
+        "barrier": barrier_of(barriers),
+    }
+    variant, multiply = steer_variant(k, screen_W_enc), precision(h, W_enc, normalize)
+    entry = cuda_entry(variant, n_rows, d_in, len(W_enc), multiply, h.device)
+    arguments = SteerArguments()
+    fill(
+        arguments,
+        **tensors,
+        d_in=d_in,
+        d_sae=len(W_enc),
+        n_rows=n_rows,
+        n_prompts=n_prompts,
+        n_columns=len(columns),
+        n_slots=n_slots,
+        n_large=n_large,
+        k=k,
+        h_dtype=DTYPES[h.dtype],
+        W_dtype=DTYPES[W_enc.dtype],
+        normalize=NORMALIZE[normalize],
+        record=record,
+        programmatic=entry is not None and entry.programmatic,
+        alpha=alpha,
+        **(lookup or {}),
+    )
+    x = scratch(library().dspa_steer_x_rows(arguments), d_in)
+    if len(x):
+        fill(arguments, x=x)
+    launch_steer(arguments, h.device)
+    return out, before, after, most

@@ -1,0 +1,313 @@
+"""The library that nvcc makes of csrc/: its machine code, how it behaves without a GPU, and its C interface."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from dspa_kernels.cuda_library import DTYPES, NORMALIZE, SteerArguments
+
+ROOT = Path(__file__).parents[2]
+HEADER = ROOT / "csrc" / "c_api.h"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+WEIGHTS = ("float", "__half", "__nv_bfloat16")
+# Products of product.cuh with what they multiply: weights as they are, or an int8 copy of them.
+KERNELS = {
+    *(f"FullPrecision<{W}, {S}>" for W in WEIGHTS for S in (W, "signed char")),
+    *(f"TensorCore<{T}, {S}, {few}>" for T in WEIGHTS[1:] for S in (T, "signed char") for few in ("false", "true")),
+}
+# Four partitions of a multiprocessor take every fourth warp of a block each. Registers come eight at a time.
+PARTITIONS, PARTITION_REGISTERS = 4, 16384
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Machine code: its name in `KERNELS` and its symbol, registers and bytes of a thread, instructions."""
+
+    name: str
+    symbol: str
+    resources: dict[str, int]
+    instructions: list[str] = field(repr=False)
+
+    def count(self, pattern: str) -> int:
+        """Instructions that begin so, whatever their predicate."""
+        return sum(bool(re.match(pattern, each)) for each in self.instructions)
+
+    @property
+    def on_tensor_cores(self) -> bool:
+        return self.name.startswith("TensorCore")
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """Compiled where setup.py does it too, so that only what has changed is compiled."""
+    folder = ROOT / "build" / "csrc"
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
+    command = [sys.executable, str(ROOT / "csrc" / "build.py"), "--out", str(folder)]
+    built = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if built.returncode and "no CUDA toolkit" in built.stderr:
+        pytest.skip(built.stderr.strip().removeprefix("error: "))
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder / "libdspa_kernels.so"
+
+
+def dump(library: Path, *options: str) -> str:
+    return subprocess.run([str(CUOBJDUMP), *options, str(library)], capture_output=True, text=True, check=True).stdout
+
+
+def name_of(symbol: str) -> str:
+    """The product that a kernel is made for, or all of its name."""
+    full = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"steer_kernel<dspa::(\w+<.*?>)", full)
+    return found[1] if found else full
+
+
+def read_kernels(library: Path, architecture: str) -> list[Kernel]:
+    resources, code = (
+        dump(library, "--gpu-architecture", architecture, option) for option in ("--dump-resource-usage", "--dump-sass")
+    )
+    found = []
+    for text in code.split("Function : ")[1:]:
+        symbol = text.split(maxsplit=1)[0]
+        usage = re.search(rf"Function {symbol}:\n(.*)", resources)
+        assert usage
+        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ )?([A-Z].*?) *;", text)
+        numbers = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage[1])}
+        found.append(Kernel(name_of(symbol), symbol, numbers, instructions))
+    return found
+
+
+@pytest.fixture(scope="session")
+def sm_80(library: Path) -> list[Kernel]:
+    return read_kernels(library, "sm_80")
+
+
+@pytest.fixture(scope="session")
+def sm_90a(library: Path) -> list[Kernel]:
+    return read_kernels(library, "sm_90a")
+
+
+@pytest.fixture(params=["sm_80", "sm_90a"])
+def kernels(request: pytest.FixtureRequest) -> list[Kernel]:
+    found: list[Kernel] = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(scope="session")
+def ptx(library: Path) -> dict[str, str]:
+    """The text for later GPUs, by the symbols of kernels."""
+    text = dump(library, "--dump-ptx")
+    assert set(re.findall(r"\.target (\w+)", text)) == {"sm_90"}
+    return {entry.split("(")[0]: entry for entry in text.split(".visible .entry ")[1:]}
+
+
+def test_every_kernel_for_every_architecture(kernels: list[Kernel], ptx: dict[str, str]) -> None:
+    assert {kernel.name for kernel in kernels} == KERNELS and len(kernels) == len(KERNELS)
+    assert {kernel.symbol for kernel in kernels} == set(ptx)
+
+
+def test_no_spills_and_no_local_memory(kernels: list[Kernel]) -> None:
+    for kernel in kernels:
+        assert (kernel.resources["STACK"], kernel.resources["LOCAL"], kernel.count("LDL|STL")) == (0, 0, 0), kernel.name
+
+
+def test_the_registers_of_a_block_fit(kernels: list[Kernel], ptx: dict[str, str]) -> None:
+    for kernel in kernels:
+        bounds = re.search(r"\.maxntid (\d+), 1, 1", ptx[kernel.symbol])
+        assert bounds, kernel.name
+        warps = -(-int(bounds[1]) // 32 // PARTITIONS)
+        registers = -(-kernel.resources["REG"] // 8) * 8
+        assert 32 * warps * registers <= PARTITION_REGISTERS, (kernel.name, bounds[1], registers)
+
+
+def test_sixteen_bits_multiply_on_tensor_cores(kernels: list[Kernel]) -> None:
+    for kernel in kernels:
+        assert (kernel.count("HMMA") > 0) == kernel.on_tensor_cores, kernel.name
+        assert (kernel.count("LDSM") > 0) == (kernel.on_tensor_cores and "char" not in kernel.name), kernel.name
+
+
+def test_sm_80_copies_sixteen_bytes_at_a_time(sm_80: list[Kernel]) -> None:
+    """Past the first-level cache, and a barrier is told when they have arrived."""
+    for kernel in sm_80:
+        copies = kernel.count("LDGSTS")
+        assert copies and copies == kernel.count(r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128\b"), kernel.name
+        assert kernel.count(r"ARRIVES\.LDGSTSBAR") == 1 and kernel.count("UBLKCP") == 0, kernel.name
+
+
+def test_sm_90_copies_rows_in_bulk(sm_90a: list[Kernel]) -> None:
+    """A barrier counts their bytes, and is waited for by an instruction that sleeps."""
+    for kernel in sm_90a:
+        assert kernel.count(r"UBLKCP\.S\.G") and not kernel.count("LDGSTS"), kernel.name
+        assert kernel.count(r"SYNCS\.ARRIVE\.TRANS64\.RED"), kernel.name
+        assert kernel.count(r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT"), kernel.name
+
+
+def test_nothing_is_read_before_the_launch_ahead_has_ended(sm_90a: list[Kernel]) -> None:
+    for kernel in sm_90a:
+        waits = [i for i, each in enumerate(kernel.instructions) if each.startswith("ACQBULK")]
+        assert len(waits) == 1, kernel.name
+        early = [each for each in kernel.instructions[: waits[0]] if re.match(r"LDG|LD\.|STG?\b|RED|ATOM|UBLKCP", each)]
+        assert not early, (kernel.name, early)
+
+
+# What a grid barrier consists of: all warps of a block are there (B); fences (M); one adds to the word (T) and looks at
+# it (W) until all blocks have; then all warps go on. Copies need a fence of their own (F) on either side. Other loads
+# and stores (x) are not in between.
+MEANING = {
+    "B": r"BAR\.SYNC\.DEFER_BLOCKING 0x0",
+    "M": r"MEMBAR\.\w+\.GPU",
+    "T": r"ATOMG\.E\.ADD\.S32\.STRONG\.GPU",
+    "W": r"LDG\.E\.STRONG\.GPU",
+    "F": r"FENCE\.VIEW\.ASYNC",
+    "x": r"LDG|LD\.|STG?\b|RED|ATOM",
+}
+ROUND = {"sm_80": "BM+TW+M+B", "sm_90a": "FBM+TW+M+BM*F"}
+
+
+def letters(instructions: list[str]) -> Iterator[str]:
+    for each in instructions:
+        yield next((letter for letter, pattern in MEANING.items() if re.match(pattern, each)), "")
+
+
+@pytest.mark.parametrize("architecture", ROUND)
+def test_blocks_wait_for_each_other_as_a_whole(architecture: str, request: pytest.FixtureRequest) -> None:
+    for kernel in request.getfixturevalue(architecture):
+        word = "".join(letters(kernel.instructions))
+        assert word.count("T") == len(re.findall(ROUND[architecture], word)) == 4, kernel.name
+
+
+def test_the_text_for_later_gpus_is_that_for_sm_90(ptx: dict[str, str]) -> None:
+    for symbol, text in ptx.items():
+        for instruction in ("fence.proxy.async;", "griddepcontrol.wait;", "cp.async.bulk.shared", "mbarrier.try_wait"):
+            assert instruction in text, (symbol, instruction)
+        assert "tcgen05" not in text and "wgmma" not in text, symbol
+
+
+def names_of_functions() -> set[str]:
+    return set(re.findall(r"\b(dspa_\w+)\(", HEADER.read_text()))
+
+
+def test_exports_what_the_header_declares_and_nothing_else(library: Path) -> None:
+    command = ["nm", "-D", "--defined-only", "--format=just-symbols", str(library)]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert set(symbols) == names_of_functions()
+
+
+def run_python(library: Path, code: str) -> str:
+    """What a program prints that has the path of the library as its argument, and no GPU."""
+    environment = os.environ | {"DSPA_CUDA_EMULATED": "", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", code, str(library)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+LOAD = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+library.dspa_error_name.restype = library.dspa_error_text.restype = ctypes.c_char_p
+def tell(code):
+    print(code, library.dspa_error_name(code).decode(), library.dspa_error_text(code).decode(), sep="|")
+"""
+
+
+def test_an_empty_launch_is_refused(library: Path) -> None:
+    code = LOAD + "tell(library.dspa_steer(bytes(library.dspa_steer_arguments_size()), None))"
+    assert run_python(library, code) == "10001|DSPA_BAD_SIZE|a size is negative or does not fit the others"
+
+
+def test_every_error_has_a_name_and_a_text(library: Path) -> None:
+    own = {int(code): name for name, code in re.findall(r"(DSPA_\w+) = (1\d{4})", HEADER.read_text())}
+    assert len(own) == 4
+    lines = run_python(library, f"{LOAD}for code in (0, 100, *{list(own)}, 12345): tell(code)").splitlines()
+    for code, name, text in (line.split("|") for line in lines):
+        assert name == (own | {0: "cudaSuccess", 100: "cudaErrorNoDevice"}).get(int(code), "unrecognized error code")
+        assert text, name
+
+
+LAUNCH = """
+import sys
+from pathlib import Path
+import torch
+from dspa_kernels import CudaError, cuda_library
+cuda_library.LIBRARY = Path(sys.argv[1])
+for counts in (None, 16):
+    sizes = {"n_rows": 3, "d_in": 256, "d_sae": 512, "n_slots": 5, "d_sae_in": 512, "k_prompt": 8, "k_diff": 4}
+    arguments = cuda_library.SteerArguments(**sizes, counts=counts)
+    try:
+        cuda_library.launch_steer(arguments, torch.device("cpu"))
+    except CudaError as error:
+        print(error)
+"""
+
+
+def test_a_launch_that_fails_says_what_and_why(library: Path) -> None:
+    plain, looked_up = run_python(library, LAUNCH).splitlines()
+    # Without a driver, or with one that has no device.
+    why = r" with n_rows 3, d_in 256, d_sae 512, n_slots 5 cannot be launched: cudaError(\w+) \([\w ,-]{10,}\)"
+    for kernel, message in (("steer", plain), ("lookup_and_steer", looked_up)):
+        found = re.fullmatch(kernel + why, message)
+        assert found and found[1] in ("InsufficientDriver", "NoDevice"), message
+
+
+def run_c(folder: Path, source: str) -> list[list[str]]:
+    """The words of each line that a C program prints, which is compiled strictly."""
+    (folder / "program.c").write_text(source)
+    command = ["cc", *shlex.split("-std=c99 -pedantic -Wall -Wextra -Werror"), "-I", str(HEADER.parent), "program.c"]
+    done = subprocess.run([*command, "-o", "program"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([str(folder / "program")], capture_output=True, text=True, check=True)
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def test_numbers_in_python_are_those_of_the_header(tmp_path: Path) -> None:
+    expected = {
+        **{
+            {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16"}[t]: code
+            for t, code in DTYPES.items()
+        },
+        **{name.upper(): code for name, code in NORMALIZE.items()},
+    }
+    prints = "".join(f'printf("{name} %d\\n", DSPA_{name});' for name in expected)
+    lines = run_c(tmp_path, f'#include "c_api.h"\n#include <stdio.h>\nint main(void) {{ {prints} return 0; }}\n')
+    assert {name: int(code) for name, code in lines} == expected
+
+
+def fields_of_header() -> list[tuple[str, type]]:
+    """Names and types of dspa_steer_arguments, in order."""
+    text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
+    structure = re.search(r"typedef struct {(.*?)} dspa_steer_arguments;", text, flags=re.DOTALL)
+    assert structure
+    types = {"int32_t": ctypes.c_int32, "float": ctypes.c_float}
+    fields: list[tuple[str, type]] = []
+    for declaration in filter(None, map(str.strip, structure[1].split(";"))):
+        if "*" in declaration:
+            fields.append((declaration.rpartition("*")[2], ctypes.c_void_p))
+        else:
+            type_name, names = declaration.split(maxsplit=1)
+            fields.extend((name, types[type_name]) for name in names.split(", "))
+    return fields
+
+
+def test_the_arguments_in_python_are_those_of_the_header(tmp_path: Path) -> None:
+    fields = fields_of_header()
+    assert list(SteerArguments._fields_) == fields
+    at = "".join(f'printf("%zu\\n", offsetof(dspa_steer_arguments, {name}));' for name, _ in fields)
+    end = 'printf("%zu\\n", sizeof(dspa_steer_arguments));'
+    lines = run_c(
+        tmp_path,
+        f'#include "c_api.h"\n#include <stddef.h>\n#include <stdio.h>\nint main(void) {{ {at} {end} return 0; }}\n',
+    )
+    offsets = [getattr(SteerArguments, name).offset for name, _ in fields]
+    assert [int(number) for (number,) in lines] == [*offsets, ctypes.sizeof(SteerArguments)]

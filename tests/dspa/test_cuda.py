@@ -1,0 +1,56 @@
+"""Steering with the CUDA backend, in the library that emulates a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import dspa
+from dspa_kernels.cuda_library import EMULATED
+
+from .conftest import make_model
+
+pytestmark = pytest.mark.skipif(not EMULATED, reason="with a CUDA device, test_gpu.py steers on it")
+# What of an edit may round.
+NUMBERS: dict[str, Any] = {"maximum": 0, "before": [], "after": []}
+PROMPTS = torch.tensor([[1, 5, 9, 33, 20, 7], [0, 0, 1, 12, 40, 3]])
+
+
+@pytest.fixture(autouse=True)
+def runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Steering` refuses a backend that cannot run for users, which the emulated one cannot."""
+    monkeypatch.setattr("dspa.steering._check_backend", lambda backend: None)
+
+
+@pytest.mark.parametrize("screen", ["none", "int8"])
+@pytest.mark.parametrize("family", ["gemma2", "qwen3"])
+def test_the_tokens_of_the_reference(family, screen, sae_in, sae_out, calibrated):
+    model = make_model(family)
+    config = dspa.SteeringConfig(alpha=0.6, k_diff=8, mode="both")
+    tokens, tallies = [], []
+    for backend in ("reference", "cuda"):
+        steering = dspa.Steering(sae_in, sae_out, calibrated, config, backend=backend, screen=screen)
+        with steering.attach(model):
+            settings = {"attention_mask": (PROMPTS > 0).long(), "max_new_tokens": 8, "do_sample": False}
+            tokens.append(model.generate(PROMPTS, **settings))
+        tallies.append({name: n for name, n in steering.paths.items() if name != "encoder_rows_read"})
+    assert torch.equal(*tokens) and tallies[0] == tallies[1]
+    assert sum(tallies[0].values()) > tallies[0]["unsteered"] > 0
+
+
+def test_a_trace_is_that_of_the_reference(sae_in, sae_out, calibrated):
+    model = make_model("gemma2")
+    traces = []
+    for backend in ("reference", "cuda"):
+        steering = dspa.Steering(sae_in, sae_out, calibrated, backend=backend, record=True)
+        with steering.attach(model):
+            model.generate(PROMPTS[:1], max_new_tokens=8, do_sample=False)
+        traces.append(steering.trace)
+    assert len(traces[0]) == len(traces[1]) > 0
+    for ours, theirs in zip(*traces, strict=True):
+        assert replace(ours, **NUMBERS) == replace(theirs, **NUMBERS)
+        for name in NUMBERS:
+            assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=1e-4, abs=1e-6)

@@ -1,0 +1,188 @@
+"""`steer` in CUDA at the shapes its tiles are cut for: whole pieces of 16 bytes, several chunks, tiles and batches."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dspa_kernels import EncoderStream, MapWeights, SAEWeights, SteeringPlan, cuda_library, steer
+from dspa_kernels.cuda_library import EMULATED
+from dspa_kernels.testing import random_map, random_plan, random_sae, run_on, same_bits, tensors
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
+DEVICE = "cpu" if EMULATED else "cuda"
+BF16, FP16, FP32 = ((dtype, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32))
+D_SAE, N_COLUMNS, N_SLOTS, N_PROMPTS = 203, 23, 6, 3
+# Rows: one, a tile of eight and one more, all that a block multiplies together, and more than that.
+ROWS = (1, 8, 9, 64, 70)
+
+
+def make_arguments(
+    d_in: int, n: int, *, kind: str = "jumprelu", dtypes: Any = BF16, integers: bool = True, screen: str = "none"
+) -> dict[str, Any]:
+    """Arguments of `steer`: rows of three prompts and unsteered ones in turn; an encoder in an order of its own."""
+    g = torch.Generator().manual_seed(n)
+    sae = random_sae(kind, d_in, D_SAE, dtype=dtypes[1], integers=integers)
+    h = torch.randint(-2, 3, (n, d_in), generator=g) if integers else torch.randn(n, d_in, generator=g)
+    hot = torch.randperm(D_SAE, generator=g)[:50]
+    return {
+        "h": h.to(dtypes[0]),
+        "sae": sae,
+        "cdmap": random_map(sae, 31, N_COLUMNS),
+        "plan": random_plan(N_PROMPTS, N_SLOTS, N_COLUMNS, mode="both" if n % 2 else "ablate"),
+        "rows": (torch.arange(n) % (N_PROMPTS + 1) - 1).to(torch.int32),
+        "stream": EncoderStream.of(sae, hot=hot, n_large=5, screen=screen),
+        "alpha": 0.125,
+    }
+
+
+@pytest.mark.parametrize("screen", ["none", "int8"])
+@pytest.mark.parametrize("kind", ["jumprelu", "topk"])
+@pytest.mark.parametrize("dtypes", [BF16, FP16, FP32, (torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("n", ROWS[::2])
+# Less than a slice, slices and a half, several chunks and a half; and rows that are not aligned.
+@pytest.mark.parametrize("d_in", [16, 272, 1552, 130])
+def test_exact_on_integers(d_in: int, n: int, dtypes: Any, kind: str, screen: str) -> None:
+    arguments = make_arguments(d_in, n, kind=kind, dtypes=dtypes, screen=screen)
+    found = tensors(run_on("cuda", steer, **arguments, record=True))
+    expected = tensors(run_on("reference", steer, **arguments, record=True))
+    assert all(same_bits(*pair) for pair in zip(found, expected, strict=True))
+    assert same_bits(run_on("cuda", steer, **arguments), expected[0])
+
+
+@pytest.mark.parametrize("screen", ["none", "int8"])
+@pytest.mark.parametrize("kind", ["jumprelu", "topk"])
+@pytest.mark.parametrize("dtypes", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("d_in", [272, 1552])
+def test_bits_of_a_row_do_not_depend_on_the_batch(d_in: int, dtypes: Any, kind: str, screen: str) -> None:
+    """Few rows stay in shared memory, many come along with the encoder: the sums are the same."""
+    arguments = make_arguments(d_in, max(ROWS), kind=kind, dtypes=dtypes, integers=False, screen=screen)
+    h, rows = arguments.pop("h"), arguments.pop("rows")
+    whole, edits = run_on("cuda", steer, h, rows=rows, **arguments, record=True)
+    for part in (slice(5, 6), slice(1, 9), slice(2, 40)):
+        out, found = run_on("cuda", steer, h[part], rows=rows[part], **arguments, record=True)
+        assert same_bits(out, whole[part]) and same_bits(found.maximum, edits.maximum[part])
+
+
+@pytest.mark.parametrize("n", [1, 20])
+@pytest.mark.parametrize("dtypes", [BF16, FP32], ids=str)
+def test_a_screen_changes_no_bit(dtypes: Any, n: int) -> None:
+    plain, edits = run_on("cuda", steer, **make_arguments(1552, n, dtypes=dtypes, integers=False), record=True)
+    screened = make_arguments(1552, n, dtypes=dtypes, integers=False, screen="int8")
+    out, found = run_on("cuda", steer, **screened, record=True)
+    assert same_bits(out, plain) and same_bits(found.maximum, edits.maximum)
+
+
+@pytest.mark.parametrize("n", [1, 64])
+def test_runs_are_alike(n: int) -> None:
+    arguments = make_arguments(272, n, integers=False)
+    first = run_on("cuda", steer, **arguments)
+    assert all(same_bits(run_on("cuda", steer, **arguments), first) for _ in range(10))
+
+
+def test_the_barrier_is_left_as_it_was_found() -> None:
+    """Whether a stream was waited for or not."""
+    for rows in (torch.tensor([1], dtype=torch.int32), torch.tensor([-1], dtype=torch.int32)):
+        arguments = {**make_arguments(272, 1), "rows": rows}
+        barriers = arguments["stream"].barriers
+        run_on("cuda", steer, **arguments)
+        assert not barriers.any()
+
+
+# What is read of the encoder, counted by the library that emulates a GPU.
+
+emulated = pytest.mark.skipif(not EMULATED, reason="copies are counted where a GPU is emulated")
+
+
+class Copies:
+    """Bytes of the encoder that asynchronous copies brought."""
+
+    def __enter__(self) -> Copies:
+        self.library = ctypes.CDLL(EMULATED)
+        self.library.dspa_emulated_bytes_copied.restype = ctypes.c_int64
+        self.library.dspa_emulated_reset()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bytes = self.library.dspa_emulated_bytes_copied()
+
+
+def settling(n: int, d_sae: int, hot: int, value: float) -> dict[str, Any]:
+    """n rows that ablate a latent of `value`; their maximum is 5, at the latent `hot` of d_sae, on d_in = 256."""
+    d_in = 256
+    W = torch.zeros(d_sae, d_in, dtype=torch.bfloat16)
+    W[0, 0] = W[hot, 1] = 1
+    h = torch.zeros(n, d_in, dtype=torch.bfloat16)
+    h[:, 0], h[:, 1] = value, 5
+    sae = SAEWeights(W, torch.zeros(d_sae), torch.zeros(d_sae), W.clone())
+    plan = SteeringPlan(torch.zeros(n, 1, dtype=torch.int32), torch.full((n, 1), -1, dtype=torch.int8))
+    return {"h": h, "sae": sae, "cdmap": MapWeights.gather(torch.tensor([0]), torch.zeros(1, 1), sae), "plan": plan}
+
+
+@emulated
+@pytest.mark.parametrize("n", [1, 8, 9, 64])
+def test_the_encoder_is_read_once_for_rows_that_are_multiplied_together(n: int) -> None:
+    arguments = settling(n, 1000, 999, value=4)
+    with Copies() as copies:
+        steer(**arguments, backend="cuda")
+    assert copies.bytes == arguments["sae"].W_enc.nbytes
+
+
+@emulated
+@pytest.mark.parametrize("value", [0, 1])
+def test_nothing_is_read_for_rows_that_are_inactive_or_settled(value: float) -> None:
+    arguments = settling(3, 1000, 999, value)
+    stream = EncoderStream.of(arguments["sae"], hot=torch.tensor([999]))
+    with Copies() as copies:
+        out = steer(**arguments, stream=stream, backend="cuda")
+    assert copies.bytes == 0 and torch.equal(out[:, 0], torch.zeros(3, dtype=torch.bfloat16))
+
+
+@emulated
+@pytest.mark.parametrize("n", [1, 64])
+def test_a_stream_ends_as_soon_as_rows_are_settled(n: int) -> None:
+    """Where the first tiles settle all rows, no more is read than was under way."""
+    arguments = settling(n, 20_000, 19_999, value=1)
+    stream = EncoderStream.of(arguments["sae"], hot=torch.tensor([19_999]), n_large=0)
+    with Copies() as copies:
+        steer(**arguments, stream=stream, backend="cuda")
+    assert 0 < copies.bytes < arguments["sae"].W_enc.nbytes / 2
+
+
+@emulated
+def test_a_screen_reads_a_byte_a_number() -> None:
+    arguments = settling(1, 1000, 999, value=4)
+    stream = EncoderStream.of(arguments["sae"], screen="int8")
+    with Copies() as copies:
+        steer(**arguments, stream=stream, backend="cuda")
+    assert copies.bytes == arguments["sae"].W_enc.numel()
+
+
+# Errors
+
+
+@pytest.fixture
+def bad_call(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Launches that name a dtype there is not."""
+    monkeypatch.setitem(cuda_library.DTYPES, torch.bfloat16, 7)
+    yield
+
+
+@pytest.mark.usefixtures("bad_call")
+def test_an_error_names_the_kernel_its_shape_and_what_cuda_says() -> None:
+    arguments = {name: _moved(value) for name, value in make_arguments(272, 9).items()}
+    with pytest.raises(cuda_library.CudaError) as error:
+        steer(**arguments, backend="cuda")
+    message = str(error.value)
+    assert "steer with n_rows 9, d_in 272, d_sae 203, n_slots 6 cannot be launched: DSPA_BAD_DTYPE (" in message
+
+
+def _moved(value: Any) -> Any:
+    return (
+        value.to(DEVICE) if isinstance(value, (Tensor, SAEWeights, MapWeights, SteeringPlan, EncoderStream)) else value
+    )
