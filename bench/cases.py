@@ -28,10 +28,14 @@ FEW_ROWS = [1, 64] if ON_GPU else [1]
 N_ROWS, N_STEPS, N_PROMPTS = (8192, (32, 128), 64) if ON_GPU else (16, (4, 4), 4)
 ALPHA = 0.2
 TOP_K = 70
-# The kernels of `steer`. CUDA's launches are of two kinds: one waits until the launch ahead of it has ended, the
-# programmatic one may begin before.
-PROGRAMMATIC = "cuda-programmatic"
-KERNELS = ("triton", "cuda", PROGRAMMATIC)
+# The kinds of CUDA's launches of `steer`: one reads the first of the encoder before it is known whether a row needs it;
+# a programmatic one may do so before the launch ahead of it has ended.
+LAUNCHES = {
+    "cuda": {"programmatic": False, "ahead": False},
+    "cuda-ahead": {"programmatic": False, "ahead": True},
+    "cuda-programmatic": {"programmatic": True, "ahead": True},
+}
+KERNELS = ("triton", *LAUNCHES)
 
 
 def backends(op: str) -> list[str]:
@@ -40,9 +44,9 @@ def backends(op: str) -> list[str]:
 
 
 def steer_backends() -> list[str]:
-    """Those of `steer`, CUDA's with both kinds of launch."""
+    """Those of `steer`, CUDA with each kind of launch."""
     found = backends("steer")
-    return [PROGRAMMATIC, *found] if "cuda" in found else found
+    return [name for backend in found for name in (LAUNCHES if backend == "cuda" else [backend])]
 
 
 @contextmanager
@@ -51,11 +55,11 @@ def running(name: str) -> Iterator[str]:
 
     The CUDA table alone tells of what kind a launch is, so another one stands in for it.
     """
-    if name not in ("cuda", PROGRAMMATIC):
+    if name not in LAUNCHES:
         yield name
         return
     served = dict.fromkeys((entry.kernel, entry.precision) for entry in launch.table())
-    entries = tuple(CudaEntry(*each, None, None, None, None, programmatic=name == PROGRAMMATIC) for each in served)
+    entries = tuple(CudaEntry(*each, None, None, None, None, **LAUNCHES[name]) for each in served)
     launch.cuda_entry.cache_clear()
     try:
         with mock.patch.object(launch, "cuda_table", lambda: entries):

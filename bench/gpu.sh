@@ -39,7 +39,7 @@ if ! $PYTHON -c 'from importlib.metadata import version; version("dspa-kernels")
     PYTHONPATH="$PYTHONPATH:$site"
 fi
 
-kernels="triton cuda cuda-programmatic"
+kernels="triton cuda cuda-ahead cuda-programmatic"
 failed=()
 # run NAME COMMAND...: what a command prints is kept too; returns its status.
 run() {

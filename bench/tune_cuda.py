@@ -2,7 +2,7 @@
 `python -m bench.tune_cuda`, after `bench.tune`.
 
 For each kernel, shape and precision, at a few numbers of rows, Triton's launches with the parameters of the launch
-table and both kinds of CUDA's are timed one after the other, from a cold cache: on steps that read the whole encoder,
+table and each kind of CUDA's are timed one after the other, from a cold cache: on steps that read the whole encoder,
 and on steps as they come. CUDA is entered up to the largest number of rows at which, as at every smaller one, it is
 faster on the former and not slower on the latter. A result that is not close to Triton's leaves it out. What was
 measured is kept in `--state`, so that a run that was stopped goes on where it was.
@@ -14,13 +14,14 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
 
-from bench.cases import KERNELS, PROGRAMMATIC, SHAPES, Setting, check_rows, running
+from bench.cases import KERNELS, LAUNCHES, SHAPES, Setting, check_rows, running
 from bench.measure import DEVICE, Stopwatch
 from bench.tune import BYTES, GAIN, Place, State, activity_for, as_text, merged, setting_of, shape, stream_of, told
 from dspa_kernels import EncoderStream, launch
@@ -52,10 +53,11 @@ def entries_of(places: Iterable[Place], capability: int, measured: Measured) -> 
         if best is None:
             break
         # An entry serves all smaller numbers of rows, too.
-        if found and found[-1].programmatic == (best == PROGRAMMATIC):
-            found.pop()
         served = (place.kernel, place.precision, capability, place.rows, place.d_in, place.d_sae)
-        found.append(CudaEntry(*served, programmatic=best == PROGRAMMATIC))
+        entry = CudaEntry(*served, **LAUNCHES[best])
+        if found and replace(found[-1], rows=entry.rows) == entry:
+            found.pop()
+        found.append(entry)
     return found
 
 

@@ -17,6 +17,10 @@ int check(const Arguments &a) {
     if (size < 0) return DSPA_BAD_SIZE;
   if (a.d_in < 1 || a.d_sae < 1 || a.n_large > a.d_sae) return DSPA_BAD_SIZE;
   if (a.counts && (a.d_sae_in < 1 || a.k_prompt < 1 || a.k_diff < 1)) return DSPA_BAD_SIZE;
+  if (a.counts && int64_t(a.k_diff) * ((a.augment != 0) + (a.ablate != 0)) != a.n_slots) return DSPA_BAD_SIZE;
+  // Tasks of all rows are counted in 32 bits, with room for a step beyond the last.
+  const int64_t tasks = most(1 + a.n_slots + a.n_large, ceil_div(a.d_in, 32 * COLUMNS));
+  if (a.n_rows * tasks > 1 << 30) return DSPA_BAD_SIZE;
   for (int dtype : {a.h_dtype, a.W_dtype})
     if (dtype != DSPA_FP32 && dtype != DSPA_BF16 && dtype != DSPA_FP16) return DSPA_BAD_DTYPE;
   return 0;

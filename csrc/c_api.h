@@ -73,6 +73,8 @@ typedef struct {
   int32_t augment, ablate, record;
   /* may begin before the launch ahead of it on the stream has ended */
   int32_t programmatic;
+  /* reads the first of the encoder before it is known whether a row needs it: sooner, and sometimes in vain */
+  int32_t ahead;
   float alpha;
 } dspa_steer_arguments;
 

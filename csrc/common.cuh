@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "c_api.h"
 #include "primitives.cuh"
@@ -109,17 +110,21 @@ template <class T> __device__ inline T warp_least(T x) { return -warp_most(-x); 
 __device__ inline bool is_aligned(const Arguments &a) {
   const auto low = reinterpret_cast<uintptr_t>(a.h) | reinterpret_cast<uintptr_t>(a.W_enc) |
                    reinterpret_cast<uintptr_t>(a.columns_W_enc) | reinterpret_cast<uintptr_t>(a.x) |
-                   reinterpret_cast<uintptr_t>(a.screen_W_enc);
+                   reinterpret_cast<uintptr_t>(a.screen_W_enc) | reinterpret_cast<uintptr_t>(a.screen_mean);
   return low % 16 == 0 && a.d_in % STEP == 0;
 }
 
 // n(h) = (h - mean) / divisor, and an edit is multiplied by scale.
 //
 // layer_norm: divisor std + 1e-5, scale std; constant_norm_rescale: both ||h|| / sqrt(d_in); none: both 1.
-struct Norm {
+// Rows that multiply as they are have none.
+template <class H> struct Norm {
   float mean, divisor, scale;
   int normalize;
-  __device__ float apply(float x) const { return normalize == DSPA_NONE ? x : (x - mean) / divisor; }
+  __device__ float apply(float x) const {
+    if constexpr (!std::is_void_v<H>) return x;
+    return normalize == DSPA_NONE ? x : (x - mean) / divisor;
+  }
 };
 
 // A residual row as a warp reads it: a thread takes eight numbers of every 256, of which several are under way.
@@ -131,7 +136,7 @@ template <class H, bool ALIGNED> struct Row {
 
   __device__ Row(const Arguments &a, int i_row) : rows(a.h, a.h_dtype), begin(int64_t(i_row) * a.d_in), d_in(a.d_in) {}
 
-  // f(where, how many are left, eight numbers), in order.
+  // f(where, how many there are, eight numbers), in order.
   template <class F> __device__ void for_eights(F &&f) const {
     for (int o = 8 * lane(); o < d_in; o += 256 * EIGHTS) {
       typename Rows<H>::Loaded x[EIGHTS];
@@ -139,15 +144,16 @@ template <class H, bool ALIGNED> struct Row {
       for (int i = 0; i < EIGHTS; i++) rows.template load<ALIGNED>(x[i], begin + o + 256 * i, d_in - o - 256 * i);
 #pragma unroll
       for (int i = 0; i < EIGHTS; i++)
-        if (o + 256 * i < d_in) f(o + 256 * i, d_in - o - 256 * i, x[i]);
+        if (o + 256 * i < d_in) f(o + 256 * i, ALIGNED ? 8 : least(8, d_in - o - 256 * i), x[i]);
     }
   }
 };
 
-template <class H, bool ALIGNED> __device__ inline Norm norm_of(const Row<H, ALIGNED> &row, const Arguments &a) {
+template <class H, bool ALIGNED>
+__device__ inline Norm<H> norm_of(const Row<H, ALIGNED> &row, const Arguments &a) {
   using Loaded = typename Rows<H>::Loaded;
-  Norm norm = {0.f, 1.f, 1.f, a.normalize};
-  if (a.normalize == DSPA_NONE) return norm;
+  Norm<H> norm = {0.f, 1.f, 1.f, a.normalize};
+  if (!std::is_void_v<H> || a.normalize == DSPA_NONE) return norm;
   if (a.normalize == DSPA_LAYER_NORM) {
     float sum = 0.f;
     row.for_eights([&](int, int, const Loaded &x) {
@@ -156,9 +162,9 @@ template <class H, bool ALIGNED> __device__ inline Norm norm_of(const Row<H, ALI
     norm.mean = warp_sum(sum) / float(a.d_in);
   }
   float square = 0.f;
-  row.for_eights([&](int, int left, const Loaded &x) {
+  row.for_eights([&](int, int n, const Loaded &x) {
     for (int i = 0; i < 8; i++) {
-      const float off = i < left ? x[i] - norm.mean : 0.f;
+      const float off = i < n ? x[i] - norm.mean : 0.f;
       square = fmaf(off, off, square);
     }
   });
@@ -215,7 +221,6 @@ __device__ inline bool can_settle(const Arguments &a) { return !a.record && !a.k
 
 // Announces, after everything that this block wrote, that it came this far; one thread gets what to wait on.
 __device__ inline int grid_arrive(const Arguments &a) {
-  fence_copies();
   block_barrier();
   return thread() == 0 ? arrive_at(a.barrier, arrival(block(), n_blocks())) : 0;
 }
@@ -224,7 +229,6 @@ __device__ inline int grid_arrive(const Arguments &a) {
 __device__ inline void grid_wait(const Arguments &a, int ticket) {
   if (thread() == 0) wait_for_sign(a.barrier, ticket);
   block_barrier();
-  fence_copies();
 }
 
 }  // namespace dspa

@@ -26,7 +26,7 @@ template <class T> __device__ inline uint32_t pair_of(float x, float y) {
 
 // An int8 in fp32: its bits, with the sign turned, are the last of a number of 2^23, from which that is subtracted.
 __device__ inline float small_integer(uint32_t word, int i) {
-  return float_of(0x4b000000 | int((word >> (8 * i) ^ 0x80) & 0xff)) - 8388736.f;
+  return float_of(int(select_bytes(word ^ 0x80808080, 0x4b000000, 0x7440 + i))) - 8388736.f;
 }
 
 // Operands of one 16-bit dtype, on tensor cores with the weights as first operand; one row takes the same instructions
@@ -47,14 +47,10 @@ template <class T, class S, bool FEW> struct TensorCore {
   }
 
   // Adds what a stage of `width` numbers of d_in gives to slice `i_slice`; latents from the operand's first on.
-  __device__ void stage(Operand weights, Operand rows, int width, int i_slice, int n_tiles) {
+  __device__ void stage(Operand weights, Operand rows, int width, int i_slice, int n_rows) {
     for (int o_k = SLICE * i_slice; o_k < width; o_k += ROUND) {
-      if constexpr (sizeof(S) == 1) {
-#pragma unroll 1
-        for (int i = 0; i < SLICE && o_k + i < width; i += STEP) screen_step(weights, rows, o_k + i, n_tiles);
-      } else {
-        slice(weights, rows, o_k, o_k + STEP < width, n_tiles);
-      }
+      if constexpr (sizeof(S) == 1) screened_slice(weights, rows, o_k, o_k + STEP < width, n_rows);
+      else slice(weights, rows, o_k, o_k + STEP < width, n_rows);
     }
   }
 
@@ -124,7 +120,7 @@ template <class T, class S, bool FEW> struct TensorCore {
   }
 
   // One slice, in two steps of which the second may lie beyond the end.
-  __device__ void slice(Operand weights, Operand rows, int o_k, bool both, int n_tiles) {
+  __device__ void slice(Operand weights, Operand rows, int o_k, bool both, int n_rows) {
     uint32_t a[M][2][4];
 #pragma unroll
     for (int m = 0; m < M; m++)
@@ -135,7 +131,7 @@ template <class T, class S, bool FEW> struct TensorCore {
       }
 #pragma unroll
     for (int j = 0; j < J; j++) {
-      if (j >= n_tiles) break;
+      if (TILE_N * j >= n_rows) break;
       uint32_t b[4];
       load_matrices(b, row_of<T>(rows, TILE_N * j + lane() % 8) + o_k + 8 * (lane() / 8));
 #pragma unroll
@@ -146,27 +142,34 @@ template <class T, class S, bool FEW> struct TensorCore {
     }
   }
 
-  // Sixteen numbers of int8 rows. Thread t of four takes 4 t to 4 t + 3, where a tensor core means 2 t, 2 t + 1,
-  // 2 t + 8 and 2 t + 9, in both operands.
-  __device__ void screen_step(Operand weights, Operand rows, int o_k, int n_tiles) {
+  // The same of int8 rows. Thread t of four takes numbers 4 t to 4 t + 3 of a step, where a tensor core means 2 t,
+  // 2 t + 1, 2 t + 8 and 2 t + 9, in both operands.
+  __device__ void screened_slice(Operand weights, Operand rows, int o_k, bool both, int n_rows) {
     const int g = lane() / 4, o = o_k + 4 * (lane() % 4);
-    uint32_t a[M][4];
+    uint32_t q[2][M][2], a[2][M][4];
 #pragma unroll
-    for (int m = 0; m < M; m++)
+    for (int i = 0; i < 2; i++)
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        uint32_t q;
-        memcpy(&q, __builtin_assume_aligned(row_of<int8_t>(weights, TILE_L * m + g + 8 * half) + o, 4), 4);
-        a[m][half] = pair_of<T>(small_integer(q, 0), small_integer(q, 1));
-        a[m][half + 2] = pair_of<T>(small_integer(q, 2), small_integer(q, 3));
-      }
+      for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const int8_t *row = row_of<int8_t>(weights, TILE_L * m + g + 8 * half) + o + STEP * i;
+          memcpy(&q[i][m][half], __builtin_assume_aligned(row, 4), 4);
+          a[i][m][half] = pair_of<T>(small_integer(q[i][m][half], 0), small_integer(q[i][m][half], 1));
+          a[i][m][half + 2] = pair_of<T>(small_integer(q[i][m][half], 2), small_integer(q[i][m][half], 3));
+        }
 #pragma unroll
     for (int j = 0; j < J; j++) {
-      if (j >= n_tiles) break;
-      uint32_t b[2];
-      memcpy(b, __builtin_assume_aligned(row_of<T>(rows, TILE_N * j + g) + o, 8), 8);
+      if (TILE_N * j >= n_rows) break;
+      uint32_t b[2][2];
 #pragma unroll
-      for (int m = 0; m < M; m++) multiply_add<T>(acc[m][j], a[m], b[0], b[1]);
+      for (int i = 0; i < 2; i++)
+        memcpy(b[i], __builtin_assume_aligned(row_of<T>(rows, TILE_N * j + g) + o + STEP * i, 8), 8);
+#pragma unroll
+      for (int m = 0; m < M; m++) {
+        multiply_add<T>(acc[m][j], a[0][m], b[0][0], b[0][1]);
+        if (both) multiply_add<T>(acc[m][j], a[1][m], b[1][0], b[1][1]);
+      }
     }
   }
 };
@@ -186,7 +189,7 @@ template <class W, class S> struct FullPrecision {
       for (int n = 0; n < TILE_N; n++) acc[j][n] = 0.f;
   }
 
-  __device__ void stage(Operand weights, Operand rows, int width, int i_slice, int n_tiles) {
+  __device__ void stage(Operand weights, Operand rows, int width, int i_slice, int n_rows) {
     for (int o_slice = SLICE * i_slice; o_slice < width; o_slice += ROUND) {
       const int o_k = o_slice + STEP * (lane() % 2);
       if (o_k >= width) break;
@@ -197,9 +200,10 @@ template <class W, class S> struct FullPrecision {
         four_weights(w, weight + i);
 #pragma unroll
         for (int j = 0; j < J; j++) {
-          if (j >= n_tiles) break;
+          if (TILE_N * j >= n_rows) break;
 #pragma unroll
           for (int n = 0; n < TILE_N; n++) {
+            if (TILE_N * j + n >= n_rows) break;
             float x[4];
             memcpy(x, __builtin_assume_aligned(row_of<float>(rows, TILE_N * j + n) + o_k + i, 16), 16);
 #pragma unroll

@@ -132,7 +132,9 @@ DSPA_INDEX int arrival(int block, int n_blocks) {
 
 // Shapes of blocks, by how they multiply.
 constexpr Shape few_rows(int weight_bytes) {
-  return {1, 1, 8, 1024 / weight_bytes, 6, true, weight_bytes, 2};
+  // int8 takes longer to multiply and is there sooner, so that two groups of warps have to share it.
+  const int groups = weight_bytes == 1 ? 2 : 1;
+  return {groups, 1, 8, 1024 / weight_bytes / groups, 6, true, weight_bytes, 2};
 }
 constexpr Shape many_rows(int weight_bytes) {
   return {2, 2, weight_bytes == 1 ? 32 : 64, 256, 6, false, weight_bytes, 2};

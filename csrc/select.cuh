@@ -8,23 +8,26 @@ namespace dspa {
 // finite = all of h is; rows in fp32, their scale, ||n(h) - mean|| and ||n(h)|| where needed; maximum and beaten 0.
 template <class H, bool ALIGNED> __device__ void prepare_row(const Arguments &a, int i_row) {
   const Row<H, ALIGNED> row(a, i_row);
-  const Norm norm = norm_of(row, a);
+  const Norm<H> norm = norm_of(row, a);
   int infinite = 0;
   float near = 0.f, size = 0.f;
-  row.for_eights([&](int o_k, int left, const typename Rows<H>::Loaded &x) {
+  row.for_eights([&](int o_k, int n, const typename Rows<H>::Loaded &x) {
+    Eight<float> mean;
+    if (a.norms) mean.template load<ALIGNED>(a.screen_mean + o_k, n);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      if (i >= left) break;
+      if (i >= n) break;
       infinite |= !(fabsf(x[i]) < INFINITE);  // a NaN compares false
       const float normal = norm.apply(x[i]);
       if (a.x && a.x != a.h) a.x[row.begin + o_k + i] = normal;
       if (a.norms) {
-        const float off = normal - a.screen_mean[o_k + i];
+        const float off = normal - mean[i];
         near = fmaf(off, off, near);
         size = fmaf(normal, normal, size);
       }
     }
   });
+  fence_copies();
   infinite = warp_most(infinite);
   if (a.norms) {
     near = warp_sum(near);
@@ -57,7 +60,8 @@ __device__ float latent_value(const Arguments &a, int i_row, Encoder<W> encoder,
   constexpr int EIGHTS = Residual::EIGHTS;
   const Residual row(a, i_row);
   const W *weights = encoder.W_enc + int64_t(i) * a.d_in;
-  const Norm norm = norm_of(row, a);
+  const Norm<H> norm = norm_of(row, a);
+  const float bias = encoder.b_enc[i], threshold = encoder.threshold[i];
   float sum = 0.f;
   for (int o = 8 * lane(); o < a.d_in; o += 256 * EIGHTS) {
     Eight<W> w[EIGHTS];
@@ -72,10 +76,16 @@ __device__ float latent_value(const Arguments &a, int i_row, Encoder<W> encoder,
     for (int j = 0; j < EIGHTS; j++)
 #pragma unroll
       for (int n = 0; n < 8; n++)
-        if (o + 256 * j + n < a.d_in) sum = fmaf(w[j][n], norm.apply(x[j][n]), sum);
+        if (o + 256 * j + (ALIGNED ? 0 : n) < a.d_in) sum = fmaf(w[j][n], norm.apply(x[j][n]), sum);
   }
-  const float pre = warp_sum(sum) + encoder.b_enc[i];
-  return pre > 0.f && (a.k || pre > encoder.threshold[i]) ? pre : 0.f;
+  const float pre = warp_sum(sum) + bias;
+  return pre > 0.f && (a.k || pre > threshold) ? pre : 0.f;
+}
+
+// The tail will want its decoder row.
+template <class W> __device__ void prefetch_row(const W *row, int d_in) {
+  constexpr int line = 128 / sizeof(W);
+  for (int o = line * lane(); o < d_in; o += line * 32) prefetch(row + o);
 }
 
 // Preparation of a row (-1), one of its selected latents or, after them, one of the large ones.
@@ -90,15 +100,15 @@ template <class H, class W, bool ALIGNED> __device__ void select_one(const Argum
   const Encoder<W> large = {static_cast<const W *>(a.W_enc), a.b_enc, a.threshold};
   const float f = slot < 0 ? 0.f : latent_value<H, W, ALIGNED>(a, i_row, is_slot ? columns : large, slot);
   if (lane() == 0) values_of(a, i_row)[i_task] = f;
+  if (is_slot && f > 0.f) prefetch_row(static_cast<const W *>(a.columns_W_dec) + int64_t(slot) * a.d_in, a.d_in);
 }
 
 // A warp takes a task of a row.
 template <class H, class W> __device__ void select(const Arguments &a) {
   const bool aligned = is_aligned(a);
   const int n_tasks = 1 + a.n_slots + a.n_large, n_warps = n_threads() / 32;
-  const int64_t total = int64_t(a.n_rows) * n_tasks;
-  for (int64_t i = block() + int64_t(warp()) * n_blocks(); i < total; i += int64_t(n_blocks()) * n_warps) {
-    const int i_row = int(i / n_tasks), i_task = int(i % n_tasks) - 1;
+  for (int i = block() + warp() * n_blocks(); i < a.n_rows * n_tasks; i += n_blocks() * n_warps) {
+    const int i_row = i / n_tasks, i_task = i % n_tasks - 1;
     if (aligned) select_one<H, W, true>(a, i_row, i_task);
     else select_one<H, W, false>(a, i_row, i_task);
   }

@@ -19,7 +19,7 @@ struct Launch {
   int rows, stages;  // rows that are multiplied together
 };
 
-// What the select phase will read whatever the launch before this one leaves: the columns and the large latents.
+// What the select phase will read, whatever the launch before this one leaves: the columns and the large latents.
 template <class W> __device__ void prefetch_weights(const Arguments &a) {
   constexpr int line = 128;
   const int64_t row_bytes = int64_t(a.d_in) * sizeof(W), first = line * (int64_t(block()) * n_threads() + thread());
@@ -33,6 +33,8 @@ template <class P, class H> __global__ void __launch_bounds__(P::SHAPE.threads()
   using W = typename P::Weight;
   const Arguments &a = launch.a;
   const Room<P> room(a, launch.rows, launch.stages);
+  room.init();
+  fill_ahead(a, room);
   if (a.programmatic) prefetch_weights<W>(a);
   wait_for_dependency();
   if (a.counts) {
@@ -40,7 +42,6 @@ template <class P, class H> __global__ void __launch_bounds__(P::SHAPE.threads()
     grid_wait(a, grid_arrive(a));
     grid_wait(a, grid_arrive(a));  // an even number of rounds leaves the word as it was
   }
-  room.init();
   select<H, W>(a);
   grid_wait(a, grid_arrive(a));
   const int n_waiting = stream<P>(a, room);
@@ -55,7 +56,7 @@ template <class P, class H> int launch_steer(const Arguments &a, const Device &d
   const int rows = rows_at_once(shape, a.n_rows, a.d_in, device.shared);
   if (!rows) return DSPA_NO_ROOM;
   const int stages = stages_of(shape, rows, a.d_in, device.shared);
-  return launch_together(steer_kernel<P, H>, Launch{a, rows, stages}, device.multiprocessors, shape.threads(),
+  return launch_together(steer_kernel<P, H>, Launch{a, rows, stages}, device, shape.threads(),
                          shared_bytes(shape, rows, a.d_in, stages), stream, a.programmatic != 0);
 }
 

@@ -13,6 +13,9 @@ namespace dspa {
 // Twice what one sum of products loses at a term, truncation counted: a bound for two of them.
 constexpr float ROUNDING = 1.f / (1 << 22);
 
+// Named barriers: one for all multiplying warps, and from GROUP on one for each group of them.
+constexpr int KEPT = 1, GROUP = 2;
+
 // Shared memory, by name.
 template <class P> struct Room {
   char *ring, *resident;
@@ -45,12 +48,13 @@ template <class P> struct Room {
   // A stage is full when each thread of the filling warp has arrived, and its first once more for the header; empty
   // when each multiplying warp has.
   __device__ void init() const {
-    if (thread() == 0)
+    if (thread() == 0) {
       for (int i = 0; i < stages; i++) {
         mbarrier_init(full + i, 32 + 1);
         mbarrier_init(empty + i, P::SHAPE.consumers());
       }
-    fence_copies();
+      fence_mbarrier_init();
+    }
     block_barrier();
   }
 
@@ -97,26 +101,21 @@ template <class P> __device__ uint64_t find_waiting(const Batch<P> &batch, const
   return rows_where(batch.n_rows, [&](int r) { return room.need[r] > 0.f; });
 }
 
-// Rows of the batch beside each other in shared memory, zeros after their end.
+// Rows of the batch beside each other in shared memory, zeros after their end. By the multiplying warps.
 template <class P> __device__ void keep_rows(const Batch<P> &batch, const Room<P> &room) {
   using Row = typename P::Row;
-  const int d_in = batch.a.d_in, n_pieces = room.row_stride / 16;
+  const int d_in = batch.a.d_in, n_threads = 32 * P::SHAPE.consumers();
   const bool aligned = is_aligned(batch.a);
-  const int n = round_up(batch.n_rows, TILE_N);
-  for (int i = thread(); i < n * n_pieces; i += n_threads()) {
-    const int r = i / n_pieces, o_k = i % n_pieces * 8;
-    char *to = room.resident + r * room.row_stride + 2 * o_k;
-    const Row *from = batch.rows() + int64_t(r) * d_in + o_k;
-    uint4 piece = {0, 0, 0, 0};
-    if (r < batch.n_rows && aligned && o_k < d_in) {
-      piece = load16(from);
-    } else if (r < batch.n_rows) {
-      Row numbers[8];
-      for (int j = 0; j < 8; j++) numbers[j] = o_k + j < d_in ? from[j] : rounded<Row>(0.f);
-      memcpy(&piece, numbers, 16);
+  for (int r = 0; r < batch.n_rows; r++) {
+    const Row *from = batch.rows() + int64_t(r) * d_in;
+    for (int o_k = 8 * thread(); o_k * int(sizeof(Row)) < room.row_stride; o_k += 8 * n_threads) {
+      Eight<Row> piece;
+      if (aligned) piece.template load<true>(from + o_k, d_in - o_k);
+      else piece.template load<false>(from + o_k, d_in - o_k);
+      memcpy(__builtin_assume_aligned(room.resident + r * room.row_stride + o_k * sizeof(Row), 16), &piece, 16);
     }
-    memcpy(__builtin_assume_aligned(to, 16), &piece, 16);
   }
+  named_barrier(KEPT, n_threads);
 }
 
 // A warp copies `n` rows that are not aligned, number by number, with zeros up to a whole step.
@@ -132,70 +131,103 @@ __device__ void copy_unaligned(char *to, int to_stride, const T *from, int d_in,
   }
 }
 
-// One chunk of one tile into a stage.
-template <class P>
-__device__ void fill(const Batch<P> &batch, const Room<P> &room, Place place, Tile tile, int chunk, uint64_t open) {
+// What a block reads, in order: chunk after chunk, tile after tile, a stage each.
+struct Piece {
+  Tile tile;
+  int chunk;
+};
+
+template <class P> __device__ inline Piece piece_of(const Arguments &a, int i) {
+  constexpr Shape shape = P::SHAPE;
+  const int chunks = n_chunks(a.d_in, shape.block_k), wave = i / chunks;
+  if (wave >= n_waves(a.d_sae, shape.latents(), n_blocks())) return {{0, 0}, 0};
+  return {tile_of(a.d_sae, shape.latents(), n_blocks(), wave, block()), i % chunks};
+}
+
+// A piece into a stage, and residual rows with it unless they are there. Each thread of the filling warp arrives.
+template <class P, bool ALIGNED>
+__device__ void copy_piece(const Arguments &a, const Room<P> &room, Place place, Piece piece,
+                           const typename P::Row *rows, int n_rows) {
   using Stored = typename P::Stored;
   using Row = typename P::Row;
   constexpr Shape shape = P::SHAPE;
-  const Arguments &a = batch.a;
   Mbarrier *full = room.full + place.stage;
-  const int width = chunk_width(a.d_in, shape.block_k, chunk), o_k = chunk * shape.block_k;
+  const int width = chunk_width(a.d_in, shape.block_k, piece.chunk), o_k = piece.chunk * shape.block_k;
   const void *base = sizeof(Stored) == 1 ? static_cast<const void *>(a.screen_W_enc) : a.W_enc;
-  const Stored *weights = static_cast<const Stored *>(base) + int64_t(tile.first) * a.d_in + o_k;
-  const Row *rows = batch.rows() + o_k;
-  const int n_rows = shape.resident ? 0 : batch.n_rows;
+  const Stored *weights = static_cast<const Stored *>(base) + int64_t(piece.tile.first) * a.d_in + o_k;
   char *to_weights = room.stage(place), *to_rows = to_weights + shape.latents() * shape.weight_stride();
-  const bool aligned = is_aligned(a);
-
-  if (lane() == 0) {
-    room.headers[place.stage] = {tile.first, tile.count, chunk, 0, open};
-    if (aligned) expect_copies(full, width * (tile.count * int(sizeof(Stored)) + n_rows * int(sizeof(Row))));
-    mbarrier_arrive(full);
-  }
-  warp_barrier();
-  if (aligned) {
+  if (shape.resident) n_rows = 0;
+  if constexpr (ALIGNED) {
+    if (lane() == 0)
+      expect_copies(full, width * (piece.tile.count * int(sizeof(Stored)) + n_rows * int(sizeof(Row))));
+    warp_barrier();
     copy_rows<true>(to_weights, shape.weight_stride(), reinterpret_cast<const char *>(weights),
-                    int64_t(a.d_in) * sizeof(Stored), tile.count, width * sizeof(Stored), full);
-    copy_rows<false>(to_rows, room.row_stride, reinterpret_cast<const char *>(rows), int64_t(a.d_in) * sizeof(Row),
-                     n_rows, width * sizeof(Row), full);
+                    int64_t(a.d_in) * sizeof(Stored), piece.tile.count, width * sizeof(Stored), full);
+    copy_rows<false>(to_rows, room.row_stride, reinterpret_cast<const char *>(rows + o_k),
+                     int64_t(a.d_in) * sizeof(Row), n_rows, width * sizeof(Row), full);
     arrive_with_copies(full);
   } else {
-    copy_unaligned(to_weights, shape.weight_stride(), weights, a.d_in, tile.count, width);
-    copy_unaligned(to_rows, room.row_stride, rows, a.d_in, n_rows, width);
+    copy_unaligned(to_weights, shape.weight_stride(), weights, a.d_in, piece.tile.count, width);
+    copy_unaligned(to_rows, room.row_stride, rows + o_k, a.d_in, n_rows, width);
     mbarrier_arrive(full);
+  }
+}
+
+// The header of a stage, with which its last arrival comes.
+template <class P> __device__ void announce(const Room<P> &room, Place place, const Header &header) {
+  if (lane() != 0) return;
+  room.headers[place.stage] = header;
+  mbarrier_arrive(room.full + place.stage);
+}
+
+// How many stages a block fills before it is known whether any row needs them: where that is wanted, and where residual
+// rows do not have to come along.
+template <class P> __device__ inline int n_ahead(const Arguments &a, const Room<P> &room) {
+  if (!P::SHAPE.resident || !a.ahead || !is_aligned(a)) return 0;
+  int n = 0;
+  while (n < room.stages && piece_of<P>(a, n).tile.count) n++;
+  return n;
+}
+
+template <class P> __device__ void fill_ahead(const Arguments &a, const Room<P> &room) {
+  if (warp() != P::SHAPE.consumers()) return;
+  for (int i = 0; i < n_ahead(a, room); i++) copy_piece<P, true>(a, room, {i, 0}, piece_of<P>(a, i), nullptr, 0);
+}
+
+// Stages from the first on that were filled ahead and that nobody needs: waits until their copies have come.
+template <class P> __device__ void drain(const Arguments &a, const Room<P> &room, int first) {
+  for (int i = first; i < n_ahead(a, room); i++) {
+    announce(room, {i, 0}, {0, 0, 0, 0, 0});
+    mbarrier_wait(room.full + i, 0);
   }
 }
 
 // The filling warp: tiles of this block, as long as a row waits. Returns how many latents it had read.
 template <class P> __device__ int produce(const Batch<P> &batch, const Room<P> &room, Place &place) {
-  constexpr Shape shape = P::SHAPE;
   const Arguments &a = batch.a;
-  const int chunks = n_chunks(a.d_in, shape.block_k), waves = n_waves(a.d_sae, shape.latents(), n_blocks());
-  int n_read = 0;
-  for (int wave = 0; wave < waves; wave++) {
-    const Tile tile = tile_of(a.d_sae, shape.latents(), n_blocks(), wave, block());
-    uint64_t open = batch.waiting;
-    if (can_settle(a))
+  const bool aligned = is_aligned(a);
+  const int filled = n_ahead(a, room);
+  if (!P::SHAPE.resident) fence_copies();  // rows in fp32 were written by other blocks
+  uint64_t open = batch.waiting;
+  int n_read = 0, i = 0;
+  for (;; i++, place.advance(room.stages)) {
+    const Piece piece = piece_of<P>(a, i);
+    if (piece.chunk == 0 && can_settle(a))
       open = rows_where(batch.n_rows, [&](int r) {
         const float now = float_of(load_shared_state(a.maximum + batch.i_first + r));
         return room.need[r] > a.alpha * fmaxf(room.bound[r], now);
       });
-    if (!tile.count || !open) break;
-    for (int chunk = 0; chunk < chunks; chunk++) {
-      mbarrier_wait(room.empty + place.stage, place.parity ^ 1);
-      fill(batch, room, place, tile, chunk, open);
-      place.advance(room.stages);
-    }
-    n_read += tile.count;
+    if (i >= filled) mbarrier_wait(room.empty + place.stage, place.parity ^ 1);
+    if (!piece.tile.count || !open) break;
+    if (i >= filled && aligned) copy_piece<P, true>(a, room, place, piece, batch.rows(), batch.n_rows);
+    if (i >= filled && !aligned) copy_piece<P, false>(a, room, place, piece, batch.rows(), batch.n_rows);
+    announce(room, place, {piece.tile.first, piece.tile.count, piece.chunk, 0, open});
+    n_read += piece.chunk == 0 ? piece.tile.count : 0;
   }
-  mbarrier_wait(room.empty + place.stage, place.parity ^ 1);
-  if (lane() == 0) {
-    room.headers[place.stage] = {0, 0, 0, 0, 0};
-    mbarrier_arrive(room.full + place.stage);
-  }
-  mbarrier_arrive(room.full + place.stage);
+  if (i >= filled) mbarrier_arrive(room.full + place.stage);
+  announce(room, place, {0, 0, 0, 0, 0});
   place.advance(room.stages);
+  drain(a, room, i + 1);
   return n_read;
 }
 
@@ -209,7 +241,7 @@ template <class P> struct Group {
   float bias[P::M], threshold[P::M];
 
   __device__ Group(const Batch<P> &batch, const Room<P> &room) : batch(batch), room(room) {}
-  __device__ void barrier() const { named_barrier(1 + i_group, 32 * SLICES); }
+  __device__ void barrier() const { named_barrier(GROUP + i_group, 32 * SLICES); }
 
   // Place in the tile of latent l of its part m.
   __device__ int place(int m) const { return TILE_L * (i_group * P::M + m) + l; }
@@ -246,7 +278,8 @@ template <class P> struct Group {
     const int i_row = batch.i_first + r;
     // Numbers >= 0 order like their bits, so that the order of the blocks does not matter.
     if (l == 0 && (open >> r & 1) && f > room.bound[r]) raise(a.maximum + i_row, bits_of(f));
-    if (!a.k) return;
+    // To be ahead of a selected latent takes as much as the least of them.
+    if (!a.k || !ballot(m_row && pre >= room.low[r])) return;
     const int index = m_latent ? (a.order ? a.order[i_latent] : i_latent) : 0;
     for (int i = 0; i < a.n_slots; i++) {
       bool ahead = false;
@@ -263,7 +296,7 @@ template <class P> struct Group {
 
   // Whether the exact value of a latent might matter to row r, by its screened value. What is no number could be
   // anything.
-  __device__ bool is_candidate(float z, float level, int i_latent, int r) const {
+  __device__ bool is_candidate(float z, float level, float now, int i_latent, int r) const {
     const Arguments &a = batch.a;
     const float *of = a.screen_latents + i_latent;
     const float *norms = a.norms + 2 * (batch.i_first + r);
@@ -271,7 +304,6 @@ template <class P> struct Group {
     float upper = z * of[0] + of[a.d_sae];
     upper += of[2 * int64_t(a.d_sae)] * norms[0] + of[3 * int64_t(a.d_sae)] * (norms[1] * loss);
     if (a.k) return !(upper < room.low[r]);
-    const float now = float_of(load_shared_state(a.maximum + batch.i_first + r));
     return !(upper <= fmaxf(fmaxf(room.bound[r], now), level));
   }
 
@@ -298,10 +330,11 @@ template <class P> struct Group {
       for (int m = 0; m < P::M; m++) {
         unsigned found = 0;
         for (int j = 0; TILE_N * j < batch.n_rows; j++) {
-          const float z = sum(product, m, j);
           const int r = TILE_N * j + n;
           const bool asked = (m_latent[m] >> l & 1) && (tile.open >> r & 1);
-          found |= ballot(asked && is_candidate(z, threshold[m], tile.first + place(m), r));
+          const float now = asked ? float_of(load_shared_state(batch.a.maximum + batch.i_first + r)) : 0.f;
+          const float z = sum(product, m, j);
+          found |= ballot(asked && is_candidate(z, threshold[m], now, tile.first + place(m), r));
         }
         if (lane() == 0) room.candidates[warp() * P::M + m] = (found | found >> 16) & 0xffff;
       }
@@ -337,7 +370,7 @@ template <class P> struct Group {
 // A multiplying warp: whatever the filling warp sends, to the end. Returns how many latents its group read itself.
 template <class P> __device__ int consume(const Batch<P> &batch, const Room<P> &room, Place &place) {
   constexpr Shape shape = P::SHAPE;
-  const int chunks = n_chunks(batch.a.d_in, shape.block_k), n_tiles = ceil_div(batch.n_rows, TILE_N);
+  const int chunks = n_chunks(batch.a.d_in, shape.block_k);
   Group<P> group(batch, room);
   P product;
   int n_read = 0;
@@ -354,7 +387,7 @@ template <class P> __device__ int consume(const Batch<P> &batch, const Room<P> &
       const char *rows = shape.resident ? room.resident + tile.chunk * shape.block_k * int(sizeof(typename P::Row))
                                         : stage + shape.latents() * shape.weight_stride();
       product.stage(weights, {rows, room.row_stride}, chunk_width(batch.a.d_in, shape.block_k, tile.chunk),
-                    group.i_slice, n_tiles);
+                    group.i_slice, batch.n_rows);
     }
     warp_barrier();
     if (lane() == 0) mbarrier_arrive(room.empty + place.stage);
@@ -374,17 +407,15 @@ template <class P> __device__ int stream(const Arguments &a, const Room<P> &room
     batch.waiting = find_waiting(batch, room);
     if (batch.waiting) {
       n_waiting += count_bits(unsigned(batch.waiting)) + count_bits(unsigned(batch.waiting >> 32));
-      if constexpr (shape.resident) {
-        keep_rows(batch, room);
-        block_barrier();
-      }
       if (warp() == shape.consumers()) {
         const int streamed = produce(batch, room, place);
         n_read += sizeof(typename P::Stored) == 1 ? 0 : streamed;
       } else {
+        if constexpr (shape.resident) keep_rows(batch, room);
         n_read += consume(batch, room, place);
       }
     }
+    if (!batch.waiting && warp() == shape.consumers()) drain(a, room, 0);
     block_barrier();
   }
   // One thread tells for the filling warp, one for each group.

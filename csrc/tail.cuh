@@ -94,9 +94,8 @@ template <class H, class W> __device__ void edit_row(const Arguments &a, int i_r
 
 template <class H, class W> __device__ void tail(const Arguments &a) {
   const int n_chunks = ceil_div(a.d_in, 32 * COLUMNS), n_warps = n_threads() / 32;
-  const int64_t total = int64_t(a.n_rows) * n_chunks;
-  for (int64_t i = block() + int64_t(warp()) * n_blocks(); i < total; i += int64_t(n_blocks()) * n_warps)
-    edit_row<H, W>(a, int(i / n_chunks), int(i % n_chunks));
+  for (int i = block() + warp() * n_blocks(); i < a.n_rows * n_chunks; i += n_blocks() * n_warps)
+    edit_row<H, W>(a, i / n_chunks, i % n_chunks);
 }
 
 }  // namespace dspa

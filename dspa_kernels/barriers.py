@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import threading
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from dspa_kernels.weights import N_BARRIERS
 
 _streams: dict[tuple[int | None, int], int] = {}
 _captures: collections.Counter[int] = collections.Counter()
+_lock = threading.Lock()
 
 
 def barrier_of(barriers: Tensor) -> Tensor:
@@ -22,11 +24,12 @@ def barrier_of(barriers: Tensor) -> Tensor:
     half = N_BARRIERS // 2
     if barriers.device.type != "cuda":
         return barriers[0]
-    if torch.cuda.is_current_stream_capturing():
-        owner = barriers.data_ptr()
-        _captures[owner] += 1
-        i = half + _captures[owner] - 1
-        return barriers[i] if i < N_BARRIERS else torch.zeros_like(barriers[0])
-    stream = (barriers.device.index, torch.cuda.current_stream(barriers.device).cuda_stream)
-    i = _streams.setdefault(stream, len(_streams))
-    return barriers[i] if i < half else torch.zeros_like(barriers[0])
+    captured = torch.cuda.is_current_stream_capturing()
+    with _lock:
+        if captured:
+            i = _captures[barriers.data_ptr()]
+            _captures[barriers.data_ptr()] += 1
+        else:
+            stream = (barriers.device.index, torch.cuda.current_stream(barriers.device).cuda_stream)
+            i = _streams.setdefault(stream, len(_streams))
+    return barriers[half * captured + i] if i < half else torch.zeros_like(barriers[0])

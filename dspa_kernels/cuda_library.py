@@ -33,7 +33,7 @@ POINTERS = _words(
 )
 INTEGERS = _words(
     "d_in d_sae d_sae_in n_rows n_prompts n_columns n_slots n_large k k_prompt k_diff"
-    " h_dtype W_dtype normalize augment ablate record programmatic"
+    " h_dtype W_dtype normalize augment ablate record programmatic ahead"
 )
 
 

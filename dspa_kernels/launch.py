@@ -94,10 +94,14 @@ class Entry(Served):
 
 @dataclass(frozen=True)
 class CudaEntry(Served):
-    """A line of the CUDA table: launches that are faster than Triton's, if they may begin before the launch ahead of
-    them on the stream has ended (`programmatic`), or if not."""
+    """A line of the CUDA table: launches that are faster than Triton's, and how.
+
+    programmatic: they may begin before the launch ahead of them on the stream has ended. ahead: they read the first
+    of the encoder before it is known whether a row needs it.
+    """
 
     programmatic: bool
+    ahead: bool
 
 
 @functools.cache

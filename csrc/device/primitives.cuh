@@ -49,11 +49,11 @@ template <class T> __device__ T shuffle(T value, int from) { return __shfl_sync(
 template <class T> __device__ T shuffle_xor(T value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 __device__ inline unsigned ballot(bool value) { return __ballot_sync(~0u, value); }
 __device__ inline int count_bits(unsigned mask) { return __popc(mask); }
+// Four bytes of the eight in x and y, by the digits of `which`.
+__device__ inline uint32_t select_bytes(uint32_t x, uint32_t y, uint32_t which) { return __byte_perm(x, y, which); }
 
 // Memory
 
-// Sixteen bytes of weights, which no thread of the launch writes.
-__device__ inline uint4 load_weights16(const void *p) { return __ldg(static_cast<const uint4 *>(p)); }
 __device__ inline uint4 load16(const void *p) { return *static_cast<const uint4 *>(p); }
 // What other blocks may be writing, past the first-level cache.
 __device__ inline int load_shared_state(const int *p) {
@@ -66,12 +66,11 @@ __device__ inline void add(int *p, int value) { atomicAdd(p, value); }
 __device__ inline void add(int64_t *p, int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long *>(p), static_cast<unsigned long long>(value));
 }
-__device__ inline void set_bits(unsigned *shared, unsigned bits) { atomicOr(shared, bits); }
-// Adds, and returns what was there before; what this thread wrote before is seen by whoever reads the sum.
+// Adds, and returns what was there before; what its block wrote before the last barrier is seen by whoever acquires the
+// sum.
 __device__ inline int arrive_at(int *p, int value) {
   int before;
-  __threadfence();
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(value) : "memory");
+  asm volatile("atom.release.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(value) : "memory");
   return before;
 }
 // Until the sign of *p differs from that of `ticket`; then what others wrote before they arrived is seen.
@@ -80,12 +79,11 @@ __device__ inline void wait_for_sign(const int *p, int ticket) {
   do {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
   } while ((value ^ ticket) >= 0);
-  __threadfence();
 }
-// Orders plain accesses of this thread with asynchronous copies, in either direction.
+// Orders plain writes to global memory with asynchronous copies of it.
 __device__ inline void fence_copies() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async;" ::: "memory");
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 #endif
 }
 __device__ inline void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
@@ -104,6 +102,12 @@ using Mbarrier = uint64_t;
 __device__ inline uint32_t shared_address(const void *p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 __device__ inline void mbarrier_init(Mbarrier *bar, int count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
+}
+// After this and a barrier of the block, asynchronous copies find its mbarriers.
+__device__ inline void fence_mbarrier_init() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
 }
 __device__ inline void mbarrier_arrive(Mbarrier *bar) {
   asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(bar)) : "memory");
@@ -144,20 +148,24 @@ __device__ inline void copy_rows(char *to, int to_stride, const char *from, int6
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   else
     asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  for (int i = lane(); i < n; i += 32)
+  // From one thread that the compiler knows to be one: else it would issue them in a loop over those of the warp.
+  uint32_t is_elected;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 %0, 1, 0, p; }" : "=r"(is_elected));
+  if (!is_elected) return;
+  const uint32_t shared = shared_address(to), shared_bar = shared_address(bar);
+  const uint64_t global = __cvta_generic_to_global(from);
+#pragma unroll 4
+  for (int i = 0; i < n; i++)
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
-                 "[%3], %4;" ::"r"(shared_address(to + i * to_stride)),
-                 "l"(__cvta_generic_to_global(from + i * from_stride)),
-                 "r"(bytes), "r"(shared_address(bar)), "l"(policy)
+                 "[%3], %4;" ::"r"(shared + i * to_stride),
+                 "l"(global + i * from_stride), "r"(bytes), "r"(shared_bar), "l"(policy)
                  : "memory");
 #else
-  const int pieces = bytes / 16;
-  for (int i = lane(); i < n * pieces; i += 32) {
-    const int row = i / pieces, place = i % pieces * 16;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to + row * to_stride + place)),
-                 "l"(__cvta_generic_to_global(from + row * from_stride + place))
-                 : "memory");
-  }
+  for (int i = 0; i < n; i++)
+    for (int place = 16 * lane(); place < bytes; place += 16 * 32)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to + i * to_stride + place)),
+                   "l"(__cvta_generic_to_global(from + i * from_stride + place))
+                   : "memory");
 #endif
 }
 // Each thread of the warp arrives: at once, or when the copies that it issued itself have.
@@ -213,11 +221,14 @@ inline int current_device(Device *found) {
   return error;
 }
 
-// All blocks run at one time, so that they can wait for each other.
+// A block on each multiprocessor, all at one time, so that they can wait for each other.
 template <class A>
-int launch_together(void (*kernel)(A), A arguments, int blocks, int threads, int shared, void *stream,
+int launch_together(void (*kernel)(A), A arguments, const Device &device, int threads, int shared, void *stream,
                     bool programmatic) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  // Always the same value, since launches of several threads and graphs share it.
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared);
+  cudaFuncAttributes compiled;
+  if (!error) error = cudaFuncGetAttributes(&compiled, kernel);
   if (error) return error;
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeCooperative;
@@ -225,12 +236,13 @@ int launch_together(void (*kernel)(A), A arguments, int blocks, int threads, int
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = blocks;
+  config.gridDim = device.multiprocessors;
   config.blockDim = threads;
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = attributes;
-  config.numAttrs = programmatic ? 2 : 1;
+  // Code for older devices has no instruction to wait for the launch ahead.
+  config.numAttrs = programmatic && device.capability >= 90 && compiled.ptxVersion >= 90 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, arguments);
 }
 

@@ -1,4 +1,4 @@
-// Barriers of a warp and of a block, and votes.
+// Barriers of a warp and of a block, votes and elections.
 #include "runtime.h"
 
 namespace dspa {
@@ -48,6 +48,16 @@ bool meet_all(void *const *parts) {
 }
 
 }  // namespace
+
+bool is_elected() {
+  static constexpr Operation operation = {"copy_rows", [](void *const *parts) {
+    *static_cast<bool *>(parts[random_below(32)]) = true;
+    return true;
+  }};
+  bool elected = false;
+  together(operation, &elected);
+  return elected;
+}
 
 }  // namespace emulated
 

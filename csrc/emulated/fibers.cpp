@@ -90,7 +90,7 @@ void run(Warp &warp) {
 
 void let_others_run() {
   check_stack();
-  turns_left = random_below(32);
+  turns_left = random_below(2 << random_below(8));  // soon, or not for long
   Warp &warp = *self().warp;
   (warp.priority % 2 ? warp.ready : warp.asleep) |= self().bit();
   go_to_scheduler();

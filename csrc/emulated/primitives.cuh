@@ -64,7 +64,7 @@ template <> inline fp16 rounded<fp16>(float x) {
   if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};
   // Below 2^-14 the last place is that of 0.5 in fp32.
   if (magnitude < 0x38800000) return {uint16_t(sign | (bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000))};
-  return {uint16_t(sign | ((magnitude + 0xfff + (magnitude >> 13 & 1)) >> 13) - (112 << 10))};
+  return {uint16_t(sign | (((magnitude + 0xfff + (magnitude >> 13 & 1)) >> 13) - (112 << 10)))};
 }
 
 // What the runtime gives to the functions below.
@@ -87,6 +87,9 @@ struct Operation {
   bool (*complete)(void *const *parts);
 };
 void together(const Operation &operation, void *part);
+
+// True in one lane of the warp, any one.
+bool is_elected();
 
 // Blocks this thread until the sign of *p differs from that of `ticket`.
 void wait_for_sign(const int *p, int ticket);
@@ -142,10 +145,15 @@ template <class T> T shuffle(T value, int from) {
 template <class T> T shuffle_xor(T value, int mask) { return shuffle(value, lane() ^ mask); }
 unsigned ballot(bool value);
 inline int count_bits(unsigned mask) { return __builtin_popcount(mask); }
+inline uint32_t select_bytes(uint32_t x, uint32_t y, uint32_t which) {
+  const uint64_t bytes = uint64_t(y) << 32 | x;
+  uint32_t selected = 0;
+  for (int i = 0; i < 4; ++i) selected |= uint32_t(bytes >> 8 * (which >> 4 * i & 7) & 0xff) << 8 * i;
+  return selected;
+}
 
 // Memory
 
-inline uint4 load_weights16(const void *p) { return emulated::load16(p); }
 inline uint4 load16(const void *p) { return emulated::load16(p); }
 inline int load_shared_state(const int *p) {
   const int value = *p;
@@ -164,10 +172,6 @@ inline void add(int64_t *p, int64_t value) {
   *p = int64_t(uint64_t(*p) + uint64_t(value));
   emulated::others_may_run();
 }
-inline void set_bits(unsigned *shared, unsigned bits) {
-  *shared |= bits;
-  emulated::others_may_run();
-}
 inline int arrive_at(int *p, int value) {
   const int before = *p;
   add(p, value);
@@ -183,13 +187,14 @@ inline void wait_for_dependency() {}
 using Mbarrier = uint64_t;
 
 void mbarrier_init(Mbarrier *bar, int count);
+inline void fence_mbarrier_init() {}
 void mbarrier_arrive(Mbarrier *bar);
 void mbarrier_wait(Mbarrier *bar, int parity);
 void expect_copies(Mbarrier *bar, int bytes);
 template <bool ONCE>
-inline void copy_rows(char *to, int to_stride, const char *from, int64_t from_stride, int n, int bytes,
-                      Mbarrier *bar) {
-  for (int i = lane(); i < n; i += 32) emulated::copy(to + i * to_stride, from + i * from_stride, bytes, bar, ONCE);
+inline void copy_rows(char *to, int to_stride, const char *from, int64_t from_stride, int n, int bytes, Mbarrier *bar) {
+  if (!emulated::is_elected()) return;
+  for (int i = 0; i < n; ++i) emulated::copy(to + i * to_stride, from + i * from_stride, bytes, bar, ONCE);
 }
 inline void arrive_with_copies(Mbarrier *bar) { mbarrier_arrive(bar); }
 
@@ -207,7 +212,7 @@ struct Device {
 int current_device(Device *found);
 
 template <class A>
-int launch_together(void (*kernel)(A), A arguments, int blocks, int threads, int shared, void *, bool) {
+int launch_together(void (*kernel)(A), A arguments, const Device &device, int threads, int shared, void *, bool) {
   struct Call {
     void (*kernel)(A);
     const A *arguments;
@@ -216,7 +221,7 @@ int launch_together(void (*kernel)(A), A arguments, int blocks, int threads, int
     const Call &call = *static_cast<const Call *>(p);
     call.kernel(*call.arguments);
   };
-  return emulated::launch(run, &call, blocks, threads, shared);
+  return emulated::launch(run, &call, device.multiprocessors, threads, shared);
 }
 
 const char *error_name(int code);

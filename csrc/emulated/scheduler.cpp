@@ -8,7 +8,7 @@ namespace dspa::emulated {
 
 namespace {
 
-// Below this, a warp runs only when nothing else can happen.
+// Below this, a warp runs only when no other can.
 constexpr uint64_t STARVED = ~0ull / 8;
 
 uint64_t random_state;
@@ -36,16 +36,17 @@ bool run_best(uint64_t priority) {
   return true;
 }
 
-// The sleepers of one warp.
-bool wake_sleepers() {
+// One sleeper.
+bool wake_sleeper() {
   Warp *found = nullptr;
   int n = 0;
   for (Block &block : launched.blocks)
     for (Warp &warp : block.warps)
       if (warp.asleep && !random_below(++n)) found = &warp;
   if (!found) return false;
-  found->ready |= found->asleep;
-  found->asleep = 0;
+  const uint32_t lowest = found->asleep & -found->asleep;
+  found->asleep ^= lowest;
+  found->ready |= lowest;
   return true;
 }
 
@@ -55,6 +56,12 @@ void land_some_copies() {
   const int n = copies_in_flight();
   if (!n || !haste || (haste == 1 && random_below(16))) return;
   land_copies(haste == 3 ? n : 1);
+}
+
+bool land_any_copies() {
+  const int n = copies_in_flight();
+  if (n) land_copies(1 + random_below(n));
+  return n;
 }
 
 bool all_ended() {
@@ -117,19 +124,16 @@ int random_below(int n) { return int((random_bits() >> 32) * uint64_t(n) >> 32);
 int random_lane() { return random_state >> 32 & 31; }
 
 void run_all() {
+  const auto step = [](int i) { return i == 0 ? wake_sleeper() : i == 1 ? land_any_copies() : run_best(0); };
   for (;;) {
     land_some_copies();
     // Whoever looks at a word again and again would keep sleepers asleep.
-    if (!random_below(256)) wake_sleepers();
+    if (!random_below(256)) wake_sleeper();
     if (run_best(STARVED)) continue;
-    const int n = copies_in_flight();
-    if ((!n || random_below(2)) && wake_sleepers()) continue;
-    if (n)
-      land_copies(1 + random_below(n));
-    else if (all_ended())
-      return check_copies();
-    else if (!run_best(0))
-      deadlock();
+    const int first = random_below(3);
+    if (step(first) || step((first + 1) % 3) || step((first + 2) % 3)) continue;
+    if (all_ended()) return check_copies();
+    deadlock();
   }
 }
 

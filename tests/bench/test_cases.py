@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import every_kernel, one_step, stress
-from bench.cases import PROGRAMMATIC, Setting, activity_of, check_rows, running, steer_backends
+from bench.cases import LAUNCHES, Setting, activity_of, check_rows, running, steer_backends
 from bench.test_steer import paths_of
 from dspa_kernels import launch
 from dspa_kernels.testing import BACKENDS
@@ -15,13 +15,14 @@ from dspa_kernels.weights import PATHS
 CPU, TINY = torch.device("cpu"), (64, 512)
 
 
-@pytest.mark.parametrize(("name", "programmatic"), [("cuda", False), (PROGRAMMATIC, True)])
-def test_a_kind_of_launch_is_chosen_and_then_forgotten(name: str, programmatic: bool) -> None:
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_kind_of_launch_is_chosen_and_then_forgotten(name: str) -> None:
     entries = [("steer", 1, 2304, 16384, 0, CPU), ("steer_topk_int8", 500, 64, 512, 2, CPU)]
     before = [launch.cuda_entry(*entry) for entry in entries]
     with running(name) as backend:
         found = [launch.cuda_entry(*entry) for entry in entries]
-        assert backend == "cuda" and all(entry and entry.programmatic == programmatic for entry in found)
+        kinds = [{"programmatic": entry.programmatic, "ahead": entry.ahead} for entry in found if entry]
+        assert backend == "cuda" and kinds == [LAUNCHES[name]] * 2
     assert [launch.cuda_entry(*entry) for entry in entries] == before
 
 
@@ -45,9 +46,9 @@ def test_rows_take_their_path(path: str, backend: str) -> None:
 
 
 def test_every_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["every_kernel", "--backends", "cuda", PROGRAMMATIC, "--rows", "1"])
+    monkeypatch.setattr("sys.argv", ["every_kernel", "--backends", *LAUNCHES, "--rows", "1"])
     assert every_kernel.main() == 0
-    assert capsys.readouterr().out == "every kernel: 32 of 32 as the reference\n"
+    assert capsys.readouterr().out == "every kernel: 48 of 48 as the reference\n"
 
 
 def test_a_row_is_the_same_in_any_batch_and_turn() -> None:

@@ -71,7 +71,7 @@ def test_all_runs_everything_and_builds_first(tree: Tree) -> None:
     assert ran == list(STAGES)
     assert [call for call in calls if "csrc" in call] == ["python3 csrc/build.py --out build/csrc [9.0a]"]
     for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
-        for kernel in ("triton", "cuda", "cuda-programmatic"):
+        for kernel in ("triton", "cuda", "cuda-ahead", "cuda-programmatic"):
             assert (tree.root / "out" / f"sanitize-{tool}-{kernel}.log").is_file()
     assert (tree.root / "out" / "profile-3584x16384-cuda.csv").is_file()
 
@@ -82,7 +82,7 @@ def test_a_stage_builds_if_there_is_no_library(tree: Tree) -> None:
         code, _, calls = tree.run("stress", "out", "--only", "chained")
         assert code == 0 and library.read_text() == "new\n"
         assert any("csrc/build.py" in call for call in calls) == built
-        assert sum("bench.stress" in call and "--only chained" in call for call in calls) == 3
+        assert sum("bench.stress" in call and "--only chained" in call for call in calls) == 4
     library.write_text("old")
     _, _, calls = tree.run("build", "out", TORCH_CUDA_ARCH_LIST="8.0")
     assert library.read_text() == "new\n" and any("csrc/build.py" in call and "[8.0]" in call for call in calls)

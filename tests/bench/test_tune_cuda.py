@@ -17,12 +17,13 @@ PLACES = [Place("steer", 0, rows, 2304, 16384) for rows in tune_cuda.ROWS]
 
 
 def times(whole: tuple[float, float, float], mean: tuple[float, float, float] = (10.0, 10.0, 10.0)) -> tune_cuda.Times:
-    """Of Triton, CUDA, and CUDA's programmatic launches."""
+    """Of Triton, CUDA, and CUDA's programmatic launches; those that only read ahead are slow."""
+    whole, mean = ((*each[:2], 100.0, each[2]) for each in (whole, mean))
     return {"whole": dict(zip(KERNELS, whole, strict=True)), "mean": dict(zip(KERNELS, mean, strict=True))}
 
 
 def entry(rows: int, programmatic: bool, d_sae: int = 16384) -> CudaEntry:
-    return CudaEntry("steer", 0, 90, rows, 2304, d_sae, programmatic)
+    return CudaEntry("steer", 0, 90, rows, 2304, d_sae, programmatic, ahead=programmatic)
 
 
 @pytest.mark.parametrize(

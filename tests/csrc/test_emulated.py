@@ -58,12 +58,13 @@ class RoundArguments(ctypes.Structure):
 SUM_BUGS = ["right", "no warp barrier", "no barrier before reading", "no barrier before writing"]
 RING_BUGS = ["right", "no wait for full", "no wait for empty", "arrives early", "forgets a row", "no first parity"]
 MISTAKES = {
-    "copy out of range": r"thread 0: copy: 16 bytes at 1016 of shared memory, which has 1024",
+    "copy out of range": r"copy: 16 bytes at 1016 of shared memory, which has 1024",
     "copy misaligned": r"copy from 0x\w+, which is not aligned to 16",
     "copy never awaited": r"nobody waited for copies by the mbarrier at 0",
     "write under copy": r"wrote to 128 of shared memory, where a copy was about to arrive",
     "copies overlap": r"wrote to 128 of shared memory, where a copy was about to arrive",
-    "too many arrivals": r"more than 1 arrivals in a phase|two phases|deadlock",
+    "copy by one lane": r"which lanes \w{8} of its warp never reach|wait for the others at: (warp barrier|copy_rows)",
+    "too many arrivals": r"more than 1 arrivals in a phase|deadlock",
     "too many bytes": r"8 bytes more than expected came in a phase",
     "too few bytes": r"deadlock(.|\n)*phase 0 of the mbarrier at 0, which lacks 0 of 1 arrivals and 16 bytes",
     "no mbarrier": r"mbarrier_wait: there is no mbarrier at 0",
@@ -82,6 +83,8 @@ MISTAKES = {
     "wait for nobody": r"deadlock(.|\n)*lanes 00000020 wait for phase 0 of the mbarrier at 0, which lacks 2 of 3",
     "stack too small": r"needs more than the 192 KB of its stack",
 }
+# What happens, or not, while a copy is under way.
+RACES = {"write under copy", "copies overlap"}
 
 
 @pytest.fixture(scope="session")
@@ -183,10 +186,14 @@ def test_ring_bugs_are_found(toy: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("which", range(len(MISTAKES)), ids=list(MISTAKES))
 def test_mistakes_are_told(toy: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, which: int) -> None:
-    for seed in SEEDS[:5]:
-        monkeypatch.setenv("DSPA_EMULATED_SEED", str(seed))
+    name, message = list(MISTAKES.items())[which]
+
+    def told() -> bool:
         error = make_mistake(toy, which)
-        assert re.search(list(MISTAKES.values())[which], error), error
+        assert re.search(message, error) or (name in RACES and not error), error
+        return bool(error)
+
+    assert over_seeds(monkeypatch, toy, told) > 0.3
     # What a failed launch leaves behind is in nobody's way.
     x = small_integers(100, 64)
     sums, error = ring_sums(toy, x)

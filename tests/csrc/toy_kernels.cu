@@ -5,6 +5,10 @@ namespace dspa {
 
 namespace {
 
+template <class A> int start(void (*kernel)(A), A arguments, int blocks, int threads, int shared) {
+  return launch_together(kernel, arguments, Device{blocks, shared, 90}, threads, shared, nullptr, false);
+}
+
 // Sums of the columns of a matrix: by shuffles within a warp, through shared memory among all.
 enum SumBug { SUM_RIGHT, NO_WARP_BARRIER, NO_BARRIER_BEFORE_READING, NO_BARRIER_BEFORE_WRITING };
 
@@ -155,6 +159,7 @@ enum Mistake {
   COPY_NEVER_AWAITED,
   WRITE_UNDER_COPY,
   COPIES_OVERLAP,
+  COPY_BY_ONE_LANE,
   TOO_MANY_ARRIVALS,
   TOO_MANY_BYTES,
   TOO_FEW_BYTES,
@@ -189,15 +194,19 @@ __device__ void mistake_with_copies(int which, const char *from, char *out) {
   char *to = shared_memory() + 128;
   if (thread() == 0) mbarrier_init(bar, 1);
   block_barrier();
-  if (thread()) return;
-  expect_copies(bar, which == TOO_MANY_BYTES ? 8 : which == TOO_FEW_BYTES || which == COPIES_OVERLAP ? 32 : 16);
+  if (warp()) return;
   if (which == COPY_OUT_OF_RANGE) to = shared_memory() + MISTAKE_SHARED - 8;
   if (which == COPY_MISALIGNED) ++from;
-  if (which == OVERWRITTEN_MBARRIER) *bar = 0;
+  if (which == COPY_BY_ONE_LANE && lane()) return;
+  if (lane() == 0)
+    expect_copies(bar, which == TOO_MANY_BYTES ? 8 : which == TOO_FEW_BYTES || which == COPIES_OVERLAP ? 32 : 16);
+  if (lane() == 0 && which == OVERWRITTEN_MBARRIER) *bar = 0;
+  warp_barrier();
   copy_rows<false>(to, 0, from, 0, 1, 16, bar);
-  if (which == WRITE_UNDER_COPY) to[3] = 0;
   if (which == COPIES_OVERLAP) copy_rows<false>(to, 0, from + 16, 0, 1, 16, bar);
-  if (which == COPY_NEVER_AWAITED) return;
+  warp_barrier();
+  if (which == COPY_NEVER_AWAITED || lane()) return;
+  if (which == WRITE_UNDER_COPY) to[3] = 0;
   mbarrier_arrive(bar);
   if (which == TOO_MANY_ARRIVALS) mbarrier_arrive(bar);
   mbarrier_wait(bar, 0);
@@ -239,7 +248,7 @@ __device__ void mistake_with_memory(int which, const char *from, char *out) {
   switch (which) {
     case NO_MBARRIER: return mbarrier_wait(bar, 0);
     case MATRIX_OUT_OF_RANGE: load_matrices(r, shared_memory() + (thread() + 40) * 16); break;
-    case LOAD_MISALIGNED: r[0] = load_weights16(from + 8).x; break;
+    case LOAD_MISALIGNED: r[0] = load16(from + 8).x; break;
     case WRITE_BEYOND: shared_memory()[MISTAKE_SHARED] = 0; break;
     case STACK_TOO_SMALL: r[0] = recurse(reinterpret_cast<int *>(out), 205); break;
     case WAIT_FOR_NOBODY:
@@ -276,31 +285,31 @@ __global__ void round_all(RoundArguments p) {
 }  // namespace
 
 DSPA_EXPORT int toy_sum(SumArguments p, int blocks, int threads) {
-  return launch_together(sum, p, blocks, threads, (32 + threads / 2) * 4, nullptr, false);
+  return start(sum, p, blocks, threads, (32 + threads / 2) * 4);
 }
 
 DSPA_EXPORT int toy_add_rows(RingArguments p, int blocks) {
   const int shared = 128 + STAGES * ROWS * p.width * 4;
-  return launch_together(add_rows, p, blocks, 32 * (CONSUMERS + 1), shared, nullptr, false);
+  return start(add_rows, p, blocks, 32 * (CONSUMERS + 1), shared);
 }
 
 DSPA_EXPORT int toy_multiply_bf16(ProductArguments<bf16> p) {
-  return launch_together(multiply<bf16>, p, 1, 32, 24 * (p.depth + 8) * 2, nullptr, false);
+  return start(multiply<bf16>, p, 1, 32, 24 * (p.depth + 8) * 2);
 }
 
 DSPA_EXPORT int toy_multiply_fp16(ProductArguments<fp16> p) {
-  return launch_together(multiply<fp16>, p, 1, 32, 24 * (p.depth + 8) * 2, nullptr, false);
+  return start(multiply<fp16>, p, 1, 32, 24 * (p.depth + 8) * 2);
 }
 
 DSPA_EXPORT int toy_add_in_rounds(RoundsArguments p, int blocks) {
-  return launch_together(add_in_rounds, p, blocks, 64, 0, nullptr, false);
+  return start(add_in_rounds, p, blocks, 64, 0);
 }
 
 DSPA_EXPORT int toy_mistake(MistakeArguments p) {
-  return launch_together(mistake, p, 1, 96, MISTAKE_SHARED, nullptr, false);
+  return start(mistake, p, 1, 96, MISTAKE_SHARED);
 }
 
-DSPA_EXPORT int toy_round(RoundArguments p) { return launch_together(round_all, p, 1, 32, 0, nullptr, false); }
+DSPA_EXPORT int toy_round(RoundArguments p) { return start(round_all, p, 1, 32, 0); }
 
 DSPA_EXPORT const char *toy_error_name(int code) { return error_name(code); }
 DSPA_EXPORT const char *toy_error_text(int code) { return error_text(code); }

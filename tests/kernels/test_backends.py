@@ -165,7 +165,7 @@ def test_a_device_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_steer_is_cuda_where_that_was_measured_to_be_faster(
     monkeypatch: pytest.MonkeyPatch, rows: int, chosen: str
 ) -> None:
-    entry = launch.CudaEntry("steer", launch.NATIVE, 90, 8, 19, 67, programmatic=False)
+    entry = launch.CudaEntry("steer", launch.NATIVE, 90, 8, 19, 67, programmatic=False, ahead=False)
     monkeypatch.setattr(launch, "cuda_table", lambda: (entry,))
     monkeypatch.setattr(launch, "capability_of", lambda device: 90)
     launch.cuda_entry.cache_clear()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dspa_kernels import EncoderStream, MapWeights, SAEWeights, SteeringPlan, cuda_library, steer
+from dspa_kernels import EncoderStream, MapWeights, SAEWeights, SteeringPlan, cuda_library, launch, steer
 from dspa_kernels.cuda_library import EMULATED
 from dspa_kernels.testing import random_map, random_plan, random_sae, run_on, same_bits, tensors
 
@@ -94,6 +94,31 @@ def test_the_barrier_is_left_as_it_was_found() -> None:
         assert not barriers.any()
 
 
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Launches that read the first of the encoder before they know whether they need it."""
+    entries = [
+        launch.CudaEntry(f"steer{name}", 0, None, None, None, None, True, True) for name in ("", "_topk", "_int8")
+    ]
+    monkeypatch.setattr(launch, "cuda_table", lambda: tuple(entries))
+    launch.cuda_entry.cache_clear()
+    yield
+    launch.cuda_entry.cache_clear()
+
+
+@pytest.mark.usefixtures("ahead")
+@pytest.mark.parametrize("screen", ["none", "int8"])
+@pytest.mark.parametrize("kind", ["jumprelu", "topk"])
+@pytest.mark.parametrize("n", [1, 8, 9])
+# Fewer pieces than stages, more, and rows that are not aligned.
+@pytest.mark.parametrize("d_in", [16, 1552, 130])
+def test_exact_where_the_first_is_read_ahead(d_in: int, n: int, kind: str, screen: str) -> None:
+    arguments = make_arguments(d_in, n, kind=kind, screen=screen)
+    for rows in (arguments["rows"], torch.full((n,), -1, dtype=torch.int32)):
+        found = run_on("cuda", steer, **{**arguments, "rows": rows})
+        assert same_bits(found, run_on("reference", steer, **{**arguments, "rows": rows}))
+
+
 # What is read of the encoder, counted by the library that emulates a GPU.
 
 emulated = pytest.mark.skipif(not EMULATED, reason="copies are counted where a GPU is emulated")
@@ -141,6 +166,18 @@ def test_nothing_is_read_for_rows_that_are_inactive_or_settled(value: float) -> 
     with Copies() as copies:
         out = steer(**arguments, stream=stream, backend="cuda")
     assert copies.bytes == 0 and torch.equal(out[:, 0], torch.zeros(3, dtype=torch.bfloat16))
+
+
+@emulated
+@pytest.mark.usefixtures("ahead")
+@pytest.mark.parametrize(("value", "share"), [(0, 0.2), (1, 0.2), (4, 1)])
+def test_what_is_read_ahead_is_little_and_not_read_again(value: float, share: float) -> None:
+    arguments = settling(1, 10_000, 9_999, value)
+    stream = EncoderStream.of(arguments["sae"], hot=torch.tensor([9_999]))
+    with Copies() as copies:
+        steer(**arguments, stream=stream, backend="cuda")
+    assert 0 < copies.bytes <= share * arguments["sae"].W_enc.nbytes
+    assert (copies.bytes == arguments["sae"].W_enc.nbytes) == (share == 1)
 
 
 @emulated

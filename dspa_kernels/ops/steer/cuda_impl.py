@@ -86,6 +86,7 @@ def steer(
         normalize=NORMALIZE[normalize],
         record=record,
         programmatic=entry is not None and entry.programmatic,
+        ahead=entry is not None and entry.ahead,
         alpha=alpha,
         **(lookup or {}),
     )

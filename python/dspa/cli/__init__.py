@@ -88,7 +88,12 @@ def info() -> None:
             versions[name] = "not installed"
     gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
     print_table("dspa-kernels", versions | {"CUDA devices": ", ".join(gpus) or "none"})
-    table = Table("backend", "runs here", "ops or reason", title="Backends, in the order in which auto tries them")
+    table = Table(
+        "backend",
+        "runs here",
+        "ops or reason",
+        title="Backends; auto takes cuda where it was measured to be faster than triton",
+    )
     for name, status in available_backends().items():
         table.add_row(name, "yes" if status.available else "no", status.reason or ", ".join(status.ops))
     console.print(table)
