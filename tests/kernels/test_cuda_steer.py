@@ -78,6 +78,17 @@ def test_a_screen_changes_no_bit(dtypes: Any, n: int) -> None:
     assert same_bits(out, plain) and same_bits(found.maximum, edits.maximum)
 
 
+@pytest.mark.skipif(not EMULATED, reason="a GPU has its own order")
+@pytest.mark.parametrize("screen", ["none", "int8"])
+@pytest.mark.parametrize("n", [1, 9, 70])
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_the_order_of_threads_does_not_matter(seed: int, n: int, screen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = make_arguments(1552, n, integers=False, screen=screen)
+    expected = run_on("cuda", steer, **arguments)
+    monkeypatch.setenv("DSPA_EMULATED_SEED", str(seed))
+    assert same_bits(run_on("cuda", steer, **arguments), expected)
+
+
 @pytest.mark.parametrize("n", [1, 64])
 def test_runs_are_alike(n: int) -> None:
     arguments = make_arguments(272, n, integers=False)
