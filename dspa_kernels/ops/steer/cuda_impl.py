@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -11,6 +12,11 @@ from dspa_kernels.barriers import barrier_of
 from dspa_kernels.cuda_library import DTYPES, NORMALIZE, SteerArguments, fill, launch_steer, library
 from dspa_kernels.launch import cuda_entry, precision, steer_variant
 from dspa_kernels.ops.steer import empty_results
+
+
+def padded(n: int) -> int:
+    """Numbers of four bytes up to the next whole line of a cache."""
+    return -(-n // 32) * 32
 
 
 def steer(
@@ -39,9 +45,6 @@ def steer(
     if not n_rows and lookup is None:
         return out, before, after, most
 
-    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=h.device)
-
     # Tensors are named here for as long as the launch is being made: an address alone does not keep one.
     tensors: dict[str, Tensor | None] = {
         **as_they_are,
@@ -59,12 +62,6 @@ def steer(
         "before": before if record else None,
         "after": after if record else None,
         "most": most if record else None,
-        "scale": scratch(n_rows) if normalize != "none" else None,
-        "norms": None if screen_W_enc is None else scratch(n_rows, 2),
-        "value": scratch(n_rows, n_slots + n_large),
-        "finite": scratch(n_rows, dtype=torch.int32),
-        "maximum": scratch(n_rows, dtype=torch.int32),
-        "beaten": scratch(n_rows, n_slots, dtype=torch.int32) if k else None,
         "barrier": barrier_of(barriers),
     }
     variant, multiply = steer_variant(k, screen_W_enc), precision(h, W_enc, normalize)
@@ -90,8 +87,18 @@ def steer(
         alpha=alpha,
         **(lookup or {}),
     )
-    x = scratch(library().dspa_steer_x_rows(arguments), d_in)
-    if len(x):
-        fill(arguments, x=x)
+    numbers = {
+        "x": library().dspa_steer_x_rows(arguments) * d_in,
+        "scale": n_rows if normalize != "none" else 0,
+        "norms": 0 if screen_W_enc is None else 2 * n_rows,
+        "value": n_rows * (n_slots + n_large),
+        "finite": n_rows,
+        "maximum": n_rows,
+        "beaten": n_rows * n_slots if k else 0,
+    }
+    scratch = torch.empty(sum(map(padded, numbers.values())), dtype=torch.int32, device=h.device)
+    starts = itertools.accumulate(map(padded, numbers.values()), initial=0)
+    places = zip(numbers.items(), starts, strict=False)
+    fill(arguments, **{name: scratch.data_ptr() + 4 * start for (name, n), start in places if n})
     launch_steer(arguments, h.device)
     return out, before, after, most
