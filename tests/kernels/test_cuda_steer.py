@@ -192,6 +192,19 @@ def test_what_is_read_ahead_is_little_and_not_read_again(value: float, share: fl
 
 
 @emulated
+@pytest.mark.usefixtures("ahead")
+@pytest.mark.parametrize("seed", range(8))
+def test_blocks_that_look_late_need_nothing_of_what_they_read_ahead(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others have settled the row by then."""
+    monkeypatch.setenv("DSPA_EMULATED_SEED", str(seed))
+    arguments = settling(1, 20_000, 19_999, value=1)
+    stream = EncoderStream.of(arguments["sae"], hot=torch.tensor([19_999]), n_large=0)
+    paths = torch.zeros(6, dtype=torch.int64)
+    out = steer(**arguments, stream=stream, paths=paths, backend="cuda")
+    assert out[0, 0] == 0 and paths[4] == 1 and paths[5] < 20_000
+
+
+@emulated
 @pytest.mark.parametrize("n", [1, 64])
 def test_a_stream_ends_as_soon_as_rows_are_settled(n: int) -> None:
     """Where the first tiles settle all rows, no more is read than was under way."""
