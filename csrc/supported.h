@@ -48,8 +48,10 @@ static_assert(is_supported(full_precision(4), SHARED_80, 0));
 
 // Elsewhere for a tile of rows at least: a batch then takes several turns.
 constexpr bool has_room(Shape shape) {
-  for (int d_in : WIDTHS)
-    if (rows_at_once(shape, shape.rows, d_in, SHARED_86) < TILE_N) return false;
+  for (int d_in : WIDTHS) {
+    const int rows = rows_at_once(shape, shape.rows, d_in, SHARED_86);
+    if (rows < TILE_N || !stages_of(shape, rows, d_in, SHARED_86)) return false;
+  }
   return true;
 }
 static_assert(has_room(many_rows(1)) && has_room(many_rows(2)));
