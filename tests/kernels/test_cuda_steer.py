@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dspa_kernels import EncoderStream, MapWeights, SAEWeights, SteeringPlan, cuda_library, launch, steer
+from dspa_kernels import (
+    EncoderStream,
+    MapWeights,
+    SAEWeights,
+    SteeringPlan,
+    cuda_library,
+    launch,
+    lookup_and_steer,
+    steer,
+)
 from dspa_kernels.cuda_library import EMULATED
 from dspa_kernels.testing import random_map, random_plan, random_sae, run_on, same_bits, tensors
 
@@ -102,6 +111,9 @@ def test_the_barrier_is_left_as_it_was_found() -> None:
         arguments = {**make_arguments(272, 1), "rows": rows}
         barriers = arguments["stream"].barriers
         run_on("cuda", steer, **arguments)
+        assert not barriers.any()
+        del arguments["plan"]
+        run_on("cuda", lookup_and_steer, counts=torch.ones(N_PROMPTS, 31, dtype=torch.int32), **arguments, k_prompt=3)
         assert not barriers.any()
 
 
