@@ -54,14 +54,30 @@ def make_arguments(
 @pytest.mark.parametrize("kind", ["jumprelu", "topk"])
 @pytest.mark.parametrize("dtypes", [BF16, FP16, FP32, (torch.float32, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("n", ROWS[::2])
-# Less than a slice, slices and a half, several chunks and a half; and rows that are not aligned.
-@pytest.mark.parametrize("d_in", [16, 272, 1552, 130])
+# Less than a slice, slices and a half, several chunks and a half; and rows that are not aligned, or end amid a step.
+@pytest.mark.parametrize("d_in", [16, 272, 1552, 130, 24])
 def test_exact_on_integers(d_in: int, n: int, dtypes: Any, kind: str, screen: str) -> None:
     arguments = make_arguments(d_in, n, kind=kind, dtypes=dtypes, screen=screen)
     found = tensors(run_on("cuda", steer, **arguments, record=True))
     expected = tensors(run_on("reference", steer, **arguments, record=True))
     assert all(same_bits(*pair) for pair in zip(found, expected, strict=True))
     assert same_bits(run_on("cuda", steer, **arguments), expected[0])
+
+
+@pytest.mark.parametrize("mode", ["ablate", "augment", "both"])
+def test_a_lookup_among_many_ties(mode: str) -> None:
+    """More latents than threads; counts and scores of which most are equal to others."""
+    g = torch.Generator().manual_seed(0)
+    arguments = make_arguments(48, 9)
+    del arguments["plan"]
+    values = torch.randint(-1, 2, (700, N_COLUMNS), generator=g).float()
+    arguments["cdmap"] = MapWeights.gather(arguments["cdmap"].columns, values, arguments["sae"])
+    counts = torch.randint(0, 3, (N_PROMPTS, 700), generator=g, dtype=torch.int32)
+    sizes = {"k_prompt": 40, "k_diff": 9, "mode": mode}
+    out, plan, _ = run_on("cuda", lookup_and_steer, counts=counts, **arguments, **sizes)
+    expected, wanted, _ = run_on("reference", lookup_and_steer, counts=counts, **arguments, **sizes)
+    assert torch.equal(plan.slots, wanted.slots) and torch.equal(plan.signs, wanted.signs)
+    assert same_bits(out, expected)
 
 
 @pytest.mark.parametrize("screen", ["none", "int8"])
