@@ -39,6 +39,11 @@ if ! $PYTHON -c 'from importlib.metadata import version; version("dspa-kernels")
     PYTHONPATH="$PYTHONPATH:$site"
 fi
 
+if ! $PYTHON -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "bench/gpu.sh needs a CUDA device, and torch finds none" >&2
+    exit 2
+fi
+
 kernels="triton cuda cuda-ahead cuda-programmatic"
 failed=()
 # run NAME COMMAND...: what a command prints is kept too; returns its status.

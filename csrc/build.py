@@ -132,11 +132,21 @@ def find_ninja() -> str:
 
 
 def architectures() -> tuple[str, ...]:
-    """What to compile for: TORCH_CUDA_ARCH_LIST, such as "8.0;9.0a+PTX" or "Hopper", or the default."""
+    """What to compile for: TORCH_CUDA_ARCH_LIST, such as "8.0;9.0a+PTX" or "Hopper", or the default.
+
+    Lists that are made for many packages name older devices, too, which are left out; one of nothing else is refused.
+    """
     asked = [name for name in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "")) if name]
     capabilities = [each for name in asked for each in GENERATIONS.get(name, name).split(";")]
-    found = [code for capability in capabilities for code in codes(capability)]
+    new_enough = [each for each in capabilities if not is_older(each)]
+    found = [code for capability in new_enough or capabilities for code in codes(capability)]
     return tuple(dict.fromkeys(found)) or DEFAULT_ARCHITECTURES
+
+
+def is_older(capability: str) -> bool:
+    """Whether it is a compute capability that the kernels do not run on."""
+    match = re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", capability)
+    return match is not None and int(match[1] + match[2]) < OLDEST
 
 
 def codes(capability: str) -> list[str]:
@@ -254,13 +264,13 @@ def run_ninja(out: Path, ninja_file: str, library: str) -> Path:
 
 def main() -> None:
     """Run as a program."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for objects and the library")
     parser.add_argument("--emulated", action="store_true", help="for the CPU, to test kernels without a GPU")
     arguments = parser.parse_args()
     try:
         (build_emulated if arguments.emulated else build_cuda)(arguments.out)
-    except BuildError as error:
+    except (BuildError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

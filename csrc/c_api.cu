@@ -10,17 +10,21 @@ namespace {
 using namespace dspa;
 
 constexpr int OLDEST = 80;
+// What the index arithmetic is meant for, with room to spare.
+constexpr int WIDEST = 1 << 20, MOST_LATENTS = 1 << 28;
 
 int check(const Arguments &a) {
   const int sizes[] = {a.n_prompts, a.n_columns, a.n_slots, a.n_large, a.k, a.n_rows};
   for (int size : sizes)
     if (size < 0) return DSPA_BAD_SIZE;
-  if (a.d_in < 1 || a.d_sae < 1 || a.n_large > a.d_sae) return DSPA_BAD_SIZE;
-  if (a.counts && (a.d_sae_in < 1 || a.k_prompt < 1 || a.k_diff < 1)) return DSPA_BAD_SIZE;
+  if (a.d_in < 1 || a.d_in > WIDEST || a.d_sae < 1 || a.d_sae > MOST_LATENTS) return DSPA_BAD_SIZE;
+  if (a.n_large > a.d_sae || a.k > a.d_sae) return DSPA_BAD_SIZE;
+  if (a.counts && (a.d_sae_in < 1 || a.k_prompt < 1 || a.k_prompt > a.d_sae_in || a.k_diff < 1)) return DSPA_BAD_SIZE;
   if (a.counts && int64_t(a.k_diff) * ((a.augment != 0) + (a.ablate != 0)) != a.n_slots) return DSPA_BAD_SIZE;
   // Tasks of all rows are counted in 32 bits, with room for a step beyond the last.
-  const int64_t tasks = most(1 + a.n_slots + a.n_large, ceil_div(a.d_in, 32 * COLUMNS));
-  if (a.n_rows * tasks > 1 << 30) return DSPA_BAD_SIZE;
+  if (a.n_rows * (int64_t(1) + a.n_slots + a.n_large) > 1 << 30) return DSPA_BAD_SIZE;
+  if (int64_t(a.n_rows) * ceil_div(a.d_in, 32 * COLUMNS) > 1 << 30) return DSPA_BAD_SIZE;
+  if (a.normalize < DSPA_NONE || a.normalize > DSPA_CONSTANT_NORM_RESCALE) return DSPA_BAD_SIZE;
   for (int dtype : {a.h_dtype, a.W_dtype})
     if (dtype != DSPA_FP32 && dtype != DSPA_BF16 && dtype != DSPA_FP16) return DSPA_BAD_DTYPE;
   return 0;
@@ -29,6 +33,7 @@ int check(const Arguments &a) {
 }  // namespace
 
 DSPA_EXPORT int dspa_steer(const dspa_steer_arguments *arguments, void *stream) {
+  if (!arguments) return DSPA_BAD_SIZE;
   Arguments a = *arguments;
   if (int error = check(a)) return error;
   Device device;

@@ -2,7 +2,7 @@
  *
  * Functions return 0 or an error code for dspa_error_name and dspa_error_text. Nothing is allocated, nothing waits
  * for the device, so that a launch can be captured into a graph. Tensors are contiguous; shapes are given as
- * [rows, columns]; a pointer that a call does not need is null. */
+ * [rows, columns]; a pointer that a call does not need is null. No address and no index is checked. */
 #ifndef DSPA_C_API_H
 #define DSPA_C_API_H
 

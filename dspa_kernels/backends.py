@@ -81,11 +81,14 @@ def choose(op: str, device: torch.device, requested: str = "auto", dtype: torch.
 
     `requested="auto"` (or the environment variable DSPA_BACKEND, read once) takes the first of triton and
     reference that has the op and can run; an op may know when cuda is faster than triton. A backend asked for by
-    name runs or raises `BackendError`.
+    name runs or raises `BackendError`; that of the environment is only for the ops that it has.
     """
+    argument = "backend" if requested != "auto" else "DSPA_BACKEND"
     requested = DEFAULT if requested == "auto" else requested
     if requested != "auto" and requested not in MODULES:
-        raise refuse("backend", repr(requested), ", ".join(("auto", *MODULES)))
+        raise refuse(argument, repr(requested), ", ".join(("auto", *MODULES)))
+    if argument == "DSPA_BACKEND" and (op, requested) not in IMPLEMENTED:
+        requested = "auto"
     by_name = requested != "auto"
     candidates = (requested,) if by_name else ("triton", "reference")
     reasons = []
@@ -140,6 +143,15 @@ def define_op(
     return definition
 
 
+def _load_error() -> str:
+    """Why the CUDA library does not load; empty if it does."""
+    try:
+        cuda_library.library()
+    except cuda_library.CudaError as error:
+        return str(error)
+    return ""
+
+
 def available_backends() -> dict[str, BackendStatus]:
     """Every backend by name: whether it can run on this machine, why not, and the ops that it has."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -148,7 +160,7 @@ def available_backends() -> dict[str, BackendStatus]:
         ops = tuple(op for op in OPS if (op, backend) in IMPLEMENTED)
         reason = "" if ops else f"this version has no {backend} kernels"
         if not reason and backend == "cuda":
-            reason = cuda_library.OBSTACLE
+            reason = cuda_library.OBSTACLE or _load_error()
         if not reason and _obstacle(backend, device):
             reason = "no CUDA device was found" if device.type == "cpu" else _obstacle(backend, device)
         found[backend] = BackendStatus(available=not reason, reason=reason, ops=ops)

@@ -55,9 +55,15 @@ def find_obstacle() -> str:
     """Why there is no library to load; empty if there is one."""
     if EMULATED or LIBRARY.is_file():
         return ""
-    reason = json.loads(RECORD.read_text())["reason"] if RECORD.is_file() else ""
-    advice = "install the package (pip install .) where a CUDA toolkit is"
-    return f"the CUDA kernels are not compiled: {reason or advice}"
+    if not RECORD.is_file():
+        return "the CUDA kernels are not compiled: install the package (pip install .) where a CUDA toolkit is"
+    try:
+        reason = json.loads(RECORD.read_text())["reason"]
+    except (ValueError, LookupError, TypeError):
+        return f"{RECORD} is damaged. Install the package again."
+    return (
+        f"the CUDA kernels are not compiled: {reason}" if reason else f"{LIBRARY} is gone. Install the package again."
+    )
 
 
 # Found once: a compiled model asks for it, too, and cannot look for files.
@@ -71,14 +77,16 @@ def library() -> ctypes.CDLL:
     try:
         loaded = ctypes.CDLL(path)
     except OSError as error:
-        raise CudaError(f"{path} cannot be loaded: {error}. Install the package again on this machine.") from error
+        advice = "DSPA_CUDA_EMULATED names it." if EMULATED else "Install the package again on this machine."
+        raise CudaError(f"{path} cannot be loaded: {error}. {advice}") from error
+    size = getattr(loaded, "dspa_steer_arguments_size", None)
+    if size is None or size() != ctypes.sizeof(SteerArguments):
+        raise CudaError(f"{path} does not belong to this version of dspa-kernels. Install the package again.")
     for name in ("dspa_error_name", "dspa_error_text"):
         getattr(loaded, name).restype = c_char_p
         getattr(loaded, name).argtypes = [c_int]
     loaded.dspa_steer.argtypes = [ctypes.POINTER(SteerArguments), c_void_p]
     loaded.dspa_steer_x_rows.argtypes = [ctypes.POINTER(SteerArguments)]
-    if loaded.dspa_steer_arguments_size() != ctypes.sizeof(SteerArguments):
-        raise CudaError(f"{path} belongs to another version of dspa-kernels. Install the package again.")
     return loaded
 
 

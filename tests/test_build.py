@@ -99,6 +99,7 @@ def csrc(tmp_path: Path) -> Path:
         ("10.0;12.0f", "sm_100 sm_120f"),
         ("Ampere Hopper", "sm_80 sm_86 compute_86 sm_90 compute_90"),
         ("8.0;8.0+PTX;8.0", "sm_80 compute_80"),
+        ("7.0 7.5+PTX 8.0 9.0", "sm_80 sm_90"),
     ],
 )
 def test_architectures(asked: str | None, names: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,12 +108,20 @@ def test_architectures(asked: str | None, names: str, monkeypatch: pytest.Monkey
     assert build.architectures() == tuple(names.split())
 
 
-@pytest.mark.parametrize("bad", ["7.5", "7.5+PTX", "9", "90", "9.0b", "9.0+ptx", "8.0,9.0", "Turing", "native"])
+@pytest.mark.parametrize("bad", ["9", "90", "9.0b", "9.0+ptx", "8.0,9.0", "Turing", "native"])
 def test_an_architecture_that_is_refused(bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", f"8.0;{bad}")
     with pytest.raises(build.BuildError) as error:
         build.architectures()
     assert f"TORCH_CUDA_ARCH_LIST has {bad!r}; accepted: " in str(error.value) and "9.0+PTX" in str(error.value)
+
+
+def test_older_architectures_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5+PTX")
+    with pytest.raises(
+        build.BuildError, match=r"TORCH_CUDA_ARCH_LIST has '7.0'; accepted: compute capabilities from 8.0"
+    ):
+        build.architectures()
 
 
 @pytest.mark.usefixtures("toolkit")

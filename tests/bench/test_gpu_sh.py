@@ -63,6 +63,11 @@ def test_usage_lists_the_stages(tree: Tree) -> None:
         assert not [call for call in calls if "bench" in call]
 
 
+def test_without_a_device_it_says_so_at_once(tree: Tree) -> None:
+    code, text, calls = tree.run("check", "out", fail="*is_available*")
+    assert (code, text) == (2, "bench/gpu.sh needs a CUDA device, and torch finds none\n") and len(calls) <= 2
+
+
 def test_all_runs_everything_and_builds_first(tree: Tree) -> None:
     code, text, calls = tree.run("all", "out")
     assert code == 0 and text.endswith("== all went well: all\n")

@@ -118,8 +118,15 @@ def test_available_backends_says_why_not(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_environment_variable_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "DEFAULT", "tpu")
-    with pytest.raises(InputError, match="`backend` is 'tpu'"):
+    with pytest.raises(InputError, match="`DSPA_BACKEND` is 'tpu'"):
         choose("steer", CPU)
+
+
+def test_the_environment_variable_is_for_the_ops_that_its_backend_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "DEFAULT", "cuda")
+    assert choose("map_lookup", CPU) == "reference"
+    with pytest.raises(BackendError, match="cuda cannot run map_lookup: this version has no such kernel"):
+        choose("map_lookup", CPU, "cuda")
 
 
 @pytest.fixture
@@ -140,15 +147,25 @@ def test_why_there_is_no_cuda_library(no_library: Path, monkeypatch: pytest.Monk
     assert (
         available_backends()["cuda"].reason == "the CUDA kernels are not compiled: no CUDA toolkit: nvcc is not on PATH"
     )
+    no_library.write_text(json.dumps({"built": True, "reason": ""}))
+    assert "LIBRARY is gone. Install the package again" in cuda_library.find_obstacle()
+    for damaged in ("{", "{}", "[]"):
+        no_library.write_text(damaged)
+        assert "RECORD is damaged. Install the package again" in cuda_library.find_obstacle()
     no_library.with_name("LIBRARY").touch()
     assert cuda_library.find_obstacle() == ""
 
 
-def test_a_library_that_is_none(no_library: Path) -> None:
+def test_a_library_that_is_none(no_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_library.with_name("LIBRARY").write_text("not a library")
     cuda_library.library.cache_clear()
     try:
         with pytest.raises(CudaError, match=r"LIBRARY cannot be loaded: .*Install the package again"):
+            cuda_library.library()
+        monkeypatch.setattr(cuda_library, "OBSTACLE", "")
+        assert "LIBRARY cannot be loaded" in available_backends()["cuda"].reason
+        monkeypatch.setattr(cuda_library, "EMULATED", "libm.so.6")
+        with pytest.raises(CudaError, match=r"libm.so.6 does not belong to this version of dspa-kernels"):
             cuda_library.library()
     finally:
         cuda_library.library.cache_clear()

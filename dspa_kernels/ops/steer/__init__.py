@@ -86,7 +86,7 @@ def steer(
         cdmap: the map whose columns the plan points into, gathered from the same SAE.
         plan: what each of B prompts steers.
         rows: [N] int32, the plan row of each residual row; a negative row is not steered. None: N = B, each
-            its own.
+            its own. Kernels check neither these nor the plan's slots: what is out of range reads other memory.
         alpha: strength, a finite number >= 0 (published: 0.2).
         record: also return the `Edits`. They tell M, so that every row with an active selected latent needs it.
         stream: how the encoder is read where M is needed, made from `sae`; by default `sae.stream`.
