@@ -216,6 +216,12 @@ __device__ inline Summary summarise(const Arguments &a, int i_row, int plan) {
   return {warp_most(need), warp_least(low), warp_most(bound)};
 }
 
+// Brings weights nearer: line after line, of which thread `i` of `n` takes every n-th.
+__device__ inline void prefetch_lines(const void *p, int64_t bytes, int i, int n) {
+  constexpr int line = 128;
+  for (int64_t o = int64_t(line) * i; o < bytes; o += int64_t(line) * n) prefetch(static_cast<const char *>(p) + o);
+}
+
 // Whether a lower bound on M can settle a row: not if M is told, nor by a bound on a rank.
 __device__ inline bool can_settle(const Arguments &a) { return !a.record && !a.k; }
 

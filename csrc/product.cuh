@@ -1,13 +1,14 @@
 // Products of encoder rows with residual rows, a part at a time, as one of four warps sums it.
 //
-// Stages are in shared memory; `gather` reads chosen latents from memory instead, in the same order, so to the same bits.
+// Stages are in shared memory; `gather` reads chosen latents from memory instead, in the same order, so to the same
+// bits.
 #pragma once
 
 #include "common.cuh"
 
 namespace dspa {
 
-// Rows [j0 + n] that are multiplied with, wherever they lie.
+// Rows in shared memory that are multiplied, of the encoder or of the residual.
 struct Operand {
   const char *p;
   int stride;
@@ -35,6 +36,7 @@ template <class T, class S, bool FEW> struct TensorCore {
   using Weight = T;
   using Stored = S;
   using Row = T;
+  static constexpr bool SCREENED = sizeof(S) == 1;
   static constexpr Shape SHAPE = FEW ? few_rows(sizeof(S)) : many_rows(sizeof(S));
   static constexpr int M = SHAPE.m_tiles, J = SHAPE.rows / TILE_N;
   // Of each tile of 16 latents and 8 rows, thread 4 g + t has latents g, g, g + 8, g + 8 and rows 2 t, 2 t + 1 twice.
@@ -49,7 +51,7 @@ template <class T, class S, bool FEW> struct TensorCore {
   // Adds what a stage of `width` numbers of d_in gives to slice `i_slice`; latents from the operand's first on.
   __device__ void stage(Operand weights, Operand rows, int width, int i_slice, int n_rows) {
     for (int o_k = SLICE * i_slice; o_k < width; o_k += ROUND) {
-      if constexpr (sizeof(S) == 1) screened_slice(weights, rows, o_k, o_k + STEP < width, n_rows);
+      if constexpr (SCREENED) screened_slice(weights, rows, o_k, o_k + STEP < width, n_rows);
       else slice(weights, rows, o_k, o_k + STEP < width, n_rows);
     }
   }
@@ -180,6 +182,7 @@ template <class W, class S> struct FullPrecision {
   using Weight = W;
   using Stored = S;
   using Row = float;
+  static constexpr bool SCREENED = sizeof(S) == 1;
   static constexpr Shape SHAPE = full_precision(sizeof(S));
   static constexpr int M = 1, J = SHAPE.rows / TILE_N;
   float acc[J][TILE_N];
@@ -255,7 +258,7 @@ template <class W, class S> struct FullPrecision {
     memcpy(&word, numbers, 4);
 #pragma unroll
     for (int i = 0; i < 4; i++)
-      if constexpr (sizeof(S) == 1) w[i] = small_integer(word, i);
+      if constexpr (SCREENED) w[i] = small_integer(word, i);
       else w[i] = to_float(numbers[i]);
   }
 };

@@ -1,5 +1,5 @@
-// The ring of a block: shared memory by name, and stages that one warp fills with pieces of encoder rows, by copies that
-// are under way while others are multiplied.
+// The ring of a block: shared memory by name, and stages that one warp fills with pieces of encoder rows, by copies
+// that are under way while others are multiplied.
 #pragma once
 
 #include "product.cuh"
@@ -89,7 +89,7 @@ __device__ void copy_piece(const Arguments &a, const Room<P> &room, Place place,
   constexpr Shape shape = P::SHAPE;
   Mbarrier *full = room.full + place.stage;
   const int width = chunk_width(a.d_in, shape.block_k, piece.chunk), o_k = piece.chunk * shape.block_k;
-  const void *base = sizeof(Stored) == 1 ? static_cast<const void *>(a.screen_W_enc) : a.W_enc;
+  const void *base = P::SCREENED ? static_cast<const void *>(a.screen_W_enc) : a.W_enc;
   const Stored *weights = static_cast<const Stored *>(base) + int64_t(piece.tile.first) * a.d_in + o_k;
   char *to_weights = room.stage(place), *to_rows = to_weights + shape.latents() * shape.weight_stride();
   if (shape.resident) n_rows = 0;
@@ -127,12 +127,14 @@ template <class P> __device__ inline int n_ahead(const Arguments &a, const Room<
 
 template <class P> __device__ void fill_ahead(const Arguments &a, const Room<P> &room) {
   if (warp() != P::SHAPE.consumers()) return;
-  for (int i = 0; i < n_ahead(a, room); i++) copy_piece<P, true>(a, room, {i, 0}, piece_of<P>(a, i), nullptr, 0);
+  const int n = n_ahead(a, room);
+  for (int i = 0; i < n; i++) copy_piece<P, true>(a, room, {i, 0}, piece_of<P>(a, i), nullptr, 0);
 }
 
-// Stages from the first on that were filled ahead and that nobody needs: waits until their copies have come.
-template <class P> __device__ void drain(const Arguments &a, const Room<P> &room, int first) {
-  for (int i = first; i < n_ahead(a, room); i++) {
+// Stages from `first` to before `filled` that were filled ahead and that nobody needs: waits until their copies have
+// come.
+template <class P> __device__ void drain(const Room<P> &room, int first, int filled) {
+  for (int i = first; i < filled; i++) {
     announce(room, {i, 0}, {0, 0, 0, 0, 0});
     mbarrier_wait(room.full + i, 0);
   }

@@ -82,12 +82,6 @@ __device__ float latent_value(const Arguments &a, int i_row, Encoder<W> encoder,
   return pre > 0.f && (a.k || pre > threshold) ? pre : 0.f;
 }
 
-// The tail will want its decoder row.
-template <class W> __device__ void prefetch_row(const W *row, int d_in) {
-  constexpr int line = 128 / sizeof(W);
-  for (int o = line * lane(); o < d_in; o += line * 32) prefetch(row + o);
-}
-
 // Preparation of a row (-1), one of its selected latents or, after them, one of the large ones.
 template <class H, class W, bool ALIGNED> __device__ void select_one(const Arguments &a, int i_row, int i_task) {
   const int plan = named_plan(a, i_row);
@@ -100,7 +94,9 @@ template <class H, class W, bool ALIGNED> __device__ void select_one(const Argum
   const Encoder<W> large = {static_cast<const W *>(a.W_enc), a.b_enc, a.threshold};
   const float f = slot < 0 ? 0.f : latent_value<H, W, ALIGNED>(a, i_row, is_slot ? columns : large, slot);
   if (lane() == 0) values_of(a, i_row)[i_task] = f;
-  if (is_slot && f > 0.f) prefetch_row(static_cast<const W *>(a.columns_W_dec) + int64_t(slot) * a.d_in, a.d_in);
+  // The tail will want its decoder row.
+  const W *row = static_cast<const W *>(a.columns_W_dec) + int64_t(slot) * a.d_in;
+  if (is_slot && f > 0.f) prefetch_lines(row, a.d_in * sizeof(W), lane(), 32);
 }
 
 // A warp takes a task of a row.

@@ -21,12 +21,10 @@ struct Launch {
 
 // What the select phase will read, whatever the launch before this one leaves: the columns and the large latents.
 template <class W> __device__ void prefetch_weights(const Arguments &a) {
-  constexpr int line = 128;
-  const int64_t row_bytes = int64_t(a.d_in) * sizeof(W), first = line * (int64_t(block()) * n_threads() + thread());
-  for (int64_t o = first; o < a.n_columns * row_bytes; o += int64_t(line) * n_blocks() * n_threads())
-    prefetch(static_cast<const char *>(a.columns_W_enc) + o);
-  for (int64_t o = first; o < a.n_large * row_bytes; o += int64_t(line) * n_blocks() * n_threads())
-    prefetch(static_cast<const char *>(a.W_enc) + o);
+  const int64_t row_bytes = int64_t(a.d_in) * sizeof(W);
+  const int i = block() * n_threads() + thread(), n = n_blocks() * n_threads();
+  prefetch_lines(a.columns_W_enc, a.n_columns * row_bytes, i, n);
+  prefetch_lines(a.W_enc, a.n_large * row_bytes, i, n);
 }
 
 template <class P, class H> __global__ void __launch_bounds__(P::SHAPE.threads(), 1) steer_kernel(Launch launch) {
@@ -68,13 +66,24 @@ template <class T, class S> int launch_native(const Arguments &a, const Device &
   return few ? launch_steer<Few, T>(a, device, stream) : launch_steer<Many, T>(a, device, stream);
 }
 
-template <class W, class S> int launch_full(const Arguments &a, const Device &device, void *stream) {
-  return launch_steer<FullPrecision<W, S>, void>(a, device, stream);
-}
-
 // Whether rows multiply as they are.
 inline bool is_native(const Arguments &a) {
   return a.h_dtype == a.W_dtype && a.W_dtype != DSPA_FP32 && a.normalize == DSPA_NONE;
+}
+
+template <class W, bool SCREENED> int launch_weights(const Arguments &a, const Device &device, void *stream) {
+  using Stored = std::conditional_t<SCREENED, int8_t, W>;
+  if constexpr (sizeof(W) == 2)
+    if (is_native(a)) return launch_native<W, Stored>(a, device, stream);
+  return launch_steer<FullPrecision<W, Stored>, void>(a, device, stream);
+}
+
+template <bool SCREENED> int launch_dtype(const Arguments &a, const Device &device, void *stream) {
+  switch (a.W_dtype) {
+    case DSPA_BF16: return launch_weights<bf16, SCREENED>(a, device, stream);
+    case DSPA_FP16: return launch_weights<fp16, SCREENED>(a, device, stream);
+    default: return launch_weights<float, SCREENED>(a, device, stream);
+  }
 }
 
 // Defined in a file each, since they take the compiler longest.

@@ -8,16 +8,7 @@
 namespace dspa {
 
 int launch_int8(const Arguments &a, const Device &device, void *stream) {
-  switch (a.W_dtype) {
-    case DSPA_BF16:
-      return is_native(a) ? launch_native<bf16, int8_t>(a, device, stream)
-                          : launch_full<bf16, int8_t>(a, device, stream);
-    case DSPA_FP16:
-      return is_native(a) ? launch_native<fp16, int8_t>(a, device, stream)
-                          : launch_full<fp16, int8_t>(a, device, stream);
-    default:
-      return launch_full<float, int8_t>(a, device, stream);
-  }
+  return launch_dtype<true>(a, device, stream);
 }
 
 }  // namespace dspa

@@ -1,8 +1,8 @@
 // The stream phase of `steer`: the maximum of the rows that need it, from the encoder, until every row is settled.
 //
-// One warp of a block fills the ring. Groups of four warps multiply, a quarter of d_in each, add up through shared memory,
-// and raise the rows' maxima. Before each tile the filling warp looks whether any row still waits; what it found goes with
-// the tile, so that all warps of the block go the same way.
+// One warp of a block fills the ring. Groups of four warps multiply, a quarter of d_in each, add up through shared
+// memory, and raise the rows' maxima. Before each tile the filling warp looks whether any row still waits; what it
+// found goes with the tile, so that all warps of the block go the same way.
 #pragma once
 
 #include "ring.cuh"
@@ -94,7 +94,7 @@ template <class P> __device__ int produce(const Batch<P> &batch, const Room<P> &
   if (i >= filled) mbarrier_arrive(room.full + place.stage);
   announce(room, place, {0, 0, 0, 0, 0});
   place.advance(room.stages);
-  drain(a, room, i + 1);
+  drain(room, i + 1, filled);
   return n_read;
 }
 
@@ -192,7 +192,7 @@ template <class P> struct Group {
       const int count = tile.count - TILE_L * (i_group * P::M + m);
       m_latent[m] = count >= TILE_L ? 0xffff : count > 0 ? (1u << count) - 1 : 0;
     }
-    if constexpr (sizeof(typename P::Stored) == 1) {
+    if constexpr (P::SCREENED) {
 #pragma unroll
       for (int m = 0; m < P::M; m++) {
         unsigned found = 0;
@@ -219,7 +219,7 @@ template <class P> struct Group {
     uint32_t m_latent[P::M];
     find_latents(product, tile, m_latent);
     int n_read = 0;
-    if constexpr (sizeof(typename P::Stored) == 1) {
+    if constexpr (P::SCREENED) {
 #pragma unroll
       for (int m = 0; m < P::M; m++) n_read += count_bits(m_latent[m]);
       if (!n_read) return 0;
@@ -276,13 +276,14 @@ template <class P> __device__ int stream(const Arguments &a, const Room<P> &room
       n_waiting += count_bits(unsigned(batch.waiting)) + count_bits(unsigned(batch.waiting >> 32));
       if (warp() == shape.consumers()) {
         const int streamed = produce(batch, room, place);
-        n_read += sizeof(typename P::Stored) == 1 ? 0 : streamed;
+        n_read += P::SCREENED ? 0 : streamed;
       } else {
         if constexpr (shape.resident) keep_rows(batch, room);
         n_read += consume(batch, room, place);
       }
+    } else if (warp() == shape.consumers()) {
+      drain(room, 0, n_ahead(a, room));
     }
-    if (!batch.waiting && warp() == shape.consumers()) drain(a, room, 0);
     block_barrier();
   }
   // One thread tells for the filling warp, one for each group.

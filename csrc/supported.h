@@ -5,8 +5,8 @@
 
 namespace dspa {
 
-// Widths of residuals; bytes of shared memory that a block can have on an A100, on smaller Ampere and Ada devices, and on
-// an H100.
+// Widths of residuals; bytes of shared memory that a block can have on an A100, on smaller Ampere and Ada devices, and
+// on an H100.
 constexpr int WIDTHS[] = {768, 2048, 2304, 3072, 3584, 4096, 5120, 8192};
 constexpr int SHARED_80 = 163 * 1024, SHARED_86 = 99 * 1024, SHARED_90 = 227 * 1024;
 // Bytes that are to be on their way to each multiprocessor of an H100, at any time.

@@ -8,7 +8,7 @@ from torch import Tensor
 from dspa_kernels import cuda_library
 from dspa_kernels.backends import choose, define_op, is_unasked
 from dspa_kernels.checks import check_at_least, check_device, check_dtype, check_shape, refuse
-from dspa_kernels.launch import cuda_entry, precision, steer_variant
+from dspa_kernels.launch import CudaEntry, cuda_entry, precision, steer_variant
 from dspa_kernels.ops.common import compute_dtype
 from dspa_kernels.weights import (
     COLUMNS,
@@ -138,13 +138,18 @@ def choose_steer(op: str, h: Tensor, sae: SAEWeights, requested: str) -> str:
     return "auto" if chosen == "triton" and is_unasked(requested) else chosen
 
 
-def fastest(
+def entry_of(
     h: Tensor, W_enc: Tensor, k: int, normalize: str, screen_W_enc: Tensor | None, **_: Any
-) -> Literal["cuda", "triton"]:
-    """CUDA where it is there and was measured to be faster, else Triton."""
+) -> CudaEntry | None:
+    """What the CUDA table has for a launch."""
+    d_sae, d_in = W_enc.shape
     variant, multiply = steer_variant(k, screen_W_enc), precision(h, W_enc, normalize)
-    entry = cuda_entry(variant, len(h), *reversed(W_enc.shape), multiply, h.device)
-    return "triton" if entry is None or cuda_library.OBSTACLE else "cuda"
+    return cuda_entry(variant, len(h), d_in, d_sae, multiply, h.device)
+
+
+def fastest(**arguments: Any) -> Literal["cuda", "triton"]:
+    """CUDA where it is there and was measured to be faster, else Triton."""
+    return "triton" if cuda_library.OBSTACLE or entry_of(**arguments) is None else "cuda"
 
 
 def check_residual(

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from dspa_kernels.barriers import barrier_of
 from dspa_kernels.cuda_library import DTYPES, NORMALIZE, SteerArguments, fill, launch_steer, library
-from dspa_kernels.launch import cuda_entry, precision, steer_variant
-from dspa_kernels.ops.steer import empty_results
+from dspa_kernels.ops.steer import empty_results, entry_of
 
 
 def padded(n: int) -> int:
@@ -64,8 +63,7 @@ def steer(
         "most": most if record else None,
         "barrier": barrier_of(barriers),
     }
-    variant, multiply = steer_variant(k, screen_W_enc), precision(h, W_enc, normalize)
-    entry = cuda_entry(variant, n_rows, d_in, len(W_enc), multiply, h.device)
+    entry = entry_of(h, W_enc, k, normalize, screen_W_enc)
     arguments = SteerArguments()
     fill(
         arguments,
