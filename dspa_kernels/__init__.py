@@ -4,6 +4,7 @@ from dspa_kernels.backends import BackendError, BackendStatus, available_backend
 from dspa_kernels.checks import InputError
 from dspa_kernels.cuda_library import CudaError
 from dspa_kernels.ops.activation_counts import activation_counts
+from dspa_kernels.ops.fsrl_residual import FSRLOutput, fsrl_residual
 from dspa_kernels.ops.lookup_and_steer import lookup_and_steer
 from dspa_kernels.ops.map_lookup import map_lookup
 from dspa_kernels.ops.sparse_decode import sparse_decode
@@ -18,6 +19,7 @@ __all__ = [
     "CudaError",
     "Edits",
     "EncoderStream",
+    "FSRLOutput",
     "InputError",
     "MapWeights",
     "SAEWeights",
@@ -25,6 +27,7 @@ __all__ = [
     "SteeringPlan",
     "activation_counts",
     "available_backends",
+    "fsrl_residual",
     "lookup_and_steer",
     "map_lookup",
     "sparse_decode",

@@ -27,7 +27,9 @@ OPS = (
     "lookup_and_steer",
     "sparse_encode",
     "sparse_decode",
+    "fsrl_residual",
 )
+BACKWARD = "_backward"
 DEFAULT = os.environ.get("DSPA_BACKEND", "auto")
 
 
@@ -102,8 +104,9 @@ def choose(op: str, device: torch.device, requested: str = "auto", dtype: torch.
 
 
 def implementation(op: str, backend: str) -> Callable[..., Any]:
-    """The function that computes `op` on `backend`, a name that `choose` gave."""
-    function: Callable[..., Any] = getattr(importlib.import_module(f"dspa_kernels.ops.{op}.{MODULES[backend]}"), op)
+    """The function that computes `op` on `backend`, a name that `choose` gave. A backward lives beside its op."""
+    module = f"dspa_kernels.ops.{op.removesuffix(BACKWARD)}.{MODULES[backend]}"
+    function: Callable[..., Any] = getattr(importlib.import_module(module), op)
     return function
 
 
@@ -113,8 +116,8 @@ def define_op(
     fake: Callable[..., Any],
     mutates: tuple[str, ...] = (),
     fastest: Callable[..., str] | None = None,
-) -> Callable[..., Any]:
-    """Register the custom op `dspa::<op>` and return it, to be called with keywords.
+) -> Any:
+    """Register the custom op `dspa::<op>` and return it, a `CustomOpDef` to be called with keywords.
 
     `schema` is "(arguments) -> results" without the last argument, `str backend`, which names the module
     that computes. Implementations and `fake` (shapes and dtypes of the results) get the arguments by name.

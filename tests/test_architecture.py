@@ -20,6 +20,7 @@ DSPA = (
     {"plots"},
     {"map_reports"},
     {"stability"},
+    {"fsrl"},
     {"steering", "build"},
     {"reduction"},
     {"cdmap", "count_table"},

@@ -1,5 +1,6 @@
 """What the references share: a row's normalisation, its pre-activations, and which latents are active."""
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor
 MAX_ELEMENTS = 1 << 24
 
 
-def compute_dtype(h: Tensor, W: Tensor) -> torch.dtype:
+def compute_dtype(*operands: Tensor) -> torch.dtype:
     """At least fp32, and fp64 where an operand is."""
-    return torch.promote_types(torch.promote_types(h.dtype, W.dtype), torch.float32)
+    return functools.reduce(torch.promote_types, (each.dtype for each in operands), torch.float32)
 
 
 def normalise(h: Tensor, normalize: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -53,6 +54,11 @@ def top_k_mask(pre: Tensor, k: int) -> Tensor:
 def active_latents(pre: Tensor, threshold: Tensor, k: int) -> Tensor:
     """Active latents of whole rows `pre [N, d_sae]`, by threshold or, with `k > 0`, by rank."""
     return top_k_mask(pre, k) & (pre > 0) if k else is_active(pre, threshold)
+
+
+def n_kept(counts: Tensor, fraction: float) -> Tensor:
+    """How many of `counts` a fraction is, rounded up; what the product loses does not count."""
+    return (counts.double() * fraction - 1e-9).ceil().clamp(min=0).to(torch.int32)
 
 
 def latent_blocks(n_rows: int, d_sae: int) -> Iterator[slice]:

@@ -1,4 +1,5 @@
-"""What travels with a call of a model: each prompt's plan, as keyword tensors that `generate()` carries.
+"""What is attached to a model, and what travels with a call of it: each prompt's plan, as keyword tensors that
+`generate()` carries.
 
 Nothing here guesses what a call is. What a row steers is decided from the whole prompt before generation
 starts, and reaches the layers as keywords of one row a sequence, which `generate()` itself repeats for beams
@@ -44,12 +45,19 @@ class Prompts:
         return self.positions.where(self.mask, 0).amax(dim=1)
 
 
+NO_PROMPTS = Prompts({}, torch.empty(0, 0, dtype=torch.bool), torch.empty(0, 0, dtype=torch.int64))
+
+
 class Steers(Protocol):
-    """What an `Attachment` carries plans for."""
+    """What can be attached to a model."""
 
     @property
     def keywords(self) -> tuple[str, ...]:
-        """Names under which the plans travel, different for everything attached at one time."""
+        """Names under which the plans travel, different for everything attached at one time; none without plans."""
+
+    @property
+    def unsaved(self) -> str:
+        """What `save_pretrained` would lose, and what to do about it; empty for nothing."""
 
     def begin(self, prompts: Prompts) -> dict[str, Tensor]:
         """The keyword tensors, one row a prompt."""
@@ -59,6 +67,9 @@ class Steers(Protocol):
 
     def finish(self, before: tuple[int, int]) -> None:
         """Raise if the call that began at `before` was not steered as it should be."""
+
+    def detach(self) -> None:
+        """Leave the model as it was."""
 
 
 class Attachment:
@@ -91,6 +102,9 @@ class Attachment:
             return
         self._undo.enter_context(accepting(self.model, self._keywords()))
         self._undo.enter_context(overridden(self.model, "generate", self._generate(self.model.generate)))
+        unsaved = " ".join(each.unsaved for each in steerings if each.unsaved)
+        if unsaved:
+            self._undo.enter_context(overridden(self.model, "save_pretrained", functools.partial(_refuse, unsaved)))
         setattr(self.model, ATTRIBUTE, self)
         self._undo.callback(delattr, self.model, ATTRIBUTE)
 
@@ -103,19 +117,25 @@ class Attachment:
             names = self._keywords()
             if any(name in kwargs for name in names):  # a call that `generate()` makes of itself
                 return original(inputs, *args, **kwargs)
-            prompts = generate_prompts(self.model, inputs, args, kwargs)
+            planned = [each for each in self.steerings if each.keywords]
+            prompts = generate_prompts(self.model, inputs, args, kwargs) if planned else NO_PROMPTS
             began = [(steering, steering.progress()) for steering in self.steerings]
-            plans = {name: row for steering, _ in began for name, row in steering.begin(prompts).items()}
+            plans = {name: row for steering in planned for name, row in steering.begin(prompts).items()}
             assistant = kwargs.get("assistant_model")
             with accepting(assistant, names) if assistant is not None else nullcontext():
                 result = original(inputs, *args, **kwargs, **plans)
             for steering, before in began:
                 if steering not in self.steerings:
-                    raise ModelError("A Steering was detached while generate() ran: the end of its text is unsteered.")
+                    name = type(steering).__name__
+                    raise ModelError(f"A {name} was detached while generate() ran: the end of its text is unsteered.")
                 steering.finish(before)
             return result
 
         return generate
+
+
+def _refuse(problem: str, *_args: Any, **_kwargs: Any) -> None:
+    raise ModelError(problem)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Errors about models and maps; those about data and SAE files live with their readers."""
+"""Errors about models, maps and adapters; those about data and SAE files live with their readers."""
 
 
 class ModelError(RuntimeError):
@@ -7,3 +7,7 @@ class ModelError(RuntimeError):
 
 class MapError(ValueError):
     """A conditional-difference map that is damaged, or does not belong to what it is used with."""
+
+
+class AdapterError(ValueError):
+    """An FSRL adapter that is damaged, or does not belong to what it is used with."""

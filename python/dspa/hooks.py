@@ -194,7 +194,7 @@ def check_saes(
     `called` is what the model is, where its own name or path does not tell.
     """
     for name, sae in (("sae_in", sae_in), ("sae_out", sae_out)):
-        _check_sae(name, sae, model, n_layers, called)
+        check_sae(name, sae, model, n_layers, called)
     if layer_of(sae_in) >= layer_of(sae_out):
         raise ModelError(
             f"The input SAE sits at layer {sae_in.layer} and the output SAE at layer {sae_out.layer}. The input SAE "
@@ -209,7 +209,8 @@ def layer_of(sae: FrozenSAE) -> int:
     return sae.layer
 
 
-def _check_sae(name: str, sae: FrozenSAE, model: nn.Module, n_layers: int, called: str | None) -> None:
+def check_sae(name: str, sae: FrozenSAE, model: nn.Module, n_layers: int, called: str | None) -> None:
+    """Raise unless the SAE can sit at its layer of `model`."""
     if not 0 <= layer_of(sae) < n_layers:
         raise ModelError(f"`{name}` sits at layer {sae.layer}; accepted: 0 to {n_layers - 1}, the model's layers.")
     check_made_for(name, sae, model, called)

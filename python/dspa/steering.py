@@ -253,6 +253,11 @@ class Steering(nn.Module):
         """Names under which the plan travels through `generate()`."""
         return self._keys["slots"], self._keys["signs"], self._keys["start"]
 
+    @property
+    def unsaved(self) -> str:
+        """Nothing: no weight is changed or added."""
+        return ""
+
     def begin(self, prompts: Prompts) -> dict[str, Tensor]:
         """Choose each prompt's latents; the plan as keyword tensors of one row a prompt."""
         plan = self._choose(prompts)
@@ -416,7 +421,6 @@ def _check_backend(backend: str) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Detach every Steering of `model`, whoever attached it."""
-    for steering in list(Attachment.of(base_model(model)).steerings):
-        if isinstance(steering, Steering):
-            steering.detach()
+    """Detach every Steering and every adapter of `model`, whoever attached it."""
+    for attached in list(Attachment.of(base_model(model)).steerings):
+        attached.detach()

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dspa.cli import maps, saes
+from dspa.cli import fsrl, maps, saes
 from dspa.cli.common import check_writable, console, print_table
 from dspa.cli.generate import generate
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(maps.app, name="map")
 app.add_typer(saes.app, name="sae")
+app.add_typer(fsrl.app, name="fsrl")
 app.command()(generate)
 
 PACKAGES = ("dspa-kernels", "torch", "triton", "transformers", "sae-lens", "safetensors", "numpy")

@@ -1,0 +1,182 @@
+"""`fsrl_residual`: residual rows with their latents moved by an adapter, differentiable (FSRL)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dspa_kernels.backends import choose, define_op
+from dspa_kernels.checks import check_device, check_dtype, check_shape, refuse
+from dspa_kernels.ops.common import compute_dtype, normalise
+from dspa_kernels.weights import FLOATS, FULL, SAEWeights
+
+ACTIVATIONS = ("soft_threshold", "relu", "jumprelu")
+ADAPTER = "Tensor W_a, Tensor b_a, Tensor? theta, str activation, float bandwidth, Tensor? mask, float fraction"
+OPERANDS = f"Tensor h, Tensor? x, Tensor W_enc, Tensor b_enc, Tensor threshold, int k, Tensor W_dec, {ADAPTER}"
+
+
+class FSRLOutput(NamedTuple):
+    """What `fsrl_residual` returns.
+
+    h [N, d_in]: the residual rows, in the dtype they came in. l1 [N] fp32 (fp64 for fp64): sum of |v| over latents,
+    differentiable. l0 [N] int32: how many latents v moves.
+    """
+
+    h: Tensor
+    l1: Tensor
+    l0: Tensor
+
+
+def fsrl_residual(
+    h: Tensor,
+    sae: SAEWeights,
+    W_a: Tensor,
+    b_a: Tensor,
+    threshold: Tensor | None = None,
+    activation: str = "soft_threshold",
+    *,
+    bandwidth: float = 1e-3,
+    mask: Tensor | None = None,
+    fraction: float = 1.0,
+    backend: str = "auto",
+) -> FSRLOutput:
+    """Move the latents f of an SAE by an adapter: `h' = h + (ReLU(f + v) - f) W_dec` with `v = act(h W_a^T + b_a)`.
+
+    The same as to decode ReLU(f + v) and to add the SAE's reconstruction error (arXiv 2509.12934). `act` is
+    `sign(u) max(|u| - threshold, 0)` (soft_threshold), `max(u, 0)` (relu), or u where u > threshold (jumprelu).
+    Where v >= 0 the change of a latent is v itself, so that the encoder matters only where v < 0. For an SAE that
+    normalises rows, f is of the normalised row, v of h itself, and the change is multiplied by the row's scale.
+
+    Differentiable in h, W_a, b_a and threshold; the SAE has no gradient. A JumpReLU's threshold gets the
+    straight-through estimate with a rectangle of width `bandwidth`. Which v a fraction keeps is taken as given.
+    The backward keeps its inputs alone and computes latents again, in blocks.
+
+    Args:
+        h: residual rows [N, d_in], any floating dtype; N may be 0.
+        sae: the SAE.
+        W_a: the adapter's matrix [d_sae, d_in], one contiguous row a latent, any floating dtype. On a GPU the products
+            are fast where it has the 16-bit dtype of h.
+        b_a: [d_sae] fp32 (fp64 with an fp64 W_a).
+        threshold: [d_sae], dtype of b_a, >= 0; None for "relu".
+        activation: "soft_threshold", "relu" or "jumprelu".
+        bandwidth: of the straight-through estimate.
+        mask: [d_sae] bool, True where a latent may be moved; None for all.
+        fraction: of the v of a row that are not 0, the part to keep: the largest by size, rounded up in number.
+        backend: "auto", "reference", "triton" or "cuda".
+
+    Returns:
+        `FSRLOutput(h, l1, l0)`, l1 and l0 of v as it is applied.
+
+    Raises:
+        InputError: a shape, dtype, device, activation or number that does not fit. BackendError: see `choose`.
+    """
+    _check(h, sae, W_a, b_a, threshold, activation, bandwidth, mask, fraction)
+    chosen = choose("fsrl_residual", h.device, backend, compute_dtype(h, sae.W_enc, W_a))
+    plain = sae.normalize == "none"
+    x, scale = (None, None) if plain else normalise(h, sae.normalize, compute_dtype(h, sae.W_enc, W_a))
+    out, l1, l0 = _fsrl_residual(
+        h=h,
+        x=x,
+        W_enc=sae.W_enc,
+        b_enc=sae.b_enc,
+        threshold=sae.threshold,
+        k=sae.k,
+        W_dec=sae.W_dec,
+        W_a=W_a,
+        b_a=b_a,
+        theta=threshold,
+        activation=activation,
+        bandwidth=bandwidth,
+        mask=mask,
+        fraction=fraction,
+        barriers=sae.stream.barriers,
+        backend=chosen,
+    )
+    return FSRLOutput(out if scale is None else (h + scale * out).to(h.dtype), l1, l0)
+
+
+def _check(
+    h: Tensor,
+    sae: SAEWeights,
+    W_a: Tensor,
+    b_a: Tensor,
+    threshold: Tensor | None,
+    activation: str,
+    bandwidth: float,
+    mask: Tensor | None,
+    fraction: float,
+) -> None:
+    check_shape("h", h, ("N", sae.d_in), "Flatten batch and sequence into one dimension.")
+    check_dtype("h", h, FLOATS)
+    check_device("sae", sae.W_enc, h, "h")
+    if activation not in ACTIVATIONS:
+        raise refuse("activation", repr(activation), ", ".join(ACTIVATIONS))
+    if (threshold is None) != (activation == "relu"):
+        accepted = "None for relu, [d_sae] for soft_threshold and jumprelu"
+        raise refuse("threshold", "None" if threshold is None else "a tensor", accepted)
+    tensors = {"W_a": W_a, "b_a": b_a, "threshold": threshold, "mask": mask}
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_shape(name, tensor, (sae.d_sae, sae.d_in) if name == "W_a" else (sae.d_sae,))
+            full = FULL if W_a.dtype == torch.float64 else FULL[:1]
+            check_dtype(name, tensor, {"W_a": FLOATS, "mask": (torch.bool,)}.get(name, full))
+            check_device(name, tensor, h, "h")
+    if not 0 < bandwidth < float("inf"):
+        raise refuse("bandwidth", bandwidth, "a finite number > 0")
+    if not 0 <= fraction <= 1:
+        raise refuse("fraction", fraction, "0 (keep none) to 1 (keep all)")
+
+
+def _fake(h: Tensor, x: Tensor | None, W_enc: Tensor, W_a: Tensor, **_: object) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(h, W_enc, W_a)
+    out = h.new_empty(h.shape, dtype=h.dtype if x is None else dtype)
+    return out, h.new_empty(len(h), dtype=dtype), h.new_empty(len(h), dtype=torch.int32)
+
+
+def _fake_backward(
+    h: Tensor,
+    x: Tensor | None,
+    W_a: Tensor,
+    b_a: Tensor,
+    theta: Tensor | None,
+    needs_h: bool,
+    needs_x: bool,
+    **_: object,
+) -> tuple[Tensor, ...]:
+    d_x = h.new_empty(0) if x is None or not needs_x else x.new_empty(x.shape)
+    d_theta = b_a.new_empty(0 if theta is None else theta.shape)
+    return h.new_empty(h.shape if needs_h else 0), d_x, W_a.new_empty(W_a.shape), b_a.new_empty(b_a.shape), d_theta
+
+
+_fsrl_residual = define_op("fsrl_residual", f"({OPERANDS}, Tensor barriers) -> (Tensor, Tensor, Tensor)", _fake)
+_fsrl_residual_backward = define_op(
+    "fsrl_residual_backward",
+    f"(Tensor grad, Tensor grad_l1, {OPERANDS}, bool needs_h, bool needs_x)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+NAMES = [each.split()[-1] for each in OPERANDS.split(", ")]
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *operands, _, ctx.backend = inputs
+    ctx.tensors = [i for i, value in enumerate(operands) if isinstance(value, Tensor)]
+    ctx.save_for_backward(*(operands[i] for i in ctx.tensors))
+    ctx.others = {name: value for name, value in zip(NAMES, operands, strict=True) if not isinstance(value, Tensor)}
+
+
+def _backward(ctx: Any, grad: Tensor, grad_l1: Tensor, _grad_l0: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
+    operands = ctx.others | {NAMES[i]: tensor for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True)}
+    names = ("h", "x", "W_a", "b_a", "theta")
+    found = _fsrl_residual_backward(
+        grad=grad, grad_l1=grad_l1, **operands, needs_h=needs["h"], needs_x=needs["x"], backend=ctx.backend
+    )
+    wanted = {name: d for name, d in zip(names, found, strict=True) if needs[name]}
+    # After the operands come barriers and backend.
+    return *(wanted.get(name) for name in NAMES), None, None
+
+
+_fsrl_residual.register_autograd(_backward, setup_context=_keep_inputs)

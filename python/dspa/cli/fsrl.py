@@ -1,0 +1,9 @@
+"""`dspa fsrl`: train an adapter on SAE features, and look at what it does."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(help="Train, run and analyse FSRL adapters on SAE features.", no_args_is_help=True)
+analyse = typer.Typer(help="Look at what an adapter does; data as CSV, plots as PNG.", no_args_is_help=True)
+app.add_typer(analyse, name="analyse")
