@@ -1,7 +1,5 @@
 """The specification of `fsrl_residual`, forward and backward, in plain PyTorch."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
