@@ -1,0 +1,213 @@
+"""How well a model tells chosen from rejected responses: SimPO's loss, reward accuracy, win rate over the base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from scipy.stats import binomtest
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, softplus
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dspa.errors import ModelError
+from dspa.hooks import NOT_FINITE, CausalLM, base_model, check_eval, context_length, device_of
+from dspa.preferences import Triple, load_triples, tokenize_triple
+
+
+@dataclass(frozen=True)
+class Response:
+    """Token ids of a prompt, and of a response to it; neither is empty."""
+
+    prompt: list[int]
+    ids: list[int]
+
+    def __len__(self) -> int:
+        """Tokens of both."""
+        return len(self.prompt) + len(self.ids)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Mean log-probability a token of the chosen and the rejected response of each triple, [N] fp32 on the CPU each,
+    and what SimPO (arXiv 2405.14734, equation 6) makes of them with `beta` and `gamma = beta gamma_beta_ratio`."""
+
+    chosen: Tensor
+    rejected: Tensor
+    beta: float = 10.0
+    gamma_beta_ratio: float = 0.5
+
+    @property
+    def margins(self) -> Tensor:
+        """Chosen less rejected, [N]."""
+        return self.chosen - self.rejected
+
+    @property
+    def margin(self) -> float:
+        """Mean of the margins."""
+        return float(self.margins.double().mean())
+
+    @property
+    def loss(self) -> float:
+        """`-log sigmoid(beta margin - gamma)`, mean over triples."""
+        return float(softplus(-self.beta * (self.margins.double() - self.gamma_beta_ratio)).mean())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of triples whose chosen response has the larger log-probability a token."""
+        return float((self.margins > 0).double().mean())
+
+    def win_rate(self, base: Scores) -> float:
+        """Share of triples whose margin is larger than under the base model; a tie is half a win.
+
+        Raises `ValueError` for scores of another number of triples.
+        """
+        return self._wins(base) / len(self.margins)
+
+    def accuracy_interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Wilson's interval of the accuracy."""
+        return wilson(int((self.margins > 0).sum()), len(self.margins), confidence)
+
+    def win_rate_interval(self, base: Scores, confidence: float = 0.95) -> tuple[float, float]:
+        """Wilson's interval of the win rate; for half a win, from the lower end without it to the upper end with a
+        whole one."""
+        return wilson(self._wins(base), len(self.margins), confidence)
+
+    def _wins(self, base: Scores) -> float:
+        if len(base.margins) != len(self.margins):
+            raise ValueError(f"`base` scores {len(base.margins)} triples; accepted: the same {len(self.margins)}.")
+        return float((self.margins > base.margins).sum()) + 0.5 * float((self.margins == base.margins).sum())
+
+
+def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of `successes / n`; of a number with a half, what the intervals of its neighbours cover."""
+    low, high = (
+        binomtest(k, n).proportion_ci(confidence, method="wilson")
+        for k in (math.floor(successes), math.ceil(successes))
+    )
+    return float(low.low), float(high.high)
+
+
+def score_triples(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    triples: Iterable[Triple] | str | Path,
+    *,
+    beta: float = 10.0,
+    gamma_beta_ratio: float = 0.5,
+    max_length: int | None = None,
+    batch_tokens: int = 8192,
+    progress: bool = True,
+) -> Scores:
+    """Score triples under the model as it is now, an attached adapter included.
+
+    Args:
+        model, tokenizer: a transformers causal language model in evaluation mode.
+        triples: what `load_triples` takes.
+        beta, gamma_beta_ratio: of the loss.
+        max_length: tokens of prompt and response together, from which on responses are cut; by default the model's
+            positions.
+        batch_tokens: tokens of a batch, padding counted. A response that is longer runs alone.
+        progress: show a bar.
+
+    Raises:
+        PreferenceError: a bad triple. ModelError: a model in training mode, log-probabilities that are not finite.
+    """
+    inner = base_model(model)
+    check_eval(inner)
+    responses = responses_of(inner, tokenizer, triples, max_length)
+    values = torch.empty(len(responses))
+    with tqdm(total=len(responses), unit="response", desc="score", disable=not progress) as bar:
+        for batch in batches(responses, batch_tokens):
+            values[batch] = log_probabilities(inner, [responses[n] for n in batch])
+            bar.update(len(batch))
+    if not bool(values.isfinite().all()):
+        raise ModelError(f"Log-probabilities of responses are NaN or infinite. {NOT_FINITE}")
+    return Scores(values[0::2], values[1::2], beta, gamma_beta_ratio)
+
+
+def responses_of(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    triples: Iterable[Triple] | str | Path,
+    max_length: int | None = None,
+) -> list[Response]:
+    """Both responses of every triple as the model reads them, a chosen one and its rejected one in turn.
+
+    Raises:
+        PreferenceError: a bad triple. ValueError: a `max_length` that the model does not have.
+    """
+    context = context_length(model)
+    limit = context if max_length is None else max_length
+    if limit is not None and not 2 <= limit <= (context or limit):
+        raise ValueError(f"`max_length` is {limit!r}; accepted: 2 to {context or 'any'}, the model's positions.")
+    found = []
+    for triple in load_triples(triples):
+        prompt, chosen, rejected = response_tokens(triple, tokenizer, max_length=limit)
+        found += [Response(prompt, chosen), Response(prompt, rejected)]
+    return found
+
+
+def response_tokens(
+    triple: Triple, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None
+) -> tuple[list[int], list[int], list[int]]:
+    """Token ids of prompt, chosen and rejected response, as `tokenize_triple` has them, and after a response that is
+    plain text and was not cut the tokenizer's end token, where there is room: a model learns that an answer ends.
+
+    A chat template ends its turns itself. Raises `PreferenceError` as `tokenize_triple` does.
+    """
+    found = tokenize_triple(triple, tokenizer, max_length=max_length)
+    end = tokenizer.eos_token_id if isinstance(triple.prompt, str) else None
+
+    def ended(ids: list[int]) -> list[int]:
+        full = max_length is not None and len(found.prompt) + len(ids) >= max_length
+        return ids if end is None or full or ids[-1] == end else [*ids, end]
+
+    return found.prompt, ended(found.chosen), ended(found.rejected)
+
+
+def batches(responses: Sequence[Response], batch_tokens: int) -> Iterator[list[int]]:
+    """Numbers of responses that run together, those of like length, the longest first.
+
+    Raises `ValueError` for a budget below one token.
+    """
+    if batch_tokens < 1:
+        raise ValueError(f"`batch_tokens` is {batch_tokens}; accepted: a whole number >= 1.")
+    order = sorted(range(len(responses)), key=lambda n: len(responses[n]), reverse=True)
+    while order:
+        size = max(1, batch_tokens // len(responses[order[0]]))
+        yield order[:size]
+        order = order[size:]
+
+
+def padded(model: CausalLM, batch: Sequence[Response]) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` [B, T] of prompts with their responses, padded on the right."""
+    rows = [torch.tensor(response.prompt + response.ids) for response in batch]
+    masks = [torch.ones_like(row) for row in rows]
+    device = device_of(model.get_input_embeddings())
+    # Zeros behind the end, which nothing before them attends to.
+    pad = nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad(rows, batch_first=True).to(device),
+        "attention_mask": pad(masks, batch_first=True).to(device),
+    }
+
+
+@torch.no_grad()
+def log_probabilities(model: CausalLM, batch: Sequence[Response]) -> Tensor:
+    """Mean log-probability a token of each response after its prompt, [B] fp32 on the CPU."""
+    inputs = padded(model, batch)
+    # Logits are wide: none are made of what all of the batch has as prompt.
+    first = min(len(response.prompt) for response in batch) - 1
+    kept = inputs["input_ids"].shape[1] - first
+    logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits
+    found = []
+    for row, response in zip(logits, batch, strict=True):
+        start = len(response.prompt) - 1 - first
+        predicted = row[start : start + len(response.ids)].float()
+        found.append(-cross_entropy(predicted, torch.tensor(response.ids, device=predicted.device)))
+    return torch.stack(found).cpu()
