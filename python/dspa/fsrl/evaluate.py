@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from scipy.stats import binomtest
@@ -117,11 +118,31 @@ def score_triples(
     Raises:
         PreferenceError: a bad triple. ModelError: a model in training mode, log-probabilities that are not finite.
     """
+    responses = responses_of(model, tokenizer, triples, max_length)
+    return score_responses(
+        model,
+        responses,
+        beta=beta,
+        gamma_beta_ratio=gamma_beta_ratio,
+        batch_tokens=batch_tokens,
+        progress=progress,
+    )
+
+
+def score_responses(
+    model: nn.Module,
+    responses: Sequence[Response],
+    *,
+    beta: float = 10.0,
+    gamma_beta_ratio: float = 0.5,
+    batch_tokens: int = 8192,
+    progress: bool = True,
+) -> Scores:
+    """`score_triples` of what `responses_of` made of triples, for those that are scored several times."""
     inner = base_model(model)
     check_eval(inner)
-    responses = responses_of(inner, tokenizer, triples, max_length)
     values = torch.empty(len(responses))
-    with tqdm(total=len(responses), unit="response", desc="score", disable=not progress) as bar:
+    with tqdm(total=len(responses), unit="response", desc="score", leave=False, disable=not progress) as bar:
         for batch in batches(responses, batch_tokens):
             values[batch] = log_probabilities(inner, [responses[n] for n in batch])
             bar.update(len(batch))
@@ -131,7 +152,7 @@ def score_triples(
 
 
 def responses_of(
-    model: CausalLM,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     triples: Iterable[Triple] | str | Path,
     max_length: int | None = None,
@@ -141,7 +162,7 @@ def responses_of(
     Raises:
         PreferenceError: a bad triple. ValueError: a `max_length` that the model does not have.
     """
-    context = context_length(model)
+    context = context_length(base_model(model))
     limit = context if max_length is None else max_length
     if limit is not None and not 2 <= limit <= (context or limit):
         raise ValueError(f"`max_length` is {limit!r}; accepted: 2 to {context or 'any'}, the model's positions.")
@@ -184,7 +205,7 @@ def batches(responses: Sequence[Response], batch_tokens: int) -> Iterator[list[i
         order = order[size:]
 
 
-def padded(model: CausalLM, batch: Sequence[Response]) -> dict[str, Tensor]:
+def padded(model: CausalLM, batch: Sequence[Response]) -> dict[str, Any]:
     """`input_ids` and `attention_mask` [B, T] of prompts with their responses, padded on the right."""
     rows = [torch.tensor(response.prompt + response.ids) for response in batch]
     masks = [torch.ones_like(row) for row in rows]

@@ -1,0 +1,250 @@
+"""Categories of latents, from labels: read, compared with labels by hand, and counted in what an adapter moves.
+
+A labels file is one of two kinds.
+
+*Descriptions*, as Neuronpedia exports explanations: a JSON list, or JSON Lines, also gzipped, of objects with `modelId`,
+`layer` ("12-gemmascope-res-65k"), `index` (a number, also as text) and `description`; other keys are ignored. A
+description becomes a category by rules, a JSON object `{category: [regular expression, ...]}`: the first category one
+of whose expressions is found in the description, in any case, takes it, and "other" what none does.
+
+*Categories* themselves: a JSON object `{"12": "style"}`, or a list, also as JSON Lines, of objects with `index` and
+`category` or `label`, in which `modelId` and `layer` may stand too.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from dspa.fsrl.usage import Usage
+from dspa.hooks import same_model
+from dspa.saes import FrozenSAE
+
+Rules: TypeAlias = dict[str, list[re.Pattern[str]]]
+
+OTHER, UNLABELLED = "other", "unlabelled"
+GZIP = b"\x1f\x8b"
+# Numbers that a message names.
+SHOWN = 10
+ACCEPTED = (
+    "a Neuronpedia export of explanations, an object of latents and categories, or a list of objects with `index` and "
+    "`category`"
+)
+
+
+class LabelError(ValueError):
+    """Labels or rules that cannot be used; the message names the file and the numbers."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The category of each labelled latent of an SAE of `d_sae` latents."""
+
+    categories: dict[int, str]
+    d_sae: int
+
+    def of(self, category: str) -> list[int]:
+        """Latents of a category. Raises `LabelError` for one that no latent has."""
+        found = sorted(latent for latent, each in self.categories.items() if each == category)
+        if not found:
+            known = ", ".join(sorted(set(self.categories.values())))
+            raise LabelError(f"No latent is of the category {category!r}; accepted: {known}.")
+        return found
+
+
+def read_labels(path: str | Path, sae: FrozenSAE, *, rules: str | Path | None = None) -> Labels:
+    """The labels in a file, for the latents of `sae`. A description that is empty labels nothing.
+
+    Args:
+        rules: a file of rules, by which descriptions become categories.
+
+    Raises:
+        LabelError: what is no file of labels or rules; latents that the SAE does not have; latents of two categories;
+            labels of another layer or model; descriptions without rules, or rules without descriptions.
+    """
+    path, patterns = Path(path), None if rules is None else read_rules(rules)
+    found: dict[int, str] = {}
+    outside, twice, described = list[int](), dict[int, str](), False
+    for name, row in _rows(path):
+        _check_origin(name, row, sae)
+        latent = _latent(name, row["index"])
+        category = _category(name, row, patterns)
+        described = described or "description" in row
+        if not 0 <= latent < sae.d_sae:
+            outside.append(latent)
+        elif category is not None and found.setdefault(latent, category) != category:
+            twice[latent] = f"{latent} ({found[latent]!r} and {category!r})"
+    if outside:
+        raise LabelError(f"{path} labels latents {_some(outside)}; accepted: 0 to {sae.d_sae - 1}, those of {sae!r}.")
+    if twice:
+        raise LabelError(
+            f"{path} gives two categories to latents {_some(twice.values())}; accepted: one. Keep one label of each, in "
+            "an export for instance those of one `explanationModelName`."
+        )
+    if not found:
+        raise LabelError(f"{path} labels no latent; accepted: {ACCEPTED}.")
+    if patterns is not None and not described:
+        raise LabelError(f"{path} holds categories and no descriptions, for which rules are. Leave them out.")
+    return Labels(found, sae.d_sae)
+
+
+def read_rules(path: str | Path) -> Rules:
+    """Rules in their order. Raises `LabelError` for another file, and for expressions that are none."""
+    accepted = 'a JSON object {"category": ["regular expression", ...]}'
+    try:
+        given = json.loads(_content(Path(path)), object_pairs_hook=_once)
+    except ValueError as error:
+        raise LabelError(f"{path} holds no rules ({error}); accepted: {accepted}.") from error
+    if not isinstance(given, dict) or not given:
+        raise LabelError(f"{path} holds no rules; accepted: {accepted}.")
+    rules: Rules = {}
+    for category, expressions in given.items():
+        if category == UNLABELLED or not isinstance(expressions, list) or not expressions:
+            raise LabelError(f"{path}: {category!r}: {expressions!r}; accepted: {accepted}, not {UNLABELLED!r}.")
+        try:
+            rules[category] = [re.compile(each, re.IGNORECASE) for each in expressions]
+        except (re.error, TypeError) as error:
+            raise LabelError(f"{path}: {category!r} has an expression that is none ({error}).") from error
+    return rules
+
+
+@dataclass(frozen=True)
+class CategoryShare:
+    """How much of an adapter's use falls on a category.
+
+    n_latents: labelled latents of it, n_used those that the adapter moves. latents: its share of all labelled latents.
+    active, mass: its share of the number of v_j that are not 0, and of the sum of |v_j|, over all latents. Enrichment
+    is its share of the use of labelled latents over `latents`. For "unlabelled", `latents` and enrichment are None.
+    """
+
+    category: str
+    n_latents: int
+    n_used: int
+    latents: float | None
+    active: float
+    mass: float
+    active_enrichment: float | None
+    mass_enrichment: float | None
+
+
+def category_shares(usage: Usage, labels: Labels) -> list[CategoryShare]:
+    """Each category's share of use, the largest mass first, and last what is not labelled.
+
+    Raises `ValueError` for an adapter that moves nothing, labels of another width, and where nothing labelled is moved.
+    """
+    if len(usage.active) != labels.d_sae:
+        raise ValueError(f"The labels are of {labels.d_sae} latents and the use of {len(usage.active)}.")
+    members: dict[str, list[int]] = {}
+    for latent in range(labels.d_sae):
+        members.setdefault(labels.categories.get(latent, UNLABELLED), []).append(latent)
+    totals = {name: (usage.active[each].sum().item(), usage.mass[each].sum().item()) for name, each in members.items()}
+    all_active, all_mass = float(usage.active.sum()), float(usage.mass.sum())
+    rest = totals.get(UNLABELLED, (0, 0.0))
+    of_labelled = all_active - rest[0], all_mass - rest[1]
+    if not of_labelled[0]:
+        raise ValueError(f"The adapter moves {len(usage.ranked)} latents and none of the labelled ones: no shares.")
+    found = []
+    for name, each in members.items():
+        active, mass = totals[name]
+        part = None if name == UNLABELLED else len(each) / len(labels.categories)
+        enriched = (None, None) if part is None else (active / of_labelled[0] / part, mass / of_labelled[1] / part)
+        n_used = int((usage.active[each] > 0).sum())
+        found.append(CategoryShare(name, len(each), n_used, part, active / all_active, mass / all_mass, *enriched))
+    return sorted(found, key=lambda share: (share.category == UNLABELLED, -share.mass, share.category))
+
+
+def _content(path: Path) -> str:
+    """Text of a file, gzipped or not."""
+    if not path.is_file():
+        raise LabelError(f"{path} is not a file; accepted: {ACCEPTED}; rules are a JSON object.")
+    content = path.read_bytes()
+    try:
+        return (gzip.decompress(content) if content.startswith(GZIP) else content).decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise LabelError(f"{path} is damaged, or not UTF-8 ({error}).") from error
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Objects with `index`, each with what errors call it."""
+    text = _content(path)
+    try:
+        given = json.loads(text, object_pairs_hook=_once)
+    except json.JSONDecodeError:
+        given = _lines(path, text)
+    if isinstance(given, dict) and "index" not in given:
+        given = [{"index": latent, "category": category} for latent, category in given.items()]
+    for number, row in enumerate(given if isinstance(given, list) else [given], start=1):
+        name = f"{path} entry {number}"
+        if not isinstance(row, dict) or "index" not in row:
+            raise LabelError(f"{name} is {str(row)[:60]!r}; accepted: {ACCEPTED}.")
+        yield name, row
+
+
+def _lines(path: Path, text: str) -> list[Any]:
+    found = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                found.append(json.loads(line, object_pairs_hook=_once))
+            except json.JSONDecodeError as error:
+                raise LabelError(f"{path} line {number} is not JSON ({error}); accepted: {ACCEPTED}.") from error
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, of which JSON itself would keep the last of several values of a key."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if found.setdefault(key, value) != value:
+            raise LabelError(f"{key!r} is given twice, as {found[key]!r} and as {value!r}; accepted: one.")
+    return found
+
+
+def _latent(name: str, index: object) -> int:
+    if isinstance(index, int) and not isinstance(index, bool):
+        return index
+    if isinstance(index, str) and re.fullmatch(r"-?[0-9]+", index):
+        return int(index)
+    raise LabelError(f"{name}: `index` is {index!r}; accepted: a whole number, the number of a latent.")
+
+
+def _category(name: str, row: Mapping[str, Any], rules: Rules | None) -> str | None:
+    """The category that a row gives or that its description has by the rules; None for an empty description."""
+    for key in ("category", "label"):
+        if key in row:
+            value = row[key]
+            if not isinstance(value, str) or not value.strip() or value == UNLABELLED:
+                raise LabelError(f"{name}: `{key}` is {value!r}; accepted: a name, not {UNLABELLED!r}.")
+            return value
+    description = row.get("description")
+    if not isinstance(description, str):
+        raise LabelError(f"{name}: `description` is {description!r}; accepted: text, or a `category` in its place.")
+    if rules is None:
+        raise LabelError(f"{name} is a description; accepted: with rules, by which it becomes a category.")
+    if not description.strip():
+        return None
+    matching = (category for category, patterns in rules.items() if any(p.search(description) for p in patterns))
+    return next(matching, OTHER)
+
+
+def _check_origin(name: str, row: Mapping[str, Any], sae: FrozenSAE) -> None:
+    """Raise for a label of a latent of another SAE, as far as it says."""
+    if "layer" in row:
+        # Neuronpedia's are "12-gemmascope-res-65k".
+        layer = re.match(r"[0-9]+", str(row["layer"]))
+        if layer is None or int(layer[0]) != sae.layer:
+            raise LabelError(f"{name} is of layer {row['layer']!r}; accepted: {sae.layer}, that of {sae!r}.")
+    model = row.get("modelId")
+    if model is not None and sae.model_name and not same_model(str(model), sae.model_name):
+        raise LabelError(f"{name} is of the model {model!r}; accepted: {sae.model_name!r}, that of {sae!r}.")
+
+
+def _some(values: Any) -> str:
+    found = [str(each) for each in values]
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return ", ".join(found[:SHOWN]) + more
