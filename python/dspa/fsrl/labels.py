@@ -1,14 +1,15 @@
-"""Categories of latents, from labels: read, compared with labels by hand, and counted in what an adapter moves.
+"""Categories of latents, from labels: read, and counted in what an adapter moves.
 
-A labels file is one of two kinds.
+A labels file, or each file in a folder of them, is one of two kinds.
 
-*Descriptions*, as Neuronpedia exports explanations: a JSON list, or JSON Lines, also gzipped, of objects with `modelId`,
-`layer` ("12-gemmascope-res-65k"), `index` (a number, also as text) and `description`; other keys are ignored. A
-description becomes a category by rules, a JSON object `{category: [regular expression, ...]}`: the first category one
-of whose expressions is found in the description, in any case, takes it, and "other" what none does.
+*Descriptions*, as Neuronpedia exports explanations (a folder of `batch-N.jsonl.gz`): JSON Lines or a JSON list, gzipped
+or not, of objects with `modelId`, `layer` ("12-gemmascope-res-65k"), `index` (a number, also as text), `description`
+and `explanationModelName`; other keys are ignored. A description becomes a category by rules, a JSON object
+`{category: [regular expression, ...]}`: the first category one of whose expressions is found in the description, upper
+or lower case, takes it, and "other" what none does.
 
-*Categories* themselves: a JSON object `{"12": "style"}`, or a list, also as JSON Lines, of objects with `index` and
-`category` or `label`, in which `modelId` and `layer` may stand too.
+*Categories* themselves: a JSON object `{"12": "style"}`, or a list or JSON Lines of objects with `index` and `category`
+or `label`, in which `modelId` and `layer` may stand too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeAlias
 
 from dspa.fsrl.usage import Usage
@@ -29,6 +31,7 @@ Rules: TypeAlias = dict[str, list[re.Pattern[str]]]
 
 OTHER, UNLABELLED = "other", "unlabelled"
 GZIP = b"\x1f\x8b"
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 # Numbers that a message names.
 SHOWN = 10
 ACCEPTED = (
@@ -57,23 +60,27 @@ class Labels:
         return found
 
 
-def read_labels(path: str | Path, sae: FrozenSAE, *, rules: str | Path | None = None) -> Labels:
-    """The labels in a file, for the latents of `sae`. A description that is empty labels nothing.
+def read_labels(
+    path: str | Path, sae: FrozenSAE, *, rules: str | Path | None = None, explainer: str | None = None
+) -> Labels:
+    """The labels in a file or folder, for the latents of `sae`. A description that is empty labels nothing.
 
     Args:
         rules: a file of rules, by which descriptions become categories.
+        explainer: keep the descriptions of this `explanationModelName` alone.
 
     Raises:
-        LabelError: what is no file of labels or rules; latents that the SAE does not have; latents of two categories;
-            labels of another layer or model; descriptions without rules, or rules without descriptions.
+        LabelError: what holds no labels or rules; latents that the SAE does not have; latents of two categories; labels
+            of another layer or model; descriptions without rules, or rules without descriptions.
     """
     path, patterns = Path(path), None if rules is None else read_rules(rules)
     found: dict[int, str] = {}
     outside, twice, described = list[int](), dict[int, str](), False
     for name, row in _rows(path):
         _check_origin(name, row, sae)
-        latent = _latent(name, row["index"])
-        category = _category(name, row, patterns)
+        if explainer is not None and row.get("explanationModelName") != explainer:
+            continue
+        latent, category = _latent(name, row["index"]), _category(name, row, patterns)
         described = described or "description" in row
         if not 0 <= latent < sae.d_sae:
             outside.append(latent)
@@ -83,11 +90,12 @@ def read_labels(path: str | Path, sae: FrozenSAE, *, rules: str | Path | None = 
         raise LabelError(f"{path} labels latents {_some(outside)}; accepted: 0 to {sae.d_sae - 1}, those of {sae!r}.")
     if twice:
         raise LabelError(
-            f"{path} gives two categories to latents {_some(twice.values())}; accepted: one. Keep one label of each, in "
-            "an export for instance those of one `explanationModelName`."
+            f"{path} gives two categories to latents {_some(twice.values())}; accepted: one. Keep one label of each; "
+            "of an export, the descriptions of one `explanationModelName`."
         )
     if not found:
-        raise LabelError(f"{path} labels no latent; accepted: {ACCEPTED}.")
+        by = "" if explainer is None else f" by {explainer!r}"
+        raise LabelError(f"{path} labels no latent{by}; accepted: {ACCEPTED}.")
     if patterns is not None and not described:
         raise LabelError(f"{path} holds categories and no descriptions, for which rules are. Leave them out.")
     return Labels(found, sae.d_sae)
@@ -98,7 +106,7 @@ def read_rules(path: str | Path) -> Rules:
     accepted = 'a JSON object {"category": ["regular expression", ...]}'
     try:
         given = json.loads(_content(Path(path)), object_pairs_hook=_once)
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise LabelError(f"{path} holds no rules ({error}); accepted: {accepted}.") from error
     if not isinstance(given, dict) or not given:
         raise LabelError(f"{path} holds no rules; accepted: {accepted}.")
@@ -161,7 +169,7 @@ def category_shares(usage: Usage, labels: Labels) -> list[CategoryShare]:
 def _content(path: Path) -> str:
     """Text of a file, gzipped or not."""
     if not path.is_file():
-        raise LabelError(f"{path} is not a file; accepted: {ACCEPTED}; rules are a JSON object.")
+        raise LabelError(f"{path} is not a file; accepted: a file that exists.")
     content = path.read_bytes()
     try:
         return (gzip.decompress(content) if content.startswith(GZIP) else content).decode("utf-8")
@@ -171,18 +179,28 @@ def _content(path: Path) -> str:
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Objects with `index`, each with what errors call it."""
-    text = _content(path)
+    files = [path]
+    if path.is_dir():
+        files = sorted(each for each in path.iterdir() if each.name.endswith(SUFFIXES))
+        if not files:
+            raise LabelError(f"{path} holds no file of labels; accepted: {', '.join(SUFFIXES)}.")
+    for file in files:
+        for number, row in enumerate(_entries(file), start=1):
+            name = f"{file} entry {number}"
+            if not isinstance(row, dict) or "index" not in row:
+                raise LabelError(f"{name} is {str(row)[:60]!r}; accepted: {ACCEPTED}.")
+            yield name, row
+
+
+def _entries(file: Path) -> list[Any]:
+    text = _content(file)
     try:
         given = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError:
-        given = _lines(path, text)
+        return _lines(file, text)
     if isinstance(given, dict) and "index" not in given:
-        given = [{"index": latent, "category": category} for latent, category in given.items()]
-    for number, row in enumerate(given if isinstance(given, list) else [given], start=1):
-        name = f"{path} entry {number}"
-        if not isinstance(row, dict) or "index" not in row:
-            raise LabelError(f"{name} is {str(row)[:60]!r}; accepted: {ACCEPTED}.")
-        yield name, row
+        return [{"index": latent, "category": category} for latent, category in given.items()]
+    return given if isinstance(given, list) else [given]
 
 
 def _lines(path: Path, text: str) -> list[Any]:
@@ -221,11 +239,12 @@ def _category(name: str, row: Mapping[str, Any], rules: Rules | None) -> str | N
             if not isinstance(value, str) or not value.strip() or value == UNLABELLED:
                 raise LabelError(f"{name}: `{key}` is {value!r}; accepted: a name, not {UNLABELLED!r}.")
             return value
-    description = row.get("description")
-    if not isinstance(description, str):
-        raise LabelError(f"{name}: `description` is {description!r}; accepted: text, or a `category` in its place.")
+    if "description" not in row or not isinstance(row["description"], (str, NoneType)):
+        problem = f"`description` is {row.get('description')!r}"
+        raise LabelError(f"{name}: {problem}; accepted: text, or a `category` in its place.")
     if rules is None:
         raise LabelError(f"{name} is a description; accepted: with rules, by which it becomes a category.")
+    description = row["description"] or ""
     if not description.strip():
         return None
     matching = (category for category, patterns in rules.items() if any(p.search(description) for p in patterns))
