@@ -1,0 +1,106 @@
+"""Plots of what adapters do, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dspa.fsrl.ablations import METRICS, FractionCurve, MaskEffect, measures
+from dspa.fsrl.coherence import Difference
+from dspa.fsrl.labels import CategoryShare
+from dspa.fsrl.usage import Decay, Usage
+
+NAMES = {"loss": "SimPO loss", "accuracy": "reward accuracy", "win_rate": "win rate over the base model"}
+
+
+def plot_usage(usage: Usage, decay: Decay, path: Path) -> None:
+    """Share of tokens and mean size by rank, with the fitted decay."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    shares, sizes = figure.subplots(1, 2)
+    found = usage.ranked
+    ranks = np.arange(1, len(found) + 1)
+    shares.plot(ranks, usage.share[found].numpy(), ".", markersize=4, label="latents")
+    fitted = decay.a * np.exp(-ranks / decay.tau)
+    name = f"{decay.a:.3g} exp(-rank / {decay.tau:.3g}), R² {decay.r2:.3f}"
+    shares.plot(ranks, fitted, color="black", linewidth=1, label=name)
+    # What the curve says far below the least use would take most of a logarithmic axis.
+    shares.set(yscale="log", ylim=(0.5 / usage.n_tokens, 1.5), xlabel="rank", ylabel="share of tokens with v ≠ 0")
+    shares.set_title("use of latents by rank", fontsize=10)
+    shares.legend()
+    sizes.plot(ranks, usage.mean[found].numpy(), ".", markersize=4)
+    sizes.set(yscale="log", xlabel="rank by use", ylabel="mean |v|")
+    sizes.set_title(f"mean size over {usage.n_tokens} tokens", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def plot_fractions(curve: FractionCurve, path: Path) -> None:
+    """Each measure over the fraction that is kept, beside the base model's."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    points = [measures(scores, curve.base) for scores in curve.scores]
+    for axes, metric in zip(figure.subplots(1, len(METRICS)), METRICS, strict=True):
+        axes.plot(curve.fractions, [point[metric] for point in points], marker="o", label="adapter")
+        if f"{metric}_low" in points[0]:
+            low, high = ([point[f"{metric}_{end}"] for point in points] for end in ("low", "high"))
+            axes.fill_between(curve.fractions, low, high, alpha=0.2, label="95 % Wilson interval")
+        axes.axhline(measures(curve.base, curve.base)[metric], color="black", linewidth=1, label="base model")
+        # Linear up to the first fraction above 0, so that 0 is on the axis.
+        least = min((fraction for fraction in curve.fractions if fraction), default=1.0)
+        axes.set_xscale("symlog", linthresh=least)
+        axes.set_xticks(curve.fractions, [f"{fraction:g}" for fraction in curve.fractions], fontsize=7)
+        axes.minorticks_off()
+        axes.set(xlabel="fraction of a token's v that is kept", ylabel=NAMES[metric])
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def plot_masks(effect: MaskEffect, path: Path) -> None:
+    """Each measure with the given latents masked, among random sets of as many."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(METRICS)), METRICS, strict=True):
+        found = effect.compare(metric)
+        axes.hist(effect.values(metric), bins=min(20, len(effect.random)), color="C7", label="random sets")
+        axes.axvspan(found.low, found.high, alpha=0.2, color="C0", label="their mean, 95 % t interval")
+        axes.axvline(found.given, color="C3", label=f"given, percentile {found.percentile:.0f}")
+        axes.axvline(found.whole, color="C2", linestyle="--", label="whole adapter")
+        axes.axvline(found.base, color="black", linewidth=1, label="base model")
+        axes.set(xlabel=NAMES[metric], ylabel="sets")
+        axes.legend(fontsize=7)
+    figure.suptitle(f"{len(effect.latents)} latents masked", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def plot_categories(shares: Sequence[CategoryShare], quality: str, path: Path) -> None:
+    """Shares of use by category beside the share of labelled latents, and what is known of the labels."""
+    figure = Figure(figsize=(8, 1.6 + 0.6 * len(shares)), layout="constrained")
+    axes = figure.subplots()
+    place = np.arange(len(shares))
+    bars = {
+        "sum of |v|": [share.mass for share in shares],
+        "number of v ≠ 0": [share.active for share in shares],
+        "labelled latents": [share.latents or 0.0 for share in shares],
+    }
+    for n, (name, values) in enumerate(bars.items()):
+        axes.barh(place + 0.27 * (n - 1), values, height=0.25, label=name)
+    axes.set_yticks(place, [share.category for share in shares])
+    axes.invert_yaxis()
+    axes.set(xlabel="share")
+    axes.set_title(f"quality of labels: {quality}", fontsize=9)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def plot_coherence(differences: Sequence[Difference], path: Path) -> None:
+    """The mean paired difference of each measure, with its interval."""
+    figure = Figure(figsize=(2 * len(differences), 3.4), layout="constrained")
+    for axes, each in zip(figure.subplots(1, len(differences)), differences, strict=True):
+        error = [[each.difference - each.low], [each.high - each.difference]]
+        axes.errorbar([0], [each.difference], yerr=error, marker="o", capsize=4)
+        axes.axhline(0, color="black", linewidth=1)
+        axes.set_xticks([])
+        axes.set_title(f"{each.metric}\nbase {each.base:.3g}, steered {each.steered:.3g}", fontsize=8)
+        axes.tick_params(labelsize=7)
+    figure.supylabel("steered less base, 95 % bootstrap interval", fontsize=8)
+    figure.savefig(path, dpi=150)
