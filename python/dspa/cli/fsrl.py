@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import typer
 
+from dspa.cli import fsrl_analysis
+
 app = typer.Typer(help="Train, run and analyse FSRL adapters on SAE features.", no_args_is_help=True)
 analyse = typer.Typer(help="Look at what an adapter does; data as CSV, plots as PNG.", no_args_is_help=True)
 app.add_typer(analyse, name="analyse")
+for command, function in fsrl_analysis.COMMANDS.items():
+    analyse.command(command)(function)

@@ -80,7 +80,7 @@ class Agreement:
         return agreed / math.sqrt(spread) if spread else 0.0
 
 
-def agreement(labels: Labels, hand: Labels) -> Agreement:
+def compare_labels(labels: Labels, hand: Labels) -> Agreement:
     """Compare labels with those of a subset by hand. Raises `LabelError` where no latent has both."""
     shared = sorted(labels.categories.keys() & hand.categories.keys())
     if not shared:

@@ -77,7 +77,7 @@ class Coherence:
         return Difference(metric, len(base), means[0], means[1], means[2], float(low), float(high))
 
 
-def coherence(
+def compare_texts(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     adapter: FSRLAdapter,

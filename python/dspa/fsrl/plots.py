@@ -40,17 +40,15 @@ def plot_fractions(curve: FractionCurve, path: Path) -> None:
     """Each measure over the fraction that is kept, beside the base model's."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     points = [measures(scores, curve.base) for scores in curve.scores]
+    # One step of the axis each: fractions are many of them small.
+    steps = range(len(points))
     for axes, metric in zip(figure.subplots(1, len(METRICS)), METRICS, strict=True):
-        axes.plot(curve.fractions, [point[metric] for point in points], marker="o", label="adapter")
+        axes.plot(steps, [point[metric] for point in points], marker="o", label="adapter")
         if f"{metric}_low" in points[0]:
             low, high = ([point[f"{metric}_{end}"] for point in points] for end in ("low", "high"))
-            axes.fill_between(curve.fractions, low, high, alpha=0.2, label="95 % Wilson interval")
+            axes.fill_between(steps, low, high, alpha=0.2, label="95 % Wilson interval")
         axes.axhline(measures(curve.base, curve.base)[metric], color="black", linewidth=1, label="base model")
-        # Linear up to the first fraction above 0, so that 0 is on the axis.
-        least = min((fraction for fraction in curve.fractions if fraction), default=1.0)
-        axes.set_xscale("symlog", linthresh=least)
-        axes.set_xticks(curve.fractions, [f"{fraction:g}" for fraction in curve.fractions], fontsize=7)
-        axes.minorticks_off()
+        axes.set_xticks(steps, [f"{fraction:g}" for fraction in curve.fractions], fontsize=8)
         axes.set(xlabel="fraction of a token's v that is kept", ylabel=NAMES[metric])
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)
