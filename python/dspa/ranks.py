@@ -34,12 +34,7 @@ class Team:
             self._store: Any = PrefixStore(f"dspa/{next(_teams)}", _launched())
             return
         self._store = HashStore()
-        if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-            warnings.warn(
-                "The launcher was asked for several processes and started one, as accelerate launch does on CPUs. It "
-                "goes on alone. For K processes: torchrun --nproc-per-node K -m dspa ...",
-                stacklevel=3,
-            )
+        warn_if_alone(stacklevel=4)
 
     def claim(self) -> int:
         """The number, from 0, of a piece that no other rank has or will have."""
@@ -86,6 +81,16 @@ class Team:
         while self.rank == 0 and left < self.size and time.monotonic() - since < PATIENCE.total_seconds():
             time.sleep(POLL)
             left = self._store.add("left", 0)
+
+
+def warn_if_alone(*, stacklevel: int = 3) -> None:
+    """Say so if a launcher was asked for several processes, and started this one as if it were the only one."""
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        warnings.warn(
+            "The launcher was asked for several processes and started one, as accelerate launch does on CPUs. It goes "
+            "on alone. For K processes: torchrun --nproc-per-node K -m dspa ...",
+            stacklevel=stacklevel,
+        )
 
 
 def rank() -> int:

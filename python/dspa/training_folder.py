@@ -33,20 +33,32 @@ class TrainingFolder:
 
     path: Path
 
-    def check(self) -> None:
-        """Raise `TrainingError` unless a training can begin here, or go on."""
+    @property
+    def finished(self) -> bool:
+        """Whether the training that began here has come to its end."""
+        return (self.path / RECORD).exists() and "history" in self.read()
+
+    @property
+    def partial(self) -> Path:
+        """Where a checkpoint is written before it counts as one."""
+        return self.path / f"checkpoint{PARTIAL}"
+
+    def check(self, *, finished: bool = False) -> None:
+        """Raise `TrainingError` unless a training can begin here, or go on, or, if `finished`, is at its end."""
         path = self.path
         if not path.parent.is_dir() or (path.exists() and not path.is_dir()):
             raise TrainingError(f"The output folder is {path}; accepted: {ACCEPTED}.")
         held = sorted(each.name for each in path.iterdir() if each.suffix != PARTIAL) if path.exists() else []
         if held and RECORD not in held:
             raise TrainingError(f"The output folder {path} holds {held[:8]}; accepted: {ACCEPTED}. Name another.")
-        if held and "after" in self.read():
-            raise TrainingError(f"The output folder {path} holds a finished SAE; accepted: {ACCEPTED}. Name another.")
+        if self.finished and not finished:
+            raise TrainingError(
+                f"The output folder {path} holds a finished training; accepted: {ACCEPTED}. Name another."
+            )
 
-    def claim(self, settings: dict[str, Any]) -> None:
-        """Begin here, or see that what was begun here is the same training."""
-        self.check()
+    def claim(self, settings: dict[str, Any], *, finished: bool = False) -> None:
+        """Begin here, or see that what was begun here, or finished if that is allowed, is the same training."""
+        self.check(finished=finished)
         if not (self.path / RECORD).exists():
             self.path.mkdir(exist_ok=True)
             self.write({"settings": settings})
@@ -82,13 +94,17 @@ class TrainingFolder:
 
     def save_checkpoint(self, trainer: Any, position: Position, history: History) -> None:
         """Keep all that decides how an `SAETrainer` goes on, in the place of the checkpoint before."""
-        partial, older = self.path / f"checkpoint{PARTIAL}", self.checkpoints()
-        shutil.rmtree(partial, ignore_errors=True)
-        trainer.save_trainer_state(partial)
-        save_file(trainer.sae.state_dict(), partial / "sae.safetensors")
+        shutil.rmtree(self.partial, ignore_errors=True)
+        trainer.save_trainer_state(self.partial)
+        save_file(trainer.sae.state_dict(), self.partial / "sae.safetensors")
         stream = {"position": asdict(position), "history": history}
-        (partial / "stream.json").write_text(json.dumps(stream), encoding="utf-8")
-        os.replace(partial, self.path / f"checkpoint-{trainer.n_training_steps:09d}")
+        (self.partial / "stream.json").write_text(json.dumps(stream), encoding="utf-8")
+        self.keep(self.partial, trainer.n_training_steps)
+
+    def keep(self, written: Path, step: int) -> None:
+        """Make a folder that is written the checkpoint of a step, in the place of those before."""
+        older = self.checkpoints()
+        os.replace(written, self.path / f"checkpoint-{step:09d}")
         for folder in older:
             shutil.rmtree(folder)
 
@@ -110,7 +126,8 @@ class TrainingFolder:
             ) from error
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Add the results to `training.json`, which says that the SAE is there, and drop what is not needed now."""
+        """Add the results, `history` among them, to `training.json`, and drop what is not needed now."""
         self.write(self.read() | results)
         for folder in self.checkpoints():
             shutil.rmtree(folder)
+        shutil.rmtree(self.partial, ignore_errors=True)

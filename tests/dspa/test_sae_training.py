@@ -405,7 +405,7 @@ def test_damaged_checkpoints(stopped, tmp_path):
 def test_folders(stopped, tmp_path):
     folder, run = stopped
     run()
-    with pytest.raises(TrainingError, match="holds a finished SAE"):
+    with pytest.raises(TrainingError, match="holds a finished training"):
         run()
     (folder / "training.json").write_text("[]")
     with pytest.raises(TrainingError, match=r"training\.json is not what a training wrote"):
@@ -506,7 +506,7 @@ def test_commands(tmp_path, monkeypatch, capsys, model, tokenizer, texts):
     assert code == 0 and "before" in text and FrozenSAE.load(tmp_path / "tuned").layer == LAYER
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
     for arguments, message in (
-        ((*train, "--out", tmp_path / "tuned"), "holds a finished SAE"),
+        ((*train, "--out", tmp_path / "tuned"), "holds a finished training"),
         ((*train, "--out", tmp_path / "no" / "sae"), "The output folder is"),
         ((*finetune, "--out", texts), "The output folder is"),
         (("train", tmp_path / "bad.jsonl", *train[2:], "--out", tmp_path / "new"), "bad.jsonl line 2 is not JSON"),

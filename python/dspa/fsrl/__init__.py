@@ -7,15 +7,78 @@ from dspa.fsrl.adapter import FSRLAdapter, Moves
 from dspa.fsrl.config import FSRLConfig
 
 if TYPE_CHECKING:
-    from dspa.fsrl.evaluate import Scores, score_triples
+    from dspa.fsrl.ablations import FractionCurve, MaskEffect, fraction_curve, mask_effect
+    from dspa.fsrl.agreement import Agreement, compare_labels
+    from dspa.fsrl.coherence import Coherence, compare_texts
+    from dspa.fsrl.evaluate import Scores, response_tokens, responses_of, score_responses, score_triples
+    from dspa.fsrl.figures import HeldOut, held_out
+    from dspa.fsrl.labels import CategoryShare, LabelError, Labels, category_shares, read_labels
+    from dspa.fsrl.training import TrainingConfig, read_held_out, train
+    from dspa.fsrl.usage import Decay, Usage, fit_decay, latent_usage
 
 # Where names live that are imported when they are first asked for: scipy and what training needs are slow to import.
 HOMES = {
+    "Agreement": "agreement",
+    "CategoryShare": "labels",
+    "Coherence": "coherence",
+    "Decay": "usage",
+    "FractionCurve": "ablations",
+    "HeldOut": "figures",
+    "LabelError": "labels",
+    "Labels": "labels",
+    "MaskEffect": "ablations",
     "Scores": "evaluate",
+    "TrainingConfig": "training",
+    "Usage": "usage",
+    "category_shares": "labels",
+    "compare_labels": "agreement",
+    "compare_texts": "coherence",
+    "fit_decay": "usage",
+    "fraction_curve": "ablations",
+    "held_out": "figures",
+    "latent_usage": "usage",
+    "mask_effect": "ablations",
+    "read_held_out": "training",
+    "read_labels": "labels",
+    "response_tokens": "evaluate",
+    "responses_of": "evaluate",
+    "score_responses": "evaluate",
     "score_triples": "evaluate",
+    "train": "training",
 }
 
-__all__ = ["FSRLAdapter", "FSRLConfig", "Moves", "Scores", "score_triples"]
+__all__ = [
+    "Agreement",
+    "CategoryShare",
+    "Coherence",
+    "Decay",
+    "FSRLAdapter",
+    "FSRLConfig",
+    "FractionCurve",
+    "HeldOut",
+    "LabelError",
+    "Labels",
+    "MaskEffect",
+    "Moves",
+    "Scores",
+    "TrainingConfig",
+    "Usage",
+    "category_shares",
+    "compare_labels",
+    "compare_texts",
+    "fit_decay",
+    "fraction_curve",
+    "held_out",
+    "latent_usage",
+    "mask_effect",
+    "read_held_out",
+    "read_labels",
+    "response_tokens",
+    "responses_of",
+    "score_responses",
+    "score_triples",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,64 @@
+"""What an adapter reaches on triples that it was not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dspa.fsrl.adapter import FSRLAdapter, Moves
+from dspa.fsrl.evaluate import Response, batches, responses_of, score_triples
+from dspa.hooks import CausalLM
+from dspa.preferences import Triple
+
+# Of the passes, whose order is known only with it.
+BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """On N triples: SimPO's loss, the share whose chosen response is the likelier a token, the mean margin in
+    log-probability a token; and of the tokens from which a response token is predicted, how many v_j are not 0 and the
+    sum of their sizes, on average; both 0 without an adapter."""
+
+    n_triples: int
+    simpo_loss: float
+    accuracy: float
+    margin: float
+    l0: float
+    l1: float
+
+
+def held_out(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    triples: Sequence[Triple],
+    adapter: FSRLAdapter | None = None,
+    *,
+    max_length: int | None = None,
+    **scoring: Any,
+) -> HeldOut:
+    """The figures of a model in evaluation mode, to which `adapter` is attached if it is given. The other arguments
+    are those of `score_triples`, and so is what is raised."""
+    with nullcontext(Moves()) if adapter is None else adapter.recording() as moves:
+        scores = score_triples(model, tokenizer, triples, max_length=max_length, batch_tokens=BATCH_TOKENS, **scoring)
+    l0 = l1 = 0.0
+    if adapter is not None:
+        l0, l1 = _moved(responses_of(model, tokenizer, triples, max_length), moves)
+    return HeldOut(len(triples), scores.loss, scores.accuracy, scores.margin, l0, l1)
+
+
+def _moved(responses: Sequence[Response], moves: Moves) -> tuple[float, float]:
+    """L0 and L1 a token, of the passes that scored `responses`."""
+    l0 = l1 = 0.0
+    for n, batch in enumerate(batches(responses, BATCH_TOKENS)):
+        for row, number in enumerate(batch):
+            response = responses[number]
+            places = slice(len(response.prompt) - 1, len(response) - 1)
+            l0 += float(moves.l0[n][row, places].sum())
+            l1 += float(moves.l1[n][row, places].sum())
+    n_tokens = sum(len(response.ids) for response in responses)
+    return l0 / n_tokens, l1 / n_tokens

@@ -1,0 +1,341 @@
+"""Train an adapter on preference triples: SimPO or DPO by TRL's trainers, with an L1 penalty on what is moved.
+
+A training that was stopped goes on from its last checkpoint to what it would have become.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dspa.fsrl.adapter import FSRLAdapter
+from dspa.fsrl.evaluate import response_tokens
+from dspa.fsrl.figures import HeldOut, held_out
+from dspa.fsrl.lending import lent
+from dspa.hooks import CausalLM, base_model, check_eval, context_length, device_of
+from dspa.hooks import model_name as name_of
+from dspa.preferences import Triple, load_triples
+from dspa.ranks import warn_if_alone
+from dspa.tensor_files import digest
+from dspa.training_folder import TrainingError, TrainingFolder
+
+# The loss and its usual beta.
+LOSSES = {"simpo": 10.0, "dpo": 0.1}
+ABOVE_0 = ("beta", "lr", "max_grad_norm", "epochs")
+WHOLE = ("batch_size", "micro_batch_size", "max_steps", "max_length", "checkpoint_every", "eval_every", "log_every")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train, by AdamW with betas (0.9, 0.98) and a cosine schedule; the defaults are the published settings.
+
+    The model computes in the dtype that it was loaded in, published: bfloat16. The adapter is trained in fp32.
+
+    Attributes:
+        loss: "simpo" (arXiv 2405.14734) or "dpo" (arXiv 2305.18290), whose reference is the model without the adapter.
+        beta: of the loss; None for 10 (simpo) or 0.1 (dpo).
+        gamma_beta_ratio: SimPO's margin, as a part of beta.
+        lr: the highest rate.
+        warmup: part of the steps over which the rate rises.
+        max_grad_norm: to which gradients are clipped.
+        batch_size: triples a step of the optimizer, over all processes.
+        micro_batch_size: triples a forward pass of a process. Of an epoch, those are left out that fill no such
+            batch for every process: others in every epoch.
+        epochs: passes over the triples, of which the last may be a part.
+        max_steps: stop after so many steps of the optimizer, whatever `epochs` says.
+        max_length: tokens of prompt and response, from which on responses are cut; the model's positions where those
+            are fewer.
+        gradient_checkpointing: run layers again in the backward pass, rather than keep what they computed.
+        seed: of the order of the triples.
+        checkpoint_every, eval_every, log_every: steps.
+        report_to: a tracker that transformers knows ("wandb", "tensorboard"), or "none".
+
+    Raises:
+        ValueError: another loss, a number out of its range, a micro-batch that does not divide the batch.
+    """
+
+    loss: str = "simpo"
+    beta: float | None = None
+    gamma_beta_ratio: float = 0.5
+    lr: float = 5e-5
+    warmup: float = 0.01
+    max_grad_norm: float = 1.0
+    batch_size: int = 32
+    micro_batch_size: int = 2
+    epochs: float = 1.0
+    max_steps: int | None = None
+    max_length: int = 1024
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    checkpoint_every: int = 100
+    eval_every: int = 100
+    log_every: int = 10
+    report_to: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"`loss` is {self.loss!r}; accepted: {', '.join(LOSSES)}.")
+        for name in ABOVE_0:
+            self._check(name, (int, float), lambda value: 0 < value < math.inf, "a finite number > 0")
+        for name in WHOLE:
+            self._check(name, int, lambda value: value >= 1, "a whole number >= 1")
+        self._check("seed", int, lambda value: value >= 0, "a whole number >= 0")
+        self._check("gamma_beta_ratio", (int, float), lambda value: 0 <= value < math.inf, "a finite number >= 0")
+        self._check("warmup", (int, float), lambda value: 0 <= value < 1, "a part of the steps, from 0 to below 1")
+        self.accumulation(1)
+
+    def _check(self, name: str, kind: Any, right: Callable[[Any], bool], accepted: str) -> None:
+        value = getattr(self, name)
+        if value is None and name in ("beta", "max_steps"):
+            return
+        if not isinstance(value, kind) or isinstance(value, bool) or not right(value):
+            raise ValueError(f"`{name}` is {value!r}; accepted: {accepted}.")
+
+    @property
+    def preference_beta(self) -> float:
+        """`beta`, or the usual one of the loss."""
+        return LOSSES[self.loss] if self.beta is None else self.beta
+
+    def accumulation(self, processes: int) -> int:
+        """Forward passes of each of so many processes a step of the optimizer.
+
+        Raises `ValueError` where `batch_size` is no whole number of them.
+        """
+        together = self.micro_batch_size * processes
+        if self.batch_size % together:
+            parts = f"micro_batch_size {self.micro_batch_size}" + (f" x {processes} processes" if processes > 1 else "")
+            raise ValueError(
+                f"`batch_size` is {self.batch_size}, which {parts} does not divide; accepted: a multiple of {together}."
+            )
+        return self.batch_size // together
+
+
+def train(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    triples: Iterable[Triple | Mapping[str, Any]] | str | Path,
+    adapter: FSRLAdapter,
+    out: str | Path,
+    *,
+    config: TrainingConfig | None = None,
+    eval_triples: Iterable[Triple | Mapping[str, Any]] | str | Path | None = None,
+    progress: bool = True,
+    layers: str | None = None,
+    model_name: str | None = None,
+) -> FSRLAdapter:
+    """Train `adapter` on what `model` should prefer. The model and the SAE stay as they are, and nothing is attached
+    afterwards.
+
+    The loss is `preference loss + lambda mean sum_j |v_j|`, lambda the adapter's `l1`. The mean is over the tokens
+    from which a response token is predicted, those of a micro-batch, then over micro-batches. Triples are tokenised
+    as `score_triples` does: an end token comes after a text response, and prompts are never cut.
+
+    In several processes (torchrun), each calls this with the same arguments. Their batches are those of one process.
+
+    Args:
+        model: a transformers causal language model, or one in a PEFT wrapper, on the device to train on.
+        triples: what `load_triples` takes.
+        adapter: its weights are where the training begins; they change in place, and stay if it fails.
+        out: the folder to write: the adapter, as by `save`, and `training.json` with the settings, figures on the
+            held-out triples (`HeldOut`) and what was logged (also of `eval_triples`, where the names begin with
+            eval_): loss, the preference loss alone, rewards/accuracies, rewards/margins, l0, l1. A training that was
+            stopped goes on in its folder, and one that is finished is loaded.
+        config: the published settings by default.
+        eval_triples: held-out triples, to report on.
+        progress: show bars.
+        layers, model_name: as for `FSRLAdapter.attach`.
+
+    Raises:
+        RuntimeError: TRL is not installed.
+        TrainingError: an `out` with something else or a training of other settings; fewer triples than a batch;
+            devices or processes that are not as they should be.
+        ModelError: what `attach` refuses, before any triple is read; a loss that is not finite.
+        PreferenceError: a bad triple. ValueError: a batch that the processes do not divide.
+    """
+    try:
+        from dspa.fsrl import trainers
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f'Training needs TRL ({error}): pip install "dspa-kernels[train]".') from error
+    config, inner, folder = config or TrainingConfig(), base_model(model), TrainingFolder(Path(out))
+    folder.check(finished=True)
+    check_eval(inner)
+    _check_padding(tokenizer)
+    with adapter.attach(model, layers=layers, model_name=model_name):
+        device = device_of(inner.get_input_embeddings())
+        warn_if_alone()
+        args = trainers.arguments(
+            config, folder.partial, on_cpu=device.type == "cpu", evaluated=eval_triples is not None
+        )
+        _check_processes(inner, device, args)
+        args.gradient_accumulation_steps = config.accumulation(args.world_size)
+        progress = progress and args.process_index == 0
+        config = replace(config, max_length=min(config.max_length, context_length(inner) or config.max_length))
+        data = Data.read(triples, tokenizer, config, progress)
+        held = None if eval_triples is None else Data.read(eval_triples, tokenizer, config, progress)
+        if len(data.rows) < config.batch_size:
+            raise TrainingError(
+                f"There are {len(data.rows)} triples; accepted: a batch ({config.batch_size}) or more. Lower "
+                "batch_size."
+            )
+        settings = _settings(inner, adapter, config, data, held, model_name)
+        with args.main_process_first(local=False):
+            folder.claim(settings, finished=True)
+        if not folder.finished:
+            history = _fit(inner, tokenizer, adapter, folder, config, args, data, held, progress)
+            figures = None if held is None else _figures(inner, tokenizer, adapter, config, held.triples, progress)
+            with args.main_process_first(local=False):
+                if args.process_index == 0:
+                    adapter.save(folder.path)
+                    folder.finish({"data": data.counts, "held_out": figures, "history": history})
+    saved = FSRLAdapter.load(folder.path, adapter.sae)
+    adapter.load_state_dict(saved.state_dict())
+    return adapter.requires_grad_(False).eval()
+
+
+def read_held_out(out: str | Path) -> HeldOut | None:
+    """The figures on held-out triples in the folder of a finished training, None if there were no such triples.
+
+    Raises `TrainingError` for another folder.
+    """
+    folder = TrainingFolder(Path(out))
+    if not folder.finished:
+        raise TrainingError(f"{out} holds no finished training; accepted: a folder that `dspa.fsrl.train` wrote.")
+    figures = folder.read()["held_out"]
+    return None if figures is None else HeldOut(**figures)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Triples, and their token ids as a trainer takes them. n_full: responses that fill all of max_length, because
+    they were cut or just fit."""
+
+    triples: list[Triple]
+    rows: Any
+    sha256: str
+    n_full: int
+
+    @classmethod
+    def read(cls, source: Any, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, progress: bool) -> Data:
+        """Read and tokenise triples. Raises `PreferenceError` for a bad one."""
+        from dspa.fsrl.trainers import Rows
+
+        triples, sha, n_full = [], hashlib.sha256(), 0
+        columns: dict[str, list[Any]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+        for triple in tqdm(load_triples(source), unit="triple", desc="tokenise", disable=not progress):
+            triples.append(triple)
+            parts = response_tokens(triple, tokenizer, max_length=config.max_length)
+            n_full += sum(len(parts[0]) + len(response) == config.max_length for response in parts[1:])
+            for column, ids in zip(columns.values(), parts, strict=True):
+                column.append(np.array(ids, dtype=np.int32))
+                sha.update(len(ids).to_bytes(4, "little") + column[-1].tobytes())
+        return cls(triples, Rows.from_dict(columns), sha.hexdigest(), n_full)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """For the record."""
+        return {"n_triples": len(self.rows), "n_full": self.n_full}
+
+
+def _fit(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: FSRLAdapter,
+    folder: TrainingFolder,
+    config: TrainingConfig,
+    args: Any,
+    data: Data,
+    held: Data | None,
+    progress: bool,
+) -> list[dict[str, float]]:
+    """Train from the start or the last checkpoint to the end; what was logged."""
+    from dspa.fsrl import trainers
+
+    checkpoints = folder.checkpoints()
+    with (
+        lent(model, tokenizer, adapter, gradient_checkpointing=config.gradient_checkpointing),
+        tqdm(unit="step", desc="train", disable=not progress) as bar,
+    ):
+        trainer = trainers.trainer_of(
+            *(config, args, model, tokenizer, adapter, folder, bar),
+            train_dataset=data.rows,
+            eval_dataset=None if held is None else held.rows,
+        )
+        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        return trainers.without_times(trainer.state.log_history)
+
+
+def _figures(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: FSRLAdapter,
+    config: TrainingConfig,
+    triples: list[Triple],
+    progress: bool,
+) -> dict[str, Any]:
+    """On held-out triples, by SimPO's settings of this training or the published ones."""
+    simpo = {"beta": config.preference_beta, "gamma_beta_ratio": config.gamma_beta_ratio}
+    scoring: dict[str, Any] = {**(simpo if config.loss == "simpo" else {}), "progress": progress}
+    found = held_out(model, tokenizer, triples, adapter, max_length=config.max_length, **scoring)
+    return asdict(found)
+
+
+def _settings(
+    model: CausalLM,
+    adapter: FSRLAdapter,
+    config: TrainingConfig,
+    data: Data,
+    held: Data | None,
+    model_name: str | None,
+) -> dict[str, Any]:
+    """Everything that decides what comes of a training."""
+    return {
+        "model_name": model_name or name_of(model),
+        "model_dtype": str(model.dtype),
+        "layer": adapter.sae.layer,
+        "sae": adapter.sae.fingerprint,
+        **{f"adapter_{name}": value for name, value in asdict(adapter.config).items()},
+        "adapter_start": digest({name: tensor.detach().cpu() for name, tensor in adapter.named_parameters()}),
+        "adapter_fraction": adapter.fraction,
+        "adapter_mask": None if adapter.mask is None else digest({"mask": adapter.mask.cpu()}),
+        "data": data.sha256,
+        "eval_data": None if held is None else held.sha256,
+        **asdict(config),
+    }
+
+
+def _check_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise TrainingError(
+            "The tokenizer has no padding token and no end token to pad with. Set tokenizer.pad_token; what is padded "
+            "is masked out."
+        )
+
+
+def _check_processes(model: CausalLM, device: torch.device, args: Any) -> None:
+    """Raise if a trainer would start other processes or devices than were asked for."""
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked != args.world_size:
+        raise TrainingError(
+            f"The launcher asked for {asked} processes and {args.world_size} train together. Start them by torchrun "
+            "--nproc-per-node K -m dspa ..."
+        )
+    if getattr(model, "hf_device_map", None) is not None:
+        return
+    if args.n_gpu > 1:
+        raise TrainingError(
+            f"This process sees {args.n_gpu} GPUs; accepted: one a process. Set CUDA_VISIBLE_DEVICES, or start "
+            f"torchrun --nproc-per-node {args.n_gpu} -m dspa ..."
+        )
+    if args.device.type != device.type or (device.index or 0) != (args.device.index or 0):
+        raise TrainingError(f"The model is on {device} and this process trains on {args.device}: move the model there.")
