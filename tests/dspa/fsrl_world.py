@@ -1,0 +1,64 @@
+"""A tiny model with an SAE and an adapter that matters, and triples of many lengths."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dspa.fsrl import FSRLAdapter
+from dspa.fsrl.evaluate import Response
+from dspa.hooks import read_layers
+from dspa.saes import FrozenSAE
+
+from .conftest import D_SAE_OUT, L_OUT, make_sae
+from .tokens import ENGLISH, word_tokenizer
+
+END = "bird"
+
+
+def words(n: int, length: int) -> str:
+    g = torch.Generator().manual_seed(n)
+    return " ".join(ENGLISH[i] for i in torch.randint(len(ENGLISH) - 1, (length,), generator=g).tolist())
+
+
+TRIPLES = [
+    {
+        "prompt": words(n, 2 + n * 5 % 13),
+        "chosen": words(n + 100, 2 + n * 7 % 17),
+        "rejected": words(n + 200, 2 + n * 3 % 11),
+    }
+    for n in range(14)
+]
+
+
+def ending_tokenizer() -> PreTrainedTokenizerFast:
+    """The tests' tokenizer with an end token, the last word of its vocabulary."""
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = END
+    return tokenizer
+
+
+def hidden_states(model: PreTrainedModel, responses: list[Response]) -> torch.Tensor:
+    """Residuals [tokens, d_in] of responses, each read alone."""
+    rows = []
+    for each in responses:
+        h = read_layers(model, [L_OUT], input_ids=torch.tensor([each.prompt + each.ids]))[L_OUT][0]
+        rows.append(h[len(each.prompt) :])
+    return torch.cat(rows)
+
+
+def acting_adapter(
+    model: PreTrainedModel, responses: list[Response], sae: FrozenSAE | None = None, *, unused: int = 20
+) -> FSRLAdapter:
+    """An adapter whose latents are moved on from most to few of the tokens of `responses`, and the last never."""
+    adapter = FSRLAdapter(sae if sae is not None else make_sae(L_OUT, D_SAE_OUT, seed=2))
+    g = torch.Generator().manual_seed(3)
+    h = hidden_states(model, responses)
+    with torch.no_grad():
+        adapter.W_a.copy_(torch.randn(adapter.W_a.shape, generator=g) / h.norm(dim=1).mean())
+        u = (h @ adapter.W_a.T).abs()
+        wanted = 0.9 * torch.exp(-torch.arange(adapter.sae.d_sae) / 25)
+        levels = torch.stack([column.quantile(1 - share) for column, share in zip(u.T, wanted, strict=True)])
+        levels[-unused:] = 10 * u.max()
+        adapter.threshold.copy_(levels)
+    return adapter.requires_grad_(False).eval()
