@@ -1,0 +1,230 @@
+"""Labels of latents: files, rules, shares of use by category, and agreement with labels by hand."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dspa.fsrl import LabelError, Labels, Usage, category_shares, compare_labels, read_labels
+
+from .conftest import make_sae
+
+D_SAE = 40
+DESCRIPTIONS = {3: "Formatting of bullet lists", 7: "mentions of kindness", 12: "  ", 20: "bullet trains", 39: None}
+RULES = {"style": ["format", r"\bbullets?\b"], "alignment": ["kind", "harm", "bullet"]}
+
+
+@pytest.fixture(scope="module")
+def sae():
+    return make_sae(12, D_SAE, model_name="gemma-2-2b")
+
+
+def exported(latent: object, description: object, **changed: object) -> dict[str, object]:
+    """A line as Neuronpedia's exports have it."""
+    return {
+        "modelId": "gemma-2-2b",
+        "layer": "12-gemmascope-res-65k",
+        "index": latent,
+        "description": description,
+        "explanationModelName": "gpt-4o-mini",
+        "typeName": "oai_token-act-pair",
+    } | changed
+
+
+def written(path: Path, content: object) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def as_lines(rows: list[dict[str, object]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@pytest.fixture
+def rules(tmp_path) -> Path:
+    return written(tmp_path / "rules.json", RULES)
+
+
+# Files
+
+
+def test_every_form_of_an_export_reads_alike(tmp_path, sae, rules):
+    rows = [exported(str(latent), text) for latent, text in DESCRIPTIONS.items()]
+    (tmp_path / "lines.jsonl").write_bytes(as_lines(rows))
+    (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress(as_lines(rows)))
+    written(tmp_path / "list.json", [row | {"index": int(str(row["index"]))} for row in rows])
+    (tmp_path / "batches").mkdir()
+    for n in range(2):
+        (tmp_path / "batches" / f"batch-{n}.jsonl.gz").write_bytes(gzip.compress(as_lines(rows[n::2])))
+    for name in ("lines.jsonl", "lines.jsonl.gz", "list.json", "batches"):
+        found = read_labels(tmp_path / name, sae, rules=rules)
+        # Latent 20 matches both categories, of which the first takes it; what is empty labels nothing.
+        assert found.categories == {3: "style", 7: "alignment", 20: "style"}, name
+        assert found.of("style") == [3, 20]
+
+
+def test_what_no_rule_finds_is_other(tmp_path, sae, rules):
+    path = written(tmp_path / "one.json", [exported(1, "the word 'the'")])
+    assert read_labels(path, sae, rules=rules).categories == {1: "other"}
+    # One line alone is an object, too.
+    (tmp_path / "one.jsonl").write_bytes(as_lines([exported(1, "harmless")]))
+    assert read_labels(tmp_path / "one.jsonl", sae, rules=rules).categories == {1: "alignment"}
+
+
+def test_categories_themselves(tmp_path, sae):
+    for content in (
+        {"12": "style", "3": "topic"},
+        [{"index": 12, "label": "style"}, {"index": "3", "category": "topic", "layer": 12}],
+    ):
+        assert read_labels(written(tmp_path / "a.json", content), sae).categories == {12: "style", 3: "topic"}
+
+
+def test_one_explainer_of_several(tmp_path, sae, rules):
+    rows = [exported(1, "format"), exported(1, "harm", explanationModelName="gpt-3.5-turbo"), exported(2, "kind")]
+    path = written(tmp_path / "a.json", rows)
+    with pytest.raises(LabelError, match=r"two categories to latents 1 \('style' and 'alignment'\).*explanationModelN"):
+        read_labels(path, sae, rules=rules)
+    assert read_labels(path, sae, rules=rules, explainer="gpt-4o-mini").categories == {1: "style", 2: "alignment"}
+    with pytest.raises(LabelError, match="labels no latent by 'claude'"):
+        read_labels(path, sae, rules=rules, explainer="claude")
+
+
+def test_duplicates_that_agree_are_one(tmp_path, sae, rules):
+    path = written(tmp_path / "a.json", [exported(1, "format"), exported("1", "formatting"), exported(1, "")])
+    assert read_labels(path, sae, rules=rules).categories == {1: "style"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"3": "a", "40": "b", "-1": "c"}, "labels latents 40, -1; accepted: 0 to 39"),
+        ({str(n): "a" for n in range(35, 55)}, r"40, 41, .*, 49 and 5 more; accepted: 0 to 39"),
+        ({"3.0": "a"}, "`index` is '3.0'; accepted: a whole number"),
+        ([{"index": 3.5, "label": "a"}], "`index` is 3.5"),
+        ([{"index": True, "label": "a"}], "`index` is True"),
+        ([{"index": 1, "label": "a"}, {"index": 1, "label": "b"}], r"two categories to latents 1 \('a' and 'b'\)"),
+        ({"3": ""}, "`category` is ''; accepted: a name"),
+        ({"3": "unlabelled"}, "accepted: a name, not 'unlabelled'"),
+        ([{"index": 3}], "`description` is None"),
+        ([{"index": 3, "description": 4}], "`description` is 4"),
+        ([exported(3, "x")], "is a description; accepted: with rules"),
+        (
+            [exported(3, "x", layer="20-gemmascope-res-65k")],
+            r"entry 1 is of layer '20-gemmascope-res-65k'; accepted: 12",
+        ),
+        ([exported(3, "x", modelId="gpt2-small")], "is of the model 'gpt2-small'; accepted: 'gemma-2-2b'"),
+        ([{"latent": 3}], "entry 1 is"),
+        ([4], "entry 1 is '4'"),
+        ({}, "labels no latent"),
+        ([], "labels no latent"),
+    ],
+)
+def test_labels_that_cannot_be_used(tmp_path, sae, content, message):
+    with pytest.raises(LabelError, match=message):
+        read_labels(written(tmp_path / "a.json", content), sae)
+
+
+def test_files_that_cannot_be_used(tmp_path, sae, rules):
+    plain = written(tmp_path / "plain.json", {"3": "a"})
+    (tmp_path / "twice.json").write_text('{"3": "a", "3": "b"}')
+    (tmp_path / "broken.jsonl").write_text('{"index": 3, "label": "a"}\n{"index"\n')
+    (tmp_path / "cut.json.gz").write_bytes(gzip.compress(b"{}" * 100)[:-9])
+    (tmp_path / "empty").mkdir()
+    for path, given, message in (
+        (plain, rules, "holds categories and no descriptions"),
+        (tmp_path / "twice.json", None, "'3' is given twice, as 'a' and as 'b'"),
+        (tmp_path / "broken.jsonl", None, "broken.jsonl line 2 is not JSON"),
+        (tmp_path / "cut.json.gz", None, "is damaged"),
+        (tmp_path / "empty", None, "holds no file of labels"),
+        (tmp_path / "none", None, "is not a file"),
+        (plain, written(tmp_path / "r1.json", []), "holds no rules"),
+        (plain, written(tmp_path / "r2.json", {"a": "x"}), "'a': 'x'; accepted"),
+        (plain, written(tmp_path / "r3.json", {"a": ["("]}), "'a' has an expression that is none"),
+        (plain, written(tmp_path / "r4.json", {"a": [3]}), "'a' has an expression that is none"),
+        (plain, written(tmp_path / "r5.json", {"unlabelled": ["x"]}), "not 'unlabelled'"),
+        (plain, tmp_path / "broken.jsonl", "holds no rules"),
+    ):
+        with pytest.raises(LabelError, match=message):
+            read_labels(path, sae, rules=given)
+
+
+def test_a_category_that_no_latent_has():
+    with pytest.raises(LabelError, match="'c'; accepted: a, b"):
+        Labels({1: "b", 2: "a"}, 4).of("c")
+
+
+# Shares
+
+
+def test_shares_by_hand():
+    usage = Usage(torch.tensor([6, 2, 0, 4, 8]), torch.tensor([3.0, 1.0, 0.0, 1.0, 5.0]).double(), 10)
+    style, topic, rest = category_shares(usage, Labels({0: "style", 1: "topic", 2: "topic", 3: "topic"}, 5))
+    assert (style.category, style.n_latents, style.n_used) == ("style", 1, 1)
+    assert (style.latents, style.active, style.mass) == (0.25, 6 / 20, 3 / 10)
+    # Of the use of labelled latents, 12 tokens and a mass of 5, over a quarter of them.
+    assert (style.active_enrichment, style.mass_enrichment) == (6 / 12 / 0.25, 3 / 5 / 0.25)
+    assert (topic.n_latents, topic.n_used, topic.latents, topic.active, topic.mass) == (3, 2, 0.75, 6 / 20, 2 / 10)
+    assert (topic.active_enrichment, topic.mass_enrichment) == (6 / 12 / 0.75, 2 / 5 / 0.75)
+    assert (rest.category, rest.n_latents, rest.active, rest.mass) == ("unlabelled", 1, 8 / 20, 5 / 10)
+    assert rest.latents is rest.active_enrichment is rest.mass_enrichment is None
+
+
+def test_shares_of_nothing():
+    nothing = Usage(torch.tensor([0, 3]), torch.tensor([0.0, 1.0]), 10)
+    with pytest.raises(ValueError, match="moves 1 latents and none of the labelled ones"):
+        category_shares(nothing, Labels({0: "a"}, 2))
+    with pytest.raises(ValueError, match="labels are of 3 latents and the use of 2"):
+        category_shares(nothing, Labels({0: "a"}, 3))
+
+
+# Agreement
+
+
+def labels_of(confusion: list[list[int]], names: str) -> tuple[Labels, Labels]:
+    """Labels, and labels by hand, of which this is the confusion matrix (by hand in rows)."""
+    pairs = [
+        (names[i], names[j]) for i, row in enumerate(confusion) for j, count in enumerate(row) for _ in range(count)
+    ]
+    hand, label = ({n: pair[side] for n, pair in enumerate(pairs)} for side in (0, 1))
+    return Labels(label, 100), Labels(hand, 100)
+
+
+def test_agreement_of_three_categories_by_hand():
+    found = compare_labels(*labels_of([[5, 1, 0], [2, 3, 1], [0, 0, 4]], "abc"))
+    assert (found.n, found.accuracy, found.n_unlabelled) == (16, 12 / 16, 0)
+    a, b, c = found.per_category
+    assert (a.n_hand, a.n_label, a.n_both) == (6, 7, 5)
+    assert (a.precision, a.recall, a.f1) == (5 / 7, 5 / 6, 10 / 13)
+    assert (b.precision, b.recall, b.f1) == (3 / 4, 3 / 6, 6 / 10)
+    assert (c.precision, c.recall, c.f1) == (4 / 5, 1, 8 / 9)
+    assert found.macro_f1 == pytest.approx((10 / 13 + 6 / 10 + 8 / 9) / 3)
+    # c s - sum p t = 12 16 - (7 6 + 4 6 + 5 4) = 106; s^2 less sums of squares: 256 - 90 and 256 - 88.
+    assert found.mcc == pytest.approx(106 / (166 * 168) ** 0.5)
+    low, high = found.accuracy_interval()
+    assert 0.5 < low < 0.75 < high < 0.92
+
+
+def test_two_categories_have_matthews_own_coefficient():
+    tp, fn, fp, tn = 6, 2, 1, 9
+    found = compare_labels(*labels_of([[tp, fn], [fp, tn]], "ab"))
+    own = (tp * tn - fp * fn) / ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
+    assert found.mcc == pytest.approx(own)
+
+
+def test_agreement_at_its_ends():
+    assert compare_labels(*labels_of([[3, 0], [0, 4]], "ab")).mcc == 1
+    assert compare_labels(*labels_of([[0, 3], [4, 0]], "ab")).mcc == -1
+    one = compare_labels(*labels_of([[3, 0], [4, 0]], "ab"))
+    assert one.mcc == 0
+    assert one.per_category[1].precision is None and one.per_category[1].f1 == 0
+
+
+def test_what_has_one_label_alone_is_told_and_not_compared():
+    found = compare_labels(Labels({1: "a", 2: "b", 9: "c"}, 10), Labels({1: "a", 2: "a", 3: "b", 4: "b"}, 10))
+    assert (found.n, found.n_unlabelled, found.categories) == (2, 2, ["a", "b"])
+    with pytest.raises(LabelError, match="None of the 1 latents labelled by hand has a label"):
+        compare_labels(Labels({1: "a"}, 10), Labels({2: "a"}, 10))
