@@ -21,8 +21,8 @@ BATCH_TOKENS = 8192
 @dataclass(frozen=True)
 class HeldOut:
     """On N triples: SimPO's loss, the share whose chosen response is the likelier a token, the mean margin in
-    log-probability a token; and of the tokens from which a response token is predicted, how many v_j are not 0 and the
-    sum of their sizes, on average; both 0 without an adapter."""
+    log-probability a token; and of response tokens, how many v_j are not 0 and the sum of their sizes, on average, both
+    0 without an adapter."""
 
     n_triples: int
     simpo_loss: float
@@ -57,7 +57,7 @@ def _moved(responses: Sequence[Response], moves: Moves) -> tuple[float, float]:
     for n, batch in enumerate(batches(responses, BATCH_TOKENS)):
         for row, number in enumerate(batch):
             response = responses[number]
-            places = slice(len(response.prompt) - 1, len(response) - 1)
+            places = slice(len(response.prompt), len(response))
             l0 += float(moves.l0[n][row, places].sum())
             l1 += float(moves.l1[n][row, places].sum())
     n_tokens = sum(len(response.ids) for response in responses)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -38,8 +37,7 @@ def lent(
         for module in model.modules():
             _without_dropout(module)
         if gradient_checkpointing:
-            # Reentrant checkpoints pass no gradient on where their input needs none, and here none does.
-            _checkpoint(model, {"use_reentrant": False})
+            _checkpoint(model)
         stack.enter_context(_trainable(adapter))
         model.add_module(MODULE, adapter)
         yield
@@ -83,7 +81,10 @@ def _without_dropout(module: nn.Module) -> None:
             setattr(module, name, 0.0)
 
 
-def _checkpoint(model: CausalLM, settings: dict[str, Any]) -> None:
+def _checkpoint(model: CausalLM) -> None:
     # Until transformers 5.23, where it was called so.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(settings)
+    # Reentrant checkpoints pass no gradient on where their input needs none.
+    enable({"use_reentrant": False})
+    # For their sake all inputs would, and every layer below the adapter's be run backward.
+    model.disable_input_require_grads()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,11 @@ class AdapterTrainer:
     def penalised(self, loss: Tensor, moves: Moves, response: Tensor) -> tuple[Tensor, dict[str, float]]:
         """`loss + lambda mean sum_j |v_j|`, and what to log of it, over all processes.
 
-        The mean is over the tokens of this micro-batch from which a response token is predicted: the last token of
-        each prompt and the tokens of each response but its last. What is moved at the last one changes nothing.
-        `response` [B, T] marks tokens of responses; padding and the other tokens of prompts do not count.
+        The mean is over the response tokens of this micro-batch, each at its own position, where `response` [B, T] is
+        True; padding and prompts do not count, nor does the last token of a prompt, from which a response begins.
         """
-        predicts = response[:, 1:].to(moves.l1[0].device)
-        l1, l0 = ((each[0][:, :-1] * predicts).sum() / predicts.sum() for each in (moves.l1, moves.l0))
+        response = response.to(moves.l1[0].device)
+        l1, l0 = ((each[0] * response).sum() / response.sum() for each in (moves.l1, moves.l0))
         total = loss + self.adapter.config.l1 * l1.to(loss.device)
         if not math.isfinite(total.item()):
             raise ModelError(f"The loss of a batch is {total.item()}. {NOT_FINITE} Or lower the learning rate.")
@@ -150,8 +150,7 @@ class PreferenceTrainer(AdapterTrainer, DPOTrainer):  # type: ignore[misc]
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """The loss with its penalty."""
-        with self.adapter.disabled():
-            chosen, rejected = self.compute_ref_log_probs(self.model, inputs)
+        chosen, rejected = self.compute_ref_log_probs(self.model, inputs)
         inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         with self.adapter.recording() as moves:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -162,6 +161,16 @@ class PreferenceTrainer(AdapterTrainer, DPOTrainer):  # type: ignore[misc]
         # Counted from 0 again where a training goes on.
         metrics.pop("num_tokens", None)
         return loss
+
+    @torch.no_grad()
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> tuple[Tensor, ...]:
+        """Of the chosen and of the rejected responses, [B] each. TRL's own would switch gradient checkpointing off and
+        on again, and with it what is backward below the adapter."""
+        tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        with self.adapter.disabled():
+            found = model(**tokens, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+        return tuple(found.sum(dim=1).chunk(2))
 
     def _prepare_dataset(self, dataset: Any, *_args: Any) -> Any:
         return dataset
@@ -217,6 +226,14 @@ def without_times(history: Iterable[Mapping[str, float]]) -> list[dict[str, floa
     return [{k: v for k, v in entry.items() if not k.endswith(("_runtime", "_per_second", "_time"))} for entry in kept]
 
 
+@contextmanager
+def old_names() -> Iterator[None]:
+    """Say nothing of names that transformers has changed and TRL has not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing.* is deprecated")
+        yield
+
+
 def arguments(config: TrainingConfig, out: Path, *, on_cpu: bool, evaluated: bool) -> Any:
     """TRL's settings. Making them joins the processes of a launcher."""
     rates = {
@@ -238,9 +255,7 @@ def arguments(config: TrainingConfig, out: Path, *, on_cpu: bool, evaluated: boo
         "output_dir": str(out),
     }
     beta, length = config.preference_beta, config.max_length
-    with warnings.catch_warnings():
-        # Names that transformers has changed and TRL has not.
-        warnings.filterwarnings("ignore", message="`gradient_checkpointing")
+    with old_names():
         if config.loss == "dpo":
             return DPOConfig(**SETTINGS, **rates, beta=beta, max_length=None, precompute_ref_log_probs=True)
         # What TRL calls gamma is not its ratio to beta.

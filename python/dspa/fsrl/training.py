@@ -137,9 +137,10 @@ def train(
     """Train `adapter` on what `model` should prefer. The model and the SAE stay as they are, and nothing is attached
     afterwards.
 
-    The loss is `preference loss + lambda mean sum_j |v_j|`, lambda the adapter's `l1`. The mean is over the tokens
-    from which a response token is predicted, those of a micro-batch, then over micro-batches. Triples are tokenised
-    as `score_triples` does: an end token comes after a text response, and prompts are never cut.
+    The loss is `preference loss + lambda mean sum_j |v_j|`, lambda the adapter's `l1`. The mean is over the response
+    tokens of a micro-batch, each at its own position (labels that are not -100: no padding, no prompt), then over
+    micro-batches. Triples are tokenised as `score_triples` does: an end token comes after a text response, and prompts
+    are never cut.
 
     In several processes (torchrun), each calls this with the same arguments. Their batches are those of one process.
 
