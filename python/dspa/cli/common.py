@@ -102,3 +102,19 @@ def load_all(
     lm, tokenizer = load_model(model, place, dtype)
     read, edit = (sae.to(dtype=lm.dtype) for sae in saes)
     return lm, tokenizer, read, edit
+
+
+def triple_source(triples: str, split: str, stream: bool) -> Any:
+    """A file of triples, or a data set of the Hub or in a folder."""
+    if not triples.strip():
+        raise ValueError("The triples have an empty name; accepted: a JSON Lines file, a folder, or a data set's name.")
+    path = Path(triples)
+    if path.is_file() or path.suffix in (".json", ".jsonl") or not (path.is_dir() or "/" in triples):
+        return path
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f'{triples} is a data set, which needs datasets ({error}): pip install "datasets>=4".'
+        ) from error
+    return load_dataset(triples, split=split, streaming=stream)

@@ -24,6 +24,7 @@ from dspa.cli.common import (
     check_writable,
     console,
     load_all,
+    triple_source,
 )
 from dspa.ranks import rank
 
@@ -200,7 +201,7 @@ def _collect(
     from dspa.densities import collect
     from dspa.preferences import load_triples
 
-    source = _source(triples, split, stream)
+    source = triple_source(triples, split, stream)
     # What is wrong at the beginning of a file shows before a model is loaded.
     next(load_triples(source))
     lm, tokenizer, read, edit = load_all(model, sae_in, sae_out, device, dtype)
@@ -210,22 +211,6 @@ def _collect(
         if folder := options["work_dir"]:
             console.print(f"\nStopped. What was counted is kept in {folder}: the same command goes on from there.")
         raise
-
-
-def _source(triples: str, split: str, stream: bool) -> Any:
-    """A file of triples, or a data set of the Hub or in a folder."""
-    if not triples.strip():
-        raise ValueError("The triples have an empty name; accepted: a JSON Lines file, a folder, or a data set's name.")
-    path = Path(triples)
-    if path.is_file() or path.suffix in (".json", ".jsonl") or not (path.is_dir() or "/" in triples):
-        return path
-    try:
-        from datasets import load_dataset
-    except ModuleNotFoundError as error:
-        raise RuntimeError(
-            f'{triples} is a data set, which needs datasets ({error}): pip install "datasets>=4".'
-        ) from error
-    return load_dataset(triples, split=split, streaming=stream)
 
 
 def _subset(

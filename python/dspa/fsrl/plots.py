@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from dspa.fsrl.ablations import METRICS, FractionCurve, MaskEffect, measures
 from dspa.fsrl.coherence import Difference
 from dspa.fsrl.labels import CategoryShare
+from dspa.fsrl.sweep import Sweep, Trained
 from dspa.fsrl.usage import Decay, Usage
 
 NAMES = {"loss": "SimPO loss", "accuracy": "reward accuracy", "win_rate": "win rate over the base model"}
@@ -101,4 +102,25 @@ def plot_coherence(differences: Sequence[Difference], path: Path) -> None:
         axes.set_title(f"{each.metric}\nbase {each.base:.3g}, steered {each.steered:.3g}", fontsize=8)
         axes.tick_params(labelsize=7)
     figure.supylabel("steered less base, 95 % bootstrap interval", fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def plot_sweep(sweep: Sweep, path: Path) -> None:
+    """Held-out loss, reward accuracy and L0 over the layers, or over lambda where there is one layer."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    by_layer = len({each.layer for each in sweep.adapters}) > 1
+    values = sorted({each.layer if by_layer else each.l1 for each in sweep.adapters})
+    lines: dict[str, list[Trained]] = {}
+    for each in sweep.adapters:
+        lines.setdefault(f"{each.activation}, λ {each.l1:g}" if by_layer else each.activation, []).append(each)
+    names = {"simpo_loss": "SimPO loss", "accuracy": "reward accuracy", "l0": "L0, mean over response tokens"}
+    for axes, (name, title) in zip(figure.subplots(1, len(names)), names.items(), strict=True):
+        for label, adapters in lines.items():
+            places = [values.index(each.layer if by_layer else each.l1) for each in adapters]
+            points = sorted(zip(places, (getattr(each.held_out, name) for each in adapters), strict=True))
+            axes.plot(*zip(*points, strict=True), marker="o", label=label)
+        axes.axhline(getattr(sweep.base, name), color="black", linewidth=1, label="base model")
+        axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+        axes.set(xlabel="layer" if by_layer else "λ", ylabel=title)
+        axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)

@@ -181,7 +181,7 @@ def train(
         _check_processes(inner, device, args)
         args.gradient_accumulation_steps = config.accumulation(args.world_size)
         progress = progress and args.process_index == 0
-        config = replace(config, max_length=min(config.max_length, context_length(inner) or config.max_length))
+        config = replace(config, max_length=_max_length(inner, config))
         data = Data.read(triples, tokenizer, config, progress)
         held = None if eval_triples is None else Data.read(eval_triples, tokenizer, config, progress)
         if len(data.rows) < config.batch_size:
@@ -194,7 +194,10 @@ def train(
             folder.claim(settings, finished=True)
         if not folder.finished:
             history = _fit(inner, tokenizer, adapter, folder, config, args, data, held, progress)
-            figures = None if held is None else _figures(inner, tokenizer, adapter, config, held.triples, progress)
+            figures = None
+            if held is not None:
+                options = scoring(inner, config)
+                figures = asdict(held_out(inner, tokenizer, held.triples, adapter, **options, progress=progress))
             with args.main_process_first(local=False):
                 if args.process_index == 0:
                     adapter.save(folder.path)
@@ -276,19 +279,16 @@ def _fit(
         return trainers.without_times(trainer.state.log_history)
 
 
-def _figures(
-    model: CausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    adapter: FSRLAdapter,
-    config: TrainingConfig,
-    triples: list[Triple],
-    progress: bool,
-) -> dict[str, Any]:
-    """On held-out triples, by SimPO's settings of this training or the published ones."""
-    simpo = {"beta": config.preference_beta, "gamma_beta_ratio": config.gamma_beta_ratio}
-    scoring: dict[str, Any] = {**(simpo if config.loss == "simpo" else {}), "progress": progress}
-    found = held_out(model, tokenizer, triples, adapter, max_length=config.max_length, **scoring)
-    return asdict(found)
+def scoring(model: CausalLM, config: TrainingConfig) -> dict[str, Any]:
+    """How held-out triples are scored: by SimPO's settings of this training, or by the usual ones after DPO."""
+    length = _max_length(model, config)
+    if config.loss == "dpo":
+        return {"max_length": length}
+    return {"max_length": length, "beta": config.preference_beta, "gamma_beta_ratio": config.gamma_beta_ratio}
+
+
+def _max_length(model: CausalLM, config: TrainingConfig) -> int:
+    return min(config.max_length, context_length(model) or config.max_length)
 
 
 def _settings(
