@@ -14,7 +14,7 @@ from dspa.fsrl import LabelError, Labels, Usage, category_shares, compare_labels
 from .conftest import make_sae
 
 D_SAE = 40
-DESCRIPTIONS = {3: "Formatting of bullet lists", 7: "mentions of kindness", 12: "  ", 20: "bullet trains", 39: None}
+DESCRIPTIONS = {3: "FORMATTING of lists", 7: "mentions of kindness", 12: "  ", 20: "bullet trains", 39: None}
 RULES = {"style": ["format", r"\bbullets?\b"], "alignment": ["kind", "harm", "bullet"]}
 
 

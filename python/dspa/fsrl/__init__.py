@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from dspa.fsrl.ablations import FractionCurve, MaskEffect, fraction_curve, mask_effect
     from dspa.fsrl.agreement import Agreement, compare_labels
     from dspa.fsrl.coherence import Coherence, compare_texts
-    from dspa.fsrl.evaluate import Scores, response_tokens, responses_of, score_responses, score_triples
+    from dspa.fsrl.evaluate import Response, Scores, response_tokens, responses_of, score_responses, score_triples
     from dspa.fsrl.figures import HeldOut, held_out
     from dspa.fsrl.labels import CategoryShare, LabelError, Labels, category_shares, read_labels
+    from dspa.fsrl.sweep import Sweep, train_sweep
     from dspa.fsrl.training import TrainingConfig, read_held_out, train
     from dspa.fsrl.usage import Decay, Usage, fit_decay, latent_usage
 
@@ -27,7 +28,9 @@ HOMES = {
     "LabelError": "labels",
     "Labels": "labels",
     "MaskEffect": "ablations",
+    "Response": "evaluate",
     "Scores": "evaluate",
+    "Sweep": "sweep",
     "TrainingConfig": "training",
     "Usage": "usage",
     "category_shares": "labels",
@@ -45,6 +48,7 @@ HOMES = {
     "score_responses": "evaluate",
     "score_triples": "evaluate",
     "train": "training",
+    "train_sweep": "sweep",
 }
 
 __all__ = [
@@ -60,7 +64,9 @@ __all__ = [
     "Labels",
     "MaskEffect",
     "Moves",
+    "Response",
     "Scores",
+    "Sweep",
     "TrainingConfig",
     "Usage",
     "category_shares",
@@ -78,6 +84,7 @@ __all__ = [
     "score_responses",
     "score_triples",
     "train",
+    "train_sweep",
 ]
 
 
