@@ -26,7 +26,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from dspa_kernels import EncoderStream
-from dspa_kernels.backends import IMPLEMENTED, implementation
+from dspa_kernels.backends import BACKWARD, IMPLEMENTED, implementation
 from dspa_kernels.testing import random_map, random_plan, random_sae
 from dspa_kernels.weights import SCREENS
 
@@ -172,6 +172,27 @@ DTYPES = (
 ROWS = (1, 32, 64, 640)
 
 
+def adapting(activation: str, kind: str, dtypes: tuple[torch.dtype, torch.dtype], n: int, x: bool) -> dict[str, Any]:
+    """Arguments that `fsrl_residual` and its backward share; with x, rows as a normalising encoder reads them."""
+    h_dtype, W_dtype = dtypes
+    sae = random_sae(kind, 256, 512, dtype=W_dtype)
+    encoder = sae.encoder()
+    del encoder["normalize"]
+    return {
+        "h": torch.zeros(n, 256, dtype=h_dtype),
+        "x": torch.zeros(n, 256) if x else None,
+        **encoder,
+        "W_dec": sae.W_dec,
+        "W_a": torch.zeros(512, 256, dtype=h_dtype),
+        "b_a": torch.zeros(512),
+        "theta": None if activation == "relu" else torch.zeros(512),
+        "activation": activation,
+        "bandwidth": 1e-3,
+        "mask": torch.ones(512, dtype=torch.bool) if kind == "topk" else None,
+        "fraction": 0.5 if kind == "topk" else 1.0,
+    }
+
+
 def calls() -> Iterator[tuple[str, dict[str, Any]]]:
     """Ops and arguments that launch every entry of the table, and every kernel that has none."""
     for (i, (dtypes, normalize)), kind, screen, (j, n) in itertools.product(
@@ -199,17 +220,32 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
         yield "sparse_encode", {"h": h, **sae.encoder(), "capacity": 64}
         latents = {"indices": torch.zeros(n, 64, dtype=torch.int32), "values": torch.zeros(n, 64)}
         yield "sparse_decode", {**latents, "W_dec": sae.W_dec, "b_dec": None}
+    barriers = torch.zeros(64, 32, dtype=torch.int32)
+    adapted = [
+        *itertools.product(("soft_threshold",), ("jumprelu",), range(3), ROWS),
+        *(("soft_threshold", "topk", 0, n) for n in ROWS[::3]),
+        *itertools.product(("relu", "jumprelu"), ("jumprelu",), (0,), ROWS[::3]),
+    ]
+    for activation, kind, i, n in adapted:
+        # fp32 rows with bf16 weights is the second way to multiply, and normalised rows need it.
+        dtypes = (torch.float32, torch.bfloat16) if i == 1 else DTYPES[i][0]
+        arguments = adapting(activation, kind, dtypes, n, x=i == 1)
+        yield "fsrl_residual", {**arguments, "barriers": barriers}
+        gradients = {"grad": torch.zeros(n, 256, dtype=dtypes[0]), "grad_l1": torch.zeros(n)}
+        yield "fsrl_residual_backward", {**gradients, **arguments, "needs_h": True, "needs_x": i == 1}
 
 
 def main(capability: int, output: str) -> None:
     """Write a JSON list: op, number of launches and their facts, for each of `calls`."""
     found: list[dict[str, Any]] = []
     for op, arguments in calls():
-        if (op, "triton") not in IMPLEMENTED:
+        if (op.removesuffix(BACKWARD), "triton") not in IMPLEMENTED:
             continue
         with compiling(capability) as compiled:
             implementation(op, "triton")(**arguments)
-        found.append({"op": op, "launches": [facts(kernel) for kernel in compiled]})
+        # Ranks need whole rows of latents, in launches that come first.
+        ranked = bool(arguments.get("k")) or arguments.get("fraction", 1) < 1
+        found.append({"op": op, "ranked": ranked, "launches": [facts(kernel) for kernel in compiled]})
     Path(output).write_text(json.dumps(found))
 
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspa_kernels import (
     activation_counts,
+    fsrl_residual,
     lookup_and_steer,
     map_lookup,
     sparse_decode,
@@ -43,6 +44,17 @@ def calls(case: Case) -> dict[str, Call]:
         "lookup_and_steer": (lookup_and_steer, {**lookup, **residual}),
         "sparse_encode": (sparse_encode, {"h": case.h, "sae": case.sae, "capacity": D_SAE}),
         "sparse_decode": (sparse_decode, {"latents": latents, "W_dec": case.sae.W_dec}),
+        "fsrl_residual": (
+            fsrl_residual,
+            {
+                "h": case.h,
+                "sae": case.sae,
+                "W_a": case.sae.W_dec.flip(0),
+                "b_a": case.sae.b_enc.flip(0),
+                "threshold": case.sae.threshold.abs(),
+                "fraction": 0.5,
+            },
+        ),
     }
     assert tuple(found) == OPS
     return found
@@ -154,7 +166,7 @@ def test_inputs_stay_and_outputs_are_new(backend: str, op: str, kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("op", ["activation_counts", "steer", "lookup_and_steer", "sparse_encode"])
+@pytest.mark.parametrize("op", ["activation_counts", "steer", "lookup_and_steer", "sparse_encode", "fsrl_residual"])
 def test_no_dense_latents(monkeypatch: pytest.MonkeyPatch, op: str, kind: str) -> None:
     """Blocks change no result, and nothing of the size [N, d_sae] is made."""
     n = 150

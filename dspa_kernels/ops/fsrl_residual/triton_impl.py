@@ -1,0 +1,323 @@
+"""`fsrl_residual` in Triton: a few rows (decoding) in one cooperative launch; many (training, prefill) in blocks.
+
+Of many rows, a kernel makes of two or three products what is left of them, for a block of latents at a time, and
+stores that in the dtype of the residual; the plain products with it are the library's. So the weights are read once,
+and the gradient of W_a is whole, block by block. Nothing is kept for the backward but the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from dspa_kernels.barriers import barrier_of
+from dspa_kernels.launch import FULL, SPLIT, launch_parameters, precision
+from dspa_kernels.ops.common import n_kept, row_blocks
+from dspa_kernels.ops.fsrl_residual.triton_kernel import (
+    ALL,
+    MOVE,
+    SUM,
+    change_kernel,
+    cut_kernel,
+    gradient_kernel,
+    step_kernel,
+)
+from dspa_kernels.ops.sparse_encode.triton_impl import ALIGN, BLOCK, GROUP, row_keys
+from dspa_kernels.ops.triton_common import INTERPRETED, n_programs
+
+# Rows that one launch of a decoding step serves.
+MAX_STEP = 64
+# Columns that a program of a step writes at a time, and programs whose sums it adds at a time.
+BLOCK_D, BLOCK_P = 64, 32
+# Latents times rows that are held at once.
+MAX_ELEMENTS = 1 << 26
+
+
+class Operands(NamedTuple):
+    """What forward and backward share. cuts: `p_rank` and `p_top` of the kernels, [2, N] int32 or None."""
+
+    h: Tensor
+    x: Tensor
+    W_enc: Tensor
+    b_enc: Tensor
+    threshold: Tensor
+    W_dec: Tensor
+    W_a: Tensor
+    b_a: Tensor
+    theta: Tensor | None
+    mask: Tensor | None
+    activation: str
+    rank: Tensor | None = None
+    top: Tensor | None = None
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return len(self.W_a)
+
+    def blocks(self) -> Iterator[tuple[slice, Operands]]:
+        """Blocks of latents, so narrow that all rows of them stay small."""
+        width = max(1, MAX_ELEMENTS // len(self.h) // ALIGN) * ALIGN
+        for first in range(0, self.d_sae, width):
+            latents = slice(first, min(first + width, self.d_sae))
+            names = ("W_enc", "b_enc", "threshold", "W_dec", "W_a", "b_a", "theta", "mask")
+            parts = {name: getattr(self, name)[latents] for name in names if getattr(self, name) is not None}
+            # The last latent at a level, counted from the first of the block.
+            begin = torch.tensor([[0], [first]], dtype=torch.int32, device=self.h.device) if first else None
+            for name in ("rank", "top"):
+                if begin is not None and getattr(self, name) is not None:
+                    parts[name] = getattr(self, name) - begin
+            yield latents, self._replace(**parts)
+
+    def rows(self, rows: slice) -> Operands:
+        """Some of the rows."""
+        cuts = {
+            name: getattr(self, name)[:, rows].contiguous()
+            for name in ("rank", "top")
+            if getattr(self, name) is not None
+        }
+        return self._replace(h=self.h[rows], x=self.x[rows], **cuts)
+
+    def launch(self, kernel: str) -> dict[str, Any]:
+        """What all kernels are called with, launch parameters included."""
+        (n_rows, d_in), multiply = self.h.shape, precision(self.h, self.W_a, "none")
+        launch = launch_parameters(kernel, n_rows, d_in, self.d_sae, multiply, self.h.device)
+        return {
+            "p_h": self.h,
+            "p_x": self.x,
+            "p_W_enc": self.W_enc,
+            "p_b_enc": self.b_enc,
+            "p_threshold": self.threshold,
+            "p_rank": self.rank,
+            "p_W_a": self.W_a,
+            "p_b_a": self.b_a,
+            "p_theta": self.theta,
+            "p_mask": self.mask,
+            "p_top": self.top,
+            "d_in": d_in,
+            "d_sae": self.d_sae,
+            "n_rows": n_rows,
+            "n_programs": n_programs(self.h.device, launch.programs),
+            "ACTIVATION": self.activation,
+            "ADAPTER": multiply,
+            "ENCODER": precision(self.x, self.W_enc, "none"),
+            **launch.kernel_options(),
+        }
+
+
+def _operands(
+    h: Tensor,
+    x: Tensor | None,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    k: int,
+    W_dec: Tensor,
+    W_a: Tensor,
+    b_a: Tensor,
+    theta: Tensor | None,
+    activation: str,
+    mask: Tensor | None,
+    fraction: float,
+) -> Operands:
+    h = h.contiguous()
+    operands = Operands(
+        h=h,
+        x=h if x is None else x.contiguous(),
+        W_enc=W_enc,
+        b_enc=b_enc.contiguous(),
+        threshold=threshold.contiguous(),
+        W_dec=W_dec,
+        W_a=W_a.contiguous(),
+        b_a=b_a.contiguous(),
+        theta=None if theta is None else theta.contiguous(),
+        mask=None if mask is None else mask.contiguous().view(torch.uint8),
+        activation=activation,
+    )
+    # Ranks need whole rows of latents, and come before what depends on them.
+    if k and activation != "relu" and len(h):
+        operands = operands._replace(rank=_ranks(operands, k))
+    if fraction < 1 and len(h):
+        operands = operands._replace(top=_top(operands, fraction))
+    return operands
+
+
+def _ranks(operands: Operands, k: int) -> Tensor:
+    """[2, N] int32: what the k largest pre-activations of a row reach, as bits, and the last latent there."""
+    arguments = (operands.x, operands.W_enc, operands.b_enc, operands.threshold, k, "none")
+    return torch.cat([_cut(keys, torch.full_like(keys[:, 0], k)) for _, keys in row_keys(*arguments)], dim=1)
+
+
+def _top(operands: Operands, fraction: float) -> Tensor:
+    """[2, N] int32: what the largest v of a row reach in size, as bits, and the last latent there."""
+    cuts = []
+    for rows in row_blocks(len(operands.h), operands.d_sae):
+        sizes, _, l0 = _changes(operands.rows(rows), torch.float32, size=True)
+        cuts.append(_cut(sizes.view(torch.int32), n_kept(l0, fraction)))
+    return torch.cat(cuts, dim=1)
+
+
+def _cut(keys: Tensor, keep: Tensor) -> Tensor:
+    n_rows, width = keys.shape
+    cut = keep.new_empty(2, n_rows)
+    cut_kernel[(n_rows,)](keys, keep.contiguous(), cut, width, n_rows, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=False)
+    return cut
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b of one dtype, in fp32: as it is summed, and not rounded in between."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def fsrl_residual(
+    h: Tensor,
+    x: Tensor | None,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    k: int,
+    W_dec: Tensor,
+    W_a: Tensor,
+    b_a: Tensor,
+    theta: Tensor | None,
+    activation: str,
+    bandwidth: float,
+    mask: Tensor | None,
+    fraction: float,
+    barriers: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h' (with x, the change of h alone), l1, l0."""
+    del bandwidth
+    operands = _operands(h, x, W_enc, b_enc, threshold, k, W_dec, W_a, b_a, theta, activation, mask, fraction)
+    if len(h) <= MAX_STEP:
+        return _step(operands, barrier_of(barriers), add=x is None)
+    delta = h.new_zeros(h.shape, dtype=torch.float32)
+    l1, l0 = h.new_zeros(len(h), dtype=torch.float32), h.new_zeros(len(h), dtype=torch.int32)
+    dtype = torch.promote_types(operands.x.dtype, W_dec.dtype)
+    for _, block in operands.blocks():
+        c, sizes, counts = _changes(block, dtype)
+        delta += _product(c, block.W_dec.to(dtype))
+        l1 += sizes
+        l0 += counts
+    return delta if x is not None else (h + delta).to(h.dtype), l1, l0
+
+
+def _changes(operands: Operands, dtype: torch.dtype, size: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """c [N, d_sae] in `dtype`, or with `size` |v| [N, width] with columns of 0 at its end; l1 and l0 [N]."""
+    arguments, n_rows, d_sae = operands.launch("fsrl"), len(operands.h), operands.d_sae
+    width, n_tiles = triton.cdiv(d_sae, ALIGN) * ALIGN, triton.cdiv(d_sae, arguments["BLOCK_L"])
+    c = operands.h.new_empty(n_rows, width, dtype=dtype)
+    l1 = operands.h.new_empty(n_tiles, n_rows, dtype=torch.float32)
+    l0 = operands.h.new_empty(n_tiles, n_rows, dtype=torch.int32)
+    change_kernel[(arguments["n_programs"],)](**arguments, p_c=c, p_l1=l1, p_l0=l0, width=width, SIZE=size, GROUP=GROUP)
+    return c if size else c[:, :d_sae], l1.sum(dim=0), l0.sum(dim=0, dtype=torch.int32)
+
+
+def _step(operands: Operands, barrier: Tensor, add: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """h', or the change of h alone, of a few rows in one launch; l1, l0."""
+    h, n_rows = operands.h, len(operands.h)
+    out = h.new_empty(h.shape, dtype=h.dtype if add else torch.float32)
+    l1, l0 = h.new_empty(n_rows, dtype=torch.float32), h.new_empty(n_rows, dtype=torch.int32)
+    if not n_rows:
+        return out, l1, l0
+    arguments = operands.launch("fsrl_step")
+    programs, block = arguments["n_programs"], arguments["BLOCK_N"]
+    part = h.new_empty(programs, h.shape[1], block, dtype=torch.float32)
+    part_l1 = h.new_empty(programs, block, dtype=torch.float32)
+    part_l0 = h.new_empty(programs, block, dtype=torch.int32)
+    for phase in (MOVE, SUM) if INTERPRETED else (ALL,):
+        step_kernel[(programs,)](
+            **arguments,
+            p_W_dec=operands.W_dec,
+            p_part=part,
+            p_part_l1=part_l1,
+            p_part_l0=part_l0,
+            p_out=out,
+            p_l1=l1,
+            p_l0=l0,
+            p_barrier=barrier,
+            PHASE=phase,
+            ADD=add,
+            DECODER=SPLIT if operands.W_dec.dtype == torch.bfloat16 else FULL,
+            BLOCK_D=BLOCK_D,
+            BLOCK_P=BLOCK_P,
+            launch_cooperative_grid=True,
+        )
+    return out, l1, l0
+
+
+def fsrl_residual_backward(
+    grad: Tensor,
+    grad_l1: Tensor,
+    h: Tensor,
+    x: Tensor | None,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    k: int,
+    W_dec: Tensor,
+    W_a: Tensor,
+    b_a: Tensor,
+    theta: Tensor | None,
+    activation: str,
+    bandwidth: float,
+    mask: Tensor | None,
+    fraction: float,
+    needs_h: bool,
+    needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of h, x, W_a, b_a, theta; empty where not needed."""
+    operands = _operands(h, x, W_enc, b_enc, threshold, k, W_dec, W_a, b_a, theta, activation, mask, fraction)
+    grad, grad_l1 = grad.contiguous(), grad_l1.contiguous()
+    d_W_a, d_b_a = W_a.new_zeros(W_a.shape), torch.zeros_like(b_a)
+    d_theta = b_a.new_zeros(0 if theta is None else theta.shape)
+    d_h = grad.float().clone() if x is None else h.new_zeros(h.shape, dtype=torch.float32)
+    d_x = d_h if x is None else torch.zeros_like(d_h)
+    # Only a soft threshold pushes down, and only then a latent's own gradient is left.
+    pushes = activation == "soft_threshold" and (needs_h if x is None else needs_x)
+    dtype = torch.promote_types(h.dtype, W_a.dtype)
+    for latents, block in operands.blocks() if len(h) else ():
+        d_u, d_f, d_b_a[latents], thresholds = _gradients(block, grad, grad_l1, bandwidth, dtype, pushes)
+        d_W_a[latents] = d_u.T @ operands.h.to(dtype)
+        if theta is not None:
+            d_theta[latents] = thresholds
+        if needs_h:
+            d_h += _product(d_u, block.W_a.to(dtype))
+        if d_f is not None:
+            d_x += _product(d_f, block.W_enc.to(d_f.dtype))
+    given_h = d_h.to(h.dtype) if needs_h else h.new_empty(0)
+    given_x = d_x.to(x.dtype) if needs_x and x is not None else h.new_empty(0)
+    return given_h, given_x, d_W_a, d_b_a, d_theta
+
+
+def _gradients(
+    operands: Operands, grad: Tensor, grad_l1: Tensor, bandwidth: float, dtype: torch.dtype, pushes: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """du and, if a latent pushes down, df [N, d_sae]; the gradients of b_a and theta, [d_sae] each."""
+    arguments, n_rows, d_sae = operands.launch("fsrl_backward"), len(grad), operands.d_sae
+    width, n_tiles = triton.cdiv(d_sae, ALIGN) * ALIGN, triton.cdiv(n_rows, arguments["BLOCK_N"])
+    d_u = grad.new_empty(n_rows, width, dtype=dtype)
+    latent_dtype = torch.promote_types(operands.x.dtype, operands.W_enc.dtype)
+    d_f = grad.new_empty(n_rows, width, dtype=latent_dtype) if pushes else None
+    sums = [grad.new_empty(n_tiles, d_sae, dtype=torch.float32) for _ in range(1 if operands.theta is None else 2)]
+    gradient_kernel[(arguments["n_programs"],)](
+        **arguments,
+        p_grad=grad,
+        p_grad_l1=grad_l1,
+        p_W_dec=operands.W_dec,
+        p_du=d_u,
+        p_df=d_f,
+        p_db_a=sums[0],
+        p_dtheta=None if operands.theta is None else sums[1],
+        bandwidth=bandwidth,
+        width=width,
+        DECODER=precision(grad, operands.W_dec, "none"),
+        GROUP=GROUP,
+    )
+    return d_u[:, :d_sae], None if d_f is None else d_f[:, :d_sae], sums[0].sum(dim=0), sums[-1].sum(dim=0)

@@ -1,0 +1,423 @@
+"""`fsrl_residual`, forward and backward, against a dense formulation of its definition under plain autograd."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from dspa_kernels import InputError, SAEWeights, fsrl_residual
+from dspa_kernels.ops import common
+from dspa_kernels.ops.fsrl_residual import triton_impl
+from dspa_kernels.testing import KINDS, assert_as_accurate, random_sae, run_on, same_bits
+
+from . import oracle
+from .cases import D_IN, D_SAE, integer_tensor
+
+ACTIVATIONS = ("soft_threshold", "relu", "jumprelu")
+DTYPES = [
+    (torch.float32, torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16, torch.float16),
+    (torch.float64, torch.float64, torch.float64),
+    (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16, torch.float32),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of `fsrl_residual`, by name, and the gradients that come back to its results."""
+
+    h: Tensor
+    sae: SAEWeights
+    W_a: Tensor
+    b_a: Tensor
+    threshold: Tensor | None
+    activation: str
+    grad: Tensor
+    grad_l1: Tensor
+    bandwidth: float = 2.0
+    mask: Tensor | None = None
+    fraction: float = 1.0
+
+    def arguments(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("grad")}
+
+    def in_dtype(self, dtype: torch.dtype) -> Case:
+        """The same values, in another dtype throughout."""
+        sae = replace(self.sae, **{n: getattr(self.sae, n).to(dtype) for n in ("W_enc", "b_enc", "threshold", "W_dec")})
+        names = ("h", "W_a", "b_a", "grad", "grad_l1", "threshold")
+        moved = {name: getattr(self, name).to(dtype) for name in names if getattr(self, name) is not None}
+        return replace(self, sae=sae, **moved)
+
+
+def make_case(
+    activation: str,
+    kind: str = "jumprelu",
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype] = DTYPES[0],
+    *,
+    n: int = 6,
+    normalize: str = "none",
+    integers: bool = False,
+    seed: int = 0,
+    **others: Any,
+) -> Case:
+    h_dtype, W_dtype, A_dtype = dtypes
+    g = torch.Generator().manual_seed(seed)
+    full = torch.promote_types(A_dtype, torch.float32)
+    sae = random_sae(kind, D_IN, D_SAE, dtype=W_dtype, normalize=normalize, integers=integers, seed=seed)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    h, W_a, b_a, grad, grad_l1 = draw(n, D_IN), draw(D_SAE, D_IN, scale=0.2), draw(D_SAE), draw(n, D_IN), draw(n)
+    threshold = torch.rand(D_SAE, generator=g, dtype=torch.float64)
+    if integers:
+        shapes = (h, W_a, b_a, grad, grad_l1)
+        h, W_a, b_a, grad, grad_l1 = (integer_tensor(-1, 2, tuple(x.shape), seed + i) for i, x in enumerate(shapes))
+        threshold = integer_tensor(0, 4, (D_SAE,), seed)
+    return Case(
+        h=h.to(h_dtype),
+        sae=sae,
+        W_a=W_a.to(A_dtype),
+        b_a=b_a.to(full),
+        threshold=None if activation == "relu" else threshold.to(full),
+        activation=activation,
+        grad=grad.to(h_dtype),
+        grad_l1=grad_l1.to(torch.promote_types(torch.promote_types(h_dtype, W_dtype), full)),
+        **others,
+    )
+
+
+class Jump(torch.autograd.Function):
+    """u where u > theta, with the rectangle's estimate for theta."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(u, theta)
+        ctx.bandwidth = bandwidth
+        return u * (u > theta)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        u, theta = ctx.saved_tensors
+        near = ((u - theta) / ctx.bandwidth).abs() <= 0.5
+        return grad * (u > theta), (-theta / ctx.bandwidth * near * grad).sum(dim=0), None
+
+
+def dense(case: Case, stored: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Decode the modified latents, and add what the SAE's own reconstruction misses.
+
+    With `stored`, every dense intermediate is rounded to it, as if it were written to memory.
+    """
+
+    def kept(x: Tensor) -> Tensor:
+        return x if stored is None else x.to(stored).to(x.dtype)
+
+    h, sae = case.h, case.sae
+    x, scale = h, torch.ones((), dtype=h.dtype)
+    if sae.normalize == "layer_norm":
+        x = h - h.mean(dim=1, keepdim=True)
+        scale = x.std(dim=1, keepdim=True)
+        x = x / (scale + 1e-5)
+    if sae.normalize == "constant_norm_rescale":
+        scale = (h * h).sum(dim=1, keepdim=True).sqrt() / D_IN**0.5
+        x = h / scale
+    pre = x @ sae.W_enc.T + sae.b_enc
+    active = torch.zeros_like(pre, dtype=torch.bool)
+    for n, latents in enumerate(oracle.active(row, sae) for row in oracle.array(pre)):
+        active[n, list(latents)] = True
+    f = kept(pre * active)
+    u = kept(h @ case.W_a.T + case.b_a)
+    if case.threshold is None:
+        v = torch.relu(u)
+    elif case.activation == "jumprelu":
+        v = Jump.apply(u, case.threshold, case.bandwidth)
+    else:
+        v = torch.relu(u - case.threshold) - torch.relu(-u - case.threshold)
+    if case.mask is not None:
+        v = v * case.mask
+    for row, sizes in enumerate(oracle.array(v.abs())) if case.fraction < 1 else ():
+        ranked = [j for j in sorted(range(len(sizes)), key=lambda j, s=sizes: (-s[j], j)) if sizes[j] > 0]
+        top = torch.zeros(D_SAE, dtype=h.dtype)
+        top[ranked[: int(-(-len(ranked) * case.fraction // 1))]] = 1
+        v = torch.cat([v[:row], v[row : row + 1] * top, v[row + 1 :]])
+    v = kept(v)
+    missed = h - kept(scale * (f @ sae.W_dec))
+    return kept(scale * (kept(torch.relu(f + v)) @ sae.W_dec)) + missed, v.abs().sum(dim=1), (v != 0).sum(dim=1)
+
+
+@pytest.fixture(params=[False, True], ids=["step", "blocks"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows as those of a decoding step, in one launch, or as those of a training batch, in blocks of latents."""
+    if request.param:
+        monkeypatch.setattr(triton_impl, "MAX_STEP", 0)
+        monkeypatch.setattr(triton_impl, "MAX_ELEMENTS", 32 * 6)
+
+
+LEAVES = ("h", "W_a", "b_a", "threshold")
+
+
+def with_gradients(case: Case, function: Any) -> dict[str, Tensor]:
+    """Results of `function`, and the gradients of all that has one."""
+    case = replace(case, **{n: getattr(case, n).detach().clone() for n in LEAVES if getattr(case, n) is not None})
+    leaves = {name: getattr(case, name).requires_grad_() for name in LEAVES if getattr(case, name) is not None}
+    out, l1, l0 = function(case)
+    gradients = torch.autograd.grad((out, l1), tuple(leaves.values()), (case.grad, case.grad_l1))
+    found = {"out": out.detach(), "l1": l1.detach(), "l0": l0}
+    return found | {f"d_{name}": d for name, d in zip(leaves, gradients, strict=True)}
+
+
+def ours(case: Case, backend: str) -> dict[str, Tensor]:
+    device = "cuda" if backend != "reference" and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
+    on_device = {n: v.to(device) for n, v in vars(case).items() if isinstance(v, (Tensor, SAEWeights))}
+    found = with_gradients(replace(case, **on_device), lambda c: fsrl_residual(**c.arguments(), backend=backend))
+    return {name: value.cpu() for name, value in found.items()}
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["jumprelu", "topk"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_exact_on_integers(backend: str, activation: str, kind: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Sums of small integers are exact in any order: results and gradients are equal, ties and all."""
+    case = make_case(activation, kind, dtypes, integers=True)
+    found, wanted = ours(case, backend), with_gradients(case.in_dtype(torch.float64), dense)
+    for name, value in found.items():
+        assert torch.equal(value, wanted[name].to(value.dtype)), name
+    assert 0 < int(found["l0"].sum()) < found["l0"].numel() * D_SAE and bool((found["out"] != case.h).any())
+
+
+@pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.usefixtures("blocks")
+def test_accuracy(backend: str, activation: str, normalize: str) -> None:
+    """As near to fp64 as the same formula in fp32."""
+    case = make_case(activation, normalize=normalize)
+    found, plain, exact = ours(case, backend), with_gradients(case, dense), with_gradients(case.in_dtype(FP64), dense)
+    for name in found:
+        assert_as_accurate(found[name], plain[name].to(found[name].dtype), exact[name])
+
+
+FP64 = torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("blocks")
+def test_accuracy_in_sixteen_bits(backend: str, dtype: torch.dtype) -> None:
+    case = make_case("soft_threshold", dtypes=(dtype, dtype, dtype))
+    found = ours(case, backend)
+    plain = with_gradients(case.in_dtype(torch.float32), lambda c: dense(c, stored=dtype))
+    exact = with_gradients(case.in_dtype(FP64), dense)
+    for name in ("out", "d_h", "d_W_a"):
+        assert found[name].dtype == dtype
+        assert_as_accurate(found[name], plain[name].to(found[name].dtype), exact[name])
+    for name in ("l1", "d_b_a", "d_threshold"):
+        assert found[name].dtype == torch.float32
+        assert_as_accurate(found[name], plain[name].to(found[name].dtype), exact[name])
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"mask": torch.arange(D_SAE) % 3 > 0},
+        {"mask": torch.zeros(D_SAE, dtype=torch.bool)},
+        {"fraction": 0.25},
+        {"fraction": 0.0},
+        {"mask": torch.arange(D_SAE) % 3 > 0, "fraction": 0.1},
+    ],
+    ids=["mask", "nothing", "quarter", "none kept", "both"],
+)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.usefixtures("blocks")
+def test_masks_and_fractions(backend: str, activation: str, others: dict[str, Any]) -> None:
+    """Integers make ties of |v| at the edge of a fraction; the smaller index is kept."""
+    case = make_case(activation, "topk", integers=True, n=4, **others)
+    found, wanted = ours(case, backend), with_gradients(case.in_dtype(FP64), dense)
+    for name, value in found.items():
+        assert torch.equal(value, wanted[name].to(value.dtype)), name
+    if others.get("fraction") == 0 or not others.get("mask", torch.ones(1)).any():
+        assert same_bits(found["out"], case.h) and not found["l0"].any() and not found["d_W_a"].any()
+
+
+@pytest.mark.parametrize("n", [0, 1, 64, 65, 130])
+def test_numbers_of_rows(backend: str, n: int) -> None:
+    case = make_case("soft_threshold", integers=True, n=n)
+    found, wanted = ours(case, backend), with_gradients(case.in_dtype(FP64), dense)
+    for name, value in found.items():
+        assert value.shape == wanted[name].shape and torch.equal(value, wanted[name].to(value.dtype)), name
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.usefixtures("blocks")
+def test_an_adapter_of_zeros_changes_nothing(backend: str, activation: str) -> None:
+    case = make_case(activation)
+    zeros = replace(case, W_a=torch.zeros_like(case.W_a), b_a=torch.zeros_like(case.b_a))
+    out, l1, l0 = run_on(backend, fsrl_residual, **zeros.arguments())
+    assert same_bits(out, case.h) and not l1.any() and not l0.any()
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case("soft_threshold", "topk", integers=True, n=70, fraction=0.5)
+    whole = ours(case, "reference")
+    monkeypatch.setattr(common, "MAX_ELEMENTS", 30 * D_SAE)
+    for name, value in ours(case, "reference").items():
+        assert torch.equal(value, whole[name]), name
+
+
+@pytest.mark.parametrize("others", [{}, {"mask": torch.arange(8) > 1}, {"fraction": 0.5}], ids=["", "mask", "fraction"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck(activation: str, kind: str, others: dict[str, Any]) -> None:
+    """Numerical gradients in fp64. A JumpReLU's thresholds have none but at jumps, which are kept out of reach."""
+    g = torch.Generator().manual_seed(3)
+    normalize = {"jumprelu": "none", "relu": "layer_norm", "topk": "constant_norm_rescale"}[kind]
+    sae = random_sae(kind, 5, 8, dtype=FP64, normalize=normalize, k=3)
+    h, W_a, b_a = (torch.randn(shape, generator=g, dtype=FP64).requires_grad_() for shape in ((3, 5), (8, 5), (8,)))
+    threshold = None if activation == "relu" else torch.rand(8, generator=g, dtype=FP64).requires_grad_()
+
+    def call(h: Tensor, W_a: Tensor, b_a: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, l1, l0 = fsrl_residual(h, sae, W_a, b_a, threshold, activation, bandwidth=1e-5, **others)
+        assert l0.any()
+        return out, l1
+
+    assert torch.autograd.gradcheck(call, (h, W_a, b_a, threshold))
+
+
+def test_what_needs_no_gradient_gets_none() -> None:
+    case = make_case("soft_threshold")
+    case.W_a.requires_grad_()
+    out, l1, l0 = fsrl_residual(**case.arguments())
+    assert not l0.requires_grad
+    (out.sum() + l1.sum()).backward()
+    assert case.W_a.grad is not None and case.h.grad is None and case.b_a.grad is None
+
+
+def test_nothing_dense_is_kept_for_the_backward() -> None:
+    kept: list[Tensor] = []
+    case = make_case("soft_threshold", n=200)
+    case.W_a.requires_grad_()
+    inputs = {each.data_ptr() for each in (*vars(case).values(), *vars(case.sae).values()) if isinstance(each, Tensor)}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        fsrl_residual(**case.arguments())
+    assert kept and {each.data_ptr() for each in kept} <= inputs
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_opcheck_with_gradients(activation: str) -> None:
+    """Schema, fakes, and the registered autograd under AOT dispatch, with dynamic shapes."""
+    case = make_case(activation, "topk", n=5)
+    given = {name: getattr(case.sae, name) for name in ("W_enc", "b_enc", "threshold", "k", "W_dec")}
+    adapter = {"theta": case.threshold, "activation": activation, "bandwidth": 1.0, "mask": None, "fraction": 0.5}
+    for name in ("h", "W_a", "b_a"):
+        adapter[name] = getattr(case, name).requires_grad_()
+    others = {"x": None, "barriers": case.sae.stream.barriers, "backend": "reference"}
+    torch.library.opcheck(torch.ops.dspa.fsrl_residual.default, (), given | adapter | others)
+
+
+def test_compiled_forward_and_backward() -> None:
+    torch._dynamo.reset()
+    case = make_case("soft_threshold", normalize="layer_norm", n=9)
+
+    def call(c: Case) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(fsrl_residual(**c.arguments()))
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    found, wanted = with_gradients(case, compiled), with_gradients(case, call)
+    for name in found:
+        assert torch.allclose(found[name], wanted[name], rtol=1e-5, atol=1e-6), name
+
+
+@contextmanager
+def loads() -> Iterator[Any]:
+    from .test_steer_bytes import counted
+
+    with counted() as found:
+        yield found
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="loads are counted in Triton's interpreter")
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_step_reads_the_encoder_only_where_it_pushes_down(activation: str, n: int) -> None:
+    """Latents 0 to 9 go up, 10 to 14 down, where 12 to 14 are inactive; the others stay."""
+    case = make_case(activation, n=n)
+    W_a, b_a = torch.zeros(D_SAE, D_IN), torch.zeros(D_SAE)
+    b_a[:10], b_a[10:15] = 2, -2
+    b_enc = torch.full((D_SAE,), -100.0)
+    b_enc[10:12] = 100
+    sae = replace(case.sae, b_enc=b_enc, threshold=torch.zeros(D_SAE))
+    arguments = case.arguments() | {"sae": sae, "W_a": W_a, "b_a": b_a}
+    row = D_IN * 4
+    with loads() as found:
+        _, _, l0 = fsrl_residual(**arguments, backend="triton")
+    down = 5 if activation == "soft_threshold" else 0
+    changed = 12 if activation == "soft_threshold" else 10
+    assert l0.tolist() == [10 + down] * n
+    assert found.of(sae.W_enc) == down * row
+    assert found.of(sae.W_dec) == changed * row
+    assert found.of(W_a) == D_SAE * row
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"h": torch.zeros(2, 3, D_IN)}, r"`h` is of shape \[2, 3, 19\]"),
+        ({"h": torch.zeros(2, D_IN, dtype=torch.int32)}, "`h` is of dtype torch.int32"),
+        ({"W_a": torch.zeros(D_IN, D_SAE)}, r"`W_a` is of shape \[19, 67\]; accepted: shape \[67, 19\]"),
+        (
+            {"b_a": torch.zeros(D_SAE, dtype=torch.bfloat16)},
+            "`b_a` is of dtype torch.bfloat16; accepted: torch.float32",
+        ),
+        ({"threshold": None}, "`threshold` is None; accepted: None for relu"),
+        ({"activation": "relu"}, "`threshold` is a tensor; accepted: None for relu"),
+        ({"activation": "gelu"}, "`activation` is 'gelu'; accepted: soft_threshold, relu, jumprelu"),
+        ({"mask": torch.ones(D_SAE)}, "`mask` is of dtype torch.float32; accepted: torch.bool"),
+        ({"mask": torch.ones(3, dtype=torch.bool)}, r"`mask` is of shape \[3\]"),
+        ({"fraction": 1.5}, "`fraction` is 1.5; accepted: 0"),
+        ({"fraction": float("nan")}, "`fraction` is nan"),
+        ({"bandwidth": 0.0}, "`bandwidth` is 0.0"),
+        ({"W_a": torch.zeros(D_SAE, D_IN, device="meta")}, "`W_a` is on meta; accepted: cpu"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input(change: dict[str, Any], message: str) -> None:
+    case = make_case("soft_threshold")
+    with pytest.raises(InputError, match=message):
+        fsrl_residual(**(case.arguments() | change))
+
+
+def test_a_backward_of_the_backward_is_refused() -> None:
+    case = make_case("relu")
+    case.W_a.requires_grad_()
+    grad = case.grad.clone().requires_grad_()
+    out, _, _ = fsrl_residual(**case.arguments())
+    (d_W_a,) = torch.autograd.grad(out, case.W_a, grad, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        d_W_a.sum().backward()
+
+
+def test_views_are_as_good(backend: str) -> None:
+    case = make_case("soft_threshold", integers=True)
+    views = {"h": case.h.T.contiguous().T, "W_a": case.W_a.repeat_interleave(2, dim=1)[:, ::2]}
+    for name, value in zip(
+        ("out", "l1", "l0"), run_on(backend, fsrl_residual, **(case.arguments() | views)), strict=True
+    ):
+        assert torch.equal(value, ours(case, backend)[name]), name
+
+
+def test_an_unused_mock_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dense formulation is not the reference under another name: a wrong reference fails the comparison."""
+    from dspa_kernels.ops.fsrl_residual import reference
+
+    case = make_case("soft_threshold", integers=True)
+    with mock.patch.object(reference.Latents, "change", lambda self: self.v):
+        found = ours(case, "reference")
+    assert not torch.equal(found["out"].double(), dense(case.in_dtype(FP64))[0])
