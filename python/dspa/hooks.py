@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -149,6 +150,12 @@ def _cached(model: nn.Module, cache: Cache | None) -> dict[str, Any]:
 def cache_in(kwargs: Mapping[str, Any]) -> Any:
     """The key/value cache among the keywords of a model; None where there is none."""
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def forget_graphs() -> None:
+    """Have everything that was compiled compiled anew: such graphs do not see that a hook came or went."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def check_eval(model: CausalLM) -> None:

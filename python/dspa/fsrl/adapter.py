@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dspa.attach import Attachment, Prompts
 from dspa.errors import AdapterError, ModelError
 from dspa.fsrl.config import FSRLConfig
-from dspa.hooks import base_model, check_sae, decoder_layers, device_of, hidden, layer_of
+from dspa.hooks import base_model, check_sae, decoder_layers, device_of, forget_graphs, hidden, layer_of
 from dspa.saes import FrozenSAE
 from dspa.tensor_files import digest, read_tensors, replace, write_tensors
 from dspa_kernels import fsrl_residual
@@ -154,10 +154,11 @@ class FSRLAdapter(nn.Module):
         """Move the latents of every token of `model`, until `detach()` or the end of a `with` block.
 
         The adapter and its SAE go to where the layer is. Nothing is added to the model's modules, so that its own
-        parameters stay apart; `save_pretrained`, which would lose the adapter, refuses meanwhile.
+        parameters stay apart; `save_pretrained`, which would lose the adapter, refuses meanwhile. What was compiled
+        before is compiled anew, here and at `detach()`.
 
         Args:
-            model: a transformers causal language model, or one in a PEFT wrapper. Compile it afterwards.
+            model: a transformers causal language model, or one in a PEFT wrapper.
             layers: dotted path of its list of decoder layers, for an architecture that is not a known one.
             model_name: what the model is, where its own name or path does not tell.
 
@@ -178,10 +179,13 @@ class FSRLAdapter(nn.Module):
         self.to(device_of(layer))
         self._undo = [attachment.add(self), layer.register_forward_hook(self._edit, prepend=True).remove]
         self._attachment = attachment
+        forget_graphs()
         return self
 
     def detach(self) -> None:
         """Leave the model as it was. Does nothing when not attached."""
+        if self._attachment is not None:
+            forget_graphs()
         while self._undo:
             self._undo.pop()()
         self._attachment = None
@@ -245,8 +249,8 @@ class FSRLAdapter(nn.Module):
         """Raise if the hook did not run."""
         if not self._ran:
             raise ModelError(
-                f"The hook at layer {self.sae.layer} did not run, so the adapter moved nothing. A model compiled "
-                "before attach() does not see it: attach first, or call torch.compiler.reset() and compile again."
+                f"The hook at layer {self.sae.layer} did not run, so the adapter moved nothing: this generate() "
+                "does not go through the model's layers."
             )
 
     # Files
