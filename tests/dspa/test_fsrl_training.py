@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -17,8 +18,18 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+from dspa.cli import main
 from dspa.errors import ModelError
-from dspa.fsrl import FSRLAdapter, FSRLConfig, TrainingConfig, held_out, read_held_out, score_triples, train
+from dspa.fsrl import (
+    FSRLAdapter,
+    FSRLConfig,
+    TrainingConfig,
+    held_out,
+    read_held_out,
+    score_triples,
+    train,
+    train_sweep,
+)
 from dspa.preferences import PreferenceError, Triple, load_triples, tokenize_triple
 from dspa.training_folder import TrainingError
 
@@ -654,3 +665,93 @@ def test_other_processes_than_asked_for(model, tokenizer, tmp_path, monkeypatch)
     monkeypatch.setattr(trainers, "arguments", alone)
     with pytest.raises(TrainingError, match="asked for 2 processes and 1 train together"):
         run(model, tokenizer, tmp_path / "out")
+
+
+# Sweeps and commands
+
+
+def test_a_sweep(model, tokenizer, tmp_path, monkeypatch):
+    """Stopped after its first adapter, which is not trained again."""
+    saes = [make_sae(layer, D_SAE_OUT, seed=2) for layer in (0, L_OUT)]
+    settings = [FSRLConfig(l1=l1) for l1 in (0.0, 5.0)]
+    out = tmp_path / "sweep"
+
+    def sweep() -> Any:
+        config = replace(TINY, max_steps=10)
+        return train_sweep(
+            model, tokenizer, TRIPLES, saes, settings, out, eval_triples=HELD_OUT, config=config, progress=False
+        )
+
+    from dspa.fsrl import sweep as module
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        trained = module.train
+
+        def second(*args: Any, **kwargs: Any) -> Any:
+            if (out / "layer-0-soft_threshold-0").exists():
+                raise Stopped
+            return trained(*args, **kwargs)
+
+        patch.setattr(module, "train", second)
+        sweep()
+    before = (out / "layer-0-soft_threshold-0" / "adapter.safetensors").stat().st_mtime_ns
+    found = sweep()
+    assert (out / "layer-0-soft_threshold-0" / "adapter.safetensors").stat().st_mtime_ns == before
+    assert [(each.layer, each.l1) for each in found.adapters] == [(0, 0.0), (0, 5.0), (L_OUT, 0.0), (L_OUT, 5.0)]
+    assert found.adapters[1].held_out.l0 < found.adapters[0].held_out.l0
+    assert found.base == held_out(model, tokenizer, HELD_OUT, max_length=64, progress=False)
+    with (out / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["layer"] for row in rows] == ["", "0", "0", "2", "2"]
+    for row, each in zip(rows[1:], found.adapters, strict=True):
+        assert (row["activation"], float(row["lambda"])) == (each.activation, each.l1)
+        figures = {name: float(row[name]) for name in vars(each.held_out)}
+        assert figures == vars(each.held_out)
+        adapter = FSRLAdapter.load(each.folder, saes[0] if each.layer == 0 else saes[1])
+        with adapter.attach(model):
+            assert held_out(model, tokenizer, HELD_OUT, adapter, max_length=64, progress=False) == each.held_out
+    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sweeps_that_cannot_be(model, tokenizer, tmp_path):
+    def sweep(saes, settings, out=tmp_path / "sweep"):
+        train_sweep(model, tokenizer, TRIPLES, saes, settings, out, eval_triples=HELD_OUT, config=TINY)
+
+    sae = make_sae(L_OUT, D_SAE_OUT)
+    with pytest.raises(TrainingError, match="2 SAEs and 1 settings, of which some are the same: 1 differ"):
+        sweep([sae, make_sae(L_OUT, D_SAE_OUT, seed=3)], [ADAPTER])
+    with pytest.raises(ModelError, match="sits at layer 7; accepted: 0 to 3"):
+        sweep([sae, make_sae(7, D_SAE_OUT)], [ADAPTER])
+    with pytest.raises(TrainingError, match="accepted: a folder, in one that exists"):
+        sweep([sae], [ADAPTER], tmp_path / "no" / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+def command(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
+    """Exit code and what was said, in one line."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["dspa", "fsrl", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    captured = capsys.readouterr()
+    return stop.value.code or 0, " ".join((captured.out + captured.err).split())
+
+
+def test_commands(here, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sae_lens")
+    saes = []
+    for layer in (1, L_OUT):
+        make_sae(layer, D_SAE_OUT, seed=2).save(tmp_path / f"sae-{layer}")
+        saes += ["--sae", tmp_path / f"sae-{layer}"]
+    data = (here / "train.jsonl", "--model", here / "model", "--held-out", here / "held.jsonl", "--device", "cpu")
+    small = ("--lr", 5e-3, "--batch-size", 4, "--max-steps", 3, "--max-length", 64)
+    code, told = command(monkeypatch, capsys, "train", *data, *small, *saes[:2], "--out", tmp_path / "one")
+    assert code == 0 and "On 4 held-out triples" in told and "base model" in told
+    assert read_held_out(tmp_path / "one").n_triples == 4
+    code, told = command(monkeypatch, capsys, "train", *data, *small, *saes[:2], "--out", tmp_path / "one", "--l1", 0.3)
+    assert code == 2 and "training of other settings (adapter_l1: 0.02 there, 0.3 now)" in told
+    code, told = command(monkeypatch, capsys, "train", *data, *saes[:2], "--out", tmp_path / "two", "--l1", -1)
+    assert code == 2 and "`l1` is -1.0; accepted: a finite number >= 0" in told
+    code, told = command(monkeypatch, capsys, "analyse", "layers", *data, *small, *saes, "--out", tmp_path / "layers")
+    assert code == 0 and "layer 1, soft_threshold, λ 0.02" in told and "layer 2" in told
+    assert {"sweep.csv", "sweep.png"} < {path.name for path in (tmp_path / "layers").iterdir()}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from dspa.cli import fsrl_analysis
+from dspa.cli import fsrl_analysis, fsrl_training
 
 app = typer.Typer(help="Train, run and analyse FSRL adapters on SAE features.", no_args_is_help=True)
 analyse = typer.Typer(help="Look at what an adapter does; data as CSV, plots as PNG.", no_args_is_help=True)
 app.add_typer(analyse, name="analyse")
+app.command()(fsrl_training.train)
+app.command()(fsrl_training.demo)
 for command, function in fsrl_analysis.COMMANDS.items():
     analyse.command(command)(function)
+analyse.command("layers")(fsrl_training.layers)

@@ -53,7 +53,7 @@ class Sweep:
         return rows
 
 
-def sweep(
+def train_sweep(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     triples: Iterable[Triple | Mapping[str, Any]] | str | Path,
