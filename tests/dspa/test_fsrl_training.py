@@ -327,6 +327,22 @@ def test_a_stopped_training_goes_on(model, tokenizer, tmp_path, monkeypatch, who
     assert record == whole[1]
 
 
+def test_a_training_that_is_stopped_after_its_last_step(model, tokenizer, tmp_path, monkeypatch, whole):
+    """Amid its held-out figures."""
+    from dspa.fsrl import training
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Stopped
+
+    config = replace(TINY, max_steps=9)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(training, "held_out", stop)
+        run(model, tokenizer, tmp_path / "out", config)
+    adapter, record = run(model, tokenizer, tmp_path / "out", config)
+    assert same_weights(adapter, whole[0])
+    assert record == whole[1]
+
+
 def test_a_checkpoint_holds_no_model(model, tokenizer, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_at(patch, 3)
@@ -496,8 +512,6 @@ def test_refusals(model, tokenizer, tmp_path, monkeypatch):
         read_held_out(tmp_path)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "trl", None)
-        patch.delitem(sys.modules, "dspa.fsrl.trainers")
-        patch.delattr("dspa.fsrl.trainers")
         with pytest.raises(RuntimeError, match=r'pip install "dspa-kernels\[train\]"'):
             run(model, tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()

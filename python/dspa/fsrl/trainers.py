@@ -13,7 +13,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.utils import DPODataCollatorWithPadding
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -224,6 +225,13 @@ def without_times(history: Iterable[Mapping[str, float]]) -> list[dict[str, floa
     """What was logged, less what differs from run to run and what TRL writes of a whole training at its end."""
     kept = [entry for entry in history if "train_runtime" not in entry]
     return [{k: v for k, v in entry.items() if not k.endswith(("_runtime", "_per_second", "_time"))} for entry in kept]
+
+
+def whole_history(checkpoint: Path) -> list[dict[str, float]] | None:
+    """What was logged up to a checkpoint of the last step, from which a trainer would make one step more; None for
+    another."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return without_times(state.log_history) if state.global_step >= state.max_steps else None
 
 
 @contextmanager

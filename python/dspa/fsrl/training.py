@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +150,10 @@ def train(
         triples: what `load_triples` takes.
         adapter: its weights are where the training begins; they change in place, and stay if it fails.
         out: the folder to write: the adapter, as by `save`, and `training.json` with the settings, figures on the
-            held-out triples (`HeldOut`) and what was logged (also of `eval_triples`, where the names begin with
-            eval_): loss, the preference loss alone, rewards/accuracies, rewards/margins, l0, l1. A training that was
-            stopped goes on in its folder, and one that is finished is loaded.
+            held-out triples (`HeldOut`) and what was logged on the way: loss, the preference loss alone,
+            rewards/accuracies, rewards/margins, l0, l1, and the same of `eval_triples` with names that begin with
+            eval_; means over batches, as TRL has them. A training that was stopped goes on in its folder, and one that
+            is finished is loaded.
         config: the published settings by default.
         eval_triples: held-out triples, to report on.
         progress: show bars.
@@ -164,40 +166,33 @@ def train(
         ModelError: what `attach` refuses, before any triple is read; a loss that is not finite.
         PreferenceError: a bad triple. ValueError: a batch that the processes do not divide.
     """
-    try:
-        from dspa.fsrl import trainers
-    except ModuleNotFoundError as error:
-        raise RuntimeError(f'Training needs TRL ({error}): pip install "dspa-kernels[train]".') from error
+    if find_spec("trl") is None:
+        raise RuntimeError('Training an adapter needs TRL: pip install "dspa-kernels[train]".')
     config, inner, folder = config or TrainingConfig(), base_model(model), TrainingFolder(Path(out))
     folder.check(finished=True)
     check_eval(inner)
     _check_padding(tokenizer)
     with adapter.attach(model, layers=layers, model_name=model_name):
-        device = device_of(inner.get_input_embeddings())
-        warn_if_alone()
-        args = trainers.arguments(
-            config, folder.partial, on_cpu=device.type == "cpu", evaluated=eval_triples is not None
-        )
-        _check_processes(inner, device, args)
-        args.gradient_accumulation_steps = config.accumulation(args.world_size)
+        args = _arguments(inner, config, folder, evaluated=eval_triples is not None)
         progress = progress and args.process_index == 0
         config = replace(config, max_length=_max_length(inner, config))
         data = Data.read(triples, tokenizer, config, progress)
-        held = None if eval_triples is None else Data.read(eval_triples, tokenizer, config, progress)
+        held = None if eval_triples is None else list(load_triples(eval_triples))
+        held_data = None if held is None else Data.read(held, tokenizer, config, progress)
         if len(data.rows) < config.batch_size:
             raise TrainingError(
                 f"There are {len(data.rows)} triples; accepted: a batch ({config.batch_size}) or more. Lower "
                 "batch_size."
             )
-        settings = _settings(inner, adapter, config, data, held, model_name)
+        settings = _settings(inner, adapter, config, data, held_data, model_name)
         with args.main_process_first(local=False):
             folder.claim(settings, finished=True)
         if not folder.finished:
-            history = _fit(inner, tokenizer, adapter, folder, config, args, data, held, progress)
+            history = _fit(inner, tokenizer, adapter, folder, config, args, data, held_data, progress)
             figures = None
             if held is not None:
-                options = scoring(inner, config)
-                figures = asdict(held_out(inner, tokenizer, held.triples, adapter, **options, progress=progress))
+                found = held_out(inner, tokenizer, held, adapter, **scoring(inner, config), progress=progress)
+                figures = asdict(found)
             with args.main_process_first(local=False):
                 if args.process_index == 0:
                     adapter.save(folder.path)
@@ -221,10 +216,9 @@ def read_held_out(out: str | Path) -> HeldOut | None:
 
 @dataclass(frozen=True)
 class Data:
-    """Triples, and their token ids as a trainer takes them. n_full: responses that fill all of max_length, because
-    they were cut or just fit."""
+    """Token ids of triples as a trainer takes them. n_full: responses that fill all of max_length, because they were
+    cut or just fit."""
 
-    triples: list[Triple]
     rows: Any
     sha256: str
     n_full: int
@@ -234,16 +228,15 @@ class Data:
         """Read and tokenise triples. Raises `PreferenceError` for a bad one."""
         from dspa.fsrl.trainers import Rows
 
-        triples, sha, n_full = [], hashlib.sha256(), 0
+        sha, n_full = hashlib.sha256(), 0
         columns: dict[str, list[Any]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
         for triple in tqdm(load_triples(source), unit="triple", desc="tokenise", disable=not progress):
-            triples.append(triple)
             parts = response_tokens(triple, tokenizer, max_length=config.max_length)
             n_full += sum(len(parts[0]) + len(response) == config.max_length for response in parts[1:])
             for column, ids in zip(columns.values(), parts, strict=True):
                 column.append(np.array(ids, dtype=np.int32))
                 sha.update(len(ids).to_bytes(4, "little") + column[-1].tobytes())
-        return cls(triples, Rows.from_dict(columns), sha.hexdigest(), n_full)
+        return cls(Rows.from_dict(columns), sha.hexdigest(), n_full)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -265,7 +258,10 @@ def _fit(
     """Train from the start or the last checkpoint to the end; what was logged."""
     from dspa.fsrl import trainers
 
-    checkpoints = folder.checkpoints()
+    checkpoint = folder.checkpoints()[-1] if folder.checkpoints() else None
+    if checkpoint and (history := trainers.whole_history(checkpoint)) is not None:
+        adapter.load_state_dict(FSRLAdapter.load(checkpoint, adapter.sae).state_dict())
+        return history
     with (
         lent(model, tokenizer, adapter, gradient_checkpointing=config.gradient_checkpointing),
         tqdm(unit="step", desc="train", disable=not progress) as bar,
@@ -275,7 +271,7 @@ def _fit(
             train_dataset=data.rows,
             eval_dataset=None if held is None else held.rows,
         )
-        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return trainers.without_times(trainer.state.log_history)
 
 
@@ -323,16 +319,28 @@ def _check_padding(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _check_processes(model: CausalLM, device: torch.device, args: Any) -> None:
-    """Raise if a trainer would start other processes or devices than were asked for."""
+def _arguments(model: CausalLM, config: TrainingConfig, folder: TrainingFolder, *, evaluated: bool) -> Any:
+    """TRL's settings, in the processes and on the device that were asked for."""
+    from dspa.fsrl import trainers
+
+    device = device_of(model.get_input_embeddings())
+    warn_if_alone()
+    args = trainers.arguments(config, folder.partial, on_cpu=device.type == "cpu", evaluated=evaluated)
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != args.world_size:
         raise TrainingError(
             f"The launcher asked for {asked} processes and {args.world_size} train together. Start them by torchrun "
             "--nproc-per-node K -m dspa ..."
         )
-    if getattr(model, "hf_device_map", None) is not None:
-        return
+    args.gradient_accumulation_steps = config.accumulation(args.world_size)
+    # A model that is split over GPUs stays where it is.
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) <= 1:
+        _check_device(device, args)
+    return args
+
+
+def _check_device(device: torch.device, args: Any) -> None:
+    """Raise if the trainer would copy the model to several GPUs, or move it to another device."""
     if args.n_gpu > 1:
         raise TrainingError(
             f"This process sees {args.n_gpu} GPUs; accepted: one a process. Set CUDA_VISIBLE_DEVICES, or start "
