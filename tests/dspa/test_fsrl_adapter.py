@@ -244,9 +244,9 @@ def test_attached_to_the_model_yet_no_part_of_it(model, sae_out) -> None:
 
 
 def test_save_pretrained_refuses_while_attached(model, sae_out, tmp_path) -> None:
-    with make_adapter(sae_out).attach(model):
-        with pytest.raises(ModelError, match=r"without the FSRL adapter at layer 2\. Save that by adapter\.save"):
-            model.save_pretrained(tmp_path / "model")
+    message = r"without the FSRL adapter at layer 2\. Save that by adapter\.save"
+    with make_adapter(sae_out).attach(model), pytest.raises(ModelError, match=message):
+        model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
     model.save_pretrained(tmp_path / "model")
     assert (tmp_path / "model").exists()
