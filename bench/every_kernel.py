@@ -22,6 +22,7 @@ from dspa_kernels import (
     EncoderStream,
     SAEWeights,
     activation_counts,
+    fsrl_residual,
     lookup_and_steer,
     map_lookup,
     sparse_decode,
@@ -61,6 +62,34 @@ def compare(call: Callable[..., object], exact: bool, *args: object, **options: 
     return check
 
 
+def adapted(
+    h: Tensor, sae: SAEWeights, W_a: Tensor, b_a: Tensor, threshold: Tensor | None, *options: object, backend: str
+) -> list[Tensor]:
+    """Results and gradients of `fsrl_residual`."""
+    leaves = [each.detach().requires_grad_() for each in (h, W_a, b_a, threshold) if each is not None]
+    inputs = (leaves[0], sae, *leaves[1:], *(() if threshold is not None else (None,)))
+    activation, settings = options
+    out, l1, l0 = fsrl_residual(*inputs, activation, backend=backend, **settings)  # type: ignore[arg-type]
+    g = torch.Generator().manual_seed(0)
+    grads = [torch.randint(-2, 3, each.shape, generator=g).to(each) for each in (out, l1)]
+    return [out.detach(), l1.detach(), l0, *torch.autograd.grad((out, l1), leaves, grads)]
+
+
+def adapter_checks() -> Iterator[tuple[str, str, Check]]:
+    """`fsrl_residual` and its backward. Few numbers of W_a are not 0, so that 16 bits hold every change of a latent."""
+    adapters = itertools.product(
+        ("soft_threshold", "relu", "jumprelu"), ("jumprelu", "topk"), (BF16, FP16, FP32), (1.0, 0.25)
+    )
+    for (activation, kind, dtype, fraction), n in itertools.product(adapters, ROWS):
+        sae = random_sae(kind, D_IN, D_SAE, dtype=dtype, integers=True)
+        W_a = integers(-1, 2, D_SAE, D_IN) * (integers(0, 10, D_SAE + 1, D_IN)[1:] == 0)
+        threshold = None if activation == "relu" else integers(0, 4, D_SAE).float()
+        settings = {"fraction": fraction, "bandwidth": 2.0}
+        arguments = (integers(-2, 3, n, D_IN).to(dtype), sae, W_a.to(dtype), integers(-2, 3, D_SAE).float(), threshold)
+        name = f"{n} rows, {activation}, {kind}, {dtype}, fraction {fraction}"
+        yield "fsrl_residual", name, compare(adapted, True, *arguments, activation, settings)
+
+
 def integers(low: int, high: int, *shape: int) -> Tensor:
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.int32)
 
@@ -93,13 +122,15 @@ def checks() -> Iterator[tuple[str, str, Check]]:
     for mode in ("ablate", "augment", "both"):
         values = torch.randn(D_SAE_IN, N_COLUMNS, generator=torch.Generator().manual_seed(0))
         yield "map_lookup", mode, compare(map_lookup, True, counts, values, mode=mode)
+    yield from adapter_checks()
 
 
 def few_programs(n: int | None) -> contextlib.AbstractContextManager[object]:
     """Persistent grids of `n` programs in Triton, where a tool leaves less room than the launch table expects."""
-    if n is None:
-        return contextlib.nullcontext()
-    return mock.patch("dspa_kernels.ops.steer.triton_impl.n_programs", lambda *_: n)
+    patches = contextlib.ExitStack()
+    for op in ("steer", "fsrl_residual") if n is not None else ():
+        patches.enter_context(mock.patch(f"dspa_kernels.ops.{op}.triton_impl.n_programs", lambda *_: n))
+    return patches
 
 
 def passes(name: str, check: Check, backend: str) -> bool:

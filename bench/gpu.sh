@@ -7,6 +7,7 @@
 #   stress     graph replays, streams, torch.compile, equal bits       OUT/stress-*.log
 #   bench      the benchmarks of the kernels                           OUT/results/
 #   generate   the benchmark of Hugging Face generate()                OUT/results/
+#   train      a training step of FSRL, its time and memory            OUT/fsrl.json
 #   profile    Nsight Compute on a step that reads the whole encoder   OUT/profile-*.log, .csv, .ncu-rep
 #   tune       Triton's launch parameters                              OUT/launch_table.json, OUT/tune.json
 #   tune_cuda  where CUDA is faster than Triton, after tune            OUT/cuda_table.json, OUT/tune_cuda.json
@@ -103,6 +104,8 @@ bench() {
 
 generate() { run generate $PYTHON -m pytest -q bench/test_generate.py --results "$out/results" "$@"; }
 
+train() { run train $PYTHON -m bench.fsrl --out "$out/fsrl.json" "$@"; }
+
 # From an empty cache, at the clocks as they are. The log has achieved bandwidth and stall reasons, the table every
 # counter.
 profile() {
@@ -130,7 +133,7 @@ tune_cuda() {
         --state "$out/tune_cuda.json" "${tuned[@]}" "$@"
 }
 
-stages="build check sanitize stress bench generate profile tune tune_cuda"
+stages="build check sanitize stress bench generate train profile tune tune_cuda"
 case " $stages all " in *" $stage "*) ;; *) usage ;; esac
 [ "$stage" = all ] || [ "$stage" = build ] || [ -f dspa_kernels/libdspa_kernels.so ] || build
 if [ "$stage" = all ]; then

@@ -287,7 +287,8 @@ def shape(text: str) -> tuple[int, int]:
 
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = list(dict.fromkeys(entry.kernel for entry in launch.table()))
+    # Those of `fsrl_residual` are not tuned yet: their sums over latents follow the tiles, and so do their bits.
+    known = list(dict.fromkeys(entry.kernel for entry in launch.table() if not entry.kernel.startswith("fsrl")))
     parser.add_argument("--kernels", nargs="+", choices=known, default=known)
     parser.add_argument("--precisions", nargs="+", type=int, choices=list(BYTES), default=[0])
     parser.add_argument("--shapes", nargs="+", type=shape, default=SHAPES, metavar="D_INxD_SAE")

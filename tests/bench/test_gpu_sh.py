@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.sh"
-STAGES = ("build", "check", "sanitize", "stress", "bench", "generate", "profile", "tune", "tune_cuda")
+STAGES = ("build", "check", "sanitize", "stress", "bench", "generate", "train", "profile", "tune", "tune_cuda")
 # Notes how it was called, builds a library if asked to, and fails where $FAIL says so.
 STAND_IN = """#!/usr/bin/env bash
 echo "$(basename "$0") $* [$TORCH_CUDA_ARCH_LIST]" >>"$CALLS"

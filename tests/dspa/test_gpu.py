@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import dspa
+from dspa.fsrl.config import ACTIVATIONS
 
 from .conftest import make_model
+from .test_fsrl_adapter import make_adapter
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,6 +32,32 @@ def test_the_tokens_of_the_cpu(backend, family, cache, screen, sae_in, sae_out, 
     model.cuda()
     with dspa.Steering(sae_in, sae_out, calibrated, config, backend=backend, screen=screen).attach(model):
         assert torch.equal(model.generate(PROMPT.cuda(), **settings).cpu(), wanted)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("family", ["gemma2", "qwen3"])
+def test_an_adapter_gives_the_tokens_and_gradients_of_the_cpu(family, cache, activation, sae_out):
+    model, adapter = make_model(family).requires_grad_(False), make_adapter(sae_out, activation)
+    settings = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
+    with adapter.attach(model):
+        wanted, gradients = model.generate(PROMPT, max_new_tokens=8, do_sample=False), gradients_of(adapter, model)
+    model.cuda()
+    with adapter.attach(model):
+        assert torch.equal(model.generate(PROMPT.cuda(), **settings).cpu(), wanted)
+        for ours, theirs in zip(gradients_of(adapter, model), gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+
+
+def gradients_of(adapter, model):
+    """Of a loss with its penalty, on the CPU; many rows, as in training."""
+    ids = PROMPT.repeat(20, 1).to(model.device)
+    adapter.requires_grad_()
+    with adapter.recording() as moves:
+        loss = model(ids, labels=ids).loss + 1e-2 * moves.l1[0].mean()
+    found = torch.autograd.grad(loss, list(adapter.parameters()))
+    adapter.requires_grad_(False)
+    return [each.cpu() for each in found]
 
 
 @pytest.mark.parametrize("family", ["gemma2", "qwen3", "gpt2"])

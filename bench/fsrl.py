@@ -1,0 +1,165 @@
+"""Time and peak memory of a training step of `fsrl_residual`, forward and backward: `python -m bench.fsrl`.
+
+Beside it stands the same formula in plain PyTorch, eager and under torch.compile. Each runs in a process of its own on
+the same numbers, which have to agree. Activation memory is what a step takes at its peak above weights, inputs and the
+gradients that it returns: of PyTorch's allocator on a GPU, of the whole process on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench.machine import describe
+from bench.measure import DEVICE, synchronize
+from dspa_kernels import SAEWeights, fsrl_residual
+
+SHAPES = ((2304, 16_384), (2304, 65_536))
+TOKENS, L0, L1 = 2048, 70, 2e-2
+# Parts of all latents that are moved on a token: all of them at the start of a training, few later on.
+MOVED = {"all": 1.0, "1 %": 0.01}
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+AGREEMENT = 2e-2 if DEVICE.type == "cuda" else 1e-4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape, and how many latents the adapter moves."""
+
+    d_in: int
+    d_sae: int
+    tokens: int
+    moved: str
+
+    def tensors(self) -> tuple[SAEWeights, dict[str, Tensor]]:
+        """Random weights of a JumpReLU SAE and of an adapter, with thresholds by which L0 and MOVED hold."""
+        torch.manual_seed(0)
+
+        def rows(scale: float) -> Tensor:
+            return torch.empty(self.d_sae, self.d_in, device=DEVICE, dtype=DTYPE).normal_(std=scale)
+
+        h = torch.empty(self.tokens, self.d_in, device=DEVICE, dtype=DTYPE).normal_()
+        W_dec, W_a = rows(self.d_in**-0.5), rows(self.d_in**-0.5)
+        normal = torch.distributions.Normal(0.0, 1.0)
+        threshold = normal.icdf(torch.tensor(1 - L0 / self.d_sae)).item()
+        moved = 1e-6 if MOVED[self.moved] == 1 else normal.icdf(torch.tensor(1 - MOVED[self.moved] / 2)).item()
+        zeros = torch.zeros(self.d_sae, device=DEVICE)
+        sae = SAEWeights(W_enc=W_dec, b_enc=zeros, threshold=zeros + threshold, W_dec=W_dec)
+        adapter = {"W_a": W_a, "b_a": zeros.clone(), "threshold": zeros + moved}
+        return sae, {"h": h, **{name: each.requires_grad_() for name, each in adapter.items()}}
+
+
+def plain(h: Tensor, sae: SAEWeights, W_a: Tensor, b_a: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """The formula as one would write it."""
+    pre = h @ sae.W_enc.T + sae.b_enc.to(h.dtype)
+    f = pre * (pre > sae.threshold)
+    u = h @ W_a.T + b_a.to(h.dtype)
+    v = u.sign() * (u.abs() - threshold.to(h.dtype)).relu()
+    return h + ((f + v).relu() - f) @ sae.W_dec, v.abs().sum(dim=1)
+
+
+def ours(h: Tensor, sae: SAEWeights, W_a: Tensor, b_a: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """`fsrl_residual` on the backend that is taken unasked."""
+    return fsrl_residual(h, sae, W_a, b_a, threshold)[:2]
+
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "fsrl_residual": lambda: ours,
+    "PyTorch, eager": lambda: plain,
+    "PyTorch, compiled": lambda: torch.compile(plain),
+}
+
+
+def peak_bytes() -> int:
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure(case: Case, method: str, rounds: int, out: Path) -> None:
+    """In a process of its own: seconds of each round, bytes of activations, and numbers to compare."""
+    sae, tensors = case.tensors()
+    step, leaves = METHODS[method](), [each for each in tensors.values() if each.requires_grad]
+    grad = torch.ones_like(tensors["h"]) / tensors["h"].numel()
+    synchronize()
+    loaded, seconds = peak_bytes(), []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        steered, l1 = step(sae=sae, **tensors)
+        found = torch.autograd.grad((steered, l1), leaves, (grad, torch.full_like(l1, L1 / case.tokens)))
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+        peak, gradients = peak_bytes(), sum(each.nbytes for each in found)
+        norms = [float(each.detach().norm()) for each in (steered, l1, *found)]
+        del steered, l1, found
+    # The first round compiles, and fills caches.
+    result = {"seconds": seconds[1:], "activation_bytes": peak - loaded - gradients, "norms": norms}
+    out.write_text(json.dumps(result))
+
+
+def compare(case: Case, rounds: int) -> list[dict[str, Any]]:
+    """Every method on one case. Raises where their numbers differ by more than rounding."""
+    results: list[dict[str, Any]] = []
+    for method in METHODS:
+        with TemporaryDirectory() as folder:
+            out = Path(folder) / "found.json"
+            code = "import sys, json; from pathlib import Path as P; from bench.fsrl import Case, measure as m; "
+            code += "m(Case(**json.loads(sys.argv[1])), sys.argv[2], int(sys.argv[3]), P(sys.argv[4]))"
+            arguments = [json.dumps(asdict(case)), method, str(rounds), str(out)]
+            subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+            results.append(asdict(case) | {"method": method} | json.loads(out.read_text()))
+        for mine, theirs in zip(results[0]["norms"], results[-1]["norms"], strict=True):
+            assert abs(mine - theirs) <= AGREEMENT * abs(mine), f"{method}: {theirs} and not {mine}"
+    return results
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="Write results here, as JSON.")] = None,
+    tokens: Annotated[int, typer.Option(help="Rows of a step.")] = TOKENS,
+    rounds: Annotated[int, typer.Option(help="Steps that are timed, after one that is not.")] = 5,
+    commit: Annotated[str, typer.Option(help="What is measured, where git does not tell.")] = "",
+) -> None:
+    """Measure all methods at (2304, 16384) and (2304, 65536), with all and with few latents moved."""
+    results = []
+    for (d_in, d_sae), moved in ((shape, moved) for shape in SHAPES for moved in MOVED):
+        results += compare(Case(d_in, d_sae, tokens, moved), rounds)
+    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    table = Table(title=f"Forward and backward of {tokens} tokens, {str(DTYPE).removeprefix('torch.')}, on {where}")
+    for column in ("SAE", "moved", "method", "ms", "ours is", "activations, MB", "of eager"):
+        table.add_column(column, justify="left" if column in ("SAE", "moved", "method") else "right")
+    for result in results:
+        beside = {r["method"]: r for r in results if all(r[n] == result[n] for n in ("d_in", "d_sae", "moved"))}
+        best = {name: min(each["seconds"]) for name, each in beside.items()}
+        memory = {name: each["activation_bytes"] for name, each in beside.items()}
+        table.add_row(
+            f"{result['d_in']} x {result['d_sae']}",
+            result["moved"],
+            result["method"],
+            f"{1e3 * best[result['method']]:.2f}",
+            f"{best[result['method']] / best['fsrl_residual']:.2f}x",
+            f"{1e-6 * memory[result['method']]:.0f}",
+            f"{memory[result['method']] / memory['PyTorch, eager']:.2f}",
+        )
+    Console().print(table)
+    if out is not None:
+        date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        found = describe(commit) | {"date": date, "threads": torch.get_num_threads(), "results": results}
+        out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
