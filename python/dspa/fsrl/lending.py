@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dspa.fsrl.adapter import FSRLAdapter
@@ -13,7 +12,7 @@ from dspa.hooks import CausalLM
 
 # Under which name a trainer, its optimizer and its processes see the adapter.
 MODULE = "fsrl_adapter"
-# What layers call the probability of a dropout that is no module.
+# What layers call the probability of a dropout that is no module; modules, TRL switches off.
 DROPOUTS = ("attention_dropout", "activation_dropout", "dropout")
 
 
@@ -34,8 +33,11 @@ def lent(
         for parameter in model.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
         model.requires_grad_(False)
+        # What is trained with dropout is another model than the frozen one.
         for module in model.modules():
-            _without_dropout(module)
+            for name in DROPOUTS:
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
         if gradient_checkpointing:
             _checkpoint(model)
         stack.enter_context(_trainable(adapter))
@@ -70,15 +72,6 @@ def _kept(thing: object) -> Iterator[None]:
         for value, content in contents:
             value.clear()
             value.update(content)
-
-
-def _without_dropout(module: nn.Module) -> None:
-    """A trainer sets training mode, and what it trains with dropout is another model than the frozen one."""
-    if isinstance(module, nn.Dropout):
-        module.p = 0.0
-    for name in DROPOUTS:
-        if isinstance(getattr(module, name, None), float):
-            setattr(module, name, 0.0)
 
 
 def _checkpoint(model: CausalLM) -> None:
