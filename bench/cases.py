@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -28,6 +28,8 @@ FEW_ROWS = [1, 64] if ON_GPU else [1]
 N_ROWS, N_STEPS, N_PROMPTS = (8192, (32, 128), 64) if ON_GPU else (16, (4, 4), 4)
 ALPHA = 0.2
 TOP_K = 70
+# Of the latents, how many an adapter moves on a row; half of them are pushed down.
+MOVED = 0.01
 # The kinds of CUDA's launches of `steer`: one reads the first of the encoder before it is known whether a row needs it;
 # a programmatic one may do so before the launch ahead of it has ended.
 LAUNCHES = {
@@ -162,6 +164,32 @@ class Setting:
         """Rows in and out, and for each the encoder and decoder rows of its selected latents."""
         d_in, size = self.sae.d_in, self.sae.W_enc.element_size()
         return self.n_rows * d_in * (2 * self.h.element_size() + 2 * self.plan.slots.shape[1] * size)
+
+
+class Adapter(NamedTuple):
+    """A soft threshold that moves a part of the latents of each row."""
+
+    W_a: Tensor
+    b_a: Tensor
+    threshold: Tensor
+
+    @classmethod
+    def of(cls, activity: Activity) -> Adapter:
+        sae = activity.sae
+        generator = torch.Generator(sae.W_enc.device).manual_seed(0)
+        W_a = torch.empty_like(sae.W_enc).normal_(std=sae.d_in**-0.5, generator=generator)
+        sizes = (activity.h[:256] @ W_a.T).abs().float()
+        return cls(W_a, torch.zeros_like(sae.b_enc), torch.quantile(sizes, 1 - MOVED, dim=0))
+
+    def n_bytes(self, h: Tensor, sae: SAEWeights) -> float:
+        """What a step of rows h reads: the adapter, encoder rows of what is pushed down on some row, decoder rows of
+        what changes on some row."""
+        u = h.float() @ self.W_a.float().T
+        pre = h.float() @ sae.W_enc.float().T + sae.b_enc
+        active = (pre > sae.threshold) & (pre > 0)
+        up, down = u > self.threshold, u < -self.threshold
+        read = int(down.any(dim=0).sum()) + int((up | (down & active)).any(dim=0).sum())
+        return self.W_a.nbytes + sae.W_dec.element_size() * read * sae.d_in
 
 
 def check_rows(out: Tensor, wanted: Tensor) -> None:

@@ -2,46 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from bench.cases import ROWS, Setting, backends, check_rows, with_rows
+from bench.cases import ROWS, Adapter, Setting, backends, check_rows, with_rows
 from bench.conftest import Measure
 from bench.fsrl import plain
-from dspa_kernels import SAEWeights, fsrl_residual
+from dspa_kernels import fsrl_residual
 from dspa_kernels.testing import Activity
-
-# Of the latents, how many are moved on a row; half of them are pushed down.
-MOVED = 0.01
-
-
-class Adapter(NamedTuple):
-    """A soft threshold that moves a part of the latents of each row."""
-
-    W_a: Tensor
-    b_a: Tensor
-    threshold: Tensor
-
-    @classmethod
-    def of(cls, activity: Activity) -> Adapter:
-        sae = activity.sae
-        generator = torch.Generator(sae.W_enc.device).manual_seed(0)
-        W_a = torch.empty_like(sae.W_enc).normal_(std=sae.d_in**-0.5, generator=generator)
-        sizes = (activity.h[:256] @ W_a.T).abs().float()
-        return cls(W_a, torch.zeros_like(sae.b_enc), torch.quantile(sizes, 1 - MOVED, dim=0))
-
-    def n_bytes(self, h: Tensor, sae: SAEWeights) -> float:
-        """What a step of rows h reads: the adapter, encoder rows of what is pushed down on some row, decoder rows of
-        what changes on some row."""
-        u = h.float() @ self.W_a.float().T
-        pre = h.float() @ sae.W_enc.float().T + sae.b_enc
-        active = (pre > sae.threshold) & (pre > 0)
-        up, down = u > self.threshold, u < -self.threshold
-        read = int(down.any(dim=0).sum()) + int((up | (down & active)).any(dim=0).sum())
-        return self.W_a.nbytes + sae.W_dec.element_size() * read * sae.d_in
 
 
 def labels(case: str, backend: str, setting: Setting) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def fsrl_residual_backward(
             d_theta -= (theta / bandwidth * d_v).where(near, 0).sum(dim=0)
         elif theta is not None:
             d_theta -= (v.sign() * d_u).sum(dim=0)
-        d_W_a += d_u.T @ b_h
+        d_W_a.addmm_(d_u.T, b_h)
         d_b_a += d_u.sum(dim=0)
         d_f = None if f is None or jumps else -d_c.where((f > 0) & ~on, 0)
         if needs_h:
