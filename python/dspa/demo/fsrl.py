@@ -106,7 +106,7 @@ def _one_thread() -> Iterator[None]:
 def _table(outcomes: list[Outcome]) -> Table:
     n_triples = outcomes[0].held_out.n_triples
     title = f"On {n_triples} held-out triples; preferred share and neutral perplexity of text"
-    table = Table(title=title, box=SIMPLE_HEAD)
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0))
     columns: dict[str, Callable[[Outcome], str]] = {
         "adapter": lambda each: each.activation or "base model",
         "λ": lambda each: "" if each.l1 is None else f"{each.l1:g}",
@@ -118,7 +118,7 @@ def _table(outcomes: list[Outcome]) -> Table:
         "perplexity": lambda each: f"{each.perplexity:.2f}",
     }
     for column in columns:
-        table.add_column(column, justify="left" if column == "adapter" else "right")
+        table.add_column(column, justify="left" if column == "adapter" else "right", no_wrap=True)
     for outcome in outcomes:
         table.add_row(*(cell(outcome) for cell in columns.values()))
     return table
