@@ -1,14 +1,15 @@
-"""Steer language models with sparse autoencoders: DSPA at inference time, without changing a weight."""
+"""Steer language models with sparse autoencoders: DSPA at inference time, and adapters on their features (FSRL)."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dspa import fsrl
     from dspa.build import build_map
     from dspa.cdmap import ConditionalDifferenceMap
     from dspa.config import SteeringConfig
     from dspa.densities import collect
-    from dspa.errors import MapError, ModelError
+    from dspa.errors import AdapterError, MapError, ModelError
     from dspa.preferences import PreferenceError, Triple, load_triples
     from dspa.reduction import reduce
     from dspa.sae_files import SAEError
@@ -26,6 +27,7 @@ HOMES = {
     "Collection": "shards",
     "reduce": "reduction",
     "SteeringConfig": "config",
+    "AdapterError": "errors",
     "MapError": "errors",
     "ModelError": "errors",
     "PreferenceError": "preferences",
@@ -39,6 +41,7 @@ HOMES = {
 }
 
 __all__ = [
+    "AdapterError",
     "Collection",
     "ConditionalDifferenceMap",
     "FrozenSAE",
@@ -53,12 +56,15 @@ __all__ = [
     "build_map",
     "collect",
     "detach",
+    "fsrl",
     "load_triples",
     "reduce",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "fsrl":
+        return import_module("dspa.fsrl")
     if name not in HOMES:
         raise AttributeError(f"module 'dspa' has no attribute {name!r}")
     return getattr(import_module(f"dspa.{HOMES[name]}"), name)
