@@ -247,6 +247,18 @@ def test_masks_and_fractions(backend: str, activation: str, others: dict[str, An
         assert same_bits(found["out"], case.h) and not found["l0"].any() and not found["d_W_a"].any()
 
 
+@pytest.mark.parametrize("kind", ["jumprelu", "topk"])
+@pytest.mark.usefixtures("blocks")
+def test_what_is_not_positive_is_not_active(backend: str, kind: str) -> None:
+    """Where a threshold is below 0, and where fewer than k latents are above it."""
+    case = make_case("soft_threshold", kind, integers=True, n=4)
+    sae = replace(case.sae, threshold=case.sae.threshold - 8, k=60 if kind == "topk" else 0)
+    case = replace(case, sae=sae)
+    found, wanted = ours(case, backend), with_gradients(case.in_dtype(FP64), dense)
+    for name, value in found.items():
+        assert torch.equal(value, wanted[name].to(value.dtype)), name
+
+
 @pytest.mark.parametrize("n", [0, 1, 64, 65, 130])
 def test_numbers_of_rows(backend: str, n: int) -> None:
     case = make_case("soft_threshold", integers=True, n=n)
@@ -262,6 +274,110 @@ def test_an_adapter_of_zeros_changes_nothing(backend: str, activation: str) -> N
     zeros = replace(case, W_a=torch.zeros_like(case.W_a), b_a=torch.zeros_like(case.b_a))
     out, l1, l0 = run_on(backend, fsrl_residual, **zeros.arguments())
     assert same_bits(out, case.h) and not l1.any() and not l0.any()
+
+
+@pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm_rescale"])
+@pytest.mark.usefixtures("blocks")
+def test_accuracy_of_normalised_rows_in_sixteen_bits(backend: str, normalize: str) -> None:
+    case = make_case("soft_threshold", dtypes=(torch.bfloat16,) * 3, normalize=normalize)
+    found = ours(case, backend)
+    plain = with_gradients(case.in_dtype(torch.float32), lambda c: dense(c, stored=torch.bfloat16))
+    exact = with_gradients(case.in_dtype(FP64), dense)
+    # Three parts of the gradient of h are each rounded before autograd adds them up.
+    for name in found.keys() - {"d_h", "l0"}:
+        assert_as_accurate(found[name], plain[name].to(found[name].dtype), exact[name])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.usefixtures("blocks")
+def test_a_row_that_is_not_finite_spoils_no_other(backend: str, activation: str) -> None:
+    """And shows in all that it gives, so that a training that went astray is seen to have."""
+    case = make_case(activation, n=5)
+    h = case.h.clone()
+    h[1, 3], h[3, 4] = float("nan"), float("inf")
+    found = run_on(backend, fsrl_residual, **(case.arguments() | {"h": h}))
+    for value, finite in zip(found, run_on(backend, fsrl_residual, **case.arguments()), strict=True):
+        assert torch.equal(value[::2], finite[::2])
+    out, l1, _ = found
+    assert out[1].isnan().all() and l1[1].isnan()
+    assert not out[3].isfinite().any() and not l1[3].isfinite()
+
+
+@pytest.mark.usefixtures("blocks")
+def test_a_row_of_which_nothing_is_moved_is_the_same_bits(backend: str) -> None:
+    """Beside one of which something is, and with a -0.0, which a sum with 0 would change."""
+    case = make_case("soft_threshold", n=3, dtypes=(torch.bfloat16,) * 3)
+    h = case.h.clone()
+    h[1] = -0.0
+    out, _, l0 = run_on(backend, fsrl_residual, **(case.arguments() | {"h": h, "b_a": torch.zeros_like(case.b_a)}))
+    assert int(l0[0]) and not int(l0[1]) and same_bits(out[1], h[1]) and not same_bits(out[0], h[0])
+
+
+@pytest.mark.parametrize("level", [-1, 1])
+def test_the_last_of_a_rank_is_active_however_it_was_rounded(level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launch that finds ranks may add up in another order than those that use them."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("compares with the reference on the CPU")
+    case = make_case("soft_threshold", "topk")
+    wanted = fsrl_residual(**case.arguments(), backend="triton")
+    ranks = triton_impl._ranks
+    offset = torch.tensor([[level], [0]], dtype=torch.int32)
+    monkeypatch.setattr(triton_impl, "_ranks", lambda *arguments: ranks(*arguments) + offset)
+    assert same_bits(fsrl_residual(**case.arguments(), backend="triton").h, wanted.h)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU has more programs than this")
+@pytest.mark.parametrize("n", [1, 20, 64])
+def test_more_programs_than_are_added_at_a_time(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And more chunks of columns than programs."""
+    case = make_case("soft_threshold", integers=True, n=n)
+    monkeypatch.setattr(triton_impl, "BLOCK_P", 2)
+    monkeypatch.setattr(triton_impl, "BLOCK_D", 16)
+    found = fsrl_residual(**case.arguments(), backend="triton")
+    for value, wanted in zip(found, dense(case.in_dtype(FP64)), strict=True):
+        assert torch.equal(value, wanted.to(value.dtype))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="looks into launches on the CPU")
+@pytest.mark.parametrize(
+    ("dtypes", "normalize", "multiply"),
+    [
+        ((torch.bfloat16, torch.bfloat16, torch.bfloat16), "none", 0),
+        ((torch.bfloat16, torch.bfloat16, torch.bfloat16), "layer_norm", 1),
+        ((torch.bfloat16, torch.float32, torch.bfloat16), "none", 2),
+        ((torch.float16, torch.float16, torch.float16), "none", 2),
+    ],
+)
+def test_launches_have_room_for_their_largest_product(
+    dtypes: tuple[torch.dtype, ...], normalize: str, multiply: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of 16-bit numbers that are too large in fp32 would not fit on a multiprocessor together."""
+    asked = []
+    parameters = triton_impl.launch_parameters
+    monkeypatch.setattr(triton_impl, "launch_parameters", lambda *given: asked.append(given) or parameters(*given))
+    fsrl_residual(**make_case("soft_threshold", dtypes=dtypes, normalize=normalize).arguments(), backend="triton")
+    assert [(kernel, precision) for kernel, _, _, _, precision, _ in asked] == [("fsrl_step", multiply)]
+
+
+@pytest.mark.parametrize("result", ["out", "l1"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_loss_of_one_result_alone(backend: str, activation: str, result: str) -> None:
+    case = make_case(activation, integers=True, n=3)
+    nothing = {"grad": torch.zeros_like(case.grad)} if result == "l1" else {"grad_l1": torch.zeros_like(case.grad_l1)}
+    wanted = with_gradients(replace(case, **nothing).in_dtype(FP64), dense)["d_W_a"]
+    W_a = case.W_a.clone().requires_grad_()
+    found = fsrl_residual(**(case.arguments() | {"W_a": W_a}), backend=backend)
+    (found.h * case.grad if result == "out" else found.l1 * case.grad_l1).sum().backward()
+    assert torch.equal(W_a.grad.double(), wanted)
+
+
+def test_autocast_changes_nothing() -> None:
+    case = make_case("soft_threshold", normalize="layer_norm")
+    plain = with_gradients(case, lambda c: fsrl_residual(**c.arguments()))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = with_gradients(case, lambda c: fsrl_residual(**c.arguments()))
+    for name, value in found.items():
+        assert same_bits(value, plain[name]), name
 
 
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,15 +426,16 @@ def test_nothing_dense_is_kept_for_the_backward() -> None:
     assert kept and {each.data_ptr() for each in kept} <= inputs
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_opcheck_with_gradients(activation: str) -> None:
-    """Schema, fakes, and the registered autograd under AOT dispatch, with dynamic shapes."""
-    case = make_case(activation, "topk", n=5)
+@pytest.mark.parametrize(("activation", "normalised"), [*((a, False) for a in ACTIVATIONS), ("soft_threshold", True)])
+def test_opcheck_with_gradients(activation: str, normalised: bool) -> None:
+    """Schema, fakes, and the registered autograd under AOT dispatch, with dynamic shapes; normalised rows are fp32."""
+    case = make_case(activation, "topk", (torch.bfloat16,) * 3 if normalised else DTYPES[0], n=5)
     given = {name: getattr(case.sae, name) for name in ("W_enc", "b_enc", "threshold", "k", "W_dec")}
     adapter = {"theta": case.threshold, "activation": activation, "bandwidth": 1.0, "mask": None, "fraction": 0.5}
     for name in ("h", "W_a", "b_a"):
         adapter[name] = getattr(case, name).requires_grad_()
-    others = {"x": None, "barriers": case.sae.stream.barriers, "backend": "reference"}
+    x = case.h.detach().float().requires_grad_() if normalised else None
+    others = {"x": x, "barriers": case.sae.stream.barriers, "backend": "reference"}
     torch.library.opcheck(torch.ops.dspa.fsrl_residual.default, (), given | adapter | others)
 
 

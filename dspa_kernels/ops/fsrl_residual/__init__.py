@@ -74,27 +74,29 @@ def fsrl_residual(
     """
     _check(h, sae, W_a, b_a, threshold, activation, bandwidth, mask, fraction)
     chosen = choose("fsrl_residual", h.device, backend, compute_dtype(h, sae.W_enc, W_a))
-    plain = sae.normalize == "none"
-    x, scale = (None, None) if plain else normalise(h, sae.normalize, compute_dtype(h, sae.W_enc, W_a))
-    out, l1, l0 = _fsrl_residual(
-        h=h,
-        x=x,
-        W_enc=sae.W_enc,
-        b_enc=sae.b_enc,
-        threshold=sae.threshold,
-        k=sae.k,
-        W_dec=sae.W_dec,
-        W_a=W_a,
-        b_a=b_a,
-        theta=threshold,
-        activation=activation,
-        bandwidth=bandwidth,
-        mask=mask,
-        fraction=fraction,
-        barriers=sae.stream.barriers,
-        backend=chosen,
-    )
-    return FSRLOutput(out if scale is None else (h + scale * out).to(h.dtype), l1, l0)
+    # Autocast would reach the products inside of an op, and compute them in less than they are specified in.
+    with torch.autocast(h.device.type, enabled=False):
+        plain = sae.normalize == "none"
+        x, scale = (None, None) if plain else normalise(h, sae.normalize, compute_dtype(h, sae.W_enc, W_a))
+        out, l1, l0 = _fsrl_residual(
+            h=h,
+            x=x,
+            W_enc=sae.W_enc,
+            b_enc=sae.b_enc,
+            threshold=sae.threshold,
+            k=sae.k,
+            W_dec=sae.W_dec,
+            W_a=W_a,
+            b_a=b_a,
+            theta=threshold,
+            activation=activation,
+            bandwidth=bandwidth,
+            mask=mask,
+            fraction=fraction,
+            barriers=sae.stream.barriers,
+            backend=chosen,
+        )
+        return FSRLOutput(out if scale is None else (h + scale * out).to(h.dtype), l1, l0)
 
 
 def _check(
@@ -171,9 +173,10 @@ def _backward(ctx: Any, grad: Tensor, grad_l1: Tensor, _grad_l0: Tensor | None) 
     needs = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
     operands = ctx.others | {NAMES[i]: tensor for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True)}
     names = ("h", "x", "W_a", "b_a", "theta")
-    found = _fsrl_residual_backward(
-        grad=grad, grad_l1=grad_l1, **operands, needs_h=needs["h"], needs_x=needs["x"], backend=ctx.backend
-    )
+    with torch.autocast(grad.device.type, enabled=False):
+        found = _fsrl_residual_backward(
+            grad=grad, grad_l1=grad_l1, **operands, needs_h=needs["h"], needs_x=needs["x"], backend=ctx.backend
+        )
     wanted = {name: d for name, d in zip(names, found, strict=True) if needs[name]}
     # After the operands come barriers and backend.
     return *(wanted.get(name) for name in NAMES), None, None

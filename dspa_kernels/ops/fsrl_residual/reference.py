@@ -19,16 +19,16 @@ class Latents(NamedTuple):
 
     def change(self) -> Tensor:
         """ReLU(f + v) - f, which is v wherever v >= 0."""
-        return self.v if self.f is None else torch.where(self.v >= 0, self.v, torch.maximum(self.v, -self.f))
+        return self.v if self.f is None else torch.maximum(self.v, -self.f)
 
 
 def activate(u: Tensor, theta: Tensor | None, activation: str) -> Tensor:
-    """v = act(u): sign(u) max(|u| - theta, 0), max(u, 0), or u where u > theta."""
+    """v = act(u): sign(u) max(|u| - theta, 0), max(u, 0), or u where u > theta; NaN of NaN."""
     if activation == "relu" or theta is None:
         return u.clamp(min=0)
     if activation == "soft_threshold":
         return u.sign() * (u.abs() - theta).clamp(min=0)
-    return u.where(u > theta, 0)
+    return u.masked_fill(u <= theta, 0)
 
 
 def top_of_row(v: Tensor, fraction: float) -> Tensor:
@@ -62,7 +62,7 @@ def latents(
         v = v.where(kept, 0)
     if fraction < 1:
         top = top_of_row(v, fraction)
-        v, kept = v.where(top, 0), top if kept is None else kept & top
+        v, kept = v.where(top, 0), top
     if not needs_f:
         return Latents(u, v, None, kept)
     pre = pre_activations(x, W_enc, b_enc)
@@ -114,9 +114,10 @@ def fsrl_residual(
             needs_f=activation == "soft_threshold",
         )
         delta = found.change() @ W_dec
-        out[rows] = delta + b_h if x is None else delta
         l1[rows] = found.v.abs().sum(dim=1)
         l0[rows] = (found.v != 0).sum(dim=1, dtype=torch.int32)
+        # A row of which nothing is moved stays as it came, a -0.0 as well.
+        out[rows] = (delta + b_h).where(l0[rows, None] > 0, b_h) if x is None else delta
     return out, l1, l0
 
 

@@ -66,11 +66,11 @@ class Operands(NamedTuple):
             latents = slice(first, min(first + width, self.d_sae))
             names = ("W_enc", "b_enc", "threshold", "W_dec", "W_a", "b_a", "theta", "mask")
             parts = {name: getattr(self, name)[latents] for name in names if getattr(self, name) is not None}
-            # The last latent at a level, counted from the first of the block.
-            begin = torch.tensor([[0], [first]], dtype=torch.int32, device=self.h.device) if first else None
             for name in ("rank", "top"):
-                if begin is not None and getattr(self, name) is not None:
-                    parts[name] = getattr(self, name) - begin
+                if getattr(self, name) is not None:
+                    level, last = getattr(self, name)
+                    # The last latent at a level, counted from the first of the block.
+                    parts[name] = torch.stack([level, last - first])
             yield latents, self._replace(**parts)
 
     def rows(self, rows: slice) -> Operands:
@@ -82,9 +82,14 @@ class Operands(NamedTuple):
         }
         return self._replace(h=self.h[rows], x=self.x[rows], **cuts)
 
-    def launch(self, kernel: str) -> dict[str, Any]:
-        """What all kernels are called with, launch parameters included."""
-        (n_rows, d_in), multiply = self.h.shape, precision(self.h, self.W_a, "none")
+    def launch(self, kernel: str, full: bool = False) -> dict[str, Any]:
+        """What all kernels are called with, launch parameters included; `full` where a product with W_dec is FULL.
+
+        The parameters are those for the product that takes most of a tile, so that there is room for it.
+        """
+        (n_rows, d_in), adapter = self.h.shape, precision(self.h, self.W_a, "none")
+        encoder = precision(self.x, self.W_enc, "none")
+        multiply = FULL if full else max(adapter, encoder)
         launch = launch_parameters(kernel, n_rows, d_in, self.d_sae, multiply, self.h.device)
         return {
             "p_h": self.h,
@@ -103,8 +108,8 @@ class Operands(NamedTuple):
             "n_rows": n_rows,
             "n_programs": n_programs(self.h.device, launch.programs),
             "ACTIVATION": self.activation,
-            "ADAPTER": multiply,
-            "ENCODER": precision(self.x, self.W_enc, "none"),
+            "ADAPTER": adapter,
+            "ENCODER": encoder,
             **launch.kernel_options(),
         }
 
@@ -194,18 +199,21 @@ def fsrl_residual(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h' (with x, the change of h alone), l1, l0."""
     del bandwidth
+    # Only a soft threshold pushes down, where it matters which latents are active.
+    k = k if activation == "soft_threshold" else 0
     operands = _operands(h, x, W_enc, b_enc, threshold, k, W_dec, W_a, b_a, theta, activation, mask, fraction)
     if len(h) <= MAX_STEP:
         return _step(operands, barrier_of(barriers), add=x is None)
     delta = h.new_zeros(h.shape, dtype=torch.float32)
     l1, l0 = h.new_zeros(len(h), dtype=torch.float32), h.new_zeros(len(h), dtype=torch.int32)
-    dtype = torch.promote_types(operands.x.dtype, W_dec.dtype)
+    dtype = torch.promote_types(h.dtype, W_dec.dtype)
     for _, block in operands.blocks():
         c, sizes, counts = _changes(block, dtype)
         delta += _product(c, block.W_dec.to(dtype))
         l1 += sizes
         l0 += counts
-    return delta if x is not None else (h + delta).to(h.dtype), l1, l0
+    # A row of which nothing is moved stays as it came, a -0.0 as well.
+    return delta if x is not None else (h + delta).to(h.dtype).where(l0[:, None] > 0, h), l1, l0
 
 
 def _changes(operands: Operands, dtype: torch.dtype, size: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,11 +234,12 @@ def _step(operands: Operands, barrier: Tensor, add: bool) -> tuple[Tensor, Tenso
     l1, l0 = h.new_empty(n_rows, dtype=torch.float32), h.new_empty(n_rows, dtype=torch.int32)
     if not n_rows:
         return out, l1, l0
-    arguments = operands.launch("fsrl_step")
-    programs, block = arguments["n_programs"], arguments["BLOCK_N"]
-    part = h.new_empty(programs, h.shape[1], block, dtype=torch.float32)
-    part_l1 = h.new_empty(programs, block, dtype=torch.float32)
-    part_l0 = h.new_empty(programs, block, dtype=torch.int32)
+    decoder = SPLIT if operands.W_dec.dtype == torch.bfloat16 else FULL
+    arguments = operands.launch("fsrl_step", full=decoder == FULL)
+    programs = arguments["n_programs"]
+    part = h.new_empty(programs, *h.shape, dtype=torch.float32)
+    part_l1 = h.new_empty(programs, n_rows, dtype=torch.float32)
+    part_l0 = h.new_empty(programs, n_rows, dtype=torch.int32)
     for phase in (MOVE, SUM) if INTERPRETED else (ALL,):
         step_kernel[(programs,)](
             **arguments,
@@ -244,7 +253,7 @@ def _step(operands: Operands, barrier: Tensor, add: bool) -> tuple[Tensor, Tenso
             p_barrier=barrier,
             PHASE=phase,
             ADD=add,
-            DECODER=SPLIT if operands.W_dec.dtype == torch.bfloat16 else FULL,
+            DECODER=decoder,
             BLOCK_D=BLOCK_D,
             BLOCK_P=BLOCK_P,
             launch_cooperative_grid=True,
@@ -303,7 +312,7 @@ def _gradients(
     arguments, n_rows, d_sae = operands.launch("fsrl_backward"), len(grad), operands.d_sae
     width, n_tiles = triton.cdiv(d_sae, ALIGN) * ALIGN, triton.cdiv(n_rows, arguments["BLOCK_N"])
     d_u = grad.new_empty(n_rows, width, dtype=dtype)
-    latent_dtype = torch.promote_types(operands.x.dtype, operands.W_enc.dtype)
+    latent_dtype = torch.promote_types(operands.h.dtype, operands.W_enc.dtype)
     d_f = grad.new_empty(n_rows, width, dtype=latent_dtype) if pushes else None
     sums = [grad.new_empty(n_tiles, d_sae, dtype=torch.float32) for _ in range(1 if operands.theta is None else 2)]
     gradient_kernel[(arguments["n_programs"],)](

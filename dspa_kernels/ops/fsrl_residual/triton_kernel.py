@@ -18,11 +18,15 @@ SIZES = ("d_sae", "n_rows", "n_programs")
 
 @triton.jit
 def within_cut(b_value, p_cut, o_row, m_row, o_latent, n_rows):
-    """Where a value >= 0 [L, N] is above the level of its row, or at it and no later than the last latent that is."""
+    """Where a value >= 0 [L, N] is above the level of its row, or at it and no later than the last latent that is.
+
+    That last one is inside whatever its bits are: a launch of other blocks, which found it, may round it differently.
+    """
     b_level = tl.load(p_cut + o_row, mask=m_row, other=0)[None, :]
     b_last = tl.load(p_cut + n_rows + o_row, mask=m_row, other=-1)[None, :]
     b_key = b_value.to(tl.int32, bitcast=True)
-    return (b_key > b_level) | ((b_key == b_level) & (o_latent[:, None] <= b_last))
+    b_latent = o_latent[:, None]
+    return (b_key > b_level) | ((b_key == b_level) & (b_latent < b_last)) | (b_latent == b_last)
 
 
 @triton.jit
@@ -54,28 +58,30 @@ def moved_tile(
 ):
     """v = act(h W_a^T + b_a) of a tile [L, N], 0 where it is not kept; f where it matters; where u is near a jump.
 
+    Comparisons are such that a NaN of u is one of v.
+
     LATENTS says where f is needed: where v < 0, or also where |u - theta| <= bandwidth / 2. Only those rows of the
     encoder are read for which that is so on some row of the tile.
     """
     o_latent, o_row = i_latent + tl.arange(0, BLOCK_L), i_row + tl.arange(0, BLOCK_N)
     m_row, m_latent = o_row < n_rows, o_latent < d_sae
     if p_mask is not None:
-        m_latent = m_latent & (tl.load(p_mask + o_latent, mask=m_latent, other=0) != 0)
+        m_latent = tl.load(p_mask + o_latent, mask=m_latent, other=0) != 0
     b_u = product_tile(p_W_a, p_h, i_latent, m_latent, i_row, m_row, d_in, BLOCK_L, BLOCK_N, BLOCK_K, ADAPTER)
     b_u += tl.load(p_b_a + o_latent, mask=m_latent, other=0.0)[:, None]
     m_tile = m_latent[:, None] & m_row[None, :]
     b_u = tl.where(m_tile, b_u, 0.0)
     m_near = m_tile & False
     if ACTIVATION == "relu":
-        b_v = tl.maximum(b_u, 0.0)
+        b_v = tl.where(b_u <= 0, 0.0, b_u)
     else:
         b_theta = tl.load(p_theta + o_latent, mask=m_latent, other=0.0)[:, None]
         if ACTIVATION == "jumprelu":
-            b_v = tl.where(b_u > b_theta, b_u, 0.0)
+            b_v = tl.where(b_u <= b_theta, 0.0, b_u)
             if LATENTS == _NEAR:
                 m_near = m_tile & (tl.abs(b_u - b_theta) <= bandwidth / 2)
         else:
-            b_v = tl.where(b_u > b_theta, b_u - b_theta, tl.where(b_u < -b_theta, b_u + b_theta, 0.0))
+            b_v = tl.where(tl.abs(b_u) <= b_theta, 0.0, b_u - tl.where(b_u > 0, b_theta, -b_theta))
     if p_top is not None:
         m_top = within_cut(tl.abs(b_v), p_top, o_row, m_row, o_latent, n_rows)
         b_v = tl.where(m_top, b_v, 0.0)
@@ -99,7 +105,7 @@ def moved_tile(
 @triton.jit
 def changed(b_v, b_f):
     """c = ReLU(f + v) - f, which is v wherever v >= 0."""
-    return tl.where(b_v >= 0, b_v, tl.maximum(b_v, -b_f))
+    return tl.where(b_v < 0, tl.maximum(b_v, -b_f), b_v)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -338,17 +344,19 @@ def step_kernel(
 ):
     """out = h + sum_j (ReLU(f_j + v_j) - f_j) W_dec[j] for at most BLOCK_N rows, without h where ADD is false.
 
-    *move*: each program sums over the tiles of latents that are its own, in scratch of its own [d_in, BLOCK_N], and
-    tells by its L0 whether it moved anything. *sum*: these are added up, in the order of the programs.
+    *move*: each program sums over the tiles of latents that are its own, in scratch of its own [n_rows, d_in], and
+    tells by its L0 of a row whether it moved anything of that. *sum*: these are added up, in the order of the programs.
     """
     i_program = tl.program_id(0)
     o_row = tl.arange(0, BLOCK_N)
+    m_row = o_row < n_rows
     if PHASE == _ALL or PHASE == _MOVE:
         b_l1 = tl.zeros([BLOCK_N], dtype=tl.float32)
         b_l0 = tl.zeros([BLOCK_N], dtype=tl.int32)
         b_begun = tl.zeros([], dtype=tl.int32)
         o_d = tl.arange(0, BLOCK_D)
-        p_mine = p_part + i_program.to(tl.int64) * d_in * BLOCK_N + o_row[None, :]
+        o_mine = i_program * n_rows + o_row
+        p_mine = p_part + o_mine.to(tl.int64)[None, :] * d_in
         for i_latent in range(i_program * BLOCK_L, d_sae, n_programs * BLOCK_L):
             b_v, b_f, _ = moved_tile(
                 p_h,
@@ -387,14 +395,14 @@ def step_kernel(
                 for i_d in range(0, d_in, BLOCK_D):
                     m_d = (i_d + o_d < d_in)[:, None]
                     b_w = tl.load(p_w + i_d + o_d[:, None], mask=m_read[None, :] & m_d, other=0.0)
-                    p_sum = p_mine + (i_d + o_d)[:, None] * BLOCK_N
-                    b_sum = tl.load(p_sum, mask=(i_d + o_d < d_in * b_begun)[:, None], other=0.0)
-                    tl.store(p_sum, dot_tile(b_w, b_c, b_sum, DECODER), mask=m_d)
+                    p_sum, m_sum = p_mine + i_d + o_d[:, None], m_row[None, :] & m_d
+                    b_sum = tl.load(p_sum, mask=m_row[None, :] & (i_d + o_d < d_in * b_begun)[:, None], other=0.0)
+                    tl.store(p_sum, dot_tile(b_w, b_c, b_sum, DECODER), mask=m_sum)
                 b_begun = tl.full([], 1, dtype=tl.int32)
                 # What one thread stored of the sums, another may read for the next tile.
                 tl.debug_barrier()
-        tl.store(p_part_l1 + i_program * BLOCK_N + o_row, b_l1)
-        tl.store(p_part_l0 + i_program * BLOCK_N + o_row, b_l0)
+        tl.store(p_part_l1 + o_mine, b_l1, mask=m_row)
+        tl.store(p_part_l0 + o_mine, b_l0, mask=m_row)
     if PHASE == _ALL:
         grid_wait(p_barrier, grid_arrive(p_barrier, n_programs))
     if PHASE == _ALL or PHASE == _SUM:
@@ -410,11 +418,11 @@ def step_kernel(
                 o_other = i_first + o_program
                 m_other = o_other < n_programs
                 # What other programs wrote is looked for past the first-level cache.
-                p_other = o_other * BLOCK_N
-                b_sum += tl.load(p_part_l1 + p_other + i_row, mask=m_other, other=0.0, cache_modifier=".cg")
-                b_theirs = tl.load(p_part_l0 + p_other + i_row, mask=m_other, other=0, cache_modifier=".cg")
+                o_theirs = o_other * n_rows + i_row
+                b_sum += tl.load(p_part_l1 + o_theirs, mask=m_other, other=0.0, cache_modifier=".cg")
+                b_theirs = tl.load(p_part_l0 + o_theirs, mask=m_other, other=0, cache_modifier=".cg")
                 b_count += b_theirs
-                p_theirs = p_part + (o_other.to(tl.int64)[:, None] * d_in + o_d[None, :]) * BLOCK_N + i_row
+                p_theirs = p_part + o_theirs.to(tl.int64)[:, None] * d_in + o_d[None, :]
                 m_theirs = (b_theirs > 0)[:, None] & m_d[None, :]
                 b_delta += tl.sum(tl.load(p_theirs, mask=m_theirs, other=0.0, cache_modifier=".cg"), axis=0)
             if ADD:
