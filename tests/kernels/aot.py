@@ -230,9 +230,13 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
         # fp32 rows with bf16 weights is the second way to multiply, and normalised rows need it.
         dtypes = (torch.float32, torch.bfloat16) if i == 1 else DTYPES[i][0]
         arguments = adapting(activation, kind, dtypes, n, x=i == 1)
-        yield "fsrl_residual", {**arguments, "barriers": barriers}
-        gradients = {"grad": torch.zeros(n, 256, dtype=dtypes[0]), "grad_l1": torch.zeros(n)}
-        yield "fsrl_residual_backward", {**gradients, **arguments, "needs_h": True, "needs_x": i == 1}
+        yield "fsrl_residual", {**arguments, "barriers": barriers, "keep": n % 2 == 0}
+        if n > 1:
+            gradients = {"grad": torch.zeros(n, 256, dtype=dtypes[0]), "grad_l1": torch.zeros(n)}
+            gradients["codes"] = torch.zeros(n, 512, dtype=torch.uint8)
+            names = ("h", "W_enc", "W_dec", "W_a", "b_a", "theta", "activation", "bandwidth")
+            needs = {"adds": i != 1, "needs_h": True, "needs_x": i == 1}
+            yield "fsrl_residual_backward", gradients | needs | {name: arguments[name] for name in names}
 
 
 def main(capability: int, output: str) -> None:

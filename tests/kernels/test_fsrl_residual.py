@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspa_kernels import InputError, SAEWeights, fsrl_residual
 from dspa_kernels.ops import common
@@ -416,14 +417,34 @@ def test_what_needs_no_gradient_gets_none() -> None:
     assert case.W_a.grad is not None and case.h.grad is None and case.b_a.grad is None
 
 
-def test_nothing_dense_is_kept_for_the_backward() -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_byte_a_latent_is_kept_for_the_backward_and_nothing_else(activation: str) -> None:
     kept: list[Tensor] = []
-    case = make_case("soft_threshold", n=200)
+    case = make_case(activation, n=200)
     case.W_a.requires_grad_()
     inputs = {each.data_ptr() for each in (*vars(case).values(), *vars(case.sae).values()) if isinstance(each, Tensor)}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         fsrl_residual(**case.arguments())
-    assert kept and {each.data_ptr() for each in kept} <= inputs
+    added = [each for each in kept if each.data_ptr() not in inputs]
+    assert [(each.shape, each.dtype) for each in added] == [((200, D_SAE), torch.uint8)]
+
+
+def test_nothing_is_kept_without_gradients() -> None:
+    class Outputs(TorchDispatchMode):
+        found: tuple[Tensor, ...] = ()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            results = func(*args, **(kwargs or {}))
+            if func is torch.ops.dspa.fsrl_residual.default:
+                Outputs.found = results
+            return results
+
+    case = make_case("jumprelu")
+    for requires_grad, grad, n_kept in ((False, True, 0), (True, False, 0), (True, True, case.h.shape[0] * D_SAE)):
+        case.W_a.requires_grad_(requires_grad)
+        with Outputs(), torch.set_grad_enabled(grad):
+            fsrl_residual(**case.arguments())
+        assert Outputs.found[3].numel() == n_kept
 
 
 @pytest.mark.parametrize(("activation", "normalised"), [*((a, False) for a in ACTIVATIONS), ("soft_threshold", True)])
@@ -435,7 +456,7 @@ def test_opcheck_with_gradients(activation: str, normalised: bool) -> None:
     for name in ("h", "W_a", "b_a"):
         adapter[name] = getattr(case, name).requires_grad_()
     x = case.h.detach().float().requires_grad_() if normalised else None
-    others = {"x": x, "barriers": case.sae.stream.barriers, "backend": "reference"}
+    others = {"x": x, "barriers": case.sae.stream.barriers, "keep": True, "backend": "reference"}
     torch.library.opcheck(torch.ops.dspa.fsrl_residual.default, (), given | adapter | others)
 
 
@@ -535,6 +556,6 @@ def test_an_unused_mock_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
     from dspa_kernels.ops.fsrl_residual import reference
 
     case = make_case("soft_threshold", integers=True)
-    with mock.patch.object(reference.Latents, "change", lambda self: self.v):
+    with mock.patch.object(reference, "activate", lambda u, theta, _: (u - theta).clamp(min=0)):
         found = ours(case, "reference")
     assert not torch.equal(found["out"].double(), dense(case.in_dtype(FP64))[0])

@@ -13,8 +13,8 @@ from dspa_kernels.ops.common import compute_dtype, normalise
 from dspa_kernels.weights import FLOATS, FULL, SAEWeights
 
 ACTIVATIONS = ("soft_threshold", "relu", "jumprelu")
-ADAPTER = "Tensor W_a, Tensor b_a, Tensor? theta, str activation, float bandwidth, Tensor? mask, float fraction"
-OPERANDS = f"Tensor h, Tensor? x, Tensor W_enc, Tensor b_enc, Tensor threshold, int k, Tensor W_dec, {ADAPTER}"
+# How the schemas of forward and backward spell an adapter.
+ADAPTER = "Tensor W_a, Tensor b_a, Tensor? theta, str activation, float bandwidth"
 
 
 class FSRLOutput(NamedTuple):
@@ -51,7 +51,7 @@ def fsrl_residual(
 
     Differentiable in h, W_a, b_a and threshold; the SAE has no gradient. A JumpReLU's threshold gets the
     straight-through estimate with a rectangle of width `bandwidth`. Which v a fraction keeps is taken as given.
-    The backward keeps its inputs alone and computes latents again, in blocks.
+    For the backward a byte a latent is kept beside the inputs, and nothing where no gradient is asked for.
 
     Args:
         h: residual rows [N, d_in], any floating dtype; N may be 0.
@@ -74,11 +74,12 @@ def fsrl_residual(
     """
     _check(h, sae, W_a, b_a, threshold, activation, bandwidth, mask, fraction)
     chosen = choose("fsrl_residual", h.device, backend, compute_dtype(h, sae.W_enc, W_a))
+    differentiable = (h, W_a, b_a, *(() if threshold is None else (threshold,)))
     # Autocast would reach the products inside of an op, and compute them in less than they are specified in.
     with torch.autocast(h.device.type, enabled=False):
         plain = sae.normalize == "none"
         x, scale = (None, None) if plain else normalise(h, sae.normalize, compute_dtype(h, sae.W_enc, W_a))
-        out, l1, l0 = _fsrl_residual(
+        out, l1, l0, _ = _fsrl_residual(
             h=h,
             x=x,
             W_enc=sae.W_enc,
@@ -94,6 +95,7 @@ def fsrl_residual(
             mask=mask,
             fraction=fraction,
             barriers=sae.stream.barriers,
+            keep=torch.is_grad_enabled() and any(each.requires_grad for each in differentiable),
             backend=chosen,
         )
         return FSRLOutput(out if scale is None else (h + scale * out).to(h.dtype), l1, l0)
@@ -131,15 +133,18 @@ def _check(
         raise refuse("fraction", fraction, "0 (keep none) to 1 (keep all)")
 
 
-def _fake(h: Tensor, x: Tensor | None, W_enc: Tensor, W_a: Tensor, **_: object) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(
+    h: Tensor, x: Tensor | None, W_enc: Tensor, W_a: Tensor, keep: bool, **_: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(h, W_enc, W_a)
     out = h.new_empty(h.shape, dtype=h.dtype if x is None else dtype)
-    return out, h.new_empty(len(h), dtype=dtype), h.new_empty(len(h), dtype=torch.int32)
+    codes = h.new_empty((len(h), len(W_a)) if keep else 0, dtype=torch.uint8)
+    return out, h.new_empty(len(h), dtype=dtype), h.new_empty(len(h), dtype=torch.int32), codes
 
 
 def _fake_backward(
     h: Tensor,
-    x: Tensor | None,
+    W_enc: Tensor,
     W_a: Tensor,
     b_a: Tensor,
     theta: Tensor | None,
@@ -147,39 +152,43 @@ def _fake_backward(
     needs_x: bool,
     **_: object,
 ) -> tuple[Tensor, ...]:
-    d_x = h.new_empty(0) if x is None or not needs_x else x.new_empty(x.shape)
+    d_x = h.new_empty(h.shape if needs_x else 0, dtype=compute_dtype(h, W_enc, W_a))
     d_theta = b_a.new_empty(0 if theta is None else theta.shape)
     return h.new_empty(h.shape if needs_h else 0), d_x, W_a.new_empty(W_a.shape), b_a.new_empty(b_a.shape), d_theta
 
 
-_fsrl_residual = define_op("fsrl_residual", f"({OPERANDS}, Tensor barriers) -> (Tensor, Tensor, Tensor)", _fake)
+_fsrl_residual = define_op(
+    "fsrl_residual",
+    "(Tensor h, Tensor? x, Tensor W_enc, Tensor b_enc, Tensor threshold, int k, Tensor W_dec, "
+    f"{ADAPTER}, Tensor? mask, float fraction, Tensor barriers, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+)
 _fsrl_residual_backward = define_op(
     "fsrl_residual_backward",
-    f"(Tensor grad, Tensor grad_l1, {OPERANDS}, bool needs_h, bool needs_x)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor grad_l1, Tensor codes, Tensor h, Tensor W_enc, Tensor W_dec, "
+    f"{ADAPTER}, bool adds, bool needs_h, bool needs_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
 )
-NAMES = [each.split()[-1] for each in OPERANDS.split(", ")]
 
 
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *operands, _, ctx.backend = inputs
-    ctx.tensors = [i for i, value in enumerate(operands) if isinstance(value, Tensor)]
-    ctx.save_for_backward(*(operands[i] for i in ctx.tensors))
-    ctx.others = {name: value for name, value in zip(NAMES, operands, strict=True) if not isinstance(value, Tensor)}
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    h, x, W_enc, _, _, _, W_dec, W_a, b_a, theta, activation, bandwidth, *_others, backend = inputs
+    ctx.save_for_backward(output[3], h, W_enc, W_dec, W_a, b_a, theta)
+    ctx.settings = {"activation": activation, "bandwidth": bandwidth, "adds": x is None, "backend": backend}
 
 
-def _backward(ctx: Any, grad: Tensor, grad_l1: Tensor, _grad_l0: Tensor | None) -> tuple[Tensor | None, ...]:
-    needs = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
-    operands = ctx.others | {NAMES[i]: tensor for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True)}
-    names = ("h", "x", "W_a", "b_a", "theta")
+def _backward(ctx: Any, grad: Tensor, grad_l1: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    names = ("codes", "h", "W_enc", "W_dec", "W_a", "b_a", "theta")
+    saved = dict(zip(names, ctx.saved_tensors, strict=True))
+    needs_h, needs_x, *_others = needs = ctx.needs_input_grad
+    # The backward is run outside of the autocast of its forward, but may be in another.
     with torch.autocast(grad.device.type, enabled=False):
-        found = _fsrl_residual_backward(
-            grad=grad, grad_l1=grad_l1, **operands, needs_h=needs["h"], needs_x=needs["x"], backend=ctx.backend
+        d_h, d_x, *adapter = _fsrl_residual_backward(
+            grad=grad, grad_l1=grad_l1, **saved, **ctx.settings, needs_h=needs_h, needs_x=needs_x
         )
-    wanted = {name: d for name, d in zip(names, found, strict=True) if needs[name]}
-    # After the operands come barriers and backend.
-    return *(wanted.get(name) for name in NAMES), None, None
+    # Between stand the five arguments that are frozen, and behind the seven that are no tensors or have no gradient.
+    found = (d_h, d_x, *[None] * 5, *adapter, *[None] * 7)
+    return tuple(each if needed else None for each, needed in zip(found, needs, strict=True))
 
 
-_fsrl_residual.register_autograd(_backward, setup_context=_keep_inputs)
+_fsrl_residual.register_autograd(_backward, setup_context=_keep)

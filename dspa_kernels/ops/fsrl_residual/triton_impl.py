@@ -2,7 +2,8 @@
 
 Of many rows, a kernel makes of two or three products what is left of them, for a block of latents at a time, and
 stores that in the dtype of the residual; the plain products with it are the library's. So the weights are read once,
-and the gradient of W_a is whole, block by block. Nothing is kept for the backward but the inputs.
+and the gradient of W_a is whole, block by block. For the backward a byte a latent is kept, so that it need not make
+the products of the forward again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from dspa_kernels.launch import FULL, SPLIT, launch_parameters, precision
 from dspa_kernels.ops.common import n_kept, row_blocks
 from dspa_kernels.ops.fsrl_residual.triton_kernel import (
     ALL,
+    BELOW,
     MOVE,
+    NEARBY,
+    NOWHERE,
     SUM,
     change_kernel,
     cut_kernel,
@@ -38,7 +42,7 @@ MAX_ELEMENTS = 1 << 26
 
 
 class Operands(NamedTuple):
-    """What forward and backward share. cuts: `p_rank` and `p_top` of the kernels, [2, N] int32 or None."""
+    """What the forward kernels read; keep: whether codes are made. rank, top: `cut_kernel`'s, [2, N] int32 or None."""
 
     h: Tensor
     x: Tensor
@@ -51,6 +55,8 @@ class Operands(NamedTuple):
     theta: Tensor | None
     mask: Tensor | None
     activation: str
+    bandwidth: float
+    keep: bool
     rank: Tensor | None = None
     top: Tensor | None = None
 
@@ -61,17 +67,22 @@ class Operands(NamedTuple):
 
     def blocks(self) -> Iterator[tuple[slice, Operands]]:
         """Blocks of latents, so narrow that all rows of them stay small."""
-        width = max(1, MAX_ELEMENTS // len(self.h) // ALIGN) * ALIGN
-        for first in range(0, self.d_sae, width):
-            latents = slice(first, min(first + width, self.d_sae))
+        for latents in _slices(len(self.h), self.d_sae):
             names = ("W_enc", "b_enc", "threshold", "W_dec", "W_a", "b_a", "theta", "mask")
             parts = {name: getattr(self, name)[latents] for name in names if getattr(self, name) is not None}
             for name in ("rank", "top"):
                 if getattr(self, name) is not None:
                     level, last = getattr(self, name)
                     # The last latent at a level, counted from the first of the block.
-                    parts[name] = torch.stack([level, last - first])
+                    parts[name] = torch.stack([level, last - latents.start])
             yield latents, self._replace(**parts)
+
+    @property
+    def latents(self) -> int:
+        """Where the encoder's latents are needed, a value for `LATENTS`."""
+        if self.activation == "soft_threshold":
+            return BELOW
+        return NEARBY if self.activation == "jumprelu" and self.keep else NOWHERE
 
     def rows(self, rows: slice) -> Operands:
         """Some of the rows."""
@@ -108,6 +119,7 @@ class Operands(NamedTuple):
             "n_rows": n_rows,
             "n_programs": n_programs(self.h.device, launch.programs),
             "ACTIVATION": self.activation,
+            "bandwidth": self.bandwidth,
             "ADAPTER": adapter,
             "ENCODER": encoder,
             **launch.kernel_options(),
@@ -126,8 +138,10 @@ def _operands(
     b_a: Tensor,
     theta: Tensor | None,
     activation: str,
+    bandwidth: float,
     mask: Tensor | None,
     fraction: float,
+    keep: bool,
 ) -> Operands:
     h = h.contiguous()
     operands = Operands(
@@ -142,9 +156,11 @@ def _operands(
         theta=None if theta is None else theta.contiguous(),
         mask=None if mask is None else mask.contiguous().view(torch.uint8),
         activation=activation,
+        bandwidth=bandwidth,
+        keep=keep,
     )
     # Ranks need whole rows of latents, and come before what depends on them.
-    if k and activation != "relu" and len(h):
+    if k and operands.latents != NOWHERE and len(h):
         operands = operands._replace(rank=_ranks(operands, k))
     if fraction < 1 and len(h):
         operands = operands._replace(top=_top(operands, fraction))
@@ -161,7 +177,7 @@ def _top(operands: Operands, fraction: float) -> Tensor:
     """[2, N] int32: what the largest v of a row reach in size, as bits, and the last latent there."""
     cuts = []
     for rows in row_blocks(len(operands.h), operands.d_sae):
-        sizes, _, l0 = _changes(operands.rows(rows), torch.float32, size=True)
+        sizes, _, l0 = _changes(operands.rows(rows), torch.float32, None, size=True)
         cuts.append(_cut(sizes.view(torch.int32), n_kept(l0, fraction)))
     return torch.cat(cuts, dim=1)
 
@@ -180,6 +196,12 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
+def _slices(n_rows: int, d_sae: int) -> Iterator[slice]:
+    """Slices of the latents, so narrow that all rows of them stay small; they begin on 16 bytes of a row of codes."""
+    width = max(1, MAX_ELEMENTS // n_rows // ALIGN) * ALIGN
+    return (slice(first, min(first + width, d_sae)) for first in range(0, d_sae, width))
+
+
 def fsrl_residual(
     h: Tensor,
     x: Tensor | None,
@@ -196,39 +218,55 @@ def fsrl_residual(
     mask: Tensor | None,
     fraction: float,
     barriers: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """h' (with x, the change of h alone), l1, l0."""
-    del bandwidth
-    # Only a soft threshold pushes down, where it matters which latents are active.
-    k = k if activation == "soft_threshold" else 0
-    operands = _operands(h, x, W_enc, b_enc, threshold, k, W_dec, W_a, b_a, theta, activation, mask, fraction)
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h' (with x, the change of h alone), l1, l0, and codes where they are kept."""
+    operands = _operands(
+        h, x, W_enc, b_enc, threshold, k, W_dec, W_a, b_a, theta, activation, bandwidth, mask, fraction, keep
+    )
+    codes = h.new_empty((len(h), len(W_a)) if keep else 0, dtype=torch.uint8)
     if len(h) <= MAX_STEP:
-        return _step(operands, barrier_of(barriers), add=x is None)
+        return *_step(operands, barrier_of(barriers), codes, add=x is None), codes
     delta = h.new_zeros(h.shape, dtype=torch.float32)
     l1, l0 = h.new_zeros(len(h), dtype=torch.float32), h.new_zeros(len(h), dtype=torch.int32)
     dtype = torch.promote_types(h.dtype, W_dec.dtype)
-    for _, block in operands.blocks():
-        c, sizes, counts = _changes(block, dtype)
+    for latents, block in operands.blocks():
+        c, sizes, counts = _changes(block, dtype, codes[:, latents] if keep else None)
         delta += _product(c, block.W_dec.to(dtype))
         l1 += sizes
         l0 += counts
     # A row of which nothing is moved stays as it came, a -0.0 as well.
-    return delta if x is not None else (h + delta).to(h.dtype).where(l0[:, None] > 0, h), l1, l0
+    out = delta if x is not None else (h + delta).to(h.dtype).where(l0[:, None] > 0, h)
+    return out, l1, l0, codes
 
 
-def _changes(operands: Operands, dtype: torch.dtype, size: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """c [N, d_sae] in `dtype`, or with `size` |v| [N, width] with columns of 0 at its end; l1 and l0 [N]."""
+def _changes(
+    operands: Operands, dtype: torch.dtype, codes: Tensor | None, size: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """c [N, d_sae] in `dtype`, or with `size` |v| [N, width] with columns of 0 at its end; l1 and l0 [N]. Fills codes
+    [N, d_sae]."""
     arguments, n_rows, d_sae = operands.launch("fsrl"), len(operands.h), operands.d_sae
     width, n_tiles = triton.cdiv(d_sae, ALIGN) * ALIGN, triton.cdiv(d_sae, arguments["BLOCK_L"])
     c = operands.h.new_empty(n_rows, width, dtype=dtype)
     l1 = operands.h.new_empty(n_tiles, n_rows, dtype=torch.float32)
     l0 = operands.h.new_empty(n_tiles, n_rows, dtype=torch.int32)
-    change_kernel[(arguments["n_programs"],)](**arguments, p_c=c, p_l1=l1, p_l0=l0, width=width, SIZE=size, GROUP=GROUP)
+    change_kernel[(arguments["n_programs"],)](
+        **arguments,
+        p_c=c,
+        p_l1=l1,
+        p_l0=l0,
+        p_codes=codes,
+        d_codes=0 if codes is None else codes.stride(0),
+        width=width,
+        SIZE=size,
+        LATENTS=NOWHERE if size else operands.latents,
+        GROUP=GROUP,
+    )
     return c if size else c[:, :d_sae], l1.sum(dim=0), l0.sum(dim=0, dtype=torch.int32)
 
 
-def _step(operands: Operands, barrier: Tensor, add: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """h', or the change of h alone, of a few rows in one launch; l1, l0."""
+def _step(operands: Operands, barrier: Tensor, codes: Tensor, add: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """h', or the change of h alone, of a few rows in one launch; l1, l0. Fills codes where they are kept."""
     h, n_rows = operands.h, len(operands.h)
     out = h.new_empty(h.shape, dtype=h.dtype if add else torch.float32)
     l1, l0 = h.new_empty(n_rows, dtype=torch.float32), h.new_empty(n_rows, dtype=torch.int32)
@@ -250,9 +288,12 @@ def _step(operands: Operands, barrier: Tensor, add: bool) -> tuple[Tensor, Tenso
             p_out=out,
             p_l1=l1,
             p_l0=l0,
+            p_codes=codes if operands.keep else None,
             p_barrier=barrier,
+            d_codes=operands.d_sae,
             PHASE=phase,
             ADD=add,
+            LATENTS=operands.latents,
             DECODER=decoder,
             BLOCK_D=BLOCK_D,
             BLOCK_P=BLOCK_P,
@@ -264,69 +305,95 @@ def _step(operands: Operands, barrier: Tensor, add: bool) -> tuple[Tensor, Tenso
 def fsrl_residual_backward(
     grad: Tensor,
     grad_l1: Tensor,
+    codes: Tensor,
     h: Tensor,
-    x: Tensor | None,
     W_enc: Tensor,
-    b_enc: Tensor,
-    threshold: Tensor,
-    k: int,
     W_dec: Tensor,
     W_a: Tensor,
     b_a: Tensor,
     theta: Tensor | None,
     activation: str,
     bandwidth: float,
-    mask: Tensor | None,
-    fraction: float,
+    adds: bool,
     needs_h: bool,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of h, x, W_a, b_a, theta; empty where not needed."""
-    operands = _operands(h, x, W_enc, b_enc, threshold, k, W_dec, W_a, b_a, theta, activation, mask, fraction)
     grad, grad_l1 = grad.contiguous(), grad_l1.contiguous()
+    dtype = torch.promote_types(h.dtype, W_a.dtype)
     d_W_a, d_b_a = W_a.new_zeros(W_a.shape), torch.zeros_like(b_a)
     d_theta = b_a.new_zeros(0 if theta is None else theta.shape)
-    d_h = grad.float().clone() if x is None else h.new_zeros(h.shape, dtype=torch.float32)
-    d_x = d_h if x is None else torch.zeros_like(d_h)
+    d_h = torch.zeros_like(grad, dtype=torch.float32)
+    # Without x, a latent of the encoder is one of h.
+    d_x = d_h if adds else torch.zeros_like(d_h)
     # Only a soft threshold pushes down, and only then a latent's own gradient is left.
-    pushes = activation == "soft_threshold" and (needs_h if x is None else needs_x)
-    dtype = torch.promote_types(h.dtype, W_a.dtype)
-    for latents, block in operands.blocks() if len(h) else ():
-        d_u, d_f, d_b_a[latents], thresholds = _gradients(block, grad, grad_l1, bandwidth, dtype, pushes)
-        d_W_a[latents] = d_u.T @ operands.h.to(dtype)
+    pushes = activation == "soft_threshold" and (needs_h if adds else needs_x)
+    latent_dtype = torch.promote_types(h.dtype, W_enc.dtype) if pushes else None
+    for latents in _slices(len(h), len(W_a)) if len(h) else ():
+        d_u, d_f, d_b_a[latents], thresholds = _gradients(
+            grad,
+            grad_l1,
+            codes[:, latents],
+            W_dec[latents],
+            None if theta is None else theta[latents],
+            jumps=activation == "jumprelu",
+            bandwidth=bandwidth,
+            dtype=dtype,
+            latent_dtype=latent_dtype,
+        )
+        d_W_a[latents] = d_u.T @ h.to(dtype)
         if theta is not None:
             d_theta[latents] = thresholds
         if needs_h:
-            d_h += _product(d_u, block.W_a.to(dtype))
+            d_h += _product(d_u, W_a[latents].to(dtype))
         if d_f is not None:
-            d_x += _product(d_f, block.W_enc.to(d_f.dtype))
-    given_h = d_h.to(h.dtype) if needs_h else h.new_empty(0)
-    given_x = d_x.to(x.dtype) if needs_x and x is not None else h.new_empty(0)
-    return given_h, given_x, d_W_a, d_b_a, d_theta
+            d_x += _product(d_f, W_enc[latents].to(d_f.dtype))
+    if adds:
+        d_h += grad
+    given_h = d_h.to(h.dtype, copy=True) if needs_h else h.new_empty(0)
+    return given_h, d_x if needs_x else d_x.new_empty(0), d_W_a, d_b_a, d_theta
 
 
 def _gradients(
-    operands: Operands, grad: Tensor, grad_l1: Tensor, bandwidth: float, dtype: torch.dtype, pushes: bool
+    grad: Tensor,
+    grad_l1: Tensor,
+    codes: Tensor,
+    W_dec: Tensor,
+    theta: Tensor | None,
+    *,
+    jumps: bool,
+    bandwidth: float,
+    dtype: torch.dtype,
+    latent_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """du and, if a latent pushes down, df [N, d_sae]; the gradients of b_a and theta, [d_sae] each."""
-    arguments, n_rows, d_sae = operands.launch("fsrl_backward"), len(grad), operands.d_sae
-    width, n_tiles = triton.cdiv(d_sae, ALIGN) * ALIGN, triton.cdiv(n_rows, arguments["BLOCK_N"])
+    """du in `dtype` and, in `latent_dtype` if there is one, df [N, d_sae]; the gradients of b_a and theta, [d_sae]."""
+    (n_rows, d_in), d_sae, multiply = grad.shape, len(W_dec), precision(grad, W_dec, "none")
+    launch = launch_parameters("fsrl_backward", n_rows, d_in, d_sae, multiply, grad.device)
+    width, n_tiles = triton.cdiv(d_sae, ALIGN) * ALIGN, triton.cdiv(n_rows, launch.BLOCK_N)
     d_u = grad.new_empty(n_rows, width, dtype=dtype)
-    latent_dtype = torch.promote_types(operands.h.dtype, operands.W_enc.dtype)
-    d_f = grad.new_empty(n_rows, width, dtype=latent_dtype) if pushes else None
-    sums = [grad.new_empty(n_tiles, d_sae, dtype=torch.float32) for _ in range(1 if operands.theta is None else 2)]
-    gradient_kernel[(arguments["n_programs"],)](
-        **arguments,
+    d_f = None if latent_dtype is None else grad.new_empty(n_rows, width, dtype=latent_dtype)
+    sums = [grad.new_empty(n_tiles, d_sae, dtype=torch.float32) for _ in range(1 if theta is None else 2)]
+    programs = n_programs(grad.device, launch.programs)
+    gradient_kernel[(programs,)](
         p_grad=grad,
         p_grad_l1=grad_l1,
-        p_W_dec=operands.W_dec,
+        p_codes=codes,
+        p_W_dec=W_dec,
+        p_theta=theta,
         p_du=d_u,
         p_df=d_f,
         p_db_a=sums[0],
-        p_dtheta=None if operands.theta is None else sums[1],
+        p_dtheta=None if theta is None else sums[1],
         bandwidth=bandwidth,
+        d_codes=codes.stride(0),
+        d_in=d_in,
+        d_sae=d_sae,
         width=width,
-        DECODER=precision(grad, operands.W_dec, "none"),
+        n_rows=n_rows,
+        n_programs=programs,
+        JUMPS=jumps,
+        DECODER=multiply,
         GROUP=GROUP,
+        **launch.kernel_options(),
     )
     return d_u[:, :d_sae], None if d_f is None else d_f[:, :d_sae], sums[0].sum(dim=0), sums[-1].sum(dim=0)

@@ -3,13 +3,15 @@
 import triton
 import triton.language as tl
 
+from dspa_kernels.ops.fsrl_residual.codes import DOWN, IDLE, NEAR, OFF, UP
 from dspa_kernels.ops.map_lookup.triton_impl import count_above, level_of
 from dspa_kernels.ops.sparse_encode.triton_impl import grouped_tile
 from dspa_kernels.ops.triton_common import dot_tile, grid_arrive, grid_wait, product_tile, rounded
 
 # Where the latents of the encoder are needed: nowhere, where v < 0, and where a threshold is near as well.
-NOWHERE, BELOW, NEAR = range(3)
-_NOWHERE, _BELOW, _NEAR = tl.constexpr(NOWHERE), tl.constexpr(BELOW), tl.constexpr(NEAR)
+NOWHERE, BELOW, NEARBY = range(3)
+_NOWHERE, _NEARBY = tl.constexpr(NOWHERE), tl.constexpr(NEARBY)
+_UP, _DOWN, _OFF, _IDLE, _NEAR = (tl.constexpr(code) for code in (UP, DOWN, OFF, IDLE, NEAR))
 # The interpreter runs programs one after the other, so that each phase is a launch of its own there.
 MOVE, SUM, ALL = range(3)
 _MOVE, _SUM, _ALL = tl.constexpr(MOVE), tl.constexpr(SUM), tl.constexpr(ALL)
@@ -78,7 +80,7 @@ def moved_tile(
         b_theta = tl.load(p_theta + o_latent, mask=m_latent, other=0.0)[:, None]
         if ACTIVATION == "jumprelu":
             b_v = tl.where(b_u <= b_theta, 0.0, b_u)
-            if LATENTS == _NEAR:
+            if LATENTS == _NEARBY:
                 m_near = m_tile & (tl.abs(b_u - b_theta) <= bandwidth / 2)
         else:
             b_v = tl.where(tl.abs(b_u) <= b_theta, 0.0, b_u - tl.where(b_u > 0, b_theta, -b_theta))
@@ -108,6 +110,16 @@ def changed(b_v, b_f):
     return tl.where(b_v < 0, tl.maximum(b_v, -b_f), b_v)
 
 
+@triton.jit
+def store_codes(p_codes, d_codes, o_row, m_row, o_latent, d_sae, b_v, b_f, m_near):
+    """What became of each latent of a tile [L, N], as `codes.py` has it."""
+    m_on = b_f + b_v > 0
+    b_code = tl.where(m_on, _DOWN, tl.where(b_f > 0, _OFF, _IDLE))
+    b_code = tl.where(b_v > 0, _UP, tl.where(b_v < 0, b_code, 0)) + tl.where(m_near & m_on, _NEAR, 0)
+    p_place = p_codes + o_row.to(tl.int64)[None, :] * d_codes + o_latent[:, None]
+    tl.store(p_place, b_code.to(tl.uint8), mask=m_row[None, :] & (o_latent < d_sae)[:, None])
+
+
 @triton.jit(do_not_specialize=SIZES)
 def change_kernel(
     p_h,
@@ -124,12 +136,16 @@ def change_kernel(
     p_c,
     p_l1,
     p_l0,
+    p_codes,
+    bandwidth,
+    d_codes,
     d_in,
     d_sae,
     width,
     n_rows,
     n_programs,
     SIZE: tl.constexpr,
+    LATENTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ADAPTER: tl.constexpr,
     ENCODER: tl.constexpr,
@@ -139,97 +155,13 @@ def change_kernel(
     GROUP: tl.constexpr,
 ):
     """c_nj = ReLU(f_nj + v_nj) - f_nj, or with SIZE |v_nj|, 0 in columns beyond d_sae; and for each tile of latents the
-    sums over it of |v_nj| and of v_nj != 0."""
+    sums over it of |v_nj| and of v_nj != 0. Codes for the backward where there is a place for them."""
     n_row_tiles, n_latent_tiles = tl.cdiv(n_rows, BLOCK_N), tl.cdiv(d_sae, BLOCK_L)
     for i in range(tl.program_id(0), n_row_tiles * n_latent_tiles, n_programs):
         i_row_tile, i_latent_tile = grouped_tile(i, n_row_tiles, n_latent_tiles, GROUP)
         i_row, i_latent = i_row_tile * BLOCK_N, i_latent_tile * BLOCK_L
         o_row, o_latent = i_row + tl.arange(0, BLOCK_N), i_latent + tl.arange(0, BLOCK_L)
         m_row = o_row < n_rows
-        b_v, b_f, _ = moved_tile(
-            p_h,
-            p_x,
-            p_W_enc,
-            p_b_enc,
-            p_threshold,
-            p_rank,
-            p_W_a,
-            p_b_a,
-            p_theta,
-            p_mask,
-            p_top,
-            i_latent,
-            i_row,
-            d_in,
-            d_sae,
-            n_rows,
-            0.0,
-            ACTIVATION,
-            _NOWHERE if SIZE or ACTIVATION != "soft_threshold" else _BELOW,
-            ADAPTER,
-            ENCODER,
-            BLOCK_N,
-            BLOCK_L,
-            BLOCK_K,
-        )
-        b_size = tl.abs(b_v)
-        b_c = b_size if SIZE else changed(b_v, b_f)
-        p_place = p_c + o_row.to(tl.int64)[None, :] * width + o_latent[:, None]
-        m_place = m_row[None, :] & (o_latent < width)[:, None]
-        tl.store(p_place, rounded(b_c, p_c.dtype.element_ty), mask=m_place)
-        p_sum = i_latent_tile.to(tl.int64) * n_rows + o_row
-        tl.store(p_l1 + p_sum, tl.sum(b_size, axis=0), mask=m_row)
-        tl.store(p_l0 + p_sum, tl.sum((b_v != 0).to(tl.int32), axis=0), mask=m_row)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def gradient_kernel(
-    p_grad,
-    p_grad_l1,
-    p_h,
-    p_x,
-    p_W_enc,
-    p_b_enc,
-    p_threshold,
-    p_rank,
-    p_W_dec,
-    p_W_a,
-    p_b_a,
-    p_theta,
-    p_mask,
-    p_top,
-    p_du,
-    p_df,
-    p_db_a,
-    p_dtheta,
-    bandwidth,
-    d_in,
-    d_sae,
-    width,
-    n_rows,
-    n_programs,
-    ACTIVATION: tl.constexpr,
-    ADAPTER: tl.constexpr,
-    ENCODER: tl.constexpr,
-    DECODER: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """With g the gradient of h': dc = g W_dec^T; dv = dc [f + v > 0] + dl1 sign(v); du = dv where v is not 0; df = -dc
-    where f > 0 and f + v <= 0.
-
-    For each tile of rows, the sums over it of du (for b_a), and for the thresholds of -sign(v) du (soft threshold) or
-    -(theta / bandwidth) dv where |u - theta| <= bandwidth / 2 (JumpReLU).
-    """
-    JUMPS: tl.constexpr = ACTIVATION == "jumprelu"
-    n_row_tiles, n_latent_tiles = tl.cdiv(n_rows, BLOCK_N), tl.cdiv(d_sae, BLOCK_L)
-    for i in range(tl.program_id(0), n_row_tiles * n_latent_tiles, n_programs):
-        i_row_tile, i_latent_tile = grouped_tile(i, n_row_tiles, n_latent_tiles, GROUP)
-        i_row, i_latent = i_row_tile * BLOCK_N, i_latent_tile * BLOCK_L
-        o_row, o_latent = i_row + tl.arange(0, BLOCK_N), i_latent + tl.arange(0, BLOCK_L)
-        m_row, m_latent = o_row < n_rows, o_latent < d_sae
         b_v, b_f, m_near = moved_tile(
             p_h,
             p_x,
@@ -249,27 +181,84 @@ def gradient_kernel(
             n_rows,
             bandwidth,
             ACTIVATION,
-            _NOWHERE if ACTIVATION == "relu" else (_NEAR if JUMPS else _BELOW),
+            LATENTS,
             ADAPTER,
             ENCODER,
             BLOCK_N,
             BLOCK_L,
             BLOCK_K,
         )
-        m_moved = b_v != 0
-        m_read = tl.max((m_moved | m_near).to(tl.int32), axis=1) > 0
-        b_dv = tl.zeros([BLOCK_L, BLOCK_N], dtype=tl.float32)
+        b_size = tl.abs(b_v)
+        b_c = b_size if SIZE else changed(b_v, b_f)
+        p_place = p_c + o_row.to(tl.int64)[None, :] * width + o_latent[:, None]
+        m_place = m_row[None, :] & (o_latent < width)[:, None]
+        tl.store(p_place, rounded(b_c, p_c.dtype.element_ty), mask=m_place)
+        if p_codes is not None:
+            store_codes(p_codes, d_codes, o_row, m_row, o_latent, d_sae, b_v, b_f, m_near)
+        p_sum = i_latent_tile.to(tl.int64) * n_rows + o_row
+        tl.store(p_l1 + p_sum, tl.sum(b_size, axis=0), mask=m_row)
+        tl.store(p_l0 + p_sum, tl.sum((b_v != 0).to(tl.int32), axis=0), mask=m_row)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def gradient_kernel(
+    p_grad,
+    p_grad_l1,
+    p_codes,
+    p_W_dec,
+    p_theta,
+    p_du,
+    p_df,
+    p_db_a,
+    p_dtheta,
+    bandwidth,
+    d_codes,
+    d_in,
+    d_sae,
+    width,
+    n_rows,
+    n_programs,
+    JUMPS: tl.constexpr,
+    DECODER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """With g the gradient of h': dc = g W_dec^T; dv = dc [f + v > 0] + dl1 sign(v); du = dv where v is not 0; df = -dc
+    where f > 0 and f + v <= 0.
+
+    For each tile of rows, the sums over it of du (for b_a), and for the thresholds of -sign(v) du (soft threshold) or
+    -(theta / bandwidth) dv where |u - theta| <= bandwidth / 2 (JumpReLU).
+    """
+    n_row_tiles, n_latent_tiles = tl.cdiv(n_rows, BLOCK_N), tl.cdiv(d_sae, BLOCK_L)
+    for i in range(tl.program_id(0), n_row_tiles * n_latent_tiles, n_programs):
+        i_row_tile, i_latent_tile = grouped_tile(i, n_row_tiles, n_latent_tiles, GROUP)
+        i_row, i_latent = i_row_tile * BLOCK_N, i_latent_tile * BLOCK_L
+        o_row, o_latent = i_row + tl.arange(0, BLOCK_N), i_latent + tl.arange(0, BLOCK_L)
+        m_row, m_latent = o_row < n_rows, o_latent < d_sae
+        p_code = p_codes + o_row.to(tl.int64)[None, :] * d_codes + o_latent[:, None]
+        # A byte each until the product is there, which takes the registers.
+        b_code = tl.load(p_code, mask=m_row[None, :] & m_latent[:, None], other=0)
+        m_read = tl.max(b_code.to(tl.int32), axis=1) > 0
+        b_du = tl.zeros([BLOCK_L, BLOCK_N], dtype=tl.float32)
         b_df = tl.zeros([BLOCK_L, BLOCK_N], dtype=tl.float32)
+        b_dtheta = tl.zeros([BLOCK_L], dtype=tl.float32)
         if tl.max(m_read.to(tl.int32), axis=0) > 0:
             b_dc = product_tile(
                 p_W_dec, p_grad, i_latent, m_read, i_row, m_row, d_in, BLOCK_L, BLOCK_N, BLOCK_K, DECODER
             )
-            m_on = b_f + b_v > 0
+            b_moved = b_code.to(tl.int32) % _NEAR
+            b_sign = tl.where(b_moved == _UP, 1.0, tl.where(b_moved > _UP, -1.0, 0.0))
             b_dl1 = tl.load(p_grad_l1 + o_row, mask=m_row, other=0.0).to(tl.float32)[None, :]
-            b_sign = tl.where(b_v > 0, 1.0, tl.where(b_v < 0, -1.0, 0.0))
-            b_dv = tl.where(m_on, b_dc, 0.0) + b_dl1 * b_sign
-            b_df = tl.where((b_f > 0) & (b_v < 0) & (m_on == 0), -b_dc, 0.0)
-        b_du = tl.where(m_moved, b_dv, 0.0)
+            b_du = tl.where((b_moved == _UP) | (b_moved == _DOWN), b_dc, 0.0) + b_dl1 * b_sign
+            b_df = tl.where(b_moved == _OFF, -b_dc, 0.0)
+            if JUMPS:
+                b_dv = tl.where(b_moved > 0, b_du, b_dc)
+                b_theta = tl.load(p_theta + o_latent, mask=m_latent, other=0.0)
+                b_dtheta = -b_theta / bandwidth * tl.sum(tl.where(b_code >= _NEAR, b_dv, 0.0), axis=1)
+            else:
+                b_dtheta = -tl.sum(b_sign * b_du, axis=1)
         p_place = o_row.to(tl.int64)[None, :] * width + o_latent[:, None]
         m_place = m_row[None, :] & (o_latent < width)[:, None]
         tl.store(p_du + p_place, rounded(b_du, p_du.dtype.element_ty), mask=m_place)
@@ -277,13 +266,8 @@ def gradient_kernel(
             tl.store(p_df + p_place, rounded(b_df, p_df.dtype.element_ty), mask=m_place)
         p_sum = i_row_tile.to(tl.int64) * d_sae + o_latent
         tl.store(p_db_a + p_sum, tl.sum(b_du, axis=1), mask=m_latent)
-        if JUMPS:
-            b_theta = tl.load(p_theta + o_latent, mask=m_latent, other=0.0)
-            b_sum = tl.sum(tl.where(m_near, b_dv, 0.0), axis=1)
-            tl.store(p_dtheta + p_sum, -b_theta / bandwidth * b_sum, mask=m_latent)
-        if ACTIVATION == "soft_threshold":
-            b_sum = tl.sum(tl.where(b_v > 0, -b_du, b_du), axis=1)
-            tl.store(p_dtheta + p_sum, b_sum, mask=m_latent)
+        if p_dtheta is not None:
+            tl.store(p_dtheta + p_sum, b_dtheta, mask=m_latent)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -325,13 +309,17 @@ def step_kernel(
     p_out,
     p_l1,
     p_l0,
+    p_codes,
     p_barrier,
+    bandwidth,
+    d_codes,
     d_in,
     d_sae,
     n_rows,
     n_programs,
     PHASE: tl.constexpr,
     ADD: tl.constexpr,
+    LATENTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ADAPTER: tl.constexpr,
     ENCODER: tl.constexpr,
@@ -358,7 +346,7 @@ def step_kernel(
         o_mine = i_program * n_rows + o_row
         p_mine = p_part + o_mine.to(tl.int64)[None, :] * d_in
         for i_latent in range(i_program * BLOCK_L, d_sae, n_programs * BLOCK_L):
-            b_v, b_f, _ = moved_tile(
+            b_v, b_f, m_near = moved_tile(
                 p_h,
                 p_x,
                 p_W_enc,
@@ -375,15 +363,18 @@ def step_kernel(
                 d_in,
                 d_sae,
                 n_rows,
-                0.0,
+                bandwidth,
                 ACTIVATION,
-                _BELOW if ACTIVATION == "soft_threshold" else _NOWHERE,
+                LATENTS,
                 ADAPTER,
                 ENCODER,
                 BLOCK_N,
                 BLOCK_L,
                 BLOCK_K,
             )
+            if p_codes is not None:
+                o_latent = i_latent + tl.arange(0, BLOCK_L)
+                store_codes(p_codes, d_codes, o_row, m_row, o_latent, d_sae, b_v, b_f, m_near)
             b_l1 += tl.sum(tl.abs(b_v), axis=0)
             b_moved = tl.sum((b_v != 0).to(tl.int32), axis=0)
             b_l0 += b_moved
