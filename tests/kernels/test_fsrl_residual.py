@@ -289,6 +289,28 @@ def test_accuracy_of_normalised_rows_in_sixteen_bits(backend: str, normalize: st
         assert_as_accurate(found[name], plain[name].to(found[name].dtype), exact[name])
 
 
+@pytest.mark.usefixtures("blocks")
+def test_ranks_are_those_of_normalised_rows(backend: str) -> None:
+    case = make_case("soft_threshold", "topk", normalize="layer_norm")
+    found, plain, exact = ours(case, backend), with_gradients(case, dense), with_gradients(case.in_dtype(FP64), dense)
+    for name in found:
+        assert_as_accurate(found[name], plain[name].to(found[name].dtype), exact[name])
+
+
+@pytest.mark.usefixtures("blocks")
+def test_the_change_of_normalised_rows_is_not_rounded_before_it_is_scaled(backend: str) -> None:
+    case = make_case("soft_threshold", dtypes=(torch.bfloat16,) * 3)
+    given = {name: getattr(case.sae, name) for name in ("W_enc", "b_enc", "threshold", "k", "W_dec")}
+    adapter = {"W_a": case.W_a, "b_a": case.b_a, "theta": case.threshold, "activation": case.activation}
+    others = {"bandwidth": 1.0, "mask": None, "fraction": 1.0, "barriers": case.sae.stream.barriers, "keep": False}
+
+    def change(h: Tensor, *, backend: str, **operands: Any) -> Tensor:
+        x = h.float()
+        return torch.ops.dspa.fsrl_residual(h=h, x=x, **operands, backend=backend)[0]
+
+    assert run_on(backend, change, h=case.h, **given, **adapter, **others).dtype == torch.float32
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.usefixtures("blocks")
 def test_a_row_that_is_not_finite_spoils_no_other(backend: str, activation: str) -> None:
