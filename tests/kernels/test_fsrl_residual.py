@@ -544,7 +544,10 @@ def test_a_step_reads_the_encoder_only_where_it_pushes_down(activation: str, n: 
         ({"fraction": 1.5}, "`fraction` is 1.5; accepted: 0"),
         ({"fraction": float("nan")}, "`fraction` is nan"),
         ({"bandwidth": 0.0}, "`bandwidth` is 0.0"),
+        ({"bandwidth": float("inf")}, "`bandwidth` is inf"),
+        ({"b_a": torch.zeros(D_SAE, dtype=torch.float64)}, "`b_a` is of dtype torch.float64; accepted: torch.float32"),
         ({"W_a": torch.zeros(D_SAE, D_IN, device="meta")}, "`W_a` is on meta; accepted: cpu"),
+        ({"sae": random_sae("relu", D_IN, D_SAE).to("meta")}, "`sae` is on meta; accepted: cpu"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -571,6 +574,43 @@ def test_views_are_as_good(backend: str) -> None:
         ("out", "l1", "l0"), run_on(backend, fsrl_residual, **(case.arguments() | views)), strict=True
     ):
         assert torch.equal(value, ours(case, backend)[name]), name
+
+
+@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+@pytest.mark.usefixtures("blocks")
+def test_gradients_of_views_are_as_good(backend: str, normalize: str) -> None:
+    """Every operand strided, and gradients that come expanded, as those of sums do."""
+
+    def strided(x: Tensor) -> Tensor:
+        return x.repeat_interleave(2, dim=-1)[..., ::2]
+
+    mask = torch.arange(D_SAE) % 3 > 0
+    case = make_case("soft_threshold", normalize=normalize, mask=mask)
+    first = {name: getattr(case, name)[:1] for name in ("grad", "grad_l1")}
+    wanted = ours(replace(case, **{name: torch.cat([row] * len(case.h)) for name, row in first.items()}), backend)
+
+    def call(c: Case) -> Any:
+        names = ("W_a", "b_a", "threshold", "mask")
+        views = {name: strided(getattr(c, name)) for name in names} | {"h": c.h.T.contiguous().T}
+        return fsrl_residual(**(c.arguments() | views), backend=backend)
+
+    device = "cpu" if backend == "reference" or os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    moved = {n: v.to(device) for n, v in vars(case).items() if isinstance(v, (Tensor, SAEWeights))}
+    moved |= {name: moved[name][:1].expand(moved[name].shape) for name in first}
+    found = with_gradients(replace(case, **moved), call)
+    for name, value in found.items():
+        assert torch.allclose(value.cpu(), wanted[name], rtol=1e-5, atol=1e-5), name
+
+
+@pytest.mark.usefixtures("blocks")
+def test_gradients_are_kept_in_the_dtype_of_the_adapter(backend: str) -> None:
+    """A bf16 residual does not round what an fp32 adapter gets."""
+    case = make_case("soft_threshold", dtypes=(torch.bfloat16, torch.bfloat16, torch.float32))
+    found = ours(case, backend)
+    plain = with_gradients(case.in_dtype(torch.float32), dense)
+    exact = with_gradients(case.in_dtype(FP64), dense)
+    for name in ("l1", "d_W_a", "d_b_a", "d_threshold"):
+        assert_as_accurate(found[name], plain[name].to(found[name].dtype), exact[name])
 
 
 def test_an_unused_mock_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
