@@ -603,6 +603,15 @@ def test_gradients_of_views_are_as_good(backend: str, normalize: str) -> None:
 
 
 @pytest.mark.usefixtures("blocks")
+def test_weights_of_sixteen_bits_round_no_fp32_residual(backend: str) -> None:
+    case = make_case("soft_threshold", dtypes=(torch.float32, torch.bfloat16, torch.bfloat16))
+    found = ours(case, backend)
+    plain, exact = with_gradients(case.in_dtype(torch.float32), dense), with_gradients(case.in_dtype(FP64), dense)
+    for name in ("out", "l1", "d_h", "d_b_a", "d_threshold"):
+        assert_as_accurate(found[name], plain[name].to(found[name].dtype), exact[name])
+
+
+@pytest.mark.usefixtures("blocks")
 def test_gradients_are_kept_in_the_dtype_of_the_adapter(backend: str) -> None:
     """A bf16 residual does not round what an fp32 adapter gets."""
     case = make_case("soft_threshold", dtypes=(torch.bfloat16, torch.bfloat16, torch.float32))
