@@ -59,7 +59,8 @@ class TrainingFolder:
     def claim(self, settings: dict[str, Any], *, finished: bool = False) -> None:
         """Begin here, or see that what was begun here, or finished if that is allowed, is the same training."""
         self.check(finished=finished)
-        if not (self.path / RECORD).exists():
+        # Of a training that never came to a checkpoint there is nothing to lose.
+        if not self.finished and not self.checkpoints():
             self.path.mkdir(exist_ok=True)
             self.write({"settings": settings})
         theirs = self.read()["settings"]

@@ -400,7 +400,7 @@ def test_damaged_folders_are_refused(sae_out, tmp_path) -> None:
     (folder / "adapter.safetensors").write_bytes(tensors[:-1] + bytes([tensors[-1] ^ 1]))
     refused("is damaged")
     (folder / "adapter.safetensors").unlink()
-    refused("is damaged")
+    refused("cannot be read")
     make_adapter(sae_out, seed=1).save(tmp_path / "other")
     (folder / "adapter.safetensors").write_bytes((tmp_path / "other" / "adapter.safetensors").read_bytes())
     refused("are of two different adapters")
@@ -414,3 +414,36 @@ def test_saving_where_it_cannot_be(sae_out, tmp_path) -> None:
         with pytest.raises(AdapterError, match="accepted: a folder, in one that exists"):
             adapter.save(path)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_settings_that_are_missing_are_not_guessed(sae_out, tmp_path) -> None:
+    folder = tmp_path / "adapter"
+    make_adapter(sae_out).save(folder)
+    record = json.loads((folder / "adapter.json").read_text())
+    del record["config"]["l1"]
+    (folder / "adapter.json").write_text(json.dumps(record))
+    with pytest.raises(AdapterError, match=r"is damaged \(`config` has no l1\)"):
+        FSRLAdapter.load(folder, sae_out)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("fraction", "x", "`fraction` is 'x'; accepted: a number from 0"),
+        ("fraction", 1.5, "`fraction` is 1.5"),
+        ("mask", [True] * D_SAE_OUT, r"`mask` is a list; accepted: a tensor of torch.bool \[128\], or None"),
+        ("mask", torch.ones(D_SAE_OUT), r"`mask` is torch.float32 \[128\]"),
+        ("mask", torch.ones(3, dtype=torch.bool), r"`mask` is torch.bool \[3\]"),
+    ],
+)
+def test_what_is_kept_is_checked_when_it_is_set(sae_out, name, value, message) -> None:
+    adapter = make_adapter(sae_out)
+    with pytest.raises(AdapterError, match=message):
+        setattr(adapter, name, value)
+    assert adapter.fraction == 1 and adapter.mask is None
+
+
+@pytest.mark.parametrize(("sae", "config"), [("sae", None), (None, {"l1": 1.0})])
+def test_another_kind_of_argument_is_refused(sae_out, sae, config) -> None:
+    with pytest.raises(AdapterError, match=r"`(sae|config)` is a (str|dict); accepted: a (FrozenSAE|FSRLConfig)"):
+        FSRLAdapter(sae or sae_out, config)

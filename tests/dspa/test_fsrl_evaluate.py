@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
 from dspa.errors import ModelError
-from dspa.fsrl import Scores, response_tokens, responses_of, score_triples
+from dspa.fsrl import Scores, held_out, response_tokens, responses_of, score_triples
 from dspa.fsrl.evaluate import wilson
 from dspa.preferences import Triple
 
@@ -126,3 +127,26 @@ def test_refusals(tokenizer):
     broken.model.norm.weight.data.fill_(math.nan)
     with pytest.raises(ModelError, match="NaN or infinite"):
         score_triples(broken, tokenizer, TRIPLES, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"beta": float("nan")}, "`beta` is nan; accepted: a finite number > 0"),
+        ({"beta": -1.0}, "`beta` is -1.0"),
+        ({"gamma_beta_ratio": float("nan")}, "`gamma_beta_ratio` is nan; accepted: a finite number >= 0"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused(tokenizer, settings, message):
+    with pytest.raises(ValueError, match=message):
+        score_triples(make_model("qwen3"), tokenizer, TRIPLES, progress=False, **settings)
+
+
+def test_figures_of_a_file_and_of_an_adapter_that_is_not_attached(tokenizer, tmp_path):
+    model = make_model("qwen3")
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(each) + "\n" for each in TRIPLES))
+    found = held_out(model, tokenizer, tmp_path / "held.jsonl", progress=False)
+    assert found == held_out(model, tokenizer, TRIPLES, progress=False) and found.n_triples == len(TRIPLES)
+    adapter = acting_adapter(model, responses_of(model, tokenizer, TRIPLES))
+    with pytest.raises(ModelError, match="not attached"):
+        held_out(model, tokenizer, TRIPLES, adapter, progress=False)

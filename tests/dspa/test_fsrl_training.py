@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from dspa.cli import main
+from dspa.cli.common import console
 from dspa.errors import ModelError
 from dspa.fsrl import (
     FSRLAdapter,
@@ -31,7 +32,7 @@ from dspa.fsrl import (
     train_sweep,
 )
 from dspa.preferences import PreferenceError, Triple, load_triples, tokenize_triple
-from dspa.training_folder import TrainingError
+from dspa.training_folder import TrainingError, TrainingFolder
 
 from .conftest import D_SAE_OUT, L_OUT, make_model, make_sae
 from .tokens import ENGLISH, word_tokenizer
@@ -394,6 +395,15 @@ def test_another_training_is_refused(model, tokenizer, tmp_path, monkeypatch, ch
         run(model, tokenizer, tmp_path / "out", changed.pop("config", TINY), adapter, **changed)
 
 
+def test_what_never_came_to_a_checkpoint_may_begin_otherwise(model, tokenizer, tmp_path, monkeypatch):
+    """A setting that was wrong can be mended in the same folder."""
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 1)
+        run(model, tokenizer, tmp_path / "out")
+    run(model, tokenizer, tmp_path / "out", replace(TINY, lr=1e-4))
+    assert TrainingFolder(tmp_path / "out").read()["settings"]["lr"] == 1e-4
+
+
 # Numbers
 
 
@@ -454,6 +464,8 @@ def test_bf16_log_probabilities_are_exact(tokenizer, tmp_path):
         ({"max_steps": 2.5}, "`max_steps` is 2.5"),
         ({"epochs": True}, "`epochs` is True"),
         ({"seed": -1}, "`seed` is -1"),
+        ({"seed": 2**32}, "`seed` is 4294967296; accepted: a whole number from 0 to"),
+        ({"report_to": "foo"}, "`report_to` is 'foo'; accepted here: none, .*Others have to be installed"),
         ({"batch_size": 32, "micro_batch_size": 3}, "micro_batch_size 3 does not divide; accepted: a multiple of 3"),
     ],
 )
@@ -746,7 +758,7 @@ def test_sweeps_that_cannot_be(model, tokenizer, tmp_path):
 
 def command(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
     """Exit code and what was said, in one line."""
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(console, "width", 200)
     monkeypatch.setattr(sys, "argv", ["dspa", "fsrl", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         main()

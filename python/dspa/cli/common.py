@@ -60,6 +60,8 @@ def device_named(name: str) -> str:
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device is {name!r}; accepted: auto, cuda, cuda:1, cpu, mps.")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device is {name!r} and no CUDA device was found; accepted here: cpu, auto.")
     if name != "cuda":

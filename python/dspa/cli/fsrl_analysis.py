@@ -40,7 +40,7 @@ Triples = Annotated[Path, typer.Argument(help="Preference triples, held out from
 Out = Annotated[Path, typer.Option(help="Folder for CSV and PNG, made where there is none.")]
 Layer = Annotated[int | None, typer.Option(help="Layer of the SAE, if its files do not say it.")]
 First = Annotated[int | None, typer.Option(help="Use the first so many triples only.", min=1)]
-MaxLength = Annotated[int | None, typer.Option(help="Tokens of prompt and response, from which on they are cut.")]
+MaxLength = Annotated[int | None, typer.Option(help="Tokens of prompt and response, from which on responses are cut.")]
 BatchTokens = Annotated[int, typer.Option(help="Tokens a forward pass of the model.", min=1)]
 Beta = Annotated[float, typer.Option(help="SimPO's beta.")]
 Gamma = Annotated[float, typer.Option(help="SimPO's gamma / beta.")]
@@ -146,7 +146,7 @@ def mask(
     rules: Rules = None,
     explainer: Explainer = None,
     n_random: Annotated[int, typer.Option(help="Random sets to compare with.", min=2)] = 20,
-    seed: Annotated[int, typer.Option(help="Of the random sets.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random sets.", min=0)] = 0,
     beta: Beta = 10.0,
     gamma_beta_ratio: Gamma = 0.5,
     first: First = None,
@@ -165,9 +165,15 @@ def mask(
     from dspa.fsrl.usage import latent_usage
 
     if bool(latent) == bool(labels) or bool(labels) != bool(category):
-        raise ValueError("What to mask is not told; accepted: --latent, or --labels with --category.")
+        raise ValueError(
+            "What to mask is not told, or told twice; accepted: --latent, or --labels with --category (and --rules, "
+            "--explainer)."
+        )
     given = _start(out, triples, first)
     opened = _adapter(adapter, sae, layer, device)
+    wrong = [each for each in latent or [] if not 0 <= each < opened.sae.d_sae]
+    if wrong:
+        raise ValueError(f"--latent is {wrong}; accepted: 0 to {opened.sae.d_sae - 1}, the latents of the SAE.")
     if labels is not None and category is not None:
         latent = read_labels(labels, opened.sae, rules=rules, explainer=explainer).of(category)
     lm, tokenizer, loaded = _load(model, opened, device, dtype)

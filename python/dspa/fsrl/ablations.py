@@ -79,7 +79,8 @@ def fraction_curve(
 
     Args:
         responses: as `responses_of` makes them of triples.
-        fractions: of the v_j of a token that are not 0, the part that is kept; 0 is the base model.
+        fractions: of the v_j of a token that are not 0, the part that is kept; 0 is the base model. Each is taken once,
+            in their order.
         scoring: `beta`, `gamma_beta_ratio`, `batch_tokens` of `score_responses`.
 
     Raises:
@@ -89,6 +90,7 @@ def fraction_curve(
     wrong = [fraction for fraction in fractions if not 0 <= fraction <= 1]
     if wrong or not fractions:
         raise ValueError(f"`fractions` are {list(fractions)}; accepted: one or more numbers from 0 to 1.")
+    fractions = sorted(set(fractions))
     with adapter.disabled():
         base = score_responses(model, responses, progress=progress, **scoring)
     scores = []

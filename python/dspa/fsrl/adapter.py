@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Moves:
 
 
 class FSRLAdapter(nn.Module):
-    """`h' = h + (ReLU(f + v) - f) W_dec` with `v = act(h W_a + b_a)` and the latents f of `sae` (arXiv 2509.12934).
+    """`h' = h + (ReLU(f + v) - f) W_dec` with `v = act(h W_a^T + b_a)` and the latents f of `sae` (arXiv 2509.12934).
 
     Trainable are `W_a` [d_sae, d_in], a row a latent, `b_a` [d_sae], and for soft_threshold `threshold` [d_sae], for
     jumprelu `log_threshold` [d_sae]; all fp32. They start so small that nothing is changed beyond rounding. W_a is
@@ -46,20 +46,22 @@ class FSRLAdapter(nn.Module):
         config: the published settings by default.
         backend: of `dspa_kernels.fsrl_residual`.
 
-    Attributes:
-        mask: [d_sae] bool, True for latents that may be moved; None for all.
-        fraction: of the v_j of a token that are not 0, the part that is kept, the largest by size.
+    Attributes: `mask` [d_sae] bool, True for latents that may be moved, None for all; `fraction`, of the v_j of a token
+    that are not 0 the part that is kept, the largest by size.
 
     Raises:
-        ModelError: an SAE that does not say its layer.
+        AdapterError: another `sae` or `config`. ModelError: an SAE that does not say its layer.
     """
 
     def __init__(self, sae: FrozenSAE, config: FSRLConfig | None = None, *, backend: str = "auto") -> None:
         super().__init__()
+        for name, value, kind in (("sae", sae, FrozenSAE), ("config", config or FSRLConfig(), FSRLConfig)):
+            if not isinstance(value, kind):
+                raise AdapterError(f"`{name}` is a {type(value).__name__}; accepted: a {kind.__name__}.")
         layer_of(sae)
         self.sae, self.config, self.backend = sae, config or FSRLConfig(), backend
-        self.mask: Tensor | None = None
-        self.fraction = 1.0
+        self._mask: Tensor | None = None
+        self._fraction = 1.0
         start = self.config.initial_threshold
         generator = torch.Generator().manual_seed(self.config.seed)
         W_a = (2 * torch.rand(sae.d_sae, sae.d_in, generator=generator) - 1) * start
@@ -88,14 +90,40 @@ class FSRLAdapter(nn.Module):
             self.thresholds,
             self.config.activation,
             bandwidth=self.config.bandwidth,
-            mask=self.mask,
-            fraction=self.fraction,
+            mask=self._mask,
+            fraction=self._fraction,
             backend=self.backend,
         )
         if self._moves is not None:
             self._moves.l1.append(l1.view(h.shape[:-1]))
             self._moves.l0.append(l0.view(h.shape[:-1]))
         return steered.view(h.shape)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """[d_sae] bool, True for latents that may be moved; None for all."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Tensor | None) -> None:
+        if mask is not None and (
+            not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != self.b_a.shape
+        ):
+            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+            raise AdapterError(f"`mask` is {got}; accepted: a tensor of torch.bool [{self.sae.d_sae}], or None.")
+        self._mask = None if mask is None else mask.to(self.b_a.device)
+
+    @property
+    def fraction(self) -> float:
+        """Of the v_j of a token that are not 0, the part that is kept, the largest by size."""
+        return self._fraction
+
+    @fraction.setter
+    def fraction(self, fraction: float) -> None:
+        number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
+        if not number or not 0 <= fraction <= 1:
+            raise AdapterError(f"`fraction` is {fraction!r}; accepted: a number from 0 (keep none) to 1 (keep all).")
+        self._fraction = float(fraction)
 
     @property
     def thresholds(self) -> Tensor | None:
@@ -144,7 +172,7 @@ class FSRLAdapter(nn.Module):
                 "multiplies in the dtype of the residual as it is."
             )
         self._cast, self.sae = None, self.sae.to(probe.device)
-        self.mask = None if self.mask is None else self.mask.to(probe.device)
+        self._mask = None if self._mask is None else self._mask.to(probe.device)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -283,12 +311,17 @@ class FSRLAdapter(nn.Module):
         record = read_record(Path(path))
         _check_same_sae(record["sae"], sae, path)
         try:
+            missing = [each.name for each in fields(FSRLConfig) if each.name not in record["config"]]
+            if missing:
+                raise AdapterError(f"`config` has no {', '.join(missing)}")
             adapter = cls(sae, FSRLConfig(**record["config"]), backend=backend)
             names = [name for name, _ in adapter.named_parameters()]
             tensors = read_tensors(Path(path) / TENSORS, names)
             adapter.load_state_dict(tensors)
-        except (TypeError, ValueError, RuntimeError, OSError) as error:
-            raise AdapterError(f"{path} is damaged ({error}).") from error
+        except OSError as error:
+            raise AdapterError(f"{path} cannot be read ({error}).") from error
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise AdapterError(f"{path} is damaged ({error}). Copy or train it again.") from error
         if digest(tensors) != record["sha256"]:
             raise AdapterError(f"{path} is damaged: {TENSORS} and {RECORD} are of two different adapters.")
         return adapter.requires_grad_(False).eval()

@@ -38,5 +38,5 @@ class FSRLConfig:
             if not number or value < 0 or (value == 0 and name != "l1"):
                 least = "a finite number >= 0 (lambda; published: 0.02)" if name == "l1" else "a finite number > 0"
                 raise ValueError(f"`{name}` is {value!r}; accepted: {least}.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"`seed` is {self.seed!r}; accepted: a whole number >= 0.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"`seed` is {self.seed!r}; accepted: a whole number from 0 to 2**32 - 1.")

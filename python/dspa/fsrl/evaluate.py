@@ -42,6 +42,9 @@ class Scores:
     beta: float = 10.0
     gamma_beta_ratio: float = 0.5
 
+    def __post_init__(self) -> None:
+        check_scoring(self.beta, self.gamma_beta_ratio)
+
     @property
     def margins(self) -> Tensor:
         """Chosen less rejected, [N]."""
@@ -82,6 +85,16 @@ class Scores:
         if len(base.margins) != len(self.margins):
             raise ValueError(f"`base` scores {len(base.margins)} triples; accepted: the same {len(self.margins)}.")
         return float((self.margins > base.margins).sum()) + 0.5 * float((self.margins == base.margins).sum())
+
+
+def check_scoring(beta: float, gamma_beta_ratio: float) -> None:
+    """Raise `ValueError` unless SimPO's loss has these settings."""
+    for name, value, right, accepted in (
+        ("beta", beta, 0 < beta < math.inf, "a finite number > 0"),
+        ("gamma_beta_ratio", gamma_beta_ratio, 0 <= gamma_beta_ratio < math.inf, "a finite number >= 0"),
+    ):
+        if not right:
+            raise ValueError(f"`{name}` is {value!r}; accepted: {accepted}.")
 
 
 def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -141,6 +154,7 @@ def score_responses(
     """`score_triples` of what `responses_of` made of triples, for those that are scored several times."""
     inner = base_model(model)
     check_eval(inner)
+    check_scoring(beta, gamma_beta_ratio)
     values = torch.empty(len(responses))
     with tqdm(total=len(responses), unit="response", desc="score", leave=False, disable=not progress) as bar:
         for batch in batches(responses, batch_tokens):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dspa.fsrl.ablations import check_attached
 from dspa.fsrl.adapter import FSRLAdapter, Moves
 from dspa.fsrl.evaluate import Response, batches, responses_of, score_triples
 from dspa.hooks import CausalLM
-from dspa.preferences import Triple
+from dspa.preferences import Triple, load_triples
 
 # Of the passes, whose order is known only with it.
 BATCH_TOKENS = 8192
@@ -35,7 +37,7 @@ class HeldOut:
 def held_out(
     model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    triples: Sequence[Triple],
+    triples: Iterable[Triple | Mapping[str, Any]] | str | Path,
     adapter: FSRLAdapter | None = None,
     *,
     max_length: int | None = None,
@@ -43,12 +45,15 @@ def held_out(
 ) -> HeldOut:
     """The figures of a model in evaluation mode, to which `adapter` is attached if it is given. The other arguments
     are those of `score_triples`, and so is what is raised."""
+    found = list(load_triples(triples))
+    if adapter is not None:
+        check_attached(model, adapter)
     with nullcontext(Moves()) if adapter is None else adapter.recording() as moves:
-        scores = score_triples(model, tokenizer, triples, max_length=max_length, batch_tokens=BATCH_TOKENS, **scoring)
+        scores = score_triples(model, tokenizer, found, max_length=max_length, batch_tokens=BATCH_TOKENS, **scoring)
     l0 = l1 = 0.0
     if adapter is not None:
-        l0, l1 = _moved(responses_of(model, tokenizer, triples, max_length), moves)
-    return HeldOut(len(triples), scores.loss, scores.accuracy, scores.margin, l0, l1)
+        l0, l1 = _moved(responses_of(model, tokenizer, found, max_length), moves)
+    return HeldOut(len(found), scores.loss, scores.accuracy, scores.margin, l0, l1)
 
 
 def _moved(responses: Sequence[Response], moves: Moves) -> tuple[float, float]:

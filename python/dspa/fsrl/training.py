@@ -48,7 +48,7 @@ class TrainingConfig:
         beta: of the loss; None for 10 (simpo) or 0.1 (dpo).
         gamma_beta_ratio: SimPO's margin, as a part of beta.
         lr: the highest rate.
-        warmup: part of the steps over which the rate rises.
+        warmup: part of the steps over which the rate rises, from 0 at the first step.
         max_grad_norm: to which gradients are clipped.
         batch_size: triples a step of the optimizer, over all processes.
         micro_batch_size: triples a forward pass of a process. Of an epoch, those are left out that fill no such
@@ -91,10 +91,11 @@ class TrainingConfig:
             self._check(name, (int, float), lambda value: 0 < value < math.inf, "a finite number > 0")
         for name in WHOLE:
             self._check(name, int, lambda value: value >= 1, "a whole number >= 1")
-        self._check("seed", int, lambda value: value >= 0, "a whole number >= 0")
+        self._check("seed", int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
         self._check("gamma_beta_ratio", (int, float), lambda value: 0 <= value < math.inf, "a finite number >= 0")
         self._check("warmup", (int, float), lambda value: 0 <= value < 1, "a part of the steps, from 0 to below 1")
         self.accumulation(1)
+        _check_tracker(self.report_to)
 
     def _check(self, name: str, kind: Any, right: Callable[[Any], bool], accepted: str) -> None:
         value = getattr(self, name)
@@ -146,7 +147,8 @@ def train(
     In several processes (torchrun), each calls this with the same arguments. Their batches are those of one process.
 
     Args:
-        model: a transformers causal language model, or one in a PEFT wrapper, on the device to train on.
+        model: a transformers causal language model, or one in a PEFT wrapper, in evaluation mode, on the device to
+            train on.
         triples: what `load_triples` takes.
         adapter: its weights are where the training begins; they change in place, and stay if it fails.
         out: the folder to write: the adapter, as by `save`, and `training.json` with the settings, figures on the
@@ -308,7 +310,16 @@ def _settings(
         "data": data.sha256,
         "eval_data": None if held is None else held.sha256,
         **asdict(config),
+        "beta": config.preference_beta,
     }
+
+
+def _check_tracker(name: str) -> None:
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+    known = ["none", *get_available_reporting_integrations()]
+    if name not in known:
+        raise ValueError(f"`report_to` is {name!r}; accepted here: {', '.join(known)}. Others have to be installed.")
 
 
 def _check_padding(tokenizer: PreTrainedTokenizerBase) -> None:
