@@ -227,13 +227,12 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
         *itertools.product(("relu", "jumprelu"), ("jumprelu",), (0,), ROWS[::3]),
     ]
     for activation, kind, i, n in adapted:
-        # fp32 rows with bf16 weights is the second way to multiply, and normalised rows need it.
-        dtypes = (torch.float32, torch.bfloat16) if i == 1 else DTYPES[i][0]
-        arguments = adapting(activation, kind, dtypes, n, x=i == 1)
+        arguments = adapting(activation, kind, DTYPES[i][0], n, x=i == 1)
         yield "fsrl_residual", {**arguments, "barriers": barriers, "keep": n % 2 == 0}
         if n > 1:
-            gradients = {"grad": torch.zeros(n, 256, dtype=dtypes[0]), "grad_l1": torch.zeros(n)}
-            gradients["codes"] = torch.zeros(n, 512, dtype=torch.uint8)
+            # What is changed of normalised rows is returned in fp32, and so is its gradient.
+            gradients = {"grad": torch.zeros(n, 256, dtype=torch.float32 if i == 1 else DTYPES[i][0][0])}
+            gradients |= {"grad_l1": torch.zeros(n), "codes": torch.zeros(n, 512, dtype=torch.uint8)}
             names = ("h", "W_enc", "W_dec", "W_a", "b_a", "theta", "activation", "bandwidth")
             needs = {"adds": i != 1, "needs_h": True, "needs_x": i == 1}
             yield "fsrl_residual_backward", gradients | needs | {name: arguments[name] for name in names}
