@@ -9,7 +9,7 @@ import pytest
 
 from dspa.cdmap import ConditionalDifferenceMap
 from dspa.cli import main
-from dspa.cli.common import device_named
+from dspa.cli.common import device_named, triple_source
 
 from .conftest import L_IN, L_OUT, make_model, make_sae
 from .tokens import ENGLISH, word_tokenizer
@@ -255,3 +255,17 @@ def test_errors(run, folder, counts, built, tmp_path):
     ):
         code, text = run(*arguments)
         assert code == 2 and "Error:" in text and message in text and "Traceback" not in text
+
+
+def test_a_folder_that_is_no_data_set_is_refused(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "a.jsonl").write_text('{"prompt": 1}\n')
+    (tmp_path / "b.jsonl").write_text("[1, 2\n")
+    with pytest.raises(ValueError, match="cannot be read as a data set .*accepted: a JSON Lines file, a folder of"):
+        triple_source(str(tmp_path), "train", stream=False)
+
+
+@pytest.mark.parametrize("name", ["xyz", "meta"])
+def test_a_device_that_is_none_is_refused(name):
+    with pytest.raises(ValueError, match=f"--device is '{name}'; accepted: auto, cuda, cuda:1, cpu, mps"):
+        device_named(name)

@@ -115,8 +115,15 @@ def triple_source(triples: str, split: str, stream: bool) -> Any:
         return path
     try:
         from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
     except ModuleNotFoundError as error:
         raise RuntimeError(
             f'{triples} is a data set, which needs datasets ({error}): pip install "datasets>=4".'
         ) from error
-    return load_dataset(triples, split=split, streaming=stream)
+    try:
+        return load_dataset(triples, split=split, streaming=stream)
+    except DatasetsError as error:
+        raise ValueError(
+            f"{triples} cannot be read as a data set ({error}); accepted: a JSON Lines file, a folder of JSON Lines or "
+            "Parquet files of triples, or a data set's name."
+        ) from error
