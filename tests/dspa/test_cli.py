@@ -261,7 +261,7 @@ def test_a_folder_that_is_no_data_set_is_refused(tmp_path):
     pytest.importorskip("datasets")
     (tmp_path / "a.jsonl").write_text('{"prompt": 1}\n')
     (tmp_path / "b.jsonl").write_text("[1, 2\n")
-    with pytest.raises(ValueError, match="cannot be read as a data set .*accepted: a JSON Lines file, a folder of"):
+    with pytest.raises(ValueError, match=r"cannot be read as a data set .*accepted: a JSON Lines file, a folder of"):
         triple_source(str(tmp_path), "train", stream=False)
 
 
