@@ -67,7 +67,7 @@ def latent_blocks(n_rows: int, d_sae: int) -> Iterator[slice]:
     return (slice(start, min(start + width, d_sae)) for start in range(0, d_sae, width))
 
 
-def row_blocks(n_rows: int, d_sae: int) -> Iterator[slice]:
-    """Slices of the rows, so short that all their `d_sae` latents stay small."""
-    height = max(1, MAX_ELEMENTS // d_sae)
+def row_blocks(n_rows: int, d_sae: int, least: int = 1) -> Iterator[slice]:
+    """Slices of the rows, so short that all their `d_sae` latents stay small, but of at least so many rows."""
+    height = max(least, MAX_ELEMENTS // d_sae)
     return (slice(start, min(start + height, n_rows)) for start in range(0, n_rows, height))

@@ -169,7 +169,7 @@ def test_inputs_stay_and_outputs_are_new(backend: str, op: str, kind: str) -> No
 @pytest.mark.parametrize("op", ["activation_counts", "steer", "lookup_and_steer", "sparse_encode", "fsrl_residual"])
 def test_no_dense_latents(monkeypatch: pytest.MonkeyPatch, op: str, kind: str) -> None:
     """Blocks change no result, and nothing of the size [N, d_sae] is made."""
-    n = 150
+    n = 300
     case = make_case(kind, n=n, integers=True)
     function, arguments = calls(replace(case, rows=case.rows.remainder(2)))[op]
     if op == "sparse_encode":

@@ -6,8 +6,9 @@ from torch import Tensor
 from dspa_kernels.ops.common import active_latents, compute_dtype, n_kept, pre_activations, row_blocks
 from dspa_kernels.ops.fsrl_residual.codes import DOWN, IDLE, NEAR, OFF, UP
 
-# Of a block of rows, so many tensors of all latents are held at once, or a little more.
-TENSORS = 4
+# Of a block of rows many tensors of all latents are held at once, so that it is shorter than where there is one; yet
+# not so short that a product is but a read of the weights.
+TENSORS, LEAST = 16, 64
 
 
 def activate(u: Tensor, theta: Tensor | None, activation: str) -> Tensor:
@@ -67,7 +68,7 @@ def fsrl_residual(
     codes = h.new_empty((len(h), len(W_a)) if keep else 0, dtype=torch.uint8)
     jumps = activation == "jumprelu"
     W_dec = W_dec.to(dtype)
-    for rows in row_blocks(len(h), TENSORS * len(W_a)):
+    for rows in row_blocks(len(h), TENSORS * len(W_a), LEAST):
         b_h = h[rows].to(dtype)
         u = pre_activations(b_h, W_a, b_a)
         v, f = activate(u, theta, activation), None
@@ -118,7 +119,7 @@ def fsrl_residual_backward(
     d_W_a, d_b_a = h.new_zeros(W_a.shape, dtype=dtype), h.new_zeros(b_a.shape, dtype=dtype)
     d_theta = h.new_zeros(0 if theta is None else theta.shape, dtype=dtype)
     W_dec = W_dec.to(dtype)
-    for rows in row_blocks(len(h), TENSORS * len(W_a)):
+    for rows in row_blocks(len(h), TENSORS * len(W_a), LEAST):
         g, moved = grad[rows].to(dtype), codes[rows] % NEAR
         d_c = g @ W_dec.T
         sign = (moved == UP).to(dtype) - (moved > UP).to(dtype)
