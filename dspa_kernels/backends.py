@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,13 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     return function
 
 
+def _as_specified(device: torch.device) -> AbstractContextManager[object]:
+    """Without autocast, which would reach the products inside of an op and compute them in less."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def define_op(
     op: str,
     schema: str,
@@ -134,7 +141,7 @@ def define_op(
             backend = fastest(**arguments)
         device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
         # Kernels are launched on the current device, which need not be that of the tensors.
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), _as_specified(device):
             return implementation(op, backend)(**arguments)
 
     def infer(*values: Any) -> Any:

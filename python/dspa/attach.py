@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,9 +43,6 @@ class Prompts:
     def last_position(self) -> Tensor:
         """Position of each prompt's last token, [B]."""
         return self.positions.where(self.mask, 0).amax(dim=1)
-
-
-NO_PROMPTS = Prompts({}, torch.empty(0, 0, dtype=torch.bool), torch.empty(0, 0, dtype=torch.int64))
 
 
 class Steers(Protocol):
@@ -117,10 +114,8 @@ class Attachment:
             names = self._keywords()
             if any(name in kwargs for name in names):  # a call that `generate()` makes of itself
                 return original(inputs, *args, **kwargs)
-            planned = [each for each in self.steerings if each.keywords]
-            prompts = generate_prompts(self.model, inputs, args, kwargs) if planned else NO_PROMPTS
             began = [(steering, steering.progress()) for steering in self.steerings]
-            plans = {name: row for steering in planned for name, row in steering.begin(prompts).items()}
+            plans = self._plans(inputs, args, kwargs) if names else {}
             assistant = kwargs.get("assistant_model")
             with accepting(assistant, names) if assistant is not None else nullcontext():
                 result = original(inputs, *args, **kwargs, **plans)
@@ -132,6 +127,38 @@ class Attachment:
             return result
 
         return generate
+
+    def _plans(self, inputs: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        prompts = generate_prompts(self.model, inputs, args, kwargs)
+        return {name: row for steering in self.steerings for name, row in steering.begin(prompts).items()}
+
+
+class Attachable:
+    """What can be attached, to one model at a time, until it is detached or a `with` block ends."""
+
+    _attachment: Attachment | None
+    _undo: list[Callable[[], None]]
+
+    def check_unattached(self) -> None:
+        """Raise if this is attached already."""
+        if self._attachment is not None:
+            name, held = type(self).__name__, type(self._attachment.model).__name__
+            raise ModelError(f"This {name} is attached to a {held} already: detach() it first.")
+
+    def detach(self) -> None:
+        """Leave the model as it was. Does nothing when not attached."""
+        while self._undo:
+            self._undo.pop()()
+        self._attachment = None
+
+    def __enter__(self: A) -> A:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+
+A = TypeVar("A", bound=Attachable)
 
 
 def _refuse(problem: str, *_args: Any, **_kwargs: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dspa.attach import Attachment, Prompts
+from dspa.attach import Attachable, Attachment, Prompts
 from dspa.cdmap import N_LARGE, ConditionalDifferenceMap
 from dspa.config import SteeringConfig
 from dspa.errors import ModelError
@@ -49,7 +49,7 @@ COUNTED = (*PATHS, "encoder_rows_read")
 PROMPT_OPS = ("activation_counts", "map_lookup")
 
 
-class Steering(nn.Module):
+class Steering(Attachable, nn.Module):
     """Steers a model's `generate()` while attached, without touching its weights.
 
     ```python
@@ -188,9 +188,7 @@ class Steering(nn.Module):
             ModelError: attached already; SAEs of another width, layer or model.
         """
         inner = base_model(model)
-        if self._attachment is not None:
-            held = type(self._attachment.model).__name__
-            raise ModelError(f"This Steering is attached to a {held} already: detach() it first.")
+        self.check_unattached()
         stack = decoder_layers(inner, layers)
         check_saes(self.sae_in, self.sae_out, inner, len(stack), model_name)
         check_model_name("The map was made with", self.cdmap.meta.model_name, model_name or name_of(inner))
@@ -216,18 +214,6 @@ class Steering(nn.Module):
         for tensor in tensors:
             if isinstance(tensor, Tensor):
                 torch._dynamo.mark_static_address(tensor)
-
-    def detach(self) -> None:
-        """Leave the model as it was. Does nothing when not attached."""
-        while self._undo:
-            self._undo.pop()()
-        self._attachment = None
-
-    def __enter__(self) -> Steering:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.detach()
 
     @contextmanager
     def responses(self, starts: Sequence[int] | Tensor) -> Iterator[None]:

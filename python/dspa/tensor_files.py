@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
 import uuid
@@ -57,6 +59,15 @@ def read_tensors(path: Path, names: Sequence[str], *, check: bool = True) -> dic
     if check and read_header(path).get("sha256") != digest(found):
         raise MapError(f"{path} is damaged (its tensors are not those that were written).")
     return found
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]], names: Sequence[str] = ()) -> None:
+    """Write rows as CSV; `names` are the columns where there may be no row."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names or list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    replace(path, text.getvalue().encode())
 
 
 def replace(path: Path, content: bytes) -> None:

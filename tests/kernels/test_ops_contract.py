@@ -156,6 +156,15 @@ def test_runs_in_inference_mode(op: str) -> None:
     assert all(same_bits(ours, other) for ours, other in zip(results, expected, strict=True))
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_changes_nothing(op: str) -> None:
+    function, arguments = calls(make_case())[op]
+    expected = tensors(function(**arguments))
+    with torch.autocast("cpu", torch.bfloat16):
+        results = tensors(function(**arguments))
+    assert all(same_bits(ours, other) for ours, other in zip(results, expected, strict=True))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("op", OPS)
 def test_inputs_stay_and_outputs_are_new(backend: str, op: str, kind: str) -> None:

@@ -73,32 +73,29 @@ def fsrl_residual(
         InputError: a shape, dtype, device, activation or number that does not fit. BackendError: see `choose`.
     """
     _check(h, sae, W_a, b_a, threshold, activation, bandwidth, mask, fraction)
-    chosen = choose("fsrl_residual", h.device, backend, compute_dtype(h, sae.W_enc, W_a))
+    dtype = compute_dtype(h, sae.W_enc, W_a)
+    x, scale = (None, None) if sae.normalize == "none" else normalise(h, sae.normalize, dtype)
     differentiable = (h, W_a, b_a, *(() if threshold is None else (threshold,)))
-    # Autocast would reach the products inside of an op, and compute them in less than they are specified in.
-    with torch.autocast(h.device.type, enabled=False):
-        plain = sae.normalize == "none"
-        x, scale = (None, None) if plain else normalise(h, sae.normalize, compute_dtype(h, sae.W_enc, W_a))
-        out, l1, l0, _ = _fsrl_residual(
-            h=h,
-            x=x,
-            W_enc=sae.W_enc,
-            b_enc=sae.b_enc,
-            threshold=sae.threshold,
-            k=sae.k,
-            W_dec=sae.W_dec,
-            W_a=W_a,
-            b_a=b_a,
-            theta=threshold,
-            activation=activation,
-            bandwidth=bandwidth,
-            mask=mask,
-            fraction=fraction,
-            barriers=sae.stream.barriers,
-            keep=torch.is_grad_enabled() and any(each.requires_grad for each in differentiable),
-            backend=chosen,
-        )
-        return FSRLOutput(out if scale is None else (h + scale * out).to(h.dtype), l1, l0)
+    out, l1, l0, _ = _fsrl_residual(
+        h=h,
+        x=x,
+        W_enc=sae.W_enc,
+        b_enc=sae.b_enc,
+        threshold=sae.threshold,
+        k=sae.k,
+        W_dec=sae.W_dec,
+        W_a=W_a,
+        b_a=b_a,
+        theta=threshold,
+        activation=activation,
+        bandwidth=bandwidth,
+        mask=mask,
+        fraction=fraction,
+        barriers=sae.stream.barriers,
+        keep=torch.is_grad_enabled() and any(each.requires_grad for each in differentiable),
+        backend=choose("fsrl_residual", h.device, backend, dtype),
+    )
+    return FSRLOutput(out if scale is None else (h + scale * out).to(h.dtype), l1, l0)
 
 
 def _check(
@@ -181,11 +178,9 @@ def _backward(ctx: Any, grad: Tensor, grad_l1: Tensor, *_: Tensor | None) -> tup
     names = ("codes", "h", "W_enc", "W_dec", "W_a", "b_a", "theta")
     saved = dict(zip(names, ctx.saved_tensors, strict=True))
     needs_h, needs_x, *_others = needs = ctx.needs_input_grad
-    # The backward is run outside of the autocast of its forward, but may be in another.
-    with torch.autocast(grad.device.type, enabled=False):
-        d_h, d_x, *adapter = _fsrl_residual_backward(
-            grad=grad, grad_l1=grad_l1, **saved, **ctx.settings, needs_h=needs_h, needs_x=needs_x
-        )
+    d_h, d_x, *adapter = _fsrl_residual_backward(
+        grad=grad, grad_l1=grad_l1, **saved, **ctx.settings, needs_h=needs_h, needs_x=needs_x
+    )
     # Between stand the five arguments that are frozen, and behind the seven that are no tensors or have no gradient.
     found = (d_h, d_x, *[None] * 5, *adapter, *[None] * 7)
     return tuple(each if needed else None for each, needed in zip(found, needs, strict=True))

@@ -67,7 +67,9 @@ def fsrl_residual(
     l1, l0 = h.new_empty(len(h), dtype=dtype), h.new_empty(len(h), dtype=torch.int32)
     codes = h.new_empty((len(h), len(W_a)) if keep else 0, dtype=torch.uint8)
     jumps = activation == "jumprelu"
-    W_dec = W_dec.to(dtype)
+    needs_f = activation == "soft_threshold" or (jumps and keep)
+    W_enc = W_enc.to(dtype) if needs_f else W_enc
+    W_dec, W_a = W_dec.to(dtype), W_a.to(dtype)
     for rows in row_blocks(len(h), TENSORS * len(W_a), LEAST):
         b_h = h[rows].to(dtype)
         u = pre_activations(b_h, W_a, b_a)
@@ -77,7 +79,7 @@ def fsrl_residual(
         if fraction < 1:
             kept = top_of_row(v, fraction)
             v = v.where(kept, 0)
-        if activation == "soft_threshold" or (jumps and keep):
+        if needs_f:
             pre = pre_activations(b_h if x is None else x[rows].to(dtype), W_enc, b_enc)
             f = pre.where(active_latents(pre, threshold, k), 0)
         delta = (v if f is None else torch.maximum(v, -f)) @ W_dec
@@ -118,10 +120,12 @@ def fsrl_residual_backward(
     d_x = h.new_empty(h.shape if needs_x else 0, dtype=dtype)
     d_W_a, d_b_a = h.new_zeros(W_a.shape, dtype=dtype), h.new_zeros(b_a.shape, dtype=dtype)
     d_theta = h.new_zeros(0 if theta is None else theta.shape, dtype=dtype)
-    W_dec = W_dec.to(dtype)
+    needs_f = (needs_h and adds) or needs_x
+    wide_W_dec, wide_W_a = W_dec.to(dtype), W_a.to(dtype) if needs_h else W_a
+    wide_W_enc = W_enc.to(dtype) if needs_f else W_enc
     for rows in row_blocks(len(h), TENSORS * len(W_a), LEAST):
         g, moved = grad[rows].to(dtype), codes[rows] % NEAR
-        d_c = g @ W_dec.T
+        d_c = g @ wide_W_dec.T
         sign = (moved == UP).to(dtype) - (moved > UP).to(dtype)
         d_u = d_c.where((moved == UP) | (moved == DOWN), 0) + grad_l1[rows].to(dtype)[:, None] * sign
         if theta is not None and activation == "soft_threshold":
@@ -131,9 +135,9 @@ def fsrl_residual_backward(
             d_theta -= theta / bandwidth * d_v.where(codes[rows] >= NEAR, 0).sum(dim=0)
         d_W_a.addmm_(d_u.T, h[rows].to(dtype))
         d_b_a += d_u.sum(dim=0)
-        d_f = -d_c.where(moved == OFF, 0) @ W_enc.to(dtype) if (needs_h and adds) or needs_x else 0
+        d_f = -d_c.where(moved == OFF, 0) @ wide_W_enc if needs_f else 0
         if needs_h:
-            d_h[rows] = (d_u @ W_a.to(dtype) + (g + d_f if adds else 0)).to(h.dtype)
+            d_h[rows] = (d_u @ wide_W_a + (g + d_f if adds else 0)).to(h.dtype)
         if needs_x:
             d_x[rows] = d_f
     return d_h, d_x, d_W_a.to(W_a.dtype), d_b_a.to(b_a.dtype), d_theta.to(b_a.dtype)

@@ -84,15 +84,6 @@ class Operands(NamedTuple):
             return BELOW
         return NEARBY if self.activation == "jumprelu" and self.keep else NOWHERE
 
-    def rows(self, rows: slice) -> Operands:
-        """Some of the rows."""
-        cuts = {
-            name: getattr(self, name)[:, rows].contiguous()
-            for name in ("rank", "top")
-            if getattr(self, name) is not None
-        }
-        return self._replace(h=self.h[rows], x=self.x[rows], **cuts)
-
     def launch(self, kernel: str, full: bool = False) -> dict[str, Any]:
         """What all kernels are called with, launch parameters included; `full` where a product with W_dec is FULL.
 
@@ -126,47 +117,6 @@ class Operands(NamedTuple):
         }
 
 
-def _operands(
-    h: Tensor,
-    x: Tensor | None,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    threshold: Tensor,
-    k: int,
-    W_dec: Tensor,
-    W_a: Tensor,
-    b_a: Tensor,
-    theta: Tensor | None,
-    activation: str,
-    bandwidth: float,
-    mask: Tensor | None,
-    fraction: float,
-    keep: bool,
-) -> Operands:
-    h = h.contiguous()
-    operands = Operands(
-        h=h,
-        x=h if x is None else x.contiguous(),
-        W_enc=W_enc,
-        b_enc=b_enc.contiguous(),
-        threshold=threshold.contiguous(),
-        W_dec=W_dec,
-        W_a=W_a.contiguous(),
-        b_a=b_a.contiguous(),
-        theta=None if theta is None else theta.contiguous(),
-        mask=None if mask is None else mask.contiguous().view(torch.uint8),
-        activation=activation,
-        bandwidth=bandwidth,
-        keep=keep,
-    )
-    # Ranks need whole rows of latents, and come before what depends on them.
-    if k and operands.latents != NOWHERE and len(h):
-        operands = operands._replace(rank=_ranks(operands, k))
-    if fraction < 1 and len(h):
-        operands = operands._replace(top=_top(operands, fraction))
-    return operands
-
-
 def _ranks(operands: Operands, k: int) -> Tensor:
     """[2, N] int32: what the k largest pre-activations of a row reach, as bits, and the last latent there."""
     arguments = (operands.x, operands.W_enc, operands.b_enc, operands.threshold, k, "none")
@@ -177,7 +127,8 @@ def _top(operands: Operands, fraction: float) -> Tensor:
     """[2, N] int32: what the largest v of a row reach in size, as bits, and the last latent there."""
     cuts = []
     for rows in row_blocks(len(operands.h), operands.d_sae):
-        sizes, _, l0 = _changes(operands.rows(rows), torch.float32, None, size=True)
+        some = operands._replace(h=operands.h[rows], x=operands.x[rows])
+        sizes, _, l0 = _changes(some, torch.float32, None, size=True)
         cuts.append(_cut(sizes.view(torch.int32), n_kept(l0, fraction)))
     return torch.cat(cuts, dim=1)
 
@@ -221,9 +172,27 @@ def fsrl_residual(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h' (with x, the change of h alone), l1, l0, and codes where they are kept."""
-    operands = _operands(
-        h, x, W_enc, b_enc, threshold, k, W_dec, W_a, b_a, theta, activation, bandwidth, mask, fraction, keep
+    h = h.contiguous()
+    operands = Operands(
+        h=h,
+        x=h if x is None else x.contiguous(),
+        W_enc=W_enc,
+        b_enc=b_enc.contiguous(),
+        threshold=threshold.contiguous(),
+        W_dec=W_dec,
+        W_a=W_a.contiguous(),
+        b_a=b_a.contiguous(),
+        theta=None if theta is None else theta.contiguous(),
+        mask=None if mask is None else mask.contiguous().view(torch.uint8),
+        activation=activation,
+        bandwidth=bandwidth,
+        keep=keep,
     )
+    # Cuts need whole rows of latents, and come before what depends on them.
+    if fraction < 1 and len(h):
+        operands = operands._replace(top=_top(operands, fraction))
+    if k and operands.latents != NOWHERE and len(h):
+        operands = operands._replace(rank=_ranks(operands, k))
     codes = h.new_empty((len(h), len(W_a)) if keep else 0, dtype=torch.uint8)
     if len(h) <= MAX_STEP:
         return *_step(operands, barrier_of(barriers), codes, add=x is None), codes
@@ -321,6 +290,7 @@ def fsrl_residual_backward(
     """Gradients of h, x, W_a, b_a, theta; empty where not needed."""
     grad, grad_l1 = grad.contiguous(), grad_l1.contiguous()
     dtype = torch.promote_types(h.dtype, W_a.dtype)
+    b_h = h.to(dtype)
     d_W_a, d_b_a = W_a.new_zeros(W_a.shape), torch.zeros_like(b_a)
     d_theta = b_a.new_zeros(0 if theta is None else theta.shape)
     d_h = torch.zeros_like(grad, dtype=torch.float32)
@@ -341,16 +311,16 @@ def fsrl_residual_backward(
             dtype=dtype,
             latent_dtype=latent_dtype,
         )
-        d_W_a[latents] = d_u.T @ h.to(dtype)
+        d_W_a[latents] = d_u.T @ b_h
         if theta is not None:
             d_theta[latents] = thresholds
         if needs_h:
             d_h += _product(d_u, W_a[latents].to(dtype))
         if d_f is not None:
             d_x += _product(d_f, W_enc[latents].to(d_f.dtype))
-    if adds:
+    if adds and needs_h:
         d_h += grad
-    given_h = d_h.to(h.dtype, copy=True) if needs_h else h.new_empty(0)
+    given_h = d_h.to(h.dtype) if needs_h else h.new_empty(0)
     return given_h, d_x if needs_x else d_x.new_empty(0), d_W_a, d_b_a, d_theta
 
 

@@ -372,8 +372,8 @@ def step_kernel(
                 BLOCK_L,
                 BLOCK_K,
             )
+            o_latent = i_latent + tl.arange(0, BLOCK_L)
             if p_codes is not None:
-                o_latent = i_latent + tl.arange(0, BLOCK_L)
                 store_codes(p_codes, d_codes, o_row, m_row, o_latent, d_sae, b_v, b_f, m_near)
             b_l1 += tl.sum(tl.abs(b_v), axis=0)
             b_moved = tl.sum((b_v != 0).to(tl.int32), axis=0)
@@ -381,7 +381,6 @@ def step_kernel(
             if tl.max(b_moved, axis=0) > 0:
                 b_c = changed(b_v, b_f)
                 m_read = tl.max((b_c != 0).to(tl.int32), axis=1) > 0
-                o_latent = i_latent + tl.arange(0, BLOCK_L)
                 p_w = p_W_dec + o_latent.to(tl.int64)[None, :] * d_in
                 for i_d in range(0, d_in, BLOCK_D):
                     m_d = (i_d + o_d < d_in)[:, None]

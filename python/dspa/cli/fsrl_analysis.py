@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -159,7 +158,7 @@ def mask(
     layers: Layers = None,
 ) -> None:
     """What masking some latents costs, against random sets of as many that the adapter moves."""
-    from dspa.fsrl.ablations import METRICS, mask_effect
+    from dspa.fsrl.ablations import METRICS, check_latents, mask_effect
     from dspa.fsrl.labels import read_labels
     from dspa.fsrl.plots import plot_masks
     from dspa.fsrl.usage import latent_usage
@@ -171,11 +170,9 @@ def mask(
         )
     given = _start(out, triples, first)
     opened = _adapter(adapter, sae, layer, device)
-    wrong = [each for each in latent or [] if not 0 <= each < opened.sae.d_sae]
-    if wrong:
-        raise ValueError(f"--latent is {wrong}; accepted: 0 to {opened.sae.d_sae - 1}, the latents of the SAE.")
     if labels is not None and category is not None:
         latent = read_labels(labels, opened.sae, rules=rules, explainer=explainer).of(category)
+    check_latents(latent or [], opened.sae.d_sae)
     lm, tokenizer, loaded = _load(model, opened, device, dtype)
     responses = _responses(lm, tokenizer, given, max_length)
     with loaded.attach(lm, layers=layers, model_name=model_name):
@@ -374,10 +371,9 @@ def _agreement(labels: Labels, hand: Labels, out: Path) -> str:
 
 def _write(path: Path, rows: Sequence[Mapping[str, object]], names: Sequence[str] = ()) -> None:
     """A CSV file; `names` are its columns where there may be no row."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names or list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    from dspa.tensor_files import write_csv
+
+    write_csv(path, rows, names)
 
 
 def _table(title: str, rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> Table:

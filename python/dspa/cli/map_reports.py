@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -114,13 +113,15 @@ def map_stability(
         table.add_row(str(each.n_triples), *means)
     console.print(table)
     if csv_path is not None:
-        with csv_path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("triples", "selected", "columns", "n_columns"))
-            for each in found:
-                writer.writerows(
-                    (each.n_triples, *row) for row in zip(each.selected, each.columns, each.n_columns, strict=True)
-                )
+        from dspa.tensor_files import write_csv
+
+        names = ("triples", "selected", "columns", "n_columns")
+        rows = [
+            dict(zip(names, (each.n_triples, *draw), strict=True))
+            for each in found
+            for draw in zip(each.selected, each.columns, each.n_columns, strict=True)
+        ]
+        write_csv(csv_path, rows, names)
     if plot is not None:
         from dspa.plots import plot_stability
 

@@ -202,10 +202,7 @@ def mask_effect(
 
 def _moved(latents: Sequence[int], d_sae: int, used: Tensor) -> Tensor:
     """Of some latents, each once, those that are used."""
-    outside = [n for n in latents if not 0 <= n < d_sae]
-    if outside or not latents:
-        told = f"hold {outside[:10]}" if outside else "are none"
-        raise ValueError(f"`latents` {told}; accepted: one or more numbers from 0 to {d_sae - 1}.")
+    check_latents(latents, d_sae)
     unique = torch.tensor(sorted(set(latents)))
     found = unique[torch.isin(unique, used)]
     if not len(found):
@@ -214,6 +211,14 @@ def _moved(latents: Sequence[int], d_sae: int, used: Tensor) -> Tensor:
             f"nothing. Give some of the {len(used)} that are."
         )
     return found
+
+
+def check_latents(latents: Sequence[int], d_sae: int) -> None:
+    """Raise `ValueError` unless there are latents, all of an SAE of so many."""
+    outside = [n for n in latents if not 0 <= n < d_sae]
+    if outside or not latents:
+        told = f"hold {outside[:10]}" if outside else "are none"
+        raise ValueError(f"`latents` {told}; accepted: one or more numbers from 0 to {d_sae - 1}.")
 
 
 def check_attached(model: nn.Module, adapter: FSRLAdapter) -> None:

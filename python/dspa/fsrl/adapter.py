@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dspa.attach import Attachment, Prompts
+from dspa.attach import Attachable, Attachment, Prompts
 from dspa.errors import AdapterError, ModelError
 from dspa.fsrl.config import FSRLConfig
 from dspa.hooks import base_model, check_sae, decoder_layers, device_of, forget_graphs, hidden, layer_of
@@ -34,7 +34,7 @@ class Moves:
     l0: list[Tensor] = field(default_factory=list)
 
 
-class FSRLAdapter(nn.Module):
+class FSRLAdapter(Attachable, nn.Module):
     """`h' = h + (ReLU(f + v) - f) W_dec` with `v = act(h W_a^T + b_a)` and the latents f of `sae` (arXiv 2509.12934).
 
     Trainable are `W_a` [d_sae, d_in], a row a latent, `b_a` [d_sae], and for soft_threshold `threshold` [d_sae], for
@@ -55,11 +55,12 @@ class FSRLAdapter(nn.Module):
 
     def __init__(self, sae: FrozenSAE, config: FSRLConfig | None = None, *, backend: str = "auto") -> None:
         super().__init__()
-        for name, value, kind in (("sae", sae, FrozenSAE), ("config", config or FSRLConfig(), FSRLConfig)):
+        config = config or FSRLConfig()
+        for name, value, kind in (("sae", sae, FrozenSAE), ("config", config, FSRLConfig)):
             if not isinstance(value, kind):
                 raise AdapterError(f"`{name}` is a {type(value).__name__}; accepted: a {kind.__name__}.")
         layer_of(sae)
-        self.sae, self.config, self.backend = sae, config or FSRLConfig(), backend
+        self.sae, self.config, self.backend = sae, config, backend
         self._mask: Tensor | None = None
         self._fraction = 1.0
         start = self.config.initial_threshold
@@ -139,11 +140,9 @@ class FSRLAdapter(nn.Module):
         u = nn.functional.linear(h.float(), W_a, self.b_a)
         if theta is None:
             return u.relu()
-        return (
-            u.where(u > theta, 0)
-            if self.config.activation == "jumprelu"
-            else nn.functional.relu(u - theta) - nn.functional.relu(-u - theta)
-        )
+        if self.config.activation == "jumprelu":
+            return u.where(u > theta, 0)
+        return (u - theta).relu() - (-u - theta).relu()
 
     def _weights(self, dtype: torch.dtype) -> Tensor:
         """W_a in the dtype of 16-bit residuals; where nothing is trained, converted once and kept."""
@@ -194,9 +193,7 @@ class FSRLAdapter(nn.Module):
             ModelError: attached already; an SAE of another width, layer or model.
         """
         inner = base_model(model)
-        if self._attachment is not None:
-            held = type(self._attachment.model).__name__
-            raise ModelError(f"This FSRLAdapter is attached to a {held} already: detach() it first.")
+        self.check_unattached()
         stack = decoder_layers(inner, layers)
         check_sae("sae", self.sae, inner, len(stack), model_name)
         attachment = Attachment.of(inner)
@@ -214,15 +211,7 @@ class FSRLAdapter(nn.Module):
         """Leave the model as it was. Does nothing when not attached."""
         if self._attachment is not None:
             forget_graphs()
-        while self._undo:
-            self._undo.pop()()
-        self._attachment = None
-
-    def __enter__(self) -> FSRLAdapter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.detach()
+        super().detach()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

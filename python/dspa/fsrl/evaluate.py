@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
 def score_triples(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    triples: Iterable[Triple] | str | Path,
+    triples: Iterable[Triple | Mapping[str, Any]] | str | Path,
     *,
     beta: float = 10.0,
     gamma_beta_ratio: float = 0.5,
@@ -168,7 +168,7 @@ def score_responses(
 def responses_of(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    triples: Iterable[Triple] | str | Path,
+    triples: Iterable[Triple | Mapping[str, Any]] | str | Path,
     max_length: int | None = None,
 ) -> list[Response]:
     """Both responses of every triple as the model reads them, a chosen one and its rejected one in turn.

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dspa.fsrl.ablations import check_attached
 from dspa.fsrl.adapter import FSRLAdapter, Moves
-from dspa.fsrl.evaluate import Response, batches, responses_of, score_triples
+from dspa.fsrl.evaluate import Response, batches, responses_of, score_responses
 from dspa.hooks import CausalLM
-from dspa.preferences import Triple, load_triples
+from dspa.preferences import Triple
 
 # Of the passes, whose order is known only with it.
 BATCH_TOKENS = 8192
@@ -45,15 +45,13 @@ def held_out(
 ) -> HeldOut:
     """The figures of a model in evaluation mode, to which `adapter` is attached if it is given. The other arguments
     are those of `score_triples`, and so is what is raised."""
-    found = list(load_triples(triples))
     if adapter is not None:
         check_attached(model, adapter)
+    responses = responses_of(model, tokenizer, triples, max_length)
     with nullcontext(Moves()) if adapter is None else adapter.recording() as moves:
-        scores = score_triples(model, tokenizer, found, max_length=max_length, batch_tokens=BATCH_TOKENS, **scoring)
-    l0 = l1 = 0.0
-    if adapter is not None:
-        l0, l1 = _moved(responses_of(model, tokenizer, found, max_length), moves)
-    return HeldOut(len(found), scores.loss, scores.accuracy, scores.margin, l0, l1)
+        scores = score_responses(model, responses, batch_tokens=BATCH_TOKENS, **scoring)
+    l0, l1 = (0.0, 0.0) if adapter is None else _moved(responses, moves)
+    return HeldOut(len(scores.margins), scores.loss, scores.accuracy, scores.margin, l0, l1)
 
 
 def _moved(responses: Sequence[Response], moves: Moves) -> tuple[float, float]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from dspa.hooks import base_model, check_eval, check_sae, decoder_layers, layer_
 from dspa.preferences import Triple, load_triples
 from dspa.ranks import rank
 from dspa.saes import FrozenSAE
-from dspa.tensor_files import replace
+from dspa.tensor_files import write_csv
 from dspa.training_folder import TrainingError
 
 CSV, PLOT = "sweep.csv", "sweep.png"
@@ -116,9 +114,5 @@ def _grid(
 def _write(found: Sweep, out: Path) -> None:
     from dspa.fsrl.plots import plot_sweep
 
-    rows, text = found.rows(), io.StringIO()
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    replace(out / CSV, text.getvalue().encode())
+    write_csv(out / CSV, found.rows())
     plot_sweep(found, out / PLOT)
