@@ -73,13 +73,13 @@ check() {
     $PYTHON -c 'import xdist' 2>/dev/null && workers=(-n 8)
     run check-kernels $PYTHON -m pytest -q "${workers[@]}" tests/kernels --junitxml="$out/check-kernels.xml" "$@"
     run check-gpu $PYTHON -m pytest -q -m gpu tests/dspa/test_gpu.py tests/dspa/test_saes.py --junitxml="$out/check-gpu.xml" "$@"
-    run check-ops $PYTHON -m bench.every_kernel
+    run check-ops $PYTHON -m bench.checks.every_kernel
 }
 
 # A sanitizer takes registers for itself, so that a grid of its usual size may not fit; a first run without it
 # compiles.
 sanitize() {
-    local tool kernel small=($PYTHON -m bench.every_kernel --programs 16 --rows 1 19)
+    local tool kernel small=($PYTHON -m bench.checks.every_kernel --programs 16 --rows 1 19)
     run sanitize-plain "${small[@]}" "$@"
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     for tool in memcheck racecheck synccheck initcheck; do
@@ -94,7 +94,7 @@ sanitize() {
 stress() {
     local kernel
     for kernel in $kernels; do
-        run "stress-$kernel" $PYTHON -m bench.stress --backends "$kernel" "$@"
+        run "stress-$kernel" $PYTHON -m bench.checks.stress --backends "$kernel" "$@"
     done
 }
 
@@ -114,7 +114,7 @@ profile() {
         for kernel in triton cuda; do
             name=profile-$shape-$kernel
             run "$name-record" ncu --profile-from-start off --set full --import-source yes --clock-control none \
-                --force-overwrite --export "$out/$name" $PYTHON -m bench.one_step --shape "$shape" --backend "$kernel" "$@" &&
+                --force-overwrite --export "$out/$name" $PYTHON -m bench.checks.one_step --shape "$shape" --backend "$kernel" "$@" &&
                 run "$name" ncu --import "$out/$name.ncu-rep" --page details --print-details all &&
                 ncu --import "$out/$name.ncu-rep" --page raw --csv >"$out/$name.csv"
         done

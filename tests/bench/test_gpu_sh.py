@@ -87,7 +87,7 @@ def test_a_stage_builds_if_there_is_no_library(tree: Tree) -> None:
         code, _, calls = tree.run("stress", "out", "--only", "chained")
         assert code == 0 and library.read_text() == "new\n"
         assert any("csrc/build.py" in call for call in calls) == built
-        assert sum("bench.stress" in call and "--only chained" in call for call in calls) == 4
+        assert sum("bench.checks.stress" in call and "--only chained" in call for call in calls) == 4
     library.write_text("old")
     _, _, calls = tree.run("build", "out", TORCH_CUDA_ARCH_LIST="8.0")
     assert library.read_text() == "new\n" and any("csrc/build.py" in call and "[8.0]" in call for call in calls)

@@ -1,7 +1,7 @@
 """What only a GPU can show: graph replays, launches back to back, streams at once, compiled callers, batch invariance,
 run to run equality.
 
-`python -m bench.stress`. Everything is compared to the last bit with plain eager calls of the same backend.
+`python -m bench.checks.stress`. Everything is compared to the last bit with plain eager calls of the same backend.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="checks whose name has this in it")
     chosen = parser.parse_args()
     if DEVICE.type != "cuda":
-        print("bench.stress needs a CUDA device, and torch finds none")
+        print("bench.checks.stress needs a CUDA device, and torch finds none")
         return 2
     failed = []
     for each in chosen.backends:

@@ -1,4 +1,4 @@
-"""Every kernel of every backend once at small shapes, beside the reference: `python -m bench.every_kernel`.
+"""Every kernel of every backend once at small shapes, beside the reference: `python -m bench.checks.every_kernel`.
 
 Short, so that it can run under compute-sanitizer. Weights and rows are small integers where nothing is
 normalised: then every sum is exact, and results have to be equal to the last bit.

@@ -1,4 +1,4 @@
-"""One step that reads the whole encoder, between marks for a profiler: `python -m bench.one_step`.
+"""One step that reads the whole encoder, between marks for a profiler: `python -m bench.checks.one_step`.
 
 Under `ncu --profile-from-start off` its launch is the only one that is looked at.
 """
@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--backend", choices=KERNELS, default=KERNELS[0])
     chosen = parser.parse_args()
     if DEVICE.type != "cuda":
-        print("bench.one_step needs a CUDA device, and torch finds none")
+        print("bench.checks.one_step needs a CUDA device, and torch finds none")
         return 2
     one_step(chosen.shape, chosen.backend)
     return 0
