@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, PreTrainedTokenizerFast
 
-from bench.machine import describe
+from bench.harness.machine import describe
 from dspa import FrozenSAE, collect, load_triples
 from dspa.demo.run import ASSETS
 from dspa.demo.train import MODEL_NAME

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from bench import report
-from bench.cases import SHAPES, activity_of
-from bench.machine import describe
-from bench.measure import DEVICE, ROUNDS, Step, Stopwatch
+from bench.harness.cases import SHAPES, activity_of
+from bench.harness.machine import describe
+from bench.harness.measure import DEVICE, ROUNDS, Step, Stopwatch
 from dspa_kernels.testing import Activity
 
 Measure = Callable[..., None]

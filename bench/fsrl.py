@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.machine import describe
-from bench.measure import DEVICE, synchronize
+from bench.harness.machine import describe
+from bench.harness.measure import DEVICE, synchronize
 from dspa_kernels import SAEWeights, fsrl_residual
 
 SHAPES = ((2304, 16_384), (2304, 65_536))

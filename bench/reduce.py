@@ -15,7 +15,7 @@ import torch
 import typer
 from rich.console import Console
 
-from bench.machine import describe
+from bench.harness.machine import describe
 from bench.synthetic_counts import write_counts
 from dspa import reduce
 from dspa.count_table import Table

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.cases import backends
 from bench.conftest import Measure
+from bench.harness.cases import backends
 from dspa_kernels import SAEWeights, activation_counts
 from dspa_kernels.testing import Activity
 

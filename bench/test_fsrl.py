@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from bench.cases import ROWS, Adapter, Setting, backends, check_rows, with_rows
 from bench.conftest import Measure
 from bench.fsrl import plain
+from bench.harness.cases import ROWS, Adapter, Setting, backends, check_rows, with_rows
 from dspa_kernels import fsrl_residual
 from dspa_kernels.testing import Activity
 

@@ -25,9 +25,9 @@ from transformers import (
 )
 
 import dspa
-from bench.cases import ON_GPU
 from bench.conftest import Record
-from bench.measure import DEVICE, Times
+from bench.harness.cases import ON_GPU
+from bench.harness.measure import DEVICE, Times
 from dspa.cdmap import MapMeta
 
 TINY: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 128, "num_attention_heads": 4}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.cases import ROWS, Setting, backends, check_rows, with_rows
 from bench.conftest import Measure
+from bench.harness.cases import ROWS, Setting, backends, check_rows, with_rows
 from dspa_kernels import SAEWeights, sparse_decode, sparse_encode
 from dspa_kernels.testing import Activity
 

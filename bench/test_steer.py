@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.cases import (
+from bench.conftest import Measure
+from bench.harness.cases import (
     ALPHA,
     FEW_ROWS,
     ON_GPU,
@@ -24,8 +25,7 @@ from bench.cases import (
     widened,
     with_rows,
 )
-from bench.conftest import Measure
-from bench.measure import DEVICE, Stopwatch
+from bench.harness.measure import DEVICE, Stopwatch
 from dspa_kernels import EncoderStream, SAEWeights
 from dspa_kernels.ops.steer import reference
 from dspa_kernels.testing import Activity, same_bits
@@ -118,7 +118,7 @@ def test_fixed_cost(measure: Measure, activity: Activity, path: str, name: str, 
 @pytest.mark.skipif(not ON_GPU, reason="launches nothing without a GPU")
 def test_launch(measure: Measure, activity: Activity) -> None:
     """A launch that does nothing, of as many programs as `steer` has."""
-    from bench.read_triton import launch_only
+    from bench.harness.read_triton import launch_only
 
     measure([lambda: launch_only(DEVICE)] * 32, **labels(Setting.of(activity, "hard", 1), "launch only", "read"))
 

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.cases import SHAPES, Adapter, Setting, widened
-from bench.measure import DEVICE, Step, Stopwatch, synchronize
+from bench.harness.cases import SHAPES, Adapter, Setting, widened
+from bench.harness.measure import DEVICE, Step, Stopwatch, synchronize
 from dspa_kernels import EncoderStream, activation_counts, fsrl_residual, launch, sparse_encode
 from dspa_kernels.launch import STEER_WARPS, Entry, Launch, Served, capability_of, launch_parameters
 from dspa_kernels.testing import Activity, realistic_activity, same_bits, tensors

@@ -21,8 +21,8 @@ from unittest import mock
 
 import torch
 
-from bench.cases import KERNELS, LAUNCHES, SHAPES, Setting, check_rows, running
-from bench.measure import DEVICE, Stopwatch
+from bench.harness.cases import KERNELS, LAUNCHES, SHAPES, Setting, check_rows, running
+from bench.harness.measure import DEVICE, Stopwatch
 from bench.tune import BYTES, GAIN, Place, State, activity_for, as_text, merged, setting_of, shape, stream_of, told
 from dspa_kernels import EncoderStream, launch
 from dspa_kernels.launch import CudaEntry, capability_of, launch_parameters

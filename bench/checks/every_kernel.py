@@ -16,8 +16,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.cases import KERNELS, running
-from bench.measure import synchronize
+from bench.harness.cases import KERNELS, running
+from bench.harness.measure import synchronize
 from dspa_kernels import (
     EncoderStream,
     SAEWeights,

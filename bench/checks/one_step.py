@@ -9,8 +9,8 @@ import argparse
 
 import torch
 
-from bench.cases import KERNELS, SHAPES, Setting, activity_of, running
-from bench.measure import DEVICE, synchronize
+from bench.harness.cases import KERNELS, SHAPES, Setting, activity_of, running
+from bench.harness.measure import DEVICE, synchronize
 from bench.tune import shape
 
 

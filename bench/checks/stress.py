@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import KERNELS, SHAPES, Setting, activity_of, running
-from bench.measure import DEVICE
+from bench.harness.cases import KERNELS, SHAPES, Setting, activity_of, running
+from bench.harness.measure import DEVICE
 from dspa_kernels import activation_counts, sparse_decode, sparse_encode
 from dspa_kernels.backends import IMPLEMENTED
 from dspa_kernels.testing import Activity, same_bits, tensors

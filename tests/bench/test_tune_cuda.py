@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bench import tune, tune_cuda
-from bench.cases import KERNELS
-from bench.measure import DEVICE, Times
+from bench.harness.cases import KERNELS
+from bench.harness.measure import DEVICE, Times
 from bench.tune import Place
 from dspa_kernels import launch
 from dspa_kernels.launch import CudaEntry
@@ -76,7 +76,7 @@ def test_kernels_are_compared_once(
     kernel: str, precision: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = Place(kernel, precision, 1, 64, 512)
-    monkeypatch.setattr("bench.measure.Stopwatch.device", lambda _, steps: Times.of([len(steps)]))
+    monkeypatch.setattr("bench.harness.measure.Stopwatch.device", lambda _, steps: Times.of([len(steps)]))
     first = tune_cuda.Comparison(tune.State(tmp_path / "state.json"), float("inf"))(place)
     assert isinstance(first, dict) and list(first) == ["whole", "mean"]
     assert all(tuple(each) == KERNELS for each in first.values())
@@ -85,7 +85,7 @@ def test_kernels_are_compared_once(
 
 
 def test_what_is_not_close_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.measure.Stopwatch.device", lambda _, steps: Times.of([1.0]))
+    monkeypatch.setattr("bench.harness.measure.Stopwatch.device", lambda _, steps: Times.of([1.0]))
     all_steps = tune_cuda.Setting.all_steps
     wrong = {"triton": 0.0, "cuda": 1.0}
     monkeypatch.setattr(

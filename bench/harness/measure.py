@@ -104,7 +104,7 @@ class Stopwatch:
         """The read-only bandwidth in bytes a second, and what reached it."""
         ways: list[Any] = [torch.sum]
         if DEVICE.type == "cuda":
-            from bench.read_triton import readers
+            from bench.harness.read_triton import readers
 
             ways += readers()
         return max(((self._bandwidth(way), way) for way in ways), key=lambda each: each[0])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.measure import DEVICE, Step
+from bench.harness.measure import DEVICE, Step
 from dspa_kernels import MapWeights, SAEWeights, SteeringPlan, available_backends, launch, steer
 from dspa_kernels.launch import CudaEntry
 from dspa_kernels.testing import Activity, realistic_activity
