@@ -104,7 +104,7 @@ bench() {
 
 generate() { run generate $PYTHON -m pytest -q bench/test_generate.py --results "$out/results" "$@"; }
 
-train() { run train $PYTHON -m bench.fsrl --out "$out/fsrl.json" "$@"; }
+train() { run train $PYTHON -m bench.offline.fsrl --out "$out/fsrl.json" "$@"; }
 
 # From an empty cache, at the clocks as they are. The log has achieved bandwidth and stall reasons, the table every
 # counter.

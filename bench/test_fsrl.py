@@ -1,4 +1,4 @@
-"""A decoding step of `fsrl_residual` beside dense matrices. What a training step takes: `python -m bench.fsrl`."""
+"""A decoding step of `fsrl_residual` beside dense matrices. What a training step takes: `python -m bench.offline.fsrl`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from bench.conftest import Measure
-from bench.fsrl import plain
 from bench.harness.cases import ROWS, Adapter, Setting, backends, check_rows, with_rows
+from bench.offline.fsrl import plain
 from dspa_kernels import fsrl_residual
 from dspa_kernels.testing import Activity
 

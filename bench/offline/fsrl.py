@@ -1,4 +1,4 @@
-"""Time and peak memory of a training step of `fsrl_residual`, forward and backward: `python -m bench.fsrl`.
+"""Time and peak memory of a training step of `fsrl_residual`, forward and backward: `python -m bench.offline.fsrl`.
 
 Beside it stands the same formula in plain PyTorch, eager and under torch.compile. Each runs in a process of its own on
 the same numbers, which have to agree. Activation memory is what a step takes at its peak above weights, inputs and the
@@ -131,7 +131,9 @@ def compare(case: Case, rounds: int) -> list[dict[str, Any]]:
     for method in METHODS:
         with TemporaryDirectory() as folder:
             out = Path(folder) / "found.json"
-            code = "import sys, json; from pathlib import Path as P; from bench.fsrl import Case, measure as m; "
+            code = (
+                "import sys, json; from pathlib import Path as P; from bench.offline.fsrl import Case, measure as m; "
+            )
             code += "m(Case(**json.loads(sys.argv[1])), sys.argv[2], int(sys.argv[3]), P(sys.argv[4]))"
             arguments = [json.dumps(asdict(case)), method, str(rounds), str(out)]
             subprocess.run([sys.executable, "-c", code, *arguments], check=True)

@@ -1,4 +1,4 @@
-"""Triples a second, and memory, of collecting a map's counts on the CPU: `python -m bench.collect`.
+"""Triples a second, and memory, of collecting a map's counts on the CPU: `python -m bench.offline.collect`.
 
 Beside `dspa.collect` stand the published three full passes with the same op, and a script that does the same with
 SAELens and TransformerLens in the obvious way. Each runs in a process of its own, on the same triples; their counts
@@ -210,9 +210,7 @@ def compare(case: Case, name: str, rounds: int) -> list[dict[str, Any]]:
         with TemporaryDirectory() as folder:
             out = Path(folder) / "found.json"
             arguments = [str(case.folder), str(case.n_triples), method, str(rounds), str(out)]
-            code = (
-                "import sys; from pathlib import Path as P; from bench.collect import measure as m; a = sys.argv[1:]; "
-            )
+            code = "import sys; from pathlib import Path as P; from bench.offline.collect import measure as m; a = sys.argv[1:]; "
             code += "m(P(a[0]), int(a[1]), a[2], int(a[3]), P(a[4]))"
             subprocess.run([sys.executable, "-c", code, *arguments], check=True)
             result = json.loads(out.read_text())

@@ -1,4 +1,4 @@
-"""Time and memory of reducing counts to a map, on synthetic counts of realistic sparsity: `python -m bench.reduce`."""
+"""Time and memory of reducing counts to a map, on synthetic counts of realistic sparsity: `python -m bench.offline.reduce`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from bench.harness.machine import describe
-from bench.synthetic_counts import write_counts
+from bench.offline.synthetic_counts import write_counts
 from dspa import reduce
 from dspa.count_table import Table
 from dspa.shards import Collection
@@ -64,7 +64,7 @@ def main(
         counts = folder or Path(other) / "counts"
         if not counts.exists():
             write_counts(counts, triples, d_sae, d_sae)
-        code = "import sys; from bench.reduce import measure; measure(*sys.argv[1:])"
+        code = "import sys; from bench.offline.reduce import measure; measure(*sys.argv[1:])"
         command = [sys.executable, "-c", code, str(counts), gate_rule]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         result = json.loads(done.stdout) | describe_counts(counts)
