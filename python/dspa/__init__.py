@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 # Where each public name lives. It is imported when it is first asked for, because torch and transformers take
 # seconds, for which `dspa --help` should not wait.
 HOMES = {
-    "ConditionalDifferenceMap": "cdmap",
-    "build_map": "build",
-    "collect": "densities",
-    "Collection": "shards",
-    "reduce": "reduction",
-    "SteeringConfig": "config",
-    "AdapterError": "errors",
-    "MapError": "errors",
-    "ModelError": "errors",
-    "PreferenceError": "preferences",
-    "Triple": "preferences",
-    "load_triples": "preferences",
-    "SAEError": "sae_files",
-    "FrozenSAE": "saes",
-    "Steering": "steering",
-    "detach": "steering",
-    "__version__": "version",
+    "ConditionalDifferenceMap": "dspa.cdmap",
+    "build_map": "dspa.build",
+    "collect": "dspa.densities",
+    "Collection": "dspa.shards",
+    "reduce": "dspa.reduction",
+    "SteeringConfig": "dspa.config",
+    "AdapterError": "dspa.errors",
+    "MapError": "dspa.errors",
+    "ModelError": "dspa.errors",
+    "PreferenceError": "dspa.preferences",
+    "Triple": "dspa.preferences",
+    "load_triples": "dspa.preferences",
+    "SAEError": "dspa.sae_files",
+    "FrozenSAE": "dspa.saes",
+    "Steering": "dspa.steering",
+    "detach": "dspa.steering",
+    "__version__": "dspa.version",
 }
 
 __all__ = [
@@ -67,7 +67,7 @@ def __getattr__(name: str) -> Any:
         return import_module("dspa.fsrl")
     if name not in HOMES:
         raise AttributeError(f"module 'dspa' has no attribute {name!r}")
-    return getattr(import_module(f"dspa.{HOMES[name]}"), name)
+    return getattr(import_module(HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
