@@ -122,14 +122,14 @@ profile() {
 }
 
 tune() {
-    run tune $PYTHON -m bench.tune --seconds "$((LIMIT - 40))" --table "$out/launch_table.json" \
+    run tune $PYTHON -m bench.tuning.triton --seconds "$((LIMIT - 40))" --table "$out/launch_table.json" \
         --state "$out/tune.json" "$@"
 }
 
 tune_cuda() {
     local tuned=()
     [ -f "$out/launch_table.json" ] && tuned=(--launch-table "$out/launch_table.json")
-    run tune_cuda $PYTHON -m bench.tune_cuda --seconds "$((LIMIT - 40))" --table "$out/cuda_table.json" \
+    run tune_cuda $PYTHON -m bench.tuning.cuda --seconds "$((LIMIT - 40))" --table "$out/cuda_table.json" \
         --state "$out/tune_cuda.json" "${tuned[@]}" "$@"
 }
 

@@ -5,7 +5,7 @@ fp32 rows with bf16 weights, 2 fp32), compute capability (null: any), the number
 (null: any), the shape for which it was measured (null: any), and the parameters. The first entry that fits is
 taken. Those for any capability fit into 96 KB of shared memory a multiprocessor. `cuda_table.json` holds, in the
 same way, where the CUDA backend was measured to be faster than Triton: there, and nowhere else, it is chosen
-unasked. `bench/tune.py` and `bench/tune_cuda.py` measure and write entries.
+unasked. `bench/tuning/triton.py` and `bench/tuning/cuda.py` measure and write entries.
 """
 
 from __future__ import annotations

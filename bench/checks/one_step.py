@@ -11,7 +11,7 @@ import torch
 
 from bench.harness.cases import KERNELS, SHAPES, Setting, activity_of, running
 from bench.harness.measure import DEVICE, synchronize
-from bench.tune import shape
+from bench.tuning.triton import shape
 
 
 def one_step(of: tuple[int, int], name: str) -> None:

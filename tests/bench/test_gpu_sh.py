@@ -97,7 +97,7 @@ def test_what_fails_is_told_and_the_rest_runs(tree: Tree) -> None:
     (tree.root / LIBRARY).write_text("old")
     code, text, calls = tree.run("all", "out", fail="csrc/build.py*")
     assert code == 1 and "== FAILED: build (3)\n" in text
-    assert not (tree.root / LIBRARY).exists() and any("bench.tune_cuda" in call for call in calls)
+    assert not (tree.root / LIBRARY).exists() and any("bench.tuning.cuda" in call for call in calls)
     (tree.programs / "ncu").unlink()
     code, text, _ = tree.run("profile", "out")
     assert code == 1 and "== FAILED: profile-2304x16384-triton-record (127)" in text

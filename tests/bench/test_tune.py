@@ -1,4 +1,4 @@
-"""The launch table as `bench.tune` writes it."""
+"""The launch table as `bench.tuning.triton` writes it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import tune
+from bench.tuning import triton as tune
 from dspa_kernels import launch
 from dspa_kernels.launch import Entry, Launch, launch_parameters
 

@@ -1,4 +1,4 @@
-"""The CUDA table as `bench.tune_cuda` writes it."""
+"""The CUDA table as `bench.tuning.cuda` writes it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from bench import tune, tune_cuda
 from bench.harness.cases import KERNELS
 from bench.harness.measure import DEVICE, Times
-from bench.tune import Place
+from bench.tuning import cuda as tune_cuda
+from bench.tuning import triton as tune
+from bench.tuning.triton import Place
 from dspa_kernels import launch
 from dspa_kernels.launch import CudaEntry
 

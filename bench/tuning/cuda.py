@@ -1,5 +1,5 @@
 """Measures where `steer` is faster in CUDA than in Triton, and writes `dspa_kernels/cuda_table.json`:
-`python -m bench.tune_cuda`, after `bench.tune`.
+`python -m bench.tuning.cuda`, after `bench.tuning.triton`.
 
 For each kernel, shape and precision, at a few numbers of rows, Triton's launches with the parameters of the launch
 table and each kind of CUDA's are timed one after the other, from a cold cache: on steps that read the whole encoder,
@@ -23,7 +23,19 @@ import torch
 
 from bench.harness.cases import KERNELS, LAUNCHES, SHAPES, Setting, check_rows, running
 from bench.harness.measure import DEVICE, Stopwatch
-from bench.tune import BYTES, GAIN, Place, State, activity_for, as_text, merged, setting_of, shape, stream_of, told
+from bench.tuning.triton import (
+    BYTES,
+    GAIN,
+    Place,
+    State,
+    activity_for,
+    as_text,
+    merged,
+    setting_of,
+    shape,
+    stream_of,
+    told,
+)
 from dspa_kernels import EncoderStream, launch
 from dspa_kernels.launch import CudaEntry, capability_of, launch_parameters
 
@@ -122,7 +134,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     chosen = parsed()
     if DEVICE.type != "cuda":
-        print("bench.tune_cuda needs a CUDA device, and torch finds none; the table was left as it is")
+        print("bench.tuning.cuda needs a CUDA device, and torch finds none; the table was left as it is")
         return 2
     table, capability = list(launch.cuda_table()), capability_of(DEVICE)
     launch.table.cache_clear()

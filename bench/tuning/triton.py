@@ -1,4 +1,4 @@
-"""Measures launch parameters and writes the best into `dspa_kernels/launch_table.json`: `python -m bench.tune`.
+"""Measures launch parameters and writes the best into `dspa_kernels/launch_table.json`: `python -m bench.tuning.triton`.
 
 For each kernel, number of rows, shape and precision, candidates are compiled side by side in several processes,
 those that fail, spill registers or give other bits than the present parameters (of an adapter, other numbers) are
@@ -328,7 +328,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     chosen = parsed()
     if DEVICE.type != "cuda":
-        print("bench.tune needs a CUDA device, and torch finds none; the table was left as it is")
+        print("bench.tuning.triton needs a CUDA device, and torch finds none; the table was left as it is")
         return 2
     context = multiprocessing.get_context("spawn")
     found: list[Entry] = []
