@@ -99,10 +99,10 @@ stress() {
 }
 
 bench() {
-    run bench $PYTHON -m pytest -q bench --ignore bench/test_generate.py --results "$out/results" "$@"
+    run bench $PYTHON -m pytest -q bench --ignore bench/suite/test_generate.py --results "$out/results" "$@"
 }
 
-generate() { run generate $PYTHON -m pytest -q bench/test_generate.py --results "$out/results" "$@"; }
+generate() { run generate $PYTHON -m pytest -q bench/suite/test_generate.py --results "$out/results" "$@"; }
 
 train() { run train $PYTHON -m bench.offline.fsrl --out "$out/fsrl.json" "$@"; }
 

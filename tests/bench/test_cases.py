@@ -7,7 +7,7 @@ import torch
 
 from bench.checks import every_kernel, one_step, stress
 from bench.harness.cases import LAUNCHES, Setting, activity_of, check_rows, running, steer_backends
-from bench.test_steer import paths_of
+from bench.suite.test_steer import paths_of
 from dspa_kernels import launch
 from dspa_kernels.testing import BACKENDS
 from dspa_kernels.weights import PATHS
