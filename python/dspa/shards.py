@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dspa.errors import MapError
+from dspa.files import read_header, read_tensors, replace, write_tensors
 from dspa.pieces import DataRecord
-from dspa.tensor_files import read_header, read_tensors, replace, write_tensors
 
 FORMAT = "dspa.counts.3"
 # Of sums of residuals: integers, which add up alike in any order.

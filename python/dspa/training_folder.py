@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from safetensors.torch import load_file, save_file
 
 from dspa.activations import Position
-from dspa.tensor_files import replace
+from dspa.files import replace
 
 RECORD = "training.json"
 PARTIAL = ".partial"

@@ -19,8 +19,9 @@ import torch
 from torch.distributed import HashStore
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dspa import collect, ranks, reduce
-from dspa.ranks import Team
+from dspa import collect, reduce
+from dspa import distributed as ranks
+from dspa.distributed import Team
 
 from .conftest import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_model, make_sae
 from .counts import SEED, as_rows, make_ids, make_tokenizer, shards, write_lines

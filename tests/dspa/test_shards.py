@@ -23,8 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dspa import MapError, PreferenceError, pieces, reduce
+from dspa.files import read_header, read_tensors
 from dspa.shards import COUNTED, DATA, FORMAT, MANIFEST, NAMES, Collection, Counts, merge
-from dspa.tensor_files import read_header, read_tensors
 
 from .conftest import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_sae
 from .counts import (

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dspa.ranks import local_rank
+from dspa.distributed import local_rank
 
 if TYPE_CHECKING:
     from dspa.saes import FrozenSAE

@@ -371,7 +371,7 @@ def _agreement(labels: Labels, hand: Labels, out: Path) -> str:
 
 def _write(path: Path, rows: Sequence[Mapping[str, object]], names: Sequence[str] = ()) -> None:
     """A CSV file; `names` are its columns where there may be no row."""
-    from dspa.tensor_files import write_csv
+    from dspa.files import write_csv
 
     write_csv(path, rows, names)
 

@@ -27,7 +27,7 @@ from dspa.cli.common import (
     load_sae,
     triple_source,
 )
-from dspa.ranks import rank
+from dspa.distributed import rank
 
 if TYPE_CHECKING:
     from dspa.fsrl.figures import HeldOut

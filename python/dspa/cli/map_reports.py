@@ -113,7 +113,7 @@ def map_stability(
         table.add_row(str(each.n_triples), *means)
     console.print(table)
     if csv_path is not None:
-        from dspa.tensor_files import write_csv
+        from dspa.files import write_csv
 
         names = ("triples", "selected", "columns", "n_columns")
         rows = [

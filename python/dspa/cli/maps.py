@@ -26,7 +26,7 @@ from dspa.cli.common import (
     load_all,
     triple_source,
 )
-from dspa.ranks import rank
+from dspa.distributed import rank
 
 if TYPE_CHECKING:
     from dspa.cdmap import ConditionalDifferenceMap

@@ -10,15 +10,15 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from dspa.distributed import rank
+from dspa.files import write_csv
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.config import FSRLConfig
 from dspa.fsrl.figures import HeldOut, held_out
 from dspa.fsrl.training import TrainingConfig, read_held_out, scoring, train
 from dspa.hooks import base_model, check_eval, check_sae, decoder_layers, layer_of
 from dspa.preferences import Triple, load_triples
-from dspa.ranks import rank
 from dspa.saes import FrozenSAE
-from dspa.tensor_files import write_csv
 from dspa.training_folder import TrainingError
 
 CSV, PLOT = "sweep.csv", "sweep.png"
