@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from dspa.cli import main
-from dspa.cli.common import console
+from dspa.cli.options import console
 from dspa.errors import ModelError
 from dspa.fsrl import (
     FSRLAdapter,

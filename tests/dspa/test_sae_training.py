@@ -519,7 +519,7 @@ def test_commands(tmp_path, monkeypatch, capsys, model, tokenizer, texts):
 def test_defaults_of_the_commands_are_the_configs():
     import inspect
 
-    from dspa.cli.saes import sae_finetune, sae_train
+    from dspa.cli.sae import sae_finetune, sae_train
 
     config = TrainingConfig()
     names = {"tokens": "n_tokens", "held_out": "held_out_tokens"}

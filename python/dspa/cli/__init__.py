@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dspa.cli import fsrl, maps, saes
-from dspa.cli.common import check_writable, console, print_table
+from dspa.cli import fsrl
+from dspa.cli import map as maps
+from dspa.cli import sae as saes
 from dspa.cli.generate import generate
+from dspa.cli.options import check_writable, console, print_table
 
 app = typer.Typer(
     help="Steer language models with sparse autoencoders (SAEs): DSPA, preference alignment at inference time.",

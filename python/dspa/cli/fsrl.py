@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from dspa.cli import fsrl_analysis, fsrl_training
+from dspa.cli import fsrl_analyse as fsrl_analysis
+from dspa.cli import fsrl_train as fsrl_training
 
 app = typer.Typer(help="Train, run and analyse FSRL adapters on SAE features.", no_args_is_help=True)
 analyse = typer.Typer(help="Look at what an adapter does; data as CSV, plots as PNG.", no_args_is_help=True)

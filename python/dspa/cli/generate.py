@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dspa.cli.common import (
+from dspa.cli.options import (
     Device,
     DType,
     LayerIn,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dspa.cli.common import check_writable, console, print_table
+from dspa.cli.options import check_writable, console, print_table
 
 Plot = Annotated[Path | None, typer.Option(help="Write a plot here, as PNG.")]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from dspa.cli.common import (
+from dspa.cli.options import (
     SAE_HELP,
     Device,
     DType,

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from dspa.cli import map_reports
-from dspa.cli.common import (
+from dspa.cli.options import (
     Device,
     DType,
     LayerIn,

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from dspa.cli.common import (
+from dspa.cli.options import (
     SAE_HELP,
     Device,
     DType,
