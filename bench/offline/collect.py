@@ -30,9 +30,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, PreT
 
 from bench.harness.machine import describe
 from dspa import FrozenSAE, collect, load_triples
+from dspa.data.triples import tokenize_triple
 from dspa.demo.run import ASSETS
 from dspa.demo.train import MODEL_NAME
-from dspa.preferences import tokenize_triple
 from dspa_kernels import activation_counts
 
 # Four layers of 512 with the vocabulary of gelu-4l, a model of that size that is much used.

@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from dspa.build import build_map
     from dspa.cdmap import ConditionalDifferenceMap
     from dspa.config import SteeringConfig
+    from dspa.data.triples import PreferenceError, Triple, load_triples
     from dspa.densities import collect
     from dspa.errors import AdapterError, MapError, ModelError
-    from dspa.preferences import PreferenceError, Triple, load_triples
     from dspa.reduction import reduce
     from dspa.sae_files import SAEError
     from dspa.saes import FrozenSAE
@@ -30,9 +30,9 @@ HOMES = {
     "AdapterError": "dspa.errors",
     "MapError": "dspa.errors",
     "ModelError": "dspa.errors",
-    "PreferenceError": "dspa.preferences",
-    "Triple": "dspa.preferences",
-    "load_triples": "dspa.preferences",
+    "PreferenceError": "dspa.data.triples",
+    "Triple": "dspa.data.triples",
+    "load_triples": "dspa.data.triples",
     "SAEError": "dspa.sae_files",
     "FrozenSAE": "dspa.saes",
     "Steering": "dspa.steering",

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from dspa.data.triples import Triple, load_triples, tokenize_triple
 from dspa.hooks import base_model, check_finite, device_of, read_layers
-from dspa.preferences import Triple, load_triples, tokenize_triple
 
 ACCEPTED = (
     "plain text, one document a line; JSON Lines with `text`; or preference triples, JSON Lines with `chosen`, "

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dspa.cdmap import ConditionalDifferenceMap
+from dspa.data.triples import Triple
 from dspa.densities import collect
-from dspa.preferences import Triple
 from dspa.reduction import check_settings, reduce
 from dspa.saes import FrozenSAE
 

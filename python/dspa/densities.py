@@ -15,9 +15,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dspa.data.triples import PreferenceError, Triple
 from dspa.distributed import Team
 from dspa.pieces import DataRecord, Source, Tally
-from dspa.preferences import PreferenceError, Triple
 from dspa.reader import Reader
 from dspa.saes import FrozenSAE
 from dspa.shards import Collection

@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-from dspa.preferences import Triple, load_triples
+from dspa.data.triples import Triple, load_triples
 
 # Triples that are held at once, among which those of like length find each other.
 TRIPLES_A_WINDOW = 2048

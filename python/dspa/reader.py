@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from dspa.data.triples import TokenizedTriple, Triple, tokenize_triple
 from dspa.errors import ModelError
 from dspa.hooks import (
     base_model,
@@ -28,7 +29,6 @@ from dspa.hooks import (
 )
 from dspa.hooks import model_name as name_of
 from dspa.pieces import Piece, key_of
-from dspa.preferences import TokenizedTriple, Triple, tokenize_triple
 from dspa.saes import FrozenSAE
 from dspa.shards import ROW_QUANTUM, CollectSettings, Counts, Shard
 from dspa_kernels import activation_counts

@@ -20,6 +20,7 @@ from torch.nn.functional import logsigmoid
 
 from dspa.cli import main
 from dspa.cli.options import console
+from dspa.data.triples import PreferenceError, Triple, load_triples, tokenize_triple
 from dspa.errors import ModelError
 from dspa.fsrl import (
     FSRLAdapter,
@@ -31,7 +32,6 @@ from dspa.fsrl import (
     train,
     train_sweep,
 )
-from dspa.preferences import PreferenceError, Triple, load_triples, tokenize_triple
 from dspa.training_folder import TrainingError, TrainingFolder
 
 from .conftest import D_SAE_OUT, L_OUT, make_model, make_sae

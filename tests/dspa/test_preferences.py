@@ -1,4 +1,4 @@
-"""`dspa.preferences`: every format, every refusal, and agreement with TRL on implicit prompts."""
+"""`dspa.data.triples`: every format, every refusal, and agreement with TRL on implicit prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dspa.preferences import PreferenceError, TokenizedTriple, Triple, load_triples, tokenize_triple
+from dspa.data.triples import PreferenceError, TokenizedTriple, Triple, load_triples, tokenize_triple
 
 PLAIN = {"prompt": "the sky is", "chosen": " blue", "rejected": " green"}
 WORDS = ["the", "sky", "is", "blue", "green", "grey", "what", "user", "assistant", "system", ":", "hello"]

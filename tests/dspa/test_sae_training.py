@@ -13,8 +13,8 @@ import torch
 from dspa.activations import Activations, Position, TextError, TextFile
 from dspa.batchtopk import jumprelu, started_sae
 from dspa.cli import main
+from dspa.data.triples import PreferenceError
 from dspa.errors import ModelError
-from dspa.preferences import PreferenceError
 from dspa.sae_training import TrainingConfig, evaluate_sae, finetune_sae, read_qualities, train_sae
 from dspa.saes import FrozenSAE
 from dspa.training_folder import TrainingError

@@ -28,10 +28,10 @@ from dspa.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from dspa.data.triples import Triple
     from dspa.fsrl.adapter import FSRLAdapter
     from dspa.fsrl.evaluate import Response
     from dspa.fsrl.labels import Labels
-    from dspa.preferences import Triple
 
 SAE = Annotated[str, typer.Option(help=f"The SAE that the adapter was trained with. {SAE_HELP}")]
 Adapter = Annotated[Path, typer.Option(help="Folder of the adapter.")]
@@ -262,9 +262,9 @@ def coherence(
     layers: Layers = None,
 ) -> None:
     """Whether texts stay coherent: repetition, distinct n-grams, length, perplexity, without and with the adapter."""
+    from dspa.data.prompts import read_prompts, tokenize_prompt
     from dspa.fsrl.coherence import METRICS, compare_texts
     from dspa.fsrl.plots import plot_coherence
-    from dspa.prompts import read_prompts, tokenize_prompt
 
     _make(out)
     texts = list(read_prompts(None, file))
@@ -318,7 +318,7 @@ def _make(out: Path) -> None:
 
 def _start(out: Path, triples: Path, first: int | None) -> list[Triple]:
     """All triples, checked before a model is loaded."""
-    from dspa.preferences import load_triples
+    from dspa.data.triples import load_triples
 
     _make(out)
     return list(islice(load_triples(triples), first))

@@ -209,7 +209,7 @@ def demo(
 
 def _triples(triples: str, split: str, first: int | None) -> Any:
     """The triples to train on, of which the first are checked before a model is loaded."""
-    from dspa.preferences import load_triples
+    from dspa.data.triples import load_triples
 
     source = triple_source(triples, split, stream=False)
     next(load_triples(source))
@@ -217,7 +217,7 @@ def _triples(triples: str, split: str, first: int | None) -> Any:
 
 
 def _held_out(path: Path | None) -> Any:
-    from dspa.preferences import load_triples
+    from dspa.data.triples import load_triples
 
     return None if path is None else list(load_triples(path))
 

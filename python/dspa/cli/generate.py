@@ -85,7 +85,7 @@ def generate(
 
     from dspa.cdmap import ConditionalDifferenceMap
     from dspa.config import SteeringConfig
-    from dspa.prompts import read_prompts, tokenize_prompt
+    from dspa.data.prompts import read_prompts, tokenize_prompt
     from dspa.steering import Steering
 
     check_writable("--out", out)

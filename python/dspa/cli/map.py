@@ -198,8 +198,8 @@ def _collect(
     dtype: DType,
     **options: Any,
 ) -> Collection:
+    from dspa.data.triples import load_triples
     from dspa.densities import collect
-    from dspa.preferences import load_triples
 
     source = triple_source(triples, split, stream)
     # What is wrong at the beginning of a file shows before a model is loaded.

@@ -14,13 +14,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from dspa.data.triples import load_triples
 from dspa.demo.run import World
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.config import FSRLConfig
 from dspa.fsrl.figures import HeldOut
 from dspa.fsrl.sweep import train_sweep
 from dspa.fsrl.training import TrainingConfig
-from dspa.preferences import load_triples
 
 # Of the file of preferences; the others are held out.
 N_TRAIN = 300

@@ -23,9 +23,9 @@ from dspa.baselines.static_sae import static_map
 from dspa.build import build_map
 from dspa.cdmap import ConditionalDifferenceMap
 from dspa.config import SteeringConfig
+from dspa.data.triples import load_triples
 from dspa.demo import world
 from dspa.demo.train import MODEL_NAME
-from dspa.preferences import load_triples
 from dspa.saes import FrozenSAE
 from dspa.steering import Steering
 

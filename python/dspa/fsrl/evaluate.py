@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy, softplus
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dspa.data.triples import Triple, load_triples, tokenize_triple
 from dspa.errors import ModelError
 from dspa.hooks import NOT_FINITE, CausalLM, base_model, check_eval, context_length, device_of
-from dspa.preferences import Triple, load_triples, tokenize_triple
 
 
 @dataclass(frozen=True)

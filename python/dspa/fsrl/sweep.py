@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from dspa.data.triples import Triple, load_triples
 from dspa.distributed import rank
 from dspa.files import write_csv
 from dspa.fsrl.adapter import FSRLAdapter
@@ -17,7 +18,6 @@ from dspa.fsrl.config import FSRLConfig
 from dspa.fsrl.figures import HeldOut, held_out
 from dspa.fsrl.training import TrainingConfig, read_held_out, scoring, train
 from dspa.hooks import base_model, check_eval, check_sae, decoder_layers, layer_of
-from dspa.preferences import Triple, load_triples
 from dspa.saes import FrozenSAE
 from dspa.training_folder import TrainingError
 

@@ -20,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dspa.data.triples import Triple, load_triples
 from dspa.distributed import warn_if_alone
 from dspa.files import digest
 from dspa.fsrl.adapter import FSRLAdapter
@@ -28,7 +29,6 @@ from dspa.fsrl.figures import HeldOut, held_out
 from dspa.fsrl.lending import lent
 from dspa.hooks import CausalLM, base_model, check_eval, context_length, device_of
 from dspa.hooks import model_name as name_of
-from dspa.preferences import Triple, load_triples
 from dspa.training_folder import TrainingError, TrainingFolder
 
 # The loss and its usual beta.

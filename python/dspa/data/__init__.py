@@ -1,0 +1,1 @@
+"""What a user brings: preference triples, texts and prompts, and their tokens."""
