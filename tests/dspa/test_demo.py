@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from dspa.demo import run, world
+from dspa.demo import language as world
+from dspa.demo import steer as run
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ def demo(
 
     Runs on two CPU cores in under two minutes, without a network.
     """
-    from dspa.demo import run
+    from dspa.demo import steer as run
 
     check_writable("--json", json_path)
     if retrain:

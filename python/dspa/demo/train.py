@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-from dspa.demo import world
+from dspa.demo import language as world
 from dspa.sae_training import TrainingConfig, train_sae
 
 SEED = 20

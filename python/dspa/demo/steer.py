@@ -24,7 +24,7 @@ from dspa.build import build_map
 from dspa.cdmap import ConditionalDifferenceMap
 from dspa.config import SteeringConfig
 from dspa.data.triples import load_triples
-from dspa.demo import world
+from dspa.demo import language as world
 from dspa.demo.train import MODEL_NAME
 from dspa.saes import FrozenSAE
 from dspa.steering import Steering
