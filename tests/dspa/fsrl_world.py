@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from dspa.evaluate.scores import Response
 from dspa.fsrl import FSRLAdapter
-from dspa.fsrl.evaluate import Response
 from dspa.hooks import read_layers
 from dspa.saes import FrozenSAE
 

@@ -13,6 +13,7 @@ import torch
 
 from dspa.cli import main
 from dspa.errors import ModelError
+from dspa.evaluate.coherence import METRICS, Coherence, distinct, repetition
 from dspa.fsrl import (
     FSRLAdapter,
     Scores,
@@ -27,7 +28,6 @@ from dspa.fsrl import (
     score_responses,
 )
 from dspa.fsrl.ablations import MaskEffect
-from dspa.fsrl.coherence import METRICS, Coherence, distinct, repetition
 
 from .conftest import D_SAE_OUT, L_OUT, make_model, make_sae
 from .fsrl_world import TRIPLES, acting_adapter, ending_tokenizer, hidden_states

@@ -29,8 +29,8 @@ from dspa.cli.options import (
 
 if TYPE_CHECKING:
     from dspa.data.triples import Triple
+    from dspa.evaluate.scores import Response
     from dspa.fsrl.adapter import FSRLAdapter
-    from dspa.fsrl.evaluate import Response
     from dspa.fsrl.labels import Labels
 
 SAE = Annotated[str, typer.Option(help=f"The SAE that the adapter was trained with. {SAE_HELP}")]
@@ -263,7 +263,7 @@ def coherence(
 ) -> None:
     """Whether texts stay coherent: repetition, distinct n-grams, length, perplexity, without and with the adapter."""
     from dspa.data.prompts import read_prompts, tokenize_prompt
-    from dspa.fsrl.coherence import METRICS, compare_texts
+    from dspa.evaluate.coherence import METRICS, compare_texts
     from dspa.fsrl.plots import plot_coherence
 
     _make(out)
@@ -338,7 +338,7 @@ def _load(model: str, adapter: FSRLAdapter, device: str, dtype: DType) -> tuple[
 
 
 def _responses(model: Any, tokenizer: Any, triples: Sequence[Triple], max_length: int | None) -> list[Response]:
-    from dspa.fsrl.evaluate import responses_of
+    from dspa.evaluate.scores import responses_of
 
     return responses_of(model, tokenizer, triples, max_length)
 

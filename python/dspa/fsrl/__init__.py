@@ -7,10 +7,10 @@ from dspa.fsrl.adapter import FSRLAdapter, Moves
 from dspa.fsrl.config import FSRLConfig
 
 if TYPE_CHECKING:
+    from dspa.evaluate.coherence import Coherence, compare_texts
+    from dspa.evaluate.scores import Response, Scores, response_tokens, responses_of, score_responses, score_triples
     from dspa.fsrl.ablations import FractionCurve, MaskEffect, fraction_curve, mask_effect
     from dspa.fsrl.agreement import Agreement, compare_labels
-    from dspa.fsrl.coherence import Coherence, compare_texts
-    from dspa.fsrl.evaluate import Response, Scores, response_tokens, responses_of, score_responses, score_triples
     from dspa.fsrl.figures import HeldOut, held_out
     from dspa.fsrl.labels import CategoryShare, LabelError, Labels, category_shares, read_labels
     from dspa.fsrl.sweep import Sweep, train_sweep
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 HOMES = {
     "Agreement": "dspa.fsrl.agreement",
     "CategoryShare": "dspa.fsrl.labels",
-    "Coherence": "dspa.fsrl.coherence",
+    "Coherence": "dspa.evaluate.coherence",
     "Decay": "dspa.fsrl.usage",
     "FractionCurve": "dspa.fsrl.ablations",
     "HeldOut": "dspa.fsrl.figures",
     "LabelError": "dspa.fsrl.labels",
     "Labels": "dspa.fsrl.labels",
     "MaskEffect": "dspa.fsrl.ablations",
-    "Response": "dspa.fsrl.evaluate",
-    "Scores": "dspa.fsrl.evaluate",
+    "Response": "dspa.evaluate.scores",
+    "Scores": "dspa.evaluate.scores",
     "Sweep": "dspa.fsrl.sweep",
     "TrainingConfig": "dspa.fsrl.training",
     "Usage": "dspa.fsrl.usage",
     "category_shares": "dspa.fsrl.labels",
     "compare_labels": "dspa.fsrl.agreement",
-    "compare_texts": "dspa.fsrl.coherence",
+    "compare_texts": "dspa.evaluate.coherence",
     "fit_decay": "dspa.fsrl.usage",
     "fraction_curve": "dspa.fsrl.ablations",
     "held_out": "dspa.fsrl.figures",
@@ -43,10 +43,10 @@ HOMES = {
     "mask_effect": "dspa.fsrl.ablations",
     "read_held_out": "dspa.fsrl.training",
     "read_labels": "dspa.fsrl.labels",
-    "response_tokens": "dspa.fsrl.evaluate",
-    "responses_of": "dspa.fsrl.evaluate",
-    "score_responses": "dspa.fsrl.evaluate",
-    "score_triples": "dspa.fsrl.evaluate",
+    "response_tokens": "dspa.evaluate.scores",
+    "responses_of": "dspa.evaluate.scores",
+    "score_responses": "dspa.evaluate.scores",
+    "score_triples": "dspa.evaluate.scores",
     "train": "dspa.fsrl.training",
     "train_sweep": "dspa.fsrl.sweep",
 }

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from dspa.attach import Attachment
 from dspa.errors import ModelError
+from dspa.evaluate.scores import Response, Scores, score_responses
 from dspa.fsrl.adapter import FSRLAdapter
-from dspa.fsrl.evaluate import Response, Scores, score_responses
 from dspa.fsrl.usage import Usage
 from dspa.hooks import base_model
 

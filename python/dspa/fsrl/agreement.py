@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dspa.fsrl.evaluate import wilson
+from dspa.evaluate.scores import wilson
 from dspa.fsrl.labels import LabelError, Labels
 
 

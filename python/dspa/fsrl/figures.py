@@ -11,9 +11,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dspa.data.triples import Triple
+from dspa.evaluate.scores import Response, batches, responses_of, score_responses
 from dspa.fsrl.ablations import check_attached
 from dspa.fsrl.adapter import FSRLAdapter, Moves
-from dspa.fsrl.evaluate import Response, batches, responses_of, score_responses
 from dspa.hooks import CausalLM
 
 # Of the passes, whose order is known only with it.

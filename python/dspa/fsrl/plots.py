@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from dspa.evaluate.coherence import Difference
 from dspa.fsrl.ablations import METRICS, FractionCurve, MaskEffect, measures
-from dspa.fsrl.coherence import Difference
 from dspa.fsrl.labels import CategoryShare
 from dspa.fsrl.sweep import Sweep, Trained
 from dspa.fsrl.usage import Decay, Usage

@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dspa.data.triples import Triple, load_triples
 from dspa.distributed import warn_if_alone
+from dspa.evaluate.scores import response_tokens
 from dspa.files import digest
 from dspa.fsrl.adapter import FSRLAdapter
-from dspa.fsrl.evaluate import response_tokens
 from dspa.fsrl.figures import HeldOut, held_out
 from dspa.fsrl.lending import lent
 from dspa.hooks import CausalLM, base_model, check_eval, context_length, device_of

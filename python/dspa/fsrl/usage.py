@@ -12,8 +12,8 @@ from scipy.optimize import curve_fit
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dspa.evaluate.scores import Response, batches, padded
 from dspa.fsrl.adapter import FSRLAdapter
-from dspa.fsrl.evaluate import Response, batches, padded
 from dspa.hooks import base_model, check_eval, check_finite, check_sae, decoder_layers, layer_of, read_layers
 
 # Latents that a curve of two numbers is fitted to, at least.

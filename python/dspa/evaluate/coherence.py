@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dspa.evaluate.scores import Response, batches, log_probabilities
 from dspa.fsrl.ablations import check_attached
 from dspa.fsrl.adapter import FSRLAdapter
-from dspa.fsrl.evaluate import Response, batches, log_probabilities
 from dspa.hooks import CausalLM, base_model, check_eval, context_length, device_of
 
 Values: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]

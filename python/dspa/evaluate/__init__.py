@@ -1,0 +1,1 @@
+"""How good is it: scores of preferences, responses and coherence of texts, under any method."""
