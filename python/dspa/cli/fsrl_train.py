@@ -30,7 +30,7 @@ from dspa.cli.options import (
 from dspa.distributed import rank
 
 if TYPE_CHECKING:
-    from dspa.fsrl.figures import HeldOut
+    from dspa.fsrl.results import HeldOut
 
 Triples = Annotated[str, typer.Argument(help="Preference triples in a format of TRL's: JSON Lines, or a data set.")]
 Split = Annotated[str, typer.Option(help="Of a data set: which split.")]

@@ -18,7 +18,7 @@ from dspa.data.triples import load_triples
 from dspa.demo.steer import World
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.config import FSRLConfig
-from dspa.fsrl.figures import HeldOut
+from dspa.fsrl.results import HeldOut
 from dspa.fsrl.sweep import train_sweep
 from dspa.fsrl.training import TrainingConfig
 

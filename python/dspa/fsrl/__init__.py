@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from dspa.evaluate.scores import Response, Scores, response_tokens, responses_of, score_responses, score_triples
     from dspa.fsrl.ablations import FractionCurve, MaskEffect, fraction_curve, mask_effect
     from dspa.fsrl.agreement import Agreement, compare_labels
-    from dspa.fsrl.figures import HeldOut, held_out
     from dspa.fsrl.labels import CategoryShare, LabelError, Labels, category_shares, read_labels
+    from dspa.fsrl.results import HeldOut, held_out
     from dspa.fsrl.sweep import Sweep, train_sweep
     from dspa.fsrl.training import TrainingConfig, read_held_out, train
     from dspa.fsrl.usage import Decay, Usage, fit_decay, latent_usage
@@ -24,7 +24,7 @@ HOMES = {
     "Coherence": "dspa.evaluate.coherence",
     "Decay": "dspa.fsrl.usage",
     "FractionCurve": "dspa.fsrl.ablations",
-    "HeldOut": "dspa.fsrl.figures",
+    "HeldOut": "dspa.fsrl.results",
     "LabelError": "dspa.fsrl.labels",
     "Labels": "dspa.fsrl.labels",
     "MaskEffect": "dspa.fsrl.ablations",
@@ -38,7 +38,7 @@ HOMES = {
     "compare_texts": "dspa.evaluate.coherence",
     "fit_decay": "dspa.fsrl.usage",
     "fraction_curve": "dspa.fsrl.ablations",
-    "held_out": "dspa.fsrl.figures",
+    "held_out": "dspa.fsrl.results",
     "latent_usage": "dspa.fsrl.usage",
     "mask_effect": "dspa.fsrl.ablations",
     "read_held_out": "dspa.fsrl.training",

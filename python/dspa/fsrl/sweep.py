@@ -15,7 +15,7 @@ from dspa.distributed import rank
 from dspa.files import write_csv
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.config import FSRLConfig
-from dspa.fsrl.figures import HeldOut, held_out
+from dspa.fsrl.results import HeldOut, held_out
 from dspa.fsrl.training import TrainingConfig, read_held_out, scoring, train
 from dspa.hooks import base_model, check_eval, check_sae, decoder_layers, layer_of
 from dspa.saes import FrozenSAE

@@ -25,8 +25,8 @@ from dspa.distributed import warn_if_alone
 from dspa.evaluate.scores import response_tokens
 from dspa.files import digest
 from dspa.fsrl.adapter import FSRLAdapter
-from dspa.fsrl.figures import HeldOut, held_out
 from dspa.fsrl.lending import lent
+from dspa.fsrl.results import HeldOut, held_out
 from dspa.hooks import CausalLM, base_model, check_eval, context_length, device_of
 from dspa.hooks import model_name as name_of
 from dspa.training_folder import TrainingError, TrainingFolder
