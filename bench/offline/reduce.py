@@ -18,8 +18,8 @@ from rich.console import Console
 from bench.harness.machine import describe
 from bench.offline.synthetic_counts import write_counts
 from dspa import reduce
-from dspa.count_table import Table
-from dspa.shards import Collection
+from dspa.maps.shards import Collection
+from dspa.maps.table import Table
 
 
 def measure(folder: str, gate_rule: str) -> None:

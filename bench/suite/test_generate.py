@@ -28,7 +28,7 @@ import dspa
 from bench.conftest import Record
 from bench.harness.cases import ON_GPU
 from bench.harness.measure import DEVICE, Times
-from dspa.cdmap import MapMeta
+from dspa.maps.cdmap import MapMeta
 
 TINY: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 128, "num_attention_heads": 4}
 TINY |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256, "query_pre_attn_scalar": 16}

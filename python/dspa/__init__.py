@@ -5,27 +5,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dspa import fsrl
-    from dspa.build import build_map
-    from dspa.cdmap import ConditionalDifferenceMap
     from dspa.config import SteeringConfig
     from dspa.data.triples import PreferenceError, Triple, load_triples
-    from dspa.densities import collect
     from dspa.errors import AdapterError, MapError, ModelError
-    from dspa.reduction import reduce
+    from dspa.maps.build import build_map
+    from dspa.maps.cdmap import ConditionalDifferenceMap
+    from dspa.maps.collect import collect
+    from dspa.maps.reduce import reduce
+    from dspa.maps.shards import Collection
     from dspa.sae_files import SAEError
     from dspa.saes import FrozenSAE
-    from dspa.shards import Collection
     from dspa.steering import Steering, detach
     from dspa.version import __version__
 
 # Where each public name lives. It is imported when it is first asked for, because torch and transformers take
 # seconds, for which `dspa --help` should not wait.
 HOMES = {
-    "ConditionalDifferenceMap": "dspa.cdmap",
-    "build_map": "dspa.build",
-    "collect": "dspa.densities",
-    "Collection": "dspa.shards",
-    "reduce": "dspa.reduction",
+    "ConditionalDifferenceMap": "dspa.maps.cdmap",
+    "build_map": "dspa.maps.build",
+    "collect": "dspa.maps.collect",
+    "Collection": "dspa.maps.shards",
+    "reduce": "dspa.maps.reduce",
     "SteeringConfig": "dspa.config",
     "AdapterError": "dspa.errors",
     "MapError": "dspa.errors",

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dspa.attach import Attachable, Attachment, Prompts
-from dspa.cdmap import N_LARGE, ConditionalDifferenceMap
 from dspa.config import SteeringConfig
 from dspa.errors import ModelError
 from dspa.hooks import (
@@ -30,6 +29,7 @@ from dspa.hooks import (
     read_layers,
 )
 from dspa.hooks import model_name as name_of
+from dspa.maps.cdmap import N_LARGE, ConditionalDifferenceMap
 from dspa.saes import FrozenSAE
 from dspa.trace import Trace
 from dspa_kernels import (

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Model, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from dspa.cdmap import TENSORS, ConditionalDifferenceMap, MapMeta
+from dspa.maps.cdmap import TENSORS, ConditionalDifferenceMap, MapMeta
 from dspa.saes import FrozenSAE
 
 D_IN, D_SAE_IN, D_SAE_OUT, VOCAB = 48, 96, 128, 61

@@ -19,11 +19,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dspa import ConditionalDifferenceMap, FrozenSAE, Triple, reader
-from dspa.cdmap import TENSORS
-from dspa.densities import collect
-from dspa.pieces import DataRecord
-from dspa.shards import COUNTED, PARTS, ROW_QUANTUM, Collection, CollectSettings, Counts, Shard
+from dspa import ConditionalDifferenceMap, FrozenSAE, Triple
+from dspa.maps import counting as reader
+from dspa.maps.cdmap import TENSORS
+from dspa.maps.collect import collect
+from dspa.maps.pieces import DataRecord
+from dspa.maps.shards import COUNTED, PARTS, ROW_QUANTUM, Collection, CollectSettings, Counts, Shard
 
 from .conftest import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, VOCAB, make_model, make_sae
 

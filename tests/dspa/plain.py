@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dspa.cdmap import ConditionalDifferenceMap
 from dspa.config import SteeringConfig
+from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.saes import FrozenSAE
 
 

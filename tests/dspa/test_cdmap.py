@@ -1,4 +1,4 @@
-"""`dspa.cdmap` against SPEC.md, sections 2 and 3, in plain NumPy, and its files; `dspa.build.build_map`."""
+"""`dspa.maps.cdmap` against SPEC.md, sections 2 and 3, in plain NumPy, and its files; `dspa.maps.build.build_map`."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dspa import ConditionalDifferenceMap, FrozenSAE, MapError, PreferenceError, SteeringConfig, build_map, reduce
-from dspa.cdmap import EARLIER, FORMAT, FORMATS, TENSORS
 from dspa.config import SCORINGS
-from dspa.densities import collect
+from dspa.maps.cdmap import EARLIER, FORMAT, FORMATS, TENSORS
+from dspa.maps.collect import collect
 
 from .conftest import L_OUT, VOCAB, make_map, make_sae
 from .counts import D_IN, D_OUT, as_collection, draw, naive, same_bits

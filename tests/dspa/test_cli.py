@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dspa.cdmap import ConditionalDifferenceMap
 from dspa.cli import main
 from dspa.cli.options import device_named, triple_source
+from dspa.maps.cdmap import ConditionalDifferenceMap
 
 from .conftest import L_IN, L_OUT, make_model, make_sae
 from .tokens import ENGLISH, word_tokenizer

@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from dspa import Triple, collect, reader
+from dspa import Triple, collect
 from dspa.cli import main
-from dspa.cost import PUBLISHED, Geometry, Tokens, rahf_scit, shared_prompt, three_passes
+from dspa.maps import counting as reader
+from dspa.maps.cost import PUBLISHED, Geometry, Tokens, rahf_scit, shared_prompt, three_passes
 
 from .conftest import make_sae
 from .tokens import ENGLISH, word_tokenizer

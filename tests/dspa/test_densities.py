@@ -1,4 +1,4 @@
-"""`dspa.densities.collect` against separate full forward passes and the formulas of SPEC.md, section 1."""
+"""`dspa.maps.collect.collect` against separate full forward passes and the formulas of SPEC.md, section 1."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
-from dspa import FrozenSAE, ModelError, PreferenceError, Triple, pieces, reader
+from dspa import FrozenSAE, ModelError, PreferenceError, Triple
 from dspa.hooks import decoder_layers
-from dspa.pieces import Source
-from dspa.reader import _Rows
-from dspa.reduction import _calibration
-from dspa.shards import PARTS, ROW_QUANTUM, Collection
+from dspa.maps import counting as reader
+from dspa.maps import pieces
+from dspa.maps.counting import _Rows
+from dspa.maps.pieces import Source
+from dspa.maps.reduce import _calibration
+from dspa.maps.shards import PARTS, ROW_QUANTUM, Collection
 
 from .conftest import D_IN, D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_model, make_sae
 from .counts import (

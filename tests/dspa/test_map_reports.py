@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from dspa import ConditionalDifferenceMap, FrozenSAE, MapError, SteeringConfig, collect, reduce
-from dspa.map_reports import difference, summary, top_columns
-from dspa.plots import plot_difference, plot_map, plot_stability
-from dspa.shards import Collection
-from dspa.stability import SIZES, Stability, jaccard, selected, stability
+from dspa.maps.plots import plot_difference, plot_map, plot_stability
+from dspa.maps.reports import difference, summary, top_columns
+from dspa.maps.shards import Collection
+from dspa.maps.stability import SIZES, Stability, jaccard, selected, stability
 
 from .conftest import L_IN, L_OUT, make_map, make_model, make_sae, with_tensors
 from .tokens import ENGLISH, word_tokenizer
@@ -141,7 +141,7 @@ def test_stability_grows_with_the_number_of_triples(counts: Collection) -> None:
 
 def test_held_out_prompts_take_part_in_no_map(counts: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
-    from dspa import stability as module
+    from dspa.maps import stability as module
 
     class Watched(module.Table):
         def __init__(self, collection: Collection, count_tokens: str, subset: list[int] | None) -> None:

@@ -38,8 +38,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dspa import FrozenSAE, collect, pieces, reduce
-from dspa.shards import Collection
+from dspa import FrozenSAE, collect, reduce
+from dspa.maps import pieces
+from dspa.maps.shards import Collection
 
 torch.set_num_threads(1)
 here, out, options = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])

@@ -1,4 +1,4 @@
-"""`dspa.reduction.reduce` against SPEC.md, section 2, written out in exact fractions and plain NumPy."""
+"""`dspa.maps.reduce.reduce` against SPEC.md, section 2, written out in exact fractions and plain NumPy."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import pytest
 import torch
 from scipy import sparse
 
-from dspa import ConditionalDifferenceMap, MapError, count_table, reduce, reduction
-from dspa.cdmap import GATE_RULES, N_LARGE, TENSORS
-from dspa.count_table import QUANTUM, Table
-from dspa.reduction import _blocks, _percentile, _Product, find_gates
+from dspa import ConditionalDifferenceMap, MapError, reduce
+from dspa.maps import reduce as reduction
+from dspa.maps import table as count_table
+from dspa.maps.cdmap import GATE_RULES, N_LARGE, TENSORS
+from dspa.maps.reduce import _blocks, _percentile, _Product, find_gates
+from dspa.maps.table import QUANTUM, Table
 from dspa.version import __version__
 
 from .conftest import L_IN, L_OUT

@@ -1,6 +1,6 @@
 """Static-SAE: the same latents for every prompt, chosen once by the column sums of the map."""
 
-from dspa.cdmap import ConditionalDifferenceMap
+from dspa.maps.cdmap import ConditionalDifferenceMap
 
 
 def static_map(cdmap: ConditionalDifferenceMap) -> ConditionalDifferenceMap:

@@ -83,9 +83,9 @@ def generate(
     """Generate steered text: for one prompt, for a file of them, or for what you type."""
     import torch
 
-    from dspa.cdmap import ConditionalDifferenceMap
     from dspa.config import SteeringConfig
     from dspa.data.prompts import read_prompts, tokenize_prompt
+    from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.steering import Steering
 
     check_writable("--out", out)

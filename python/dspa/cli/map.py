@@ -29,8 +29,8 @@ from dspa.cli.options import (
 from dspa.distributed import rank
 
 if TYPE_CHECKING:
-    from dspa.cdmap import ConditionalDifferenceMap
-    from dspa.shards import Collection
+    from dspa.maps.cdmap import ConditionalDifferenceMap
+    from dspa.maps.shards import Collection
 
 app = typer.Typer(help="Make and look at conditional-difference maps.", no_args_is_help=True)
 for command, function in map_reports.COMMANDS.items():
@@ -105,8 +105,8 @@ def map_reduce(
 ) -> None:
     """Make a map of counts. Needs no model."""
     check_writable("--out", out)
-    from dspa.reduction import reduce
-    from dspa.shards import Collection
+    from dspa.maps.reduce import reduce
+    from dspa.maps.shards import Collection
 
     collection = Collection.open(counts)
     cdmap = reduce(
@@ -149,7 +149,7 @@ def map_build(
 ) -> None:
     """Make a map from preference triples: collect and reduce in one go."""
     check_writable("--out", out)
-    from dspa.reduction import check_settings, reduce
+    from dspa.maps.reduce import check_settings, reduce
 
     check_settings(percentile, gate_rule, k_diff, None, count_tokens)
     counts = _collect(
@@ -181,7 +181,7 @@ def map_merge(
     counts: Annotated[list[Path], typer.Argument(help="What collect wrote, of different data.")],
 ) -> None:
     """Make one folder of counts of several, as if their data had been one file."""
-    from dspa.shards import merge
+    from dspa.maps.shards import merge
 
     merged = merge(out, counts)
     console.print(f"{merged.n_triples} triples in {escape(str(out))}. Next: dspa map reduce {out}")
@@ -199,7 +199,7 @@ def _collect(
     **options: Any,
 ) -> Collection:
     from dspa.data.triples import load_triples
-    from dspa.densities import collect
+    from dspa.maps.collect import collect
 
     source = triple_source(triples, split, stream)
     # What is wrong at the beginning of a file shows before a model is loaded.

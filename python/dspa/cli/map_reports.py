@@ -22,8 +22,8 @@ def map_show(
     plot: Plot = None,
 ) -> None:
     """Tell what a map was made from, how sure its rows are, and which output latents it moves most."""
-    from dspa.cdmap import ConditionalDifferenceMap
-    from dspa.map_reports import summary, top_columns
+    from dspa.maps.cdmap import ConditionalDifferenceMap
+    from dspa.maps.reports import summary, top_columns
 
     check_writable("--plot", plot)
     if not 0 < delta < 1:
@@ -37,7 +37,7 @@ def map_show(
         table.add_row(*(cell for c in pair for cell in (str(c.latent), f"{c.total:+.4g}", str(c.n_rows))))
     console.print(table)
     if plot is not None:
-        from dspa.plots import plot_map
+        from dspa.maps.plots import plot_map
 
         plot_map(cdmap, plot)
         console.print(f"Plot: {plot}")
@@ -49,8 +49,8 @@ def map_diff(
     plot: Plot = None,
 ) -> None:
     """Compare two maps: settings, columns, entries, and what their rows ablate."""
-    from dspa.cdmap import ConditionalDifferenceMap
-    from dspa.map_reports import difference
+    from dspa.maps.cdmap import ConditionalDifferenceMap
+    from dspa.maps.reports import difference
 
     check_writable("--plot", plot)
     a, b = (ConditionalDifferenceMap.load(path) for path in (first, second))
@@ -68,7 +68,7 @@ def map_diff(
         },
     )
     if plot is not None:
-        from dspa.plots import plot_difference
+        from dspa.maps.plots import plot_difference
 
         plot_difference(a, b, plot)
         console.print(f"Plot: {plot}")
@@ -89,7 +89,7 @@ def map_stability(
 ) -> None:
     """How few triples are enough: what prompts would steer by maps of fewer triples, compared with the map of all."""
     from dspa.config import SteeringConfig
-    from dspa.stability import stability
+    from dspa.maps.stability import stability
 
     check_writable("--plot", plot)
     check_writable("--csv", csv_path)
@@ -123,7 +123,7 @@ def map_stability(
         ]
         write_csv(csv_path, rows, names)
     if plot is not None:
-        from dspa.plots import plot_stability
+        from dspa.maps.plots import plot_stability
 
         plot_stability(found, plot)
         console.print(f"Plot: {plot}")
@@ -135,7 +135,7 @@ def map_cost(
     rejected: Annotated[int, typer.Option(help="Tokens of a rejected response.", min=1)] = 1000,
 ) -> None:
     """What collecting costs, in closed form, beside the published three passes and RAHF-SCIT."""
-    from dspa.cost import PUBLISHED, Tokens, rahf_scit, shared_prompt, three_passes
+    from dspa.maps.cost import PUBLISHED, Tokens, rahf_scit, shared_prompt, three_passes
 
     tokens = Tokens(prompt, chosen, rejected)
     table = Table(title=f"TFLOP a triple of {prompt} + {chosen} and {rejected} tokens, in products with weights")

@@ -20,12 +20,12 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from dspa.baselines.static_sae import static_map
-from dspa.build import build_map
-from dspa.cdmap import ConditionalDifferenceMap
 from dspa.config import SteeringConfig
 from dspa.data.triples import load_triples
 from dspa.demo import language as world
 from dspa.demo.train import MODEL_NAME
+from dspa.maps.build import build_map
+from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.saes import FrozenSAE
 from dspa.steering import Steering
 

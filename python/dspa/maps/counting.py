@@ -28,9 +28,9 @@ from dspa.hooks import (
     read_layers,
 )
 from dspa.hooks import model_name as name_of
-from dspa.pieces import Piece, key_of
+from dspa.maps.pieces import Piece, key_of
+from dspa.maps.shards import ROW_QUANTUM, CollectSettings, Counts, Shard
 from dspa.saes import FrozenSAE
-from dspa.shards import ROW_QUANTUM, CollectSettings, Counts, Shard
 from dspa_kernels import activation_counts
 
 # Maxima are taken of at most this many tokens of a response, and so many latents at once.

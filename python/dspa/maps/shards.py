@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dspa.errors import MapError
 from dspa.files import read_header, read_tensors, replace, write_tensors
-from dspa.pieces import DataRecord
+from dspa.maps.pieces import DataRecord
 
 FORMAT = "dspa.counts.3"
 # Of sums of residuals: integers, which add up alike in any order.

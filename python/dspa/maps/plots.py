@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from dspa.cdmap import ConditionalDifferenceMap, confidence_radius
-from dspa.map_reports import largest_means, top_columns
-from dspa.stability import Stability
+from dspa.maps.cdmap import ConditionalDifferenceMap, confidence_radius
+from dspa.maps.reports import largest_means, top_columns
+from dspa.maps.stability import Stability
 
 
 def plot_map(cdmap: ConditionalDifferenceMap, path: Path, top: int = 20) -> None:

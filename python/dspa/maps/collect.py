@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dspa.data.triples import PreferenceError, Triple
 from dspa.distributed import Team
-from dspa.pieces import DataRecord, Source, Tally
-from dspa.reader import Reader
+from dspa.maps.counting import Reader
+from dspa.maps.pieces import DataRecord, Source, Tally
+from dspa.maps.shards import Collection
 from dspa.saes import FrozenSAE
-from dspa.shards import Collection
 
 
 def collect(

@@ -22,10 +22,10 @@ from scipy import sparse
 from torch import Tensor
 from tqdm import tqdm
 
-from dspa.cdmap import GATE_RULES, ConditionalDifferenceMap, MapMeta
-from dspa.count_table import COUNT_TOKENS, QUANTUM, Array, Matrix, Table
 from dspa.errors import MapError
-from dspa.shards import ROW_QUANTUM, Collection
+from dspa.maps.cdmap import GATE_RULES, ConditionalDifferenceMap, MapMeta
+from dspa.maps.shards import ROW_QUANTUM, Collection
+from dspa.maps.table import COUNT_TOKENS, QUANTUM, Array, Matrix, Table
 from dspa.version import __version__
 
 # What is held at once: entries of a block of columns; rows and columns of a product, and elements of a column block

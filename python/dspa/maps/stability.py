@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dspa.cdmap import ConditionalDifferenceMap
 from dspa.config import SteeringConfig
-from dspa.count_table import Table
 from dspa.errors import MapError
-from dspa.reduction import check_settings, reduce_table
-from dspa.shards import Collection
+from dspa.maps.cdmap import ConditionalDifferenceMap
+from dspa.maps.reduce import check_settings, reduce_table
+from dspa.maps.shards import Collection
+from dspa.maps.table import Table
 
 SIZES = (25, 50, 100, 250, 500, 1000, 2500, 5000)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dspa.cdmap import ConditionalDifferenceMap
 from dspa.data.triples import Triple
-from dspa.densities import collect
-from dspa.reduction import check_settings, reduce
+from dspa.maps.cdmap import ConditionalDifferenceMap
+from dspa.maps.collect import collect
+from dspa.maps.reduce import check_settings, reduce
 from dspa.saes import FrozenSAE
 
 

@@ -11,7 +11,7 @@ from scipy import sparse
 from torch import Tensor
 
 from dspa.errors import MapError
-from dspa.shards import FIELDS, Collection
+from dspa.maps.shards import FIELDS, Collection
 
 COUNT_TOKENS = ("all", "text")
 # Differences of densities become multiples of this, so that sums of up to MOST_TRIPLES of them are exact in fp64 in
