@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dspa.data.triples import Triple, load_triples, tokenize_triple
-from dspa.hooks import base_model, check_finite, device_of, read_layers
+from dspa.models.layers import base_model, check_finite, device_of, read_layers
 
 ACCEPTED = (
     "plain text, one document a line; JSON Lines with `text`; or preference triples, JSON Lines with `chosen`, "

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from dspa.activations import Activations, Position, TextFile
 from dspa.batchtopk import begin_threshold, jumprelu, new_sae, started_sae
 from dspa.errors import ModelError
-from dspa.hooks import (
+from dspa.models.layers import (
     base_model,
     check_eval,
     check_made_for,
@@ -30,7 +30,7 @@ from dspa.hooks import (
     decoder_layers,
     layer_of,
 )
-from dspa.hooks import model_name as name_of
+from dspa.models.layers import model_name as name_of
 from dspa.saes import FrozenSAE
 from dspa.training_folder import TrainingError, TrainingFolder
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dspa.attach import Attachable, Attachment, Prompts
 from dspa.config import SteeringConfig
 from dspa.errors import ModelError
-from dspa.hooks import (
+from dspa.maps.cdmap import N_LARGE, ConditionalDifferenceMap
+from dspa.models.attachment import Attachable, Attachment, Prompts
+from dspa.models.layers import (
     NOT_FINITE,
     READING,
     base_model,
@@ -28,8 +29,7 @@ from dspa.hooks import (
     layer_of,
     read_layers,
 )
-from dspa.hooks import model_name as name_of
-from dspa.maps.cdmap import N_LARGE, ConditionalDifferenceMap
+from dspa.models.layers import model_name as name_of
 from dspa.saes import FrozenSAE
 from dspa.trace import Trace
 from dspa_kernels import (

@@ -18,13 +18,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
 from dspa import FrozenSAE, ModelError, PreferenceError, Triple
-from dspa.hooks import decoder_layers
 from dspa.maps import counting as reader
 from dspa.maps import pieces
 from dspa.maps.counting import _Rows
 from dspa.maps.pieces import Source
 from dspa.maps.reduce import _calibration
 from dspa.maps.shards import PARTS, ROW_QUANTUM, Collection
+from dspa.models.layers import decoder_layers
 
 from .conftest import D_IN, D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_model, make_sae
 from .counts import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import pipeline
 
 import dspa
-from dspa.hooks import decoder_layers
+from dspa.models.layers import decoder_layers
 
 from .plain import Plain
 from .tokens import word_tokenizer

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import dspa
 from dspa.baselines.static_sae import static_map
-from dspa.hooks import decoder_layers
+from dspa.models.layers import decoder_layers
 from dspa.steering import COUNTED
 from dspa_kernels import PATHS
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, TextIt
 from transformers.generation.configuration_utils import CompileConfig
 
 import dspa
-from dspa.hooks import decoder_layers
+from dspa.models.layers import decoder_layers
 
 from .conftest import FAMILIES, cache_names, make_map, make_model, make_sae
 from .plain import Plain

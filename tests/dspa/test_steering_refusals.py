@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import dspa
-from dspa.hooks import decoder_layers, same_model
+from dspa.models.layers import decoder_layers, same_model
 from dspa_kernels import BackendError, available_backends
 
 from .conftest import D_IN, L_OUT, cache_names, make_map, make_model, make_sae

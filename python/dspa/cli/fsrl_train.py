@@ -93,7 +93,7 @@ def train(
     """
     from dspa import fsrl
     from dspa.fsrl.training import scoring
-    from dspa.hooks import base_model
+    from dspa.models.layers import base_model
 
     adapter = fsrl.FSRLConfig(activation=activation, l1=l1, seed=seed)
     config = fsrl.TrainingConfig(

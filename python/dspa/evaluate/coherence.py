@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from dspa.evaluate.scores import Response, batches, log_probabilities
 from dspa.fsrl.ablations import check_attached
 from dspa.fsrl.adapter import FSRLAdapter
-from dspa.hooks import CausalLM, base_model, check_eval, context_length, device_of
+from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of
 
 Values: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dspa.data.triples import Triple, load_triples, tokenize_triple
 from dspa.errors import ModelError
-from dspa.hooks import NOT_FINITE, CausalLM, base_model, check_eval, context_length, device_of
+from dspa.models.layers import NOT_FINITE, CausalLM, base_model, check_eval, context_length, device_of
 
 
 @dataclass(frozen=True)

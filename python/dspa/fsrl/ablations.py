@@ -13,12 +13,12 @@ from scipy import stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dspa.attach import Attachment
 from dspa.errors import ModelError
 from dspa.evaluate.scores import Response, Scores, score_responses
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.usage import Usage
-from dspa.hooks import base_model
+from dspa.models.attachment import Attachment
+from dspa.models.layers import base_model
 
 FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 METRICS = ("loss", "accuracy", "win_rate")

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dspa.attach import Attachable, Attachment, Prompts
 from dspa.errors import AdapterError, ModelError
 from dspa.files import digest, read_tensors, replace, write_tensors
 from dspa.fsrl.config import FSRLConfig
-from dspa.hooks import base_model, check_sae, decoder_layers, device_of, forget_graphs, hidden, layer_of
+from dspa.models.attachment import Attachable, Attachment, Prompts
+from dspa.models.layers import base_model, check_sae, decoder_layers, device_of, forget_graphs, hidden, layer_of
 from dspa.saes import FrozenSAE
 from dspa_kernels import fsrl_residual
 

@@ -24,7 +24,7 @@ from types import NoneType
 from typing import Any, TypeAlias
 
 from dspa.fsrl.usage import Usage
-from dspa.hooks import same_model
+from dspa.models.layers import same_model
 from dspa.saes import FrozenSAE
 
 Rules: TypeAlias = dict[str, list[re.Pattern[str]]]

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from transformers import PreTrainedTokenizerBase
 
 from dspa.fsrl.adapter import FSRLAdapter
-from dspa.hooks import CausalLM
+from dspa.models.layers import CausalLM
 
 # Under which name a trainer, its optimizer and its processes see the adapter.
 MODULE = "fsrl_adapter"

@@ -14,7 +14,7 @@ from dspa.data.triples import Triple
 from dspa.evaluate.scores import Response, batches, responses_of, score_responses
 from dspa.fsrl.ablations import check_attached
 from dspa.fsrl.adapter import FSRLAdapter, Moves
-from dspa.hooks import CausalLM
+from dspa.models.layers import CausalLM
 
 # Of the passes, whose order is known only with it.
 BATCH_TOKENS = 8192

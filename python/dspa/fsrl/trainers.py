@@ -22,7 +22,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from dspa.errors import ModelError
 from dspa.fsrl.adapter import FSRLAdapter, Moves
 from dspa.fsrl.training import TrainingConfig
-from dspa.hooks import NOT_FINITE
+from dspa.models.layers import NOT_FINITE
 from dspa.training_folder import TrainingFolder
 
 with warnings.catch_warnings():

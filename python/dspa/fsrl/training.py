@@ -27,8 +27,8 @@ from dspa.files import digest
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.lending import lent
 from dspa.fsrl.results import HeldOut, held_out
-from dspa.hooks import CausalLM, base_model, check_eval, context_length, device_of
-from dspa.hooks import model_name as name_of
+from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of
+from dspa.models.layers import model_name as name_of
 from dspa.training_folder import TrainingError, TrainingFolder
 
 # The loss and its usual beta.

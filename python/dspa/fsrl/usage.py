@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dspa.evaluate.scores import Response, batches, padded
 from dspa.fsrl.adapter import FSRLAdapter
-from dspa.hooks import base_model, check_eval, check_finite, check_sae, decoder_layers, layer_of, read_layers
+from dspa.models.layers import base_model, check_eval, check_finite, check_sae, decoder_layers, layer_of, read_layers
 
 # Latents that a curve of two numbers is fitted to, at least.
 FEWEST = 8

@@ -16,7 +16,9 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from dspa.data.triples import TokenizedTriple, Triple, tokenize_triple
 from dspa.errors import ModelError
-from dspa.hooks import (
+from dspa.maps.pieces import Piece, key_of
+from dspa.maps.shards import ROW_QUANTUM, CollectSettings, Counts, Shard
+from dspa.models.layers import (
     base_model,
     check_eval,
     check_finite,
@@ -27,9 +29,7 @@ from dspa.hooks import (
     layer_of,
     read_layers,
 )
-from dspa.hooks import model_name as name_of
-from dspa.maps.pieces import Piece, key_of
-from dspa.maps.shards import ROW_QUANTUM, CollectSettings, Counts, Shard
+from dspa.models.layers import model_name as name_of
 from dspa.saes import FrozenSAE
 from dspa_kernels import activation_counts
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dspa.errors import ModelError
-from dspa.hooks import CausalLM, cache_in, check_context
+from dspa.models.layers import CausalLM, cache_in, check_context
 
 ATTRIBUTE = "_dspa_attachment"
 # Tensors of a call of generate() that this package understands; token types are all alike in text.

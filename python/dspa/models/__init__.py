@@ -1,0 +1,1 @@
+"""Transformers models: their layers, reading residuals, prompts, and what is attached to them."""
