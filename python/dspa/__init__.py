@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from dspa.maps.collect import collect
     from dspa.maps.reduce import reduce
     from dspa.maps.shards import Collection
-    from dspa.sae_files import SAEError
-    from dspa.saes import FrozenSAE
+    from dspa.saes.formats import SAEError
+    from dspa.saes.frozen import FrozenSAE
     from dspa.steering import Steering, detach
     from dspa.version import __version__
 
@@ -33,8 +33,8 @@ HOMES = {
     "PreferenceError": "dspa.data.triples",
     "Triple": "dspa.data.triples",
     "load_triples": "dspa.data.triples",
-    "SAEError": "dspa.sae_files",
-    "FrozenSAE": "dspa.saes",
+    "SAEError": "dspa.saes.formats",
+    "FrozenSAE": "dspa.saes.frozen",
     "Steering": "dspa.steering",
     "detach": "dspa.steering",
     "__version__": "dspa.version",

@@ -30,7 +30,7 @@ from dspa.models.layers import (
     read_layers,
 )
 from dspa.models.layers import model_name as name_of
-from dspa.saes import FrozenSAE
+from dspa.saes.frozen import FrozenSAE
 from dspa.trace import Trace
 from dspa_kernels import (
     PATHS,

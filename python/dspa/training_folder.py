@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 from safetensors.torch import load_file, save_file
 
-from dspa.activations import Position
 from dspa.files import replace
+from dspa.saes.activations import Position
 
 RECORD = "training.json"
 PARTIAL = ".partial"

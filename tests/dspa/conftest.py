@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma2Model, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dspa.maps.cdmap import TENSORS, ConditionalDifferenceMap, MapMeta
-from dspa.saes import FrozenSAE
+from dspa.saes.frozen import FrozenSAE
 
 D_IN, D_SAE_IN, D_SAE_OUT, VOCAB = 48, 96, 128, 61
 L_IN, L_OUT = 1, 2

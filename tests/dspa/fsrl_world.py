@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from dspa.evaluate.scores import Response
 from dspa.fsrl import FSRLAdapter
 from dspa.models.layers import read_layers
-from dspa.saes import FrozenSAE
+from dspa.saes.frozen import FrozenSAE
 
 from .conftest import D_SAE_OUT, L_OUT, make_sae
 from .tokens import ENGLISH, word_tokenizer

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dspa.config import SteeringConfig
 from dspa.maps.cdmap import ConditionalDifferenceMap
-from dspa.saes import FrozenSAE
+from dspa.saes.frozen import FrozenSAE
 
 
 def encode(sae: FrozenSAE, h: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dspa.activations import Activations, Position, TextError, TextFile
-from dspa.batchtopk import jumprelu, started_sae
 from dspa.cli import main
 from dspa.data.triples import PreferenceError
 from dspa.errors import ModelError
-from dspa.sae_training import TrainingConfig, evaluate_sae, finetune_sae, read_qualities, train_sae
-from dspa.saes import FrozenSAE
+from dspa.saes.activations import Activations, Position, TextError, TextFile
+from dspa.saes.batchtopk import jumprelu, started_sae
+from dspa.saes.frozen import FrozenSAE
+from dspa.saes.training import TrainingConfig, evaluate_sae, finetune_sae, read_qualities, train_sae
 from dspa.training_folder import TrainingError
 
 from .conftest import D_IN, make_model, make_sae
@@ -450,7 +450,7 @@ def test_refusals(tmp_path, monkeypatch, model, tokenizer, texts, start):
         train(model=overflowing, out=tmp_path / "overflow")
     with pytest.raises(TrainingError, match=r"`k` is 0\.0.*is it the SAE of this layer"):
         finetune(silent)
-    monkeypatch.setattr("dspa.sae_training.find_spec", lambda _: None)
+    monkeypatch.setattr("dspa.saes.training.find_spec", lambda _: None)
     with pytest.raises(RuntimeError, match=r'pip install "dspa-kernels\[saelens\]"'):
         train()
 

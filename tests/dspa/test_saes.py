@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dspa.sae_files import SAEError, layer_of
-from dspa.saes import FrozenSAE
+from dspa.saes.formats import SAEError, layer_of
+from dspa.saes.frozen import FrozenSAE
 
 D_IN, D_SAE, K = 12, 40, 5
 NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dspa.data.triples import Triple
     from dspa.evaluate.scores import Response
     from dspa.fsrl.adapter import FSRLAdapter
-    from dspa.fsrl.labels import Labels
+    from dspa.saes.labels import Labels
 
 SAE = Annotated[str, typer.Option(help=f"The SAE that the adapter was trained with. {SAE_HELP}")]
 Adapter = Annotated[Path, typer.Option(help="Folder of the adapter.")]
@@ -159,9 +159,9 @@ def mask(
 ) -> None:
     """What masking some latents costs, against random sets of as many that the adapter moves."""
     from dspa.fsrl.ablations import METRICS, check_latents, mask_effect
-    from dspa.fsrl.labels import read_labels
     from dspa.fsrl.plots import plot_masks
     from dspa.fsrl.usage import latent_usage
+    from dspa.saes.labels import read_labels
 
     if bool(latent) == bool(labels) or bool(labels) != bool(category):
         raise ValueError(
@@ -221,9 +221,9 @@ def categories(
     layers: Layers = None,
 ) -> None:
     """Share of the adapter's use by category of latents, and how good the labels are."""
-    from dspa.fsrl.labels import category_shares, read_labels
     from dspa.fsrl.plots import plot_categories
     from dspa.fsrl.usage import latent_usage
+    from dspa.saes.labels import category_shares, read_labels
 
     given = _start(out, triples, first)
     opened = _adapter(adapter, sae, layer, device)
@@ -345,7 +345,7 @@ def _responses(model: Any, tokenizer: Any, triples: Sequence[Triple], max_length
 
 def _agreement(labels: Labels, hand: Labels, out: Path) -> str:
     """Write and show how well labels agree with those by hand, and tell it in a line."""
-    from dspa.fsrl.agreement import compare_labels
+    from dspa.saes.label_quality import compare_labels
 
     found = compare_labels(labels, hand)
     low, high = found.accuracy_interval()

@@ -14,7 +14,7 @@ from rich.table import Table
 from dspa.distributed import local_rank
 
 if TYPE_CHECKING:
-    from dspa.saes import FrozenSAE
+    from dspa.saes.frozen import FrozenSAE
 
 console = Console()
 
@@ -76,7 +76,7 @@ def device_named(name: str) -> str:
 
 def load_sae(spec: str, layer: int | None, device: str) -> FrozenSAE:
     """An SAE from a path, or from RELEASE:SAE_ID."""
-    from dspa.saes import FrozenSAE
+    from dspa.saes.frozen import FrozenSAE
 
     release, _, sae_id = spec.partition(":")
     if sae_id and not Path(spec).exists():

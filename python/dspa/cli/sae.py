@@ -79,8 +79,8 @@ def sae_train(
     layers: Layers = None,
 ) -> None:
     """Train a BatchTopK SAE for a layer of a model, saved as a JumpReLU SAE in a SAELens folder."""
-    from dspa.activations import TextFile
-    from dspa.sae_training import TrainingConfig, train_sae
+    from dspa.saes.activations import TextFile
+    from dspa.saes.training import TrainingConfig, train_sae
     from dspa.training_folder import TrainingFolder
 
     config = TrainingConfig(
@@ -129,8 +129,8 @@ def sae_finetune(
     layers: Layers = None,
 ) -> None:
     """Go on training an SAE on a text of your own, saved as a JumpReLU SAE in a SAELens folder."""
-    from dspa.activations import TextFile
-    from dspa.sae_training import TrainingConfig, finetune_sae
+    from dspa.saes.activations import TextFile
+    from dspa.saes.training import TrainingConfig, finetune_sae
     from dspa.training_folder import TrainingFolder
 
     config = TrainingConfig(
@@ -155,7 +155,7 @@ def sae_finetune(
 
 
 def _print_qualities(out: Path) -> None:
-    from dspa.sae_training import read_qualities
+    from dspa.saes.training import read_qualities
 
     before, after = read_qualities(out).values()
     table = Table("", "before", "after", title=f"On {after.n_tokens} held-out tokens")

@@ -26,7 +26,7 @@ from dspa.demo import language as world
 from dspa.demo.train import MODEL_NAME
 from dspa.maps.build import build_map
 from dspa.maps.cdmap import ConditionalDifferenceMap
-from dspa.saes import FrozenSAE
+from dspa.saes.frozen import FrozenSAE
 from dspa.steering import Steering
 
 ASSETS = Path(__file__).parent / "assets"

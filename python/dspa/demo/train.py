@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from dspa.demo import language as world
-from dspa.sae_training import TrainingConfig, train_sae
+from dspa.saes.training import TrainingConfig, train_sae
 
 SEED = 20
 DRIFT = 0.12

@@ -10,31 +10,31 @@ if TYPE_CHECKING:
     from dspa.evaluate.coherence import Coherence, compare_texts
     from dspa.evaluate.scores import Response, Scores, response_tokens, responses_of, score_responses, score_triples
     from dspa.fsrl.ablations import FractionCurve, MaskEffect, fraction_curve, mask_effect
-    from dspa.fsrl.agreement import Agreement, compare_labels
-    from dspa.fsrl.labels import CategoryShare, LabelError, Labels, category_shares, read_labels
     from dspa.fsrl.results import HeldOut, held_out
     from dspa.fsrl.sweep import Sweep, train_sweep
     from dspa.fsrl.training import TrainingConfig, read_held_out, train
     from dspa.fsrl.usage import Decay, Usage, fit_decay, latent_usage
+    from dspa.saes.label_quality import Agreement, compare_labels
+    from dspa.saes.labels import CategoryShare, LabelError, Labels, category_shares, read_labels
 
 # Where names live that are imported when they are first asked for: scipy and what training needs are slow to import.
 HOMES = {
-    "Agreement": "dspa.fsrl.agreement",
-    "CategoryShare": "dspa.fsrl.labels",
+    "Agreement": "dspa.saes.label_quality",
+    "CategoryShare": "dspa.saes.labels",
     "Coherence": "dspa.evaluate.coherence",
     "Decay": "dspa.fsrl.usage",
     "FractionCurve": "dspa.fsrl.ablations",
     "HeldOut": "dspa.fsrl.results",
-    "LabelError": "dspa.fsrl.labels",
-    "Labels": "dspa.fsrl.labels",
+    "LabelError": "dspa.saes.labels",
+    "Labels": "dspa.saes.labels",
     "MaskEffect": "dspa.fsrl.ablations",
     "Response": "dspa.evaluate.scores",
     "Scores": "dspa.evaluate.scores",
     "Sweep": "dspa.fsrl.sweep",
     "TrainingConfig": "dspa.fsrl.training",
     "Usage": "dspa.fsrl.usage",
-    "category_shares": "dspa.fsrl.labels",
-    "compare_labels": "dspa.fsrl.agreement",
+    "category_shares": "dspa.saes.labels",
+    "compare_labels": "dspa.saes.label_quality",
     "compare_texts": "dspa.evaluate.coherence",
     "fit_decay": "dspa.fsrl.usage",
     "fraction_curve": "dspa.fsrl.ablations",
@@ -42,7 +42,7 @@ HOMES = {
     "latent_usage": "dspa.fsrl.usage",
     "mask_effect": "dspa.fsrl.ablations",
     "read_held_out": "dspa.fsrl.training",
-    "read_labels": "dspa.fsrl.labels",
+    "read_labels": "dspa.saes.labels",
     "response_tokens": "dspa.evaluate.scores",
     "responses_of": "dspa.evaluate.scores",
     "score_responses": "dspa.evaluate.scores",

@@ -18,7 +18,7 @@ from dspa.files import digest, read_tensors, replace, write_tensors
 from dspa.fsrl.config import FSRLConfig
 from dspa.models.attachment import Attachable, Attachment, Prompts
 from dspa.models.layers import base_model, check_sae, decoder_layers, device_of, forget_graphs, hidden, layer_of
-from dspa.saes import FrozenSAE
+from dspa.saes.frozen import FrozenSAE
 from dspa_kernels import fsrl_residual
 
 FORMAT = "dspa.fsrl.1"

@@ -18,7 +18,7 @@ from dspa.fsrl.config import FSRLConfig
 from dspa.fsrl.results import HeldOut, held_out
 from dspa.fsrl.training import TrainingConfig, read_held_out, scoring, train
 from dspa.models.layers import base_model, check_eval, check_sae, decoder_layers, layer_of
-from dspa.saes import FrozenSAE
+from dspa.saes.frozen import FrozenSAE
 from dspa.training_folder import TrainingError
 
 CSV, PLOT = "sweep.csv", "sweep.png"

@@ -12,7 +12,7 @@ from dspa.data.triples import Triple
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.maps.collect import collect
 from dspa.maps.reduce import check_settings, reduce
-from dspa.saes import FrozenSAE
+from dspa.saes.frozen import FrozenSAE
 
 
 def build_map(

@@ -12,7 +12,7 @@ from torch import Tensor
 from dspa.config import SteeringConfig
 from dspa.errors import MapError
 from dspa.files import read_header, read_tensors, write_tensors
-from dspa.saes import FrozenSAE
+from dspa.saes.frozen import FrozenSAE
 from dspa_kernels import SteeringPlan, map_lookup
 
 FORMAT = "dspa.map.3"

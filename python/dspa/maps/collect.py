@@ -20,7 +20,7 @@ from dspa.distributed import Team
 from dspa.maps.counting import Reader
 from dspa.maps.pieces import DataRecord, Source, Tally
 from dspa.maps.shards import Collection
-from dspa.saes import FrozenSAE
+from dspa.saes.frozen import FrozenSAE
 
 
 def collect(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from dspa.errors import ModelError
-from dspa.saes import FrozenSAE
+from dspa.saes.frozen import FrozenSAE
 
 # A PreTrainedModel that generates; its methods come from a mixin that its type does not tell.
 CausalLM: TypeAlias = Any

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspa.saes import FrozenSAE
+from dspa.saes.frozen import FrozenSAE
 
 # Thresholds that are so many times the median, or such a part of it, do not become units.
 FAR = 16.0

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 
 from dspa.fsrl.usage import Usage
 from dspa.models.layers import same_model
-from dspa.saes import FrozenSAE
+from dspa.saes.frozen import FrozenSAE
 
 Rules: TypeAlias = dict[str, list[re.Pattern[str]]]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dspa.evaluate.scores import wilson
-from dspa.fsrl.labels import LabelError, Labels
+from dspa.saes.labels import LabelError, Labels
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspa.sae_files import RECORD, SAEError, SourceSAE, read_sae, refuse, sae_lens_source, write_sae_lens
-from dspa.sae_weights import (
+from dspa.saes.folding import (
     Content,
     at_inference,
     check_arguments,
@@ -22,6 +21,7 @@ from dspa.sae_weights import (
     full_dtype,
     ungated,
 )
+from dspa.saes.formats import RECORD, SAEError, SourceSAE, read_sae, refuse, sae_lens_source, write_sae_lens
 from dspa_kernels import SAEWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dspa.activations import Activations, Position, TextFile
-from dspa.batchtopk import begin_threshold, jumprelu, new_sae, started_sae
 from dspa.errors import ModelError
 from dspa.models.layers import (
     base_model,
@@ -31,7 +29,9 @@ from dspa.models.layers import (
     layer_of,
 )
 from dspa.models.layers import model_name as name_of
-from dspa.saes import FrozenSAE
+from dspa.saes.activations import Activations, Position, TextFile
+from dspa.saes.batchtopk import begin_threshold, jumprelu, new_sae, started_sae
+from dspa.saes.frozen import FrozenSAE
 from dspa.training_folder import TrainingError, TrainingFolder
 
 REPORTS = 100

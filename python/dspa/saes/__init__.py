@@ -1,0 +1,1 @@
+"""Sparse autoencoders: frozen ones, their file formats, training, quality and labels."""
