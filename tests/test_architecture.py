@@ -113,7 +113,10 @@ def test_triton_and_sae_lens_stay_inside():
     ("package", "unwanted"),
     [
         ("dspa.cli", ["torch", "transformers", "scipy", "matplotlib"]),
-        ("dspa.steering, dspa.maps.cdmap, dspa.data.triples", ["sae_lens", "trl", "peft", "datasets", "matplotlib"]),
+        (
+            "dspa.steering.dspa, dspa.maps.cdmap, dspa.data.triples",
+            ["sae_lens", "trl", "peft", "datasets", "matplotlib"],
+        ),
         ("dspa_kernels", ["transformers", "triton"]),
     ],
 )

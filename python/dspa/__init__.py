@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dspa.maps.shards import Collection
     from dspa.saes.formats import SAEError
     from dspa.saes.frozen import FrozenSAE
-    from dspa.steering import Steering, detach
+    from dspa.steering.dspa import Steering, detach
     from dspa.version import __version__
 
 # Where each public name lives. It is imported when it is first asked for, because torch and transformers take
@@ -35,8 +35,8 @@ HOMES = {
     "load_triples": "dspa.data.triples",
     "SAEError": "dspa.saes.formats",
     "FrozenSAE": "dspa.saes.frozen",
-    "Steering": "dspa.steering",
-    "detach": "dspa.steering",
+    "Steering": "dspa.steering.dspa",
+    "detach": "dspa.steering.dspa",
     "__version__": "dspa.version",
 }
 

@@ -22,7 +22,7 @@ PROMPTS = torch.tensor([[1, 5, 9, 33, 20, 7], [0, 0, 1, 12, 40, 3]])
 @pytest.fixture(autouse=True)
 def runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """`Steering` refuses a backend that cannot run for users, which the emulated one cannot."""
-    monkeypatch.setattr("dspa.steering._check_backend", lambda backend: None)
+    monkeypatch.setattr("dspa.steering.dspa._check_backend", lambda backend: None)
 
 
 @pytest.mark.parametrize("screen", ["none", "int8"])

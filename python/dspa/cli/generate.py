@@ -28,7 +28,7 @@ from dspa.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from dspa.trace import Trace
+    from dspa.steering.trace import Trace
 
 
 class Mode(str, Enum):
@@ -86,7 +86,7 @@ def generate(
     from dspa.config import SteeringConfig
     from dspa.data.prompts import read_prompts, tokenize_prompt
     from dspa.maps.cdmap import ConditionalDifferenceMap
-    from dspa.steering import Steering
+    from dspa.steering.dspa import Steering
 
     check_writable("--out", out)
     check_writable("--trace", trace)

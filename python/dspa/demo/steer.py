@@ -27,7 +27,7 @@ from dspa.demo.train import MODEL_NAME
 from dspa.maps.build import build_map
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.saes.frozen import FrozenSAE
-from dspa.steering import Steering
+from dspa.steering.dspa import Steering
 
 ASSETS = Path(__file__).parent / "assets"
 N_TRIPLES = 250

@@ -31,7 +31,7 @@ from dspa.models.layers import (
 )
 from dspa.models.layers import model_name as name_of
 from dspa.saes.frozen import FrozenSAE
-from dspa.trace import Trace
+from dspa.steering.trace import Trace
 from dspa_kernels import (
     PATHS,
     BackendError,

@@ -1,0 +1,1 @@
+"""Steering at inference time: DSPA, and the trace of what it edited."""
