@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dspa import ConditionalDifferenceMap, FrozenSAE, Triple
-from dspa.maps import counting as reader
+from dspa.maps import counting
 from dspa.maps.cdmap import TENSORS
 from dspa.maps.collect import collect
 from dspa.maps.pieces import DataRecord
@@ -114,8 +114,8 @@ class Calls:
     """Counts the passes of the model, and fails at the pass `fail_at`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> None:
-        self.n, self.fail_at, self.real = 0, fail_at, reader.read_layers
-        monkeypatch.setattr(reader, "read_layers", self)
+        self.n, self.fail_at, self.real = 0, fail_at, counting.read_layers
+        monkeypatch.setattr(counting, "read_layers", self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[int, Tensor]:
         if self.n == self.fail_at:

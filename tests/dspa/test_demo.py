@@ -6,14 +6,13 @@ import json
 
 import pytest
 
-from dspa.demo import language as world
-from dspa.demo import steer as run
+from dspa.demo import language, steer
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     path = tmp_path_factory.mktemp("demo") / "demo.json"
-    return run.run(path, progress=False), json.loads(path.read_text())
+    return steer.run(path, progress=False), json.loads(path.read_text())
 
 
 def outcome(outcomes, name, alpha):
@@ -38,28 +37,28 @@ def test_every_seed_gains(outcomes):
 def test_record(outcomes):
     record = outcomes[1]
     assert record["settings"]["k_prompt"] == 32 and record["settings"]["n_triples"] == 250
-    assert len(record["outcomes"]) == len(run.METHODS) and all(len(o["share"]) == 3 for o in record["outcomes"])
+    assert len(record["outcomes"]) == len(steer.METHODS) and all(len(o["share"]) == 3 for o in record["outcomes"])
     assert any(any(example["edited"]) for example in record["examples"])
 
 
 def test_assets_are_small():
-    size = sum(path.stat().st_size for path in run.ASSETS.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in steer.ASSETS.rglob("*") if path.is_file())
     assert size <= 6_000_000
 
 
 def test_the_preference_flips_with_the_register():
     """In the triples, each register's chosen answers are of the style that the other's rejected ones are."""
-    rows = [json.loads(line) for line in (run.ASSETS / "preferences.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (steer.ASSETS / "preferences.jsonl").read_text().splitlines()]
     for row in rows:
         styles = {
-            part: [world.count_style_words(row[part], style)[0] for style in world.STYLES]
+            part: [language.count_style_words(row[part], style)[0] for style in language.STYLES]
             for part in ("chosen", "rejected")
         }
         assert styles["chosen"].index(max(styles["chosen"])) != styles["rejected"].index(max(styles["rejected"]))
 
 
 def test_prompt_and_response_tokens_join():
-    demo = run.World()
+    demo = steer.World()
     for row in demo.held_out[:20]:
         apart = (
             demo.tokenizer(row["prompt"])["input_ids"]

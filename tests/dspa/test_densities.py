@@ -18,8 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
 from dspa import FrozenSAE, ModelError, PreferenceError, Triple
-from dspa.maps import counting as reader
-from dspa.maps import pieces
+from dspa.maps import counting, pieces
 from dspa.maps.counting import _Rows
 from dspa.maps.pieces import Source
 from dspa.maps.reduce import _calibration
@@ -199,8 +198,8 @@ def test_batches_keep_to_their_size(case: Case, batch_tokens: int) -> None:
 @pytest.mark.parametrize("most", [1.0, 1.1, 1.5])
 def test_batches_are_of_texts_of_like_length(each: Case, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = each.collect()
-    monkeypatch.setattr(reader, "MOST_PADDED", most)
-    monkeypatch.setattr(reader, "SMALL_BATCH", 1 << 40)
+    monkeypatch.setattr(counting, "MOST_PADDED", most)
+    monkeypatch.setattr(counting, "SMALL_BATCH", 1 << 40)
     seen: list[tuple[int, int, int, int]] = []
     with ran(each.model, seen):
         check_same(each.collect(), at_once, batched_alike=False)
@@ -543,7 +542,7 @@ KINDS: dict[str, Any] = {
 def test_maxima_are_those_of_separate_full_passes(
     each: Case, kind: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "TOKENS_A_RESPONSE", most)
+    monkeypatch.setattr(counting, "TOKENS_A_RESPONSE", most)
     sae = make_kind(kind.split(",")[0], each.model.config.model_type, **KINDS[kind])
     held, n_tokens, total = plain_maxima(each, sae, most)
     got = each.collect(sae_out=sae)
@@ -562,14 +561,14 @@ def test_maxima_are_those_of_separate_full_passes(
 @pytest.mark.parametrize("elements", [1, 5 * D_SAE_OUT, 1 << 24])
 def test_blocks_change_nothing(case: Case, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = case.collect()
-    monkeypatch.setattr(reader, "LATENTS_A_BLOCK", elements)
+    monkeypatch.setattr(counting, "LATENTS_A_BLOCK", elements)
     check_same(case.collect(), at_once)
 
 
 @pytest.mark.parametrize("most", [1, 3, 16])
 @pytest.mark.parametrize("left", [True, False])
 def test_sample_is_of_every_nth_token(most: int, left: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "TOKENS_A_RESPONSE", most)
+    monkeypatch.setattr(counting, "TOKENS_A_RESPONSE", most)
     rows = [list(range(1, n + 1)) for n in (1, 2, 3, 4, 7, 16, 17, 33)]
     padded = _Rows.padded(rows, [[True] * len(row) for row in rows], left=left)
     for row, tokens, at in zip(rows, padded.tokens, padded.sample(), strict=True):
@@ -584,7 +583,7 @@ def test_of_equal_latents_the_smaller_holds_the_maximum() -> None:
     h = torch.ones(2, 3, 4)
     h[0, 1], h[1, 2] = -1, 2.5
     sample = torch.tensor([[True, True, False], [False, True, True]])
-    maxima, looked, totals = reader._looked_at(h, sae, sample)
+    maxima, looked, totals = counting._looked_at(h, sae, sample)
     assert maxima.tolist() == [0, 3, 0, 0] and looked.tolist() == [4]
     assert torch.equal(totals.double() * ROW_QUANTUM, (h[0, 0] + h[0, 1] + h[1, 1] + h[1, 2]).double())
 
@@ -593,10 +592,10 @@ def test_residuals_without_measure() -> None:
     """Huge ones do not overflow the sums, and a row of zeros, which has no direction, adds nothing."""
     sae = make_sae(0, 8, d_in=4, normalize_activations="constant_norm_rescale")
     one = torch.ones(1, 1, dtype=torch.bool)
-    maxima, looked, totals = reader._looked_at(torch.zeros(1, 1, 4), sae, one)
+    maxima, looked, totals = counting._looked_at(torch.zeros(1, 1, 4), sae, one)
     assert not maxima.any() and looked.tolist() == [1] and not totals.any()
     h = torch.tensor([[[3e38, -3e38, 1.0, 0.0]]])
-    _, _, totals = reader._looked_at(h, make_sae(0, 8, d_in=4), one)
+    _, _, totals = counting._looked_at(h, make_sae(0, 8, d_in=4), one)
     assert (totals * ROW_QUANTUM).tolist() == [2.0**24, -(2.0**24), 1.0, 0.0]
 
 

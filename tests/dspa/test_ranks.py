@@ -19,8 +19,7 @@ import torch
 from torch.distributed import HashStore
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dspa import collect, reduce
-from dspa import distributed as ranks
+from dspa import collect, distributed, reduce
 from dspa.distributed import Team
 
 from .conftest import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_model, make_sae
@@ -184,8 +183,8 @@ def test_accelerate_starts_one_process_on_cpus(here: Path, alone: Path, tmp_path
 def team(monkeypatch: pytest.MonkeyPatch) -> list[Team]:
     """Three ranks, here in one process."""
     store = HashStore()
-    monkeypatch.setattr(ranks, "_launched", lambda: store)
-    monkeypatch.setattr(ranks, "_teams", itertools.repeat(7))
+    monkeypatch.setattr(distributed, "_launched", lambda: store)
+    monkeypatch.setattr(distributed, "_teams", itertools.repeat(7))
     monkeypatch.setenv("WORLD_SIZE", "3")
     team = []
     for rank in range(3):
@@ -201,7 +200,7 @@ def test_claims(team: list[Team]) -> None:
 
 def test_two_teams_do_not_hear_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     store = HashStore()
-    monkeypatch.setattr(ranks, "_launched", lambda: store)
+    monkeypatch.setattr(distributed, "_launched", lambda: store)
     monkeypatch.setenv("WORLD_SIZE", "2")
     one, other = Team(), Team()
     assert (one.claim(), one.claim(), other.claim()) == (0, 1, 0)
@@ -226,7 +225,7 @@ def test_rank_0_comes_first(team: list[Team]) -> None:
 
 
 def test_waiting_for_the_others(team: list[Team], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "POLL", 0.01)
+    monkeypatch.setattr(distributed, "POLL", 0.01)
     shown: list[int] = []
     assert team[1].finished(1, 10) == 10
     waiting = in_a_thread(lambda: team[0].wait(3, shown.append))
@@ -241,8 +240,8 @@ def test_waiting_for_the_others(team: list[Team], monkeypatch: pytest.MonkeyPatc
 
 def test_waiting_ends(team: list[Team], monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as something is finished now and then, it goes on."""
-    monkeypatch.setattr(ranks, "POLL", 0.01)
-    monkeypatch.setattr(ranks, "PATIENCE", timedelta(seconds=0.5))
+    monkeypatch.setattr(distributed, "POLL", 0.01)
+    monkeypatch.setattr(distributed, "PATIENCE", timedelta(seconds=0.5))
 
     def work() -> None:
         for _ in range(3):
@@ -257,7 +256,7 @@ def test_waiting_ends(team: list[Team], monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_rank_0_leaves_last(team: list[Team], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "POLL", 0.01)
+    monkeypatch.setattr(distributed, "POLL", 0.01)
     leaving = in_a_thread(team[0].leave)
     team[1].leave()
     time.sleep(0.1)

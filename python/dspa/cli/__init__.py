@@ -15,9 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dspa.cli import fsrl
+from dspa.cli import fsrl, sae
 from dspa.cli import map as maps
-from dspa.cli import sae as saes
 from dspa.cli.generate import generate
 from dspa.cli.options import check_writable, console, print_table
 
@@ -28,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(maps.app, name="map")
-app.add_typer(saes.app, name="sae")
+app.add_typer(sae.app, name="sae")
 app.add_typer(fsrl.app, name="fsrl")
 app.command()(generate)
 
@@ -63,7 +62,7 @@ def demo(
 
     Runs on two CPU cores in under two minutes, without a network.
     """
-    from dspa.demo import steer as run
+    from dspa.demo import steer
 
     check_writable("--json", json_path)
     if retrain:
@@ -72,8 +71,8 @@ def demo(
         # A training that is stopped leaves the demo as it was.
         with TemporaryDirectory() as folder:
             train(Path(folder))
-            shutil.copytree(folder, run.ASSETS, dirs_exist_ok=True)
-    run.run(json_path)
+            shutil.copytree(folder, steer.ASSETS, dirs_exist_ok=True)
+    steer.run(json_path)
 
 
 @app.command()

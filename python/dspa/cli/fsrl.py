@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from dspa.cli import fsrl_analyse as fsrl_analysis
-from dspa.cli import fsrl_train as fsrl_training
+from dspa.cli import fsrl_analyse, fsrl_train
 
 app = typer.Typer(help="Train, run and analyse FSRL adapters on SAE features.", no_args_is_help=True)
 analyse = typer.Typer(help="Look at what an adapter does; data as CSV, plots as PNG.", no_args_is_help=True)
 app.add_typer(analyse, name="analyse")
-app.command()(fsrl_training.train)
-app.command()(fsrl_training.demo)
-for command, function in fsrl_analysis.COMMANDS.items():
+app.command()(fsrl_train.train)
+app.command()(fsrl_train.demo)
+for command, function in fsrl_analyse.COMMANDS.items():
     analyse.command(command)(function)
-analyse.command("layers")(fsrl_training.layers)
+analyse.command("layers")(fsrl_train.layers)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from dspa.baselines.static_sae import static_map
 from dspa.config import SteeringConfig
 from dspa.data.triples import load_triples
-from dspa.demo import language as world
+from dspa.demo import language
 from dspa.demo.train import MODEL_NAME
 from dspa.maps.build import build_map
 from dspa.maps.cdmap import ConditionalDifferenceMap
@@ -87,7 +87,7 @@ class World:
         self.sae_out = FrozenSAE.load(assets / "sae_out", dtype=torch.float32)
         lines = (assets / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
         self.held_out: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        self.wanted = [world.preferred_style(row["register"]) for row in self.held_out]
+        self.wanted = [language.preferred_style(row["register"]) for row in self.held_out]
 
     def build_map(self, *, progress: bool = True) -> ConditionalDifferenceMap:
         """The map of the first 250 triples."""
@@ -111,7 +111,7 @@ class World:
     def share(self, answers: Tensor) -> float:
         """Of the style words of all answers, the fraction of the style that each prompt's register prefers."""
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        counts = [world.count_style_words(text, style) for text, style in zip(texts, self.wanted, strict=True)]
+        counts = [language.count_style_words(text, style) for text, style in zip(texts, self.wanted, strict=True)]
         return sum(liked for liked, _ in counts) / max(1, sum(total for _, total in counts))
 
     def neutral_perplexity(self, steering: Steering | None) -> float:
@@ -132,7 +132,7 @@ class World:
         neutral = torch.zeros_like(tokens, dtype=torch.bool)
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             words = self.tokenizer.convert_ids_to_tokens(answer)
-            neutral[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(world.neutral_positions(words))
+            neutral[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(language.neutral_positions(words))
         return math.exp(float(losses[neutral[:, 1:]].mean()))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-from dspa.demo import language as world
+from dspa.demo import language
 from dspa.saes.training import TrainingConfig, train_sae
 
 SEED = 20
@@ -40,7 +40,7 @@ HELD_OUT = 100
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word or punctuation mark, `<bos>` in front."""
-    vocabulary = {word: index for index, word in enumerate(world.vocabulary())}
+    vocabulary = {word: index for index, word in enumerate(language.vocabulary())}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -95,7 +95,7 @@ def train_language_model(
     """Next-word prediction over prompts and answers alike."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LM_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LM_RATE, total_steps=LM_STEPS, pct_start=0.05)
-    documents = world.corpus(rng, drift=DRIFT)
+    documents = language.corpus(rng, drift=DRIFT)
     bar = tqdm(range(LM_STEPS), desc="language model", disable=not progress)
     model.train()
     for _ in bar:
@@ -118,7 +118,7 @@ def train_saes(
     """`sae_in/` and `sae_out/`, on fresh documents."""
     with TemporaryDirectory() as folder:
         texts = Path(folder) / "corpus.txt"
-        documents = islice(world.corpus(rng, drift=DRIFT), SAE_DOCUMENTS)
+        documents = islice(language.corpus(rng, drift=DRIFT), SAE_DOCUMENTS)
         texts.write_text("".join(f"{text} <eos>\n" for text in documents), encoding="utf-8")
         for name, layer, d_sae, l0 in (
             ("sae_in", LAYER_IN, D_SAE_IN, L0_IN),
@@ -148,10 +148,10 @@ def train_saes(
 
 def write_preferences(out: Path) -> None:
     """`preferences.jsonl`, and `heldout.jsonl` with prompts that are not in it."""
-    triples = list(world.preferences(random.Random(SEED + 2), TRIPLES))
+    triples = list(language.preferences(random.Random(SEED + 2), TRIPLES))
     seen = frozenset(triple["prompt"] for triple in triples)
-    world.write_json_lines(out / "preferences.jsonl", iter(triples))
-    world.write_json_lines(out / "heldout.jsonl", world.held_out(random.Random(SEED + 3), HELD_OUT, unlike=seen))
+    language.write_json_lines(out / "preferences.jsonl", iter(triples))
+    language.write_json_lines(out / "heldout.jsonl", language.held_out(random.Random(SEED + 3), HELD_OUT, unlike=seen))
 
 
 def train(out: Path, progress: bool = True) -> None:
