@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspa_kernels import InputError, SAEWeights, fsrl_residual
-from dspa_kernels.ops import common
 from dspa_kernels.ops.fsrl_residual import triton_impl
+from dspa_kernels.ops.shared import formulas as common
 from dspa_kernels.testing import KINDS, assert_as_accurate, random_sae, run_on, same_bits
 
 from . import oracle

@@ -19,7 +19,7 @@ from dspa_kernels import (
     steer,
 )
 from dspa_kernels.backends import OPS, implementation
-from dspa_kernels.ops import common
+from dspa_kernels.ops.shared import formulas as common
 from dspa_kernels.testing import KINDS, run_on, same_bits, tensors
 
 from .cases import D_IN, D_SAE, D_SAE_IN, N_COLUMNS, N_PROMPTS, Case, integer_tensor, make_case

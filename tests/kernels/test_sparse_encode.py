@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dspa_kernels import InputError, SAEWeights, sparse_decode, sparse_encode
 from dspa_kernels.launch import Launch
-from dspa_kernels.ops import common
+from dspa_kernels.ops.shared import formulas as common
 from dspa_kernels.testing import KINDS, assert_as_accurate, random_sae, run_on
 from dspa_kernels.weights import NORMALIZATIONS
 

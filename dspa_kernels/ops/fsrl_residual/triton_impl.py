@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dspa_kernels.barriers import barrier_of
 from dspa_kernels.launch import FULL, SPLIT, launch_parameters, precision
-from dspa_kernels.ops.common import n_kept, row_blocks
 from dspa_kernels.ops.fsrl_residual.triton_kernel import (
     ALL,
     BELOW,
@@ -30,8 +29,9 @@ from dspa_kernels.ops.fsrl_residual.triton_kernel import (
     gradient_kernel,
     step_kernel,
 )
+from dspa_kernels.ops.shared.formulas import n_kept, row_blocks
+from dspa_kernels.ops.shared.triton_tiles import INTERPRETED, n_programs
 from dspa_kernels.ops.sparse_encode.triton_impl import ALIGN, BLOCK, GROUP, row_keys
-from dspa_kernels.ops.triton_common import INTERPRETED, n_programs
 
 # Rows that one launch of a decoding step serves.
 MAX_STEP = 64

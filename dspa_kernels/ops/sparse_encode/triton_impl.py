@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dspa_kernels.launch import launch_parameters, precision
-from dspa_kernels.ops.common import row_blocks
 from dspa_kernels.ops.map_lookup.triton_impl import count_above, level_of
-from dspa_kernels.ops.triton_common import n_programs, product_tile, row_chunk, row_scale
+from dspa_kernels.ops.shared.formulas import row_blocks
+from dspa_kernels.ops.shared.triton_tiles import n_programs, product_tile, row_chunk, row_scale
 
 # Latent tiles for which all rows pass before the next come.
 GROUP = 16

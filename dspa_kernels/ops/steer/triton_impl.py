@@ -18,9 +18,9 @@ from torch import Tensor
 
 from dspa_kernels.barriers import barrier_of
 from dspa_kernels.launch import launch_parameters, precision, steer_variant
+from dspa_kernels.ops.shared.triton_tiles import INTERPRETED, n_programs
 from dspa_kernels.ops.steer import empty_results
 from dspa_kernels.ops.steer.triton_kernel import ALL, LOOKUP, SELECT, STREAM, TAIL, steer_kernel
-from dspa_kernels.ops.triton_common import INTERPRETED, n_programs
 
 # Latents that one program of the select phase evaluates together, and how much of a row it reads at a time.
 BLOCK_S, BLOCK_C = 8, 512

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dspa_kernels.ops.triton_common import row_chunk, row_scale
+from dspa_kernels.ops.shared.triton_tiles import row_chunk, row_scale
 
 
 @triton.jit

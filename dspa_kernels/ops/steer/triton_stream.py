@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 from dspa_kernels.launch import STEER_WARPS
+from dspa_kernels.ops.shared.triton_tiles import product_tile
 from dspa_kernels.ops.steer.triton_select import plan_rows, summarise
-from dspa_kernels.ops.triton_common import product_tile
 
 # Twice what one sum of products loses at a term, truncation counted: a bound for two of them. Rows that are split
 # make three products of one.

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
+from dspa_kernels.ops.shared.triton_tiles import rounded
 from dspa_kernels.ops.steer.triton_select import summarise
-from dspa_kernels.ops.triton_common import rounded
 
 
 @triton.jit
