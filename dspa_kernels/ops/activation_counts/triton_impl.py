@@ -11,14 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dspa_kernels.launch import precision
-from dspa_kernels.ops.sparse_encode.triton_impl import (
-    BLOCK,
-    active_block,
-    launch_encode,
-    normalised_rows,
-    rank_cut,
-    row_keys,
-)
+from dspa_kernels.ops.shared.triton_encode import BLOCK, launch_encode, normalised_rows, row_keys
+from dspa_kernels.ops.shared.triton_ranks import active_block, rank_cut
 
 
 @triton.jit(do_not_specialize=["d_sae", "n_sequences", "k"])

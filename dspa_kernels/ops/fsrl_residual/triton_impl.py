@@ -30,8 +30,9 @@ from dspa_kernels.ops.fsrl_residual.triton_kernel import (
     step_kernel,
 )
 from dspa_kernels.ops.shared.formulas import n_kept, row_blocks
-from dspa_kernels.ops.shared.triton_tiles import INTERPRETED, n_programs
-from dspa_kernels.ops.sparse_encode.triton_impl import ALIGN, BLOCK, GROUP, row_keys
+from dspa_kernels.ops.shared.triton_encode import ALIGN, BLOCK, row_keys
+from dspa_kernels.ops.shared.triton_grid import n_programs
+from dspa_kernels.ops.shared.triton_tiles import GROUP, INTERPRETED
 
 # Rows that one launch of a decoding step serves.
 MAX_STEP = 64

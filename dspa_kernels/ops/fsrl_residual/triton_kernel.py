@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 
 from dspa_kernels.ops.fsrl_residual.codes import DOWN, IDLE, NEAR, OFF, UP
-from dspa_kernels.ops.map_lookup.triton_impl import count_above, level_of
-from dspa_kernels.ops.shared.triton_tiles import dot_tile, grid_arrive, grid_wait, product_tile, rounded
-from dspa_kernels.ops.sparse_encode.triton_impl import grouped_tile
+from dspa_kernels.ops.shared.triton_grid import grid_arrive, grid_wait
+from dspa_kernels.ops.shared.triton_ranks import count_above, level_of
+from dspa_kernels.ops.shared.triton_tiles import dot_tile, grouped_tile, product_tile, rounded
 
 # Where the latents of the encoder are needed: nowhere, where v < 0, and where a threshold is near as well.
 NOWHERE, BELOW, NEARBY = range(3)

@@ -7,80 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dspa_kernels.ops.shared.triton_ranks import largest, selection_blocks
+
 BLOCK = 1024
-# Selections this wide are ordered by comparing them with each other.
-MAX_SELECTED = 4096
 SIDES = {"augment": (True, False), "ablate": (False, True), "both": (True, True)}
-
-
-@triton.jit
-def count_above(p_key, n, b_level, BLOCK: tl.constexpr):
-    """How many of n keys are above a level."""
-    b_count = tl.zeros([BLOCK], dtype=tl.int32)
-    o_key = tl.arange(0, BLOCK)
-    for i in range(0, n, BLOCK):
-        b_key = tl.load(p_key + i + o_key, mask=o_key < n - i, other=0)
-        b_count += (b_key > b_level).to(tl.int32)
-    return tl.sum(b_count, axis=0)
-
-
-@triton.jit
-def level_of(p_key, n, k, BLOCK: tl.constexpr):
-    """The smallest level >= 0 with fewer than k keys above it: the k-th largest key, or 0 if k are not positive."""
-    b_most = tl.zeros([BLOCK], dtype=tl.int32)
-    o_key = tl.arange(0, BLOCK)
-    for i in range(0, n, BLOCK):
-        b_most = tl.maximum(b_most, tl.load(p_key + i + o_key, mask=o_key < n - i, other=0))
-    b_low = tl.zeros([], dtype=tl.int32)
-    b_high = tl.max(b_most, axis=0)
-    while b_low < b_high:
-        b_middle = b_low + (b_high - b_low) // 2
-        if count_above(p_key, n, b_middle, BLOCK) < k:
-            b_high = b_middle
-        else:
-            b_low = b_middle + 1
-    return b_low
-
-
-@triton.jit
-def largest(p_key, p_index, n, k, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr):
-    """index = the k largest positive keys, largest first, ties to the smaller index, then -1; returns how many.
-
-    Keys are int32 >= 0, k <= BLOCK_K. `p_index` needs k places, and holds them in order of index for a while.
-    """
-    b_level = level_of(p_key, n, k, BLOCK)
-    b_room = k - count_above(p_key, n, b_level, BLOCK)
-    b_taken, b_ties = tl.zeros([], dtype=tl.int32), tl.zeros([], dtype=tl.int32)
-    o_key = tl.arange(0, BLOCK)
-    for i in range(0, n, BLOCK):
-        b_key = tl.load(p_key + i + o_key, mask=o_key < n - i, other=0)
-        m_tie = (b_key == b_level) & (b_key > 0)
-        b_tie = tl.cumsum(m_tie.to(tl.int32), axis=0) + b_ties
-        m_take = (b_key > b_level) | (m_tie & (b_tie <= b_room))
-        b_place = tl.cumsum(m_take.to(tl.int32), axis=0) + b_taken - 1
-        tl.store(p_index + b_place, i + o_key, mask=m_take)
-        b_taken += tl.sum(m_take.to(tl.int32), axis=0)
-        b_ties += tl.sum(m_tie.to(tl.int32), axis=0)
-    tl.debug_barrier()
-
-    o_place = tl.arange(0, BLOCK_K)
-    m_place = o_place < b_taken
-    b_index = tl.load(p_index + o_place, mask=m_place, other=0)
-    b_key = tl.load(p_key + b_index, mask=m_place, other=0)
-    b_rank = tl.zeros([BLOCK_K], dtype=tl.int32)
-    for i in range(0, b_taken, CHUNK):
-        o_other = i + tl.arange(0, CHUNK)
-        m_other = o_other < b_taken
-        b_other = tl.load(p_index + o_other, mask=m_other, other=0)
-        b_their = tl.load(p_key + b_other, mask=m_other, other=0)
-        m_ahead = (b_their[None, :] > b_key[:, None]) | (
-            (b_their[None, :] == b_key[:, None]) & (b_other[None, :] < b_index[:, None])
-        )
-        b_rank += tl.sum((m_ahead & m_other[None, :]).to(tl.int32), axis=1)
-    tl.debug_barrier()
-    tl.store(p_index + tl.where(m_place, b_rank, o_place), tl.where(m_place, b_index, -1), mask=o_place < k)
-    tl.debug_barrier()
-    return b_taken
 
 
 @triton.jit
@@ -173,12 +103,6 @@ def lookup_kernel(
         BLOCK_DIFF,
         CHUNK_DIFF,
     )
-
-
-def selection_blocks(name: str, k: int) -> dict[str, int]:
-    """Constants of `largest` for k selected."""
-    block = max(16, triton.next_power_of_2(k))
-    return {f"BLOCK_{name}": block, f"CHUNK_{name}": max(1, min(block, MAX_SELECTED // block))}
 
 
 def lookup_constants(k_prompt: int, k_diff: int, mode: str) -> dict[str, int | bool]:

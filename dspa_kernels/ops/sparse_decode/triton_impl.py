@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dspa_kernels.ops.shared.triton_tiles import n_programs, rounded, tree_sum
+from dspa_kernels.ops.shared.triton_grid import n_programs
+from dspa_kernels.ops.shared.triton_tiles import rounded, tree_sum
 
 # Places at a time; columns of a program: a cache line of bf16, or a sector of it where that leaves a chip idle.
 BLOCK_S, WIDE, NARROW = 64, 64, 16

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dspa_kernels.barriers import barrier_of
 from dspa_kernels.launch import launch_parameters, precision, steer_variant
-from dspa_kernels.ops.shared.triton_tiles import INTERPRETED, n_programs
+from dspa_kernels.ops.shared.triton_grid import n_programs
+from dspa_kernels.ops.shared.triton_tiles import INTERPRETED
 from dspa_kernels.ops.steer import empty_results
 from dspa_kernels.ops.steer.triton_kernel import ALL, LOOKUP, SELECT, STREAM, TAIL, steer_kernel
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from dspa_kernels.ops.map_lookup.triton_impl import lookup_prompt
-from dspa_kernels.ops.shared.triton_tiles import grid_arrive, grid_wait
+from dspa_kernels.ops.shared.triton_grid import grid_arrive, grid_wait
 from dspa_kernels.ops.steer.triton_select import latent_values, plan_rows, prepare_row
 from dspa_kernels.ops.steer.triton_stream import stream_tile, waiting_rows
 from dspa_kernels.ops.steer.triton_tail import edit_row
