@@ -19,7 +19,7 @@ from dspa_kernels import (
     steer,
 )
 from dspa_kernels.backends import MODULES, OPS, choose
-from dspa_kernels.ops.steer import choose_steer, fastest
+from dspa_kernels.ops.steer.contract import choose_steer, fastest
 
 from .cases import make_case
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dspa_kernels.backends import define_op
 from dspa_kernels.ops.map_lookup import check_lookup, n_slots
-from dspa_kernels.ops.steer import GATE, check_residual, choose_steer, empty_results, fastest, stream_of
+from dspa_kernels.ops.steer.contract import GATE, check_residual, choose_steer, empty_results, fastest, stream_of
 from dspa_kernels.weights import COLUMNS, STREAM, Edits, EncoderStream, MapWeights, SAEWeights, SteeringPlan
 
 

@@ -10,6 +10,7 @@ from dspa_kernels.backends import choose, define_op, is_unasked
 from dspa_kernels.checks import check_at_least, check_device, check_dtype, check_shape, refuse
 from dspa_kernels.launch import CudaEntry, cuda_entry, precision, steer_variant
 from dspa_kernels.ops.shared.formulas import compute_dtype
+from dspa_kernels.ops.steer.contract import GATE, check_residual, choose_steer, empty_results, fastest, stream_of
 from dspa_kernels.weights import (
     COLUMNS,
     FLOATS,
@@ -120,86 +121,10 @@ def steer(
     return (out, Edits(*edits)) if record else out
 
 
-def stream_of(sae: SAEWeights, stream: EncoderStream | None) -> EncoderStream:
-    """`stream` if it was made from an SAE like `sae`, by default the SAE's own."""
-    if stream is None:
-        return sae.stream
-    check_shape("stream.W_enc", stream.W_enc, sae.W_enc.shape, "Make it with EncoderStream.of(sae).")
-    check_dtype("stream.W_enc", stream.W_enc, (sae.W_enc.dtype,))
-    check_device("stream", stream.W_enc, sae.W_enc, "sae")
-    if (stream.k, stream.normalize) != (sae.k, sae.normalize):
-        raise refuse("stream", (stream.k, stream.normalize), f"k and normalize of the SAE, {sae.k}, {sae.normalize}")
-    return stream
-
-
-def choose_steer(op: str, h: Tensor, sae: SAEWeights, requested: str) -> str:
-    """The backend of `steer` or `lookup_and_steer`; "auto" where it is between Triton and CUDA."""
-    chosen = choose(op, h.device, requested, compute_dtype(h, sae.W_enc))
-    return "auto" if chosen == "triton" and is_unasked(requested) else chosen
-
-
-def entry_of(
-    h: Tensor, W_enc: Tensor, k: int, normalize: str, screen_W_enc: Tensor | None, **_: Any
-) -> CudaEntry | None:
-    """What the CUDA table has for a launch."""
-    d_sae, d_in = W_enc.shape
-    variant, multiply = steer_variant(k, screen_W_enc), precision(h, W_enc, normalize)
-    return cuda_entry(variant, len(h), d_in, d_sae, multiply, h.device)
-
-
-def fastest(**arguments: Any) -> Literal["cuda", "triton"]:
-    """CUDA where it is there and was measured to be faster, else Triton."""
-    return "triton" if cuda_library.OBSTACLE or entry_of(**arguments) is None else "cuda"
-
-
-def check_residual(
-    h: Tensor,
-    sae: SAEWeights,
-    cdmap: MapWeights,
-    alpha: float,
-    n_prompts: int,
-    rows: Tensor | None,
-    positions: Tensor | None,
-    start: Tensor | None,
-    paths: Tensor | None,
-) -> None:
-    """Raise `InputError` unless residual rows, SAE, map, strength and gates fit each other."""
-    check_shape("h", h, ("N", sae.d_in), "Flatten batch and sequence into one dimension.")
-    check_dtype("h", h, FLOATS)
-    check_device("sae", sae.W_enc, h, "h")
-    check_device("cdmap", cdmap.W_enc, h, "h")
-    check_shape("cdmap.W_enc", cdmap.W_enc, ("C", sae.d_in), "Gather the map from the SAE that steers.")
-    check_dtype("cdmap.W_enc", cdmap.W_enc, (sae.W_enc.dtype,))
-    check_at_least("alpha", alpha, 0)
-    if rows is None and len(h) != n_prompts:
-        raise refuse("rows", None, f"the plan row of each of {len(h)} rows", f"The plan has {n_prompts} rows.")
-    if (positions is None) != (start is None):
-        raise refuse("start" if start is None else "positions", None, "both of `positions` and `start`, or neither")
-    for name, tensor, shape, dtype in (
-        ("rows", rows, (len(h),), torch.int32),
-        ("positions", positions, (len(h),), torch.int64),
-        ("start", start, (n_prompts,), torch.int64),
-        ("paths", paths, (len(PATHS) + 1,), torch.int64),
-    ):
-        if tensor is not None:
-            check_shape(name, tensor, shape)
-            check_dtype(name, tensor, (dtype,))
-            check_device(name, tensor, h, "h")
-
-
-def empty_results(h: Tensor, W_enc: Tensor, n_slots: int, record: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Room for h', before, after and maximum; nothing is kept of the edits unless recorded."""
-    dtype, n_rows = compute_dtype(h, W_enc), h.shape[0] if record else 0
-    slots = h.new_empty(n_rows, n_slots, dtype=dtype)
-    out = torch.empty_like(h, memory_format=torch.contiguous_format)
-    return out, slots, torch.empty_like(slots), h.new_empty(n_rows, dtype=dtype)
-
-
 def _fake(h: Tensor, W_enc: Tensor, slots: Tensor, record: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return empty_results(h, W_enc, slots.shape[1], record)
 
 
-GATE = "Tensor? rows, Tensor? positions, Tensor? start, Tensor(a!)? paths"
 _steer = define_op(
     "steer",
     f"(Tensor h, {STREAM}, {COLUMNS}, Tensor slots, Tensor signs, {GATE}, float alpha, bool record)"

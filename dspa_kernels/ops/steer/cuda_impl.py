@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dspa_kernels.barriers import barrier_of
 from dspa_kernels.cuda_library import DTYPES, NORMALIZE, SteerArguments, fill, launch_steer, library
-from dspa_kernels.ops.steer import empty_results, entry_of
+from dspa_kernels.ops.steer.contract import empty_results, entry_of
 
 
 def padded(n: int) -> int:

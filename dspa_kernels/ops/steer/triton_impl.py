@@ -20,7 +20,7 @@ from dspa_kernels.barriers import barrier_of
 from dspa_kernels.launch import launch_parameters, precision, steer_variant
 from dspa_kernels.ops.shared.triton_grid import n_programs
 from dspa_kernels.ops.shared.triton_tiles import INTERPRETED
-from dspa_kernels.ops.steer import empty_results
+from dspa_kernels.ops.steer.contract import empty_results
 from dspa_kernels.ops.steer.triton_kernel import ALL, LOOKUP, SELECT, STREAM, TAIL, steer_kernel
 
 # Latents that one program of the select phase evaluates together, and how much of a row it reads at a time.
