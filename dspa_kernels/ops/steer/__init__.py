@@ -2,19 +2,13 @@
 
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
-from dspa_kernels import cuda_library
-from dspa_kernels.backends import choose, define_op, is_unasked
-from dspa_kernels.checks import check_at_least, check_device, check_dtype, check_shape, refuse
-from dspa_kernels.launch import CudaEntry, cuda_entry, precision, steer_variant
-from dspa_kernels.ops.shared.formulas import compute_dtype
+from dspa_kernels.backends import define_op
+from dspa_kernels.checks import check_device
 from dspa_kernels.ops.steer.contract import GATE, check_residual, choose_steer, empty_results, fastest, stream_of
 from dspa_kernels.weights import (
     COLUMNS,
-    FLOATS,
-    PATHS,
     STREAM,
     Edits,
     EncoderStream,
