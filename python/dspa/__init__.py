@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dspa import fsrl
     from dspa.config import SteeringConfig
-    from dspa.data.triples import PreferenceError, Triple, load_triples
-    from dspa.errors import AdapterError, MapError, ModelError
+    from dspa.data.triples import Triple, load_triples
+    from dspa.errors import AdapterError, MapError, ModelError, PreferenceError, SAEError
     from dspa.maps.build import build_map
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.maps.collect import collect
     from dspa.maps.reduce import reduce
     from dspa.maps.shards import Collection
-    from dspa.saes.formats import SAEError
     from dspa.saes.frozen import FrozenSAE
     from dspa.steering.dspa import Steering, detach
     from dspa.version import __version__

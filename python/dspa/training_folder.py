@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from safetensors.torch import load_file, save_file
 
+from dspa.errors import TrainingError
 from dspa.files import replace
 from dspa.saes.activations import Position
 
@@ -20,10 +21,6 @@ ACCEPTED = "a new folder in one that exists, or a folder in which this training 
 
 # What was reported on the way, a line each.
 History: TypeAlias = list[dict[str, float]]
-
-
-class TrainingError(ValueError):
-    """A training that cannot begin, or go on, as asked."""
 
 
 @dataclass(frozen=True)

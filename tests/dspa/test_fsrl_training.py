@@ -20,8 +20,8 @@ from torch.nn.functional import logsigmoid
 
 from dspa.cli import main
 from dspa.cli.options import console
-from dspa.data.triples import PreferenceError, Triple, load_triples, tokenize_triple
-from dspa.errors import ModelError
+from dspa.data.triples import Triple, load_triples, tokenize_triple
+from dspa.errors import ModelError, PreferenceError, TrainingError
 from dspa.fsrl import (
     FSRLAdapter,
     FSRLConfig,
@@ -32,7 +32,7 @@ from dspa.fsrl import (
     train,
     train_sweep,
 )
-from dspa.training_folder import TrainingError, TrainingFolder
+from dspa.training_folder import TrainingFolder
 
 from .conftest import D_SAE_OUT, L_OUT, make_model, make_sae
 from .tokens import ENGLISH, word_tokenizer

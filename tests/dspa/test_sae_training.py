@@ -11,13 +11,11 @@ import pytest
 import torch
 
 from dspa.cli import main
-from dspa.data.triples import PreferenceError
-from dspa.errors import ModelError
-from dspa.saes.activations import Activations, Position, TextError, TextFile
+from dspa.errors import ModelError, PreferenceError, TextError, TrainingError
+from dspa.saes.activations import Activations, Position, TextFile
 from dspa.saes.batchtopk import jumprelu, started_sae
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.training import TrainingConfig, evaluate_sae, finetune_sae, read_qualities, train_sae
-from dspa.training_folder import TrainingError
 
 from .conftest import D_IN, make_model, make_sae
 from .tokens import ENGLISH, word_tokenizer

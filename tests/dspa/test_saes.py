@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dspa.saes.formats import SAEError, layer_of
+from dspa.errors import SAEError
+from dspa.saes.formats import layer_of
 from dspa.saes.frozen import FrozenSAE
 
 D_IN, D_SAE, K = 12, 40, 5

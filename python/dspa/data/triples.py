@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from jinja2 import TemplateError
 
+from dspa.errors import PreferenceError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -23,10 +25,6 @@ TokenLists: TypeAlias = tuple[list[int], list[int], list[int]]
 
 MESSAGES = "messages that are dicts with text `role` and `content`"
 UNNAMED = "triple"
-
-
-class PreferenceError(ValueError):
-    """A source of triples, or one triple, that cannot be used; the message names it and says what to do."""
 
 
 def _refuse(name: str, problem: str, accepted: str, advice: str) -> PreferenceError:

@@ -7,6 +7,7 @@ from dspa.fsrl.adapter import FSRLAdapter, Moves
 from dspa.fsrl.config import FSRLConfig
 
 if TYPE_CHECKING:
+    from dspa.errors import LabelError
     from dspa.evaluate.coherence import Coherence, compare_texts
     from dspa.evaluate.scores import Response, Scores, response_tokens, responses_of, score_responses, score_triples
     from dspa.fsrl.ablations import FractionCurve, MaskEffect, fraction_curve, mask_effect
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from dspa.fsrl.training import TrainingConfig, read_held_out, train
     from dspa.fsrl.usage import Decay, Usage, fit_decay, latent_usage
     from dspa.saes.label_quality import Agreement, compare_labels
-    from dspa.saes.labels import CategoryShare, LabelError, Labels, category_shares, read_labels
+    from dspa.saes.labels import CategoryShare, Labels, category_shares, read_labels
 
 # Where names live that are imported when they are first asked for: scipy and what training needs are slow to import.
 HOMES = {

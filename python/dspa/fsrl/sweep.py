@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dspa.data.triples import Triple, load_triples
 from dspa.distributed import rank
+from dspa.errors import TrainingError
 from dspa.files import write_csv
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.config import FSRLConfig
@@ -19,7 +20,6 @@ from dspa.fsrl.results import HeldOut, held_out
 from dspa.fsrl.training import TrainingConfig, read_held_out, scoring, train
 from dspa.models.layers import base_model, check_eval, check_sae, decoder_layers, layer_of
 from dspa.saes.frozen import FrozenSAE
-from dspa.training_folder import TrainingError
 
 CSV, PLOT = "sweep.csv", "sweep.png"
 

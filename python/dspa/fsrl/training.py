@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dspa.data.triples import Triple, load_triples
 from dspa.distributed import warn_if_alone
+from dspa.errors import TrainingError
 from dspa.evaluate.scores import response_tokens
 from dspa.files import digest
 from dspa.fsrl.adapter import FSRLAdapter
@@ -29,7 +30,7 @@ from dspa.fsrl.lending import lent
 from dspa.fsrl.results import HeldOut, held_out
 from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of
 from dspa.models.layers import model_name as name_of
-from dspa.training_folder import TrainingError, TrainingFolder
+from dspa.training_folder import TrainingFolder
 
 # The loss and its usual beta.
 LOSSES = {"simpo": 10.0, "dpo": 0.1}

@@ -15,8 +15,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dspa.data.triples import PreferenceError, Triple
+from dspa.data.triples import Triple
 from dspa.distributed import Team
+from dspa.errors import PreferenceError
 from dspa.maps.counting import Reader
 from dspa.maps.pieces import DataRecord, Source, Tally
 from dspa.maps.shards import Collection

@@ -19,16 +19,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dspa.data.triples import Triple, load_triples, tokenize_triple
+from dspa.errors import TextError
 from dspa.models.layers import base_model, check_finite, device_of, read_layers
 
 ACCEPTED = (
     "plain text, one document a line; JSON Lines with `text`; or preference triples, JSON Lines with `chosen`, "
     "`rejected` and usually `prompt`"
 )
-
-
-class TextError(ValueError):
-    """A file of text that cannot be used; the message names the line and says what to do."""
 
 
 class TextFile:

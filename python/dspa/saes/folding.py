@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from dspa.saes.formats import refuse
+from dspa.errors import refuse
 from dspa_kernels import SAEWeights
 
 ARCHITECTURES = ("standard", "jumprelu", "topk")

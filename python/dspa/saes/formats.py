@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dspa.errors import SAEError, refuse
+
 SAE_LENS_CONFIG = "cfg.json"
 SAE_LENS_WEIGHTS = "sae_weights.safetensors"
 GEMMA_SCOPE_WEIGHTS = "params.npz"
@@ -48,15 +50,6 @@ RESIDUAL_HOOKS = (
     r"(?:\w+\.)*(?:layers|h)\.(\d+)",
     r"resid_post_layer_(\d+)",
 )
-
-
-class SAEError(ValueError):
-    """An SAE, or a file of one, that cannot be used; the message says why and what would be accepted."""
-
-
-def refuse(name: str, got: object, accepted: str, advice: str = "") -> SAEError:
-    """The error for one bad argument or file, to be raised by the caller."""
-    return SAEError(f"{name} is {got}; accepted: {accepted}. {advice}".rstrip())
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspa.errors import SAEError, refuse
 from dspa.saes.folding import (
     Content,
     at_inference,
@@ -21,7 +22,7 @@ from dspa.saes.folding import (
     full_dtype,
     ungated,
 )
-from dspa.saes.formats import RECORD, SAEError, SourceSAE, read_sae, refuse, sae_lens_source, write_sae_lens
+from dspa.saes.formats import RECORD, SourceSAE, read_sae, sae_lens_source, write_sae_lens
 from dspa_kernels import SAEWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dspa.errors import LabelError
 from dspa.evaluate.scores import wilson
-from dspa.saes.labels import LabelError, Labels
+from dspa.saes.labels import Labels
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeAlias
 
+from dspa.errors import LabelError
 from dspa.fsrl.usage import Usage
 from dspa.models.layers import same_model
 from dspa.saes.frozen import FrozenSAE
@@ -38,10 +39,6 @@ ACCEPTED = (
     "a Neuronpedia export of explanations, an object of latents and categories, or a list of objects with `index` and "
     "`category`"
 )
-
-
-class LabelError(ValueError):
-    """Labels or rules that cannot be used; the message names the file and the numbers."""
 
 
 @dataclass(frozen=True)

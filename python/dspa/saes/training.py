@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dspa.errors import ModelError
+from dspa.errors import ModelError, TrainingError
 from dspa.models.layers import (
     base_model,
     check_eval,
@@ -32,7 +32,7 @@ from dspa.models.layers import model_name as name_of
 from dspa.saes.activations import Activations, Position, TextFile
 from dspa.saes.batchtopk import begin_threshold, jumprelu, new_sae, started_sae
 from dspa.saes.frozen import FrozenSAE
-from dspa.training_folder import TrainingError, TrainingFolder
+from dspa.training_folder import TrainingFolder
 
 REPORTS = 100
 # Latents that are held at once where an SAE is looked at.
