@@ -10,8 +10,8 @@ import torch
 
 from dspa.data.triples import Triple
 from dspa.errors import ModelError
-from dspa.evaluate.scores import wilson
 from dspa.fsrl import Scores, held_out, response_tokens, responses_of, score_triples
+from dspa.intervals import wilson
 
 from .conftest import make_model
 from .fsrl_world import TRIPLES, acting_adapter, ending_tokenizer

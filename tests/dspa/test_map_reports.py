@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from dspa import ConditionalDifferenceMap, FrozenSAE, MapError, SteeringConfig, collect, reduce
+from dspa.intervals import jaccard
 from dspa.maps.plots import plot_difference, plot_map, plot_stability
 from dspa.maps.reports import difference, summary, top_columns
 from dspa.maps.shards import Collection
-from dspa.maps.stability import SIZES, Stability, jaccard, selected, stability
+from dspa.maps.stability import SIZES, Stability, selected, stability
 
 from .conftest import L_IN, L_OUT, make_map, make_model, make_sae, with_tensors
 from .tokens import ENGLISH, word_tokenizer

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, softplus
 from tqdm import tqdm
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dspa.data.triples import Triple, load_triples, tokenize_triple
 from dspa.errors import ModelError
+from dspa.intervals import wilson
 from dspa.models.layers import NOT_FINITE, CausalLM, base_model, check_eval, context_length, device_of
 
 
@@ -95,15 +95,6 @@ def check_scoring(beta: float, gamma_beta_ratio: float) -> None:
     ):
         if not right:
             raise ValueError(f"`{name}` is {value!r}; accepted: {accepted}.")
-
-
-def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of `successes / n`; of a number with a half, what the intervals of its neighbours cover."""
-    low, high = (
-        binomtest(k, n).proportion_ci(confidence, method="wilson")
-        for k in (math.floor(successes), math.ceil(successes))
-    )
-    return float(low.low), float(high.high)
 
 
 def score_triples(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dspa.errors import MapError
+from dspa.intervals import jaccard
 from dspa.maps.cdmap import N_LARGE, ConditionalDifferenceMap
-from dspa.maps.stability import jaccard
 
 
 def summary(cdmap: ConditionalDifferenceMap, delta: float = 0.05) -> dict[str, str]:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from dspa.config import SteeringConfig
 from dspa.errors import MapError
+from dspa.intervals import jaccard
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.maps.reduce import check_settings, reduce_table
 from dspa.maps.shards import Collection
@@ -106,8 +107,3 @@ def selected(cdmap: ConditionalDifferenceMap, counts: Tensor, config: SteeringCo
     latents = cdmap.columns[plan.slots.clamp(min=0).long()].long()
     signed = torch.where(plan.signs > 0, latents, -1 - latents)
     return [set(row[used].tolist()) for row, used in zip(signed, plan.signs != 0, strict=True)]
-
-
-def jaccard(a: set[int], b: set[int]) -> float:
-    """Shared ones over those of either; 1 for two empty sets."""
-    return len(a & b) / len(a | b) if a | b else 1.0

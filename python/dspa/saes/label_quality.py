@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dspa.errors import LabelError
-from dspa.evaluate.scores import wilson
+from dspa.intervals import wilson
 from dspa.saes.labels import Labels
 
 
