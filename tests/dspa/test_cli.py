@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dspa.cli import main
-from dspa.cli.options import device_named, triple_source
+from dspa.cli.loading import device_named, triple_source
 from dspa.maps.cdmap import ConditionalDifferenceMap
 
 from .conftest import L_IN, L_OUT, make_model, make_sae

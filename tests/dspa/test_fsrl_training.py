@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from dspa.cli import main
-from dspa.cli.options import console
+from dspa.cli.tables import console
 from dspa.data.triples import Triple, load_triples, tokenize_triple
 from dspa.errors import ModelError, PreferenceError, TrainingError
 from dspa.fsrl import (

@@ -18,7 +18,8 @@ from rich.table import Table
 from dspa.cli import fsrl, sae
 from dspa.cli import map as maps
 from dspa.cli.generate import generate
-from dspa.cli.options import check_writable, console, print_table
+from dspa.cli.loading import check_writable
+from dspa.cli.tables import console, print_table
 
 app = typer.Typer(
     help="Steer language models with sparse autoencoders (SAEs): DSPA, preference alignment at inference time.",

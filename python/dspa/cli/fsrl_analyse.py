@@ -10,22 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from dspa.cli.options import (
-    SAE_HELP,
-    Device,
-    DType,
-    Layers,
-    Model,
-    Name,
-    Numbers,
-    console,
-    device_named,
-    load_model,
-    load_sae,
-    print_table,
-)
+from dspa.cli.loading import device_named, load_model, load_sae
+from dspa.cli.options import SAE_HELP, Device, DType, Layers, Model, Name, Numbers
+from dspa.cli.tables import _cell, _table, console, print_table
 
 if TYPE_CHECKING:
     from dspa.data.triples import Triple
@@ -374,17 +362,3 @@ def _write(path: Path, rows: Sequence[Mapping[str, object]], names: Sequence[str
     from dspa.files import write_csv
 
     write_csv(path, rows, names)
-
-
-def _table(title: str, rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> Table:
-    """Some columns of rows."""
-    table = Table(*(name.replace("_", " ") for name in names), title=title)
-    for row in rows:
-        table.add_row(*(_cell(row[name]) for name in names))
-    return table
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))

@@ -12,21 +12,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from dspa.cli.options import (
-    SAE_HELP,
-    Device,
-    DType,
-    Layers,
-    Model,
-    Name,
-    Numbers,
-    check_writable,
-    console,
-    device_named,
-    load_model,
-    load_sae,
-    triple_source,
-)
+from dspa.cli.loading import check_writable, device_named, load_model, load_sae, triple_source
+from dspa.cli.options import SAE_HELP, Device, DType, Layers, Model, Name, Numbers
+from dspa.cli.tables import console
 from dspa.distributed import rank
 
 if TYPE_CHECKING:

@@ -12,20 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dspa.cli.options import (
-    Device,
-    DType,
-    LayerIn,
-    LayerOut,
-    Layers,
-    Model,
-    Name,
-    Numbers,
-    SAEIn,
-    SAEOut,
-    check_writable,
-    load_all,
-)
+from dspa.cli.loading import check_writable, load_all
+from dspa.cli.options import Device, DType, LayerIn, LayerOut, Layers, Model, Name, Numbers, SAEIn, SAEOut
 
 if TYPE_CHECKING:
     from dspa.steering.trace import Trace

@@ -10,22 +10,9 @@ import typer
 from rich.markup import escape
 
 from dspa.cli import map_reports
-from dspa.cli.options import (
-    Device,
-    DType,
-    LayerIn,
-    LayerOut,
-    Layers,
-    Model,
-    Name,
-    Numbers,
-    SAEIn,
-    SAEOut,
-    check_writable,
-    console,
-    load_all,
-    triple_source,
-)
+from dspa.cli.loading import check_writable, load_all, triple_source
+from dspa.cli.options import Device, DType, LayerIn, LayerOut, Layers, Model, Name, Numbers, SAEIn, SAEOut
+from dspa.cli.tables import console
 from dspa.distributed import rank
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dspa.cli.options import check_writable, console, print_table
+from dspa.cli.loading import check_writable
+from dspa.cli.tables import console, print_table
 
 Plot = Annotated[Path | None, typer.Option(help="Write a plot here, as PNG.")]
 

@@ -8,19 +8,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from dspa.cli.options import (
-    SAE_HELP,
-    Device,
-    DType,
-    Layers,
-    Model,
-    Name,
-    Numbers,
-    console,
-    load_model,
-    load_sae,
-    print_table,
-)
+from dspa.cli.loading import load_model, load_sae
+from dspa.cli.options import SAE_HELP, Device, DType, Layers, Model, Name, Numbers
+from dspa.cli.tables import console, print_table
 
 app = typer.Typer(help="Look at sparse autoencoders, train and fine-tune them.", no_args_is_help=True)
 

@@ -1,0 +1,34 @@
+"""Tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+console = Console()
+
+
+def print_table(title: str, rows: dict[str, Any]) -> None:
+    """Names and values, a line each."""
+    table = Table(title=title, show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, escape(str(value)))
+    console.print(table)
+
+
+def _table(title: str, rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> Table:
+    """Some columns of rows."""
+    table = Table(*(name.replace("_", " ") for name in names), title=title)
+    for row in rows:
+        table.add_row(*(_cell(row[name]) for name in names))
+    return table
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
