@@ -20,7 +20,8 @@ from torch.nn.functional import logsigmoid
 
 from dspa.cli import main
 from dspa.cli.tables import console
-from dspa.data.triples import Triple, load_triples, tokenize_triple
+from dspa.data.tokens import tokenize_triple
+from dspa.data.triples import Triple, load_triples
 from dspa.errors import ModelError, PreferenceError, TrainingError
 from dspa.fsrl import (
     FSRLAdapter,

@@ -12,7 +12,8 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dspa.data.triples import TokenizedTriple, Triple, load_triples, tokenize_triple
+from dspa.data.tokens import TokenizedTriple, tokenize_triple
+from dspa.data.triples import Triple, load_triples
 from dspa.errors import PreferenceError
 
 PLAIN = {"prompt": "the sky is", "chosen": " blue", "rejected": " green"}

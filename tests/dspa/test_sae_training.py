@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from dspa.cli import main
+from dspa.data.texts import TextFile
 from dspa.errors import ModelError, PreferenceError, TextError, TrainingError
-from dspa.saes.activations import Activations, Position, TextFile
+from dspa.saes.activations import Activations, Position
 from dspa.saes.batchtopk import jumprelu, started_sae
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.training import TrainingConfig, evaluate_sae, finetune_sae, read_qualities, train_sae

@@ -69,7 +69,7 @@ def sae_train(
     layers: Layers = None,
 ) -> None:
     """Train a BatchTopK SAE for a layer of a model, saved as a JumpReLU SAE in a SAELens folder."""
-    from dspa.saes.activations import TextFile
+    from dspa.data.texts import TextFile
     from dspa.saes.training import TrainingConfig, train_sae
     from dspa.training_folder import TrainingFolder
 
@@ -119,7 +119,7 @@ def sae_finetune(
     layers: Layers = None,
 ) -> None:
     """Go on training an SAE on a text of your own, saved as a JumpReLU SAE in a SAELens folder."""
-    from dspa.saes.activations import TextFile
+    from dspa.data.texts import TextFile
     from dspa.saes.training import TrainingConfig, finetune_sae
     from dspa.training_folder import TrainingFolder
 

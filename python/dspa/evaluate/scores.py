@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy, softplus
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dspa.data.triples import Triple, load_triples, tokenize_triple
+from dspa.data.tokens import response_tokens
+from dspa.data.triples import Triple, load_triples
 from dspa.errors import ModelError
 from dspa.intervals import wilson
 from dspa.models.layers import NOT_FINITE, CausalLM, base_model, check_eval, context_length, device_of
@@ -176,24 +177,6 @@ def responses_of(
         prompt, chosen, rejected = response_tokens(triple, tokenizer, max_length=limit)
         found += [Response(prompt, chosen), Response(prompt, rejected)]
     return found
-
-
-def response_tokens(
-    triple: Triple, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None
-) -> tuple[list[int], list[int], list[int]]:
-    """Token ids of prompt, chosen and rejected response, as `tokenize_triple` has them, and after a response that is
-    plain text and was not cut the tokenizer's end token, where there is room: a model learns that an answer ends.
-
-    A chat template ends its turns itself. Raises `PreferenceError` as `tokenize_triple` does.
-    """
-    found = tokenize_triple(triple, tokenizer, max_length=max_length)
-    end = tokenizer.eos_token_id if isinstance(triple.prompt, str) else None
-
-    def ended(ids: list[int]) -> list[int]:
-        full = max_length is not None and len(found.prompt) + len(ids) >= max_length
-        return ids if end is None or full or ids[-1] == end else [*ids, end]
-
-    return found.prompt, ended(found.chosen), ended(found.rejected)
 
 
 def batches(responses: Sequence[Response], batch_tokens: int) -> Iterator[list[int]]:

@@ -20,10 +20,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dspa.data.tokens import response_tokens
 from dspa.data.triples import Triple, load_triples
 from dspa.distributed import warn_if_alone
 from dspa.errors import TrainingError
-from dspa.evaluate.scores import response_tokens
 from dspa.files import digest
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.lending import lent

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from dspa.data.triples import TokenizedTriple, Triple, tokenize_triple
+from dspa.data.tokens import TokenizedTriple, tokenize_triple
+from dspa.data.triples import Triple
 from dspa.errors import ModelError
 from dspa.maps.pieces import Piece, key_of
 from dspa.maps.shards import ROW_QUANTUM, CollectSettings, Counts, Shard

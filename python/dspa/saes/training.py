@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dspa.data.texts import TextFile
 from dspa.errors import ModelError, TrainingError
 from dspa.models.layers import (
     base_model,
@@ -29,7 +30,7 @@ from dspa.models.layers import (
     layer_of,
 )
 from dspa.models.layers import model_name as name_of
-from dspa.saes.activations import Activations, Position, TextFile
+from dspa.saes.activations import Activations, Position
 from dspa.saes.batchtopk import begin_threshold, jumprelu, new_sae, started_sae
 from dspa.saes.frozen import FrozenSAE
 from dspa.training_folder import TrainingFolder
