@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, PreT
 from bench.harness.machine import describe
 from dspa import FrozenSAE, collect, load_triples
 from dspa.data.tokens import tokenize_triple
-from dspa.demo.steer import ASSETS
+from dspa.demo.load import ASSETS
 from dspa.demo.train import MODEL_NAME
 from dspa_kernels import activation_counts
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from dspa.demo import fsrl
-from dspa.demo.steer import World
+from dspa.demo.load import World
 from dspa.fsrl import FSRLConfig
 
 pytest.importorskip("trl")

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dspa.data.triples import load_triples
-from dspa.demo.steer import World
+from dspa.demo.load import World
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.config import FSRLConfig
 from dspa.fsrl.results import HeldOut
