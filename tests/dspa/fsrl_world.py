@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dspa.evaluate.scores import Response
+from dspa.evaluate.responses import Response
 from dspa.fsrl import FSRLAdapter
 from dspa.models.layers import read_layers
 from dspa.saes.frozen import FrozenSAE

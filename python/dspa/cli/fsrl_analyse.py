@@ -17,7 +17,7 @@ from dspa.cli.tables import _cell, _table, console, print_table
 
 if TYPE_CHECKING:
     from dspa.data.triples import Triple
-    from dspa.evaluate.scores import Response
+    from dspa.evaluate.responses import Response
     from dspa.fsrl.adapter import FSRLAdapter
     from dspa.saes.labels import Labels
 
@@ -326,7 +326,7 @@ def _load(model: str, adapter: FSRLAdapter, device: str, dtype: DType) -> tuple[
 
 
 def _responses(model: Any, tokenizer: Any, triples: Sequence[Triple], max_length: int | None) -> list[Response]:
-    from dspa.evaluate.scores import responses_of
+    from dspa.evaluate.responses import responses_of
 
     return responses_of(model, tokenizer, triples, max_length)
 

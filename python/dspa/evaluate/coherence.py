@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dspa.evaluate.scores import Response, batches, log_probabilities
+from dspa.evaluate.responses import Response, batches, log_probabilities
 from dspa.fsrl.ablations import check_attached
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from dspa.data.tokens import response_tokens
     from dspa.errors import LabelError
     from dspa.evaluate.coherence import Coherence, compare_texts
-    from dspa.evaluate.scores import Response, Scores, responses_of, score_responses, score_triples
+    from dspa.evaluate.responses import Response, responses_of
+    from dspa.evaluate.scores import Scores, score_responses, score_triples
     from dspa.fsrl.ablations import FractionCurve, MaskEffect, fraction_curve, mask_effect
     from dspa.fsrl.results import HeldOut, held_out
     from dspa.fsrl.sweep import Sweep, train_sweep

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dspa.errors import ModelError
-from dspa.evaluate.scores import Response, Scores, score_responses
+from dspa.evaluate.responses import Response
+from dspa.evaluate.scores import Scores, score_responses
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.usage import Usage
 from dspa.models.attachment import Attachment

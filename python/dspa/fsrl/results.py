@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dspa.data.triples import Triple
-from dspa.evaluate.scores import Response, batches, responses_of, score_responses
+from dspa.evaluate.responses import Response, batches, responses_of
+from dspa.evaluate.scores import score_responses
 from dspa.fsrl.ablations import check_attached
 from dspa.fsrl.adapter import FSRLAdapter, Moves
 from dspa.models.layers import CausalLM

@@ -12,7 +12,7 @@ from scipy.optimize import curve_fit
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dspa.evaluate.scores import Response, batches, padded
+from dspa.evaluate.responses import Response, batches, padded
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.models.layers import base_model, check_eval, check_finite, check_sae, decoder_layers, layer_of, read_layers
 
