@@ -209,9 +209,10 @@ def categories(
     layers: Layers = None,
 ) -> None:
     """Share of the adapter's use by category of latents, and how good the labels are."""
+    from dspa.fsrl.categories import category_shares
     from dspa.fsrl.plots import plot_categories
     from dspa.fsrl.usage import latent_usage
-    from dspa.saes.labels import category_shares, read_labels
+    from dspa.saes.labels import read_labels
 
     given = _start(out, triples, first)
     opened = _adapter(adapter, sae, layer, device)

@@ -17,10 +17,9 @@ from rich.table import Table
 from dspa.data.triples import load_triples
 from dspa.demo.load import World
 from dspa.fsrl.adapter import FSRLAdapter
-from dspa.fsrl.config import FSRLConfig
+from dspa.fsrl.config import FSRLConfig, TrainingConfig
 from dspa.fsrl.results import HeldOut
 from dspa.fsrl.sweep import train_sweep
-from dspa.fsrl.training import TrainingConfig
 
 # Of the file of preferences; the others are held out.
 N_TRAIN = 300

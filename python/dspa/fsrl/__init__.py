@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from dspa.evaluate.responses import Response, responses_of
     from dspa.evaluate.scores import Scores, score_responses, score_triples
     from dspa.fsrl.ablations import FractionCurve, MaskEffect, fraction_curve, mask_effect
-    from dspa.fsrl.results import HeldOut, held_out
-    from dspa.fsrl.sweep import Sweep, train_sweep
-    from dspa.fsrl.training import TrainingConfig, read_held_out, train
+    from dspa.fsrl.categories import CategoryShare, category_shares
+    from dspa.fsrl.config import TrainingConfig
+    from dspa.fsrl.results import HeldOut, Sweep, held_out
+    from dspa.fsrl.sweep import train_sweep
+    from dspa.fsrl.training import read_held_out, train
     from dspa.fsrl.usage import Decay, Usage, fit_decay, latent_usage
     from dspa.saes.label_quality import Agreement, compare_labels
-    from dspa.saes.labels import CategoryShare, Labels, category_shares, read_labels
+    from dspa.saes.labels import Labels, read_labels
 
 # Where names live that are imported when they are first asked for: scipy and what training needs are slow to import.
 HOMES = {

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 
 from dspa.evaluate.coherence import Difference
 from dspa.fsrl.ablations import METRICS, FractionCurve, MaskEffect, measures
-from dspa.fsrl.sweep import Sweep, Trained
+from dspa.fsrl.categories import CategoryShare
+from dspa.fsrl.results import Sweep, Trained
 from dspa.fsrl.usage import Decay, Usage
-from dspa.saes.labels import CategoryShare
 
 NAMES = {"loss": "SimPO loss", "accuracy": "reward accuracy", "win_rate": "win rate over the base model"}
 

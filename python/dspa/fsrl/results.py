@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +66,30 @@ def _moved(responses: Sequence[Response], moves: Moves) -> tuple[float, float]:
             l1 += float(moves.l1[n][row, places].sum())
     n_tokens = sum(len(response.ids) for response in responses)
     return l0 / n_tokens, l1 / n_tokens
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter of a sweep: its settings, its folder, and its figures on held-out triples."""
+
+    layer: int
+    activation: str
+    l1: float
+    folder: Path
+    held_out: HeldOut
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The figures of the base model, and the adapters, in the order of layers and then of settings."""
+
+    base: HeldOut
+    adapters: list[Trained]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A dictionary an adapter, after one of the base model, where there is neither layer nor lambda."""
+        rows: list[dict[str, Any]] = [{"layer": None, "activation": "none", "lambda": None, **asdict(self.base)}]
+        for each in self.adapters:
+            settings = {"layer": each.layer, "activation": each.activation, "lambda": each.l1}
+            rows.append(settings | asdict(each.held_out))
+        return rows

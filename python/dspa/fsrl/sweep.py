@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +14,13 @@ from dspa.distributed import rank
 from dspa.errors import TrainingError
 from dspa.files import write_csv
 from dspa.fsrl.adapter import FSRLAdapter
-from dspa.fsrl.config import FSRLConfig
-from dspa.fsrl.results import HeldOut, held_out
-from dspa.fsrl.training import TrainingConfig, read_held_out, scoring, train
+from dspa.fsrl.config import FSRLConfig, TrainingConfig
+from dspa.fsrl.results import Sweep, Trained, held_out
+from dspa.fsrl.training import read_held_out, scoring, train
 from dspa.models.layers import base_model, check_eval, check_sae, decoder_layers, layer_of
 from dspa.saes.frozen import FrozenSAE
 
 CSV, PLOT = "sweep.csv", "sweep.png"
-
-
-@dataclass(frozen=True)
-class Trained:
-    """An adapter of a sweep: its settings, its folder, and its figures on held-out triples."""
-
-    layer: int
-    activation: str
-    l1: float
-    folder: Path
-    held_out: HeldOut
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """The figures of the base model, and the adapters, in the order of layers and then of settings."""
-
-    base: HeldOut
-    adapters: list[Trained]
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A dictionary an adapter, after one of the base model, where there is neither layer nor lambda."""
-        rows: list[dict[str, Any]] = [{"layer": None, "activation": "none", "lambda": None, **asdict(self.base)}]
-        for each in self.adapters:
-            settings = {"layer": each.layer, "activation": each.activation, "lambda": each.l1}
-            rows.append(settings | asdict(each.held_out))
-        return rows
 
 
 def train_sweep(

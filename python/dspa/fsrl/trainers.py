@@ -21,7 +21,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dspa.errors import ModelError
 from dspa.fsrl.adapter import FSRLAdapter, Moves
-from dspa.fsrl.training import TrainingConfig
+from dspa.fsrl.config import TrainingConfig
 from dspa.models.layers import NOT_FINITE
 from dspa.training_folder import TrainingFolder
 

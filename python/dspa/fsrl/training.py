@@ -6,9 +6,8 @@ A training that was stopped goes on from its last checkpoint to what it would ha
 from __future__ import annotations
 
 import hashlib
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,102 +25,12 @@ from dspa.distributed import warn_if_alone
 from dspa.errors import TrainingError
 from dspa.files import digest
 from dspa.fsrl.adapter import FSRLAdapter
+from dspa.fsrl.config import TrainingConfig
 from dspa.fsrl.lending import lent
 from dspa.fsrl.results import HeldOut, held_out
 from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of
 from dspa.models.layers import model_name as name_of
 from dspa.training_folder import TrainingFolder
-
-# The loss and its usual beta.
-LOSSES = {"simpo": 10.0, "dpo": 0.1}
-ABOVE_0 = ("beta", "lr", "max_grad_norm", "epochs")
-WHOLE = ("batch_size", "micro_batch_size", "max_steps", "max_length", "checkpoint_every", "eval_every", "log_every")
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How to train, by AdamW with betas (0.9, 0.98) and a cosine schedule; the defaults are the published settings.
-
-    The model computes in the dtype that it was loaded in, published: bfloat16. The adapter is trained in fp32.
-
-    Attributes:
-        loss: "simpo" (arXiv 2405.14734) or "dpo" (arXiv 2305.18290), whose reference is the model without the adapter.
-        beta: of the loss; None for 10 (simpo) or 0.1 (dpo).
-        gamma_beta_ratio: SimPO's margin, as a part of beta.
-        lr: the highest rate.
-        warmup: part of the steps over which the rate rises, from 0 at the first step.
-        max_grad_norm: to which gradients are clipped.
-        batch_size: triples a step of the optimizer, over all processes.
-        micro_batch_size: triples a forward pass of a process. Of an epoch, those are left out that fill no such
-            batch for every process: others in every epoch.
-        epochs: passes over the triples, of which the last may be a part.
-        max_steps: stop after so many steps of the optimizer, whatever `epochs` says.
-        max_length: tokens of prompt and response, from which on responses are cut; the model's positions where those
-            are fewer.
-        gradient_checkpointing: run layers again in the backward pass, rather than keep what they computed.
-        seed: of the order of the triples.
-        checkpoint_every, eval_every, log_every: steps.
-        report_to: a tracker that transformers knows ("wandb", "tensorboard"), or "none".
-
-    Raises:
-        ValueError: another loss, a number out of its range, a micro-batch that does not divide the batch.
-    """
-
-    loss: str = "simpo"
-    beta: float | None = None
-    gamma_beta_ratio: float = 0.5
-    lr: float = 5e-5
-    warmup: float = 0.01
-    max_grad_norm: float = 1.0
-    batch_size: int = 32
-    micro_batch_size: int = 2
-    epochs: float = 1.0
-    max_steps: int | None = None
-    max_length: int = 1024
-    gradient_checkpointing: bool = False
-    seed: int = 0
-    checkpoint_every: int = 100
-    eval_every: int = 100
-    log_every: int = 10
-    report_to: str = "none"
-
-    def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"`loss` is {self.loss!r}; accepted: {', '.join(LOSSES)}.")
-        for name in ABOVE_0:
-            self._check(name, (int, float), lambda value: 0 < value < math.inf, "a finite number > 0")
-        for name in WHOLE:
-            self._check(name, int, lambda value: value >= 1, "a whole number >= 1")
-        self._check("seed", int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
-        self._check("gamma_beta_ratio", (int, float), lambda value: 0 <= value < math.inf, "a finite number >= 0")
-        self._check("warmup", (int, float), lambda value: 0 <= value < 1, "a part of the steps, from 0 to below 1")
-        self.accumulation(1)
-        _check_tracker(self.report_to)
-
-    def _check(self, name: str, kind: Any, right: Callable[[Any], bool], accepted: str) -> None:
-        value = getattr(self, name)
-        if value is None and name in ("beta", "max_steps"):
-            return
-        if not isinstance(value, kind) or isinstance(value, bool) or not right(value):
-            raise ValueError(f"`{name}` is {value!r}; accepted: {accepted}.")
-
-    @property
-    def preference_beta(self) -> float:
-        """`beta`, or the usual one of the loss."""
-        return LOSSES[self.loss] if self.beta is None else self.beta
-
-    def accumulation(self, processes: int) -> int:
-        """Forward passes of each of so many processes a step of the optimizer.
-
-        Raises `ValueError` where `batch_size` is no whole number of them.
-        """
-        together = self.micro_batch_size * processes
-        if self.batch_size % together:
-            parts = f"micro_batch_size {self.micro_batch_size}" + (f" x {processes} processes" if processes > 1 else "")
-            raise ValueError(
-                f"`batch_size` is {self.batch_size}, which {parts} does not divide; accepted: a multiple of {together}."
-            )
-        return self.batch_size // together
 
 
 def train(
@@ -313,14 +222,6 @@ def _settings(
         **asdict(config),
         "beta": config.preference_beta,
     }
-
-
-def _check_tracker(name: str) -> None:
-    from transformers.integrations.integration_utils import get_available_reporting_integrations
-
-    known = ["none", *get_available_reporting_integrations()]
-    if name not in known:
-        raise ValueError(f"`report_to` is {name!r}; accepted here: {', '.join(known)}. Others have to be installed.")
 
 
 def _check_padding(tokenizer: PreTrainedTokenizerBase) -> None:
