@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from dspa import MapError, PreferenceError, reduce
 from dspa.files import read_header, read_tensors
 from dspa.maps import pieces
-from dspa.maps.shards import COUNTED, DATA, FORMAT, MANIFEST, NAMES, Collection, Counts, merge
+from dspa.maps.merge import merge
+from dspa.maps.shards import COUNTED, DATA, FORMAT, MANIFEST, NAMES, Collection, Counts
 
 from .conftest import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_sae
 from .counts import (

@@ -168,7 +168,7 @@ def map_merge(
     counts: Annotated[list[Path], typer.Argument(help="What collect wrote, of different data.")],
 ) -> None:
     """Make one folder of counts of several, as if their data had been one file."""
-    from dspa.maps.shards import merge
+    from dspa.maps.merge import merge
 
     merged = merge(out, counts)
     console.print(f"{merged.n_triples} triples in {escape(str(out))}. Next: dspa map reduce {out}")
