@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dspa.evaluate.responses import Response
 from dspa.fsrl import FSRLAdapter
-from dspa.models.layers import read_layers
+from dspa.models.reading import read_layers
 from dspa.saes.frozen import FrozenSAE
 
 from .conftest import D_SAE_OUT, L_OUT, make_sae

@@ -14,7 +14,8 @@ import dspa
 from dspa.errors import AdapterError, ModelError
 from dspa.fsrl import FSRLAdapter, FSRLConfig
 from dspa.fsrl.config import ACTIVATIONS
-from dspa.models.layers import decoder_layers, read_layers
+from dspa.models.layers import decoder_layers
+from dspa.models.reading import read_layers
 
 from .conftest import D_IN, D_SAE_OUT, FAMILIES, L_OUT, make_map, make_model, make_sae
 from .test_steering_generate import PROMPTS, compiled_decoding, new_tokens, padded

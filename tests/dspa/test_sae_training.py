@@ -16,7 +16,8 @@ from dspa.errors import ModelError, PreferenceError, TextError, TrainingError
 from dspa.saes.activations import Activations, Position
 from dspa.saes.batchtopk import jumprelu, started_sae
 from dspa.saes.frozen import FrozenSAE
-from dspa.saes.training import TrainingConfig, evaluate_sae, finetune_sae, read_qualities, train_sae
+from dspa.saes.quality import evaluate_sae
+from dspa.saes.training import TrainingConfig, finetune_sae, read_qualities, train_sae
 
 from .conftest import D_IN, make_model, make_sae
 from .tokens import ENGLISH, word_tokenizer

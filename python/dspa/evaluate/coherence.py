@@ -15,8 +15,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dspa.evaluate.responses import Response, batches, log_probabilities
-from dspa.fsrl.ablations import check_attached
 from dspa.fsrl.adapter import FSRLAdapter
+from dspa.models.attachment import check_attached
 from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of
 
 Values: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]

@@ -13,13 +13,11 @@ from scipy import stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dspa.errors import ModelError
 from dspa.evaluate.responses import Response
 from dspa.evaluate.scores import Scores, score_responses
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.usage import Usage
-from dspa.models.attachment import Attachment
-from dspa.models.layers import base_model
+from dspa.models.attachment import check_attached
 
 FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 METRICS = ("loss", "accuracy", "win_rate")
@@ -220,9 +218,3 @@ def check_latents(latents: Sequence[int], d_sae: int) -> None:
     if outside or not latents:
         told = f"hold {outside[:10]}" if outside else "are none"
         raise ValueError(f"`latents` {told}; accepted: one or more numbers from 0 to {d_sae - 1}.")
-
-
-def check_attached(model: nn.Module, adapter: FSRLAdapter) -> None:
-    """Raise unless the adapter acts on the model."""
-    if adapter not in Attachment.of(base_model(model)).steerings:
-        raise ModelError("The adapter is not attached to this model, where it would change nothing: attach it first.")

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from dspa.errors import AdapterError, ModelError
 from dspa.files import digest, read_tensors, replace, write_tensors
 from dspa.fsrl.config import FSRLConfig
-from dspa.models.attachment import Attachable, Attachment, Prompts
-from dspa.models.layers import base_model, check_sae, decoder_layers, device_of, forget_graphs, hidden, layer_of
+from dspa.models.attachment import Attachable, Attachment
+from dspa.models.layers import base_model, decoder_layers, device_of
+from dspa.models.prompts import Prompts
+from dspa.models.reading import forget_graphs, hidden
 from dspa.saes.frozen import FrozenSAE
+from dspa.saes.placement import check_sae, layer_of
 from dspa_kernels import fsrl_residual
 
 FORMAT = "dspa.fsrl.1"

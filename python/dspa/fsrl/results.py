@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from dspa.data.triples import Triple
 from dspa.evaluate.responses import Response, batches, responses_of
 from dspa.evaluate.scores import score_responses
-from dspa.fsrl.ablations import check_attached
 from dspa.fsrl.adapter import FSRLAdapter, Moves
+from dspa.models.attachment import check_attached
 from dspa.models.layers import CausalLM
 
 # Of the passes, whose order is known only with it.

@@ -17,8 +17,9 @@ from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.config import FSRLConfig, TrainingConfig
 from dspa.fsrl.results import Sweep, Trained, held_out
 from dspa.fsrl.training import read_held_out, scoring, train
-from dspa.models.layers import base_model, check_eval, check_sae, decoder_layers, layer_of
+from dspa.models.layers import base_model, check_eval, decoder_layers
 from dspa.saes.frozen import FrozenSAE
+from dspa.saes.placement import check_sae, layer_of
 
 CSV, PLOT = "sweep.csv", "sweep.png"
 

@@ -14,7 +14,9 @@ from tqdm import tqdm
 
 from dspa.evaluate.responses import Response, batches, padded
 from dspa.fsrl.adapter import FSRLAdapter
-from dspa.models.layers import base_model, check_eval, check_finite, check_sae, decoder_layers, layer_of, read_layers
+from dspa.models.layers import base_model, check_eval, check_finite, decoder_layers
+from dspa.models.reading import read_layers
+from dspa.saes.placement import check_sae, layer_of
 
 # Latents that a curve of two numbers is fitted to, at least.
 FEWEST = 8

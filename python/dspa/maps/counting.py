@@ -19,19 +19,11 @@ from dspa.data.triples import Triple
 from dspa.errors import ModelError
 from dspa.maps.pieces import Piece, key_of
 from dspa.maps.shards import ROW_QUANTUM, CollectSettings, Counts, Shard
-from dspa.models.layers import (
-    base_model,
-    check_eval,
-    check_finite,
-    check_saes,
-    context_length,
-    decoder_layers,
-    device_of,
-    layer_of,
-    read_layers,
-)
+from dspa.models.layers import base_model, check_eval, check_finite, context_length, decoder_layers, device_of
 from dspa.models.layers import model_name as name_of
+from dspa.models.reading import read_layers
 from dspa.saes.frozen import FrozenSAE
+from dspa.saes.placement import check_saes, layer_of
 from dspa_kernels import activation_counts
 
 # Maxima are taken of at most this many tokens of a response, and so many latents at once.

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import sys
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dspa.errors import ModelError
-from dspa.saes.frozen import FrozenSAE
 
 # A PreTrainedModel that generates; its methods come from a mixin that its type does not tell.
 CausalLM: TypeAlias = Any
 # Llama, Mistral, Gemma, Gemma-2, Gemma-3 text, Qwen-2, Qwen-3; Gemma-3 with images; GPT-2; GPT-NeoX.
 LAYER_PATHS = ("model.layers", "model.language_model.layers", "transformer.h", "gpt_neox.layers")
-# What models call a key/value cache: since transformers 5.24, and before.
-CACHE_NAMES = ("cache", "past_key_values")
-# Told to the layers by a pass that only reads: steering stays out of it.
-READING = "dspa_reading"
 NOT_FINITE = "Check the model's weights and dtype (fp16 overflows in Gemma models: use bfloat16)."
 
 
@@ -89,75 +80,6 @@ def same_model(one: str, other: str) -> bool:
     return b == a or b.startswith(f"{a}-")
 
 
-class _Stop(Exception):
-    """Ends a forward pass once the last layer that is wanted has run."""
-
-
-def hidden(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The residual `[B, T, d_in]` in what a decoder layer returned."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-@torch.no_grad()
-def read_layers(
-    model: nn.Module, indices: Iterable[int], layers: str | None = None, cache: Cache | None = None, **inputs: Any
-) -> dict[int, Tensor]:
-    """Residuals `[B, T, d_in]` at the outputs of the decoder layers `indices`, for one forward pass.
-
-    Runs nothing above the last of them: no further layer, no final norm, no language-model head. `inputs` go to the
-    model, which goes on from `cache` and adds to it.
-    """
-    inner, wanted = base_model(model), sorted(set(indices))
-    stack, read = decoder_layers(model, layers), {}
-
-    # Another thread may be in the same layers: only this pass carries this mark.
-    mark = object()
-
-    def keep(
-        index: int, _module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Tensor | tuple[Tensor, ...]
-    ) -> None:
-        if kwargs.get(READING) is not mark:
-            return
-        read[index] = hidden(output)
-        if index == wanted[-1]:
-            raise _Stop
-
-    handles = [
-        stack[i].register_forward_hook(functools.partial(keep, i), prepend=True, with_kwargs=True) for i in wanted
-    ]
-    try:
-        inner.base_model(**inputs, **_cached(inner.base_model, cache), **{READING: mark})
-    except _Stop:
-        return read
-    finally:
-        for handle in handles:
-            handle.remove()
-    raise ModelError(
-        f"Layer {wanted[-1]} of {type(inner).__name__} did not run its hooks. A model or layer that was compiled "
-        "before cannot be read: torch.compiler.reset(), or compile it afterwards. Nor can an architecture that keeps "
-        "the model's keywords from its layers."
-    )
-
-
-def _cached(model: nn.Module, cache: Cache | None) -> dict[str, Any]:
-    """Keywords by which a forward pass takes a cache, or none."""
-    if cache is None:
-        return {"use_cache": False}
-    takes = inspect.signature(model.forward).parameters
-    return {"use_cache": True, next(name for name in CACHE_NAMES if name in takes): cache}
-
-
-def cache_in(kwargs: Mapping[str, Any]) -> Any:
-    """The key/value cache among the keywords of a model; None where there is none."""
-    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-
-
-def forget_graphs() -> None:
-    """Have everything that was compiled compiled anew: such graphs do not see that a hook came or went."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
-
-
 def check_eval(model: CausalLM) -> None:
     """Raise if dropout would change which latents are active."""
     if model.training:
@@ -191,43 +113,3 @@ def check_context(model: CausalLM, length: int) -> None:
         raise ModelError(
             f"The prompt has {length} tokens and {type(model).__name__} has {limit} positions. Shorten the prompt."
         )
-
-
-def check_saes(
-    sae_in: FrozenSAE, sae_out: FrozenSAE, model: nn.Module, n_layers: int, called: str | None = None
-) -> None:
-    """Raise unless both SAEs can sit at their layers of `model`, the input SAE first.
-
-    `called` is what the model is, where its own name or path does not tell.
-    """
-    for name, sae in (("sae_in", sae_in), ("sae_out", sae_out)):
-        check_sae(name, sae, model, n_layers, called)
-    if layer_of(sae_in) >= layer_of(sae_out):
-        raise ModelError(
-            f"The input SAE sits at layer {sae_in.layer} and the output SAE at layer {sae_out.layer}. The input SAE "
-            "has to come first, since a prompt is read before it is steered."
-        )
-
-
-def layer_of(sae: FrozenSAE) -> int:
-    """The layer of an SAE that has to say one."""
-    if sae.layer is None:
-        raise ModelError(f"{sae!r} does not say its layer. Load it with FrozenSAE.load(path, layer=...).")
-    return sae.layer
-
-
-def check_sae(name: str, sae: FrozenSAE, model: nn.Module, n_layers: int, called: str | None) -> None:
-    """Raise unless the SAE can sit at its layer of `model`."""
-    if not 0 <= layer_of(sae) < n_layers:
-        raise ModelError(f"`{name}` sits at layer {sae.layer}; accepted: 0 to {n_layers - 1}, the model's layers.")
-    check_made_for(name, sae, model, called)
-
-
-def check_made_for(name: str, sae: FrozenSAE, model: nn.Module, called: str | None) -> None:
-    """Raise unless an SAE is of the width of `model`, and was not made for another one."""
-    if sae.d_in != hidden_size(model):
-        raise ModelError(
-            f"`{name}` reads {sae.d_in} dimensions and the model's hidden size is {hidden_size(model)}: it is an SAE "
-            "of another model."
-        )
-    check_model_name(f"`{name}` was made for", sae.model_name or "", called or model_name(model))

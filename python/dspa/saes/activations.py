@@ -19,7 +19,8 @@ from dspa.data.texts import TextFile
 from dspa.data.tokens import tokenize_triple
 from dspa.data.triples import Triple
 from dspa.errors import TextError
-from dspa.models.layers import base_model, check_finite, device_of, read_layers
+from dspa.models.layers import base_model, check_finite, device_of
+from dspa.models.reading import read_layers
 
 
 @dataclass(frozen=True)

@@ -21,23 +21,16 @@ from transformers import PreTrainedTokenizerBase
 
 from dspa.data.texts import TextFile
 from dspa.errors import ModelError, TrainingError
-from dspa.models.layers import (
-    base_model,
-    check_eval,
-    check_made_for,
-    context_length,
-    decoder_layers,
-    layer_of,
-)
+from dspa.models.layers import base_model, check_eval, context_length, decoder_layers
 from dspa.models.layers import model_name as name_of
 from dspa.saes.activations import Activations, Position
 from dspa.saes.batchtopk import begin_threshold, jumprelu, new_sae, started_sae
 from dspa.saes.frozen import FrozenSAE
+from dspa.saes.placement import check_made_for, layer_of
+from dspa.saes.quality import Quality, evaluate_sae
 from dspa.training_folder import TrainingFolder
 
 REPORTS = 100
-# Latents that are held at once where an SAE is looked at.
-LATENTS_A_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -89,41 +82,6 @@ class TrainingConfig:
     def n_steps(self) -> int:
         """Whole batches in `n_tokens`."""
         return self.n_tokens // self.batch_size
-
-
-@dataclass(frozen=True)
-class Quality:
-    """How well an SAE does on N rows x [N, d_in] with its reconstructions x'.
-
-    explained_variance: `1 - sum (x - x')^2 / sum (x - mean x)^2`; l0: active latents a row, on average; dead: latents
-    that are active on none of these rows; mse: `(x - x')^2`, summed over d_in, mean over rows, as SAELens' loss.
-    """
-
-    explained_variance: float
-    l0: float
-    dead: int
-    mse: float
-    n_tokens: int
-
-
-@torch.no_grad()
-def evaluate_sae(sae: FrozenSAE, rows: Tensor) -> Quality:
-    """The quality of `sae` on residuals `rows` [N, d_in], not all alike, of any float dtype, on the SAE's device."""
-    active = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.device)
-    mean = rows.double().mean(dim=0)
-    error = variance = 0.0
-    for block in rows.split(max(1, LATENTS_A_BLOCK // sae.d_sae)):
-        f = sae.encode(block)
-        error += float((sae.decode(f, like=block).double() - block.double()).square().sum())
-        variance += float((block.double() - mean).square().sum())
-        active += (f > 0).sum(dim=0)
-    return Quality(
-        explained_variance=1 - error / variance,
-        l0=int(active.sum()) / len(rows),
-        dead=int((active == 0).sum()),
-        mse=error / len(rows),
-        n_tokens=len(rows),
-    )
 
 
 def train_sae(

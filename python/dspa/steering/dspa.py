@@ -13,24 +13,21 @@ from torch import Tensor, nn
 from dspa.config import SteeringConfig
 from dspa.errors import ModelError
 from dspa.maps.cdmap import N_LARGE, ConditionalDifferenceMap
-from dspa.models.attachment import Attachable, Attachment, Prompts
+from dspa.models.attachment import Attachable, Attachment
 from dspa.models.layers import (
     NOT_FINITE,
-    READING,
     base_model,
-    cache_in,
     check_eval,
     check_finite,
     check_model_name,
-    check_saes,
     decoder_layers,
     device_of,
-    hidden,
-    layer_of,
-    read_layers,
 )
 from dspa.models.layers import model_name as name_of
+from dspa.models.prompts import Prompts
+from dspa.models.reading import READING, cache_in, hidden, read_layers
 from dspa.saes.frozen import FrozenSAE
+from dspa.saes.placement import check_saes, layer_of
 from dspa.steering.trace import Trace
 from dspa_kernels import (
     PATHS,

@@ -1,0 +1,48 @@
+"""How well an SAE reconstructs residuals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspa.saes.frozen import FrozenSAE
+
+# Latents that are held at once where an SAE is looked at.
+LATENTS_A_BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well an SAE does on N rows x [N, d_in] with its reconstructions x'.
+
+    explained_variance: `1 - sum (x - x')^2 / sum (x - mean x)^2`; l0: active latents a row, on average; dead: latents
+    that are active on none of these rows; mse: `(x - x')^2`, summed over d_in, mean over rows, as SAELens' loss.
+    """
+
+    explained_variance: float
+    l0: float
+    dead: int
+    mse: float
+    n_tokens: int
+
+
+@torch.no_grad()
+def evaluate_sae(sae: FrozenSAE, rows: Tensor) -> Quality:
+    """The quality of `sae` on residuals `rows` [N, d_in], not all alike, of any float dtype, on the SAE's device."""
+    active = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.device)
+    mean = rows.double().mean(dim=0)
+    error = variance = 0.0
+    for block in rows.split(max(1, LATENTS_A_BLOCK // sae.d_sae)):
+        f = sae.encode(block)
+        error += float((sae.decode(f, like=block).double() - block.double()).square().sum())
+        variance += float((block.double() - mean).square().sum())
+        active += (f > 0).sum(dim=0)
+    return Quality(
+        explained_variance=1 - error / variance,
+        l0=int(active.sum()) / len(rows),
+        dead=int((active == 0).sum()),
+        mse=error / len(rows),
+        n_tokens=len(rows),
+    )
