@@ -25,7 +25,7 @@ def read_kernel(p_x, p_sum, n_blocks, n_programs, BLOCK: tl.constexpr):
 
 
 @dataclass(frozen=True)
-class Reader:
+class TripleCounter:
     """One way to launch `read_kernel`."""
 
     block: int
@@ -52,6 +52,6 @@ def launch_only(device: torch.device) -> Tensor:
     return sums
 
 
-def readers() -> Iterator[Reader]:
+def readers() -> Iterator[TripleCounter]:
     """The ways to try."""
-    return itertools.starmap(Reader, itertools.product((2048, 4096, 8192), (4, 8), (2, 4, 8, 16)))
+    return itertools.starmap(TripleCounter, itertools.product((2048, 4096, 8192), (4, 8), (2, 4, 8, 16)))

@@ -19,7 +19,7 @@ from bench.harness.machine import describe
 from bench.offline.synthetic_counts import write_counts
 from dspa import reduce
 from dspa.maps.shards import Collection
-from dspa.maps.table import Table
+from dspa.maps.table import DensityTable
 
 
 def measure(folder: str, gate_rule: str) -> None:
@@ -41,7 +41,7 @@ def measure(folder: str, gate_rule: str) -> None:
 def describe_counts(folder: Path) -> dict[str, Any]:
     """How large and how sparse the counts are."""
     collection = Collection.open(folder)
-    table = Table(collection, "all", None)
+    table = DensityTable(collection, "all", None)
     names = ("prompt", "chosen", "rejected")
     return {
         "triples": table.n_triples,

@@ -18,7 +18,7 @@ L0, FALL, MOST_FREQUENT, BURST = 70.0, 0.7, 0.9, 0.05
 # Tokens of a text: log-normal around these, with this spread, in steps, so that probabilities are computed once.
 PROMPT, RESPONSE, SPREAD = 180, 300, 0.7
 LENGTHS = np.unique(np.geomspace(16, 4096, 40).astype(int))
-TRIPLES_A_SHARD = 64
+TRIPLES_PER_SHARD = 64
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -63,9 +63,9 @@ def write_counts(folder: Path, n_triples: int, d_sae_in: int, d_sae_out: int, se
     prompts, responses = Texts(d_sae_in, PROMPT, rng), Texts(d_sae_out, RESPONSE, rng)
     settings = CollectSettings("synthetic", "a" * 16, "b" * 16, 0, 1, d_sae_in, d_sae_out, "", None, "")
     collection = Collection.start(folder, settings)
-    starts = range(0, n_triples, TRIPLES_A_SHARD)
+    starts = range(0, n_triples, TRIPLES_PER_SHARD)
     for piece, start in enumerate(tqdm(starts, desc="write", unit="shard")):
-        n = min(TRIPLES_A_SHARD, n_triples - start)
+        n = min(TRIPLES_PER_SHARD, n_triples - start)
         parts = (prompts.draw(n), responses.draw(n), responses.draw(n))
         none = (Counts.of(torch.zeros(n, 1), torch.zeros(n)) for _ in parts)
         shard = Shard(

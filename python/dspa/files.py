@@ -18,10 +18,10 @@ from torch import Tensor
 
 from dspa.errors import MapError
 
-KEY = "dspa"
+METADATA_KEY = "dspa"
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
+def checksum(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the values of all tensors, in their order."""
     sha = hashlib.sha256()
     for tensor in tensors.values():
@@ -33,14 +33,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     """Write CPU tensors and a header that JSON can hold."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     # Of several entries, safetensors writes any first; with one, the same content is the same file.
-    replace(path, save(tensors, metadata={KEY: json.dumps({**header, "sha256": digest(tensors)})}))
+    write_atomically(path, save(tensors, metadata={METADATA_KEY: json.dumps({**header, "sha256": checksum(tensors)})}))
 
 
 def read_header(path: Path) -> dict[str, Any]:
     """The header alone. Raises `MapError` for a file that is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            found = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            found = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
     except (SafetensorError, ValueError) as error:
         raise MapError(f"{path} is damaged ({error}).") from error
     return found if isinstance(found, dict) else {}
@@ -56,7 +56,7 @@ def read_tensors(path: Path, names: Sequence[str], *, check: bool = True) -> dic
             found = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise MapError(f"{path} is damaged ({error}).") from error
-    if check and read_header(path).get("sha256") != digest(found):
+    if check and read_header(path).get("sha256") != checksum(found):
         raise MapError(f"{path} is damaged (its tensors are not those that were written).")
     return found
 
@@ -67,10 +67,10 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]], names: Sequence[
     writer = csv.DictWriter(text, names or list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    replace(path, text.getvalue().encode())
+    write_atomically(path, text.getvalue().encode())
 
 
-def replace(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Write a file. Where that fails, as on a full disk, what was there before stays."""
     # Of a name of its own, should another process write the same file.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from safetensors.torch import load_file, save_file
 
 from dspa.errors import TrainingError
-from dspa.files import replace
+from dspa.files import write_atomically
 from dspa.saes.activations import Position
 
 RECORD = "training.json"
@@ -84,7 +84,7 @@ class TrainingFolder:
 
     def write(self, record: dict[str, Any]) -> None:
         """Put `training.json` in the place of what was there."""
-        replace(self.path / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+        write_atomically(self.path / RECORD, (json.dumps(record, indent=2) + "\n").encode())
 
     def checkpoints(self) -> list[Path]:
         """From the oldest to the newest; there is more than one only where a run was stopped between two."""

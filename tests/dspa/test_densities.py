@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from dspa import FrozenSAE, ModelError, PreferenceError, Triple
 from dspa.maps import counting, pieces
 from dspa.maps.counting import _Rows
-from dspa.maps.pieces import Source
+from dspa.maps.pieces import TripleSource
 from dspa.maps.reduce import _calibration
 from dspa.maps.shards import PARTS, ROW_QUANTUM, Collection
 from dspa.models.layers import decoder_layers
@@ -340,7 +340,7 @@ def test_memory_that_does_not_suffice_for_a_batch(case: Case, error: str, n_toke
 def test_memory_that_does_not_suffice_for_one_triple(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str
 ) -> None:
-    monkeypatch.setattr(pieces, "TRIPLES_A_WINDOW", 2)
+    monkeypatch.setattr(pieces, "TRIPLES_PER_WINDOW", 2)
     case.ids.sort(key=lambda triple: max(map(len, triple)))
     with (
         hooked(case.model, fail_above(ERRORS[error], 20)),
@@ -386,8 +386,8 @@ STREAMS: dict[str, Callable[[list[dict[str, str]]], Any]] = {
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "TRIPLES_A_WINDOW", 3)
-    monkeypatch.setattr(pieces, "TRIPLES_A_PIECE", 2)
+    monkeypatch.setattr(pieces, "TRIPLES_PER_WINDOW", 3)
+    monkeypatch.setattr(pieces, "TRIPLES_PER_PIECE", 2)
 
 
 @pytest.mark.parametrize("source", [*SOURCES, *STREAMS])
@@ -448,8 +448,8 @@ def test_a_bad_triple_in_a_stream_keeps_what_is_finished(case: Case, tmp_path: P
 def test_no_more_triples_are_held_than_two_windows(
     case: Case, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "TRIPLES_A_WINDOW", 2)
-    monkeypatch.setattr(pieces, "TRIPLES_A_PIECE", 1)
+    monkeypatch.setattr(pieces, "TRIPLES_PER_WINDOW", 2)
+    monkeypatch.setattr(pieces, "TRIPLES_PER_PIECE", 1)
     rows = as_rows(case.ids)
     given = write_lines(tmp_path / "prefs.jsonl", rows) if source == "file" else iter(rows)
     check, n_alive, held = Triple.__post_init__, 0, []
@@ -471,12 +471,12 @@ def test_no_more_triples_are_held_than_two_windows(
 
 
 def test_a_file_is_never_held_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "TRIPLES_A_WINDOW", 16)
+    monkeypatch.setattr(pieces, "TRIPLES_PER_WINDOW", 16)
     text = "x" * 10_000
     path = write_lines(tmp_path / "x", ({"prompt": text, "chosen": f"{n}", "rejected": text} for n in range(1000)))
     tracemalloc.start()
     try:
-        assert sum(len(piece.triples) for piece in Source(path).pieces()) == 1000
+        assert sum(len(piece.triples) for piece in TripleSource(path).pieces()) == 1000
         most = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -542,7 +542,7 @@ KINDS: dict[str, Any] = {
 def test_maxima_are_those_of_separate_full_passes(
     each: Case, kind: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(counting, "TOKENS_A_RESPONSE", most)
+    monkeypatch.setattr(counting, "TOKENS_PER_RESPONSE", most)
     sae = make_kind(kind.split(",")[0], each.model.config.model_type, **KINDS[kind])
     held, n_tokens, total = plain_maxima(each, sae, most)
     got = each.collect(sae_out=sae)
@@ -561,14 +561,14 @@ def test_maxima_are_those_of_separate_full_passes(
 @pytest.mark.parametrize("elements", [1, 5 * D_SAE_OUT, 1 << 24])
 def test_blocks_change_nothing(case: Case, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = case.collect()
-    monkeypatch.setattr(counting, "LATENTS_A_BLOCK", elements)
+    monkeypatch.setattr(counting, "LATENTS_PER_BLOCK", elements)
     check_same(case.collect(), at_once)
 
 
 @pytest.mark.parametrize("most", [1, 3, 16])
 @pytest.mark.parametrize("left", [True, False])
 def test_sample_is_of_every_nth_token(most: int, left: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counting, "TOKENS_A_RESPONSE", most)
+    monkeypatch.setattr(counting, "TOKENS_PER_RESPONSE", most)
     rows = [list(range(1, n + 1)) for n in (1, 2, 3, 4, 7, 16, 17, 33)]
     padded = _Rows.padded(rows, [[True] * len(row) for row in rows], left=left)
     for row, tokens, at in zip(rows, padded.tokens, padded.sample(), strict=True):
@@ -583,7 +583,7 @@ def test_of_equal_latents_the_smaller_holds_the_maximum() -> None:
     h = torch.ones(2, 3, 4)
     h[0, 1], h[1, 2] = -1, 2.5
     sample = torch.tensor([[True, True, False], [False, True, True]])
-    maxima, looked, totals = counting._looked_at(h, sae, sample)
+    maxima, looked, totals = counting._sample_statistics(h, sae, sample)
     assert maxima.tolist() == [0, 3, 0, 0] and looked.tolist() == [4]
     assert torch.equal(totals.double() * ROW_QUANTUM, (h[0, 0] + h[0, 1] + h[1, 1] + h[1, 2]).double())
 
@@ -592,10 +592,10 @@ def test_residuals_without_measure() -> None:
     """Huge ones do not overflow the sums, and a row of zeros, which has no direction, adds nothing."""
     sae = make_sae(0, 8, d_in=4, normalize_activations="constant_norm_rescale")
     one = torch.ones(1, 1, dtype=torch.bool)
-    maxima, looked, totals = counting._looked_at(torch.zeros(1, 1, 4), sae, one)
+    maxima, looked, totals = counting._sample_statistics(torch.zeros(1, 1, 4), sae, one)
     assert not maxima.any() and looked.tolist() == [1] and not totals.any()
     h = torch.tensor([[[3e38, -3e38, 1.0, 0.0]]])
-    _, _, totals = counting._looked_at(h, make_sae(0, 8, d_in=4), one)
+    _, _, totals = counting._sample_statistics(h, make_sae(0, 8, d_in=4), one)
     assert (totals * ROW_QUANTUM).tolist() == [2.0**24, -(2.0**24), 1.0, 0.0]
 
 

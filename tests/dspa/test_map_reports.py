@@ -144,12 +144,12 @@ def test_held_out_prompts_take_part_in_no_map(counts: Collection, monkeypatch: p
     seen: list[list[int]] = []
     from dspa.maps import stability as module
 
-    class Watched(module.Table):
+    class Watched(module.DensityTable):
         def __init__(self, collection: Collection, count_tokens: str, subset: list[int] | None) -> None:
             seen.append(subset or [])
             super().__init__(collection, count_tokens, subset)
 
-    monkeypatch.setattr(module, "Table", Watched)
+    monkeypatch.setattr(module, "DensityTable", Watched)
     module.stability(counts, sizes=[10], draws=3, n_prompts=12)
     held_out, whole, *drawn = seen
     assert len(held_out) == 12 and len(whole) == 48 and set(held_out).isdisjoint(whole)
@@ -190,7 +190,7 @@ def test_csv_is_one_draw_a_line(counts: Collection, tmp_path: Path, monkeypatch:
     with pytest.raises(SystemExit) as stop:
         main()
     assert not stop.value.code
-    rows = list(csv.DictReader(path.open()))
+    rows = list(csv.DictTripleCounter(path.open()))
     assert [row["triples"] for row in rows] == ["8"] * 3 + ["20"] * 3
     assert all(0 <= float(row["selected"]) <= 1 for row in rows)
     assert (tmp_path / "s.png").read_bytes().startswith(PNG)

@@ -27,7 +27,7 @@ from .counts import SEED, as_rows, make_ids, make_tokenizer, shards, write_lines
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 # Eight triples are eight pieces.
-SMALL = {"TRIPLES_A_WINDOW": 4, "TRIPLES_A_PIECE": 1}
+SMALL = {"TRIPLES_PER_WINDOW": 4, "TRIPLES_PER_PIECE": 1}
 # Every process writes which pieces it counted. None goes on from its first before all have one, so that none comes too
 # late; one that is to die does so after its first, and the others finish one more.
 SCRIPT = """

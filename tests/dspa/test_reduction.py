@@ -19,7 +19,7 @@ from dspa.maps import reduce as reduction
 from dspa.maps import table as count_table
 from dspa.maps.cdmap import GATE_RULES, N_LARGE, TENSORS
 from dspa.maps.reduce import _blocks, _percentile, _Product, find_gates
-from dspa.maps.table import QUANTUM, Table
+from dspa.maps.table import QUANTUM, DensityTable
 from dspa.version import __version__
 
 from .conftest import L_IN, L_OUT
@@ -116,7 +116,7 @@ def test_gates_are_those_of_torch(percentile: float, active: float) -> None:
     data = draw(41, seed=int(percentile), lengths_from=ODD, active=active)
     rho = torch.tensor(data[0] / data[3][0][:, None])
     wanted = rho >= torch.quantile(rho, percentile / 100, dim=0)
-    gates = find_gates(Table(as_collection(data), "all", None), percentile, "published")
+    gates = find_gates(DensityTable(as_collection(data), "all", None), percentile, "published")
     assert gates.n_open.tolist() == wanted.sum(dim=0).tolist()
     assert np.array_equal(gates.open.toarray(), wanted.numpy().T[gates.latents])
 
@@ -248,10 +248,10 @@ def test_meta_says_how_it_was_made() -> None:
 
 
 BLOCKS: dict[str, list[Any]] = {
-    "ENTRIES_A_BLOCK": [1, 50, 1 << 40],
-    "ROWS_A_TILE": [1, 5, 8, 1000],
-    "COLUMNS_A_TILE": [1, 5, 1000],
-    "ELEMENTS_A_TILE": [1, 200, 1 << 40],
+    "ENTRIES_PER_BLOCK": [1, 50, 1 << 40],
+    "ROWS_PER_TILE": [1, 5, 8, 1000],
+    "COLUMNS_PER_TILE": [1, 5, 1000],
+    "ELEMENTS_PER_TILE": [1, 200, 1 << 40],
     "DENSE": [-1, 0, 0.5, 2],
 }
 
@@ -280,7 +280,7 @@ def test_blocks_change_nothing_together(seed: int, monkeypatch: pytest.MonkeyPat
 def test_threads_do_not_show(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = as_collection(draw(40, seed=1, lengths_from=ODD, active=0.05))
     at_once = reduce(counts, k_diff=3)
-    monkeypatch.setattr(reduction, "ROWS_A_TILE", 1)
+    monkeypatch.setattr(reduction, "ROWS_PER_TILE", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for _ in range(5):
         assert same_bits(reduce(counts, k_diff=3), at_once)
@@ -288,7 +288,7 @@ def test_threads_do_not_show(threads: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("most", [1, 7, 20, 1000])
 def test_columns_of_a_block(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reduction, "ENTRIES_A_BLOCK", most)
+    monkeypatch.setattr(reduction, "ENTRIES_PER_BLOCK", most)
     entries = np.random.default_rng(0).integers(0, 8, 50)
     latents = np.arange(0, 50, 2)
     blocks = list(_blocks(latents, entries))
@@ -310,7 +310,7 @@ def test_order_of_triples_does_not_show(seed: int) -> None:
 
 def product(data: list[np.ndarray]) -> np.ndarray:
     """A in fp64, of the gates that are ever open."""
-    table = Table(as_collection(data), "all", None)
+    table = DensityTable(as_collection(data), "all", None)
     found = _Product(table, find_gates(table, 60.0, "active"), False)
     A = np.full((found.open.shape[0], D_OUT), np.nan)
 
@@ -327,10 +327,10 @@ def test_sums_are_exact_in_any_order(seed: int, dense: float, monkeypatch: pytes
     data = draw(200, seed, lengths_from=ODD, active=0.8)
     at_once = product(data)
     monkeypatch.setattr(reduction, "DENSE", dense)
-    for name, value in {"ROWS_A_TILE": 5, "COLUMNS_A_TILE": 7, "ELEMENTS_A_TILE": 1}.items():
+    for name, value in {"ROWS_PER_TILE": 5, "COLUMNS_PER_TILE": 7, "ELEMENTS_PER_TILE": 1}.items():
         monkeypatch.setattr(reduction, name, value)
     assert np.array_equal(product(rows_of(data, shuffled(200, seed))), at_once)
-    difference = Table(as_collection(data), "all", None).difference(np.arange(D_OUT)).toarray()
+    difference = DensityTable(as_collection(data), "all", None).difference(np.arange(D_OUT)).toarray()
     exact = fractions(data[1], data[3][1]) - fractions(data[2], data[3][2])
     assert np.array_equal(difference / QUANTUM, np.round(difference / QUANTUM))
     assert np.abs(difference - exact.astype(float)).max() <= QUANTUM / 2
@@ -434,10 +434,10 @@ def test_prompts_of_a_table(count_tokens: str) -> None:
     special = specials(data)
     counts = as_collection(data, special, [[5, 0, 7, 2], [1, 3, 4, 6, 8, 9, 10, 11]])
     wanted = torch.tensor(data[0] - (special[0] if count_tokens == "text" else 0), dtype=torch.int32)
-    found = Table(counts, count_tokens, None).prompt_counts()
+    found = DensityTable(counts, count_tokens, None).prompt_counts()
     assert found.dtype == torch.int32 and torch.equal(found, wanted[[5, 0, 7, 2, 1, 3, 4, 6, 8, 9, 10, 11]])
     # In the order of the shards.
-    assert torch.equal(Table(counts, count_tokens, [3, 0, 3]).prompt_counts(), wanted[[0, 3, 3]])
+    assert torch.equal(DensityTable(counts, count_tokens, [3, 0, 3]).prompt_counts(), wanted[[0, 3, 3]])
 
 
 @pytest.mark.parametrize(
@@ -555,7 +555,7 @@ def test_nothing_as_large_as_the_map_is_made(monkeypatch: pytest.MonkeyPatch) ->
         return dense(self, *args, **kwargs)
 
     monkeypatch.setattr(sparse.csr_array, "toarray", watched)
-    for name, value in {"ROWS_A_TILE": 4, "COLUMNS_A_TILE": 3, "ELEMENTS_A_TILE": 50}.items():
+    for name, value in {"ROWS_PER_TILE": 4, "COLUMNS_PER_TILE": 3, "ELEMENTS_PER_TILE": 50}.items():
         monkeypatch.setattr(reduction, name, value)
     reduce(as_collection(draw(16, seed=0, active=0.2)), k_diff=1)
     assert made and max(made) <= 4 * max(16, D_IN)

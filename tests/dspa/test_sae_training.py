@@ -17,7 +17,7 @@ from dspa.saes.activations import Activations, Position
 from dspa.saes.batchtopk import jumprelu, started_sae
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.quality import evaluate_sae
-from dspa.saes.training import TrainingConfig, finetune_sae, read_qualities, train_sae
+from dspa.saes.training import SAETrainingConfig, finetune_sae, read_qualities, train_sae
 
 from .conftest import D_IN, make_model, make_sae
 from .tokens import ENGLISH, word_tokenizer
@@ -27,7 +27,7 @@ pytest.importorskip("sae_lens")
 ASSETS = Path(__file__).parents[2] / "python" / "dspa" / "demo" / "assets"
 LAYER = 2
 D_SAE = 96
-TINY = TrainingConfig(
+TINY = SAETrainingConfig(
     n_tokens=1600,
     batch_size=64,
     lr=3e-3,
@@ -439,9 +439,9 @@ def test_refusals(tmp_path, monkeypatch, model, tokenizer, texts, start):
             ModelError,
             "`sae` was made for 'a'",
         ),
-        (lambda: TrainingConfig(n_tokens=4095), ValueError, r"`n_tokens` is 4095; accepted: one batch \(4096\)"),
-        (lambda: TrainingConfig(lr=0), ValueError, "`lr` is 0"),
-        (lambda: TrainingConfig(seed=-1), ValueError, "`seed` is -1"),
+        (lambda: SAETrainingConfig(n_tokens=4095), ValueError, r"`n_tokens` is 4095; accepted: one batch \(4096\)"),
+        (lambda: SAETrainingConfig(lr=0), ValueError, "`lr` is 0"),
+        (lambda: SAETrainingConfig(seed=-1), ValueError, "`seed` is -1"),
     ):
         with pytest.raises(error, match=message):
             call()
@@ -466,7 +466,7 @@ def test_finetuning_beats_its_start(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(ASSETS / "dspa-demo", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "dspa-demo")
     shipped = FrozenSAE.load(ASSETS / "sae_out")
-    short = TrainingConfig(n_tokens=40_000, batch_size=1024, lr=1e-3, held_out_tokens=4000, buffer_tokens=20_000)
+    short = SAETrainingConfig(n_tokens=40_000, batch_size=1024, lr=1e-3, held_out_tokens=4000, buffer_tokens=20_000)
     longer = replace(short, n_tokens=60_000, batch_size=512, lr=2e-3, seed=1)
     texts = ASSETS / "preferences.jsonl"
     small = train_sae(model, tokenizer, texts, 4, tmp_path / "small", d_sae=128, k=8, config=short, progress=False)
@@ -521,7 +521,7 @@ def test_defaults_of_the_commands_are_the_configs():
 
     from dspa.cli.sae import sae_finetune, sae_train
 
-    config = TrainingConfig()
+    config = SAETrainingConfig()
     names = {"tokens": "n_tokens", "held_out": "held_out_tokens"}
     shared = ("tokens", "batch_size", "lr", "max_length", "held_out", "buffer_tokens", "batch_tokens", "seed")
     for command in (sae_train, sae_finetune):

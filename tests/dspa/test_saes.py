@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dspa.errors import SAEError
-from dspa.saes.formats import layer_of
+from dspa.saes.formats import layer_of_hook
 from dspa.saes.frozen import FrozenSAE
 
 D_IN, D_SAE, K = 12, 40, 5
@@ -580,7 +580,7 @@ def test_flat_config_before_version_6(h: Tensor, tmp_path: Path, hook_key: str, 
     ],
 )
 def test_layer_of_a_hook(hook: str, layer: int) -> None:
-    assert layer_of("cfg.json", hook) == layer
+    assert layer_of_hook("cfg.json", hook) == layer
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ def case() -> Case:
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of 4 triples, pieces of 2, so that 8 triples are 4 shards."""
-    monkeypatch.setattr(pieces, "TRIPLES_A_WINDOW", 4)
-    monkeypatch.setattr(pieces, "TRIPLES_A_PIECE", 2)
+    monkeypatch.setattr(pieces, "TRIPLES_PER_WINDOW", 4)
+    monkeypatch.setattr(pieces, "TRIPLES_PER_PIECE", 2)
 
 
 def times(folder: Path) -> dict[Path, int]:
@@ -152,17 +152,19 @@ def test_what_was_half_written_is_not_read(
 def test_a_piece_is_what_is_lost_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     """The usual map is of 250 triples: a piece is much less, in triples and in text."""
     monkeypatch.undo()
-    assert pieces.TRIPLES_A_PIECE <= 64 and pieces.TRIPLES_A_PIECE < pieces.TRIPLES_A_WINDOW
+    assert pieces.TRIPLES_PER_PIECE <= 64 and pieces.TRIPLES_PER_PIECE < pieces.TRIPLES_PER_WINDOW
     text = "x" * 40_000
     rows = [{"prompt": text, "chosen": text, "rejected": f"{n}"} for n in range(10)]
-    assert [len(piece.triples) for piece in pieces.Source(rows).pieces()] == [1] * 10
-    assert [len(piece.triples) for piece in pieces.Source([*rows, *as_rows(make_ids(0))]).pieces()] == [1] * 9 + [9]
+    assert [len(piece.triples) for piece in pieces.TripleSource(rows).pieces()] == [1] * 10
+    assert [len(piece.triples) for piece in pieces.TripleSource([*rows, *as_rows(make_ids(0))]).pieces()] == [1] * 9 + [
+        9
+    ]
 
 
 @pytest.mark.parametrize("n", [1, 4, 5, 9])
 def test_pieces_hold_every_triple_once_and_the_longest_first(n: int) -> None:
     rows = as_rows([triple for seed in range(2) for triple in make_ids(seed)][:n])
-    found = list(pieces.Source(rows).pieces())
+    found = list(pieces.TripleSource(rows).pieces())
     assert [piece.number for piece in found] == list(range(len(found)))
     numbers = [index for piece in found for index, _ in piece.triples]
     assert sorted(numbers) == list(range(n))

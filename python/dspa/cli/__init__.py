@@ -64,6 +64,7 @@ def demo(
     Runs on two CPU cores in under two minutes, without a network.
     """
     from dspa.demo import steer
+    from dspa.demo.load import ASSETS
 
     check_writable("--json", json_path)
     if retrain:
@@ -72,7 +73,7 @@ def demo(
         # A training that is stopped leaves the demo as it was.
         with TemporaryDirectory() as folder:
             train(Path(folder))
-            shutil.copytree(folder, steer.ASSETS, dirs_exist_ok=True)
+            shutil.copytree(folder, ASSETS, dirs_exist_ok=True)
     steer.run(json_path)
 
 

@@ -70,10 +70,10 @@ def sae_train(
 ) -> None:
     """Train a BatchTopK SAE for a layer of a model, saved as a JumpReLU SAE in a SAELens folder."""
     from dspa.data.texts import TextFile
-    from dspa.saes.training import TrainingConfig, train_sae
+    from dspa.saes.training import SAETrainingConfig, train_sae
     from dspa.training_folder import TrainingFolder
 
-    config = TrainingConfig(
+    config = SAETrainingConfig(
         n_tokens=tokens,
         batch_size=batch_size,
         lr=lr,
@@ -120,10 +120,10 @@ def sae_finetune(
 ) -> None:
     """Go on training an SAE on a text of your own, saved as a JumpReLU SAE in a SAELens folder."""
     from dspa.data.texts import TextFile
-    from dspa.saes.training import TrainingConfig, finetune_sae
+    from dspa.saes.training import SAETrainingConfig, finetune_sae
     from dspa.training_folder import TrainingFolder
 
-    config = TrainingConfig(
+    config = SAETrainingConfig(
         n_tokens=tokens,
         batch_size=batch_size,
         lr=lr,

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from dspa.demo import language
-from dspa.saes.training import TrainingConfig, train_sae
+from dspa.saes.training import SAETrainingConfig, train_sae
 
 SEED = 20
 DRIFT = 0.12
@@ -124,7 +124,7 @@ def train_saes(
             ("sae_in", LAYER_IN, D_SAE_IN, L0_IN),
             ("sae_out", LAYER_OUT, D_SAE_OUT, L0_OUT),
         ):
-            config = TrainingConfig(
+            config = SAETrainingConfig(
                 n_tokens=SAE_STEPS * SAE_BATCH,
                 batch_size=SAE_BATCH,
                 lr=SAE_RATE,

@@ -29,7 +29,7 @@ RESAMPLES = 9999
 
 
 @dataclass(frozen=True)
-class Difference:
+class MetricChange:
     """A measure of the texts of the base model and of the steered one: means over the `n` prompts of which both have
     it, and the mean of the paired differences, steered less base, with its percentile bootstrap interval."""
 
@@ -51,7 +51,7 @@ class Coherence:
     base: dict[str, Values]
     steered: dict[str, Values]
 
-    def compare(self, metric: str, *, confidence: float = 0.95, seed: int = 0) -> Difference:
+    def compare(self, metric: str, *, confidence: float = 0.95, seed: int = 0) -> MetricChange:
         """One measure. Raises `ValueError` where fewer than two prompts have it, of which no interval can be told."""
         base, steered = self.base[metric], self.steered[metric]
         both = ~(np.isnan(base) | np.isnan(steered))
@@ -74,7 +74,7 @@ class Coherence:
         )
         low, high = found.confidence_interval
         means = [float(each.mean()) for each in (base, steered, change)]
-        return Difference(metric, len(base), means[0], means[1], means[2], float(low), float(high))
+        return MetricChange(metric, len(base), means[0], means[1], means[2], float(low), float(high))
 
 
 def compare_texts(

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from dspa.errors import AdapterError, ModelError
-from dspa.files import digest, read_tensors, replace, write_tensors
+from dspa.files import checksum, read_tensors, write_atomically, write_tensors
 from dspa.fsrl.config import FSRLConfig
 from dspa.models.attachment import Attachable, Attachment
 from dspa.models.layers import base_model, decoder_layers, device_of
 from dspa.models.prompts import Prompts
 from dspa.models.reading import forget_graphs, hidden
 from dspa.saes.frozen import FrozenSAE
-from dspa.saes.placement import check_sae, layer_of
+from dspa.saes.placement import check_sae, required_layer
 from dspa_kernels import fsrl_residual
 
 FORMAT = "dspa.fsrl.1"
@@ -62,7 +62,7 @@ class FSRLAdapter(Attachable, nn.Module):
         for name, value, kind in (("sae", sae, FrozenSAE), ("config", config, FSRLConfig)):
             if not isinstance(value, kind):
                 raise AdapterError(f"`{name}` is a {type(value).__name__}; accepted: a {kind.__name__}.")
-        layer_of(sae)
+        required_layer(sae)
         self.sae, self.config, self.backend = sae, config, backend
         self._mask: Tensor | None = None
         self._fraction = 1.0
@@ -203,7 +203,7 @@ class FSRLAdapter(Attachable, nn.Module):
         taken = [each for each in attachment.steerings if isinstance(each, FSRLAdapter)]
         if any(each.sae.layer == self.sae.layer for each in taken):
             raise ModelError(f"Layer {self.sae.layer} of this model has an adapter already: dspa.detach(model) first.")
-        layer = stack[layer_of(self.sae)]
+        layer = stack[required_layer(self.sae)]
         self.to(device_of(layer))
         self._undo = [attachment.add(self), layer.register_forward_hook(self._edit, prepend=True).remove]
         self._attachment = attachment
@@ -286,11 +286,11 @@ class FSRLAdapter(Attachable, nn.Module):
             "format": FORMAT,
             "config": asdict(self.config),
             "sae": {name: getattr(self.sae, name) for name in ("fingerprint", "layer", "model_name", "d_in", "d_sae")},
-            "sha256": digest(tensors),
+            "sha256": checksum(tensors),
             "package": version("dspa-kernels"),
         }
         write_tensors(path / TENSORS, tensors, {})
-        replace(path / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+        write_atomically(path / RECORD, (json.dumps(record, indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path, sae: FrozenSAE, *, backend: str = "auto") -> FSRLAdapter:
@@ -314,7 +314,7 @@ class FSRLAdapter(Attachable, nn.Module):
             raise AdapterError(f"{path} cannot be read ({error}).") from error
         except (TypeError, ValueError, RuntimeError) as error:
             raise AdapterError(f"{path} is damaged ({error}). Copy or train it again.") from error
-        if digest(tensors) != record["sha256"]:
+        if checksum(tensors) != record["sha256"]:
             raise AdapterError(f"{path} is damaged: {TENSORS} and {RECORD} are of two different adapters.")
         return adapter.requires_grad_(False).eval()
 

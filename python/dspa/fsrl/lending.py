@@ -17,7 +17,7 @@ DROPOUTS = ("attention_dropout", "activation_dropout", "dropout")
 
 
 @contextmanager
-def lent(
+def trainable(
     model: CausalLM, tokenizer: PreTrainedTokenizerBase, adapter: FSRLAdapter, *, gradient_checkpointing: bool
 ) -> Iterator[None]:
     """`model` for a trainer: frozen, without dropout, and with `adapter` as a module of it that alone is trained.

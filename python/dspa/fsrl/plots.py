@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from dspa.evaluate.coherence import Difference
+from dspa.evaluate.coherence import MetricChange
 from dspa.fsrl.ablations import METRICS, FractionCurve, MaskEffect, measures
 from dspa.fsrl.categories import CategoryShare
 from dspa.fsrl.results import Sweep, Trained
@@ -91,7 +91,7 @@ def plot_categories(shares: Sequence[CategoryShare], quality: str, path: Path) -
     figure.savefig(path, dpi=150)
 
 
-def plot_coherence(differences: Sequence[Difference], path: Path) -> None:
+def plot_coherence(differences: Sequence[MetricChange], path: Path) -> None:
     """The mean paired difference of each measure, with its interval."""
     figure = Figure(figsize=(2 * len(differences), 3.4), layout="constrained")
     for axes, each in zip(figure.subplots(1, len(differences)), differences, strict=True):

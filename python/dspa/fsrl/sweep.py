@@ -19,7 +19,7 @@ from dspa.fsrl.results import Sweep, Trained, held_out
 from dspa.fsrl.training import read_held_out, scoring, train
 from dspa.models.layers import base_model, check_eval, decoder_layers
 from dspa.saes.frozen import FrozenSAE
-from dspa.saes.placement import check_sae, layer_of
+from dspa.saes.placement import check_sae, required_layer
 
 CSV, PLOT = "sweep.csv", "sweep.png"
 
@@ -69,7 +69,7 @@ def train_sweep(
         train(model, tokenizer, data, adapter, path / name, config=config, eval_triples=held, **options)
         figures = read_held_out(path / name)
         assert figures is not None
-        found.append(Trained(layer_of(sae), settings.activation, settings.l1, path / name, figures))
+        found.append(Trained(required_layer(sae), settings.activation, settings.l1, path / name, figures))
     result = Sweep(held_out(inner, tokenizer, held, **scoring(inner, config), progress=progress), found)
     if rank() == 0:
         _write(result, path)
@@ -81,7 +81,7 @@ def _grid(
 ) -> Iterator[tuple[str, tuple[FrozenSAE, FSRLConfig]]]:
     for sae in saes:
         for settings in adapters:
-            yield f"layer-{layer_of(sae)}-{settings.activation}-{settings.l1:g}", (sae, settings)
+            yield f"layer-{required_layer(sae)}-{settings.activation}-{settings.l1:g}", (sae, settings)
 
 
 def _write(found: Sweep, out: Path) -> None:

@@ -109,7 +109,7 @@ class AdapterTrainer:
         self.adapter.load_state_dict(saved.state_dict())
 
 
-class SimPOTrainer(AdapterTrainer, CPOTrainer):  # type: ignore[misc]
+class AdapterSimPOTrainer(AdapterTrainer, CPOTrainer):  # type: ignore[misc]
     """SimPO (arXiv 2405.14734) as TRL's CPOTrainer has it."""
 
     # What TRL would add to a list of the model.
@@ -137,7 +137,7 @@ class SimPOTrainer(AdapterTrainer, CPOTrainer):  # type: ignore[misc]
         return loss, metrics | {f"{prefix}{name}": value for name, value in logged.items()}
 
 
-class PreferenceTrainer(AdapterTrainer, DPOTrainer):  # type: ignore[misc]
+class AdapterDPOTrainer(AdapterTrainer, DPOTrainer):  # type: ignore[misc]
     """DPO as TRL's DPOTrainer has it. The reference is the model itself without the adapter, not a copy of it."""
 
     _tag_names: list[str] = []  # noqa: RUF012
@@ -282,7 +282,7 @@ def trainer_of(
     **data: Any,
 ) -> Any:
     """The trainer of the configured loss. `data` are its `train_dataset` and `eval_dataset`."""
-    kind = PreferenceTrainer if config.loss == "dpo" else SimPOTrainer
+    kind = AdapterDPOTrainer if config.loss == "dpo" else AdapterSimPOTrainer
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     trainer = kind(
         adapter,

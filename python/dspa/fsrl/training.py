@@ -23,10 +23,10 @@ from dspa.data.tokens import response_tokens
 from dspa.data.triples import Triple, load_triples
 from dspa.distributed import warn_if_alone
 from dspa.errors import TrainingError
-from dspa.files import digest
+from dspa.files import checksum
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.config import TrainingConfig
-from dspa.fsrl.lending import lent
+from dspa.fsrl.lending import trainable
 from dspa.fsrl.results import HeldOut, held_out
 from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of
 from dspa.models.layers import model_name as name_of
@@ -175,7 +175,7 @@ def _fit(
         adapter.load_state_dict(FSRLAdapter.load(checkpoint, adapter.sae).state_dict())
         return history
     with (
-        lent(model, tokenizer, adapter, gradient_checkpointing=config.gradient_checkpointing),
+        trainable(model, tokenizer, adapter, gradient_checkpointing=config.gradient_checkpointing),
         tqdm(unit="step", desc="train", disable=not progress) as bar,
     ):
         trainer = trainers.trainer_of(
@@ -214,9 +214,9 @@ def _settings(
         "layer": adapter.sae.layer,
         "sae": adapter.sae.fingerprint,
         **{f"adapter_{name}": value for name, value in asdict(adapter.config).items()},
-        "adapter_start": digest({name: tensor.detach().cpu() for name, tensor in adapter.named_parameters()}),
+        "adapter_start": checksum({name: tensor.detach().cpu() for name, tensor in adapter.named_parameters()}),
         "adapter_fraction": adapter.fraction,
-        "adapter_mask": None if adapter.mask is None else digest({"mask": adapter.mask.cpu()}),
+        "adapter_mask": None if adapter.mask is None else checksum({"mask": adapter.mask.cpu()}),
         "data": data.sha256,
         "eval_data": None if held is None else held.sha256,
         **asdict(config),

@@ -16,7 +16,7 @@ from dspa.evaluate.responses import Response, batches, padded
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.models.layers import base_model, check_eval, check_finite, decoder_layers
 from dspa.models.reading import read_layers
-from dspa.saes.placement import check_sae, layer_of
+from dspa.saes.placement import check_sae, required_layer
 
 # Latents that a curve of two numbers is fitted to, at least.
 FEWEST = 8
@@ -93,7 +93,7 @@ def latent_usage(
     inner = base_model(model)
     check_eval(inner)
     check_sae("adapter.sae", adapter.sae, inner, len(decoder_layers(inner, layers)), model_name)
-    layer, d_sae = layer_of(adapter.sae), adapter.sae.d_sae
+    layer, d_sae = required_layer(adapter.sae), adapter.sae.d_sae
     active = torch.zeros(d_sae, dtype=torch.int64)
     mass = torch.zeros(d_sae, dtype=torch.float64)
     with tqdm(total=len(responses), unit="response", desc="usage", leave=False, disable=not progress) as bar:

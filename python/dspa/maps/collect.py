@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from dspa.data.triples import Triple
 from dspa.distributed import Team
 from dspa.errors import PreferenceError
-from dspa.maps.counting import Reader
-from dspa.maps.pieces import DataRecord, Source, Tally
+from dspa.maps.counting import TripleCounter
+from dspa.maps.pieces import DataRecord, Tally, TripleSource
 from dspa.maps.shards import Collection
 from dspa.saes.frozen import FrozenSAE
 
@@ -71,10 +71,10 @@ def collect(
             f"`work_dir` is None for {team.size} processes; accepted: a folder that all of them share. Their counts "
             "meet there."
         )
-    reader = Reader(model, tokenizer, sae_in, sae_out, max_length, batch_tokens, layers, model_name)
+    reader = TripleCounter(model, tokenizer, sae_in, sae_out, max_length, batch_tokens, layers, model_name)
     settings = reader.settings()
     collection = team.in_turn("manifest", lambda: Collection.start(work_dir, settings))
-    source = Source(triples, first)
+    source = TripleSource(triples, first)
     if source.known:
         known = _read_ahead(source, reader, team, progress)
         team.in_turn("known", lambda: collection.record(known))
@@ -88,7 +88,7 @@ def collect(
     return collection
 
 
-def _read_ahead(source: Source, reader: Reader, team: Team, progress: bool) -> DataRecord:
+def _read_ahead(source: TripleSource, reader: TripleCounter, team: Team, progress: bool) -> DataRecord:
     """Read all triples, and tokenize those of every `team.size`-th piece, to find what is wrong with them."""
     tally, refused = Tally(), list[PreferenceError]()
     with tqdm(unit="triple", desc="check", leave=False, disable=not progress or team.rank > 0) as bar:
@@ -109,7 +109,9 @@ def _read_ahead(source: Source, reader: Reader, team: Team, progress: bool) -> D
     return tally.record()
 
 
-def _count_all(collection: Collection, source: Source, reader: Reader, team: Team, progress: bool) -> DataRecord:
+def _count_all(
+    collection: Collection, source: TripleSource, reader: TripleCounter, team: Team, progress: bool
+) -> DataRecord:
     """Count the pieces that this process gets, and wait for those of the others."""
     tally, mine, known = Tally(), team.claim(), collection.data
     total = known.n_triples if known else None

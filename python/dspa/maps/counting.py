@@ -23,12 +23,12 @@ from dspa.models.layers import base_model, check_eval, check_finite, context_len
 from dspa.models.layers import model_name as name_of
 from dspa.models.reading import read_layers
 from dspa.saes.frozen import FrozenSAE
-from dspa.saes.placement import check_saes, layer_of
+from dspa.saes.placement import check_saes, required_layer
 from dspa_kernels import activation_counts
 
 # Maxima are taken of at most this many tokens of a response, and so many latents at once.
-TOKENS_A_RESPONSE = 16
-LATENTS_A_BLOCK = 1 << 24
+TOKENS_PER_RESPONSE = 16
+LATENTS_PER_BLOCK = 1 << 24
 # Residuals beyond this, in multiples of ROW_QUANTUM, are cut to it: sums of 2^23 of them stay exact integers.
 ROW_BOUND = 2.0**24
 # A batch of at least one SMALL_BATCH-th of the budget takes no more padding than this times its tokens.
@@ -56,7 +56,7 @@ class _Group:
     text: list[list[bool]]
 
 
-class Reader:
+class TripleCounter:
     """Counts what a model's latents do on triples, in batches that fit the memory."""
 
     def __init__(
@@ -75,7 +75,7 @@ class Reader:
         check_eval(self.model)
         stack = decoder_layers(self.model, layers)
         check_saes(sae_in, sae_out, self.model, len(stack), called)
-        self.sae_in, self.sae_out = (sae.to(device_of(stack[layer_of(sae)])) for sae in (sae_in, sae_out))
+        self.sae_in, self.sae_out = (sae.to(device_of(stack[required_layer(sae)])) for sae in (sae_in, sae_out))
         context = context_length(self.model)
         self.limit = context if max_length is None else max_length
         if self.limit is not None and not 2 <= self.limit <= (context or self.limit):
@@ -89,8 +89,8 @@ class Reader:
             model_name=self.name,
             sae_in=self.sae_in.fingerprint,
             sae_out=self.sae_out.fingerprint,
-            layer_in=layer_of(self.sae_in),
-            layer_out=layer_of(self.sae_out),
+            layer_in=required_layer(self.sae_in),
+            layer_out=required_layer(self.sae_out),
             d_sae_in=self.sae_in.d_sae,
             d_sae_out=self.sae_out.d_sae,
             dtypes=", ".join(str(each.dtype) for each in (self.model, self.sae_in, self.sae_out)),
@@ -108,14 +108,14 @@ class Reader:
         waiting.sort(key=lambda item: len(item.triple.prompt), reverse=True)
         shards = []
         while waiting:
-            batch = waiting[: _alike([len(item.triple.prompt) for item in waiting], 0, self.batch_tokens)]
-            shard = self._try(batch)
+            batch = waiting[: _batch_size([len(item.triple.prompt) for item in waiting], 0, self.batch_tokens)]
+            shard = self._count_or_shrink(batch)
             if shard is not None:
                 shards.append(shard)
                 waiting = waiting[len(batch) :]
         return Shard.join(shards)
 
-    def _try(self, batch: Sequence[_Item]) -> Shard | None:
+    def _count_or_shrink(self, batch: Sequence[_Item]) -> Shard | None:
         """Counts of a batch; None where memory did not suffice, and the budget is smaller now."""
         groups = self._groups(batch)
         try:
@@ -149,7 +149,7 @@ class Reader:
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
         groups = []
         while order:
-            n = _alike([len(ids[row]) for row in order], len(triples[0].prompt), self.batch_tokens)
+            n = _batch_size([len(ids[row]) for row in order], len(triples[0].prompt), self.batch_tokens)
             rows, order = order[:n], order[n:]
             groups.append(_Group(rows, [ids[row] for row in rows], [text[row] for row in rows]))
         return groups
@@ -162,7 +162,7 @@ class Reader:
         prompts = _Rows.padded([t.prompt for t in triples], [t.prompt_text for t in triples], left=True)
         cache = DynamicCache(config=self.model.config)
         h = self._read(prompts.tokens, prompts.mask, (prompts.mask.cumsum(dim=1) - 1).clamp(min=0), cache)
-        prompt_counts = _counts_at(h[layer_of(self.sae_in)], self.sae_in, prompts)
+        prompt_counts = _counts_at(h[required_layer(self.sae_in)], self.sae_in, prompts)
         if cache.get_seq_length() != prompts.tokens.shape[1]:
             raise ModelError(
                 f"{type(self.model).__name__} keeps no key/value cache of a prompt, from which its responses could go "
@@ -178,10 +178,10 @@ class Reader:
             before = prompts.mask[rows % n]
             places = before.sum(dim=1, keepdim=True) + answers.mask.cumsum(dim=1) - 1
             mask = torch.cat((before, answers.mask), dim=1)
-            h_out = self._read(answers.tokens, mask, places, _copied(cache, rows % n))[layer_of(self.sae_out)]
+            h_out = self._read(answers.tokens, mask, places, _copied(cache, rows % n))[required_layer(self.sae_out)]
             counts[:, rows] = _counts_at(h_out, self.sae_out, answers)
             lengths[:, rows] = answers.lengths
-            samples.append(_looked_at(h_out, self.sae_out, answers.sample()))
+            samples.append(_sample_statistics(h_out, self.sae_out, answers.sample()))
         found = {}
         for kind, name in enumerate(("", "_special")):
             found[f"prompt{name}"] = Counts.of(prompt_counts[kind], prompts.lengths[kind])
@@ -198,7 +198,7 @@ class Reader:
         inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": places}
         return read_layers(
             self.model,
-            [layer_of(self.sae_in), layer_of(self.sae_out)],
+            [required_layer(self.sae_in), required_layer(self.sae_out)],
             self.layers,
             cache,
             **{name: each.to(device) for name, each in inputs.items()},
@@ -230,12 +230,12 @@ class _Rows:
         return torch.stack((self.mask.sum(dim=1), self.special.sum(dim=1)))
 
     def sample(self) -> Tensor:
-        """Every n-th token of each row from the first on, at most TOKENS_A_RESPONSE, [N, T] bool."""
-        step = -(-self.mask.sum(dim=1, keepdim=True) // TOKENS_A_RESPONSE)
+        """Every n-th token of each row from the first on, at most TOKENS_PER_RESPONSE, [N, T] bool."""
+        step = -(-self.mask.sum(dim=1, keepdim=True) // TOKENS_PER_RESPONSE)
         return (self.mask > 0) & ((self.mask.cumsum(dim=1) - 1) % step == 0)
 
 
-def _alike(lengths: Sequence[int], before: int, budget: int) -> int:
+def _batch_size(lengths: Sequence[int], before: int, budget: int) -> int:
     """How many texts of these lengths, the longest first, make a batch: what fits the budget with `before` tokens in
     front of each, and little padding once it is large enough to be worth a pass. At least one."""
     n, tokens = 1, lengths[0]
@@ -263,17 +263,17 @@ def _counts_at(h: Tensor, sae: FrozenSAE, rows: _Rows) -> Tensor:
     row = torch.arange(n_rows)[:, None] + n_rows * rows.special
     sequences = torch.where(rows.mask > 0, row, -1).to(torch.int32).flatten().to(h.device)
     h = h.flatten(0, 1)
-    check_finite(h[sequences >= 0], layer_of(sae))
+    check_finite(h[sequences >= 0], required_layer(sae))
     text, special = activation_counts(h, sae.weights, sequences, 2 * n_rows).chunk(2)
     return torch.stack((text + special, special))
 
 
-def _looked_at(h: Tensor, sae: FrozenSAE, sample: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _sample_statistics(h: Tensor, sae: FrozenSAE, sample: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of the rows of `h` [B, T, d_in] where `sample` [B, T] is true: how many each latent is the largest of [d_sae], of
     equals the smaller; their number [1]; their sum [d_in] as the encoder reads them, in units of ROW_QUANTUM. int64."""
     rows = h.flatten(0, 1)[sample.flatten().to(h.device)]
     maxima = torch.zeros(sae.d_sae, dtype=torch.int64)
-    for block in rows.split(max(1, LATENTS_A_BLOCK // sae.d_sae)):
+    for block in rows.split(max(1, LATENTS_PER_BLOCK // sae.d_sae)):
         largest, latent = sae.encode(block).max(dim=1)
         maxima += torch.bincount(latent[largest > 0], minlength=sae.d_sae).cpu()
     # Where an SAE divides by the norm, a row of zeros is none.

@@ -13,10 +13,10 @@ from pathlib import Path
 from dspa.data.triples import Triple, load_triples
 
 # Triples that are held at once, among which those of like length find each other.
-TRIPLES_A_WINDOW = 2048
+TRIPLES_PER_WINDOW = 2048
 # A piece is what a stopped run loses at most.
-TRIPLES_A_PIECE = 64
-CHARACTERS_A_PIECE = 1 << 17
+TRIPLES_PER_PIECE = 64
+CHARACTERS_PER_PIECE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class DataRecord:
         return cls(n_triples, len(digests), _short(digests))
 
 
-class Source:
+class TripleSource:
     """Triples from where they come. Read one window at a time, never all at once.
 
     triples: what `load_triples` takes; first: how many of them count, None for all.
@@ -64,7 +64,7 @@ class Source:
         """All pieces in order. Raises `PreferenceError` at a triple that is none."""
         numbered = enumerate(islice(load_triples(self._triples), self._first))
         number = 0
-        while window := list(islice(numbered, TRIPLES_A_WINDOW)):
+        while window := list(islice(numbered, TRIPLES_PER_WINDOW)):
             # Longest first, so that what is too long for the memory shows at once, and no rank ends late with it.
             window.sort(key=lambda each: _length(each[1]), reverse=True)
             for triples in _cut(window):
@@ -104,7 +104,7 @@ def _cut(window: list[tuple[int, Triple]]) -> Iterator[list[tuple[int, Triple]]]
     characters = 0
     for each in window:
         length = _length(each[1])
-        if piece and (len(piece) == TRIPLES_A_PIECE or characters + length > CHARACTERS_A_PIECE):
+        if piece and (len(piece) == TRIPLES_PER_PIECE or characters + length > CHARACTERS_PER_PIECE):
             yield piece
             piece, characters = [], 0
         piece.append(each)

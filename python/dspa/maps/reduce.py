@@ -25,15 +25,15 @@ from tqdm import tqdm
 from dspa.errors import MapError
 from dspa.maps.cdmap import GATE_RULES, ConditionalDifferenceMap, MapMeta
 from dspa.maps.shards import ROW_QUANTUM, Collection
-from dspa.maps.table import COUNT_TOKENS, QUANTUM, Array, Matrix, Table
+from dspa.maps.table import COUNT_TOKENS, QUANTUM, Array, DensityTable, Matrix
 from dspa.version import __version__
 
 # What is held at once: entries of a block of columns; rows and columns of a product, and elements of a column block
 # that is held dense; values of a map.
-ENTRIES_A_BLOCK = 1 << 25
-ROWS_A_TILE = 256
-COLUMNS_A_TILE = 8192
-ELEMENTS_A_TILE = 1 << 25
+ENTRIES_PER_BLOCK = 1 << 25
+ROWS_PER_TILE = 256
+COLUMNS_PER_TILE = 8192
+ELEMENTS_PER_TILE = 1 << 25
 MOST_VALUES = 1 << 30
 # A matrix product is faster than a sparse one from about this fraction of entries that are not zero.
 DENSE = 0.1
@@ -69,7 +69,7 @@ def reduce(
     collection = counts if isinstance(counts, Collection) else Collection.open(counts)
     check_settings(percentile, gate_rule, k_diff, collection.settings.d_sae_out, count_tokens)
     collection.verify()
-    table = Table(collection, count_tokens, subset)
+    table = DensityTable(collection, count_tokens, subset)
     return reduce_table(table, percentile, gate_rule, k_diff, sparsify, progress)
 
 
@@ -100,7 +100,7 @@ class Gates:
     def packed(self) -> Tensor:
         """`open` as bits, [R, ceil(N / 8)] uint8, the triples in the order of their gates: theirs does not show."""
         by_triple = self.open.T.tocsr()
-        blocks = [by_triple[n : n + ROWS_A_TILE].toarray() for n in range(0, self.n_triples, ROWS_A_TILE)]
+        blocks = [by_triple[n : n + ROWS_PER_TILE].toarray() for n in range(0, self.n_triples, ROWS_PER_TILE)]
         keys = np.concatenate([np.packbits(block, axis=1) for block in blocks])
         place = np.empty(self.n_triples, dtype=np.int64)
         place[sorted(range(self.n_triples), key=lambda n: keys[n].tobytes())] = np.arange(self.n_triples)
@@ -112,7 +112,7 @@ class Gates:
         return torch.from_numpy(rows)
 
 
-def find_gates(table: Table, percentile: float, gate_rule: str) -> Gates:
+def find_gates(table: DensityTable, percentile: float, gate_rule: str) -> Gates:
     """`g_i(x) = 1[rho_i(x) >= tau_i]`, tau_i the percentile over the prompts, by linear interpolation."""
     n = table.n_triples
     entries = table.entries("prompt")
@@ -148,8 +148,8 @@ def _percentile(values: Array, n_zeros: int, percentile: float) -> float:
 
 
 def _blocks(latents: Array, entries: Array) -> Iterator[Array]:
-    """Neighbours that have about ENTRIES_A_BLOCK entries together."""
-    block_of = np.cumsum(entries[latents]) // ENTRIES_A_BLOCK
+    """Neighbours that have about ENTRIES_PER_BLOCK entries together."""
+    block_of = np.cumsum(entries[latents]) // ENTRIES_PER_BLOCK
     for start, end in pairwise([0, *(np.flatnonzero(np.diff(block_of)) + 1).tolist(), len(latents)]):
         yield latents[start:end]
 
@@ -162,7 +162,7 @@ Visit: TypeAlias = Callable[[Array, slice, Array], None]
 class _Product:
     """`A = g^T difference / N` by blocks. Gates that are open on all triples share one row, which comes last."""
 
-    def __init__(self, table: Table, gates: Gates, progress: bool) -> None:
+    def __init__(self, table: DensityTable, gates: Gates, progress: bool) -> None:
         self.table, self.progress = table, progress
         ones = sparse.csr_array(np.ones((1, table.n_triples), dtype=np.uint8))
         always = bool((gates.n_open == table.n_triples).any())
@@ -191,11 +191,11 @@ class _Product:
         """First and last column of each tile, and what multiplies it."""
         n_triples, width = columns.shape
         n_full = int((np.diff(columns.indptr) > DENSE * n_triples).sum())
-        n_wide = max(1, ELEMENTS_A_TILE // n_triples)
+        n_wide = max(1, ELEMENTS_PER_TILE // n_triples)
         for start in range(0, n_full, n_wide):
             yield start, min(start + n_wide, n_full), self._dense
-        for start in range(n_full, width, COLUMNS_A_TILE):
-            yield start, min(start + COLUMNS_A_TILE, width), self._sparse
+        for start in range(n_full, width, COLUMNS_PER_TILE):
+            yield start, min(start + COLUMNS_PER_TILE, width), self._sparse
 
     def _dense(self, columns: Matrix, take: Take, pool: Executor) -> None:
         del pool  # A matrix product has threads of its own.
@@ -216,7 +216,7 @@ class _Product:
 
     def _row_blocks(self) -> Iterator[slice]:
         n_rows = self.open.shape[0]
-        return (slice(n, min(n + ROWS_A_TILE, n_rows)) for n in range(0, n_rows, ROWS_A_TILE))
+        return (slice(n, min(n + ROWS_PER_TILE, n_rows)) for n in range(0, n_rows, ROWS_PER_TILE))
 
 
 class _Survey:
@@ -250,7 +250,7 @@ class _Survey:
 
 
 def reduce_table(
-    table: Table, percentile: float, gate_rule: str, k_diff: int, sparsify: bool, progress: bool = False
+    table: DensityTable, percentile: float, gate_rule: str, k_diff: int, sparsify: bool, progress: bool = False
 ) -> ConditionalDifferenceMap:
     """The map of a table; settings as for `reduce`, which checks them."""
     s, gates = table.settings, find_gates(table, percentile, gate_rule)
@@ -311,10 +311,10 @@ def _values(product: _Product, latents: Array, above: float) -> Tensor:
     return torch.from_numpy(found[product.row])
 
 
-def _variance(table: Table, latents: Array) -> Tensor:
+def _variance(table: DensityTable, latents: Array) -> Tensor:
     """Of `rho~` over all responses, [C] fp32."""
     blocks = []
-    width = max(1, ELEMENTS_A_TILE // (2 * table.n_triples))
+    width = max(1, ELEMENTS_PER_TILE // (2 * table.n_triples))
     for start in range(0, len(latents), width):
         some = latents[start : start + width]
         rho = np.concatenate([table.densities(part, some).toarray() for part in ("chosen", "rejected")])

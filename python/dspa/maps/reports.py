@@ -72,7 +72,7 @@ def top_columns(cdmap: ConditionalDifferenceMap, n: int) -> tuple[list[Column], 
 
 
 @dataclass(frozen=True)
-class Difference:
+class MapDifference:
     """Two maps of the same SAEs. settings: what their metadata say differently. columns: in the first alone, in both,
     in the second alone. correlation: Pearson's, of entries at which either is not 0. same_sign: of entries that neither
     has 0, the fraction that agrees. rows: mean Jaccard index of the `k` lowest latents of the rows that either has."""
@@ -85,7 +85,7 @@ class Difference:
     k: int
 
 
-def difference(a: ConditionalDifferenceMap, b: ConditionalDifferenceMap) -> Difference:
+def difference(a: ConditionalDifferenceMap, b: ConditionalDifferenceMap) -> MapDifference:
     """Compare two maps. Raises `MapError` for maps of other SAEs, whose latents have nothing to do with each other."""
     for name in ("sae_in", "sae_out"):
         if getattr(a.meta, name) != getattr(b.meta, name):
@@ -100,7 +100,7 @@ def difference(a: ConditionalDifferenceMap, b: ConditionalDifferenceMap) -> Diff
     either, both = (x != 0) | (y != 0), (x != 0) & (y != 0)
     k = min(a.meta.k_diff, b.meta.k_diff)
     rows = either.any(dim=1)
-    return Difference(
+    return MapDifference(
         settings={name: (one[name], other[name]) for name in one if one[name] != other[name]},
         columns=(len(mine - theirs), len(mine & theirs), len(theirs - mine)),
         correlation=float(torch.corrcoef(torch.stack((x[either], y[either])))[0, 1]),

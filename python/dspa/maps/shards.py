@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dspa.errors import MapError
-from dspa.files import read_header, read_tensors, replace, write_tensors
+from dspa.files import read_header, read_tensors, write_atomically, write_tensors
 from dspa.maps.pieces import DataRecord
 
 FORMAT = "dspa.counts.3"
@@ -151,7 +151,7 @@ class Collection:
             raise MapError(f"The folder of counts {folder} cannot be made ({error.strerror}); {advice}.") from error
         # Without a shard, nothing is lost with settings that were given up.
         if not path.exists() or not self._begun():
-            replace(path, json.dumps(asdict(settings), indent=2).encode())
+            write_atomically(path, json.dumps(asdict(settings), indent=2).encode())
         self._check(settings)
         return self
 
@@ -211,7 +211,7 @@ class Collection:
                 f"{data.n_triples} of {data.digest} now). Use another folder; of triples that were added, collect the "
                 "new ones alone and join the folders: dspa map merge."
             )
-        replace(self.folder / DATA, json.dumps(asdict(data), indent=2).encode())
+        write_atomically(self.folder / DATA, json.dumps(asdict(data), indent=2).encode())
 
     def path(self, piece: int) -> Path:
         """Where the shard of a piece is or will be."""

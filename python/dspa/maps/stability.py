@@ -17,7 +17,7 @@ from dspa.intervals import jaccard
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.maps.reduce import check_settings, reduce_table
 from dspa.maps.shards import Collection
-from dspa.maps.table import Table
+from dspa.maps.table import DensityTable
 
 SIZES = (25, 50, 100, 250, 500, 1000, 2500, 5000)
 
@@ -79,10 +79,10 @@ def stability(
             f"Sizes {list(sizes)} and {draws} draws of {len(everything)} triples, {n_prompts} of which are held out; "
             f"accepted: sizes from 1 to {len(rest)}, one draw or more, five triples or more."
         )
-    prompts = Table(collection, count_tokens, held_out.tolist()).prompt_counts()
+    prompts = DensityTable(collection, count_tokens, held_out.tolist()).prompt_counts()
 
     def of(subset: Sequence[int]) -> tuple[list[set[int]], set[int]]:
-        cdmap = reduce_table(Table(collection, count_tokens, subset), percentile, gate_rule, config.k_diff, True)
+        cdmap = reduce_table(DensityTable(collection, count_tokens, subset), percentile, gate_rule, config.k_diff, True)
         return selected(cdmap, prompts, config), set(cdmap.columns.tolist())
 
     whole, kept = of(rest.tolist())

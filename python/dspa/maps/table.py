@@ -23,7 +23,7 @@ Matrix: TypeAlias = Any  # scipy.sparse.csr_array
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 
-class Table:
+class DensityTable:
     """Densities of a subset of triples, read from shards a block of columns at a time. Rows are triples, in the order
     of the shards, the same for every part."""
 

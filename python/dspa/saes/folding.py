@@ -34,7 +34,7 @@ def content(arch: str, weights: SAEWeights, b_dec: Tensor, apply_b_dec: bool = F
     return settings, (weights.W_enc, weights.b_enc, weights.threshold, weights.W_dec, b_dec)
 
 
-def digest(content: Content) -> str:
+def weights_digest(content: Content) -> str:
     """A short fingerprint."""
     settings, tensors = content
     sha = hashlib.sha256(repr((settings, [list(tensor.shape) for tensor in tensors])).encode())

@@ -134,7 +134,7 @@ def write_sae_lens(folder: Path, sae: SourceSAE) -> None:
     (folder / SAE_LENS_CONFIG).write_text(json.dumps(cfg, indent=2) + "\n", encoding="utf-8")
 
 
-def layer_of(name: str, hook: str) -> int:
+def layer_of_hook(name: str, hook: str) -> int:
     """The decoder layer whose output is the residual stream at `hook`, as SAE `name` calls its place.
 
     `hook_resid_pre` of a block is the output of the layer before it. Errors: `SAEError` for any other place.
@@ -182,7 +182,7 @@ def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Ten
         arch=arch,
         tensors=dict(tensors),
         k=cfg.get("k", _section(name, cfg, "activation_fn_kwargs", {}).get("k")) if arch == "topk" else None,
-        layer=None if hook is None else layer_of(name, str(hook)),
+        layer=None if hook is None else layer_of_hook(name, str(hook)),
         model_name=metadata.get("model_name"),
         apply_b_dec_to_input=bool(cfg.get("apply_b_dec_to_input", True)),
         normalize_activations="expected_average_only_in" if normalize is True else normalize,
@@ -276,7 +276,7 @@ def _learned_threshold(file: Path, threshold: Tensor, b_enc: Tensor) -> Tensor:
 
 def _dictionary_layer(config: Path, trainer: Mapping[str, Any]) -> int | None:
     place = trainer.get("submodule_name")
-    named = None if place is None else layer_of(str(config), str(place))
+    named = None if place is None else layer_of_hook(str(config), str(place))
     layer: int | None = _agreed(config, "layer", named, trainer.get("layer"))
     return layer
 

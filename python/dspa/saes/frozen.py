@@ -17,10 +17,10 @@ from dspa.saes.folding import (
     check_arguments,
     check_values,
     content,
-    digest,
     fold,
     full_dtype,
     ungated,
+    weights_digest,
 )
 from dspa.saes.formats import RECORD, SourceSAE, read_sae, sae_lens_source, write_sae_lens
 from dspa_kernels import SAEWeights
@@ -229,7 +229,7 @@ class FrozenSAE:
             normalize_activations=self.weights.normalize,
             record={
                 "fingerprint": self.fingerprint,
-                "weights": digest(content(self.arch, self.weights, self.b_dec)),
+                "weights": weights_digest(content(self.arch, self.weights, self.b_dec)),
                 "folded": self.folded,
             },
         )
@@ -315,7 +315,7 @@ class FrozenSAE:
         or converted; computed when first asked for.
         """
         if self._source is not None:
-            self._fingerprint, self._source = digest(self._source), None
+            self._fingerprint, self._source = weights_digest(self._source), None
         return self._fingerprint
 
     @property

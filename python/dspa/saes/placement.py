@@ -18,14 +18,14 @@ def check_saes(
     """
     for name, sae in (("sae_in", sae_in), ("sae_out", sae_out)):
         check_sae(name, sae, model, n_layers, called)
-    if layer_of(sae_in) >= layer_of(sae_out):
+    if required_layer(sae_in) >= required_layer(sae_out):
         raise ModelError(
             f"The input SAE sits at layer {sae_in.layer} and the output SAE at layer {sae_out.layer}. The input SAE "
             "has to come first, since a prompt is read before it is steered."
         )
 
 
-def layer_of(sae: FrozenSAE) -> int:
+def required_layer(sae: FrozenSAE) -> int:
     """The layer of an SAE that has to say one."""
     if sae.layer is None:
         raise ModelError(f"{sae!r} does not say its layer. Load it with FrozenSAE.load(path, layer=...).")
@@ -34,7 +34,7 @@ def layer_of(sae: FrozenSAE) -> int:
 
 def check_sae(name: str, sae: FrozenSAE, model: nn.Module, n_layers: int, called: str | None) -> None:
     """Raise unless the SAE can sit at its layer of `model`."""
-    if not 0 <= layer_of(sae) < n_layers:
+    if not 0 <= required_layer(sae) < n_layers:
         raise ModelError(f"`{name}` sits at layer {sae.layer}; accepted: 0 to {n_layers - 1}, the model's layers.")
     check_made_for(name, sae, model, called)
 

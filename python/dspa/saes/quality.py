@@ -10,7 +10,7 @@ from torch import Tensor
 from dspa.saes.frozen import FrozenSAE
 
 # Latents that are held at once where an SAE is looked at.
-LATENTS_A_BLOCK = 1 << 24
+LATENTS_PER_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def evaluate_sae(sae: FrozenSAE, rows: Tensor) -> Quality:
     active = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.device)
     mean = rows.double().mean(dim=0)
     error = variance = 0.0
-    for block in rows.split(max(1, LATENTS_A_BLOCK // sae.d_sae)):
+    for block in rows.split(max(1, LATENTS_PER_BLOCK // sae.d_sae)):
         f = sae.encode(block)
         error += float((sae.decode(f, like=block).double() - block.double()).square().sum())
         variance += float((block.double() - mean).square().sum())

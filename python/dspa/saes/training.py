@@ -26,7 +26,7 @@ from dspa.models.layers import model_name as name_of
 from dspa.saes.activations import Activations, Position
 from dspa.saes.batchtopk import begin_threshold, jumprelu, new_sae, started_sae
 from dspa.saes.frozen import FrozenSAE
-from dspa.saes.placement import check_made_for, layer_of
+from dspa.saes.placement import check_made_for, required_layer
 from dspa.saes.quality import Quality, evaluate_sae
 from dspa.training_folder import TrainingFolder
 
@@ -34,7 +34,7 @@ REPORTS = 100
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class SAETrainingConfig:
     """How to train.
 
     Attributes:
@@ -93,7 +93,7 @@ def train_sae(
     *,
     d_sae: int,
     k: float = 64,
-    config: TrainingConfig | None = None,
+    config: SAETrainingConfig | None = None,
     progress: bool = True,
     layers: str | None = None,
     model_name: str | None = None,
@@ -129,7 +129,7 @@ def finetune_sae(
     out: str | Path,
     *,
     k: float | None = None,
-    config: TrainingConfig | None = None,
+    config: SAETrainingConfig | None = None,
     progress: bool = True,
     layers: str | None = None,
     model_name: str | None = None,
@@ -146,7 +146,7 @@ def finetune_sae(
     if k is not None:
         _check_k(k, sae.d_sae)
     job = _prepare(
-        model, tokenizer, texts, layer_of(sae), out, config, layers, model_name, d_sae=sae.d_sae, k=k, start=sae
+        model, tokenizer, texts, required_layer(sae), out, config, layers, model_name, d_sae=sae.d_sae, k=k, start=sae
     )
     start = sae.to(job.held_out.device, torch.float32)
     k = evaluate_sae(start, job.sample).l0 if k is None else k
@@ -175,7 +175,7 @@ class _Job:
     mean norm of sqrt(d_in), in which a rate means the same for any model.
     """
 
-    config: TrainingConfig
+    config: SAETrainingConfig
     folder: TrainingFolder
     batches: Callable[[Position | None], Iterator[tuple[Position, Tensor]]]
     held_out: Tensor
@@ -205,7 +205,7 @@ def _prepare(
     texts: TextFile | str | Path,
     layer: int,
     out: str | Path,
-    config: TrainingConfig | None,
+    config: SAETrainingConfig | None,
     layers: str | None,
     model_name: str | None,
     *,
@@ -216,7 +216,7 @@ def _prepare(
     """Check everything, claim the folder, and read the first rows."""
     if find_spec("sae_lens") is None:
         raise RuntimeError('Training an SAE needs sae-lens: pip install "dspa-kernels[saelens]".')
-    config, inner, folder = config or TrainingConfig(), base_model(model), TrainingFolder(Path(out))
+    config, inner, folder = config or SAETrainingConfig(), base_model(model), TrainingFolder(Path(out))
     called = model_name or name_of(inner)
     _check_model(inner, layer, layers, start, called)
     folder.check()
@@ -308,7 +308,7 @@ def _fit(job: _Job, sae: Any, before: Quality | None, progress: bool) -> FrozenS
     return FrozenSAE.load(job.folder.path, device=job.held_out.device)
 
 
-def _trainer(config: TrainingConfig, sae: Any) -> Any:
+def _trainer(config: SAETrainingConfig, sae: Any) -> Any:
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 

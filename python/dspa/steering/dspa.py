@@ -27,7 +27,7 @@ from dspa.models.layers import model_name as name_of
 from dspa.models.prompts import Prompts
 from dspa.models.reading import READING, cache_in, hidden, read_layers
 from dspa.saes.frozen import FrozenSAE
-from dspa.saes.placement import check_saes, layer_of
+from dspa.saes.placement import check_saes, required_layer
 from dspa.steering.trace import Trace
 from dspa_kernels import (
     PATHS,
@@ -114,7 +114,7 @@ class Steering(Attachable, nn.Module):
         self.plan: SteeringPlan | None = None
         self.trace = Trace()
         self._weights = MapWeights.gather(cdmap.columns, cdmap.values, sae_out.weights)
-        self._stream = self._read()
+        self._stream = self._encoder_stream()
         self._attachment: Attachment | None = None
         self._undo: list[Callable[[], None]] = []
         self._starts: Tensor | None = None
@@ -159,11 +159,11 @@ class Steering(Attachable, nn.Module):
         self.sae_in, self.sae_out = self.sae_in.to(device_in), self.sae_out.to(device_out)
         self._weights, self.cdmap = self._weights.to(device_out), self.cdmap.to(device_out)
         if moves:
-            self._stream = self._read()
+            self._stream = self._encoder_stream()
         with torch.inference_mode(False):
             self._paths = self._paths.to(device_out)
 
-    def _read(self) -> EncoderStream:
+    def _encoder_stream(self) -> EncoderStream:
         """The output SAE's encoder as it is read for a largest latent: anew wherever it is, to share what it can."""
         mean = self.cdmap.mean if len(self.cdmap.mean) else None
         return EncoderStream.of(
@@ -193,19 +193,19 @@ class Steering(Attachable, nn.Module):
         taken = [each for each in attachment.steerings if isinstance(each, Steering)]
         if any(each.sae_out.layer == self.sae_out.layer for each in taken):
             raise ModelError(f"Layer {self.sae_out.layer} of this model is steered already: dspa.detach(model) first.")
-        self._place(*(device_of(stack[layer_of(sae)]) for sae in (self.sae_in, self.sae_out)))
+        self._place(*(device_of(stack[required_layer(sae)]) for sae in (self.sae_in, self.sae_out)))
         # A graph compiled for an earlier Steering must not be found again, so the keywords are new each time.
-        self._hold_still()
+        self._mark_static_addresses()
         serial = next(self._serial)
         self._keys = {name: f"dspa_{serial}_{name}" for name in ("slots", "signs", "start", "rows")}
         self._undo = [attachment.add(self)]
         self._attachment, self._layers = attachment, layers
-        edit = stack[layer_of(self.sae_out)].register_forward_hook(self._edit, prepend=True, with_kwargs=True)
+        edit = stack[required_layer(self.sae_out)].register_forward_hook(self._edit, prepend=True, with_kwargs=True)
         plan = inner.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
         self._undo += [edit.remove, plan.remove]
         return self
 
-    def _hold_still(self) -> None:
+    def _mark_static_addresses(self) -> None:
         """Tell compiled graphs that these tensors stay where they are: a CUDA graph need not copy them."""
         tensors = (*self._stream.arguments().values(), *self._weights.latents().values(), self._paths)
         for tensor in tensors:
@@ -243,7 +243,7 @@ class Steering(Attachable, nn.Module):
 
     def begin(self, prompts: Prompts) -> dict[str, Tensor]:
         """Choose each prompt's latents; the plan as keyword tensors of one row a prompt."""
-        plan = self._choose(prompts)
+        plan = self._plan_prompts(prompts)
         last = prompts.last_position
         start = {"response": last, "generated": last + 1, "all": torch.zeros_like(last)}[self.config.positions]
         return dict(zip(self.keywords, (plan.slots, plan.signs, start), strict=True))
@@ -267,11 +267,11 @@ class Steering(Attachable, nn.Module):
                 f"{NOT_FINITE}"
             )
 
-    def _choose(self, prompts: Prompts) -> SteeringPlan:
+    def _plan_prompts(self, prompts: Prompts) -> SteeringPlan:
         """Count the prompt's active latents at `l_in` and look their map rows up (steps 1 to 3)."""
         assert self._attachment is not None
         check_eval(self._attachment.model)
-        l_in = layer_of(self.sae_in)
+        l_in = required_layer(self.sae_in)
         h = read_layers(
             self._attachment.model,
             [l_in],
@@ -337,7 +337,7 @@ class Steering(Attachable, nn.Module):
             raise ModelError("A row has no prompt token before its response. Steering selects from a prompt.")
         length = int(start.max())
         positions = column[None].expand(shape) if positions is None else positions.expand(shape)
-        plan = self._choose(Prompts({name: whole[:, :length]}, in_prompt[:, :length], positions[:, :length]))
+        plan = self._plan_prompts(Prompts({name: whole[:, :length]}, in_prompt[:, :length], positions[:, :length]))
         first = {"response": start - 1, "generated": start, "all": torch.zeros_like(start)}[self.config.positions]
         row = torch.arange(shape[0], device=device, dtype=torch.int32)[:, None]
         rows = torch.where(mask & (column >= first[:, None]), row, -1)
