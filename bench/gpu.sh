@@ -72,7 +72,7 @@ check() {
     local workers=()
     $PYTHON -c 'import xdist' 2>/dev/null && workers=(-n 8)
     run check-kernels $PYTHON -m pytest -q "${workers[@]}" tests/kernels --junitxml="$out/check-kernels.xml" "$@"
-    run check-gpu $PYTHON -m pytest -q -m gpu tests/dspa/test_gpu.py tests/dspa/test_saes.py --junitxml="$out/check-gpu.xml" "$@"
+    run check-gpu $PYTHON -m pytest -q -m gpu tests/dspa/steering/test_gpu.py tests/dspa/saes/test_frozen.py --junitxml="$out/check-gpu.xml" "$@"
     run check-ops $PYTHON -m bench.checks.every_kernel
 }
 

@@ -17,8 +17,8 @@ from dspa.fsrl.config import ACTIVATIONS
 from dspa.models.layers import decoder_layers
 from dspa.models.reading import read_layers
 
-from .conftest import D_IN, D_SAE_OUT, FAMILIES, L_OUT, make_map, make_model, make_sae
-from .test_steering_generate import PROMPTS, compiled_decoding, new_tokens, padded
+from ..conftest import D_IN, D_SAE_OUT, FAMILIES, L_OUT, make_map, make_model, make_sae
+from ..steering.test_generate import PROMPTS, compiled_decoding, new_tokens, padded
 
 N_NEW = 6
 

@@ -28,8 +28,8 @@ from dspa.maps import pieces
 from dspa.maps.merge import merge
 from dspa.maps.shards import COUNTED, DATA, FORMAT, MANIFEST, NAMES, Collection, Counts
 
-from .conftest import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_sae
-from .counts import (
+from ..conftest import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_sae
+from ..support.counts import (
     PASSES,
     Calls,
     Case,

@@ -26,7 +26,7 @@ from dspa.maps.collect import collect
 from dspa.maps.pieces import DataRecord
 from dspa.maps.shards import COUNTED, PARTS, ROW_QUANTUM, Collection, CollectSettings, Counts, Shard
 
-from .conftest import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, VOCAB, make_model, make_sae
+from ..conftest import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, VOCAB, make_model, make_sae
 
 BOS, EOS = 1, 2
 SPECIAL = (0, BOS, EOS)

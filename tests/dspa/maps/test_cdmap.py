@@ -24,9 +24,9 @@ from dspa.config import SCORINGS
 from dspa.maps.cdmap import EARLIER, FORMAT, FORMATS, TENSORS
 from dspa.maps.collect import collect
 
-from .conftest import L_OUT, VOCAB, make_map, make_sae
-from .counts import D_IN, D_OUT, as_collection, draw, naive, same_bits
-from .test_reduction import BAD_SETTINGS
+from ..conftest import L_OUT, VOCAB, make_map, make_sae
+from ..support.counts import D_IN, D_OUT, as_collection, draw, naive, same_bits
+from .test_reduce import BAD_SETTINGS
 
 # Scores and plans
 

@@ -29,8 +29,8 @@ from dspa.fsrl import (
 )
 from dspa.fsrl.ablations import MaskEffect
 
-from .conftest import D_SAE_OUT, L_OUT, make_model, make_sae
-from .fsrl_world import TRIPLES, acting_adapter, ending_tokenizer, hidden_states
+from ..conftest import D_SAE_OUT, L_OUT, make_model, make_sae
+from ..support.adapters import TRIPLES, acting_adapter, ending_tokenizer, hidden_states
 
 UNUSED = 20
 

@@ -12,8 +12,8 @@ from transformers.generation.configuration_utils import CompileConfig
 import dspa
 from dspa.models.layers import decoder_layers
 
-from .conftest import FAMILIES, cache_names, make_map, make_model, make_sae
-from .plain import Plain
+from ..conftest import FAMILIES, cache_names, make_map, make_model, make_sae
+from ..support.plain import Plain
 
 N_NEW = 6
 CONFIG = dspa.SteeringConfig(alpha=0.6, k_diff=8, k_prompt=12, mode="both")

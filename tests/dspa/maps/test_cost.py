@@ -17,8 +17,8 @@ from dspa.cli import main
 from dspa.maps import counting
 from dspa.maps.cost import PUBLISHED, Geometry, Tokens, rahf_scit, shared_prompt, three_passes
 
-from .conftest import make_sae
-from .tokens import ENGLISH, word_tokenizer
+from ..conftest import make_sae
+from ..tokens import ENGLISH, word_tokenizer
 
 VOCABULARY = 128
 

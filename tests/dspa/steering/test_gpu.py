@@ -8,8 +8,8 @@ import torch
 import dspa
 from dspa.fsrl.config import ACTIVATIONS
 
-from .conftest import make_model
-from .test_fsrl_adapter import make_adapter
+from ..conftest import make_model
+from ..fsrl.test_adapter import make_adapter
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,7 +64,7 @@ def gradients_of(adapter, model):
 def test_the_counts_of_the_cpu(family):
     """In fp32, whose rounding is less than the data's distance from every threshold."""
     pytest.importorskip("scipy", reason="scipy is not installed")
-    from .counts import make_case, tables
+    from ..support.counts import make_case, tables
 
     case = make_case(family)
     wanted = tables(case.collect())

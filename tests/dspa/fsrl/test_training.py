@@ -35,8 +35,8 @@ from dspa.fsrl import (
 )
 from dspa.training_folder import TrainingFolder
 
-from .conftest import D_SAE_OUT, L_OUT, make_model, make_sae
-from .tokens import ENGLISH, word_tokenizer
+from ..conftest import D_SAE_OUT, L_OUT, make_model, make_sae
+from ..tokens import ENGLISH, word_tokenizer
 
 pytest.importorskip("trl")
 

@@ -16,9 +16,9 @@ from dspa.models.layers import decoder_layers
 from dspa.steering.dspa import COUNTED
 from dspa_kernels import PATHS
 
-from .conftest import D_IN, D_SAE_OUT, L_OUT, make_map, make_model, make_sae, with_tensors
-from .plain import Plain
-from .test_steering_generate import MODES, N_NEW, PROMPTS, compiled_decoding, new_tokens, padded
+from ..conftest import D_IN, D_SAE_OUT, L_OUT, make_map, make_model, make_sae, with_tensors
+from ..support.plain import Plain
+from .test_generate import MODES, N_NEW, PROMPTS, compiled_decoding, new_tokens, padded
 
 SETTINGS = {"max_new_tokens": N_NEW, "do_sample": False}
 # Residual rows of one such call: the padded prompts, then a row a token; of the prompts, their last tokens are steered.

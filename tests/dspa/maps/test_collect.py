@@ -25,8 +25,8 @@ from dspa.maps.reduce import _calibration
 from dspa.maps.shards import PARTS, ROW_QUANTUM, Collection
 from dspa.models.layers import decoder_layers
 
-from .conftest import D_IN, D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_model, make_sae
-from .counts import (
+from ..conftest import D_IN, D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_model, make_sae
+from ..support.counts import (
     BOS,
     PASSES,
     SPECIAL,

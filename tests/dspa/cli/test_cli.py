@@ -11,8 +11,8 @@ from dspa.cli import main
 from dspa.cli.loading import device_named, triple_source
 from dspa.maps.cdmap import ConditionalDifferenceMap
 
-from .conftest import L_IN, L_OUT, make_model, make_sae
-from .tokens import ENGLISH, word_tokenizer
+from ..conftest import L_IN, L_OUT, make_model, make_sae
+from ..tokens import ENGLISH, word_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from dspa.maps.reduce import _blocks, _percentile, _Product, find_gates
 from dspa.maps.table import QUANTUM, DensityTable
 from dspa.version import __version__
 
-from .conftest import L_IN, L_OUT
-from .counts import D_IN, D_OUT, DYADIC, ODD, as_collection, draw, fractions, naive, rows_of, same_bits
+from ..conftest import L_IN, L_OUT
+from ..support.counts import D_IN, D_OUT, DYADIC, ODD, as_collection, draw, fractions, naive, rows_of, same_bits
 
 
 def check(cdmap: ConditionalDifferenceMap, gates: np.ndarray, A: np.ndarray, exact: bool) -> None:

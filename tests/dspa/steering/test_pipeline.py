@@ -7,8 +7,8 @@ from transformers import pipeline
 import dspa
 from dspa.models.layers import decoder_layers
 
-from .plain import Plain
-from .tokens import word_tokenizer
+from ..support.plain import Plain
+from ..tokens import word_tokenizer
 
 
 def test_pipeline(model, sae_in, sae_out, cdmap):

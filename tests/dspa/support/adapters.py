@@ -10,8 +10,8 @@ from dspa.fsrl import FSRLAdapter
 from dspa.models.reading import read_layers
 from dspa.saes.frozen import FrozenSAE
 
-from .conftest import D_SAE_OUT, L_OUT, make_sae
-from .tokens import ENGLISH, word_tokenizer
+from ..conftest import D_SAE_OUT, L_OUT, make_sae
+from ..tokens import ENGLISH, word_tokenizer
 
 END = "bird"
 

@@ -11,7 +11,7 @@ import torch
 import dspa
 from dspa_kernels.cuda_library import EMULATED
 
-from .conftest import make_model
+from ..conftest import make_model
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="with a CUDA device, test_gpu.py steers on it")
 # What of an edit may round.

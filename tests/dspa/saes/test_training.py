@@ -19,12 +19,12 @@ from dspa.saes.frozen import FrozenSAE
 from dspa.saes.quality import evaluate_sae
 from dspa.saes.training import SAETrainingConfig, finetune_sae, read_qualities, train_sae
 
-from .conftest import D_IN, make_model, make_sae
-from .tokens import ENGLISH, word_tokenizer
+from ..conftest import D_IN, make_model, make_sae
+from ..tokens import ENGLISH, word_tokenizer
 
 pytest.importorskip("sae_lens")
 
-ASSETS = Path(__file__).parents[2] / "python" / "dspa" / "demo" / "assets"
+ASSETS = Path(__file__).parents[3] / "python" / "dspa" / "demo" / "assets"
 LAYER = 2
 D_SAE = 96
 TINY = SAETrainingConfig(
