@@ -1,117 +1,14 @@
-"""Small real models, SAEs and maps, made on the spot."""
+"""SAEs, a map of them and models, made on the spot."""
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma2Model, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import PreTrainedModel
 
-from dspa.maps.cdmap import TENSORS, ConditionalDifferenceMap, MapMeta
+from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.saes.frozen import FrozenSAE
-
-D_IN, D_SAE_IN, D_SAE_OUT, VOCAB = 48, 96, 128, 61
-L_IN, L_OUT = 1, 2
-# Sizes by their names in each family's configuration.
-COMMON = {
-    "vocab_size": VOCAB,
-    "hidden_size": D_IN,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-GPT2 = {"vocab_size": VOCAB, "n_embd": D_IN, "n_layer": 4, "n_head": 4, "n_positions": 128} | {
-    name: COMMON[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")
-}
-FAMILIES = {
-    "gemma2": COMMON | {"sliding_window": 16, "query_pre_attn_scalar": 12},
-    "qwen3": COMMON,
-    "llama": COMMON,
-    "mistral": COMMON | {"sliding_window": None},
-    "gemma": COMMON,
-    "gemma3_text": COMMON | {"sliding_window": 16, "query_pre_attn_scalar": 12},
-    "qwen2": {name: value for name, value in COMMON.items() if name != "head_dim"},
-    "gpt2": GPT2,
-    "gpt_neox": {n: v for n, v in COMMON.items() if n not in ("num_key_value_heads", "head_dim")},
-}
-
-
-def cache_names() -> list[str]:
-    """What a key/value cache can be called in a call of this version's models."""
-    takes = inspect.signature(Gemma2Model.forward).parameters
-    return ["past_key_values", *(["cache"] if "cache" in takes else [])]
-
-
-def make_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A model with random weights, large enough that tokens are told apart by a wide margin."""
-    torch.manual_seed(seed)
-    config = CONFIG_MAPPING[family](**FAMILIES[family], initializer_range=0.2)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-
-
-def make_sae(layer: int, d_sae: int, *, d_in: int = D_IN, seed: int = 0, **kwargs: object) -> FrozenSAE:
-    """A JumpReLU SAE with random weights, of which about a tenth is active on a normalised residual."""
-    g = torch.Generator().manual_seed(seed)
-    W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=g), dim=1)
-    return FrozenSAE(
-        "jumprelu",
-        W_enc=W_dec.T.clone(),
-        b_enc=0.05 * torch.randn(d_sae, generator=g),
-        W_dec=W_dec,
-        threshold=0.2 + torch.rand(d_sae, generator=g),
-        layer=layer,
-        **kwargs,
-    )
-
-
-def make_map(
-    sae_in: FrozenSAE, sae_out: FrozenSAE, *, n_columns: int = 40, seed: int = 0, n_triples: int = 50
-) -> ConditionalDifferenceMap:
-    """A map with random entries in some of its columns."""
-    g = torch.Generator().manual_seed(seed)
-    columns = torch.randperm(sae_out.d_sae, generator=g)[:n_columns].sort().values.to(torch.int32)
-    gates = torch.randint(0, 256, (sae_in.d_sae, -(-n_triples // 8)), generator=g, dtype=torch.uint8)
-    meta = MapMeta(
-        sae_in=sae_in.fingerprint,
-        sae_out=sae_out.fingerprint,
-        model_name="",
-        layer_in=sae_in.layer,
-        layer_out=sae_out.layer,
-        d_sae_in=sae_in.d_sae,
-        d_sae_out=sae_out.d_sae,
-        n_triples=n_triples,
-        n_cut=0,
-        count_tokens="all",
-        max_length=128,
-        percentile=90.0,
-        gate_rule="published",
-        k_diff=16,
-        sparsify=True,
-        package="0",
-    )
-    return ConditionalDifferenceMap(
-        columns,
-        torch.randn(sae_in.d_sae, n_columns, generator=g),
-        n_open=torch.full((sae_in.d_sae,), n_triples // 2, dtype=torch.int32),
-        variance=0.1 + torch.rand(n_columns, generator=g),
-        gate_latents=torch.arange(sae_in.d_sae, dtype=torch.int32),
-        gates=gates,
-        meta=meta,
-    )
-
-
-def with_tensors(cdmap: ConditionalDifferenceMap, **tensors: Tensor) -> ConditionalDifferenceMap:
-    """The map with some of its tensors replaced."""
-    return ConditionalDifferenceMap(**{name: getattr(cdmap, name) for name in TENSORS} | tensors, meta=cdmap.meta)
+from dspa.testing import D_IN, D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_map, make_model, make_sae, with_tensors
 
 
 @pytest.fixture(scope="session")

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dspa import collect, distributed, reduce
 from dspa.distributed import Team
+from dspa.testing import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_model, make_sae, make_tokenizer
 
-from .conftest import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_model, make_sae
-from .support.counts import SEED, as_rows, make_ids, make_tokenizer, shards, write_lines
+from .support.counts import SEED, as_rows, make_ids, shards, write_lines
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 # Eight triples are eight pieces.

@@ -15,8 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dspa.evaluate.responses import Response, batches, log_probabilities
-from dspa.fsrl.adapter import FSRLAdapter
-from dspa.models.attachment import check_attached
+from dspa.models.attachment import Attachable
 from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of
 
 Values: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
@@ -80,7 +79,7 @@ class Coherence:
 def compare_texts(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    adapter: FSRLAdapter,
+    adapter: Attachable,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 200,
@@ -105,7 +104,7 @@ def compare_texts(
     """
     inner = base_model(model)
     check_eval(inner)
-    check_attached(inner, adapter)
+    adapter.check_attached(inner)
     if len(prompts) < 2 or not all(prompts):
         raise ValueError(f"`prompts` are {len(prompts)}; accepted: two or more for an interval, none of them empty.")
     context, needed = context_length(inner), max(map(len, prompts)) + max_new_tokens

@@ -17,7 +17,6 @@ from dspa.evaluate.responses import Response
 from dspa.evaluate.scores import Scores, score_responses
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.usage import Usage
-from dspa.models.attachment import check_attached
 
 FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 METRICS = ("loss", "accuracy", "win_rate")
@@ -85,7 +84,7 @@ def fraction_curve(
     Raises:
         ModelError: an adapter that is not attached to the model. ValueError: a fraction outside 0 to 1.
     """
-    check_attached(model, adapter)
+    adapter.check_attached(model)
     wrong = [fraction for fraction in fractions if not 0 <= fraction <= 1]
     if wrong or not fractions:
         raise ValueError(f"`fractions` are {list(fractions)}; accepted: one or more numbers from 0 to 1.")
@@ -180,7 +179,7 @@ def mask_effect(
         ModelError: an adapter that is not attached to the model.
         ValueError: no latents, latents that the SAE does not have or of which none is moved; fewer than 2 sets.
     """
-    check_attached(model, adapter)
+    adapter.check_attached(model)
     used = usage.ranked
     given = _moved(latents, adapter.sae.d_sae, used)
     if n_random < 2:

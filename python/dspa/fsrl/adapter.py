@@ -18,7 +18,6 @@ from dspa.files import checksum, read_tensors, write_atomically, write_tensors
 from dspa.fsrl.config import FSRLConfig
 from dspa.models.attachment import Attachable, Attachment
 from dspa.models.layers import base_model, decoder_layers, device_of
-from dspa.models.prompts import Prompts
 from dspa.models.reading import forget_graphs, hidden
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_sae, required_layer
@@ -76,10 +75,7 @@ class FSRLAdapter(Attachable, nn.Module):
             self.threshold = nn.Parameter(thresholds)
         elif self.config.activation == "jumprelu":
             self.log_threshold = nn.Parameter(thresholds.log())
-        self._undo: list[Callable[[], None]] = []
-        self._attachment: Attachment | None = None
         self._moves: Moves | None = None
-        self._enabled = True
         self._ran = False
         self._cast: Tensor | None = None
         self._cast_version = 0
@@ -200,13 +196,12 @@ class FSRLAdapter(Attachable, nn.Module):
         stack = decoder_layers(inner, layers)
         check_sae("sae", self.sae, inner, len(stack), model_name)
         attachment = Attachment.of(inner)
-        taken = [each for each in attachment.steerings if isinstance(each, FSRLAdapter)]
+        taken = [each for each in attachment.attached if isinstance(each, FSRLAdapter)]
         if any(each.sae.layer == self.sae.layer for each in taken):
             raise ModelError(f"Layer {self.sae.layer} of this model has an adapter already: dspa.detach(model) first.")
         layer = stack[required_layer(self.sae)]
         self.to(device_of(layer))
-        self._undo = [attachment.add(self), layer.register_forward_hook(self._edit, prepend=True).remove]
-        self._attachment = attachment
+        self._attached_to(attachment, layer.register_forward_hook(self._edit, prepend=True).remove)
         forget_graphs()
         return self
 
@@ -215,15 +210,6 @@ class FSRLAdapter(Attachable, nn.Module):
         if self._attachment is not None:
             forget_graphs()
         super().detach()
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Leave residuals as they are for a while: what runs is the base model."""
-        before, self._enabled = self._enabled, False
-        try:
-            yield
-        finally:
-            self._enabled = before
 
     @contextmanager
     def recording(self) -> Iterator[Moves]:
@@ -236,17 +222,12 @@ class FSRLAdapter(Attachable, nn.Module):
 
     def _edit(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         self._ran = True
-        if not self._enabled:
+        if not self.enabled:
             return None
         steered = self(hidden(output))
         return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
     # What an `Attachment` asks
-
-    @property
-    def keywords(self) -> tuple[str, ...]:
-        """None: every token is treated alike."""
-        return ()
 
     @property
     def unsaved(self) -> str:
@@ -256,17 +237,12 @@ class FSRLAdapter(Attachable, nn.Module):
             "adapter.save(folder), and detach() it before the model is saved."
         )
 
-    def begin(self, _prompts: Prompts) -> dict[str, Tensor]:
-        """No plan: every token is treated alike."""
-        return {}
-
-    def progress(self) -> tuple[int, int]:
-        """Forget that the hook ran before; nothing is counted."""
+    def before_call(self) -> None:
+        """Forget that the hook ran before."""
         self._ran = False
-        return 0, 0
 
-    def finish(self, _before: tuple[int, int]) -> None:
-        """Raise if the hook did not run."""
+    def after_call(self, _token: None) -> None:
+        """Raise `ModelError` if the hook did not run."""
         if not self._ran:
             raise ModelError(
                 f"The hook at layer {self.sae.layer} did not run, so the adapter moved nothing: this generate() "

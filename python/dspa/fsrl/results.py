@@ -14,7 +14,6 @@ from dspa.data.triples import Triple
 from dspa.evaluate.responses import Response, batches, responses_of
 from dspa.evaluate.scores import score_responses
 from dspa.fsrl.adapter import FSRLAdapter, Moves
-from dspa.models.attachment import check_attached
 from dspa.models.layers import CausalLM
 
 # Of the passes, whose order is known only with it.
@@ -47,7 +46,7 @@ def held_out(
     """The figures of a model in evaluation mode, to which `adapter` is attached if it is given. The other arguments
     are those of `score_triples`, and so is what is raised."""
     if adapter is not None:
-        check_attached(model, adapter)
+        adapter.check_attached(model)
     responses = responses_of(model, tokenizer, triples, max_length)
     with nullcontext(Moves()) if adapter is None else adapter.recording() as moves:
         scores = score_responses(model, responses, batch_tokens=BATCH_TOKENS, **scoring)

@@ -11,119 +11,37 @@ from __future__ import annotations
 
 import functools
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from dspa.errors import ModelError
-from dspa.fsrl.adapter import FSRLAdapter
 from dspa.models.layers import CausalLM, base_model
 from dspa.models.prompts import Prompts, generate_prompts
 
 ATTRIBUTE = "_dspa_attachment"
 
 
-class Steers(Protocol):
-    """What can be attached to a model."""
+class Attachable(ABC):
+    """Something attached to one model at a time, until it is detached or a `with` block ends.
 
-    @property
-    def keywords(self) -> tuple[str, ...]:
-        """Names under which the plans travel, different for everything attached at one time; none without plans."""
+    A subclass registers its hooks in `attach()`, which ends with `_attached_to()`, and overrides what it needs of
+    `keywords`, `keyword_tensors`, `before_call`, `after_call` and `unsaved`. Its hooks do nothing where `enabled` is
+    False.
+    """
 
-    @property
-    def unsaved(self) -> str:
-        """What `save_pretrained` would lose, and what to do about it; empty for nothing."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled = True
+        self._attachment: Attachment | None = None
+        self._undo: list[Callable[[], None]] = []
 
-    def begin(self, prompts: Prompts) -> dict[str, Tensor]:
-        """The keyword tensors, one row a prompt."""
-
-    def progress(self) -> tuple[int, int]:
-        """Rows of hidden states seen so far, and of those that were to be steered the ones that were not finite."""
-
-    def finish(self, before: tuple[int, int]) -> None:
-        """Raise if the call that began at `before` was not steered as it should be."""
-
-    def detach(self) -> None:
-        """Leave the model as it was."""
-
-
-class Attachment:
-    """Everything attached to one model, and the `generate()` that carries its plans."""
-
-    def __init__(self, model: CausalLM) -> None:
-        self.model = model
-        self.steerings: list[Steers] = []
-        self._undo = ExitStack()
-
-    @classmethod
-    def of(cls, model: CausalLM) -> Attachment:
-        """The attachment of `model`, a new one if it has none."""
-        found = model.__dict__.get(ATTRIBUTE)
-        return found if isinstance(found, Attachment) else cls(model)
-
-    def add(self, steering: Steers) -> Callable[[], None]:
-        """Carry the plans of `steering` from now on; returns what ends that."""
-        self._set([*self.steerings, steering])
-        return lambda: self._set([each for each in self.steerings if each is not steering])
-
-    def __deepcopy__(self, _memo: object) -> Attachment:
-        raise ModelError("A steered model cannot be copied: its generate() would be the original's. detach() first.")
-
-    def _set(self, steerings: list[Steers]) -> None:
-        """Override the model's methods for these steerings, and for none leave it as it was."""
-        self._undo.close()
-        self.steerings = steerings
-        if not steerings:
-            return
-        self._undo.enter_context(accepting(self.model, self._keywords()))
-        self._undo.enter_context(overridden(self.model, "generate", self._generate(self.model.generate)))
-        unsaved = " ".join(each.unsaved for each in steerings if each.unsaved)
-        if unsaved:
-            self._undo.enter_context(overridden(self.model, "save_pretrained", functools.partial(_refuse, unsaved)))
-        setattr(self.model, ATTRIBUTE, self)
-        self._undo.callback(delattr, self.model, ATTRIBUTE)
-
-    def _keywords(self) -> list[str]:
-        return [name for steering in self.steerings for name in steering.keywords]
-
-    def _generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-            names = self._keywords()
-            if any(name in kwargs for name in names):  # a call that `generate()` makes of itself
-                return original(inputs, *args, **kwargs)
-            began = [(steering, steering.progress()) for steering in self.steerings]
-            plans = self._plans(inputs, args, kwargs) if names else {}
-            assistant = kwargs.get("assistant_model")
-            with accepting(assistant, names) if assistant is not None else nullcontext():
-                result = original(inputs, *args, **kwargs, **plans)
-            for steering, before in began:
-                if steering not in self.steerings:
-                    name = type(steering).__name__
-                    raise ModelError(f"A {name} was detached while generate() ran: the end of its text is unsteered.")
-                steering.finish(before)
-            return result
-
-        return generate
-
-    def _plans(self, inputs: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        prompts = generate_prompts(self.model, inputs, args, kwargs)
-        return {name: row for steering in self.steerings for name, row in steering.begin(prompts).items()}
-
-
-class Attachable:
-    """What can be attached, to one model at a time, until it is detached or a `with` block ends."""
-
-    _attachment: Attachment | None
-    _undo: list[Callable[[], None]]
-
-    def check_unattached(self) -> None:
-        """Raise if this is attached already."""
-        if self._attachment is not None:
-            name, held = type(self).__name__, type(self._attachment.model).__name__
-            raise ModelError(f"This {name} is attached to a {held} already: detach() it first.")
+    @abstractmethod
+    def attach(self: A, model: nn.Module, *, layers: str | None = None, model_name: str | None = None) -> A:
+        """Act on `model` until `detach()`, or until the end of a `with` block."""
 
     def detach(self) -> None:
         """Leave the model as it was. Does nothing when not attached."""
@@ -137,8 +55,122 @@ class Attachable:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Leave residuals as they are for a while: the base model runs."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def check_attached(self, model: nn.Module) -> None:
+        """Raise `ModelError` unless this is attached to `model`."""
+        if self not in Attachment.of(base_model(model)).attached:
+            name = type(self).__name__
+            raise ModelError(f"The {name} is not attached to this model, so it would change nothing: attach it first.")
+
+    def check_unattached(self) -> None:
+        """Raise `ModelError` if this is attached already."""
+        if self._attachment is not None:
+            name, held = type(self).__name__, type(self._attachment.model).__name__
+            raise ModelError(f"This {name} is attached to a {held} already: detach() it first.")
+
+    def _attached_to(self, attachment: Attachment, *undo: Callable[[], None]) -> None:
+        """Join `attachment`; `detach()` leaves it, and calls `undo`."""
+        self._undo = [attachment.add(self), *undo]
+        self._attachment = attachment
+
+    # What an `Attachment` asks of it
+
+    @property
+    def keywords(self) -> tuple[str, ...]:
+        """Names of the keyword tensors, unique among everything that is attached."""
+        return ()
+
+    @property
+    def unsaved(self) -> str:
+        """What `save_pretrained` would lose, and what to do about it; empty if nothing."""
+        return ""
+
+    def keyword_tensors(self, _prompts: Prompts) -> dict[str, Tensor]:
+        """Plans of prompts as keyword tensors, one row per prompt."""
+        return {}
+
+    @abstractmethod
+    def before_call(self) -> Any:
+        """Prepare for a call of the model; returns what `after_call` is given."""
+
+    @abstractmethod
+    def after_call(self, _token: Any) -> None:
+        """Raise `ModelError` if the call did not do what it should have done."""
+
 
 A = TypeVar("A", bound=Attachable)
+
+
+class Attachment:
+    """Everything attached to one model, and the `generate()` that carries its plans."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self.model = model
+        self.attached: list[Attachable] = []
+        self._undo = ExitStack()
+
+    @classmethod
+    def of(cls, model: CausalLM) -> Attachment:
+        """Return the attachment of `model`, a new one if it has none."""
+        attachment = model.__dict__.get(ATTRIBUTE)
+        return attachment if isinstance(attachment, Attachment) else cls(model)
+
+    def add(self, attachable: Attachable) -> Callable[[], None]:
+        """Carry the plans of `attachable` from now on; returns the function that ends it."""
+        self._set([*self.attached, attachable])
+        return lambda: self._set([other for other in self.attached if other is not attachable])
+
+    def __deepcopy__(self, _memo: object) -> Attachment:
+        raise ModelError("A steered model cannot be copied: its generate() would be the original's. detach() first.")
+
+    def _set(self, attached: list[Attachable]) -> None:
+        """Override the methods of the model for `attached`, or restore them if it is empty."""
+        self._undo.close()
+        self.attached = attached
+        if not attached:
+            return
+        names = [name for attachable in attached for name in attachable.keywords]
+        self._undo.enter_context(accepting(self.model, names))
+        self._undo.enter_context(overridden(self.model, "generate", self._generate(self.model.generate)))
+        unsaved = " ".join(attachable.unsaved for attachable in attached if attachable.unsaved)
+        if unsaved:
+            self._undo.enter_context(overridden(self.model, "save_pretrained", functools.partial(_refuse, unsaved)))
+        setattr(self.model, ATTRIBUTE, self)
+        self._undo.callback(delattr, self.model, ATTRIBUTE)
+
+    def _generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+            acting = [attachable for attachable in self.attached if attachable.enabled]
+            names = [name for attachable in acting for name in attachable.keywords]
+            if any(name in kwargs for name in names):  # a call that `generate()` makes of itself
+                return original(inputs, *args, **kwargs)
+            tokens = [attachable.before_call() for attachable in acting]
+            plans = {}
+            if names:
+                prompts = generate_prompts(self.model, inputs, args, kwargs)
+                plans = {
+                    name: rows for attachable in acting for name, rows in attachable.keyword_tensors(prompts).items()
+                }
+            assistant = kwargs.get("assistant_model")
+            with accepting(assistant, names) if assistant is not None else nullcontext():
+                result = original(inputs, *args, **kwargs, **plans)
+            for attachable, token in zip(acting, tokens, strict=True):
+                if attachable not in self.attached:
+                    name = type(attachable).__name__
+                    raise ModelError(f"A {name} was detached while generate() ran: the end of its text is unsteered.")
+                attachable.after_call(token)
+            return result
+
+        return generate
 
 
 def _refuse(problem: str, *_args: Any, **_kwargs: Any) -> None:
@@ -179,9 +211,3 @@ def accepting(model: CausalLM, names: Iterable[str]) -> Iterator[None]:
     prepare.__signature__ = signature.replace(parameters=[*known, *extra, rest])  # type: ignore[attr-defined]
     with overridden(model, "prepare_inputs_for_generation", prepare):
         yield
-
-
-def check_attached(model: nn.Module, adapter: FSRLAdapter) -> None:
-    """Raise unless the adapter acts on the model."""
-    if adapter not in Attachment.of(base_model(model)).steerings:
-        raise ModelError("The adapter is not attached to this model, where it would change nothing: attach it first.")

@@ -25,9 +25,10 @@ from dspa.models.layers import (
 )
 from dspa.models.layers import model_name as name_of
 from dspa.models.prompts import Prompts
-from dspa.models.reading import READING, cache_in, hidden, read_layers
+from dspa.models.reading import READING, hidden, read_layers
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_saes, required_layer
+from dspa.steering.gates import first_steered, token_gate, whole_sequences
 from dspa.steering.trace import Trace
 from dspa_kernels import (
     PATHS,
@@ -115,8 +116,6 @@ class Steering(Attachable, nn.Module):
         self.trace = Trace()
         self._weights = MapWeights.gather(cdmap.columns, cdmap.values, sae_out.weights)
         self._stream = self._encoder_stream()
-        self._attachment: Attachment | None = None
-        self._undo: list[Callable[[], None]] = []
         self._starts: Tensor | None = None
         self._layers: str | None = None
         self._calls = 0
@@ -190,7 +189,7 @@ class Steering(Attachable, nn.Module):
         check_saes(self.sae_in, self.sae_out, inner, len(stack), model_name)
         check_model_name("The map was made with", self.cdmap.meta.model_name, model_name or name_of(inner))
         attachment = Attachment.of(inner)
-        taken = [each for each in attachment.steerings if isinstance(each, Steering)]
+        taken = [each for each in attachment.attached if isinstance(each, Steering)]
         if any(each.sae_out.layer == self.sae_out.layer for each in taken):
             raise ModelError(f"Layer {self.sae_out.layer} of this model is steered already: dspa.detach(model) first.")
         self._place(*(device_of(stack[required_layer(sae)]) for sae in (self.sae_in, self.sae_out)))
@@ -198,11 +197,10 @@ class Steering(Attachable, nn.Module):
         self._mark_static_addresses()
         serial = next(self._serial)
         self._keys = {name: f"dspa_{serial}_{name}" for name in ("slots", "signs", "start", "rows")}
-        self._undo = [attachment.add(self)]
-        self._attachment, self._layers = attachment, layers
+        self._layers = layers
         edit = stack[required_layer(self.sae_out)].register_forward_hook(self._edit, prepend=True, with_kwargs=True)
         plan = inner.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
-        self._undo += [edit.remove, plan.remove]
+        self._attached_to(attachment, edit.remove, plan.remove)
         return self
 
     def _mark_static_addresses(self) -> None:
@@ -222,10 +220,10 @@ class Steering(Attachable, nn.Module):
         if self._attachment is None:
             raise ModelError("This Steering is not attached: call attach(model) first.")
         self._starts = torch.as_tensor(starts)
-        before = self.progress()
+        before = self.before_call()
         try:
             yield
-            self.finish(before)
+            self.after_call(before)
         finally:
             self._starts = None
 
@@ -236,32 +234,25 @@ class Steering(Attachable, nn.Module):
         """Names under which the plan travels through `generate()`."""
         return self._keys["slots"], self._keys["signs"], self._keys["start"]
 
-    @property
-    def unsaved(self) -> str:
-        """Nothing: no weight is changed or added."""
-        return ""
-
-    def begin(self, prompts: Prompts) -> dict[str, Tensor]:
-        """Choose each prompt's latents; the plan as keyword tensors of one row a prompt."""
+    def keyword_tensors(self, prompts: Prompts) -> dict[str, Tensor]:
+        """Choose the latents of each prompt; returns the plan as keyword tensors, one row per prompt."""
         plan = self._plan_prompts(prompts)
-        last = prompts.last_position
-        start = {"response": last, "generated": last + 1, "all": torch.zeros_like(last)}[self.config.positions]
+        start = first_steered(prompts.last_position, self.config.positions)
         return dict(zip(self.keywords, (plan.slots, plan.signs, start), strict=True))
 
-    def progress(self) -> tuple[int, int]:
-        """Rows of hidden states seen so far, and of those that were to be steered the ones that were not finite."""
-        paths = self.paths
-        return sum(paths[name] for name in PATHS), paths["not_finite"]
+    def before_call(self) -> dict[str, int]:
+        """Return `paths` before the call."""
+        return self.paths
 
-    def finish(self, before: tuple[int, int]) -> None:
-        """Raise if no row was seen since `before`, or one met numbers that cannot be."""
-        seen, not_finite = self.progress()
-        if seen == before[0]:
+    def after_call(self, before: dict[str, int]) -> None:
+        """Raise `ModelError` if the call met no row, or one that was to be steered and was not finite."""
+        paths = self.paths
+        if all(paths[name] == before[name] for name in PATHS):
             raise ModelError(
                 f"The hook at layer {self.sae_out.layer} did not run, so nothing was steered. A model compiled before "
                 "attach() does not see it: attach first, or call torch.compiler.reset() and compile again."
             )
-        if not_finite != before[1]:
+        if paths["not_finite"] != before["not_finite"]:
             raise ModelError(
                 f"Hidden states at layer {self.sae_out.layer} are NaN or infinite; those tokens were not steered. "
                 f"{NOT_FINITE}"
@@ -306,7 +297,7 @@ class Steering(Attachable, nn.Module):
     def _before_forward(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._keys["slots"] in kwargs:
+        if not self.enabled or self._keys["slots"] in kwargs:
             return None
         if self._starts is None:
             raise ModelError(
@@ -314,55 +305,16 @@ class Steering(Attachable, nn.Module):
                 "guidance_scale), so it is not known where the response begins. Say so, `with "
                 "steering.responses(starts): model(...)`, or dspa.detach(model) first."
             )
-        return args, {**kwargs, **self._teacher_forced(args, kwargs, self._starts)}
-
-    def _teacher_forced(self, args: tuple[Any, ...], kwargs: dict[str, Any], starts: Tensor) -> dict[str, Tensor]:
-        """The plan of a whole-sequence pass, and which of its tokens are steered."""
-        name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
-        whole = kwargs.get(name, args[0] if args else None)
-        cache = cache_in(kwargs)
-        if whole is None or (cache is not None and cache.get_seq_length()):
-            raise ModelError("responses() steers whole sequences: pass input_ids and no cache.")
-        shape, device = whole.shape[:2], whole.device
-        start = starts.to(device)
-        if start.shape != shape[:1] or bool(((start < 1) | (start > shape[1])).any()):
-            raise ModelError(
-                f"`starts` is {start.tolist()}; accepted: {shape[0]} columns, one a row, from 1 to {shape[1]}."
-            )
-        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        mask = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.bool()
-        column = torch.arange(shape[1], device=device)
-        in_prompt = mask & (column < start[:, None])
-        if not bool(in_prompt.any(dim=1).all()):
-            raise ModelError("A row has no prompt token before its response. Steering selects from a prompt.")
-        length = int(start.max())
-        positions = column[None].expand(shape) if positions is None else positions.expand(shape)
-        plan = self._plan_prompts(Prompts({name: whole[:, :length]}, in_prompt[:, :length], positions[:, :length]))
-        first = {"response": start - 1, "generated": start, "all": torch.zeros_like(start)}[self.config.positions]
-        row = torch.arange(shape[0], device=device, dtype=torch.int32)[:, None]
-        rows = torch.where(mask & (column >= first[:, None]), row, -1)
-        return {self._keys["slots"]: plan.slots, self._keys["signs"]: plan.signs, self._keys["rows"]: rows}
-
-    def _gate(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Tensor]:
-        """Which tokens are steered, and by which plan row: the gates of `steer`, from positions [B, T]."""
-        rows: Tensor | None = kwargs.get(self._keys["rows"])
-        if rows is not None:
-            return {"rows": rows.to(positions.device).flatten()}
-        start = kwargs[self._keys["start"]].to(positions.device)
-        if positions.shape[1] == 1:
-            # Decoding: every row has its own plan row, and nothing is computed here beside the edit itself.
-            return {"positions": positions.flatten().long().contiguous(), "start": start}
-        steered = positions >= start[:, None]
-        # Padding on the left repeats position 0 until the first token.
-        steered[:, :-1] &= positions[:, 1:] > 0
-        row = torch.arange(positions.shape[0], device=positions.device, dtype=torch.int32)[:, None]
-        return {"rows": torch.where(steered, row, -1).to(torch.int32).flatten()}
+        prompts, rows = whole_sequences(args, kwargs, self._starts, self.config.positions)
+        plan = self._plan_prompts(prompts)
+        tensors = {"slots": plan.slots, "signs": plan.signs, "rows": rows}
+        return args, {**kwargs, **{self._keys[name]: tensor for name, tensor in tensors.items()}}
 
     def _edit(
         self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Tensor | tuple[Any, ...] | None:
         """Steps 4 and 5 at the output of layer `l_out`."""
-        if kwargs.get(READING) is not None:
+        if not self.enabled or kwargs.get(READING) is not None:
             return None
         if self._keys["slots"] not in kwargs or kwargs.get("position_ids") is None:
             raise ModelError(
@@ -374,7 +326,8 @@ class Steering(Attachable, nn.Module):
         self._check_device("sae_out", self.sae_out, h)
         positions = kwargs["position_ids"].expand(h.shape[:2]).to(h.device)
         slots, signs = (kwargs[self._keys[name]].to(h.device) for name in ("slots", "signs"))
-        plan, gate = SteeringPlan(slots=slots, signs=signs), self._gate(kwargs, positions)
+        plan = SteeringPlan(slots=slots, signs=signs)
+        gate = token_gate(positions, kwargs.get(self._keys["start"]), kwargs.get(self._keys["rows"]))
         settings: dict[str, Any] = {
             "alpha": self.config.alpha,
             "stream": self._stream,
@@ -405,5 +358,5 @@ def _check_backend(backend: str) -> None:
 
 def detach(model: nn.Module) -> None:
     """Detach every Steering and every adapter of `model`, whoever attached it."""
-    for attached in list(Attachment.of(base_model(model)).steerings):
+    for attached in list(Attachment.of(base_model(model)).attached):
         attached.detach()

@@ -10,9 +10,7 @@ import pytest
 from dspa.cli import main
 from dspa.cli.loading import device_named, triple_source
 from dspa.maps.cdmap import ConditionalDifferenceMap
-
-from ..conftest import L_IN, L_OUT, make_model, make_sae
-from ..tokens import ENGLISH, word_tokenizer
+from dspa.testing import ENGLISH, L_IN, L_OUT, make_model, make_sae, word_tokenizer
 
 
 @pytest.fixture(scope="module")

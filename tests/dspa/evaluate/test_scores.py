@@ -12,10 +12,9 @@ from dspa.data.triples import Triple
 from dspa.errors import ModelError
 from dspa.fsrl import Scores, held_out, response_tokens, responses_of, score_triples
 from dspa.intervals import wilson
+from dspa.testing import make_model, word_tokenizer
 
-from ..conftest import make_model
 from ..support.adapters import TRIPLES, acting_adapter, ending_tokenizer
-from ..tokens import word_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<bos> ' if loop.first else '' }}{{ m['role'][:1] }} {{ m['content'] }} {% endfor %}"

@@ -16,8 +16,8 @@ from dspa.fsrl import FSRLAdapter, FSRLConfig
 from dspa.fsrl.config import ACTIVATIONS
 from dspa.models.layers import decoder_layers
 from dspa.models.reading import read_layers
+from dspa.testing import D_IN, D_SAE_OUT, FAMILIES, L_OUT, make_map, make_model, make_sae
 
-from ..conftest import D_IN, D_SAE_OUT, FAMILIES, L_OUT, make_map, make_model, make_sae
 from ..steering.test_generate import PROMPTS, compiled_decoding, new_tokens, padded
 
 N_NEW = 6

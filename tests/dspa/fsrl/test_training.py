@@ -33,10 +33,8 @@ from dspa.fsrl import (
     train,
     train_sweep,
 )
+from dspa.testing import D_SAE_OUT, ENGLISH, L_OUT, make_model, make_sae, word_tokenizer
 from dspa.training_folder import TrainingFolder
-
-from ..conftest import D_SAE_OUT, L_OUT, make_model, make_sae
-from ..tokens import ENGLISH, word_tokenizer
 
 pytest.importorskip("trl")
 

@@ -28,8 +28,8 @@ from dspa.fsrl import (
     score_responses,
 )
 from dspa.fsrl.ablations import MaskEffect
+from dspa.testing import D_SAE_OUT, L_OUT, make_model, make_sae
 
-from ..conftest import D_SAE_OUT, L_OUT, make_model, make_sae
 from ..support.adapters import TRIPLES, acting_adapter, ending_tokenizer, hidden_states
 
 UNUSED = 20

@@ -23,8 +23,8 @@ from dspa import ConditionalDifferenceMap, FrozenSAE, MapError, PreferenceError,
 from dspa.config import SCORINGS
 from dspa.maps.cdmap import EARLIER, FORMAT, FORMATS, TENSORS
 from dspa.maps.collect import collect
+from dspa.testing import L_OUT, VOCAB, make_map, make_sae
 
-from ..conftest import L_OUT, VOCAB, make_map, make_sae
 from ..support.counts import D_IN, D_OUT, as_collection, draw, naive, same_bits
 from .test_reduce import BAD_SETTINGS
 

@@ -24,10 +24,9 @@ from dspa.maps.pieces import TripleSource
 from dspa.maps.reduce import _calibration
 from dspa.maps.shards import PARTS, ROW_QUANTUM, Collection
 from dspa.models.layers import decoder_layers
+from dspa.testing import BOS, D_IN, D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_model, make_sae, make_tokenizer
 
-from ..conftest import D_IN, D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_model, make_sae
 from ..support.counts import (
-    BOS,
     PASSES,
     SPECIAL,
     Calls,
@@ -37,7 +36,6 @@ from ..support.counts import (
     check_same,
     make_case,
     make_ids,
-    make_tokenizer,
     shards,
     tables,
     whole,

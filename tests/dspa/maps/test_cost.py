@@ -16,9 +16,7 @@ from dspa import Triple, collect
 from dspa.cli import main
 from dspa.maps import counting
 from dspa.maps.cost import PUBLISHED, Geometry, Tokens, rahf_scit, shared_prompt, three_passes
-
-from ..conftest import make_sae
-from ..tokens import ENGLISH, word_tokenizer
+from dspa.testing import ENGLISH, make_sae, word_tokenizer
 
 VOCABULARY = 128
 

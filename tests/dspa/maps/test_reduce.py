@@ -20,9 +20,9 @@ from dspa.maps import table as count_table
 from dspa.maps.cdmap import GATE_RULES, N_LARGE, TENSORS
 from dspa.maps.reduce import _blocks, _percentile, _Product, find_gates
 from dspa.maps.table import QUANTUM, DensityTable
+from dspa.testing import L_IN, L_OUT
 from dspa.version import __version__
 
-from ..conftest import L_IN, L_OUT
 from ..support.counts import D_IN, D_OUT, DYADIC, ODD, as_collection, draw, fractions, naive, rows_of, same_bits
 
 

@@ -16,9 +16,7 @@ from dspa.maps.plots import plot_difference, plot_map, plot_stability
 from dspa.maps.reports import difference, summary, top_columns
 from dspa.maps.shards import Collection
 from dspa.maps.stability import SIZES, Stability, selected, stability
-
-from ..conftest import L_IN, L_OUT, make_map, make_model, make_sae, with_tensors
-from ..tokens import ENGLISH, word_tokenizer
+from dspa.testing import ENGLISH, L_IN, L_OUT, make_map, make_model, make_sae, with_tensors, word_tokenizer
 
 PNG = b"\x89PNG"
 

@@ -27,8 +27,8 @@ from dspa.files import read_header, read_tensors
 from dspa.maps import pieces
 from dspa.maps.merge import merge
 from dspa.maps.shards import COUNTED, DATA, FORMAT, MANIFEST, NAMES, Collection, Counts
+from dspa.testing import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_sae, make_tokenizer
 
-from ..conftest import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_sae
 from ..support.counts import (
     PASSES,
     Calls,
@@ -42,7 +42,6 @@ from ..support.counts import (
     in_a_child,
     make_case,
     make_ids,
-    make_tokenizer,
     same_bits,
     shards,
 )

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from dspa.fsrl import LabelError, Labels, Usage, category_shares, compare_labels, read_labels
-
-from ..conftest import make_sae
+from dspa.testing import make_sae
 
 D_SAE = 40
 DESCRIPTIONS = {3: "FORMATTING of lists", 7: "mentions of kindness", 12: "  ", 20: "bullet trains", 39: None}

@@ -18,9 +18,7 @@ from dspa.saes.batchtopk import jumprelu, started_sae
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.quality import evaluate_sae
 from dspa.saes.training import SAETrainingConfig, finetune_sae, read_qualities, train_sae
-
-from ..conftest import D_IN, make_model, make_sae
-from ..tokens import ENGLISH, word_tokenizer
+from dspa.testing import D_IN, ENGLISH, make_model, make_sae, word_tokenizer
 
 pytest.importorskip("sae_lens")
 

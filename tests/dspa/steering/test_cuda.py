@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import dspa
+from dspa.testing import make_model
 from dspa_kernels.cuda_library import EMULATED
-
-from ..conftest import make_model
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="with a CUDA device, test_gpu.py steers on it")
 # What of an edit may round.

@@ -11,8 +11,8 @@ from transformers.generation.configuration_utils import CompileConfig
 
 import dspa
 from dspa.models.layers import decoder_layers
+from dspa.testing import FAMILIES, cache_names, make_map, make_model, make_sae
 
-from ..conftest import FAMILIES, cache_names, make_map, make_model, make_sae
 from ..support.plain import Plain
 
 N_NEW = 6

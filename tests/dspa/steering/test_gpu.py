@@ -7,8 +7,8 @@ import torch
 
 import dspa
 from dspa.fsrl.config import ACTIVATIONS
+from dspa.testing import make_model
 
-from ..conftest import make_model
 from ..fsrl.test_adapter import make_adapter
 
 pytestmark = [

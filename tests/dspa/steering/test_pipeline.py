@@ -6,9 +6,9 @@ from transformers import pipeline
 
 import dspa
 from dspa.models.layers import decoder_layers
+from dspa.testing import word_tokenizer
 
 from ..support.plain import Plain
-from ..tokens import word_tokenizer
 
 
 def test_pipeline(model, sae_in, sae_out, cdmap):

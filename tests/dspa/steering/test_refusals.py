@@ -21,9 +21,9 @@ from transformers import (
 
 import dspa
 from dspa.models.layers import decoder_layers, same_model
+from dspa.testing import D_IN, L_OUT, cache_names, make_map, make_model, make_sae
 from dspa_kernels import BackendError, available_backends
 
-from ..conftest import D_IN, L_OUT, cache_names, make_map, make_model, make_sae
 from ..support.plain import Plain
 
 PROMPT = torch.tensor([[1, 5, 9, 33, 20, 7]])

@@ -9,9 +9,7 @@ from dspa.evaluate.responses import Response
 from dspa.fsrl import FSRLAdapter
 from dspa.models.reading import read_layers
 from dspa.saes.frozen import FrozenSAE
-
-from ..conftest import D_SAE_OUT, L_OUT, make_sae
-from ..tokens import ENGLISH, word_tokenizer
+from dspa.testing import D_SAE_OUT, ENGLISH, L_OUT, make_sae, word_tokenizer
 
 END = "bird"
 

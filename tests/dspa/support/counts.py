@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -25,10 +24,8 @@ from dspa.maps.cdmap import TENSORS
 from dspa.maps.collect import collect
 from dspa.maps.pieces import DataRecord
 from dspa.maps.shards import COUNTED, PARTS, ROW_QUANTUM, Collection, CollectSettings, Counts, Shard
+from dspa.testing import BOS, D_SAE_IN, D_SAE_OUT, EOS, L_IN, L_OUT, VOCAB, make_model, make_sae, make_tokenizer
 
-from ..conftest import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, VOCAB, make_model, make_sae
-
-BOS, EOS = 1, 2
 SPECIAL = (0, BOS, EOS)
 # Of a triple alone (batch_tokens=1): its prompt, and each of its responses.
 PASSES = 3
@@ -39,17 +36,6 @@ Table = list[np.ndarray]
 
 
 # Counts of small models
-
-
-def make_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerFast:
-    """Words w3, w4, ... of these ids; `<s>` before a text."""
-    words = {"<unk>": 0, "<s>": BOS, "</s>": EOS} | {f"w{i}": i for i in range(3, VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", padding_side=padding_side
-    )
 
 
 def words(draw: random.Random, n: int) -> list[int]:

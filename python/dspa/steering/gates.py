@@ -1,0 +1,92 @@
+"""Which tokens are steered, and by which row of the plan.
+
+A token is gated by its position alone, never by a guess at what a call of the model is: positions survive padding,
+chunks, caches and compilation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspa.errors import ModelError
+from dspa.models.prompts import Prompts
+from dspa.models.reading import cache_in
+
+
+def first_steered(last_prompt: Tensor, positions: str) -> Tensor:
+    """Return the first steered position of each row [B].
+
+    Args:
+        last_prompt: position of each prompt's last token [B].
+        positions: `SteeringConfig.positions`.
+    """
+    if positions == "all":
+        return torch.zeros_like(last_prompt)
+    return last_prompt if positions == "response" else last_prompt + 1
+
+
+def token_gate(position_ids: Tensor, start: Tensor | None, rows: Tensor | None) -> dict[str, Tensor]:
+    """Return the gate of `dspa_kernels.steer` for the tokens of one pass, flattened to [B * T].
+
+    Args:
+        position_ids: [B, T].
+        start: first steered position of each row [B], where `rows` is None.
+        rows: plan row of each token [B, T], -1 where it is not steered.
+    """
+    if rows is not None:
+        return {"rows": rows.to(position_ids.device).flatten()}
+    assert start is not None
+    start = start.to(position_ids.device)
+    if position_ids.shape[1] == 1:
+        # Decoding: every row has its own plan row, and nothing is computed here except the edit itself.
+        return {"positions": position_ids.flatten().long().contiguous(), "start": start}
+    steered = position_ids >= start[:, None]
+    # Padding on the left repeats position 0 until the first token.
+    steered[:, :-1] &= position_ids[:, 1:] > 0
+    return {"rows": _plan_rows(steered).flatten()}
+
+
+def whole_sequences(
+    args: tuple[Any, ...], kwargs: dict[str, Any], starts: Tensor, positions: str
+) -> tuple[Prompts, Tensor]:
+    """Read the prompts of a pass over whole sequences, and the plan row of each token [B, T], -1 if not steered.
+
+    Args:
+        args, kwargs: what the model was called with.
+        starts: column of each row's first response token [B].
+        positions: `SteeringConfig.positions`.
+
+    Raises:
+        ModelError: a call with a cache or without tokens.
+        ModelError: `starts` that do not fit the sequences, or a row without a prompt token.
+    """
+    name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
+    whole = kwargs.get(name, args[0] if args else None)
+    cache = cache_in(kwargs)
+    if whole is None or (cache is not None and cache.get_seq_length()):
+        raise ModelError("responses() steers whole sequences: pass input_ids and no cache.")
+    shape, device = whole.shape[:2], whole.device
+    start = starts.to(device)
+    if start.shape != shape[:1] or bool(((start < 1) | (start > shape[1])).any()):
+        raise ModelError(
+            f"`starts` is {start.tolist()}; accepted: {shape[0]} columns, one a row, from 1 to {shape[1]}."
+        )
+    mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    mask = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.bool()
+    column = torch.arange(shape[1], device=device)
+    in_prompt = mask & (column < start[:, None])
+    if not bool(in_prompt.any(dim=1).all()):
+        raise ModelError("A row has no prompt token before its response. Steering selects from a prompt.")
+    length = int(start.max())
+    position_ids = column[None].expand(shape) if position_ids is None else position_ids.expand(shape)
+    prompts = Prompts({name: whole[:, :length]}, in_prompt[:, :length], position_ids[:, :length])
+    return prompts, _plan_rows(mask & (column >= first_steered(start - 1, positions)[:, None]))
+
+
+def _plan_rows(steered: Tensor) -> Tensor:
+    """Return each token's plan row [B, T] int32, its own row of the batch, or -1 where it is not steered."""
+    row = torch.arange(len(steered), device=steered.device, dtype=torch.int32)[:, None]
+    return torch.where(steered, row, -1).to(torch.int32)
