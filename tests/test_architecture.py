@@ -3,48 +3,37 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# From the top; a module may import from its own level and from those below.
+# From the top; a module may import from its own level and from those below. A folder is a level as a whole.
 DSPA = (
     {"__main__"},
     {"cli"},
     {"demo"},
-    {"baselines"},
-    {"plots"},
-    {"map_reports"},
-    {"stability"},
     {"fsrl"},
-    {"steering", "build"},
-    {"reduction"},
-    {"cdmap", "count_table"},
-    {"densities", "attach"},
-    {"reader"},
-    {"sae_training"},
-    {"training_folder"},
-    {"activations", "batchtopk"},
-    {"shards"},
-    {"pieces"},
-    {"hooks", "preferences", "trace", "config"},
+    {"baselines", "evaluate"},
+    {"steering", "testing"},
+    {"maps"},
     {"saes"},
-    {"sae_weights"},
-    {"sae_files"},
-    {"tensor_files"},
-    {"errors", "version", "prompts", "ranks", "cost"},
+    {"training_folder"},
+    {"data", "models", "files"},
+    {"config", "distributed", "errors", "intervals", "version"},
 )
 KERNELS = ({"nn"}, {"ops"}, {"backends", "testing"}, {"barriers", "cuda_library", "launch", "weights"}, {"checks"})
+PACKAGES = {"dspa": ROOT / "python" / "dspa", "dspa_kernels": ROOT / "dspa_kernels"}
 
 
 def sources(package: Path) -> Iterator[Path]:
-    found = sorted(package.rglob("*.py"))
-    assert found
-    yield from found
+    paths = sorted(package.rglob("*.py"))
+    assert paths
+    yield from paths
 
 
 def imports(tree: ast.AST, *, top_level: bool = False) -> Iterator[str]:
@@ -65,10 +54,68 @@ def level(name: str, levels: tuple[set[str], ...]) -> int:
     return matches[0]
 
 
+def module_graph(package: Path) -> dict[str, set[str]]:
+    """The modules of a package and those of it that each imports, anywhere in its file."""
+    modules = {}
+    for path in sources(package):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        modules[".".join(parts).removesuffix(".__init__")] = path
+    return {name: set(imported_files(path, modules)) for name, path in modules.items()}
+
+
+def imported_files(path: Path, modules: Container[str]) -> Iterator[str]:
+    """The modules that a file imports: `from package import module` is an import of the module alone."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield from [name] if name in modules else [str(node.module)] if node.module in modules else []
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str]:
+    """A circle of modules, if there is one."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_no_file_imports_itself_through_others(name: str):
+    assert circle_in(module_graph(PACKAGES[name])) == []
+
+
+@pytest.mark.parametrize("form", ["import", "from", "in a function", "for types alone"])
+def test_a_circle_is_noticed(tmp_path: Path, form: str):
+    """Three files deep in two folders import each other, the last of them in this form."""
+    back = {
+        "import": "import dspa.low.a.first",
+        "from": "from dspa.low.a.first import x",
+        "in a function": "def f():\n    from dspa.low.a import first",
+        "for types alone": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dspa.low.a.first import x",
+    }[form]
+    files = {
+        "low/a/first.py": "from dspa.low.b.second import x",
+        "low/b/second.py": "from dspa.low.b import third",
+        "low/b/third.py": back,
+    }
+    package = tmp_path / "dspa"
+    for path, text in files.items():
+        for folder in (package, package / "low", (package / path).parent):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "__init__.py").touch()
+        (package / path).write_text(text)
+    circle = {"dspa.low.a.first", "dspa.low.b.second", "dspa.low.b.third"}
+    assert set(circle_in(module_graph(package))) == circle
+    (package / "low/b/third.py").write_text("")
+    assert circle_in(module_graph(package)) == []
+
+
 @pytest.mark.parametrize(
-    ("package", "levels"),
-    [(ROOT / "python" / "dspa", DSPA), (ROOT / "dspa_kernels", KERNELS)],
-    ids=["dspa", "dspa_kernels"],
+    ("package", "levels"), [(PACKAGES["dspa"], DSPA), (PACKAGES["dspa_kernels"], KERNELS)], ids=PACKAGES
 )
 def test_imports_run_downwards(package: Path, levels: tuple[set[str], ...]):
     for path in sources(package):

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from safetensors.torch import load_file, save_file
-
 from dspa.errors import TrainingError
 from dspa.files import write_atomically
-from dspa.saes.activations import Position
 
 RECORD = "training.json"
 PARTIAL = ".partial"
@@ -90,38 +87,12 @@ class TrainingFolder:
         """From the oldest to the newest; there is more than one only where a run was stopped between two."""
         return sorted(self.path.glob("checkpoint-*"))
 
-    def save_checkpoint(self, trainer: Any, position: Position, history: History) -> None:
-        """Keep all that decides how an `SAETrainer` goes on, in the place of the checkpoint before."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-        trainer.save_trainer_state(self.partial)
-        save_file(trainer.sae.state_dict(), self.partial / "sae.safetensors")
-        stream = {"position": asdict(position), "history": history}
-        (self.partial / "stream.json").write_text(json.dumps(stream), encoding="utf-8")
-        self.keep(self.partial, trainer.n_training_steps)
-
     def keep(self, written: Path, step: int) -> None:
         """Make a folder that is written the checkpoint of a step, in the place of those before."""
         older = self.checkpoints()
         os.replace(written, self.path / f"checkpoint-{step:09d}")
         for folder in older:
             shutil.rmtree(folder)
-
-    def restore(self, trainer: Any) -> tuple[Position | None, History]:
-        """Set `trainer` back to the newest checkpoint, if there is one: the place in the stream, and the history."""
-        if not (found := self.checkpoints()):
-            return None, []
-        try:
-            # SAELens reads its state with torch.load's default, weights_only.
-            trainer.load_trainer_state(found[-1])
-            trainer.sae.load_state_dict(load_file(found[-1] / "sae.safetensors"))
-            stream = json.loads((found[-1] / "stream.json").read_text(encoding="utf-8"))
-            return Position(**stream["position"]), stream["history"]
-        # Three formats, each with errors of its own, and torch's would advise to unpickle what is not trusted.
-        except Exception as error:
-            raise TrainingError(
-                f"The checkpoint {found[-1]} is damaged ({type(error).__name__}). Delete it, and the training begins "
-                "again."
-            ) from error
 
     def finish(self, results: dict[str, Any]) -> None:
         """Add the results, `history` among them, to `training.json`, and drop what is not needed now."""

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from dspa.cli.loading import device_named, load_model, load_sae
 from dspa.cli.options import SAE_HELP, Device, DType, Layers, Model, Name, Numbers
-from dspa.cli.tables import _cell, _table, console, print_table
+from dspa.cli.tables import cell, column_table, console, print_table
 
 if TYPE_CHECKING:
     from dspa.data.triples import Triple
@@ -73,7 +73,7 @@ def usage(
     decay = fit_decay(found)
     _write(out / "decay.csv", [asdict(decay) | {"n_tokens": found.n_tokens, "n_latents": len(rows)}])
     plot_usage(found, decay, out / "usage.png")
-    console.print(_table(f"{len(rows)} latents are moved on {found.n_tokens} tokens", rows[:top], names))
+    console.print(column_table(f"{len(rows)} latents are moved on {found.n_tokens} tokens", rows[:top], names))
     console.print(f"share = {decay.a:.4g} exp(-rank / {decay.tau:.4g}), R2 {decay.r2:.4f}, ranks 1 to {decay.last}")
     console.print(f"CSV and PNG: {out}")
 
@@ -117,7 +117,7 @@ def fraction(
     _write(out / "fraction.csv", curve.rows())
     plot_fractions(curve, out / "fraction.png")
     names = ("model", "fraction", "loss", "margin", "accuracy", "win_rate")
-    console.print(_table(f"{len(given)} triples", curve.rows(), names))
+    console.print(column_table(f"{len(given)} triples", curve.rows(), names))
     console.print(f"CSV and PNG: {out}")
 
 
@@ -181,7 +181,7 @@ def mask(
     _write(out / "comparison.csv", compared)
     plot_masks(effect, out / "mask.png")
     moved = f"{len(effect.latents)} latents masked (of {effect.n_given} given, those that are moved)"
-    console.print(_table(f"{moved}, and {n_random} random sets", compared, tuple(compared[0])))
+    console.print(column_table(f"{moved}, and {n_random} random sets", compared, tuple(compared[0])))
     console.print("low, high: 95 % interval of the mean of the random sets, Student's t.")
     console.print("percentile: of the given set among the random ones.")
     console.print(f"CSV and PNG: {out}")
@@ -226,7 +226,7 @@ def categories(
     _write(out / "categories.csv", rows)
     plot_categories(shares, quality, out / "categories.png")
     title = f"{len(read.categories)} of {read.d_sae} latents are labelled, {len(found.ranked)} are moved"
-    console.print(_table(title, rows, ("category", "n_latents", "latents", "active", "mass", "mass_enrichment")))
+    console.print(column_table(title, rows, ("category", "n_latents", "latents", "active", "mass", "mass_enrichment")))
     style = "bold red" if hand is None else "bold"
     console.print(f"[{style}]Quality of the labels: {escape(quality)}[/{style}]")
     console.print(f"CSV and PNG: {out}")
@@ -284,7 +284,7 @@ def coherence(
     compared = [asdict(each) for each in differences]
     _write(out / "coherence.csv", compared)
     plot_coherence(differences, out / "coherence.png")
-    console.print(_table(f"{len(texts)} prompts", compared, tuple(compared[0])))
+    console.print(column_table(f"{len(texts)} prompts", compared, tuple(compared[0])))
     console.print("low, high: 95 % bootstrap interval of the mean paired difference. Perplexity: under the base model.")
     console.print(f"CSV and PNG: {out}")
 
@@ -350,8 +350,8 @@ def _agreement(labels: Labels, hand: Labels, out: Path) -> str:
     }
     _write(out / "quality.csv", [summary])
     _write(out / "quality_by_category.csv", rows)
-    console.print(_table("Labels beside labels by hand", rows, tuple(rows[0])))
-    print_table("Agreement", {name: _cell(value) for name, value in summary.items()})
+    console.print(column_table("Labels beside labels by hand", rows, tuple(rows[0])))
+    print_table("Agreement", {name: cell(value) for name, value in summary.items()})
     return (
         f"accuracy {found.accuracy:.3f} [{low:.3f}, {high:.3f}], macro F1 {found.macro_f1:.3f}, MCC {found.mcc:.3f}, "
         f"on {found.n} latents labelled by hand"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dspa.cli.options import DType
 from dspa.distributed import local_rank
-from dspa.saes.frozen import FrozenSAE
+
+if TYPE_CHECKING:
+    from dspa.saes.frozen import FrozenSAE
 
 
 def check_writable(option: str, path: Path | None) -> None:

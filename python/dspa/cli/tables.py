@@ -20,15 +20,16 @@ def print_table(title: str, rows: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _table(title: str, rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> Table:
+def column_table(title: str, rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> Table:
     """Some columns of rows."""
     table = Table(*(name.replace("_", " ") for name in names), title=title)
     for row in rows:
-        table.add_row(*(_cell(row[name]) for name in names))
+        table.add_row(*(cell(row[name]) for name in names))
     return table
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+    """Format one value for a table."""
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else escape(str(value))

@@ -7,6 +7,8 @@ stopped goes on from its last checkpoint to what it would have become.
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -28,7 +31,7 @@ from dspa.saes.batchtopk import begin_threshold, jumprelu, new_sae, started_sae
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_made_for, required_layer
 from dspa.saes.quality import Quality, evaluate_sae
-from dspa.training_folder import TrainingFolder
+from dspa.training_folder import History, TrainingFolder
 
 REPORTS = 100
 
@@ -286,7 +289,7 @@ def _fit(job: _Job, sae: Any, before: Quality | None, progress: bool) -> FrozenS
     before = before or evaluate_sae(job.frozen(sae), job.held_out)
     trainer = _trainer(config, sae)
     trainer.activation_scaler.scaling_factor = job.scale
-    position, history = job.folder.restore(trainer)
+    position, history = restore_checkpoint(job.folder, trainer)
     batches = job.batches(position)
     done, every = trainer.n_training_samples, max(1, config.n_steps // REPORTS)
     with tqdm(total=total, initial=done, unit="token", unit_scale=True, disable=not progress, desc="train") as bar:
@@ -299,7 +302,7 @@ def _fit(job: _Job, sae: Any, before: Quality | None, progress: bool) -> FrozenS
                 history.append(_report(trainer, output))
                 bar.set_postfix({name: f"{value:.4g}" for name, value in history[-1].items() if name != "tokens"})
             if trainer.n_training_steps % config.checkpoint_every == 0:
-                job.folder.save_checkpoint(trainer, position, history)
+                save_checkpoint(job.folder, trainer, position, history)
     after = evaluate_sae(job.frozen(sae), job.held_out)
     made = job.inference(sae)
     made.cfg.metadata.l0, made.cfg.metadata.num_dead_features = after.l0, after.dead
@@ -336,3 +339,33 @@ def _report(trainer: Any, output: Any) -> dict[str, float]:
         "l0": seen["metrics/l0"],
         "dead": seen["sparsity/dead_features"],
     }
+
+
+def save_checkpoint(folder: TrainingFolder, trainer: Any, position: Position, history: History) -> None:
+    """Keep all that decides how an `SAETrainer` goes on, in the place of the checkpoint before."""
+    partial = folder.partial
+    shutil.rmtree(partial, ignore_errors=True)
+    trainer.save_trainer_state(partial)
+    save_file(trainer.sae.state_dict(), partial / "sae.safetensors")
+    stream = {"position": asdict(position), "history": history}
+    (partial / "stream.json").write_text(json.dumps(stream), encoding="utf-8")
+    folder.keep(partial, trainer.n_training_steps)
+
+
+def restore_checkpoint(folder: TrainingFolder, trainer: Any) -> tuple[Position | None, History]:
+    """Set `trainer` back to the newest checkpoint, if there is one: the place in the stream, and the history."""
+    checkpoints = folder.checkpoints()
+    if not checkpoints:
+        return None, []
+    newest = checkpoints[-1]
+    try:
+        # SAELens reads its state with torch.load's default, weights_only.
+        trainer.load_trainer_state(newest)
+        trainer.sae.load_state_dict(load_file(newest / "sae.safetensors"))
+        stream = json.loads((newest / "stream.json").read_text(encoding="utf-8"))
+        return Position(**stream["position"]), stream["history"]
+    # Three formats, each with errors of its own, and torch's would advise to unpickle what is not trusted.
+    except Exception as error:
+        raise TrainingError(
+            f"The checkpoint {newest} is damaged ({type(error).__name__}). Delete it, and the training begins again."
+        ) from error
