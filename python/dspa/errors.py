@@ -1,4 +1,6 @@
-"""Errors about models, maps and adapters; those about data and SAE files live with their readers."""
+"""The errors that the package raises, and the one form in which bad input is refused."""
+
+from typing import TypeVar
 
 
 class ModelError(RuntimeError):
@@ -33,6 +35,17 @@ class SAEError(ValueError):
     """An SAE, or a file of one, that cannot be used; the message says why and what would be accepted."""
 
 
-def refuse(name: str, got: object, accepted: str, advice: str = "") -> SAEError:
-    """The error for one bad argument or file, to be raised by the caller."""
-    return SAEError(f"{name} is {got}; accepted: {accepted}. {advice}".rstrip())
+E = TypeVar("E", bound=Exception)
+
+
+def refusal(kind: type[E], what: str, got: object, accepted: str, advice: str = "") -> E:
+    """Return the error for one bad argument or file, to be raised by the caller.
+
+    Args:
+        kind: class of the error.
+        what: the argument in backticks, the option or the file.
+        got: what came.
+        accepted: what is accepted.
+        advice: what to do, as a whole sentence.
+    """
+    return kind(f"{what} is {got}; accepted: {accepted}. {advice}".rstrip())

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from dspa.errors import refuse
+from dspa.errors import SAEError, refusal
 from dspa_kernels import SAEWeights
 
 ARCHITECTURES = ("standard", "jumprelu", "topk")
@@ -66,7 +66,9 @@ def ungated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     W_enc, b_mag, b_gate, r_mag = (tensors[name] for name in ("W_enc", "b_mag", "b_gate", "r_mag"))
     if W_enc.dim() != 2 or not b_mag.shape == b_gate.shape == r_mag.shape == W_enc.shape[1:]:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        raise refuse("the gated SAE", f"of shapes {shapes}", "b_mag, b_gate, r_mag [d_sae], W_enc [d_in, d_sae]")
+        raise refusal(
+            SAEError, "the gated SAE", f"of shapes {shapes}", "b_mag, b_gate, r_mag [d_sae], W_enc [d_in, d_sae]"
+        )
     scale = r_mag.double().exp()
     return {
         "W_enc": _scaled(W_enc.T, scale).T,
@@ -98,28 +100,30 @@ def check_arguments(arch: str, W_enc: Tensor, threshold: Tensor | None, k: int |
     """Raise `SAEError` unless the arguments of a `FrozenSAE` go together."""
     if arch not in ARCHITECTURES:
         advice = "BatchTopK, Matryoshka and gated SAEs become jumprelu in FrozenSAE.load and from_sae_lens."
-        raise refuse("`arch`", repr(arch), ", ".join(ARCHITECTURES), advice)
+        raise refusal(SAEError, "`arch`", repr(arch), ", ".join(ARCHITECTURES), advice)
     if W_enc.dim() != 2:
-        raise refuse("`W_enc`", f"of shape {list(W_enc.shape)}", "shape [d_in, d_sae]")
+        raise refusal(SAEError, "`W_enc`", f"of shape {list(W_enc.shape)}", "shape [d_in, d_sae]")
     if (threshold is None) == (arch == "jumprelu"):
         got = "None" if threshold is None else "given"
-        raise refuse(f"`threshold` of a {arch} SAE", got, "a tensor [d_sae] for jumprelu, None for the others")
+        raise refusal(
+            SAEError, f"`threshold` of a {arch} SAE", got, "a tensor [d_sae] for jumprelu, None for the others"
+        )
     if (k is None) == (arch == "topk"):
-        raise refuse(f"`k` of a {arch} SAE", k, "a number of latents for topk, None for the others")
+        raise refusal(SAEError, f"`k` of a {arch} SAE", k, "a number of latents for topk, None for the others")
     if k is not None and not (isinstance(k, int) and 1 <= k <= W_enc.shape[1]):
-        raise refuse("`k`", repr(k), f"1 to d_sae = {W_enc.shape[1]}")
+        raise refusal(SAEError, "`k`", repr(k), f"1 to d_sae = {W_enc.shape[1]}")
     if layer is not None and not (isinstance(layer, int) and layer >= 0):
-        raise refuse("`layer`", repr(layer), "the index of a decoder layer, from 0, or None")
+        raise refusal(SAEError, "`layer`", repr(layer), "the index of a decoder layer, from 0, or None")
 
 
 def check_values(weights: SAEWeights, b_dec: Tensor) -> None:
     """Raise `SAEError` for a weight that is not finite."""
     if b_dec.shape != (weights.d_in,):
-        raise refuse("`b_dec`", f"of shape {list(b_dec.shape)}", f"shape [{weights.d_in}]")
+        raise refusal(SAEError, "`b_dec`", f"of shape {list(b_dec.shape)}", f"shape [{weights.d_in}]")
     # A threshold of +inf is a latent that never fires.
     threshold = weights.threshold.nan_to_num(nan=torch.nan, posinf=0.0, neginf=-torch.inf)
     tensors = {"W_enc": weights.W_enc, "b_enc": weights.b_enc, "W_dec": weights.W_dec}
     for name, tensor in (tensors | {"b_dec": b_dec, "threshold": threshold}).items():
         if bad := tensor.numel() - int(tensor.isfinite().sum()):
             got = f"NaN or infinite in {bad} of {tensor.numel()} places ({tensor.dtype})"
-            raise refuse(f"`{name}`", got, "finite numbers, and +inf in `threshold`")
+            raise refusal(SAEError, f"`{name}`", got, "finite numbers, and +inf in `threshold`")

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dspa.errors import SAEError, refuse
+from dspa.errors import SAEError, refusal
 
 SAE_LENS_CONFIG = "cfg.json"
 SAE_LENS_WEIGHTS = "sae_weights.safetensors"
@@ -142,7 +142,8 @@ def layer_of_hook(name: str, hook: str) -> int:
     match = next(filter(None, (re.fullmatch(pattern, hook) for pattern in RESIDUAL_HOOKS)), None)
     layer = -1 if match is None else int(match[1]) - hook.endswith("hook_resid_pre")
     if layer < 0:
-        raise refuse(
+        raise refusal(
+            SAEError,
             f"{name}: the place of this SAE",
             repr(hook),
             "the output of a decoder layer: blocks.{i}.hook_resid_post, blocks.{i}.hook_resid_pre (i >= 1), "
@@ -158,7 +159,8 @@ def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Ten
     activation = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
     arch = "topk" if activation == "topk" else cfg.get("architecture", "standard")
     if arch not in SAE_LENS_TENSORS:
-        raise refuse(
+        raise refusal(
+            SAEError,
             f"{name}: the architecture",
             repr(arch),
             ", ".join(SAE_LENS_TENSORS),
@@ -166,15 +168,17 @@ def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Ten
             "jumprelu SAE of it. Transcoders and the like do not edit a residual stream through one decoder.",
         )
     if activation not in ("relu", "topk"):
-        raise refuse(f"{name}: the activation function", repr(activation), "relu, topk")
+        raise refusal(SAEError, f"{name}: the activation function", repr(activation), "relu, topk")
     if cfg.get("reshape_activations", "none") != "none":
-        raise refuse(f"{name}: reshape_activations", repr(cfg["reshape_activations"]), "none")
+        raise refusal(SAEError, f"{name}: reshape_activations", repr(cfg["reshape_activations"]), "none")
     # Written as ones for a while, and meaning nothing then.
     tensors = {n: t for n, t in tensors.items() if n != "scaling_factor" or bool((t != 1).any())}
     _check_names(name, tensors, SAE_LENS_TENSORS[arch])
     stated = [cfg.get("d_in"), cfg.get("d_sae")]
     if None not in stated and stated != list(tensors["W_enc"].shape):
-        raise refuse(f"{name}: `W_enc`", f"of shape {list(tensors['W_enc'].shape)}", f"{stated}, as the cfg says")
+        raise refusal(
+            SAEError, f"{name}: `W_enc`", f"of shape {list(tensors['W_enc'].shape)}", f"{stated}, as the cfg says"
+        )
     hook = metadata.get("hook_name") or metadata.get("hook_point")
     normalize = cfg.get("normalize_activations") or "none"
     return SourceSAE(
@@ -199,13 +203,13 @@ def _weights_file(path: Path) -> Path:
         if len(found) == 1:
             return found[0]
         held = sorted(each.name for each in path.iterdir())[:8]
-        raise refuse(str(path), f"a folder with {len(found)} of these ({held})", accepted, "Name the file.")
+        raise refusal(SAEError, str(path), f"a folder with {len(found)} of these ({held})", accepted, "Name the file.")
     if not path.exists():
-        raise refuse(str(path), "not there", accepted, "For an SAE on a hub: FrozenSAE.from_pretrained.")
+        raise refusal(SAEError, str(path), "not there", accepted, "For an SAE on a hub: FrozenSAE.from_pretrained.")
     if path.name == SAE_LENS_CONFIG:
         return path.with_name(SAE_LENS_WEIGHTS)
     if path.suffix not in (".safetensors", ".npz", ".pt"):
-        raise refuse(str(path), f"a file of unknown kind {path.suffix!r}", accepted)
+        raise refusal(SAEError, str(path), f"a file of unknown kind {path.suffix!r}", accepted)
     return path
 
 
@@ -228,12 +232,14 @@ def _read_dictionary(file: Path, dict_class: str | None) -> SourceSAE:
     state = _read(file, lambda path: torch.load(path, map_location="cpu", weights_only=True))
     if not isinstance(state, dict) or not all(isinstance(each, Tensor) for each in state.values()):
         held = f"a dict of {', '.join(map(str, state))}" if isinstance(state, dict) else type(state).__name__
-        raise refuse(str(file), held, "a state dict of tensors", "Save ae.state_dict(), not a training backup.")
+        raise refusal(
+            SAEError, str(file), held, "a state dict of tensors", "Save ae.state_dict(), not a training backup."
+        )
     beside = file.with_name(DICTIONARY_CONFIG)
     trainer = _section(str(beside), _read_json(beside), "trainer") if beside.is_file() else {}
     name = _agreed(file, "dict_class", dict_class, trainer.get("dict_class")) or _inferred_class(file, state)
     if name not in DICT_CLASSES:
-        raise refuse(f"{file}: the class", name, ", ".join(DICT_CLASSES))
+        raise refusal(SAEError, f"{file}: the class", name, ", ".join(DICT_CLASSES))
     kind = DICT_CLASSES[name]
     _check_names(str(file), state, kind.required, kind.optional)
     k = int(state["k"]) if "k" in state else None
@@ -257,7 +263,7 @@ def _inferred_class(file: Path, state: Collection[str]) -> str:
     if len(fitting) != 1:
         held = f"the tensors {', '.join(sorted(names))} and no class in a {DICTIONARY_CONFIG} beside it"
         accepted = f"the class by name: dict_class= one of {', '.join(fitting or DICT_CLASSES)}"
-        raise refuse(f"{file}: what it is", f"not certain, from {held}", accepted)
+        raise refusal(SAEError, f"{file}: what it is", f"not certain, from {held}", accepted)
     return fitting[0]
 
 
@@ -265,7 +271,8 @@ def _learned_threshold(file: Path, threshold: Tensor, b_enc: Tensor) -> Tensor:
     if threshold.dim():
         return threshold
     if not threshold >= 0:
-        raise refuse(
+        raise refusal(
+            SAEError,
             f"{file}: `threshold`",
             f"{float(threshold)}, which is unset",
             "a threshold learned in training, >= 0",
@@ -300,25 +307,26 @@ def _check_names(
 def _section(name: str, cfg: Mapping[str, Any], key: str, default: Any = None) -> dict[str, Any]:
     value = default if cfg.get(key) is None else cfg[key]
     if not isinstance(value, dict):
-        raise refuse(f"{name}: {key!r}", repr(value), "a JSON object")
+        raise refusal(SAEError, f"{name}: {key!r}", repr(value), "a JSON object")
     return value
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     value = _read(file, lambda path: json.loads(path.read_text(encoding="utf-8")))
     if not isinstance(value, dict):
-        raise refuse(str(file), f"a JSON {type(value).__name__}", "a JSON object")
+        raise refusal(SAEError, str(file), f"a JSON {type(value).__name__}", "a JSON object")
     return value
 
 
 def _read(file: Path, reader: Callable[[Path], Any]) -> Any:
     if not file.is_file():
-        raise refuse(str(file), "not there", "the file that belongs to the rest of the SAE beside it")
+        raise refusal(SAEError, str(file), "not there", "the file that belongs to the rest of the SAE beside it")
     try:
         return reader(file)
     # Four formats, each with errors of its own; whatever they are, the file is the reason.
     except Exception as error:
-        raise refuse(
+        raise refusal(
+            SAEError,
             str(file),
             f"not readable ({type(error).__name__})",
             "an undamaged file of tensors, or of JSON, without pickled objects",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspa.errors import SAEError, refuse
+from dspa.errors import SAEError, refusal
 from dspa.saes.folding import (
     Content,
     at_inference,
@@ -175,7 +175,7 @@ class FrozenSAE:
     @classmethod
     def _from_source(cls, source: SourceSAE, layer: int | None, model_name: str | None) -> FrozenSAE:
         if None not in (layer, source.layer) and layer != source.layer:
-            raise refuse("`layer`", layer, f"{source.layer}, as {source.name} says", "Leave `layer` out.")
+            raise refusal(SAEError, "`layer`", layer, f"{source.layer}, as {source.name} says", "Leave `layer` out.")
         gated = source.arch == "gated"
         try:
             sae = cls(
@@ -201,7 +201,8 @@ class FrozenSAE:
 
     def _take_up(self, record: dict[str, Any]) -> None:
         if record.keys() != {"fingerprint", "weights", "folded"} or record["weights"] != self.fingerprint:
-            raise refuse(
+            raise refusal(
+                SAEError,
                 f"the SAE (fingerprint {self.fingerprint})",
                 f"not the one that was saved ({record})",
                 "what FrozenSAE.save wrote, neither changed nor rounded",
@@ -249,7 +250,7 @@ class FrozenSAE:
         if (device, dtype) == (self.device, self.dtype):
             return self
         if dtype not in DTYPES:
-            raise refuse("`dtype`", dtype, ", ".join(map(str, DTYPES)))
+            raise refusal(SAEError, "`dtype`", dtype, ", ".join(map(str, DTYPES)))
         full = full_dtype(dtype)
         new = copy.copy(self)
         new._fingerprint, new._source = self.fingerprint, None
@@ -297,7 +298,8 @@ class FrozenSAE:
         if self.weights.normalize == "none":
             return out
         if like is None:
-            raise refuse(
+            raise refusal(
+                SAEError,
                 "`like`",
                 "None",
                 "the residuals that `f` was encoded from, [..., d_in]",
@@ -390,4 +392,4 @@ def _top_k(pre: Tensor, k: int) -> Tensor:
 
 def _check_width(name: str, x: Tensor, width: int) -> None:
     if x.shape[-1:] != (width,):
-        raise refuse(f"`{name}`", f"of shape {list(x.shape)}", f"shape [..., {width}]")
+        raise refusal(SAEError, f"`{name}`", f"of shape {list(x.shape)}", f"shape [..., {width}]")
