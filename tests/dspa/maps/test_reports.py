@@ -188,7 +188,7 @@ def test_csv_is_one_draw_a_line(counts: Collection, tmp_path: Path, monkeypatch:
     with pytest.raises(SystemExit) as stop:
         main()
     assert not stop.value.code
-    rows = list(csv.DictTripleCounter(path.open()))
+    rows = list(csv.DictReader(path.open()))
     assert [row["triples"] for row in rows] == ["8"] * 3 + ["20"] * 3
     assert all(0 <= float(row["selected"]) <= 1 for row in rows)
     assert (tmp_path / "s.png").read_bytes().startswith(PNG)
