@@ -70,7 +70,8 @@ def sae_train(
 ) -> None:
     """Train a BatchTopK SAE for a layer of a model, saved as a JumpReLU SAE in a SAELens folder."""
     from dspa.data.texts import TextFile
-    from dspa.saes.training import SAETrainingConfig, train_sae
+    from dspa.saes.config import SAETrainingConfig
+    from dspa.saes.training import train_sae
     from dspa.training_folder import TrainingFolder
 
     config = SAETrainingConfig(
@@ -120,7 +121,8 @@ def sae_finetune(
 ) -> None:
     """Go on training an SAE on a text of your own, saved as a JumpReLU SAE in a SAELens folder."""
     from dspa.data.texts import TextFile
-    from dspa.saes.training import SAETrainingConfig, finetune_sae
+    from dspa.saes.config import SAETrainingConfig
+    from dspa.saes.training import finetune_sae
     from dspa.training_folder import TrainingFolder
 
     config = SAETrainingConfig(

@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from dspa.demo import language
-from dspa.saes.training import SAETrainingConfig, train_sae
+from dspa.saes.config import SAETrainingConfig
+from dspa.saes.training import train_sae
 
 SEED = 20
 DRIFT = 0.12

@@ -15,9 +15,10 @@ from dspa.data.texts import TextFile
 from dspa.errors import ModelError, PreferenceError, TextError, TrainingError
 from dspa.saes.activations import Activations, Position
 from dspa.saes.batchtopk import jumprelu, started_sae
+from dspa.saes.config import SAETrainingConfig
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.quality import evaluate_sae
-from dspa.saes.training import SAETrainingConfig, finetune_sae, read_qualities, train_sae
+from dspa.saes.training import finetune_sae, read_qualities, train_sae
 from dspa.testing import D_IN, ENGLISH, make_model, make_sae, word_tokenizer
 
 pytest.importorskip("sae_lens")
