@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,15 +22,32 @@ if not torch.cuda.is_available():
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Compile that library, before any of the processes that share the tests looks for it."""
-    if not torch.cuda.is_available() and not hasattr(session.config, "workerinput"):
+    """Compile the emulated library, before any of the processes that share the tests looks for it."""
+    config = session.config
+    if not torch.cuda.is_available() and not hasattr(config, "workerinput") and not config.option.collectonly:
         command = [sys.executable, str(ROOT / "csrc" / "build.py"), "--emulated", "--out", str(EMULATED)]
         built = subprocess.run(command, capture_output=True, text=True)
         if built.returncode:
             pytest.exit(f"csrc/ does not compile for the CPU:\n{built.stdout}{built.stderr}", returncode=1)
 
 
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Count what an xdist worker deselects, of which xdist itself does not inform the process that reports."""
+    output = getattr(items[0].config, "workeroutput", None) if items else None
+    if output is not None:
+        output["n_deselected"] = output.get("n_deselected", 0) + len(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Have the summary line show what the workers deselected, once, since all deselect the same."""
+    n_deselected = (getattr(node, "workeroutput", None) or {}).get("n_deselected", 0)
+    reporter = node.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and n_deselected:
+        reporter.stats.setdefault("deselected", [None] * n_deselected)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """On tensors as small as those of the tests, threads only wait for each other."""
+    """Use one thread: on tensors as small as those of the tests, threads only wait for each other."""
     torch.set_num_threads(1)

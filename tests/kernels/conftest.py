@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import pytest
@@ -10,15 +10,16 @@ import torch
 
 from dspa_kernels.backends import IMPLEMENTED, OPS
 from dspa_kernels.testing import BACKENDS
+from tests.kernels.thinning import LARGE, Case, thinned
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ALL_CASES = os.environ.get("DSPA_ALL_CASES") == "1"
 KERNELS = BACKENDS[1:]
-GRID = 40
 
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Memory comes filled with NaN and large integers: what is read or returned unwritten shows."""
+    """Fill new memory with NaN and large integers, so that what is read or returned unwritten shows."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan() and torch.empty(1, dtype=torch.int32) > 1 << 30
     yield
@@ -27,51 +28,55 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(params=[pytest.param(b, marks=[pytest.mark.gpu] * (b != "reference")) for b in BACKENDS])
 def backend(request: pytest.FixtureRequest, poisoned_memory: None) -> str:
-    """Every backend of `dspa_kernels.testing.BACKENDS` that has the op; without a GPU, they are emulated."""
+    """Every backend of `dspa_kernels.testing.BACKENDS` that has the op. Without a GPU, they are emulated."""
     return str(request.param)
 
 
-def parameters(item: Any) -> Iterator[Any]:
-    """What a test is called with, tuples unpacked."""
-    for value in item.callspec.params.values() if hasattr(item, "callspec") else ():
-        yield from value if isinstance(value, tuple) else (value,)
+def parameters(item: Any) -> dict[str, Any]:
+    """Return the parameters of a test by name, or none."""
+    return dict(item.callspec.params) if hasattr(item, "callspec") else {}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Kernels compute in fp32: fp64 is the reference's alone (test_backends.py says what else happens). An op has no
-    test on a backend that does not have it.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Remove cases that no kernel has, and in the interpreter most cases of large grids.
 
-    In the interpreter, which takes half a second for what a GPU does in microseconds, every fourth of a kernel's
-    tests runs where they are a grid of more than `GRID`.
+    Kernels compute in fp32, and fp64 is the reference's alone (test_backends.py says what else happens). An op has no
+    test on a backend that does not have it. What is left out of large grids is reported as deselected, and
+    DSPA_ALL_CASES=1 runs it.
     """
     items[:] = [item for item in items if _applies(item)]
-    grids = collections.Counter(_grid(item) for item in items)
-    seen: collections.Counter[str] = collections.Counter()
-    kept = []
+    if not INTERPRETED or ALL_CASES:
+        return
+    grids: dict[str, list[Case]] = collections.defaultdict(list)
     for item in items:
-        grid = _grid(item)
-        if grid and INTERPRETED and grids[grid] > GRID:
-            seen[grid] += 1
-            if seen[grid] % 4:
-                continue
-        kept.append(item)
-    items[:] = kept
+        if "triton" in _atoms(item):
+            case = Case(item.nodeid, {name: _hashable(value) for name, value in parameters(item).items()})
+            grids[item.nodeid.partition("[")[0]].append(case)
+    large = [cases for cases in grids.values() if len(cases) > LARGE]
+    left_out = {case.name for cases in large for case in cases}.difference(*map(thinned, large))
+    if left_out:
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left_out])
+        items[:] = [item for item in items if item.nodeid not in left_out]
 
 
 def _applies(item: Any) -> bool:
-    values = {*map(_hashable, parameters(item))}
-    kernels = values & set(KERNELS)
+    atoms = _atoms(item)
+    kernels = atoms & set(KERNELS)
     if not kernels:
         return True
-    names = {item.path.stem.removeprefix("test_"), *(value for value in values if value in OPS)}
+    names = {item.path.stem.removeprefix("test_"), *(atom for atom in atoms if atom in OPS)}
     op = max((op for op in OPS for name in names if name.startswith(op)), key=len, default="")
-    return torch.float64 not in values and (not op or all((op, each) in IMPLEMENTED for each in kernels))
+    return torch.float64 not in atoms and (not op or all((op, kernel) in IMPLEMENTED for kernel in kernels))
 
 
-def _grid(item: Any) -> str:
-    """The test function of a kernel's test, of all others nothing."""
-    return item.nodeid.partition("[")[0] if "triton" in map(_hashable, parameters(item)) else ""
+def _atoms(item: Any) -> set[Hashable]:
+    """Return the values of a test's parameters, tuples unpacked."""
+    values = parameters(item).values()
+    return {_hashable(atom) for value in values for atom in (value if isinstance(value, tuple) else (value,))}
 
 
-def _hashable(value: Any) -> Any:
-    return value if isinstance(value, (str, torch.dtype)) else id(value)
+def _hashable(value: Any) -> Hashable:
+    """Return a value that can be an element of a set: itself, or the identity of an object."""
+    if isinstance(value, tuple):
+        return tuple(map(_hashable, value))
+    return value if isinstance(value, (str, int, float, torch.dtype)) else id(value)
