@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import subprocess
 import sys
@@ -13,12 +14,19 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 EMULATED = ROOT / "build" / "emulated"
+# The files that take longest, mostly to compile, and print nothing meanwhile.
+SLOWEST = ("kernels/test_compiled.py", "csrc/test_compiled.py")
 
 # Without a GPU, Triton kernels run in Triton's interpreter, and those of csrc/ in a library that emulates one. Both
 # have to be chosen before they are imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("DSPA_CUDA_EMULATED", str(EMULATED / "libdspa_emulated.so"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have xdist hand out files in the order of `pytest_collection_modifyitems`, not those of most tests first."""
+    config.option.loadscopereorder = False
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -29,6 +37,18 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         built = subprocess.run(command, capture_output=True, text=True)
         if built.returncode:
             pytest.exit(f"csrc/ does not compile for the CPU:\n{built.stdout}{built.stderr}", returncode=1)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the slowest files, then those of most tests.
+
+    `--dist loadfile` hands out files in this order. One of few slow tests that came last would leave all processes
+    but one without work, and the screen still, until it is done.
+    """
+    n_tests = collections.Counter(item.path for item in items)
+    places = {ROOT / "tests" / name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: (places.get(item.path, len(places)), -n_tests[item.path]))
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
