@@ -23,7 +23,19 @@ from dspa.maps.table import QUANTUM, DensityTable
 from dspa.testing import L_IN, L_OUT
 from dspa.version import __version__
 
-from ..support.counts import D_IN, D_OUT, DYADIC, ODD, as_collection, draw, fractions, naive, rows_of, same_bits
+from ..support.counts import (
+    BAD_SETTINGS,
+    D_IN,
+    D_OUT,
+    DYADIC,
+    ODD,
+    as_collection,
+    draw,
+    fractions,
+    naive,
+    rows_of,
+    same_bits,
+)
 
 
 def check(cdmap: ConditionalDifferenceMap, gates: np.ndarray, A: np.ndarray, exact: bool) -> None:
@@ -477,17 +489,6 @@ def test_progress(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 # Bad input
-
-
-BAD_SETTINGS = [
-    ({"percentile": -1}, "`percentile` is -1; accepted: 0 to 100"),
-    ({"percentile": 100.5}, "`percentile` is 100.5"),
-    ({"percentile": math.nan}, "`percentile` is nan"),
-    ({"gate_rule": "activ"}, "`gate_rule` is 'activ'; accepted: published, active"),
-    ({"count_tokens": "txt"}, "`count_tokens` is 'txt'; accepted: all, text"),
-    ({"count_tokens": ""}, "`count_tokens` is ''; accepted: all, text"),
-    ({"k_diff": 0}, "`k_diff` is 0; accepted: 1 to"),
-]
 
 
 @pytest.mark.parametrize(("settings", "message"), [*BAD_SETTINGS, ({"k_diff": D_OUT + 1}, f"width, {D_OUT}")])

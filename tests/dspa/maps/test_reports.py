@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,31 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dspa import ConditionalDifferenceMap, FrozenSAE, MapError, SteeringConfig, collect, reduce
-from dspa.intervals import jaccard
+from dspa import ConditionalDifferenceMap, FrozenSAE, MapError, reduce
 from dspa.maps.plots import plot_difference, plot_map, plot_stability
 from dspa.maps.reports import difference, summary, top_columns
 from dspa.maps.shards import Collection
-from dspa.maps.stability import SIZES, Stability, selected, stability
-from dspa.testing import ENGLISH, L_IN, L_OUT, make_map, make_model, make_sae, with_tensors, word_tokenizer
+from dspa.maps.stability import Stability
+from dspa.testing import L_OUT, make_map, make_sae, with_tensors
 
 PNG = b"\x89PNG"
-
-
-@pytest.fixture(scope="module")
-def counts(tmp_path_factory: pytest.TempPathFactory) -> Collection:
-    """Of 60 triples in which the response repeats the prompt's first word or its last."""
-    rows = [
-        {
-            "prompt": " ".join(ENGLISH[(n + i * i) % 47] for i in range(6)),
-            "chosen": " ".join(ENGLISH[(n + i) % 40] for i in range(5)),
-            "rejected": " ".join(ENGLISH[(2 * n + 3 * i) % 47] for i in range(7)),
-        }
-        for n in range(60)
-    ]
-    saes = make_sae(L_IN, 96, seed=1), make_sae(L_OUT, 128, seed=2)
-    folder = tmp_path_factory.mktemp("counts")
-    return collect(make_model("qwen3"), word_tokenizer(), rows, *saes, work_dir=folder, progress=False)
 
 
 # One map
@@ -106,65 +88,6 @@ def test_maps_of_other_saes(cdmap: ConditionalDifferenceMap, sae_in: FrozenSAE) 
         difference(cdmap, other)
 
 
-# Fewer triples
-
-
-def test_jaccard() -> None:
-    assert jaccard({1, 2, 3}, {2, 3, 4}) == 0.5
-    assert jaccard(set(), set()) == 1 and jaccard(set(), {1}) == 0
-
-
-def test_selected_tells_augmented_from_ablated(cdmap: ConditionalDifferenceMap) -> None:
-    counts = torch.randint(0, 4, (5, 96), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    both = selected(cdmap, counts, SteeringConfig(k_prompt=4, k_diff=3, mode="both"))
-    ablated = selected(cdmap, counts, SteeringConfig(k_prompt=4, k_diff=3))
-    for row, some, less in zip(counts, both, ablated, strict=True):
-        chosen = sorted(range(96), key=lambda i: (-int(row[i]), i))[:4]
-        score = cdmap.values[[i for i in chosen if row[i] > 0]].sum(dim=0)
-        order = score.argsort().tolist()
-        columns = cdmap.columns.tolist()
-        assert less == {-1 - columns[j] for j in order[:3]}
-        assert some == less | {columns[j] for j in order[-3:]}
-
-
-def test_stability_grows_with_the_number_of_triples(counts: Collection) -> None:
-    found = stability(counts, sizes=[4, 48], draws=6, n_prompts=12, seed=1)
-    assert [each.n_triples for each in found] == [4, 48]
-    few, all_of_them = found
-    assert len(few.selected) == len(few.columns) == len(few.n_columns) == 6
-    mean = {id(each): sum(each.selected) / 6 for each in found}
-    assert 0 < mean[id(few)] < mean[id(all_of_them)] < 1
-    again = stability(counts, sizes=[4, 48], draws=6, n_prompts=12, seed=1)
-    assert again == found and stability(counts, sizes=[4], draws=6, n_prompts=12, seed=2) != found[:1]
-
-
-def test_held_out_prompts_take_part_in_no_map(counts: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[int]] = []
-    from dspa.maps import stability as module
-
-    class Watched(module.DensityTable):
-        def __init__(self, collection: Collection, count_tokens: str, subset: list[int] | None) -> None:
-            seen.append(subset or [])
-            super().__init__(collection, count_tokens, subset)
-
-    monkeypatch.setattr(module, "DensityTable", Watched)
-    module.stability(counts, sizes=[10], draws=3, n_prompts=12)
-    held_out, whole, *drawn = seen
-    assert len(held_out) == 12 and len(whole) == 48 and set(held_out).isdisjoint(whole)
-    assert len(drawn) == 3 and all(len(each) == 10 and set(each) <= set(whole) for each in drawn)
-
-
-def test_default_sizes(counts: Collection) -> None:
-    found = stability(counts, draws=1)
-    assert [each.n_triples for each in found] == [n for n in SIZES if n < 48] + [48]
-
-
-@pytest.mark.parametrize("options", [{"sizes": [0]}, {"sizes": [49]}, {"draws": 0}])
-def test_bad_sizes(counts: Collection, options: dict[str, object]) -> None:
-    with pytest.raises(MapError, match="accepted: sizes from 1 to 48"):
-        stability(counts, **options)
-
-
 # Plots
 
 
@@ -177,18 +100,3 @@ def test_plots(counts: Collection, tmp_path: Path, cdmap: ConditionalDifferenceM
     for path in tmp_path.iterdir():
         assert path.read_bytes().startswith(PNG) and path.stat().st_size > 5000
     assert len(list(tmp_path.iterdir())) == 4
-
-
-def test_csv_is_one_draw_a_line(counts: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dspa.cli import main
-
-    path = tmp_path / "s.csv"
-    arguments = ["map", "stability", counts.folder, "--size", 8, "--size", 20, "--draws", 3, "--csv", path]
-    monkeypatch.setattr("sys.argv", ["dspa", *map(str, [*arguments, "--plot", tmp_path / "s.png"])])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert not stop.value.code
-    rows = list(csv.DictReader(path.open()))
-    assert [row["triples"] for row in rows] == ["8"] * 3 + ["20"] * 3
-    assert all(0 <= float(row["selected"]) <= 1 for row in rows)
-    assert (tmp_path / "s.png").read_bytes().startswith(PNG)

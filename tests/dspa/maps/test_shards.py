@@ -1,4 +1,4 @@
-"""Folders of counts: stopped, resumed, damaged, merged, and where they cannot be written."""
+"""Folders of counts: stopped, resumed, damaged, and where they cannot be written."""
 
 from __future__ import annotations
 
@@ -27,36 +27,23 @@ from dspa.files import read_header, read_tensors
 from dspa.maps import pieces
 from dspa.maps.merge import merge
 from dspa.maps.shards import COUNTED, DATA, FORMAT, MANIFEST, NAMES, Collection, Counts
-from dspa.testing import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_sae, make_tokenizer
 
 from ..support.counts import (
+    CHANGES,
     PASSES,
     Calls,
     Case,
-    as_collection,
     as_rows,
     check_same,
     dense,
-    draw,
     files,
     in_a_child,
-    make_case,
     make_ids,
     same_bits,
     shards,
 )
 
-
-@pytest.fixture
-def case() -> Case:
-    return make_case("qwen3")
-
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows of 4 triples, pieces of 2, so that 8 triples are 4 shards."""
-    monkeypatch.setattr(pieces, "TRIPLES_PER_WINDOW", 4)
-    monkeypatch.setattr(pieces, "TRIPLES_PER_PIECE", 2)
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 def times(folder: Path) -> dict[Path, int]:
@@ -218,31 +205,6 @@ def test_a_temporary_folder_goes_with_its_collection(case: Case) -> None:
 # Other settings and data
 
 
-def with_template() -> Any:
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{{ messages }}"
-    return tokenizer
-
-
-def with_special() -> Any:
-    tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["w7"]})
-    return tokenizer
-
-
-CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
-    "max_length": ("max_length", {"max_length": 100}),
-    "sae_in": ("sae_in", {"sae_in": make_sae(L_IN, D_SAE_IN, seed=9)}),
-    "sae_out": ("sae_out", {"sae_out": make_sae(L_OUT, D_SAE_OUT, seed=9)}),
-    "layer_in": ("layer_in", {"sae_in": make_sae(L_IN - 1, D_SAE_IN, seed=1)}),
-    "layer_out": ("layer_out", {"sae_out": make_sae(L_OUT + 1, D_SAE_OUT, seed=2)}),
-    "dtype of an SAE": ("dtypes", {"sae_in": make_sae(L_IN, D_SAE_IN, seed=1).to(dtype=torch.bfloat16)}),
-    "model_name": ("model_name", {"model_name": "another"}),
-    "chat template": ("tokenizer", {"tokenizer": with_template()}),
-    "special tokens": ("tokenizer", {"tokenizer": with_special()}),
-}
-
-
 def refusal(case: Case, folder: Path, **options: Any) -> str:
     """What is said of the folder, in which nothing changes, nor does the model run."""
     before, calls = files(folder), []
@@ -317,6 +279,15 @@ def test_the_first_triples_are_other_data(case: Case, tmp_path: Path) -> None:
     case.collect(work_dir=tmp_path, first=4)
     assert "(4 triples of digest " in refusal(case, tmp_path, first=5)
     check_same(case.collect(case.ids[:4], work_dir=tmp_path), case.collect(case.ids[:4]))
+
+
+def test_settings_that_were_given_up(case: Case, tmp_path: Path) -> None:
+    """A start that came to nothing does not hold the folder."""
+    with pytest.raises(PreferenceError, match="leaves no room"):
+        case.collect(work_dir=tmp_path, max_length=9)
+    assert not shards(tmp_path)
+    case.collect(case.ids[:3], work_dir=tmp_path)
+    assert reduce(tmp_path).meta.n_triples == 3
 
 
 # Damaged
@@ -437,6 +408,15 @@ def test_a_folder_without_counts(tmp_path: Path, made: bool) -> None:
         reduce(folder)
 
 
+def test_shards_that_were_exchanged(case: Case, tmp_path: Path) -> None:
+    """One in the place of another would count its triples twice."""
+    case.collect(work_dir=tmp_path)
+    first, second, *_ = shards(tmp_path)
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(MapError, match=f"The shards in {tmp_path} are not those of its data"):
+        reduce(tmp_path)
+
+
 # Where they cannot be written
 
 
@@ -521,134 +501,3 @@ def test_a_folder_that_cannot_be(case: Case, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(MapError, match=rf"{folder} cannot be made \("):
         case.collect(work_dir=folder)
     assert calls.n == 0
-
-
-# Merged
-
-
-def halves(case: Case, folder: Path) -> list[Path]:
-    for name, ids in (("one", case.ids[:5]), ("two", case.ids[5:])):
-        case.collect(ids, work_dir=folder / name, max_length=30)
-    return [folder / "one", folder / "two"]
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_merged_folders_make_the_map_of_all_data(case: Case, tmp_path: Path, reverse: bool) -> None:
-    parts = halves(case, tmp_path)
-    before = [files(part) for part in parts]
-    merged = merge(tmp_path / "all", parts[::-1] if reverse else parts, progress=False)
-    ids = [*case.ids[5:], *case.ids[:5]] if reverse else case.ids
-    at_once = case.collect(ids, work_dir=tmp_path / "at once", max_length=30)
-    check_same(replace_data(merged, at_once), at_once, batched_alike=False)
-    options = {"percentile": 60, "k_diff": 3}
-    assert same_bits(reduce(merged, **options), reduce(at_once, **options))
-    assert same_bits(reduce(tmp_path / "all", **options, subset=[1, 6]), reduce(at_once, **options, subset=[1, 6]))
-    assert [files(part) for part in parts] == before
-    assert reduce(merged).meta.n_cut > 0
-
-
-def replace_data(merged: Collection, like: Collection) -> Collection:
-    """The collection as if it had been cut into the pieces that another has: only their record differs."""
-    assert merged.data is not None and like.data is not None and merged.data.n_triples == like.data.n_triples
-
-    class Same(Collection):
-        data = like.data  # type: ignore[assignment]
-
-        def paths(self) -> list[Path]:
-            return merged.paths()
-
-    return Same(merged.folder, merged.settings)
-
-
-def test_merges_of_merges(tmp_path: Path) -> None:
-    data = draw(9, seed=0)
-    rows = [list(range(4)), [4, 5], [6, 7, 8]]
-    for n, each in enumerate(rows):
-        index = [r - each[0] for r in each]
-        part = [*(table[each] for table in data[:3]), data[3][:, each]]
-        as_collection(part, pieces=[index[:1], index[1:]], folder=tmp_path / f"{n}")
-    merge(tmp_path / "01", [tmp_path / "0", tmp_path / "1"], progress=False)
-    merge(tmp_path / "012", [tmp_path / "01", tmp_path / "2"], progress=False)
-    assert same_bits(reduce(tmp_path / "012", k_diff=2), reduce(as_collection(data), k_diff=2))
-    assert [path.name for path in shards(tmp_path / "012")] == [f"shard-{n:06d}.safetensors" for n in range(6)]
-
-
-def test_progress_of_a_merge(case: Case, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    merge(tmp_path / "all", halves(case, tmp_path))
-    out, err = capfd.readouterr()
-    assert out == "" and "merge" in err and "5/5" in err
-
-
-@pytest.mark.parametrize("how", ["same", "copy"])
-def test_a_merge_of_the_same_data_is_refused(case: Case, tmp_path: Path, how: str) -> None:
-    one, two = halves(case, tmp_path)
-    twice = one
-    if how == "copy":
-        twice = tmp_path / "copy"
-        shutil.copytree(one, twice)
-    with pytest.raises(MapError, match=f"triples in {twice} are in {one} too, and would count twice"):
-        merge(tmp_path / "all", [one, two, twice])
-    assert not list(tmp_path.glob("all*"))
-
-
-def test_a_merge_of_data_that_overlap_is_refused(case: Case, tmp_path: Path) -> None:
-    case.collect(case.ids[:5], work_dir=tmp_path / "one")
-    case.collect(case.ids[3:], work_dir=tmp_path / "two")
-    with pytest.raises(MapError, match=f"2 of 5 triples in {tmp_path / 'two'} are in {tmp_path / 'one'} too"):
-        merge(tmp_path / "all", [tmp_path / "one", tmp_path / "two"])
-
-
-def test_a_merge_that_fails_leaves_nothing(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = halves(case, tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(Collection, "record", lambda *_: exec("raise KeyboardInterrupt"))
-        with pytest.raises(KeyboardInterrupt):
-            merge(tmp_path / "all", parts)
-    assert not list(tmp_path.glob("all*"))
-    merge(tmp_path / "all", parts)
-
-
-def test_shards_that_were_exchanged(case: Case, tmp_path: Path) -> None:
-    """One in the place of another would count its triples twice."""
-    case.collect(work_dir=tmp_path)
-    first, second, *_ = shards(tmp_path)
-    second.write_bytes(first.read_bytes())
-    with pytest.raises(MapError, match=f"The shards in {tmp_path} are not those of its data"):
-        reduce(tmp_path)
-
-
-def test_settings_that_were_given_up(case: Case, tmp_path: Path) -> None:
-    """A start that came to nothing does not hold the folder."""
-    with pytest.raises(PreferenceError, match="leaves no room"):
-        case.collect(work_dir=tmp_path, max_length=9)
-    assert not shards(tmp_path)
-    case.collect(case.ids[:3], work_dir=tmp_path)
-    assert reduce(tmp_path).meta.n_triples == 3
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_merge_of_other_settings_is_refused(case: Case, tmp_path: Path, name: str) -> None:
-    field, options = CHANGES[name]
-    case.collect(case.ids[:5], work_dir=tmp_path / "one")
-    case.collect(case.ids[5:], work_dir=tmp_path / "two", **options)
-    with pytest.raises(MapError, match=rf"{tmp_path / 'two'} holds shards of other settings \({field}: "):
-        merge(tmp_path / "all", [tmp_path / "one", tmp_path / "two"])
-    assert not (tmp_path / "all").exists()
-
-
-def test_a_merge_of_what_is_not_complete_is_refused(case: Case, tmp_path: Path) -> None:
-    one, two = halves(case, tmp_path)
-    shards(two)[0].unlink()
-    with pytest.raises(MapError, match=f"{two} are not complete: 1 of 2 shards are missing"):
-        merge(tmp_path / "all", [one, two])
-    with pytest.raises(MapError, match=f"{tmp_path / 'none'} holds no counts"):
-        merge(tmp_path / "all", [one, tmp_path / "none"])
-    assert not (tmp_path / "all").exists()
-
-
-def test_a_merge_goes_into_a_new_folder(case: Case, tmp_path: Path) -> None:
-    one, two = halves(case, tmp_path)
-    before = files(one)
-    with pytest.raises(MapError, match=f"{one} is there already; accepted: a folder that is new"):
-        merge(one, [one, two])
-    assert files(one) == before

@@ -104,17 +104,6 @@ def same_rows(a: torch.Tensor, b: torch.Tensor) -> bool:
 # Files
 
 
-def test_kinds_of_text(tmp_path, model, tokenizer):
-    sentences = [sentence(n) for n in range(3)]
-    for name, rows, kind in (
-        ("a.txt", [sentences[0], "", *sentences[1:]], "text"),
-        ("a.jsonl", [{"text": text, "other": 1} for text in sentences], "json"),
-        ("b.txt", [{"text": text} for text in sentences], "json"),
-    ):
-        file = TextFile(lines(tmp_path / name, rows))
-        assert (file.kind, file.n_entries, list(file.entries())) == (kind, 3, sentences)
-
-
 def test_triples_are_prompt_and_response(tmp_path, model, tokenizer):
     activations = stream(model, tokenizer, lines(tmp_path / "t.jsonl", TRIPLES), exclude_special_tokens=False)
     rows, n_held_out = activations.held_out(1)
@@ -131,34 +120,6 @@ def test_conversations(tmp_path, model):
     tokenizer.chat_template = TEMPLATE
     rows, _ = stream(model, tokenizer, file).held_out(1)
     assert len(rows) > 0
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"text": "a"}\n{"txt": "a"}\n', r"a\.jsonl line 2 has only the keys \['txt'\]"),
-        ("a.jsonl", b'\n{"text": "a"}\n\n{"text": 3}\n', r"a\.jsonl line 4 has `text` 3"),
-        ("a.jsonl", b'{"text": "a"}\n[1]\n', r"a\.jsonl line 2 is a JSON list"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl line 2 is not JSON"),
-        ("a.jsonl", b"plain\n", r"a\.jsonl line 1 is not JSON"),
-        ("a.txt", b"good\n\xff\xfe\n", r"a\.txt line 2 is not UTF-8"),
-        ("a.txt", b"\n \n", r"holds no text"),
-        (
-            "a.jsonl",
-            b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"chosen": "b"}\n',
-            r"line 2: has no 'rejected'",
-        ),
-    ],
-)
-def test_bad_files(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises((TextError, PreferenceError), match=message):
-        TextFile(tmp_path / name)
-
-
-def test_no_file(tmp_path):
-    with pytest.raises(TextError, match="is not a file"):
-        TextFile(tmp_path / "none.txt")
 
 
 # The stream

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import multiprocessing
 import random
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dspa import ConditionalDifferenceMap, FrozenSAE, Triple
@@ -24,6 +27,7 @@ from dspa.maps.cdmap import TENSORS
 from dspa.maps.collect import collect
 from dspa.maps.pieces import DataRecord
 from dspa.maps.shards import COUNTED, PARTS, ROW_QUANTUM, Collection, CollectSettings, Counts, Shard
+from dspa.models.layers import decoder_layers
 from dspa.testing import BOS, D_SAE_IN, D_SAE_OUT, EOS, L_IN, L_OUT, VOCAB, make_model, make_sae, make_tokenizer
 
 SPECIAL = (0, BOS, EOS)
@@ -96,6 +100,31 @@ def make_case(family: str, ids: list[Ids] | None = None) -> Case:
     )
 
 
+def with_template() -> Any:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    return tokenizer
+
+
+def with_special() -> Any:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["w7"]})
+    return tokenizer
+
+
+CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "max_length": ("max_length", {"max_length": 100}),
+    "sae_in": ("sae_in", {"sae_in": make_sae(L_IN, D_SAE_IN, seed=9)}),
+    "sae_out": ("sae_out", {"sae_out": make_sae(L_OUT, D_SAE_OUT, seed=9)}),
+    "layer_in": ("layer_in", {"sae_in": make_sae(L_IN - 1, D_SAE_IN, seed=1)}),
+    "layer_out": ("layer_out", {"sae_out": make_sae(L_OUT + 1, D_SAE_OUT, seed=2)}),
+    "dtype of an SAE": ("dtypes", {"sae_in": make_sae(L_IN, D_SAE_IN, seed=1).to(dtype=torch.bfloat16)}),
+    "model_name": ("model_name", {"model_name": "another"}),
+    "chat template": ("tokenizer", {"tokenizer": with_template()}),
+    "special tokens": ("tokenizer", {"tokenizer": with_special()}),
+}
+
+
 class Calls:
     """Counts the passes of the model, and fails at the pass `fail_at`."""
 
@@ -108,6 +137,30 @@ class Calls:
             raise KeyboardInterrupt
         self.n += 1
         return self.real(*args, **kwargs)
+
+
+def ran(model: PreTrainedModel, seen: list[tuple[int, int, int, int]]) -> Any:
+    """Within it, rows, columns, columns before them in the cache, and tokens of every pass come into `seen`."""
+
+    def look(_module: nn.Module, _args: Any, kwargs: dict[str, Tensor]) -> None:
+        rows, columns = kwargs["input_ids"].shape
+        mask = kwargs["attention_mask"]
+        seen.append((rows, columns, mask.shape[1] - columns, int(mask[:, -columns:].sum())))
+
+    return handled(model.base_model.register_forward_pre_hook(look, with_kwargs=True))
+
+
+@contextlib.contextmanager
+def handled(handle: RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def hooked(model: PreTrainedModel, look: Callable[[Tensor], object]) -> Any:
+    """Within it, `look` sees what goes into the first layer."""
+    return handled(decoder_layers(model)[0].register_forward_pre_hook(lambda _module, args: look(args[0])))
 
 
 def whole(collection: Collection) -> Shard:
@@ -277,6 +330,17 @@ def naive(
                 sizes += [abs(a) for a in row if (a >= ordered[-k] or a <= ordered[k - 1]) and a != 0]
         A = np.where(np.abs(A) < min(sizes), Fraction(0), A)
     return gates, A
+
+
+BAD_SETTINGS = [
+    ({"percentile": -1}, "`percentile` is -1; accepted: 0 to 100"),
+    ({"percentile": 100.5}, "`percentile` is 100.5"),
+    ({"percentile": math.nan}, "`percentile` is nan"),
+    ({"gate_rule": "activ"}, "`gate_rule` is 'activ'; accepted: published, active"),
+    ({"count_tokens": "txt"}, "`count_tokens` is 'txt'; accepted: all, text"),
+    ({"count_tokens": ""}, "`count_tokens` is ''; accepted: all, text"),
+    ({"k_diff": 0}, "`k_diff` is 0; accepted: 1 to"),
+]
 
 
 def same_bits(one: ConditionalDifferenceMap, other: ConditionalDifferenceMap) -> bool:
