@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+import dspa
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.saes.frozen import FrozenSAE
 from dspa.testing import D_IN, D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_map, make_model, make_sae, with_tensors
@@ -41,3 +44,15 @@ def calibrated(cdmap: ConditionalDifferenceMap) -> ConditionalDifferenceMap:
 @pytest.fixture(scope="session", params=["gemma2", "qwen3"])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return make_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def gemma() -> PreTrainedModel:
+    return make_model("gemma2")
+
+
+@pytest.fixture
+def steering(sae_in: FrozenSAE, sae_out: FrozenSAE, cdmap: ConditionalDifferenceMap) -> Iterator[dspa.Steering]:
+    steering = dspa.Steering(sae_in, sae_out, cdmap, dspa.SteeringConfig(alpha=0.6, mode="both"))
+    yield steering
+    steering.detach()

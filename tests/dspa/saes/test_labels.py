@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from dspa.fsrl import LabelError, Labels, Usage, category_shares, compare_labels, read_labels
+from dspa.fsrl import LabelError, Labels, read_labels
 from dspa.testing import make_sae
 
 D_SAE = 40
@@ -154,76 +153,3 @@ def test_files_that_cannot_be_used(tmp_path, sae, rules):
 def test_a_category_that_no_latent_has():
     with pytest.raises(LabelError, match="'c'; accepted: a, b"):
         Labels({1: "b", 2: "a"}, 4).of("c")
-
-
-# Shares
-
-
-def test_shares_by_hand():
-    usage = Usage(torch.tensor([6, 2, 0, 4, 8]), torch.tensor([3.0, 1.0, 0.0, 1.0, 5.0]).double(), 10)
-    style, topic, rest = category_shares(usage, Labels({0: "style", 1: "topic", 2: "topic", 3: "topic"}, 5))
-    assert (style.category, style.n_latents, style.n_used) == ("style", 1, 1)
-    assert (style.latents, style.active, style.mass) == (0.25, 6 / 20, 3 / 10)
-    # Of the use of labelled latents, 12 tokens and a mass of 5, over a quarter of them.
-    assert (style.active_enrichment, style.mass_enrichment) == (6 / 12 / 0.25, 3 / 5 / 0.25)
-    assert (topic.n_latents, topic.n_used, topic.latents, topic.active, topic.mass) == (3, 2, 0.75, 6 / 20, 2 / 10)
-    assert (topic.active_enrichment, topic.mass_enrichment) == (6 / 12 / 0.75, 2 / 5 / 0.75)
-    assert (rest.category, rest.n_latents, rest.active, rest.mass) == ("unlabelled", 1, 8 / 20, 5 / 10)
-    assert rest.latents is rest.active_enrichment is rest.mass_enrichment is None
-
-
-def test_shares_of_nothing():
-    nothing = Usage(torch.tensor([0, 3]), torch.tensor([0.0, 1.0]), 10)
-    with pytest.raises(ValueError, match="moves 1 latents and none of the labelled ones"):
-        category_shares(nothing, Labels({0: "a"}, 2))
-    with pytest.raises(ValueError, match="labels are of 3 latents and the use of 2"):
-        category_shares(nothing, Labels({0: "a"}, 3))
-
-
-# Agreement
-
-
-def labels_of(confusion: list[list[int]], names: str) -> tuple[Labels, Labels]:
-    """Labels, and labels by hand, of which this is the confusion matrix (by hand in rows)."""
-    pairs = [
-        (names[i], names[j]) for i, row in enumerate(confusion) for j, count in enumerate(row) for _ in range(count)
-    ]
-    hand, label = ({n: pair[side] for n, pair in enumerate(pairs)} for side in (0, 1))
-    return Labels(label, 100), Labels(hand, 100)
-
-
-def test_agreement_of_three_categories_by_hand():
-    found = compare_labels(*labels_of([[5, 1, 0], [2, 3, 1], [0, 0, 4]], "abc"))
-    assert (found.n, found.accuracy, found.n_unlabelled) == (16, 12 / 16, 0)
-    a, b, c = found.per_category
-    assert (a.n_hand, a.n_label, a.n_both) == (6, 7, 5)
-    assert (a.precision, a.recall, a.f1) == (5 / 7, 5 / 6, 10 / 13)
-    assert (b.precision, b.recall, b.f1) == (3 / 4, 3 / 6, 6 / 10)
-    assert (c.precision, c.recall, c.f1) == (4 / 5, 1, 8 / 9)
-    assert found.macro_f1 == pytest.approx((10 / 13 + 6 / 10 + 8 / 9) / 3)
-    # c s - sum p t = 12 16 - (7 6 + 4 6 + 5 4) = 106; s^2 less sums of squares: 256 - 90 and 256 - 88.
-    assert found.mcc == pytest.approx(106 / (166 * 168) ** 0.5)
-    low, high = found.accuracy_interval()
-    assert 0.5 < low < 0.75 < high < 0.92
-
-
-def test_two_categories_have_matthews_own_coefficient():
-    tp, fn, fp, tn = 6, 2, 1, 9
-    found = compare_labels(*labels_of([[tp, fn], [fp, tn]], "ab"))
-    own = (tp * tn - fp * fn) / ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
-    assert found.mcc == pytest.approx(own)
-
-
-def test_agreement_at_its_ends():
-    assert compare_labels(*labels_of([[3, 0], [0, 4]], "ab")).mcc == 1
-    assert compare_labels(*labels_of([[0, 3], [4, 0]], "ab")).mcc == -1
-    one = compare_labels(*labels_of([[3, 0], [4, 0]], "ab"))
-    assert one.mcc == 0
-    assert one.per_category[1].precision is None and one.per_category[1].f1 == 0
-
-
-def test_what_has_one_label_alone_is_told_and_not_compared():
-    found = compare_labels(Labels({1: "a", 2: "b", 9: "c"}, 10), Labels({1: "a", 2: "a", 3: "b", 4: "b"}, 10))
-    assert (found.n, found.n_unlabelled, found.categories) == (2, 2, ["a", "b"])
-    with pytest.raises(LabelError, match="None of the 1 latents labelled by hand has a label"):
-        compare_labels(Labels({1: "a"}, 10), Labels({2: "a"}, 10))

@@ -175,21 +175,6 @@ def test_too_little_text(model, tokenizer, texts):
         stream(model, tokenizer, texts).held_out(100_000)
 
 
-# Quality
-
-
-def test_evaluate(start):
-    start.weights.threshold[:5] = torch.inf
-    h = torch.randn(50, D_IN, generator=torch.Generator().manual_seed(0))
-    f = start.encode(h)
-    error = (start.decode(f) - h).square().sum().item()
-    quality = evaluate_sae(start, h)
-    assert quality.explained_variance == pytest.approx(1 - error / (h - h.mean(0)).square().sum().item(), abs=1e-6)
-    assert quality.l0 == pytest.approx((f > 0).sum().item() / 50)
-    assert 0 < quality.dead == ((f > 0).sum(0) == 0).sum().item()
-    assert quality.mse == pytest.approx(error / 50, rel=1e-5)
-
-
 # Starts
 
 

@@ -1,0 +1,49 @@
+"""An SAE that does not fit a model, its layers or another SAE is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dspa
+from dspa.testing import D_IN, L_OUT, make_map, make_model, make_sae
+
+PROMPT = torch.tensor([[1, 5, 9, 33, 20, 7]])
+
+
+def test_width_of_another_model(gemma, sae_in):
+    narrow = make_sae(L_OUT, 64, d_in=D_IN // 2)
+    steering = dspa.Steering(sae_in, narrow, make_map(sae_in, narrow))
+    with pytest.raises(dspa.ModelError, match="`sae_out` reads 24 dimensions and the model's hidden size is 48"):
+        steering.attach(gemma)
+
+
+def test_layer_out_of_range(gemma, sae_in):
+    high = make_sae(9, 64)
+    steering = dspa.Steering(sae_in, high, make_map(sae_in, high))
+    with pytest.raises(dspa.ModelError, match="`sae_out` sits at layer 9; accepted: 0 to 3"):
+        steering.attach(gemma)
+
+
+def test_input_layer_not_below_output_layer(gemma, sae_out):
+    late = make_sae(3, 96, seed=4)
+    steering = dspa.Steering(late, sae_out, make_map(late, sae_out))
+    with pytest.raises(dspa.ModelError, match="layer 3 and the output SAE at layer 2"):
+        steering.attach(gemma)
+
+
+def test_sae_without_a_layer(gemma, sae_in):
+    nowhere = make_sae(None, 64)
+    with pytest.raises(dspa.ModelError, match="does not say its layer"):
+        dspa.Steering(sae_in, nowhere, make_map(sae_in, nowhere)).attach(gemma)
+
+
+def test_sae_of_another_model(sae_in):
+    model = make_model("gemma2")
+    model.config.name_or_path = "google/gemma-2-9b"
+    named = make_sae(L_OUT, 64, model_name="gemma-2-2b")
+    steering = dspa.Steering(sae_in, named, make_map(sae_in, named))
+    with pytest.raises(dspa.ModelError, match="made for 'gemma-2-2b' and the model is 'google/gemma-2-9b'"):
+        steering.attach(model)
+    with steering.attach(model, model_name="gemma-2-2b"):
+        model.generate(PROMPT, max_new_tokens=1)

@@ -1,0 +1,22 @@
+"""How well an SAE reconstructs, by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dspa.saes.quality import evaluate_sae
+from dspa.testing import D_IN, make_sae
+
+
+def test_evaluate():
+    start = make_sae(2, 96, seed=5)
+    start.weights.threshold[:5] = torch.inf
+    h = torch.randn(50, D_IN, generator=torch.Generator().manual_seed(0))
+    f = start.encode(h)
+    error = (start.decode(f) - h).square().sum().item()
+    quality = evaluate_sae(start, h)
+    assert quality.explained_variance == pytest.approx(1 - error / (h - h.mean(0)).square().sum().item(), abs=1e-6)
+    assert quality.l0 == pytest.approx((f > 0).sum().item() / 50)
+    assert 0 < quality.dead == ((f > 0).sum(0) == 0).sum().item()
+    assert quality.mse == pytest.approx(error / 50, rel=1e-5)
