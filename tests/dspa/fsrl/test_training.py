@@ -729,7 +729,7 @@ def test_a_sweep(model, tokenizer, tmp_path, monkeypatch):
     assert found.adapters[1].held_out.l0 < found.adapters[0].held_out.l0
     assert found.base == held_out(model, tokenizer, HELD_OUT, max_length=64, progress=False)
     with (out / "sweep.csv").open(newline="") as file:
-        rows = list(csv.DictTripleCounter(file))
+        rows = list(csv.DictReader(file))
     assert [row["layer"] for row in rows] == ["", "0", "0", "2", "2"]
     for row, each in zip(rows[1:], found.adapters, strict=True):
         assert (row["activation"], float(row["lambda"])) == (each.activation, each.l1)

@@ -369,7 +369,7 @@ def run(folder, capsys, monkeypatch):
 
 def table(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictTripleCounter(file))
+        return list(csv.DictReader(file))
 
 
 def test_commands_write_what_the_library_says(run, folder, model, adapter, responses, used, tmp_path):
