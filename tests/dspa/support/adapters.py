@@ -12,6 +12,8 @@ from dspa.saes.frozen import FrozenSAE
 from dspa.testing import D_SAE_OUT, ENGLISH, L_OUT, make_sae, word_tokenizer
 
 END = "bird"
+# Latents that `acting_adapter` never moves.
+UNUSED = 20
 
 
 def words(n: int, length: int) -> str:
@@ -46,7 +48,7 @@ def hidden_states(model: PreTrainedModel, responses: list[Response]) -> torch.Te
 
 
 def acting_adapter(
-    model: PreTrainedModel, responses: list[Response], sae: FrozenSAE | None = None, *, unused: int = 20
+    model: PreTrainedModel, responses: list[Response], sae: FrozenSAE | None = None, *, unused: int = UNUSED
 ) -> FSRLAdapter:
     """An adapter whose latents are moved on from most to few of the tokens of `responses`, and the last never."""
     adapter = FSRLAdapter(sae if sae is not None else make_sae(L_OUT, D_SAE_OUT, seed=2))

@@ -1,0 +1,139 @@
+"""A training that was stopped goes on to what it would have become, and another one is refused its folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from dspa.errors import TrainingError
+from dspa.fsrl import FSRLAdapter, FSRLConfig
+from dspa.testing import D_SAE_OUT, L_OUT, make_model, make_sae, word_tokenizer
+from dspa.training_folder import TrainingFolder
+
+from ..support.trainings import ADAPTER, TINY, TRIPLES, Stopped, new_adapter, run, same_weights
+
+pytest.importorskip("trl")
+
+# Checkpoints come between lines of the log.
+LONGER = replace(TINY, max_steps=9, log_every=3)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer()
+
+
+@pytest.fixture
+def model():
+    return make_model("qwen3")
+
+
+@pytest.fixture(scope="module")
+def whole(tokenizer, tmp_path_factory):
+    """Trainings that nothing stopped, by their loss."""
+    configs = {loss: replace(LONGER, loss=loss) for loss in ("simpo", "dpo")}
+    out = tmp_path_factory.mktemp("whole")
+    return {loss: run(make_model("qwen3"), tokenizer, out / loss, config) for loss, config in configs.items()}
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    from dspa.fsrl.trainers import Steps
+
+    on_step_end = Steps.on_step_end
+
+    def stop(self, args, state, control, **options):
+        if state.global_step == step:
+            raise Stopped
+        on_step_end(self, args, state, control, **options)
+
+    monkeypatch.setattr(Steps, "on_step_end", stop)
+
+
+@pytest.mark.parametrize(("loss", "step"), [("simpo", 2), ("simpo", 5), ("simpo", 8), ("dpo", 5)])
+def test_a_stopped_training_goes_on(model, tokenizer, tmp_path, monkeypatch, whole, loss, step):
+    """Over the end of an epoch too, of 15 triples; with the adapter that failed, or a new one."""
+    config, adapter = replace(LONGER, loss=loss), new_adapter()
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, step)
+        run(model, tokenizer, tmp_path / "out", config, adapter)
+    held = [path.name for path in (tmp_path / "out").glob("checkpoint-*")]
+    assert held == ([f"checkpoint-{(step - 1) // 2 * 2:09d}"] if step > 2 else [])
+    adapter, record = run(model, tokenizer, tmp_path / "out", config, adapter if step == 5 else None)
+    assert same_weights(adapter, whole[loss][0])
+    assert record == whole[loss][1]
+
+
+def test_a_training_that_is_stopped_after_its_last_step(model, tokenizer, tmp_path, monkeypatch, whole):
+    """Amid its held-out figures."""
+    from dspa.fsrl import training
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(training, "held_out", stop)
+        run(model, tokenizer, tmp_path / "out", LONGER)
+    adapter, record = run(model, tokenizer, tmp_path / "out", LONGER)
+    assert same_weights(adapter, whole["simpo"][0])
+    assert record == whole["simpo"][1]
+
+
+def test_a_checkpoint_holds_no_model(model, tokenizer, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 3)
+        run(model, tokenizer, tmp_path / "out")
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*[0-9]")
+    held = {path.name: path.stat().st_size for path in checkpoint.iterdir()}
+    assert sorted(held) == [
+        *("adapter.json", "adapter.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json")
+    ]
+    n_bytes = 4 * sum(p.numel() for p in new_adapter().parameters())
+    assert held["adapter.safetensors"] < n_bytes + 1000 and held["optimizer.pt"] < 2 * n_bytes + 10_000
+
+
+def test_what_is_finished_is_loaded(model, tokenizer, tmp_path):
+    adapter, _ = run(model, tokenizer, tmp_path / "out")
+    content = (tmp_path / "out" / "training.json").read_bytes()
+    again, _ = run(model, tokenizer, tmp_path / "out")
+    assert same_weights(again, adapter) and (tmp_path / "out" / "training.json").read_bytes() == content
+    with pytest.raises(TrainingError, match="max_steps: 6 there, 9 now"):
+        run(model, tokenizer, tmp_path / "out", replace(TINY, max_steps=9))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"adapter": FSRLConfig(l1=0.1)}, "adapter_l1: 0.02 there, 0.1 now"),
+        ({"adapter": FSRLConfig(activation="relu", l1=0.02)}, "adapter_activation: 'soft_threshold' there, 'relu' now"),
+        ({"config": replace(TINY, lr=1e-4)}, "lr: 0.005 there, 0.0001 now"),
+        ({"config": replace(TINY, loss="dpo")}, "loss: 'simpo' there, 'dpo' now"),
+        ({"triples": TRIPLES[1:]}, "; data: '"),
+        ({"triples": [*TRIPLES[:-1], TRIPLES[0]]}, "; data: '"),
+        ({"eval_triples": None}, "eval_data: '.*' there, None now"),
+        ({"sae": 3}, r"\(sae: '.*' there, '.*' now\)"),
+        ({"start": 1}, "adapter_start: "),
+    ],
+)
+def test_another_training_is_refused(model, tokenizer, tmp_path, monkeypatch, changed, message):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 3)
+        run(model, tokenizer, tmp_path / "out")
+    sae = make_sae(L_OUT, D_SAE_OUT, seed=changed.pop("sae", 2))
+    adapter = FSRLAdapter(sae, changed.pop("adapter", ADAPTER))
+    with torch.no_grad():
+        adapter.b_a += changed.pop("start", 0)
+    message = message.removeprefix("; ")
+    with pytest.raises(TrainingError, match=f"training of other settings .*{message}"):
+        run(model, tokenizer, tmp_path / "out", changed.pop("config", TINY), adapter, **changed)
+
+
+def test_what_never_came_to_a_checkpoint_may_begin_otherwise(model, tokenizer, tmp_path, monkeypatch):
+    """A setting that was wrong can be mended in the same folder."""
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 1)
+        run(model, tokenizer, tmp_path / "out")
+    run(model, tokenizer, tmp_path / "out", replace(TINY, lr=1e-4))
+    assert TrainingFolder(tmp_path / "out").read()["settings"]["lr"] == 1e-4

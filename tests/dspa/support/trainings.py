@@ -1,0 +1,71 @@
+"""Trainings of adapters that take a second: settings, triples, and how to run and read one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dspa.data.triples import Triple
+from dspa.fsrl import FSRLAdapter, FSRLConfig, TrainingConfig, train
+from dspa.testing import D_SAE_OUT, ENGLISH, L_OUT, make_model, make_sae
+
+TINY = TrainingConfig(
+    lr=5e-3,
+    batch_size=4,
+    micro_batch_size=2,
+    max_steps=6,
+    max_length=64,
+    checkpoint_every=2,
+    eval_every=3,
+    log_every=1,
+    seed=3,
+)
+ADAPTER = FSRLConfig(l1=0.02)
+
+
+def sentence(n: int, least: int = 3) -> str:
+    g = torch.Generator().manual_seed(n)
+    length = int(torch.randint(least, 12, (), generator=g))
+    return " ".join(ENGLISH[i] for i in torch.randint(len(ENGLISH), (length,), generator=g).tolist())
+
+
+TRIPLES = [Triple(sentence(n), f"{sentence(n + 100)} cat", f"{sentence(n + 200)} dog") for n in range(15)]
+HELD_OUT = [Triple(sentence(n), f"{sentence(n + 100)} cat", f"{sentence(n + 200)} dog") for n in range(15, 20)]
+
+
+class Stopped(Exception):
+    pass
+
+
+def new_adapter(config: FSRLConfig = ADAPTER, dtype: torch.dtype = torch.float32) -> FSRLAdapter:
+    return FSRLAdapter(make_sae(L_OUT, D_SAE_OUT, seed=2).to(dtype=dtype), config)
+
+
+def run(model, tokenizer, out: Path, config: TrainingConfig = TINY, adapter: FSRLAdapter | None = None, **options: Any):
+    """A training's adapter and log."""
+    adapter = adapter or new_adapter()
+    options = {"triples": TRIPLES, "eval_triples": HELD_OUT, "progress": False} | options
+    trained = train(model, tokenizer, options.pop("triples"), adapter, out, config=config, **options)
+    assert trained is adapter
+    return adapter, json.loads((out / "training.json").read_text())
+
+
+def logged(record: dict[str, Any], name: str) -> list[float]:
+    return [entry[name] for entry in record["history"] if name in entry]
+
+
+def same_weights(one: FSRLAdapter, other: FSRLAdapter) -> bool:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def save_inputs(folder: Path, tokenizer) -> None:
+    """What a user starts from: a model with its tokenizer, and triples. 16 triples are four batches."""
+    make_model("qwen3").save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, triples in (("train", [*TRIPLES, HELD_OUT[0]]), ("held", HELD_OUT[1:])):
+        rows = [{"prompt": t.prompt, "chosen": t.chosen, "rejected": t.rejected} for t in triples]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
