@@ -14,22 +14,23 @@ from rich.text import Text
 from tqdm import tqdm
 
 from dspa.config import SteeringConfig
+from dspa.demo import language
 from dspa.demo.load import ASSETS, N_NEW_TOKENS, N_TRIPLES, Method, World
 from dspa.maps.cdmap import ConditionalDifferenceMap
 
 SEEDS = (0, 1, 2)
-N_SHOWN = 4
+N_SHOWN = 2  # per register
 PUBLISHED = SteeringConfig()
 
-
+BASE, STATIC, DSPA = "base model", "Static-SAE", f"DSPA {PUBLISHED.mode}"
 METHODS = (
-    Method("base model"),
+    Method(BASE),
     *(
         method
         for alpha in (PUBLISHED.alpha, 1.0)
         for method in (
-            Method("Static-SAE", SteeringConfig(k_prompt=1, alpha=alpha), static=True),
-            Method("DSPA ablate", SteeringConfig(alpha=alpha)),
+            Method(STATIC, SteeringConfig(k_prompt=1, alpha=alpha), static=True),
+            Method(DSPA, SteeringConfig(alpha=alpha)),
             Method("DSPA both", SteeringConfig(alpha=alpha, mode="both")),
         )
     ),
@@ -76,22 +77,32 @@ class Example:
     """A prompt, its two answers as tokens, and which of the steered tokens were predicted from an edited residual."""
 
     prompt: str
-    preferred: str
+    preferred: language.Style
     base: list[str]
     steered: list[str]
     edited: list[bool]
 
+    def count(self, answer: list[str]) -> tuple[int, int]:
+        """Return how many words of an answer are of the preferred style, and how many are of either style."""
+        return language.count_style_words(" ".join(answer), self.preferred)
+
+    @property
+    def gain(self) -> float:
+        """Share of style words in the preferred style, steered less base."""
+        (liked, total), (base_liked, base_total) = self.count(self.steered), self.count(self.base)
+        return liked / max(1, total) - base_liked / max(1, base_total)
+
 
 def examples(demo: World, cdmap: ConditionalDifferenceMap) -> list[Example]:
-    """The first held-out prompts with the base model's answer and DSPA's, at the published settings."""
+    """Answer every held-out prompt with the base model and with DSPA at the published settings, by the first seed."""
     base = demo.generate(SEEDS[0])
     with demo.steering(Method("DSPA", PUBLISHED), cdmap, record=True).attach(demo.model) as steering:
         steered = demo.generate(SEEDS[0])
     places = {(edit.row, edit.position + 1) for edit in steering.trace}
-    shown = []
-    for row, held_out in enumerate(demo.held_out[:N_SHOWN]):
+    answered = []
+    for row, held_out in enumerate(demo.held_out):
         first = len(demo.tokenizer(held_out["prompt"])["input_ids"])
-        shown.append(
+        answered.append(
             Example(
                 prompt=held_out["prompt"],
                 preferred=demo.wanted[row],
@@ -100,22 +111,34 @@ def examples(demo: World, cdmap: ConditionalDifferenceMap) -> list[Example]:
                 edited=[(row, first + n) in places for n in range(steered.shape[1])],
             )
         )
-    return shown
+    return answered
+
+
+def choose(answered: list[Example]) -> list[Example]:
+    """Select the examples with the largest gain per register, in turn; ties go to the earlier prompt."""
+    ranked = sorted(answered, key=lambda example: -example.gain)
+    by_style = [[example for example in ranked if example.preferred == style] for style in language.STYLES]
+    return [example for examples in zip(*by_style, strict=False) for example in examples][: N_SHOWN * len(by_style)]
 
 
 def run(json_path: Path | None = None, *, assets: Path = ASSETS, progress: bool = True) -> list[Outcome]:
-    """Build the map, measure every method, print the table and some examples, and write all of it as JSON."""
+    """Build the map, measure every method, print the table and chosen examples, and write all of it as JSON."""
     console = Console()
     demo = World(assets)
     console.print(
-        "A small language model that answers letters in a formal or a casual style. Preferred is an answer in the "
-        "register of its letter, so what is preferred flips with the prompt."
+        "A small language model answers letters in a formal or a casual style. The preferred answer is in the register "
+        "of its letter, so what is preferred flips with the prompt."
     )
     cdmap = demo.build_map(progress=progress)
     console.print(f"{cdmap!r}, from {demo.triples.name}")
     outcomes = measure(demo, cdmap, progress=progress)
-    shown = examples(demo, cdmap)
+    answered = examples(demo, cdmap)
+    shown = choose(answered)
     console.print(_table(outcomes))
+    console.print(conclusion(outcomes))
+    console.print(f"\n{legend(answered, len(shown))}")
+    if console.is_terminal:
+        console.print("Words of the preferred style are bold.")
     for example in shown:
         _print_example(console, example)
     if json_path is not None:
@@ -126,8 +149,34 @@ def run(json_path: Path | None = None, *, assets: Path = ASSETS, progress: bool 
             "examples": [asdict(example) for example in shown],
         }
         json_path.write_text(json.dumps(record, indent=2), encoding="utf-8")
-        console.print(f"All of it: {json_path}")
+        console.print(f"\nAll results: {json_path}")
     return outcomes
+
+
+def conclusion(outcomes: list[Outcome]) -> str:
+    """Return what the table shows of DSPA at the published settings, in one sentence."""
+    reached = {(outcome.method, outcome.alpha): outcome for outcome in outcomes}
+    base, static, dspa = (reached[key] for key in ((BASE, None), (STATIC, PUBLISHED.alpha), (DSPA, PUBLISHED.alpha)))
+    helps = dspa.mean_share > max(base.mean_share, static.mean_share)
+    verdict = "follow the preference better" if helps else "do not follow the preference better"
+    return (
+        f"Latents chosen per prompt {verdict} than one fixed set: at alpha {PUBLISHED.alpha:g}, the share of the "
+        f"preferred style goes from {base.mean_share:.3f} to {dspa.mean_share:.3f} with {DSPA} and to "
+        f"{static.mean_share:.3f} with {STATIC}, and the perplexity of neutral words changes by "
+        f"{dspa.perplexity / base.perplexity - 1:+.1%} and {static.perplexity / base.perplexity - 1:+.1%}."
+    )
+
+
+def legend(answered: list[Example], n_shown: int) -> str:
+    """Return what the samples are, how they were chosen, and what `^` marks."""
+    gains = [example.gain for example in answered]
+    rise, fall = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    return (
+        f"{n_shown} samples of DSPA at alpha {PUBLISHED.alpha:g} in mode {PUBLISHED.mode}, chosen to show the "
+        f"difference: of each register, the {N_SHOWN} held-out prompts where the share of the preferred style rises "
+        f"the most. Of all {len(gains)} prompts it rises on {rise}, falls on {fall} and stays on "
+        f"{len(gains) - rise - fall}. A ^ follows each word that was predicted from an edited residual."
+    )
 
 
 def _table(outcomes: list[Outcome]) -> Table:
@@ -150,13 +199,15 @@ def _table(outcomes: list[Outcome]) -> Table:
 
 def _print_example(console: Console, example: Example) -> None:
     console.print(Text(f"\n{example.prompt}", style="bold"), Text(f"(preferred: {example.preferred})", style="dim"))
-    console.print(_answer("base", example.base, [False] * len(example.base)))
-    console.print(_answer("DSPA", example.steered, example.edited))
+    console.print(_answer("base", example, example.base, [False] * len(example.base)))
+    console.print(_answer("DSPA", example, example.steered, example.edited))
 
 
-def _answer(name: str, tokens: list[str], edited: list[bool]) -> Text:
-    """Tokens in a row, each marked with ^ where it was predicted from an edited residual."""
-    text = Text(f"  {name}: ")
+def _answer(name: str, example: Example, tokens: list[str], edited: list[bool]) -> Text:
+    """Tokens in a row, words of the preferred style in bold, with ^ after those predicted from an edited residual."""
+    liked, total = example.count(tokens)
+    text = Text(f"  {name}, {liked} of {total} style words {example.preferred}: ")
     for token, mark in zip(tokens, edited, strict=True):
-        text.append(f"{token}^ " if mark else f"{token} ", style="cyan" if mark else "")
+        style = "bold" if language.STYLE_OF.get(token) == example.preferred else ""
+        text.append(token, style=style).append("^ " if mark else " ", style="cyan")
     return text

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from contextlib import redirect_stdout
 
 import pytest
 
@@ -11,8 +13,10 @@ from dspa.demo import language, steer
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    path = tmp_path_factory.mktemp("demo") / "demo.json"
-    return steer.run(path, progress=False), json.loads(path.read_text())
+    """Outcomes, record and what was printed."""
+    path, printed = tmp_path_factory.mktemp("demo") / "demo.json", io.StringIO()
+    with redirect_stdout(printed):
+        return steer.run(path, progress=False), json.loads(path.read_text()), printed.getvalue()
 
 
 def outcome(outcomes, name, alpha):
@@ -39,6 +43,42 @@ def test_record(outcomes):
     assert record["settings"]["k_prompt"] == 32 and record["settings"]["n_triples"] == 250
     assert len(record["outcomes"]) == len(steer.METHODS) and all(len(o["share"]) == 3 for o in record["outcomes"])
     assert any(any(example["edited"]) for example in record["examples"])
+
+
+def made(static: float, dspa: float) -> list[steer.Outcome]:
+    """Outcomes at the published alpha with these shares, over a base of 0.5."""
+    alpha = steer.PUBLISHED.alpha
+    named = (("base model", None, 0.5), ("Static-SAE", alpha, static), ("DSPA ablate", alpha, dspa))
+    return [steer.Outcome(name, at, [share], 2.0) for name, at, share in named]
+
+
+def test_the_conclusion_follows_the_numbers():
+    told = steer.conclusion(made(static=0.55, dspa=0.7))
+    assert told.startswith("Latents chosen per prompt follow the preference better than one fixed set: at alpha 0.2")
+    assert "from 0.500 to 0.700 with DSPA ablate and to 0.550 with Static-SAE" in told and "+0.0%" in told
+    for static, dspa in ((0.7, 0.6), (0.3, 0.4)):
+        assert "do not follow the preference better" in steer.conclusion(made(static, dspa))
+
+
+def example(preferred: language.Style, base: str, steered: str) -> steer.Example:
+    return steer.Example("", preferred, base.split(), steered.split(), [False] * len(steered.split()))
+
+
+def test_samples_are_those_with_the_largest_gain_per_register():
+    formal = [example("formal", "get", word) for word in ("get", "obtain", "obtain", "obtain")]
+    casual = [example("casual", *words) for words in (("get", "obtain"), ("get buy", "get"), ("get obtain", "get"))]
+    answered = [*formal, *casual]
+    assert steer.choose(answered) == [formal[1], casual[2], formal[2], casual[1]]
+    assert [answer.gain for answer in casual] == [-1, 0, 0.5]
+    told = steer.legend(answered, 4)
+    assert told.startswith("4 samples of DSPA at alpha 0.2 in mode ablate, chosen to show the difference")
+    assert "Of all 7 prompts it rises on 4, falls on 1 and stays on 2." in told and "A ^ follows" in told
+
+
+def test_the_table_comes_first_then_the_conclusion_then_samples(outcomes):
+    heads = ("neutral", "Latents chosen per prompt", "4 samples of DSPA at alpha 0.2 in mode ablate", "base, ")
+    places = [outcomes[2].index(head) for head in heads]
+    assert places == sorted(places) and outcomes[2].count("  base, ") == 4
 
 
 def test_assets_are_small():
