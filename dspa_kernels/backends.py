@@ -67,7 +67,7 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype = torch.flo
     if backend == "cuda" and device.type == "cuda" and capability_of(device) < OLDEST_CAPABILITY:
         return f"it needs compute capability 8.0 and {device} has {capability_of(device) / 10}"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
+        return "Triton is not installed: torch's CUDA builds for Linux bring it, elsewhere pip install triton"
     if dtype == torch.float64:
         return "it computes in fp32 and an operand is fp64"
     return ""

@@ -96,6 +96,8 @@ def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("steer", CUDA) == "reference"
     with pytest.raises(BackendError, match="pip install triton"):
         choose("steer", CUDA, "triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "torch's CUDA builds for Linux bring it" in available_backends()["triton"].reason
 
 
 def test_available_backends() -> None:
