@@ -3,10 +3,16 @@ PYTHON ?= python3
 # 2.13 is what the project is tested with; any torch from 2.9 on that is in .venv already is kept.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-# What the CUDA library is made of; DSPA_BUILD_CUDA, in the environment, says whether it is.
+# On a terminal pip shows its progress; in a log it shows warnings and errors alone.
+PIP := $(BIN)/pip install $(if $(MAKE_TERMOUT),,--quiet)
+# What an installation is made from, and what the CUDA library is. DSPA_BUILD_CUDA, in the environment, says whether
+# that is compiled.
+PACKAGE := pyproject.toml setup.py
 CSRC := $(wildcard csrc/build.py csrc/*.cu csrc/*.cuh csrc/*.h csrc/device/*)
 
 .PHONY: demo test test-triton36 bench lint clean
+# Two pips would write to one .venv.
+.NOTPARALLEL:
 
 demo: .venv/installed
 	$(BIN)/dspa demo
@@ -21,7 +27,8 @@ bench: .venv/tested
 
 # What the compiler of another Triton makes of the kernels: 3.6 is the oldest that is supported.
 test-triton36: .venv/tested
-	$(BIN)/pip install --quiet --no-deps --upgrade --target build/triton36 triton==3.6.0
+	@echo "== Installing Triton 3.6 into build/triton36: 0.7 GB on disk"
+	$(PIP) --no-deps --upgrade --target build/triton36 triton==3.6.0
 	PYTHONPATH=build/triton36 $(BIN)/pytest tests/kernels/test_compiled.py
 
 lint: .venv/tested
@@ -29,19 +36,28 @@ lint: .venv/tested
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# torch first: left to another package, it may come as a CUDA build of several GB.
+# torch first: another package that needs it would choose the version.
 .venv/torch:
+	@echo "== Creating .venv with $(PYTHON)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
-	touch $@
+	@$(BIN)/python -c "import torch; print('== Keeping torch', torch.__version__, 'of .venv')" 2>/dev/null || { \
+	    echo "== Installing $(TORCH): 0.9 GB on disk for a CPU build, 4.7 GB for the CUDA build that PyPI has for Linux"; \
+	    echo "   (PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu in the environment selects the CPU build)"; \
+	    $(PIP) "$(TORCH)"; }
+	@touch $@
 
-.venv/installed: .venv/torch pyproject.toml setup.py $(CSRC)
-	$(BIN)/pip install --quiet -e .
-	touch $@
+# What the demo needs. It compiles nothing: the kernels of csrc/ run on GPUs alone.
+.venv/installed: .venv/torch $(PACKAGE)
+	@echo "== Installing dspa-kernels, transformers and what else the demo needs: 0.5 GB on disk; nothing is compiled"
+	DSPA_BUILD_CUDA=0 $(PIP) -e .
+	@touch $@
 
-.venv/tested: .venv/installed
-	$(BIN)/pip install --quiet -e ".[saelens,train,dev]"
-	touch $@
+# All of it, so that `make demo` has nothing more to do. Whatever `make demo` left out is compiled here.
+.venv/tested: .venv/torch $(PACKAGE) $(CSRC)
+	@echo "== Installing dspa-kernels with all extras, linters and Triton: 2.2 GB on disk;"
+	@echo "   with a CUDA toolkit this compiles csrc/, without output: two minutes on two cores"
+	$(PIP) -e ".[saelens,train,dev]"
+	@touch .venv/installed $@
 
 clean:
 	rm -rf .venv build dist ./*.egg-info dspa_kernels/libdspa_kernels.so dspa_kernels/cuda_build.json
