@@ -144,6 +144,6 @@ setup(
     package_dir={"dspa": "python/dspa"},
     package_data={
         "dspa": ["py.typed", "demo/assets/*", "demo/assets/*/*"],
-        "dspa_kernels": ["py.typed", "launch_table.json", "cuda_table.json"],
+        "dspa_kernels": ["py.typed", "launch_table.json", "cuda_table.json", "gpu_runs.json"],
     },
 )

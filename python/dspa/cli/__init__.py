@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -79,7 +81,7 @@ def demo(
 
 @app.command()
 def info() -> None:
-    """Tell versions, devices, and which backends can run here and why the others cannot."""
+    """Show versions, devices and backends: which can run here, why others cannot, and which GPUs they have run on."""
     import torch
 
     from dspa_kernels import available_backends
@@ -95,11 +97,14 @@ def info() -> None:
     table = Table(
         "backend",
         "runs here",
+        "has run on GPUs",
         "ops or reason",
         title="Backends; auto takes cuda where it was measured to be faster than triton",
     )
+    gpu_runs: dict[str, list[str]] = json.loads(files("dspa_kernels").joinpath("gpu_runs.json").read_text())
     for name, status in available_backends().items():
-        table.add_row(name, "yes" if status.available else "no", status.reason or ", ".join(status.ops))
+        places = "; ".join(gpu_runs[name]) or "not yet" if name in gpu_runs else ""
+        table.add_row(name, "yes" if status.available else "no", places, status.reason or ", ".join(status.ops))
     console.print(table)
 
 

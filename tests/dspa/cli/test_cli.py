@@ -187,7 +187,7 @@ def test_sae_show_and_info(run, folder):
     code, text = run("sae", "show", folder / "sae_out")
     assert code == 0 and "jumprelu" in text and make_sae(L_OUT, 128, seed=2).fingerprint in text
     code, text = run("info")
-    assert code == 0 and "reference" in text and "Backends; auto takes" in text
+    assert code == 0 and "reference" in text and "Backends; auto takes" in text and "has run on GPUs" in text
 
 
 def test_each_process_has_its_gpu(monkeypatch):
