@@ -38,9 +38,9 @@ def precision(h: Tensor, W: Tensor, normalize: str) -> int:
     return SPLIT if W.dtype == torch.bfloat16 else FULL
 
 
-def steer_variant(k: int, screen_W_enc: Tensor | None) -> str:
+def steer_variant(k: int, screen_rows: Tensor | None) -> str:
     """The name under which the tables know a launch of `steer`."""
-    return "steer" + ("_topk" if k else "") + ("" if screen_W_enc is None else "_int8")
+    return "steer" + ("_topk" if k else "") + ("" if screen_rows is None else "_int8")
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ class FusedSAE(nn.Module):
     `[..., d_sae]`, where their number is bounded: for a top-k SAE, or with a `capacity`. Inputs are rounded to
     the SAE's dtype, as SAELens does; sums are in fp32. Not differentiable.
 
-    Attributes: `weights`, the `SAEWeights`; buffers W_enc, W_dec `[d_sae, d_in]`, one contiguous row a latent
-    (SAELens' W_enc is the transpose), b_enc and threshold `[d_sae]`, which stay in fp32 whatever `.to` is
-    given, and b_dec `[d_in]`.
+    Attributes: `weights`, the `SAEWeights`; buffers encoder_rows and W_dec `[d_sae, d_in]`, one contiguous row per
+    latent, b_enc and threshold `[d_sae]`, which stay in fp32 whatever `.to` is given, and b_dec `[d_in]`; W_enc
+    `[d_in, d_sae]`, a transposed view of encoder_rows.
 
     Args:
         weights: the SAE, as `dspa.FrozenSAE.weights`; what has to be folded is folded there.
@@ -37,7 +37,7 @@ class FusedSAE(nn.Module):
         InputError: a shape, dtype, device or capacity that does not fit.
     """
 
-    W_enc: Tensor
+    encoder_rows: Tensor
     b_enc: Tensor
     threshold: Tensor
     W_dec: Tensor
@@ -72,6 +72,11 @@ class FusedSAE(nn.Module):
         if any(getattr(self._weights, name) is not getattr(self, name) for name in ROWS):
             self._weights = replace(self._weights, **{name: getattr(self, name) for name in ROWS})
         return self._weights
+
+    @property
+    def W_enc(self) -> Tensor:
+        """Encoder, [d_in, d_sae]: a transposed view of `encoder_rows`."""
+        return self.encoder_rows.T
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents [..., d_sae] of x [..., d_in], dense."""
@@ -138,8 +143,8 @@ class FusedSAE(nn.Module):
     def _rows(self, x: Tensor) -> Tensor:
         check_dtype("x", x, FLOATS)
         check_shape("x", x, (*x.shape[:-1], self.weights.d_in))
-        check_device("x", x, self.W_enc, "W_enc")
-        return x.reshape(x.shape[:-1].numel(), self.weights.d_in).to(self.W_enc.dtype)
+        check_device("x", x, self.encoder_rows, "W_enc")
+        return x.reshape(x.shape[:-1].numel(), self.weights.d_in).to(self.encoder_rows.dtype)
 
     def _sparse(self, rows: Tensor, capacity: int | None) -> SparseLatents:
         return sparse_encode(rows, self.weights, capacity=capacity, backend=self.backend)
@@ -155,7 +160,7 @@ class FusedSAE(nn.Module):
         kind = self.weights.normalize
         if kind == "none":
             return None
-        rows = rows.to(compute_dtype(rows, self.W_enc))
+        rows = rows.to(compute_dtype(rows, self.encoder_rows))
         _, scale = normalise(rows, kind, rows.dtype)
         mean = rows.mean(dim=-1, keepdim=True) if kind == "layer_norm" else torch.zeros_like(scale)
         return mean.view(*shape[:-1], 1), scale.view(*shape[:-1], 1)
@@ -165,9 +170,9 @@ class FusedSAE(nn.Module):
         kept = {name: getattr(self, name) for name in ("b_enc", "threshold")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in kept.items():
-            setattr(self, name, tensor.to(self.W_enc.device, compute_dtype(self.W_enc, self.W_enc)))
+            setattr(self, name, tensor.to(self.encoder_rows.device, compute_dtype(self.encoder_rows)))
         return self
 
 
 # The buffers that are also fields of `SAEWeights`.
-ROWS = ("W_enc", "b_enc", "threshold", "W_dec")
+ROWS = ("encoder_rows", "b_enc", "threshold", "W_dec")

@@ -38,24 +38,24 @@ def random_sae(
     `integers` draws small integers for all weights instead: on small integer rows every sum is exact, in any
     order and dtype, and ties and `pre = threshold` abound, so that results have to be equal bit for bit.
 
-    Shapes: W_enc, W_dec [d_sae, d_in] in `dtype`; b_enc, threshold [d_sae] fp32 (fp64 for fp64).
+    Shapes: encoder_rows, W_dec [d_sae, d_in] in `dtype`; b_enc, threshold [d_sae] fp32 (fp64 for fp64).
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; accepted: {', '.join(KINDS)}")
     g = torch.Generator().manual_seed(seed)
     if integers:
-        W_enc, W_dec = torch.randint(-2, 3, (2, d_sae, d_in), generator=g).double()
+        encoder_rows, W_dec = torch.randint(-2, 3, (2, d_sae, d_in), generator=g).double()
         b_enc = torch.randint(-1, 2, (d_sae,), generator=g).double()
         threshold = torch.randint(-1, 6, (d_sae,), generator=g).double()
     else:
         W_dec = torch.randn(d_sae, d_in, generator=g, dtype=torch.float64)
         W_dec /= W_dec.norm(dim=1, keepdim=True)
-        W_enc = W_dec + 0.1 * torch.randn(d_sae, d_in, generator=g) / d_in**0.5
+        encoder_rows = W_dec + 0.1 * torch.randn(d_sae, d_in, generator=g) / d_in**0.5
         b_enc = 0.1 * torch.randn(d_sae, generator=g)
         threshold = 0.2 + torch.rand(d_sae, generator=g)
     full = torch.promote_types(dtype, torch.float32)
     return SAEWeights(
-        W_enc=W_enc.to(dtype),
+        encoder_rows=encoder_rows.to(dtype),
         b_enc=b_enc.to(full),
         threshold=(threshold if kind == "jumprelu" else torch.zeros(d_sae)).to(full),
         W_dec=W_dec.to(dtype),
@@ -242,7 +242,7 @@ def realistic_activity(
     frequencies = torch.empty(d_sae, device=g.device)
     by_frequency = torch.randperm(d_sae, **draw)
     frequencies[by_frequency] = _falling(d_sae).to(g.device)
-    W_enc, W_dec = _rows_in_clusters(d_in, d_sae, dtype, g)
+    encoder_rows, W_dec = _rows_in_clusters(d_in, d_sae, dtype, g)
 
     constant = torch.randn(d_in, **draw)
     constant *= MEAN_NORM / constant.norm()
@@ -255,10 +255,10 @@ def realistic_activity(
     source = _Source(W_dec, frequencies, medians, constant, spread)
 
     h = source.rows(n_calibration, g)
-    b_enc, threshold, holders = _calibrated(h, W_enc, frequencies, constant, g)
+    b_enc, threshold, holders = _calibrated(h, encoder_rows, frequencies, constant, g)
     often = holders.bincount(minlength=d_sae)
     hot = often.argsort(descending=True, stable=True)[: min(n_hot, int((often > 0).sum()))]
-    sae = SAEWeights(W_enc, b_enc, threshold, W_dec)
+    sae = SAEWeights(encoder_rows, b_enc, threshold, W_dec)
     return Activity(sae, source.rows(n_rows, g), frequencies, by_frequency, hot, h.float().mean(dim=0))
 
 
@@ -273,32 +273,32 @@ def _falling(d_sae: int) -> Tensor:
 
 
 def _rows_in_clusters(d_in: int, d_sae: int, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """W_enc and W_dec [d_sae, d_in], in blocks of latents."""
+    """encoder_rows and W_dec [d_sae, d_in], in blocks of latents."""
     draw: dict[str, Any] = {"generator": g, "device": g.device}
     centres = torch.nn.functional.normalize(torch.randn(max(1, d_sae // 64), d_in, **draw))
-    W_enc, W_dec = (torch.empty(d_sae, d_in, dtype=dtype, device=g.device) for _ in range(2))
-    for encoder, decoder in zip(W_enc.split(8192), W_dec.split(8192), strict=True):
+    encoder_rows, W_dec = (torch.empty(d_sae, d_in, dtype=dtype, device=g.device) for _ in range(2))
+    for encoder, decoder in zip(encoder_rows.split(8192), W_dec.split(8192), strict=True):
         centre = centres[torch.randint(len(centres), (len(decoder),), **draw)]
         unit = torch.nn.functional.normalize(CLUSTER * centre + torch.randn(decoder.shape, **draw) / d_in**0.5)
         along = unit + ENCODER_NOISE * torch.randn(decoder.shape, **draw) / d_in**0.5
         norms = (ENCODER_NORMS * torch.randn(len(decoder), 1, **draw)).exp()
         decoder.copy_(unit)
         encoder.copy_(torch.nn.functional.normalize(along) * norms)
-    return W_enc, W_dec
+    return encoder_rows, W_dec
 
 
 def _calibrated(
-    h: Tensor, W_enc: Tensor, frequencies: Tensor, constant: Tensor, g: torch.Generator
+    h: Tensor, encoder_rows: Tensor, frequencies: Tensor, constant: Tensor, g: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """b_enc and threshold [d_sae] with which latents are active at their frequency, and the latent that holds
     the maximum of each row."""
-    n, d_sae = len(h), len(W_enc)
+    n, d_sae = len(h), len(encoder_rows)
     b_enc, threshold = torch.empty(2, d_sae, device=g.device)
     maximum, holder = torch.zeros(n, device=g.device), torch.zeros(n, dtype=torch.int64, device=g.device)
     width = max(1, MAX_ELEMENTS // n)
     for start in range(0, d_sae, width):
         block = slice(start, start + width)
-        W = W_enc[block].float()
+        W = encoder_rows[block].float()
         b_enc[block] = -(W @ constant)
         pre = W @ h.float().T + b_enc[block, None]
         # A new row is above the m-th largest of n with probability m / (n + 1).

@@ -16,13 +16,15 @@ SCREENS = ("none", "int8")
 NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
 
 # How an op's schema spells an encoder and the map's columns.
-ENCODER = "Tensor W_enc, Tensor b_enc, Tensor threshold, int k, str normalize"
-COLUMNS = "Tensor columns, Tensor columns_W_enc, Tensor columns_b_enc, Tensor columns_threshold, Tensor columns_W_dec"
+ENCODER = "Tensor encoder_rows, Tensor b_enc, Tensor threshold, int k, str normalize"
+COLUMNS = (
+    "Tensor columns, Tensor columns_encoder_rows, Tensor columns_b_enc, Tensor columns_threshold, Tensor columns_W_dec"
+)
 
 # How `steer` spells the encoder that it streams.
 STREAM = (
-    "Tensor W_enc, Tensor b_enc, Tensor threshold, int k, str normalize, Tensor? order, int n_large,"
-    " Tensor? screen_W_enc, Tensor? screen_latents, Tensor? screen_mean, Tensor barriers"
+    "Tensor encoder_rows, Tensor b_enc, Tensor threshold, int k, str normalize, Tensor? order, int n_large,"
+    " Tensor? screen_rows, Tensor? screen_latents, Tensor? screen_mean, Tensor barriers"
 )
 # What becomes of a residual row, in the order of the first numbers of `paths`.
 PATHS = ("unsteered", "not_finite", "inactive", "settled", "streamed")
@@ -42,16 +44,16 @@ def _moved(weights: T, device: torch.device | str) -> T:
 class SAEWeights:
     """A residual-stream SAE as the kernels read it: one contiguous row a latent.
 
-    `pre = n(h) W_enc^T + b_enc`; latent j is active where `pre_j > threshold_j` and `pre_j > 0` (a ReLU SAE
-    has `threshold = 0`), or, with `k > 0`, where it is among the k largest of its row and `pre_j > 0`.
+    `pre = n(h) encoder_rows^T + b_enc`; latent j is active where `pre_j > threshold_j` and `pre_j > 0` (a ReLU
+    SAE has `threshold = 0`), or, with `k > 0`, where it is among the k largest of its row and `pre_j > 0`.
     `n` is the normalisation of a row; the edit of a latent reaches the residual through `W_dec`, times the
     scale that `n` took out.
 
-    Shapes: W_enc, W_dec [d_sae, d_in] of one floating dtype; b_enc, threshold [d_sae], fp32 or
+    Shapes: encoder_rows, W_dec [d_sae, d_in] of one floating dtype; b_enc, threshold [d_sae], fp32 or
     fp64. Errors: `InputError` for any other shape, dtype, device, layout.
     """
 
-    W_enc: Tensor
+    encoder_rows: Tensor
     b_enc: Tensor
     threshold: Tensor
     W_dec: Tensor
@@ -59,8 +61,8 @@ class SAEWeights:
     normalize: str = "none"
 
     def __post_init__(self) -> None:
-        check_shape("W_enc", self.W_enc, ("d_sae", "d_in"))
-        check_rows(self.W_enc, self.b_enc, self.threshold, self.W_dec)
+        check_shape("encoder_rows", self.encoder_rows, ("d_sae", "d_in"))
+        check_rows(self.encoder_rows, self.b_enc, self.threshold, self.W_dec)
         if not 0 <= self.k <= self.d_sae:
             raise refuse("k", self.k, f"0 (no top-k) to d_sae = {self.d_sae}")
         if self.normalize not in NORMALIZATIONS:
@@ -69,23 +71,28 @@ class SAEWeights:
 
     @property
     def stream(self) -> EncoderStream:
-        """The rows of W_enc as `steer` reads them: in their own order, unscreened."""
+        """The encoder as `steer` reads it: in its own order, unscreened."""
         stream: EncoderStream = self._stream  # type: ignore[attr-defined]
         return stream
 
     @property
     def d_in(self) -> int:
         """Width of the residual stream."""
-        return self.W_enc.shape[1]
+        return self.encoder_rows.shape[1]
 
     @property
     def d_sae(self) -> int:
         """Number of latents."""
-        return self.W_enc.shape[0]
+        return self.encoder_rows.shape[0]
+
+    @property
+    def W_enc(self) -> Tensor:
+        """Encoder, [d_in, d_sae], as SAELens names it: a transposed view of `encoder_rows`."""
+        return self.encoder_rows.T
 
     def encoder(self) -> dict[str, Any]:
         """The arguments `ENCODER` of an op's schema."""
-        names = ("W_enc", "b_enc", "threshold", "k", "normalize")
+        names = ("encoder_rows", "b_enc", "threshold", "k", "normalize")
         return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device | str) -> SAEWeights:
@@ -103,20 +110,20 @@ class EncoderStream:
     screen changes a bit; the large latents, evaluated apart, may change the rounding of M. Make one with
     `EncoderStream.of`.
 
-    Shapes: W_enc [d_sae, d_in]; b_enc, threshold [d_sae] fp32 (fp64 for fp64); order [d_sae] int32, the latent
-    of each row, None for their own order; screen_W_enc [d_sae, d_in] int8; screen_latents [4, d_sae] fp32:
+    Shapes: encoder_rows [d_sae, d_in]; b_enc, threshold [d_sae] fp32 (fp64 for fp64); order [d_sae] int32, the latent
+    of each row, None for their own order; screen_rows [d_sae, d_in] int8; screen_latents [4, d_sae] fp32:
     scale, offset, error and size of each row; screen_mean [d_in] fp32; barriers, zeros that every launch
     leaves as it found them.
     """
 
-    W_enc: Tensor
+    encoder_rows: Tensor
     b_enc: Tensor
     threshold: Tensor
     k: int
     normalize: str
     order: Tensor | None
     n_large: int
-    screen_W_enc: Tensor | None
+    screen_rows: Tensor | None
     screen_latents: Tensor | None
     screen_mean: Tensor | None
     barriers: Tensor
@@ -137,7 +144,7 @@ class EncoderStream:
             sae: the SAE. Its rows are copied if `hot` is given.
             hot: latents [H], the one that holds a row's maximum most often first. They lead the stream.
             n_large: how many of them are evaluated before it.
-            screen: "none" or "int8", which adds one byte for each number of W_enc.
+            screen: "none" or "int8", which adds one byte for each number of the encoder.
             mean: [d_in], about the mean of the (normalised) rows; a good one makes a screen tighter.
 
         Raises:
@@ -145,25 +152,25 @@ class EncoderStream:
         """
         if screen not in SCREENS:
             raise refuse("screen", repr(screen), ", ".join(SCREENS))
-        W_enc, b_enc, threshold, order = sae.W_enc, sae.b_enc, sae.threshold, None
+        encoder_rows, b_enc, threshold, order = sae.encoder_rows, sae.b_enc, sae.threshold, None
         n_large = min(n_large, 0 if hot is None else len(hot))
         if hot is not None and len(hot):
-            order = _led_by(hot.to(W_enc.device), sae.d_sae)
-            W_enc, b_enc, threshold = (each[order.long()] for each in (W_enc, b_enc, threshold))
+            order = _led_by(hot.to(encoder_rows.device), sae.d_sae)
+            encoder_rows, b_enc, threshold = (each[order.long()] for each in (encoder_rows, b_enc, threshold))
         mean = torch.zeros(sae.d_in) if mean is None else mean
         check_shape("mean", mean, (sae.d_in,))
-        mean = mean.to(sae.W_enc.device, torch.float32)
-        Q, latents = screen_rows(W_enc, b_enc, mean) if screen == "int8" else (None, None)
-        barriers = torch.zeros(N_BARRIERS, BARRIER_INTS, dtype=torch.int32, device=sae.W_enc.device)
+        mean = mean.to(sae.encoder_rows.device, torch.float32)
+        Q, latents = quantise_rows(encoder_rows, b_enc, mean) if screen == "int8" else (None, None)
+        barriers = torch.zeros(N_BARRIERS, BARRIER_INTS, dtype=torch.int32, device=sae.encoder_rows.device)
         return cls(
-            W_enc=W_enc,
+            encoder_rows=encoder_rows,
             b_enc=b_enc,
             threshold=threshold,
             k=sae.k,
             normalize=sae.normalize,
             order=order,
             n_large=n_large,
-            screen_W_enc=Q,
+            screen_rows=Q,
             screen_latents=latents,
             screen_mean=mean if screen == "int8" else None,
             barriers=barriers,
@@ -176,7 +183,7 @@ class EncoderStream:
     def added_bytes(self, sae: SAEWeights) -> int:
         """Memory that this takes beside `sae`, in bytes."""
         ours = [v for v in self.arguments().values() if isinstance(v, Tensor)]
-        theirs = {sae.W_enc.data_ptr(), sae.b_enc.data_ptr(), sae.threshold.data_ptr()}
+        theirs = {sae.encoder_rows.data_ptr(), sae.b_enc.data_ptr(), sae.threshold.data_ptr()}
         return sum(each.nbytes for each in ours if each.data_ptr() not in theirs)
 
     def to(self, device: torch.device | str) -> EncoderStream:
@@ -195,18 +202,18 @@ def _led_by(hot: Tensor, d_sae: int) -> Tensor:
     return torch.cat([hot.to(torch.int32), (~first).nonzero().flatten().to(torch.int32)])
 
 
-def screen_rows(W_enc: Tensor, b_enc: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+def quantise_rows(encoder_rows: Tensor, b_enc: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """An int8 copy Q of encoder rows, and per row what bounds the error of `z = scale (h . Q) + offset`.
 
     With the residual r = W - scale Q: offset = b + <mean, r> and a little more than both sums can lose,
     error >= ||r||, size >= ||W|| + scale ||Q||. Then `h . W + b <= z + ||h - mean|| error + g ||h|| size`, where g
     bounds the relative rounding error of a sum of d_in products. Computed in fp64, in blocks.
     """
-    Q = torch.empty(W_enc.shape, dtype=torch.int8, device=W_enc.device)
-    latents = torch.empty(4, len(W_enc), dtype=torch.float32, device=W_enc.device)
+    Q = torch.empty(encoder_rows.shape, dtype=torch.int8, device=encoder_rows.device)
+    latents = torch.empty(4, len(encoder_rows), dtype=torch.float32, device=encoder_rows.device)
     up = 1 + 2.0**-20  # fp64 to fp32, upwards
-    for rows in torch.arange(len(W_enc), device=W_enc.device).split(4096):
-        W = W_enc[rows].double()
+    for rows in torch.arange(len(encoder_rows), device=encoder_rows.device).split(4096):
+        W = encoder_rows[rows].double()
         # A scale below this would leave the normal numbers, where products are not as exact.
         scale = (W.abs().amax(dim=1) / 127).clamp(min=2.0**-100).float()
         q = (W / scale[:, None].double()).round().clamp(-127, 127)
@@ -226,13 +233,13 @@ class MapWeights:
 
     Everything that can be steered lies in these C latents of the output SAE, so that their rows fit in a
     cache. Shapes: columns [C] int32, latents of the output SAE, strictly increasing (`gather` checks it);
-    values [d_sae_in, C] fp32, `A[:, columns]`; W_enc, W_dec [C, d_in] and b_enc, threshold [C], rows
+    values [d_sae_in, C] fp32, `A[:, columns]`; encoder_rows, W_dec [C, d_in] and b_enc, threshold [C], rows
     `columns` of the output SAE.
     """
 
     columns: Tensor
     values: Tensor
-    W_enc: Tensor
+    encoder_rows: Tensor
     b_enc: Tensor
     threshold: Tensor
     W_dec: Tensor
@@ -243,21 +250,21 @@ class MapWeights:
         check_dtype("columns", self.columns, (torch.int32,))
         check_shape("values", self.values, ("d_sae_in", n_columns))
         check_dtype("values", self.values, (torch.float32,))
-        check_shape("W_enc", self.W_enc, (n_columns, "d_in"))
-        check_rows(self.W_enc, self.b_enc, self.threshold, self.W_dec)
-        check_device("columns", self.columns, self.W_enc, "W_enc")
-        check_device("values", self.values, self.W_enc, "W_enc")
+        check_shape("encoder_rows", self.encoder_rows, (n_columns, "d_in"))
+        check_rows(self.encoder_rows, self.b_enc, self.threshold, self.W_dec)
+        check_device("columns", self.columns, self.encoder_rows, "encoder_rows")
+        check_device("values", self.values, self.encoder_rows, "encoder_rows")
 
     @classmethod
     def gather(cls, columns: Tensor, values: Tensor, sae: SAEWeights) -> MapWeights:
         """The map of `values [d_sae_in, C]` at latents `columns [C]` of the output SAE `sae`."""
-        i = columns.to(sae.W_enc.device, torch.int64)
+        i = columns.to(sae.encoder_rows.device, torch.int64)
         if i.numel() and (bool((i.diff() <= 0).any()) or int(i[0]) < 0 or int(i[-1]) >= sae.d_sae):
             raise refuse("columns", i.tolist(), f"strictly increasing latents below d_sae = {sae.d_sae}")
         return cls(
             columns=i.to(torch.int32),
-            values=values.to(sae.W_enc.device, torch.float32).contiguous(),
-            W_enc=sae.W_enc[i],
+            values=values.to(sae.encoder_rows.device, torch.float32).contiguous(),
+            encoder_rows=sae.encoder_rows[i],
             b_enc=sae.b_enc[i],
             threshold=sae.threshold[i],
             W_dec=sae.W_dec[i],
@@ -267,7 +274,7 @@ class MapWeights:
         """The arguments `COLUMNS` of an op's schema."""
         return {
             "columns": self.columns,
-            "columns_W_enc": self.W_enc,
+            "columns_encoder_rows": self.encoder_rows,
             "columns_b_enc": self.b_enc,
             "columns_threshold": self.threshold,
             "columns_W_dec": self.W_dec,
@@ -329,19 +336,19 @@ class SparseLatents:
     counts: Tensor
 
 
-def check_rows(W_enc: Tensor, b_enc: Tensor, threshold: Tensor, W_dec: Tensor) -> None:
+def check_rows(encoder_rows: Tensor, b_enc: Tensor, threshold: Tensor, W_dec: Tensor) -> None:
     """Raise unless the four tensors are contiguous rows of the same latents, on one device."""
-    n, d_in = W_enc.shape
-    check_dtype("W_enc", W_enc, FLOATS)
+    n, d_in = encoder_rows.shape
+    check_dtype("encoder_rows", encoder_rows, FLOATS)
     check_shape("b_enc", b_enc, (n,))
     check_shape("threshold", threshold, (n,))
     check_shape("W_dec", W_dec, (n, d_in))
-    check_dtype("W_dec", W_dec, (W_enc.dtype,))
+    check_dtype("W_dec", W_dec, (encoder_rows.dtype,))
     for name, tensor in (("b_enc", b_enc), ("threshold", threshold)):
-        check_dtype(name, tensor, FULL if W_enc.dtype == torch.float64 else FULL[:1])
+        check_dtype(name, tensor, FULL if encoder_rows.dtype == torch.float64 else FULL[:1])
     for name, tensor in (("b_enc", b_enc), ("threshold", threshold), ("W_dec", W_dec)):
-        check_device(name, tensor, W_enc, "W_enc")
-    for name, tensor in (("W_enc", W_enc), ("W_dec", W_dec)):
+        check_device(name, tensor, encoder_rows, "encoder_rows")
+    for name, tensor in (("encoder_rows", encoder_rows), ("W_dec", W_dec)):
         if not tensor.is_contiguous():
             raise refuse(name, "not contiguous", "one contiguous row a latent", f"Pass {name}.contiguous().")
 

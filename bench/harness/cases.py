@@ -157,12 +157,12 @@ class Setting:
 
     @property
     def encoder_bytes(self) -> int:
-        return sum(each.nbytes for each in (self.sae.W_enc, self.sae.b_enc, self.sae.threshold))
+        return sum(each.nbytes for each in (self.sae.encoder_rows, self.sae.b_enc, self.sae.threshold))
 
     @property
     def row_bytes(self) -> int:
         """Rows in and out, and for each the encoder and decoder rows of its selected latents."""
-        d_in, size = self.sae.d_in, self.sae.W_enc.element_size()
+        d_in, size = self.sae.d_in, self.sae.encoder_rows.element_size()
         return self.n_rows * d_in * (2 * self.h.element_size() + 2 * self.plan.slots.shape[1] * size)
 
 
@@ -176,8 +176,8 @@ class Adapter(NamedTuple):
     @classmethod
     def of(cls, activity: Activity) -> Adapter:
         sae = activity.sae
-        generator = torch.Generator(sae.W_enc.device).manual_seed(0)
-        W_a = torch.empty_like(sae.W_enc).normal_(std=sae.d_in**-0.5, generator=generator)
+        generator = torch.Generator(sae.encoder_rows.device).manual_seed(0)
+        W_a = torch.empty_like(sae.encoder_rows).normal_(std=sae.d_in**-0.5, generator=generator)
         sizes = (activity.h[:256] @ W_a.T).abs().float()
         return cls(W_a, torch.zeros_like(sae.b_enc), torch.quantile(sizes, 1 - MOVED, dim=0))
 
@@ -185,7 +185,7 @@ class Adapter(NamedTuple):
         """What a step of rows h reads: the adapter, encoder rows of what is pushed down on some row, decoder rows of
         what changes on some row."""
         u = h.float() @ self.W_a.float().T
-        pre = h.float() @ sae.W_enc.float().T + sae.b_enc
+        pre = h.float() @ sae.W_enc.float() + sae.b_enc
         active = (pre > sae.threshold) & (pre > 0)
         up, down = u > self.threshold, u < -self.threshold
         read = int(down.any(dim=0).sum()) + int((up | (down & active)).any(dim=0).sum())
@@ -202,12 +202,12 @@ def check_rows(out: Tensor, wanted: Tensor) -> None:
 
 def widened(sae: SAEWeights) -> SAEWeights:
     """The same weights in fp32, in which formulations agree."""
-    return replace(sae, W_enc=sae.W_enc.float(), W_dec=sae.W_dec.float())
+    return replace(sae, encoder_rows=sae.encoder_rows.float(), W_dec=sae.W_dec.float())
 
 
 def dense_steer(h: Tensor, sae: SAEWeights, latents: Tensor) -> Tensor:
     """Encode everything, ablate latents [N, S], decode everything: what a script does without the package."""
-    pre = h @ sae.W_enc.T + sae.b_enc.to(h.dtype)
+    pre = h @ sae.W_enc + sae.b_enc.to(h.dtype)
     f = pre * ((pre > sae.threshold) & (pre > 0))
     ablated = torch.zeros_like(f, dtype=torch.bool).scatter_(1, latents, True)
     edited = torch.where(ablated, (f - ALPHA * f.amax(dim=1, keepdim=True)).clamp(min=0), f)
@@ -218,10 +218,10 @@ def sae_lens_steer(sae: SAEWeights) -> Callable[[Tensor, Tensor], Tensor]:
     """The same with SAELens: its encode, the edit, its decode before and after."""
     lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed")
     config = lens.JumpReLUSAEConfig(
-        d_in=sae.d_in, d_sae=sae.d_sae, dtype=str(sae.W_enc.dtype).removeprefix("torch."), device=str(DEVICE)
+        d_in=sae.d_in, d_sae=sae.d_sae, dtype=str(sae.encoder_rows.dtype).removeprefix("torch."), device=str(DEVICE)
     )
     theirs = lens.JumpReLUSAE(config)
-    tensors = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "threshold": sae.threshold}
+    tensors = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "threshold": sae.threshold}
     theirs.load_state_dict(tensors | {"b_dec": torch.zeros(sae.d_in)})
 
     def run(h: Tensor, latents: Tensor) -> Tensor:

@@ -58,14 +58,14 @@ class Case:
         threshold = normal.icdf(torch.tensor(1 - L0 / self.d_sae)).item()
         moved = 1e-6 if MOVED[self.moved] == 1 else normal.icdf(torch.tensor(1 - MOVED[self.moved] / 2)).item()
         zeros = torch.zeros(self.d_sae, device=DEVICE)
-        sae = SAEWeights(W_enc=W_dec, b_enc=zeros, threshold=zeros + threshold, W_dec=W_dec)
+        sae = SAEWeights(encoder_rows=W_dec, b_enc=zeros, threshold=zeros + threshold, W_dec=W_dec)
         adapter = {"W_a": W_a, "b_a": zeros.clone(), "threshold": zeros + moved}
         return sae, {"h": h, **{name: each.requires_grad_() for name, each in adapter.items()}}
 
 
 def plain(h: Tensor, sae: SAEWeights, W_a: Tensor, b_a: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     """The formula as one would write it."""
-    pre = h @ sae.W_enc.T + sae.b_enc.to(h.dtype)
+    pre = h @ sae.W_enc + sae.b_enc.to(h.dtype)
     f = pre * (pre > sae.threshold)
     u = h @ W_a.T + b_a.to(h.dtype)
     v = u.sign() * (u.abs() - threshold.to(h.dtype)).relu()

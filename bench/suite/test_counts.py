@@ -27,7 +27,7 @@ def ragged(n_rows: int) -> Tensor:
 def dense_counts(h: Tensor, sae: SAEWeights, sequences: Tensor) -> Tensor:
     counts = torch.zeros(N_SEQUENCES + 1, sae.d_sae, dtype=torch.int32, device=h.device)
     for rows, sequence in zip(h.split(512), sequences.split(512), strict=True):
-        pre = rows @ sae.W_enc.T + sae.b_enc.to(h.dtype)
+        pre = rows @ sae.W_enc + sae.b_enc.to(h.dtype)
         counts.index_add_(0, sequence % (N_SEQUENCES + 1), ((pre > sae.threshold) & (pre > 0)).to(torch.int32))
     return counts[:-1]
 
@@ -49,7 +49,7 @@ def test_activation_counts(measure: Measure, activity: Activity, backend: str) -
     measure(
         [run],
         capture=backend != "reference",
-        n_flops=2 * len(h) * sae.W_enc.numel(),
+        n_flops=2 * len(h) * sae.encoder_rows.numel(),
         op="activation_counts",
         case="counts" if backend != "torch" else "dense PyTorch, eager",
         backend=backend,

@@ -32,5 +32,5 @@ def test_step(measure: Measure, activity: Activity, backend: str, n_rows: int) -
 def test_dense_step(measure: Measure, activity: Activity, n_rows: int) -> None:
     setting, adapter = Setting.of(activity, "hard", n_rows), Adapter.of(activity)
     steps = setting.steps(lambda h, _: plain(h, setting.sae, *adapter)[0])
-    n_bytes = 3.0 * setting.sae.W_enc.nbytes
+    n_bytes = 3.0 * setting.sae.encoder_rows.nbytes
     measure(steps, n_bytes=n_bytes, **labels("dense PyTorch, eager", "torch", setting))

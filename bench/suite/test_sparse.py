@@ -22,7 +22,7 @@ def labels(op: str, case: str, backend: str, setting: Setting) -> dict[str, Any]
 
 
 def dense_encode(h: Tensor, sae: SAEWeights) -> Tensor:
-    pre = h @ sae.W_enc.T + sae.b_enc.to(h.dtype)
+    pre = h @ sae.W_enc + sae.b_enc.to(h.dtype)
     return pre * ((pre > sae.threshold) & (pre > 0))
 
 

@@ -178,5 +178,5 @@ def test_compiled_reference(measure: Measure, activity: Activity, n_rows: int) -
 def test_read(measure: Measure, activity: Activity, stopwatch: Stopwatch) -> None:
     """Nothing but a read of the encoder: what a stream of this size could reach."""
     setting = Setting.of(activity, "hard", 1)
-    W = activity.sae.W_enc
+    W = activity.sae.encoder_rows
     measure([lambda: stopwatch.read(W)] * 32, n_bytes=W.nbytes, **labels(setting, "read only", "read"))

@@ -156,7 +156,7 @@ def steps_of(place: Place, activity: Activity) -> list[Callable[[], Any]]:
         return [encoding(rows, setting, place.rows is None) for rows, _ in setting.batches()]
     if place.kernel.startswith("fsrl"):
         adapter = Adapter.of(activity)
-        adapter = adapter._replace(W_a=adapter.W_a.to(setting.sae.W_enc.dtype))
+        adapter = adapter._replace(W_a=adapter.W_a.to(setting.sae.encoder_rows.dtype))
         backward = place.kernel == "fsrl_backward"
         return [adapting(rows, setting, adapter, backward) for rows, _ in setting.batches()]
     setting, stream = setting.never_settled(activity), stream_of(place, setting, activity)

@@ -233,7 +233,7 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
             # What is changed of normalised rows is returned in fp32, and so is its gradient.
             gradients = {"grad": torch.zeros(n, 256, dtype=torch.float32 if i == 1 else DTYPES[i][0][0])}
             gradients |= {"grad_l1": torch.zeros(n), "codes": torch.zeros(n, 512, dtype=torch.uint8)}
-            names = ("h", "W_enc", "W_dec", "W_a", "b_a", "theta", "activation", "bandwidth")
+            names = ("h", "encoder_rows", "W_dec", "W_a", "b_a", "theta", "activation", "bandwidth")
             needs = {"adds": i != 1, "needs_h": True, "needs_x": i == 1}
             yield "fsrl_residual_backward", gradients | needs | {name: arguments[name] for name in names}
 

@@ -25,7 +25,7 @@ def array(tensor: Tensor, dtype: Any = EXACT) -> Array:
 
 def plain_dtype(h: Tensor, sae: SAEWeights) -> Any:
     """The dtype that an op computes in."""
-    return np.float64 if torch.float64 in (h.dtype, sae.W_enc.dtype) else np.float32
+    return np.float64 if torch.float64 in (h.dtype, sae.encoder_rows.dtype) else np.float32
 
 
 def pre_activations(row: Array, sae: SAEWeights, dtype: Any = EXACT) -> tuple[Array, float]:
@@ -38,8 +38,8 @@ def pre_activations(row: Array, sae: SAEWeights, dtype: Any = EXACT) -> tuple[Ar
     elif sae.normalize == "constant_norm_rescale":
         scale = np.sqrt((row * row).sum()) / dtype(np.sqrt(len(row)))
         row = row / scale
-    W_enc, b_enc = array(sae.W_enc, dtype), array(sae.b_enc, dtype)
-    return np.array([np.dot(row, W_enc[j]) + b_enc[j] for j in range(sae.d_sae)], dtype), scale
+    encoder_rows, b_enc = array(sae.encoder_rows, dtype), array(sae.b_enc, dtype)
+    return np.array([np.dot(row, encoder_rows[j]) + b_enc[j] for j in range(sae.d_sae)], dtype), scale
 
 
 def active(pre: Array, sae: SAEWeights) -> Latents:

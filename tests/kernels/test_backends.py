@@ -189,7 +189,7 @@ def test_steer_is_cuda_where_that_was_measured_to_be_faster(
     monkeypatch.setattr(launch, "capability_of", lambda device: 90)
     launch.cuda_entry.cache_clear()
     case = make_case(dtypes=(torch.bfloat16, torch.bfloat16))
-    launched = {"k": 0, "normalize": "none", "screen_W_enc": None, "W_enc": case.sae.W_enc}
+    launched = {"k": 0, "normalize": "none", "screen_rows": None, "encoder_rows": case.sae.encoder_rows}
     try:
         assert fastest(h=torch.zeros(rows, 19, dtype=torch.bfloat16), **launched) == chosen
         assert fastest(h=torch.zeros(rows, 19), **launched) == "triton"
@@ -202,7 +202,7 @@ def test_auto_is_left_to_steer_unless_a_backend_is_named(monkeypatch: pytest.Mon
     monkeypatch.setattr(backends, "DEFAULT", "auto")
     h = torch.zeros(1, 19)
     assert choose_steer("steer", h, sae, "auto") == "reference"
-    monkeypatch.setattr("dspa_kernels.ops.steer.choose", lambda *_: "triton")
+    monkeypatch.setattr("dspa_kernels.ops.steer.contract.choose", lambda *_: "triton")
     assert choose_steer("steer", h, sae, "auto") == "auto" and choose_steer("steer", h, sae, "triton") == "triton"
     monkeypatch.setattr(backends, "DEFAULT", "triton")
     assert choose_steer("steer", h, sae, "auto") == "triton"

@@ -54,7 +54,9 @@ class Case:
 
     def in_dtype(self, dtype: torch.dtype) -> Case:
         """The same values, in another dtype throughout."""
-        sae = replace(self.sae, **{n: getattr(self.sae, n).to(dtype) for n in ("W_enc", "b_enc", "threshold", "W_dec")})
+        sae = replace(
+            self.sae, **{n: getattr(self.sae, n).to(dtype) for n in ("encoder_rows", "b_enc", "threshold", "W_dec")}
+        )
         names = ("h", "W_a", "b_a", "grad", "grad_l1", "threshold")
         moved = {name: getattr(self, name).to(dtype) for name in names if getattr(self, name) is not None}
         return replace(self, sae=sae, **moved)
@@ -132,7 +134,7 @@ def dense(case: Case, stored: torch.dtype | None = None) -> tuple[Tensor, Tensor
     if sae.normalize == "constant_norm_rescale":
         scale = (h * h).sum(dim=1, keepdim=True).sqrt() / D_IN**0.5
         x = h / scale
-    pre = x @ sae.W_enc.T + sae.b_enc
+    pre = x @ sae.W_enc + sae.b_enc
     active = torch.zeros_like(pre, dtype=torch.bool)
     for n, latents in enumerate(oracle.active(row, sae) for row in oracle.array(pre)):
         active[n, list(latents)] = True
@@ -300,7 +302,7 @@ def test_ranks_are_those_of_normalised_rows(backend: str) -> None:
 @pytest.mark.usefixtures("blocks")
 def test_the_change_of_normalised_rows_is_not_rounded_before_it_is_scaled(backend: str) -> None:
     case = make_case("soft_threshold", dtypes=(torch.bfloat16,) * 3)
-    given = {name: getattr(case.sae, name) for name in ("W_enc", "b_enc", "threshold", "k", "W_dec")}
+    given = {name: getattr(case.sae, name) for name in ("encoder_rows", "b_enc", "threshold", "k", "W_dec")}
     adapter = {"W_a": case.W_a, "b_a": case.b_a, "theta": case.threshold, "activation": case.activation}
     others = {"bandwidth": 1.0, "mask": None, "fraction": 1.0, "barriers": case.sae.stream.barriers, "keep": False}
 
@@ -473,7 +475,7 @@ def test_nothing_is_kept_without_gradients() -> None:
 def test_opcheck_with_gradients(activation: str, normalised: bool) -> None:
     """Schema, fakes, and the registered autograd under AOT dispatch, with dynamic shapes; normalised rows are fp32."""
     case = make_case(activation, "topk", (torch.bfloat16,) * 3 if normalised else DTYPES[0], n=5)
-    given = {name: getattr(case.sae, name) for name in ("W_enc", "b_enc", "threshold", "k", "W_dec")}
+    given = {name: getattr(case.sae, name) for name in ("encoder_rows", "b_enc", "threshold", "k", "W_dec")}
     adapter = {"theta": case.threshold, "activation": activation, "bandwidth": 1.0, "mask": None, "fraction": 0.5}
     for name in ("h", "W_a", "b_a"):
         adapter[name] = getattr(case, name).requires_grad_()
@@ -521,7 +523,7 @@ def test_a_step_reads_the_encoder_only_where_it_pushes_down(activation: str, n: 
     down = 5 if activation == "soft_threshold" else 0
     changed = 12 if activation == "soft_threshold" else 10
     assert l0.tolist() == [10 + down] * n
-    assert found.of(sae.W_enc) == down * row
+    assert found.of(sae.encoder_rows) == down * row
     assert found.of(sae.W_dec) == changed * row
     assert found.of(W_a) == D_SAE * row
 

@@ -125,7 +125,7 @@ def test_moves_saves_and_loads_as_a_module() -> None:
     ours = fused(sae_lens_sae("jumprelu"))
     x = rows(6)
     expected = ours(x)
-    assert sorted(ours.state_dict()) == ["W_dec", "W_enc", "b_dec", "b_enc", "threshold"]
+    assert sorted(ours.state_dict()) == ["W_dec", "b_dec", "b_enc", "encoder_rows", "threshold"]
     assert not list(ours.parameters())
 
     for assign in (False, True):
@@ -136,10 +136,10 @@ def test_moves_saves_and_loads_as_a_module() -> None:
     assert same_bits(copy.deepcopy(ours)(x), expected)
 
     half = copy.deepcopy(ours).to(torch.bfloat16)
-    assert {half.W_enc.dtype, half.W_dec.dtype, half.b_dec.dtype} == {torch.bfloat16}
+    assert {half.encoder_rows.dtype, half.W_dec.dtype, half.b_dec.dtype} == {torch.bfloat16}
     assert same_bits(half.b_enc, ours.b_enc) and same_bits(half.threshold, ours.threshold)
-    assert half.weights.W_enc is half.W_enc and half.weights is half.weights
-    assert ours.to("meta").weights.W_enc.device.type == "meta"
+    assert half.weights.encoder_rows is half.encoder_rows and half.weights is half.weights
+    assert ours.to("meta").weights.encoder_rows.device.type == "meta"
 
 
 def test_statistics_are_taken_once() -> None:

@@ -308,11 +308,11 @@ VALID = make_case()
         ({"rows": VALID.rows.long()}, ("`rows`", "torch.int64", "torch.int32", "rows.to(torch.int32)")),
         (
             {"cdmap": make_case(dtypes=(torch.float32, torch.bfloat16)).cdmap},
-            ("`cdmap.W_enc`", "torch.bfloat16", "torch.float32"),
+            ("`cdmap.encoder_rows`", "torch.bfloat16", "torch.float32"),
         ),
         (
             {"cdmap": MapWeights.gather(torch.arange(3), torch.zeros(5, 3), random_sae("relu", 20, 9))},
-            ("`cdmap.W_enc`", "[3, 20]", "[C, 19]", "Gather"),
+            ("`cdmap.encoder_rows`", "[3, 20]", "[C, 19]", "Gather"),
         ),
         ({"alpha": -0.1}, ("`alpha`", "-0.1", "finite number >= 0")),
         ({"alpha": float("nan")}, ("`alpha`", "nan", "finite number >= 0")),

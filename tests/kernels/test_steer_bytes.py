@@ -81,22 +81,22 @@ def test_an_encoder_is_read_once_or_not_at_all(n: int, value: float, streams: bo
     with counted() as loads:
         steer(**arguments, stream=stream, backend="triton")
     # The large latents by each row; the rest once for all rows together.
-    assert loads.of(stream.W_enc) == (n * N_LARGE + streams * D_SAE) * ROW
-    assert loads.of(arguments["cdmap"].W_enc) == n * N_SLOTS * ROW
+    assert loads.of(stream.encoder_rows) == (n * N_LARGE + streams * D_SAE) * ROW
+    assert loads.of(arguments["cdmap"].encoder_rows) == n * N_SLOTS * ROW
     changed = 0 if value < 0 else n * N_SLOTS
     assert loads.of(arguments["cdmap"].W_dec) == changed * ROW
-    assert loads.of(arguments["sae"].W_dec) == loads.of(arguments["sae"].W_enc) == 0
+    assert loads.of(arguments["sae"].W_dec) == loads.of(arguments["sae"].encoder_rows) == 0
 
 
 def test_a_screened_stream_reads_a_byte_a_number_and_few_rows() -> None:
     arguments = settled_or_not(5, 1.5)
     stream, paths = hot(arguments["sae"], "int8"), torch.zeros(6, dtype=torch.int64)
-    assert stream.screen_W_enc is not None
+    assert stream.screen_rows is not None
     with counted() as loads:
         steer(**arguments, stream=stream, paths=paths, backend="triton")
     read = int(paths[-1])
-    assert loads.of(stream.screen_W_enc) == D_SAE * D_IN
-    assert loads.of(stream.W_enc) == (5 * N_LARGE + read) * ROW and read < D_SAE / 10
+    assert loads.of(stream.screen_rows) == D_SAE * D_IN
+    assert loads.of(stream.encoder_rows) == (5 * N_LARGE + read) * ROW and read < D_SAE / 10
 
 
 def test_many_rows_read_each_tile_for_every_block_of_rows() -> None:
@@ -105,7 +105,7 @@ def test_many_rows_read_each_tile_for_every_block_of_rows() -> None:
     narrow = Launch(BLOCK_N=32, BLOCK_L=64, BLOCK_K=32, num_warps=4, num_stages=2, programs=1)
     with counted() as loads, mock.patch.object(triton_impl, "launch_parameters", lambda *_: narrow):
         steer(**arguments, backend="triton")
-    assert loads.of(arguments["sae"].W_enc) == -(-n // narrow.BLOCK_N) * D_SAE * ROW
+    assert loads.of(arguments["sae"].encoder_rows) == -(-n // narrow.BLOCK_N) * D_SAE * ROW
 
 
 def test_up_to_64_rows_of_16_bits_are_one_block_on_hopper() -> None:

@@ -194,7 +194,7 @@ def test_the_encoder_is_read_once_for_rows_that_are_multiplied_together(n: int) 
     arguments = settling(n, 1000, 999, value=4)
     with Copies() as copies:
         steer(**arguments, backend="cuda")
-    assert copies.bytes == arguments["sae"].W_enc.nbytes
+    assert copies.bytes == arguments["sae"].encoder_rows.nbytes
 
 
 @emulated
@@ -215,8 +215,8 @@ def test_what_is_read_ahead_is_little_and_not_read_again(value: float, share: fl
     stream = EncoderStream.of(arguments["sae"], hot=torch.tensor([9_999]))
     with Copies() as copies:
         steer(**arguments, stream=stream, backend="cuda")
-    assert 0 < copies.bytes <= share * arguments["sae"].W_enc.nbytes
-    assert (copies.bytes == arguments["sae"].W_enc.nbytes) == (share == 1)
+    assert 0 < copies.bytes <= share * arguments["sae"].encoder_rows.nbytes
+    assert (copies.bytes == arguments["sae"].encoder_rows.nbytes) == (share == 1)
 
 
 @emulated
@@ -240,7 +240,7 @@ def test_a_stream_ends_as_soon_as_rows_are_settled(n: int) -> None:
     stream = EncoderStream.of(arguments["sae"], hot=torch.tensor([19_999]), n_large=0)
     with Copies() as copies:
         steer(**arguments, stream=stream, backend="cuda")
-    assert 0 < copies.bytes < arguments["sae"].W_enc.nbytes / 2
+    assert 0 < copies.bytes < arguments["sae"].encoder_rows.nbytes / 2
 
 
 @emulated
@@ -249,7 +249,7 @@ def test_a_screen_reads_a_byte_a_number() -> None:
     stream = EncoderStream.of(arguments["sae"], screen="int8")
     with Copies() as copies:
         steer(**arguments, stream=stream, backend="cuda")
-    assert copies.bytes == arguments["sae"].W_enc.numel()
+    assert copies.bytes == arguments["sae"].encoder_rows.numel()
 
 
 # Errors

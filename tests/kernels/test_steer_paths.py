@@ -152,11 +152,16 @@ def close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=8 * torch.finfo(a.dtype).eps, atol=8 * torch.finfo(a.dtype).eps, equal_nan=True)
 
 
-def wide_case(h: Tensor, W_enc: Tensor, *, kind: str, selected: int = 3) -> dict[str, Any]:
-    """Rows h [N, d_in] that ablate the latents 0, 1, ..; W_enc [d_sae, d_in] as given."""
-    d_sae, d_in = W_enc.shape
+def wide_case(h: Tensor, encoder_rows: Tensor, *, kind: str, selected: int = 3) -> dict[str, Any]:
+    """Rows h [N, d_in] that ablate the latents 0, 1, ..; encoder_rows [d_sae, d_in] as given."""
+    d_sae, d_in = encoder_rows.shape
     nothing = torch.zeros(d_sae)
-    sae = replace(random_sae(kind, d_in, d_sae, dtype=W_enc.dtype), W_enc=W_enc, b_enc=nothing, threshold=nothing)
+    sae = replace(
+        random_sae(kind, d_in, d_sae, dtype=encoder_rows.dtype),
+        encoder_rows=encoder_rows,
+        b_enc=nothing,
+        threshold=nothing,
+    )
     plan = SteeringPlan(
         torch.arange(selected, dtype=torch.int32).expand(len(h), -1).contiguous(),
         torch.full((len(h), selected), -1, dtype=torch.int8),
@@ -191,8 +196,8 @@ ADVERSARIAL = ["massive activations", "near ties", "all rows are candidates", "d
 @pytest.mark.parametrize("kind", ["relu", "topk"])
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_the_screen_never_loses_a_maximum(backend: str, name: str, kind: str, dtype: torch.dtype) -> None:
-    h, W_enc = adversarial(name, dtype)
-    arguments = wide_case(h, W_enc, kind=kind)
+    h, encoder_rows = adversarial(name, dtype)
+    arguments = wide_case(h, encoder_rows, kind=kind)
     plain, plain_edits = run_on(backend, steer, **arguments, record=True)
     for mean in (None, h.float().mean(dim=0)):
         stream = EncoderStream.of(arguments["sae"], screen="int8", mean=mean)
@@ -202,14 +207,14 @@ def test_the_screen_never_loses_a_maximum(backend: str, name: str, kind: str, dt
 
 def test_the_screen_reads_few_rows() -> None:
     """On ordinary rows the int8 copy rules out most of the encoder; where all rows tie it rules out none."""
-    h, W_enc = adversarial("ordinary", torch.bfloat16)
-    arguments = wide_case(h[:1], W_enc, kind="relu")
+    h, encoder_rows = adversarial("ordinary", torch.bfloat16)
+    arguments = wide_case(h[:1], encoder_rows, kind="relu")
     _, plain = steered("triton", **arguments, alpha=0)
     screened = EncoderStream.of(arguments["sae"], screen="int8")
     _, few = steered("triton", **arguments, alpha=0, stream=screened)
     assert plain["read"] == 150 and 0 < few["read"] < 30
     tied = wide_case(*adversarial("all rows are candidates", torch.bfloat16), kind="relu")
-    tied = {**tied, "h": tied["h"][:1].abs() * tied["sae"].W_enc[0].sign(), "plan": _first(tied["plan"])}
+    tied = {**tied, "h": tied["h"][:1].abs() * tied["sae"].encoder_rows[0].sign(), "plan": _first(tied["plan"])}
     _, all_rows = steered("triton", **tied, alpha=0, stream=EncoderStream.of(tied["sae"], screen="int8"))
     assert all_rows["read"] == 150
 

@@ -21,7 +21,7 @@ def activity() -> Activity:
 
 
 def latents(activity: Activity) -> Tensor:
-    pre = activity.h.float() @ activity.sae.W_enc.float().T + activity.sae.b_enc
+    pre = activity.h.float() @ activity.sae.W_enc.float() + activity.sae.b_enc
     return torch.where((pre > activity.sae.threshold) & (pre > 0), pre, 0)
 
 

@@ -26,21 +26,21 @@ def remade(weights: Any, change: dict[str, Any]) -> Any:
 def test_sae(dtype: torch.dtype) -> None:
     sae = random_sae("topk", D_IN, D_SAE, dtype=dtype, k=4)
     assert (sae.d_in, sae.d_sae, sae.k, sae.normalize) == (D_IN, D_SAE, 4, "none")
-    assert sae.W_enc.dtype == sae.W_dec.dtype == dtype
+    assert sae.encoder_rows.dtype == sae.W_dec.dtype == dtype
     assert sae.b_enc.dtype == sae.threshold.dtype == torch.promote_types(dtype, torch.float32)
-    assert list(sae.encoder()) == ["W_enc", "b_enc", "threshold", "k", "normalize"]
+    assert list(sae.encoder()) == ["encoder_rows", "b_enc", "threshold", "k", "normalize"]
 
 
 def test_gather_takes_the_rows_of_the_sae() -> None:
     assert CDMAP.columns.tolist() == [1, 4, 11] and CDMAP.columns.dtype == torch.int32
     assert torch.equal(CDMAP.values, VALUES) and CDMAP.values.dtype == torch.float32
-    for name in ("W_enc", "b_enc", "threshold", "W_dec"):
+    for name in ("encoder_rows", "b_enc", "threshold", "W_dec"):
         assert torch.equal(getattr(CDMAP, name), getattr(SAE, name)[COLUMNS])
 
 
 def test_gather_of_no_columns() -> None:
     empty = MapWeights.gather(COLUMNS[:0], VALUES[:, :0], SAE)
-    assert empty.columns.shape == (0,) and empty.W_enc.shape == empty.W_dec.shape == (0, D_IN)
+    assert empty.columns.shape == (0,) and empty.encoder_rows.shape == empty.W_dec.shape == (0, D_IN)
 
 
 def test_plan_names_latents() -> None:
@@ -75,16 +75,22 @@ ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ("change", "parts"),
     [
         *ROWS,
-        ({"W_enc": torch.zeros(D_SAE)}, ("`W_enc`", "[12]", "[d_sae, d_in]")),
-        ({"W_enc": torch.zeros(D_SAE, D_IN, dtype=torch.int8)}, ("`W_enc`", "torch.int8", "torch.bfloat16")),
-        ({"W_enc": torch.zeros(D_IN, D_SAE).T}, ("`W_enc`", "not contiguous", "W_enc.contiguous()")),
+        ({"encoder_rows": torch.zeros(D_SAE)}, ("`encoder_rows`", "[12]", "[d_sae, d_in]")),
+        (
+            {"encoder_rows": torch.zeros(D_SAE, D_IN, dtype=torch.int8)},
+            ("`encoder_rows`", "torch.int8", "torch.bfloat16"),
+        ),
+        (
+            {"encoder_rows": torch.zeros(D_IN, D_SAE).T},
+            ("`encoder_rows`", "not contiguous", "encoder_rows.contiguous()"),
+        ),
         ({"W_dec": torch.zeros(D_IN, D_SAE).T}, ("`W_dec`", "not contiguous", "W_dec.contiguous()")),
         ({"W_dec": SAE.W_dec.bfloat16()}, ("`W_dec`", "torch.bfloat16", "torch.float32", "W_dec.to(")),
         ({"b_enc": SAE.b_enc.bfloat16()}, ("`b_enc`", "torch.bfloat16", "torch.float32")),
         ({"threshold": SAE.threshold.half()}, ("`threshold`", "torch.float16", "torch.float32")),
-        ({"b_enc": SAE.b_enc.to("meta")}, ("`b_enc`", "meta", "cpu", "`W_enc`")),
-        ({"threshold": SAE.threshold.to("meta")}, ("`threshold`", "meta", "cpu", "`W_enc`")),
-        ({"W_dec": SAE.W_dec.to("meta")}, ("`W_dec`", "meta", "cpu", "`W_enc`")),
+        ({"b_enc": SAE.b_enc.to("meta")}, ("`b_enc`", "meta", "cpu", "`encoder_rows`")),
+        ({"threshold": SAE.threshold.to("meta")}, ("`threshold`", "meta", "cpu", "`encoder_rows`")),
+        ({"W_dec": SAE.W_dec.to("meta")}, ("`W_dec`", "meta", "cpu", "`encoder_rows`")),
         ({"k": -1}, ("`k`", "-1", "d_sae = 12")),
         ({"k": 13}, ("`k`", "13", "d_sae = 12")),
         ({"normalize": "layernorm"}, ("`normalize`", "'layernorm'", "none, layer_norm, constant_norm_rescale")),
@@ -102,12 +108,12 @@ def test_sae_errors(change: dict[str, Any], parts: tuple[str, ...]) -> None:
         *ROWS,
         ({"columns": CDMAP.columns[None]}, ("`columns`", "[1, 3]", "[C]")),
         ({"columns": CDMAP.columns.long()}, ("`columns`", "torch.int64", "torch.int32")),
-        ({"columns": CDMAP.columns.to("meta")}, ("`columns`", "meta", "cpu", "`W_enc`")),
+        ({"columns": CDMAP.columns.to("meta")}, ("`columns`", "meta", "cpu", "`encoder_rows`")),
         ({"values": VALUES[:, 1:]}, ("`values`", "[4, 2]", "[d_sae_in, 3]")),
         ({"values": VALUES.double()}, ("`values`", "torch.float64", "torch.float32")),
-        ({"values": VALUES.to("meta")}, ("`values`", "meta", "cpu", "`W_enc`")),
-        ({"W_enc": SAE.W_enc}, ("`W_enc`", "[12, 5]", "[3, d_in]")),
-        ({"W_enc": torch.zeros(D_IN, C).T}, ("`W_enc`", "not contiguous")),
+        ({"values": VALUES.to("meta")}, ("`values`", "meta", "cpu", "`encoder_rows`")),
+        ({"encoder_rows": SAE.encoder_rows}, ("`encoder_rows`", "[12, 5]", "[3, d_in]")),
+        ({"encoder_rows": torch.zeros(D_IN, C).T}, ("`encoder_rows`", "not contiguous")),
     ],
 )
 def test_map_errors(change: dict[str, Any], parts: tuple[str, ...]) -> None:

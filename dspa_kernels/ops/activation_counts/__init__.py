@@ -29,7 +29,7 @@ def activation_counts(
     """
     check_shape("h", h, ("N", sae.d_in), "Flatten batch and sequence into one dimension.")
     check_dtype("h", h, FLOATS)
-    check_device("sae", sae.W_enc, h, "h")
+    check_device("sae", sae.encoder_rows, h, "h")
     check_shape("sequences", sequences, (h.shape[0],))
     check_dtype("sequences", sequences, (torch.int32,))
     check_device("sequences", sequences, h, "h")
@@ -39,13 +39,13 @@ def activation_counts(
         **sae.encoder(),
         sequences=sequences,
         n_sequences=n_sequences,
-        backend=choose("activation_counts", h.device, backend, compute_dtype(h, sae.W_enc)),
+        backend=choose("activation_counts", h.device, backend, compute_dtype(h, sae.encoder_rows)),
     )
     return counts
 
 
-def _fake(h: Tensor, W_enc: Tensor, n_sequences: int, **_: object) -> Tensor:
-    return torch.empty(n_sequences, W_enc.shape[0], dtype=torch.int32, device=h.device)
+def _fake(h: Tensor, encoder_rows: Tensor, n_sequences: int, **_: object) -> Tensor:
+    return torch.empty(n_sequences, encoder_rows.shape[0], dtype=torch.int32, device=h.device)
 
 
 _activation_counts = define_op(

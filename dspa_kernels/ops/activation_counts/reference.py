@@ -15,7 +15,7 @@ from dspa_kernels.ops.shared.formulas import (
 
 def activation_counts(
     h: Tensor,
-    W_enc: Tensor,
+    encoder_rows: Tensor,
     b_enc: Tensor,
     threshold: Tensor,
     k: int,
@@ -24,10 +24,10 @@ def activation_counts(
     n_sequences: int,
 ) -> Tensor:
     """counts[s, j] = number of rows n with sequences[n] = s on which latent j is active."""
-    d_sae = W_enc.shape[0]
+    d_sae = encoder_rows.shape[0]
     counts = torch.zeros(n_sequences, d_sae, dtype=torch.int32, device=h.device)
     counted = (sequences >= 0).nonzero().flatten()
-    hn, _ = normalise(h[counted], normalize, compute_dtype(h, W_enc))
+    hn, _ = normalise(h[counted], normalize, compute_dtype(h, encoder_rows))
     sequence = sequences[counted].long()
     everything = slice(0, d_sae)
     # A rank needs whole rows; a threshold does not, and then each block of the encoder is read once.
@@ -37,7 +37,7 @@ def activation_counts(
         else ((slice(None), latents) for latents in latent_blocks(len(counted), d_sae))
     )
     for rows, latents in tiles:
-        pre = pre_activations(hn[rows], W_enc[latents], b_enc[latents])
+        pre = pre_activations(hn[rows], encoder_rows[latents], b_enc[latents])
         active = active_latents(pre, threshold[latents], k)
         counts[:, latents].index_add_(0, sequence[rows], active.to(torch.int32))
     return counts

@@ -32,7 +32,7 @@ def count_row_kernel(p_key, p_sequences, p_counts, d_sae, width, n_sequences, k,
 
 def activation_counts(
     h: Tensor,
-    W_enc: Tensor,
+    encoder_rows: Tensor,
     b_enc: Tensor,
     threshold: Tensor,
     k: int,
@@ -41,11 +41,11 @@ def activation_counts(
     n_sequences: int,
 ) -> Tensor:
     """counts [S, d_sae]."""
-    d_sae = len(W_enc)
+    d_sae = len(encoder_rows)
     counts = torch.zeros(n_sequences, d_sae, dtype=torch.int32, device=h.device)
     sequences = sequences.contiguous()
     if k:
-        for rows, keys in row_keys(h, W_enc, b_enc, threshold, k, normalize):
+        for rows, keys in row_keys(h, encoder_rows, b_enc, threshold, k, normalize):
             count_row_kernel[(len(keys),)](
                 keys,
                 sequences[rows],
@@ -59,6 +59,6 @@ def activation_counts(
                 enable_fp_fusion=False,
             )
     elif len(h):
-        x, multiply = normalised_rows(h, normalize), precision(h, W_enc, normalize)
-        launch_encode(x, W_enc, b_enc, threshold, k, multiply, sequences=sequences, counts=counts)
+        x, multiply = normalised_rows(h, normalize), precision(h, encoder_rows, normalize)
+        launch_encode(x, encoder_rows, b_enc, threshold, k, multiply, sequences=sequences, counts=counts)
     return counts

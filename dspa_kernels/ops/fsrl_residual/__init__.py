@@ -73,13 +73,13 @@ def fsrl_residual(
         InputError: a shape, dtype, device, activation or number that does not fit. BackendError: see `choose`.
     """
     _check(h, sae, W_a, b_a, threshold, activation, bandwidth, mask, fraction)
-    dtype = compute_dtype(h, sae.W_enc, W_a)
+    dtype = compute_dtype(h, sae.encoder_rows, W_a)
     x, scale = (None, None) if sae.normalize == "none" else normalise(h, sae.normalize, dtype)
     differentiable = (h, W_a, b_a, *(() if threshold is None else (threshold,)))
     out, l1, l0, _ = _fsrl_residual(
         h=h,
         x=x,
-        W_enc=sae.W_enc,
+        encoder_rows=sae.encoder_rows,
         b_enc=sae.b_enc,
         threshold=sae.threshold,
         k=sae.k,
@@ -111,7 +111,7 @@ def _check(
 ) -> None:
     check_shape("h", h, ("N", sae.d_in), "Flatten batch and sequence into one dimension.")
     check_dtype("h", h, FLOATS)
-    check_device("sae", sae.W_enc, h, "h")
+    check_device("sae", sae.encoder_rows, h, "h")
     if activation not in ACTIVATIONS:
         raise refuse("activation", repr(activation), ", ".join(ACTIVATIONS))
     if (threshold is None) != (activation == "relu"):
@@ -131,9 +131,9 @@ def _check(
 
 
 def _fake(
-    h: Tensor, x: Tensor | None, W_enc: Tensor, W_a: Tensor, keep: bool, **_: object
+    h: Tensor, x: Tensor | None, encoder_rows: Tensor, W_a: Tensor, keep: bool, **_: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(h, W_enc, W_a)
+    dtype = compute_dtype(h, encoder_rows, W_a)
     out = h.new_empty(h.shape, dtype=h.dtype if x is None else dtype)
     codes = h.new_empty((len(h), len(W_a)) if keep else 0, dtype=torch.uint8)
     return out, h.new_empty(len(h), dtype=dtype), h.new_empty(len(h), dtype=torch.int32), codes
@@ -141,7 +141,7 @@ def _fake(
 
 def _fake_backward(
     h: Tensor,
-    W_enc: Tensor,
+    encoder_rows: Tensor,
     W_a: Tensor,
     b_a: Tensor,
     theta: Tensor | None,
@@ -149,33 +149,33 @@ def _fake_backward(
     needs_x: bool,
     **_: object,
 ) -> tuple[Tensor, ...]:
-    d_x = h.new_empty(h.shape if needs_x else 0, dtype=compute_dtype(h, W_enc, W_a))
+    d_x = h.new_empty(h.shape if needs_x else 0, dtype=compute_dtype(h, encoder_rows, W_a))
     d_theta = b_a.new_empty(0 if theta is None else theta.shape)
     return h.new_empty(h.shape if needs_h else 0), d_x, W_a.new_empty(W_a.shape), b_a.new_empty(b_a.shape), d_theta
 
 
 _fsrl_residual = define_op(
     "fsrl_residual",
-    "(Tensor h, Tensor? x, Tensor W_enc, Tensor b_enc, Tensor threshold, int k, Tensor W_dec, "
+    "(Tensor h, Tensor? x, Tensor encoder_rows, Tensor b_enc, Tensor threshold, int k, Tensor W_dec, "
     f"{ADAPTER}, Tensor? mask, float fraction, Tensor barriers, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
 _fsrl_residual_backward = define_op(
     "fsrl_residual_backward",
-    "(Tensor grad, Tensor grad_l1, Tensor codes, Tensor h, Tensor W_enc, Tensor W_dec, "
+    "(Tensor grad, Tensor grad_l1, Tensor codes, Tensor h, Tensor encoder_rows, Tensor W_dec, "
     f"{ADAPTER}, bool adds, bool needs_h, bool needs_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
 )
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    h, x, W_enc, _, _, _, W_dec, W_a, b_a, theta, activation, bandwidth, *_others, backend = inputs
-    ctx.save_for_backward(output[3], h, W_enc, W_dec, W_a, b_a, theta)
+    h, x, encoder_rows, _, _, _, W_dec, W_a, b_a, theta, activation, bandwidth, *_others, backend = inputs
+    ctx.save_for_backward(output[3], h, encoder_rows, W_dec, W_a, b_a, theta)
     ctx.settings = {"activation": activation, "bandwidth": bandwidth, "adds": x is None, "backend": backend}
 
 
 def _backward(ctx: Any, grad: Tensor, grad_l1: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    names = ("codes", "h", "W_enc", "W_dec", "W_a", "b_a", "theta")
+    names = ("codes", "h", "encoder_rows", "W_dec", "W_a", "b_a", "theta")
     saved = dict(zip(names, ctx.saved_tensors, strict=True))
     needs_h, needs_x, *_others = needs = ctx.needs_input_grad
     d_h, d_x, *adapter = _fsrl_residual_backward(

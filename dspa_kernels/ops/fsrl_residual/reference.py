@@ -41,7 +41,7 @@ def codes_of(v: Tensor, f: Tensor | None, near: Tensor | None) -> Tensor:
 def fsrl_residual(
     h: Tensor,
     x: Tensor | None,
-    W_enc: Tensor,
+    encoder_rows: Tensor,
     b_enc: Tensor,
     threshold: Tensor,
     k: int,
@@ -62,13 +62,13 @@ def fsrl_residual(
     change of h alone, in the precision it is computed in. With `keep`, what the backward needs: a byte a latent.
     """
     del barriers
-    dtype = compute_dtype(h, W_enc, W_a)
+    dtype = compute_dtype(h, encoder_rows, W_a)
     out = h.new_empty(h.shape, dtype=h.dtype if x is None else dtype)
     l1, l0 = h.new_empty(len(h), dtype=dtype), h.new_empty(len(h), dtype=torch.int32)
     codes = h.new_empty((len(h), len(W_a)) if keep else 0, dtype=torch.uint8)
     jumps = activation == "jumprelu"
     needs_f = activation == "soft_threshold" or (jumps and keep)
-    W_enc = W_enc.to(dtype) if needs_f else W_enc
+    encoder_rows = encoder_rows.to(dtype) if needs_f else encoder_rows
     W_dec, W_a = W_dec.to(dtype), W_a.to(dtype)
     for rows in row_blocks(len(h), TENSORS * len(W_a), LEAST):
         b_h = h[rows].to(dtype)
@@ -80,7 +80,7 @@ def fsrl_residual(
             kept = top_of_row(v, fraction)
             v = v.where(kept, 0)
         if needs_f:
-            pre = pre_activations(b_h if x is None else x[rows].to(dtype), W_enc, b_enc)
+            pre = pre_activations(b_h if x is None else x[rows].to(dtype), encoder_rows, b_enc)
             f = pre.where(active_latents(pre, threshold, k), 0)
         delta = (v if f is None else torch.maximum(v, -f)) @ W_dec
         l1[rows] = v.abs().sum(dim=1)
@@ -98,7 +98,7 @@ def fsrl_residual_backward(
     grad_l1: Tensor,
     codes: Tensor,
     h: Tensor,
-    W_enc: Tensor,
+    encoder_rows: Tensor,
     W_dec: Tensor,
     W_a: Tensor,
     b_a: Tensor,
@@ -115,14 +115,14 @@ def fsrl_residual_backward(
     where f > 0 and f + v <= 0. A soft threshold gets -sign(v) du; a JumpReLU's gets -(theta / bandwidth) dv where
     |u - theta| <= bandwidth / 2, the straight-through estimate of its jump.
     """
-    dtype = compute_dtype(h, W_enc, W_a)
+    dtype = compute_dtype(h, encoder_rows, W_a)
     d_h = h.new_empty(h.shape if needs_h else 0)
     d_x = h.new_empty(h.shape if needs_x else 0, dtype=dtype)
     d_W_a, d_b_a = h.new_zeros(W_a.shape, dtype=dtype), h.new_zeros(b_a.shape, dtype=dtype)
     d_theta = h.new_zeros(0 if theta is None else theta.shape, dtype=dtype)
     needs_f = (needs_h and adds) or needs_x
     wide_W_dec, wide_W_a = W_dec.to(dtype), W_a.to(dtype) if needs_h else W_a
-    wide_W_enc = W_enc.to(dtype) if needs_f else W_enc
+    wide_encoder_rows = encoder_rows.to(dtype) if needs_f else encoder_rows
     for rows in row_blocks(len(h), TENSORS * len(W_a), LEAST):
         g, moved = grad[rows].to(dtype), codes[rows] % NEAR
         d_c = g @ wide_W_dec.T
@@ -135,7 +135,7 @@ def fsrl_residual_backward(
             d_theta -= theta / bandwidth * d_v.where(codes[rows] >= NEAR, 0).sum(dim=0)
         d_W_a.addmm_(d_u.T, h[rows].to(dtype))
         d_b_a += d_u.sum(dim=0)
-        d_f = -d_c.where(moved == OFF, 0) @ wide_W_enc if needs_f else 0
+        d_f = -d_c.where(moved == OFF, 0) @ wide_encoder_rows if needs_f else 0
         if needs_h:
             d_h[rows] = (d_u @ wide_W_a + (g + d_f if adds else 0)).to(h.dtype)
         if needs_x:

@@ -47,7 +47,7 @@ class Operands(NamedTuple):
 
     h: Tensor
     x: Tensor
-    W_enc: Tensor
+    encoder_rows: Tensor
     b_enc: Tensor
     threshold: Tensor
     W_dec: Tensor
@@ -69,7 +69,7 @@ class Operands(NamedTuple):
     def blocks(self) -> Iterator[tuple[slice, Operands]]:
         """Blocks of latents, so narrow that all rows of them stay small."""
         for latents in _slices(len(self.h), self.d_sae):
-            names = ("W_enc", "b_enc", "threshold", "W_dec", "W_a", "b_a", "theta", "mask")
+            names = ("encoder_rows", "b_enc", "threshold", "W_dec", "W_a", "b_a", "theta", "mask")
             parts = {name: getattr(self, name)[latents] for name in names if getattr(self, name) is not None}
             for name in ("rank", "top"):
                 if getattr(self, name) is not None:
@@ -91,13 +91,13 @@ class Operands(NamedTuple):
         The parameters are those for the product that takes most of a tile, so that there is room for it.
         """
         (n_rows, d_in), adapter = self.h.shape, precision(self.h, self.W_a, "none")
-        encoder = precision(self.x, self.W_enc, "none")
+        encoder = precision(self.x, self.encoder_rows, "none")
         multiply = FULL if full else max(adapter, encoder)
         launch = launch_parameters(kernel, n_rows, d_in, self.d_sae, multiply, self.h.device)
         return {
             "p_h": self.h,
             "p_x": self.x,
-            "p_W_enc": self.W_enc,
+            "p_encoder_rows": self.encoder_rows,
             "p_b_enc": self.b_enc,
             "p_threshold": self.threshold,
             "p_rank": self.rank,
@@ -120,7 +120,7 @@ class Operands(NamedTuple):
 
 def _ranks(operands: Operands, k: int) -> Tensor:
     """[2, N] int32: what the k largest pre-activations of a row reach, as bits, and the last latent there."""
-    arguments = (operands.x, operands.W_enc, operands.b_enc, operands.threshold, k, "none")
+    arguments = (operands.x, operands.encoder_rows, operands.b_enc, operands.threshold, k, "none")
     return torch.cat([_cut(keys, torch.full_like(keys[:, 0], k)) for _, keys in row_keys(*arguments)], dim=1)
 
 
@@ -157,7 +157,7 @@ def _slices(n_rows: int, d_sae: int) -> Iterator[slice]:
 def fsrl_residual(
     h: Tensor,
     x: Tensor | None,
-    W_enc: Tensor,
+    encoder_rows: Tensor,
     b_enc: Tensor,
     threshold: Tensor,
     k: int,
@@ -177,7 +177,7 @@ def fsrl_residual(
     operands = Operands(
         h=h,
         x=h if x is None else x.contiguous(),
-        W_enc=W_enc,
+        encoder_rows=encoder_rows,
         b_enc=b_enc.contiguous(),
         threshold=threshold.contiguous(),
         W_dec=W_dec,
@@ -277,7 +277,7 @@ def fsrl_residual_backward(
     grad_l1: Tensor,
     codes: Tensor,
     h: Tensor,
-    W_enc: Tensor,
+    encoder_rows: Tensor,
     W_dec: Tensor,
     W_a: Tensor,
     b_a: Tensor,
@@ -299,7 +299,7 @@ def fsrl_residual_backward(
     d_x = d_h if adds else torch.zeros_like(d_h)
     # Only a soft threshold pushes down, and only then a latent's own gradient is left.
     pushes = activation == "soft_threshold" and (needs_h if adds else needs_x)
-    latent_dtype = torch.promote_types(h.dtype, W_enc.dtype) if pushes else None
+    latent_dtype = torch.promote_types(h.dtype, encoder_rows.dtype) if pushes else None
     for latents in _slices(len(h), len(W_a)) if len(h) else ():
         d_u, d_f, d_b_a[latents], thresholds = _gradients(
             grad,
@@ -318,7 +318,7 @@ def fsrl_residual_backward(
         if needs_h:
             d_h += _product(d_u, W_a[latents].to(dtype))
         if d_f is not None:
-            d_x += _product(d_f, W_enc[latents].to(d_f.dtype))
+            d_x += _product(d_f, encoder_rows[latents].to(d_f.dtype))
     if adds and needs_h:
         d_h += grad
     given_h = d_h.to(h.dtype) if needs_h else h.new_empty(0)

@@ -35,7 +35,7 @@ def within_cut(b_value, p_cut, o_row, m_row, o_latent, n_rows):
 def moved_tile(
     p_h,
     p_x,
-    p_W_enc,
+    p_encoder_rows,
     p_b_enc,
     p_threshold,
     p_rank,
@@ -93,7 +93,9 @@ def moved_tile(
         m_matters = (b_v < 0) | m_near
         m_read = tl.max(m_matters.to(tl.int32), axis=1) > 0
         if tl.max(m_read.to(tl.int32), axis=0) > 0:
-            b_pre = product_tile(p_W_enc, p_x, i_latent, m_read, i_row, m_row, d_in, BLOCK_L, BLOCK_N, BLOCK_K, ENCODER)
+            b_pre = product_tile(
+                p_encoder_rows, p_x, i_latent, m_read, i_row, m_row, d_in, BLOCK_L, BLOCK_N, BLOCK_K, ENCODER
+            )
             b_pre += tl.load(p_b_enc + o_latent, mask=m_read, other=0.0)[:, None]
             m_active = m_matters & (b_pre > 0)
             if p_rank is not None:
@@ -124,7 +126,7 @@ def store_codes(p_codes, d_codes, o_row, m_row, o_latent, d_sae, b_v, b_f, m_nea
 def change_kernel(
     p_h,
     p_x,
-    p_W_enc,
+    p_encoder_rows,
     p_b_enc,
     p_threshold,
     p_rank,
@@ -165,7 +167,7 @@ def change_kernel(
         b_v, b_f, m_near = moved_tile(
             p_h,
             p_x,
-            p_W_enc,
+            p_encoder_rows,
             p_b_enc,
             p_threshold,
             p_rank,
@@ -293,7 +295,7 @@ def cut_kernel(p_value, p_keep, p_cut, width, n_rows, BLOCK: tl.constexpr):
 def step_kernel(
     p_h,
     p_x,
-    p_W_enc,
+    p_encoder_rows,
     p_b_enc,
     p_threshold,
     p_rank,
@@ -349,7 +351,7 @@ def step_kernel(
             b_v, b_f, m_near = moved_tile(
                 p_h,
                 p_x,
-                p_W_enc,
+                p_encoder_rows,
                 p_b_enc,
                 p_threshold,
                 p_rank,

@@ -64,11 +64,11 @@ def lookup_and_steer(
 
 
 def _fake(
-    h: Tensor, counts: Tensor, W_enc: Tensor, k_diff: int, lookup_mode: str, record: bool, **_: object
+    h: Tensor, counts: Tensor, encoder_rows: Tensor, k_diff: int, lookup_mode: str, record: bool, **_: object
 ) -> tuple[Tensor, ...]:
     slots = counts.new_empty(counts.shape[0], n_slots(k_diff, lookup_mode))
     signs = slots.new_empty(slots.shape, dtype=torch.int8)
-    return (*empty_results(h, W_enc, slots.shape[1], record), slots, signs)
+    return (*empty_results(h, encoder_rows, slots.shape[1], record), slots, signs)
 
 
 _lookup_and_steer = define_op(

@@ -32,9 +32,9 @@ def normalise(h: Tensor, normalize: str, dtype: torch.dtype) -> tuple[Tensor, Te
     return h, h.new_ones(h.shape[0], 1)
 
 
-def pre_activations(hn: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
-    """`pre = hn W_enc^T + b_enc`, [N, n_latents], in hn's dtype."""
-    return hn @ W_enc.to(hn.dtype).T + b_enc.to(hn.dtype)
+def pre_activations(hn: Tensor, encoder_rows: Tensor, b_enc: Tensor) -> Tensor:
+    """`pre = hn encoder_rows^T + b_enc`, [N, n_latents], in hn's dtype."""
+    return hn @ encoder_rows.to(hn.dtype).T + b_enc.to(hn.dtype)
 
 
 def is_active(pre: Tensor, threshold: Tensor) -> Tensor:

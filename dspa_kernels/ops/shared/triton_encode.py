@@ -48,7 +48,7 @@ def count_tile(p_counts, m_active, b_sequence, o_latent, d_sae):
 @triton.jit(do_not_specialize=["d_sae", "n_rows", "n_sequences", "n_programs"])
 def encode_kernel(
     p_x,
-    p_W_enc,
+    p_encoder_rows,
     p_b_enc,
     p_threshold,
     p_sequences,
@@ -82,7 +82,7 @@ def encode_kernel(
             m_row = b_sequence >= 0
         if tl.max(m_row.to(tl.int32), axis=0) > 0:
             b_pre = product_tile(
-                p_W_enc, p_x, i_latent, m_latent, i_row, m_row, d_in, BLOCK_L, BLOCK_N, BLOCK_K, PRECISION
+                p_encoder_rows, p_x, i_latent, m_latent, i_row, m_row, d_in, BLOCK_L, BLOCK_N, BLOCK_K, PRECISION
             )
             b_pre += tl.load(p_b_enc + o_latent, mask=m_latent, other=0.0)[:, None]
             m_active = m_latent[:, None] & (b_pre > 0)
@@ -111,7 +111,7 @@ def normalised_rows(h: Tensor, normalize: str) -> Tensor:
 
 def launch_encode(
     x: Tensor,
-    W_enc: Tensor,
+    encoder_rows: Tensor,
     b_enc: Tensor,
     threshold: Tensor,
     k: int,
@@ -121,12 +121,12 @@ def launch_encode(
     f: Tensor | None = None,
 ) -> None:
     """Add to counts [S, d_sae], or write f [N, d_sae], of (normalised) rows x [N, d_in]."""
-    (n_rows, d_in), d_sae = x.shape, len(W_enc)
+    (n_rows, d_in), d_sae = x.shape, len(encoder_rows)
     launch = launch_parameters("encode", n_rows, d_in, d_sae, multiply, x.device)
     programs = n_programs(x.device, launch.programs)
     encode_kernel[(programs,)](
         x,
-        W_enc,
+        encoder_rows,
         b_enc,
         threshold,
         sequences,
@@ -146,16 +146,16 @@ def launch_encode(
 
 
 def row_keys(
-    h: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int, normalize: str
+    h: Tensor, encoder_rows: Tensor, b_enc: Tensor, threshold: Tensor, k: int, normalize: str
 ) -> Iterator[tuple[slice, Tensor]]:
     """Some rows at a time, the keys [rows, width] of their latents, int32: positive where a latent is active (for
     top-k: may be) and ordered like its value, whose bits they are. The next rows overwrite them."""
-    x, multiply = normalised_rows(h, normalize), precision(h, W_enc, normalize)
-    width = triton.cdiv(len(W_enc), ALIGN) * ALIGN
+    x, multiply = normalised_rows(h, normalize), precision(h, encoder_rows, normalize)
+    width = triton.cdiv(len(encoder_rows), ALIGN) * ALIGN
     scratch = h.new_empty(0, dtype=torch.float32)
     for rows in row_blocks(len(h), width):
         if not len(scratch):
             scratch = h.new_empty(rows.stop, width, dtype=torch.float32)
         f = scratch[: rows.stop - rows.start]
-        launch_encode(x[rows], W_enc, b_enc, threshold, k, multiply, f=f)
+        launch_encode(x[rows], encoder_rows, b_enc, threshold, k, multiply, f=f)
         yield rows, f.view(torch.int32)

@@ -26,19 +26,19 @@ def sparse_encode(h: Tensor, sae: SAEWeights, *, capacity: int | None = None, ba
     """
     check_shape("h", h, ("N", sae.d_in), "Flatten batch and sequence into one dimension.")
     check_dtype("h", h, FLOATS)
-    check_device("sae", sae.W_enc, h, "h")
+    check_device("sae", sae.encoder_rows, h, "h")
     if capacity is None:
         if not sae.k:
             raise refuse("capacity", None, "1 to d_sae", "Only a top-k SAE bounds its active latents by itself.")
         capacity = sae.k
     check_k("capacity", capacity, sae.d_sae)
-    backend = choose("sparse_encode", h.device, backend, compute_dtype(h, sae.W_enc))
+    backend = choose("sparse_encode", h.device, backend, compute_dtype(h, sae.encoder_rows))
     return SparseLatents(*_sparse_encode(h=h, **sae.encoder(), capacity=capacity, backend=backend))
 
 
-def _fake(h: Tensor, W_enc: Tensor, capacity: int, **_: object) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(h: Tensor, encoder_rows: Tensor, capacity: int, **_: object) -> tuple[Tensor, Tensor, Tensor]:
     indices = h.new_empty(h.shape[0], capacity, dtype=torch.int32)
-    values = h.new_empty(indices.shape, dtype=compute_dtype(h, W_enc))
+    values = h.new_empty(indices.shape, dtype=compute_dtype(h, encoder_rows))
     return indices, values, h.new_empty(h.shape[0], dtype=torch.int32)
 
 

@@ -7,17 +7,17 @@ from dspa_kernels.ops.shared.formulas import active_latents, compute_dtype, norm
 
 
 def sparse_encode(
-    h: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int, normalize: str, capacity: int
+    h: Tensor, encoder_rows: Tensor, b_enc: Tensor, threshold: Tensor, k: int, normalize: str, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The active latents of each row, in order of their index; NaN values where they do not fit or
     the row is not finite."""
-    dtype = compute_dtype(h, W_enc)
+    dtype = compute_dtype(h, encoder_rows)
     hn, _ = normalise(h, normalize, dtype)
     indices = torch.full((len(h), capacity), -1, dtype=torch.int32, device=h.device)
     values = torch.zeros(len(h), capacity, dtype=dtype, device=h.device)
     counts = torch.zeros(len(h), dtype=torch.int32, device=h.device)
-    for rows in row_blocks(len(h), len(W_enc)):
-        pre = pre_activations(hn[rows], W_enc, b_enc)
+    for rows in row_blocks(len(h), len(encoder_rows)):
+        pre = pre_activations(hn[rows], encoder_rows, b_enc)
         active = active_latents(pre, threshold, k)
         counts[rows] = active.sum(dim=1, dtype=torch.int32)
         place = active.cumsum(dim=1) - 1

@@ -63,14 +63,14 @@ def compact_kernel(
 
 
 def sparse_encode(
-    h: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int, normalize: str, capacity: int
+    h: Tensor, encoder_rows: Tensor, b_enc: Tensor, threshold: Tensor, k: int, normalize: str, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """indices, values [N, capacity] and counts [N]."""
     h = h.contiguous()
     indices = h.new_empty(len(h), capacity, dtype=torch.int32)
     values = h.new_empty(len(h), capacity, dtype=torch.float32)
     counts = h.new_empty(len(h), dtype=torch.int32)
-    for rows, keys in row_keys(h, W_enc, b_enc, threshold, k, normalize):
+    for rows, keys in row_keys(h, encoder_rows, b_enc, threshold, k, normalize):
         compact_kernel[(len(keys),)](
             keys,
             h[rows],

@@ -115,8 +115,10 @@ def steer(
     return (out, Edits(*edits)) if record else out
 
 
-def _fake(h: Tensor, W_enc: Tensor, slots: Tensor, record: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return empty_results(h, W_enc, slots.shape[1], record)
+def _fake(
+    h: Tensor, encoder_rows: Tensor, slots: Tensor, record: bool, **_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return empty_results(h, encoder_rows, slots.shape[1], record)
 
 
 _steer = define_op(

@@ -21,9 +21,11 @@ def stream_of(sae: SAEWeights, stream: EncoderStream | None) -> EncoderStream:
     """`stream` if it was made from an SAE like `sae`, by default the SAE's own."""
     if stream is None:
         return sae.stream
-    check_shape("stream.W_enc", stream.W_enc, sae.W_enc.shape, "Make it with EncoderStream.of(sae).")
-    check_dtype("stream.W_enc", stream.W_enc, (sae.W_enc.dtype,))
-    check_device("stream", stream.W_enc, sae.W_enc, "sae")
+    check_shape(
+        "stream.encoder_rows", stream.encoder_rows, sae.encoder_rows.shape, "Make it with EncoderStream.of(sae)."
+    )
+    check_dtype("stream.encoder_rows", stream.encoder_rows, (sae.encoder_rows.dtype,))
+    check_device("stream", stream.encoder_rows, sae.encoder_rows, "sae")
     if (stream.k, stream.normalize) != (sae.k, sae.normalize):
         raise refuse("stream", (stream.k, stream.normalize), f"k and normalize of the SAE, {sae.k}, {sae.normalize}")
     return stream
@@ -31,16 +33,16 @@ def stream_of(sae: SAEWeights, stream: EncoderStream | None) -> EncoderStream:
 
 def choose_steer(op: str, h: Tensor, sae: SAEWeights, requested: str) -> str:
     """The backend of `steer` or `lookup_and_steer`; "auto" where it is between Triton and CUDA."""
-    chosen = choose(op, h.device, requested, compute_dtype(h, sae.W_enc))
+    chosen = choose(op, h.device, requested, compute_dtype(h, sae.encoder_rows))
     return "auto" if chosen == "triton" and is_unasked(requested) else chosen
 
 
 def entry_of(
-    h: Tensor, W_enc: Tensor, k: int, normalize: str, screen_W_enc: Tensor | None, **_: Any
+    h: Tensor, encoder_rows: Tensor, k: int, normalize: str, screen_rows: Tensor | None, **_: Any
 ) -> CudaEntry | None:
     """What the CUDA table has for a launch."""
-    d_sae, d_in = W_enc.shape
-    variant, multiply = steer_variant(k, screen_W_enc), precision(h, W_enc, normalize)
+    d_sae, d_in = encoder_rows.shape
+    variant, multiply = steer_variant(k, screen_rows), precision(h, encoder_rows, normalize)
     return cuda_entry(variant, len(h), d_in, d_sae, multiply, h.device)
 
 
@@ -63,10 +65,10 @@ def check_residual(
     """Raise `InputError` unless residual rows, SAE, map, strength and gates fit each other."""
     check_shape("h", h, ("N", sae.d_in), "Flatten batch and sequence into one dimension.")
     check_dtype("h", h, FLOATS)
-    check_device("sae", sae.W_enc, h, "h")
-    check_device("cdmap", cdmap.W_enc, h, "h")
-    check_shape("cdmap.W_enc", cdmap.W_enc, ("C", sae.d_in), "Gather the map from the SAE that steers.")
-    check_dtype("cdmap.W_enc", cdmap.W_enc, (sae.W_enc.dtype,))
+    check_device("sae", sae.encoder_rows, h, "h")
+    check_device("cdmap", cdmap.encoder_rows, h, "h")
+    check_shape("cdmap.encoder_rows", cdmap.encoder_rows, ("C", sae.d_in), "Gather the map from the SAE that steers.")
+    check_dtype("cdmap.encoder_rows", cdmap.encoder_rows, (sae.encoder_rows.dtype,))
     check_at_least("alpha", alpha, 0)
     if rows is None and len(h) != n_prompts:
         raise refuse("rows", None, f"the plan row of each of {len(h)} rows", f"The plan has {n_prompts} rows.")
@@ -84,9 +86,9 @@ def check_residual(
             check_device(name, tensor, h, "h")
 
 
-def empty_results(h: Tensor, W_enc: Tensor, n_slots: int, record: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def empty_results(h: Tensor, encoder_rows: Tensor, n_slots: int, record: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Room for h', before, after and maximum; nothing is kept of the edits unless recorded."""
-    dtype, n_rows = compute_dtype(h, W_enc), h.shape[0] if record else 0
+    dtype, n_rows = compute_dtype(h, encoder_rows), h.shape[0] if record else 0
     slots = h.new_empty(n_rows, n_slots, dtype=dtype)
     out = torch.empty_like(h, memory_format=torch.contiguous_format)
     return out, slots, torch.empty_like(slots), h.new_empty(n_rows, dtype=dtype)

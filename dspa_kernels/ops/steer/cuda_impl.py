@@ -20,14 +20,15 @@ def padded(n: int) -> int:
 
 def steer(
     h: Tensor,
-    W_enc: Tensor,
+    encoder_rows: Tensor,
     k: int,
     normalize: str,
     order: Tensor | None,
     n_large: int,
-    screen_W_enc: Tensor | None,
+    screen_rows: Tensor | None,
     barriers: Tensor,
     columns: Tensor,
+    columns_encoder_rows: Tensor,
     slots: Tensor,
     signs: Tensor,
     rows: Tensor | None,
@@ -40,7 +41,7 @@ def steer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h', before, after, maximum; with `lookup`, which first fills slots and signs, of `lookup_and_steer`."""
     (n_rows, d_in), (n_prompts, n_slots) = h.shape, slots.shape
-    out, before, after, most = empty_results(h, W_enc, n_slots, record)
+    out, before, after, most = empty_results(h, encoder_rows, n_slots, record)
     if not n_rows and lookup is None:
         return out, before, after, most
 
@@ -49,10 +50,11 @@ def steer(
         **as_they_are,
         "h": h.contiguous(),
         "out": out,
-        "W_enc": W_enc,
+        "W_enc": encoder_rows,
         "order": order if k else None,
-        "screen_W_enc": screen_W_enc,
+        "screen_W_enc": screen_rows,
         "columns": columns,
+        "columns_W_enc": columns_encoder_rows,
         "slots": slots.contiguous(),
         "signs": signs.contiguous(),
         "rows": None if rows is None else rows.contiguous(),
@@ -63,13 +65,13 @@ def steer(
         "most": most if record else None,
         "barrier": barrier_of(barriers),
     }
-    entry = entry_of(h, W_enc, k, normalize, screen_W_enc)
+    entry = entry_of(h, encoder_rows, k, normalize, screen_rows)
     arguments = SteerArguments()
     fill(
         arguments,
         **tensors,
         d_in=d_in,
-        d_sae=len(W_enc),
+        d_sae=len(encoder_rows),
         n_rows=n_rows,
         n_prompts=n_prompts,
         n_columns=len(columns),
@@ -77,7 +79,7 @@ def steer(
         n_large=n_large,
         k=k,
         h_dtype=DTYPES[h.dtype],
-        W_dtype=DTYPES[W_enc.dtype],
+        W_dtype=DTYPES[encoder_rows.dtype],
         normalize=NORMALIZE[normalize],
         record=record,
         programmatic=entry is not None and entry.programmatic,
@@ -88,7 +90,7 @@ def steer(
     numbers = {
         "x": library().dspa_steer_x_rows(arguments) * d_in,
         "scale": n_rows if normalize != "none" else 0,
-        "norms": 0 if screen_W_enc is None else 2 * n_rows,
+        "norms": 0 if screen_rows is None else 2 * n_rows,
         "value": n_rows * (n_slots + n_large),
         "finite": n_rows,
         "maximum": n_rows,

@@ -10,7 +10,7 @@ from dspa_kernels.ops.shared.formulas import compute_dtype, is_active, latent_bl
 
 def _stream(
     hn: Tensor,
-    W_enc: Tensor,
+    encoder_rows: Tensor,
     b_enc: Tensor,
     threshold: Tensor,
     k: int,
@@ -24,8 +24,8 @@ def _stream(
     """
     maximum = hn.new_zeros(len(hn))
     beaten = torch.zeros_like(latents)
-    for block in latent_blocks(len(hn), len(W_enc)):
-        pre = pre_activations(hn, W_enc[block], b_enc[block])
+    for block in latent_blocks(len(hn), len(encoder_rows)):
+        pre = pre_activations(hn, encoder_rows[block], b_enc[block])
         if not k:
             pre = torch.where(is_active(pre, threshold[block]), pre, 0)
         maximum = torch.maximum(maximum, pre.amax(dim=1))
@@ -49,7 +49,7 @@ def steered_rows(n_rows: int, rows: Tensor | None, positions: Tensor | None, sta
 
 def steer(
     h: Tensor,
-    W_enc: Tensor,
+    encoder_rows: Tensor,
     b_enc: Tensor,
     threshold: Tensor,
     k: int,
@@ -57,7 +57,7 @@ def steer(
     order: Tensor | None,
     n_large: int,
     columns: Tensor,
-    columns_W_enc: Tensor,
+    columns_encoder_rows: Tensor,
     columns_b_enc: Tensor,
     columns_threshold: Tensor,
     columns_W_dec: Tensor,
@@ -78,7 +78,7 @@ def steer(
     that is not finite is copied too, and its maximum is NaN. Unless recorded, the encoder is not read for a
     row whose active latents a lower bound on M, the selected and the first `n_large` latents, already sends to 0.
     """
-    dtype = compute_dtype(h, W_enc)
+    dtype = compute_dtype(h, encoder_rows)
     out = h.clone(memory_format=torch.contiguous_format)
     before = torch.zeros(len(h) if record else 0, slots.shape[1], dtype=dtype, device=h.device)
     after = torch.zeros_like(before)
@@ -95,7 +95,7 @@ def steer(
     slot, sign = slots[prompt[row]].long(), signs[prompt[row]]
     chosen, slot = slot >= 0, slot.clamp(min=0)
     if columns.numel():
-        f = pre_activations(hn, columns_W_enc, columns_b_enc).gather(1, slot)
+        f = pre_activations(hn, columns_encoder_rows, columns_b_enc).gather(1, slot)
         active = chosen & (f > 0 if k else is_active(f, columns_threshold[slot]))
         f = torch.where(active, f, 0)
     else:
@@ -104,7 +104,7 @@ def steer(
 
     # Only rows with an active selected latent need the maximum, and of those only some read the encoder.
     open_rows = active.any(dim=1)
-    large = pre_activations(hn, W_enc[:n_large], b_enc[:n_large])
+    large = pre_activations(hn, encoder_rows[:n_large], b_enc[:n_large])
     large = large.clamp(min=0) if k else torch.where(is_active(large, threshold[:n_large]), large, 0)
     bound = torch.cat([f, large], dim=1).amax(dim=1) if f.shape[1] + n_large else hn.new_zeros(len(hn))
     gone = ~active | ((sign < 0) & (f <= alpha * bound[:, None]))
@@ -112,16 +112,16 @@ def steer(
     streamed = open_rows & ~settled
     counts += [int(each.sum()) for each in (~open_rows, settled, streamed)]
     if paths is not None:
-        read = len(W_enc) if counts[-1] else 0
+        read = len(encoder_rows) if counts[-1] else 0
         paths += torch.tensor([*counts, read], device=paths.device)
     if not open_rows.any():
         return out, before, after, maximum
 
     at = streamed.nonzero().flatten()
     if len(at):
-        index = torch.arange(len(W_enc), device=h.device) if order is None else order.long()
+        index = torch.arange(len(encoder_rows), device=h.device) if order is None else order.long()
         latents = columns.long()[slot[at]]
-        largest, beaten = _stream(hn[at], W_enc, b_enc, threshold, k, index, f[at], latents)
+        largest, beaten = _stream(hn[at], encoder_rows, b_enc, threshold, k, index, f[at], latents)
         bound[at] = torch.maximum(bound[at], largest)
         if k:
             active[at] &= beaten < k

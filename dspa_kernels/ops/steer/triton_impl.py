@@ -34,19 +34,19 @@ NO_LOOKUP = dict.fromkeys(("p_counts", "p_values", "p_prompt", "p_key")) | dict.
 
 def steer(
     h: Tensor,
-    W_enc: Tensor,
+    encoder_rows: Tensor,
     b_enc: Tensor,
     threshold: Tensor,
     k: int,
     normalize: str,
     order: Tensor | None,
     n_large: int,
-    screen_W_enc: Tensor | None,
+    screen_rows: Tensor | None,
     screen_latents: Tensor | None,
     screen_mean: Tensor | None,
     barriers: Tensor,
     columns: Tensor,
-    columns_W_enc: Tensor,
+    columns_encoder_rows: Tensor,
     columns_b_enc: Tensor,
     columns_threshold: Tensor,
     columns_W_dec: Tensor,
@@ -61,9 +61,9 @@ def steer(
     lookup: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h', before, after, maximum; with `lookup`, which first fills slots and signs, of `lookup_and_steer`."""
-    (n_rows, d_in), d_sae = h.shape, len(W_enc)
+    (n_rows, d_in), d_sae = h.shape, len(encoder_rows)
     n_prompts, n_slots = slots.shape
-    out, before, after, most = empty_results(h, W_enc, n_slots, record)
+    out, before, after, most = empty_results(h, encoder_rows, n_slots, record)
     if not n_rows and lookup is None:
         return out, before, after, most
 
@@ -71,19 +71,19 @@ def steer(
         return torch.empty(shape, dtype=dtype, device=h.device)
 
     normalised = normalize != "none"
-    multiply = precision(h, W_enc, normalize)
-    launch = launch_parameters(steer_variant(k, screen_W_enc), n_rows, d_in, d_sae, multiply, h.device)
+    multiply = precision(h, encoder_rows, normalize)
+    launch = launch_parameters(steer_variant(k, screen_rows), n_rows, d_in, d_sae, multiply, h.device)
     arguments: dict[str, Any] = {
         "p_h": h.contiguous(),
-        "p_W_enc": W_enc,
+        "p_encoder_rows": encoder_rows,
         "p_b_enc": b_enc,
         "p_threshold": threshold,
         "p_order": order if k else None,
-        "p_screen_W": screen_W_enc,
+        "p_screen_rows": screen_rows,
         "p_screen": screen_latents,
         "p_mean": screen_mean,
         "p_columns": columns,
-        "p_columns_W_enc": columns_W_enc,
+        "p_columns_encoder_rows": columns_encoder_rows,
         "p_columns_b_enc": columns_b_enc,
         "p_columns_threshold": columns_threshold,
         "p_columns_W_dec": columns_W_dec,
@@ -99,7 +99,7 @@ def steer(
         "p_most": most if record else None,
         "p_normalised": scratch(n_rows, d_in, dtype=torch.float32) if normalised else None,
         "p_scale": scratch(n_rows, dtype=torch.float32) if normalised else None,
-        "p_norms": None if screen_W_enc is None else scratch(n_rows, 2, dtype=torch.float32),
+        "p_norms": None if screen_rows is None else scratch(n_rows, 2, dtype=torch.float32),
         "p_value": scratch(n_rows, n_slots + n_large, dtype=torch.float32),
         "p_finite": scratch(n_rows),
         "p_maximum": scratch(triton.cdiv(n_rows, launch.BLOCK_N) * launch.BLOCK_N),

@@ -20,15 +20,15 @@ SIZES = ("k", "d_sae", "d_sae_in", "n_rows", "n_prompts", "n_columns", "n_slots"
 @triton.jit(do_not_specialize=[*SIZES, "n_programs"])
 def steer_kernel(
     p_h,
-    p_W_enc,
+    p_encoder_rows,
     p_b_enc,
     p_threshold,
     p_order,
-    p_screen_W,
+    p_screen_rows,
     p_screen,
     p_mean,
     p_columns,
-    p_columns_W_enc,
+    p_columns_encoder_rows,
     p_columns_b_enc,
     p_columns_threshold,
     p_columns_W_dec,
@@ -155,7 +155,7 @@ def steer_kernel(
                     b_slot = tl.load(p_slots + b_plan.to(tl.int64) * n_slots + o_slot, mask=m_slot, other=-1)
                     b_f = latent_values(
                         p_row,
-                        p_columns_W_enc,
+                        p_columns_encoder_rows,
                         p_columns_b_enc,
                         p_columns_threshold,
                         b_slot,
@@ -172,7 +172,7 @@ def steer_kernel(
                     m_large = o_large < n_large
                     b_f = latent_values(
                         p_row,
-                        p_W_enc,
+                        p_encoder_rows,
                         p_b_enc,
                         p_threshold,
                         o_large,
@@ -213,11 +213,11 @@ def steer_kernel(
                     )
                     n_read += stream_tile(
                         p_x,
-                        p_W_enc,
+                        p_encoder_rows,
                         p_b_enc,
                         p_threshold,
                         p_order,
-                        p_screen_W,
+                        p_screen_rows,
                         p_screen,
                         p_norms,
                         p_columns,
@@ -266,11 +266,11 @@ def steer_kernel(
                 for i_tile in range(i_program, n_tiles, n_programs):
                     n_read += stream_tile(
                         p_x,
-                        p_W_enc,
+                        p_encoder_rows,
                         p_b_enc,
                         p_threshold,
                         p_order,
-                        p_screen_W,
+                        p_screen_rows,
                         p_screen,
                         p_norms,
                         p_columns,

@@ -69,7 +69,7 @@ def prepare_row(
 @triton.jit
 def latent_values(
     p_row,
-    p_W_enc,
+    p_encoder_rows,
     p_b_enc,
     p_threshold,
     o_latent,
@@ -83,7 +83,7 @@ def latent_values(
     """f_j = pre_j where latent j of the row is active, else 0, [BLOCK_S]; for top-k where pre_j > 0."""
     b_mean, b_divisor, _ = row_scale(p_row, d_in, NORMALIZE, BLOCK_C)
     o_k = tl.arange(0, BLOCK_C)
-    p_w = p_W_enc + o_latent.to(tl.int64)[:, None] * d_in + o_k[None, :]
+    p_w = p_encoder_rows + o_latent.to(tl.int64)[:, None] * d_in + o_k[None, :]
     b_acc = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float32)
     for i_k in range(0, d_in, BLOCK_C):
         b_x = row_chunk(p_row, i_k, o_k, d_in, b_mean, b_divisor, NORMALIZE)

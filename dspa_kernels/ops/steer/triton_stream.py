@@ -45,11 +45,11 @@ def waiting_rows(
 @triton.jit
 def stream_tile(
     p_x,
-    p_W_enc,
+    p_encoder_rows,
     p_b_enc,
     p_threshold,
     p_order,
-    p_screen_W,
+    p_screen_rows,
     p_screen,
     p_norms,
     p_columns,
@@ -96,10 +96,10 @@ def stream_tile(
     b_open = tl.max(m_open.to(tl.int32), axis=0)
     m_latent = o_latent < d_sae * b_open
     b_threshold = tl.load(p_threshold + o_latent, mask=m_latent, other=0.0)
-    if p_screen_W is not None:
+    if p_screen_rows is not None:
         if b_open > 0:
             b_z = product_tile(
-                p_screen_W, p_x, i_latent, m_latent, i_row, m_open, d_in, BLOCK_L, BLOCK_N, BLOCK_K, PRECISION
+                p_screen_rows, p_x, i_latent, m_latent, i_row, m_open, d_in, BLOCK_L, BLOCK_N, BLOCK_K, PRECISION
             )
             b_s = tl.load(p_screen + o_latent, mask=m_latent, other=0.0)
             b_offset = tl.load(p_screen + d_sae + o_latent, mask=m_latent, other=0.0)
@@ -120,7 +120,7 @@ def stream_tile(
     b_read = tl.sum(m_latent.to(tl.int32), axis=0)
     if b_read > 0:
         b_pre = product_tile(
-            p_W_enc, p_x, i_latent, m_latent, i_row, m_open, d_in, BLOCK_L, BLOCK_N, BLOCK_K, PRECISION
+            p_encoder_rows, p_x, i_latent, m_latent, i_row, m_open, d_in, BLOCK_L, BLOCK_N, BLOCK_K, PRECISION
         )
         b_pre += tl.load(p_b_enc + o_latent, mask=m_latent, other=0.0)[:, None]
         m_active = m_latent[:, None] & (b_pre > 0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from dspa.errors import SAEError, refusal
 from dspa_kernels import SAEWeights
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ARCHITECTURES = ("standard", "jumprelu", "topk")
 # Folded into the weights when SAELens ends a training; where it was not, SAELens' encode leaves it out.
 FOLDED_IN_TRAINING = ("expected_average_only_in", "covariance_whitening")
@@ -31,7 +32,7 @@ def full_dtype(dtype: torch.dtype) -> torch.dtype:
 def content(arch: str, weights: SAEWeights, b_dec: Tensor, apply_b_dec: bool = False, rescale: bool = False) -> Content:
     """What a fingerprint of these weights is taken of."""
     settings = (arch, weights.k, weights.normalize, apply_b_dec, rescale)
-    return settings, (weights.W_enc, weights.b_enc, weights.threshold, weights.W_dec, b_dec)
+    return settings, (weights.encoder_rows, weights.b_enc, weights.threshold, weights.W_dec, b_dec)
 
 
 def weights_digest(content: Content) -> str:
@@ -49,15 +50,15 @@ def fold(
     weights: SAEWeights, b_dec: Tensor, apply_b_dec_to_input: bool, rescale_acts_by_decoder_norm: bool
 ) -> SAEWeights:
     """The same latents with neither setting, but for the scale of `W_dec`'s rows."""
-    W_enc, b_enc, W_dec = weights.W_enc, weights.b_enc.double(), weights.W_dec
+    encoder_rows, b_enc, W_dec = weights.encoder_rows, weights.b_enc.double(), weights.W_dec
     if apply_b_dec_to_input:
-        b_enc = b_enc - torch.cat([rows.double() @ b_dec.double() for rows in W_enc.split(ROWS)])
+        b_enc = b_enc - torch.cat([rows.double() @ b_dec.double() for rows in encoder_rows.split(ROWS)])
     if rescale_acts_by_decoder_norm:
         norm = torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.float64)
-        W_enc, b_enc = _scaled(W_enc, norm), b_enc * norm
+        encoder_rows, b_enc = _scaled(encoder_rows, norm), b_enc * norm
         # A latent without a direction never fires: its encoder row and bias are zero now.
         W_dec = _scaled(W_dec, torch.where(norm > 0, 1 / norm, 0))
-    return replace(weights, W_enc=W_enc, b_enc=b_enc.to(weights.b_enc.dtype), W_dec=W_dec)
+    return replace(weights, encoder_rows=encoder_rows, b_enc=b_enc.to(weights.b_enc.dtype), W_dec=W_dec)
 
 
 def ungated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -114,6 +115,9 @@ def check_arguments(arch: str, W_enc: Tensor, threshold: Tensor | None, k: int |
         raise refusal(SAEError, "`k`", repr(k), f"1 to d_sae = {W_enc.shape[1]}")
     if layer is not None and not (isinstance(layer, int) and layer >= 0):
         raise refusal(SAEError, "`layer`", repr(layer), "the index of a decoder layer, from 0, or None")
+    if W_enc.dtype not in DTYPES:
+        accepted, advice = ", ".join(map(str, DTYPES)), f"Convert it: W_enc.to({DTYPES[0]})."
+        raise refusal(SAEError, "`W_enc`", f"of dtype {W_enc.dtype}", accepted, advice)
 
 
 def check_values(weights: SAEWeights, b_dec: Tensor) -> None:
@@ -122,7 +126,7 @@ def check_values(weights: SAEWeights, b_dec: Tensor) -> None:
         raise refusal(SAEError, "`b_dec`", f"of shape {list(b_dec.shape)}", f"shape [{weights.d_in}]")
     # A threshold of +inf is a latent that never fires.
     threshold = weights.threshold.nan_to_num(nan=torch.nan, posinf=0.0, neginf=-torch.inf)
-    tensors = {"W_enc": weights.W_enc, "b_enc": weights.b_enc, "W_dec": weights.W_dec}
+    tensors = {"W_enc": weights.encoder_rows, "b_enc": weights.b_enc, "W_dec": weights.W_dec}
     for name, tensor in (tensors | {"b_dec": b_dec, "threshold": threshold}).items():
         if bad := tensor.numel() - int(tensor.isfinite().sum()):
             got = f"NaN or infinite in {bad} of {tensor.numel()} places ({tensor.dtype})"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dspa.errors import SAEError, refusal
 from dspa.saes.folding import (
+    DTYPES,
     Content,
     at_inference,
     check_arguments,
@@ -24,8 +25,6 @@ from dspa.saes.folding import (
 )
 from dspa.saes.formats import RECORD, SourceSAE, read_sae, sae_lens_source, write_sae_lens
 from dspa_kernels import SAEWeights
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class FrozenSAE:
@@ -80,7 +79,7 @@ class FrozenSAE:
         full = full_dtype(W_enc.dtype)
         threshold = torch.zeros_like(b_enc) if threshold is None else threshold
         weights = SAEWeights(
-            W_enc=W_enc.detach().T.clone(memory_format=torch.contiguous_format),
+            encoder_rows=W_enc.detach().T.clone(memory_format=torch.contiguous_format),
             b_enc=b_enc.detach().to(full, copy=True),
             threshold=threshold.detach().to(full, copy=True),
             W_dec=W_dec.detach().clone(memory_format=torch.contiguous_format),
@@ -96,7 +95,7 @@ class FrozenSAE:
         self.arch, self.layer, self.model_name = arch, layer, model_name
         self.folded = tuple(name for name, folded in folds.items() if folded)
         self.weights = fold(weights, b_dec, **folds)
-        self.b_dec = b_dec.to(weights.W_enc.dtype)
+        self.b_dec = b_dec.to(weights.encoder_rows.dtype)
         self._fingerprint = ""
         self._source: Content | None = content(arch, weights, b_dec, *folds.values())
 
@@ -257,7 +256,7 @@ class FrozenSAE:
         new.b_dec = self.b_dec.to(device, dtype)
         new.weights = replace(
             self.weights,
-            W_enc=self.weights.W_enc.to(device, dtype),
+            encoder_rows=self.weights.encoder_rows.to(device, dtype),
             b_enc=self.b_enc.to(device, full),
             threshold=self.threshold.to(device, full),
             W_dec=self.W_dec.to(device, dtype),
@@ -323,7 +322,7 @@ class FrozenSAE:
     @property
     def W_enc(self) -> Tensor:
         """Encoder, [d_in, d_sae]: a transposed view of the rows that the kernels read."""
-        return self.weights.W_enc.T
+        return self.weights.W_enc
 
     @property
     def b_enc(self) -> Tensor:
@@ -353,12 +352,12 @@ class FrozenSAE:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.weights.W_enc.device
+        return self.weights.encoder_rows.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of `W_enc`, `W_dec` and `b_dec`."""
-        return self.weights.W_enc.dtype
+        return self.weights.encoder_rows.dtype
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         return torch.promote_types(torch.promote_types(x.dtype, self.dtype), torch.float32)

@@ -67,7 +67,11 @@ def test_other_saes(model, sae_in, arch):
 def test_the_stream_is_the_maps(sae_in, sae_out, cdmap, calibrated):
     """Hot latents first, the mean in the screen; nothing is copied that need not be."""
     plain = dspa.Steering(sae_in, sae_out, cdmap)._stream
-    assert plain.order is None and plain.n_large == 0 and plain.W_enc.data_ptr() == sae_out.weights.W_enc.data_ptr()
+    assert (
+        plain.order is None
+        and plain.n_large == 0
+        and plain.encoder_rows.data_ptr() == sae_out.weights.encoder_rows.data_ptr()
+    )
     stream = dspa.Steering(sae_in, sae_out, calibrated, screen="int8")._stream
     assert torch.equal(stream.order[:90], calibrated.hot) and stream.n_large == 64
     assert torch.equal(stream.screen_mean, calibrated.mean)
@@ -234,6 +238,6 @@ def test_a_compiled_step_is_compiled_once_and_finds_its_tensors_in_place(gemma, 
     assert {name: after[name] - before[name] for name in COUNTED} == before
     # The second graph is the cache's, whose sliding window fills up.
     assert len(graphs) == n_graphs <= 2
-    for name in ("paths", "stream_w_enc", "stream_barriers", "stream_screen_w_enc", "weights_w_dec"):
+    for name in ("paths", "stream_encoder_rows", "stream_barriers", "stream_screen_rows", "weights_w_dec"):
         found = [kind for key, kind in static.items() if key.endswith(f"_self_{name}")]
         assert found and all(found), (name, list(static))
