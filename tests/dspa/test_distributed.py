@@ -85,6 +85,41 @@ counts = collect(model, tokenizer, data, *saes, work_dir=out / "work", **options
 if rank == 0:
     reduce(counts, percentile=60.0, k_diff=3).save(out / "map")
 """
+# Builds a map with the function or the command, and writes down which process reduced and what each got.
+BUILD_SCRIPT = """
+import json, os, sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dspa import FrozenSAE, build_map, cli
+from dspa.maps import pieces
+from dspa.maps import reduce as reduction
+
+torch.set_num_threads(1)
+here, out, options = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+for name, value in options["small"].items():
+    setattr(pieces, name, value)
+rank, reduce_table = os.environ.get("RANK", "0"), reduction.reduce_table
+
+def watched(*args, **kwargs):
+    with (out / "reduced").open("a") as file:
+        file.write(f"{rank}\\n")
+    return reduce_table(*args, **kwargs)
+
+reduction.reduce_table = watched
+if options["how"] == "command":
+    sys.argv[1:] = ["map", "build", *map(str, options["arguments"])]
+    cli.main()
+model = AutoModelForCausalLM.from_pretrained(here / "model", dtype=torch.float32).eval()
+tokenizer = AutoTokenizer.from_pretrained(here / "model")
+saes = [FrozenSAE.load(here / name) for name in ("sae_in", "sae_out")]
+cdmap = build_map(model, tokenizer, here / "prefs.jsonl", *saes, work_dir=out / "work", percentile=60.0, k_diff=3)
+(out / f"returned-{rank}").write_text(type(cdmap).__name__)
+if cdmap is not None:
+    cdmap.save(out / "map")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +130,12 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tokenizer().save_pretrained(here / "model")
     names = ("W_enc", "b_enc", "W_dec", "threshold", "layer")
     saes = [make_sae(L_IN, D_SAE_IN, seed=1), make_sae(L_OUT, D_SAE_OUT, seed=2)]
+    for sae, name in zip(saes, ("sae_in", "sae_out"), strict=True):
+        sae.save(here / name)
     torch.save([{name: getattr(sae, name) for name in names} for sae in saes], here / "saes.pt")
     write_lines(here / "prefs.jsonl", as_rows(make_ids(SEED)))
     (here / "script.py").write_text(SCRIPT)
+    (here / "build.py").write_text(BUILD_SCRIPT)
     return here
 
 
@@ -113,9 +151,11 @@ def alone(here: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def launch(launcher: list[str], here: Path, out: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+def launch(
+    launcher: list[str], here: Path, out: Path, *, script: str = "script.py", **options: Any
+) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
-    arguments = [here / "script.py", here, out, json.dumps({"small": SMALL, **options})]
+    arguments = [here / script, here, out, json.dumps({"small": SMALL, **options})]
     return subprocess.run(
         [sys.executable, *launcher, *map(str, arguments)],
         env=env | {"OMP_NUM_THREADS": "1"},
@@ -148,6 +188,23 @@ def test_torchrun(here: Path, alone: Path, tmp_path: Path, n: int, options: dict
         assert told == {
             f"`work_dir` is None for {n} processes; accepted: a folder that all of them share. Their counts meet there."
         }
+
+
+@pytest.mark.parametrize("how", ["function", "command"])
+def test_a_map_is_reduced_once(here: Path, alone: Path, tmp_path: Path, how: str) -> None:
+    """By rank 0, and to the file that a process alone makes."""
+    saes = ["--sae-in", here / "sae_in", "--sae-out", here / "sae_out"]
+    paths = [here / "prefs.jsonl", "--model", here / "model", *saes, "--out", tmp_path / "map"]
+    settings = ["--percentile", 60, "--k-diff", 3, "--device", "cpu", "--work-dir", tmp_path / "work"]
+    options = {"script": "build.py", "how": how, "arguments": [str(argument) for argument in (*paths, *settings)]}
+    done = launch([*TORCHRUN, "--nproc-per-node=2"], here, tmp_path, **options)
+    assert done.returncode == 0, done.stderr
+    assert len(shards(tmp_path / "work")) == 8
+    assert (tmp_path / "reduced").read_text().split() == ["0"]
+    assert (tmp_path / "map").read_bytes() == (alone / "map").read_bytes()
+    returned = [path.read_text() for path in sorted(tmp_path.glob("returned-*"))]
+    assert returned == (["ConditionalDifferenceMap", "NoneType"] if how == "function" else [])
+    assert done.stdout.count("Written to") == (how == "command")
 
 
 def test_a_process_that_dies(here: Path, alone: Path, tmp_path: Path) -> None:

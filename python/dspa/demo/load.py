@@ -53,7 +53,10 @@ class World:
     def build_map(self, *, progress: bool = True) -> ConditionalDifferenceMap:
         """The map of the first 250 triples."""
         triples = islice(load_triples(self.triples), N_TRIPLES)
-        return build_map(self.model, self.tokenizer, triples, self.sae_in, self.sae_out, progress=progress)
+        cdmap = build_map(self.model, self.tokenizer, triples, self.sae_in, self.sae_out, progress=progress)
+        # Only where several processes make a map has one of them none.
+        assert cdmap is not None
+        return cdmap
 
     def steering(self, method: Method, cdmap: ConditionalDifferenceMap, *, record: bool = False) -> Steering:
         """The method, ready to attach."""

@@ -1,4 +1,4 @@
-"""`build_map`: collect, then reduce, in one call."""
+"""Collect counts and reduce them to a map, in one call."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dspa.data.triples import Triple
+from dspa.distributed import rank
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.maps.collect import collect
 from dspa.maps.reduce import check_settings, reduce
@@ -22,6 +23,7 @@ def build_map(
     sae_in: FrozenSAE,
     sae_out: FrozenSAE,
     *,
+    first: int | None = None,
     percentile: float = 90.0,
     gate_rule: str = "published",
     count_tokens: str = "all",
@@ -33,14 +35,23 @@ def build_map(
     progress: bool = True,
     layers: str | None = None,
     model_name: str | None = None,
-) -> ConditionalDifferenceMap:
+) -> ConditionalDifferenceMap | None:
     """Make the conditional-difference map of a model from preference triples (DSPA, offline).
 
+    Several processes (torchrun, accelerate) share the counting, and the process of rank 0 alone reduces the counts.
+
     Args:
-        model, tokenizer, triples, sae_in, sae_out, max_length, batch_tokens, work_dir, progress, layers, model_name:
-        as for `collect`.
-        percentile, gate_rule, count_tokens, k_diff, sparsify: as for `reduce`. With a work_dir, maps of other such
-        settings can be made from the same counts: `reduce(work_dir, ...)`.
+        model, tokenizer, triples, sae_in, sae_out, first, max_length, batch_tokens, work_dir, progress, layers,
+            model_name: as for `collect`.
+        percentile, gate_rule, count_tokens, k_diff, sparsify: as for `reduce`. With a `work_dir`, maps of other
+            settings can be made from the same counts: `reduce(work_dir, ...)`.
+
+    Returns:
+        The map. Where several processes run, the map on rank 0 and None on the others.
+
+    Raises:
+        ValueError: an invalid setting.
+        PreferenceError, ModelError, MapError, OSError: as for `collect` and `reduce`.
     """
     check_settings(percentile, gate_rule, k_diff, sae_out.d_sae, count_tokens)
     counts = collect(
@@ -49,6 +60,7 @@ def build_map(
         triples,
         sae_in,
         sae_out,
+        first=first,
         max_length=max_length,
         batch_tokens=batch_tokens,
         work_dir=work_dir,
@@ -56,6 +68,8 @@ def build_map(
         layers=layers,
         model_name=model_name,
     )
+    if rank() > 0:
+        return None
     return reduce(
         counts,
         percentile=percentile,
