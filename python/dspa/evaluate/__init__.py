@@ -1,1 +1,1 @@
-"""How good is it: scores of preferences, responses and coherence of texts, under any method."""
+"""Evaluation of any method: scores of preference triples, log-probabilities of responses, coherence of texts."""

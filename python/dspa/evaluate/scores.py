@@ -1,4 +1,4 @@
-"""How well a model tells chosen from rejected responses: SimPO's loss, reward accuracy, win rate over the base."""
+"""Scores of preference triples: SimPO's loss, reward accuracy, and win rate over the base model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dspa.data.triples import Triple
-from dspa.errors import ModelError
+from dspa.errors import ModelError, refusal
 from dspa.evaluate.responses import Response, batches, log_probabilities, responses_of
 from dspa.intervals import wilson
 from dspa.models.layers import NOT_FINITE, base_model, check_eval
@@ -23,8 +23,16 @@ from dspa.models.layers import NOT_FINITE, base_model, check_eval
 
 @dataclass(frozen=True)
 class Scores:
-    """Mean log-probability a token of the chosen and the rejected response of each triple, [N] fp32 on the CPU each,
-    and what SimPO (arXiv 2405.14734, equation 6) makes of them with `beta` and `gamma = beta gamma_beta_ratio`."""
+    """Scores of N triples, from the mean log-probability per token of both responses.
+
+    SimPO's loss (arXiv 2405.14734, equation 6) has `gamma = beta gamma_beta_ratio`.
+
+    Attributes:
+        chosen: mean log-probability per token of the chosen responses, [N] fp32 on the CPU.
+        rejected: the same of the rejected responses, [N] fp32 on the CPU.
+        beta: factor of the margin in SimPO's loss.
+        gamma_beta_ratio: SimPO's target margin, in units of beta.
+    """
 
     chosen: Tensor
     rejected: Tensor
@@ -36,7 +44,7 @@ class Scores:
 
     @property
     def margins(self) -> Tensor:
-        """Chosen less rejected, [N]."""
+        """Chosen minus rejected, [N]."""
         return self.chosen - self.rejected
 
     @property
@@ -51,39 +59,47 @@ class Scores:
 
     @property
     def accuracy(self) -> float:
-        """Share of triples whose chosen response has the larger log-probability a token."""
+        """Share of triples whose chosen response has the larger log-probability per token."""
         return float((self.margins > 0).double().mean())
 
     def win_rate(self, base: Scores) -> float:
-        """Share of triples whose margin is larger than under the base model; a tie is half a win.
+        """Return the share of triples whose margin is larger than under the base model; a tie is half a win.
 
-        Raises `ValueError` for scores of another number of triples.
+        Raises:
+            ValueError: scores of another number of triples.
         """
-        return self._wins(base) / len(self.margins)
+        return self._count_wins(base) / len(self.margins)
 
     def accuracy_interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Wilson's interval of the accuracy."""
+        """Return Wilson's interval of the accuracy."""
         return wilson(int((self.margins > 0).sum()), len(self.margins), confidence)
 
     def win_rate_interval(self, base: Scores, confidence: float = 0.95) -> tuple[float, float]:
-        """Wilson's interval of the win rate; for half a win, from the lower end without it to the upper end with a
-        whole one."""
-        return wilson(self._wins(base), len(self.margins), confidence)
+        """Return Wilson's interval of the win rate.
 
-    def _wins(self, base: Scores) -> float:
+        Half a win counts as none at the lower end and as a whole one at the upper end.
+        """
+        return wilson(self._count_wins(base), len(self.margins), confidence)
+
+    def _count_wins(self, base: Scores) -> float:
         if len(base.margins) != len(self.margins):
-            raise ValueError(f"`base` scores {len(base.margins)} triples; accepted: the same {len(self.margins)}.")
+            got, accepted = f"scores of {len(base.margins)} triples", f"scores of the same {len(self.margins)}"
+            raise refusal(ValueError, "`base`", got, accepted)
         return float((self.margins > base.margins).sum()) + 0.5 * float((self.margins == base.margins).sum())
 
 
 def check_scoring(beta: float, gamma_beta_ratio: float) -> None:
-    """Raise `ValueError` unless SimPO's loss has these settings."""
-    for name, value, right, accepted in (
+    """Check the settings of SimPO's loss.
+
+    Raises:
+        ValueError: an invalid setting.
+    """
+    for name, value, valid, accepted in (
         ("beta", beta, 0 < beta < math.inf, "a finite number > 0"),
         ("gamma_beta_ratio", gamma_beta_ratio, 0 <= gamma_beta_ratio < math.inf, "a finite number >= 0"),
     ):
-        if not right:
-            raise ValueError(f"`{name}` is {value!r}; accepted: {accepted}.")
+        if not valid:
+            raise refusal(ValueError, f"`{name}`", repr(value), accepted)
 
 
 def score_triples(
@@ -100,16 +116,20 @@ def score_triples(
     """Score triples under the model as it is now, an attached adapter included.
 
     Args:
-        model, tokenizer: a transformers causal language model in evaluation mode.
+        model: a transformers causal language model in evaluation mode.
+        tokenizer: the model's tokenizer.
         triples: what `load_triples` takes.
-        beta, gamma_beta_ratio: of the loss.
-        max_length: tokens of prompt and response together, from which on responses are cut; by default the model's
+        beta: factor of the margin in SimPO's loss.
+        gamma_beta_ratio: SimPO's target margin, in units of beta.
+        max_length: tokens of prompt and response together, to which responses are cut; by default the model's
             positions.
-        batch_tokens: tokens of a batch, padding counted. A response that is longer runs alone.
+        batch_tokens: tokens per batch, padding included. A longer response runs alone.
         progress: show a bar.
 
     Raises:
-        PreferenceError: a bad triple. ModelError: a model in training mode, log-probabilities that are not finite.
+        PreferenceError: a bad triple.
+        ModelError: a model in training mode, or log-probabilities that are not finite.
+        ValueError: an invalid setting.
     """
     responses = responses_of(model, tokenizer, triples, max_length)
     return score_responses(
@@ -131,7 +151,10 @@ def score_responses(
     batch_tokens: int = 8192,
     progress: bool = True,
 ) -> Scores:
-    """`score_triples` of what `responses_of` made of triples, for those that are scored several times."""
+    """Score the responses that `responses_of` made of triples, as `score_triples` does.
+
+    For triples that are scored several times.
+    """
     inner = base_model(model)
     check_eval(inner)
     check_scoring(beta, gamma_beta_ratio)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dspa.saes.label_quality import Agreement, compare_labels
     from dspa.saes.labels import Labels, read_labels
 
-# Where names live that are imported when they are first asked for: scipy and what training needs are slow to import.
+# Modules of the names that are imported on first use: scipy and what training needs are slow to import.
 HOMES = {
     "Agreement": "dspa.saes.label_quality",
     "CategoryShare": "dspa.fsrl.categories",

@@ -1,4 +1,4 @@
-"""What is lost as an adapter moves less: the top fraction of v alone, or all but a set of latents."""
+"""Ablations of an adapter: scores with only the top fraction of v kept, or with a set of latents masked."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from scipy import stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dspa.errors import refusal
 from dspa.evaluate.responses import Response
 from dspa.evaluate.scores import Scores, score_responses
 from dspa.fsrl.adapter import FSRLAdapter
@@ -23,7 +24,7 @@ METRICS = ("loss", "accuracy", "win_rate")
 
 
 def measures(scores: Scores, base: Scores) -> dict[str, float]:
-    """Loss, margin, accuracy and win rate over `base`, the last two with the ends of their 95 % Wilson intervals."""
+    """Return loss, margin, accuracy and win rate over `base`, the last two with their 95 % Wilson intervals."""
     accuracy, wins = scores.accuracy_interval(), scores.win_rate_interval(base)
     return {
         "loss": scores.loss,
@@ -39,7 +40,7 @@ def measures(scores: Scores, base: Scores) -> dict[str, float]:
 
 @contextmanager
 def restored(adapter: FSRLAdapter) -> Iterator[None]:
-    """Give the adapter its mask and fraction back at the end, whatever happens."""
+    """Give the adapter its mask and fraction back at the end, also after an error."""
     mask, fraction = adapter.mask, adapter.fraction
     try:
         yield
@@ -49,19 +50,19 @@ def restored(adapter: FSRLAdapter) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FractionCurve:
-    """Scores of the base model, and of the model with the adapter at each of `fractions`."""
+    """Scores of the base model, and of the adapter at each of `fractions`."""
 
     base: Scores
     fractions: tuple[float, ...]
     scores: tuple[Scores, ...]
 
     def rows(self) -> list[dict[str, Any]]:
-        """The measures of the base model and of each fraction."""
+        """Return the measures of the base model and of each fraction."""
         points = [
             ("base", "", self.base),
-            *(("adapter", *each) for each in zip(self.fractions, self.scores, strict=True)),
+            *(("adapter", *point) for point in zip(self.fractions, self.scores, strict=True)),
         ]
-        return [{"model": name, "fraction": part} | measures(scores, self.base) for name, part, scores in points]
+        return [{"model": name, "fraction": kept} | measures(scores, self.base) for name, kept, scores in points]
 
 
 def fraction_curve(
@@ -73,21 +74,24 @@ def fraction_curve(
     progress: bool = True,
     **scoring: Any,
 ) -> FractionCurve:
-    """Score triples as only the top fraction of the |v_j| of each token is kept, on a model with the adapter attached.
+    """Score triples with only the top fraction of each token's |v_j| kept.
 
     Args:
-        responses: as `responses_of` makes them of triples.
-        fractions: of the v_j of a token that are not 0, the part that is kept; 0 is the base model. Each is taken once,
-            in their order.
-        scoring: `beta`, `gamma_beta_ratio`, `batch_tokens` of `score_responses`.
+        model: a transformers causal language model in evaluation mode.
+        adapter: the adapter, attached to the model.
+        responses: both responses of triples, as `responses_of` returns them.
+        fractions: shares of a token's nonzero v_j to keep, the largest by size; 0 is the base model. Duplicates are
+            dropped and the rest is sorted.
+        progress: show bars.
+        scoring: `beta`, `gamma_beta_ratio` and `batch_tokens` of `score_responses`.
 
     Raises:
-        ModelError: an adapter that is not attached to the model. ValueError: a fraction outside 0 to 1.
+        ModelError: an adapter that is not attached to the model.
+        ValueError: a fraction outside 0 to 1, or none.
     """
     adapter.check_attached(model)
-    wrong = [fraction for fraction in fractions if not 0 <= fraction <= 1]
-    if wrong or not fractions:
-        raise ValueError(f"`fractions` are {list(fractions)}; accepted: one or more numbers from 0 to 1.")
+    if not fractions or not all(0 <= fraction <= 1 for fraction in fractions):
+        raise refusal(ValueError, "`fractions`", list(fractions), "one or more numbers from 0 to 1")
     fractions = sorted(set(fractions))
     with adapter.disabled():
         base = score_responses(model, responses, progress=progress, **scoring)
@@ -101,10 +105,18 @@ def fraction_curve(
 
 @dataclass(frozen=True)
 class Comparison:
-    """A measure of the base model, of the whole adapter, with the given latents masked, and with random ones.
+    """Comparison of one measure with a given set of latents masked and with random sets masked.
 
-    mean, low, high: of the random sets, with Student's t interval of the mean. percentile: of the random sets, the
-    percentage that is lower than the given one, those that are equal counted half."""
+    Attributes:
+        metric: one of `METRICS`.
+        base: value of the base model.
+        whole: value of the whole adapter.
+        given: value with the given set masked.
+        mean: mean over the random sets.
+        low: lower end of Student's t interval of the mean.
+        high: upper end of this interval.
+        percentile: percentage of random sets with a value below the given one; equal ones count half.
+    """
 
     metric: str
     base: float
@@ -118,8 +130,16 @@ class Comparison:
 
 @dataclass(frozen=True)
 class MaskEffect:
-    """Scores of the base model, of the whole adapter, and with latents masked: those `given`, and as many in `random`
-    sets. n_given: how many were given, `latents` [n] those of them that the adapter moves."""
+    """Scores of the base model, of the whole adapter, and with sets of latents masked.
+
+    Attributes:
+        base: scores of the base model.
+        whole: scores of the whole adapter.
+        given: scores with `latents` masked.
+        random: scores with as many random latents masked, per random set.
+        latents: those of the given latents that the adapter moves, [n] int64.
+        n_given: number of given latents, unmoved ones included.
+    """
 
     base: Scores
     whole: Scores
@@ -129,18 +149,18 @@ class MaskEffect:
     n_given: int
 
     def rows(self) -> list[dict[str, Any]]:
-        """The measures of each set."""
+        """Return the measures of each set."""
         named = {"base model": self.base, "whole adapter": self.whole, "given": self.given}
         named |= {f"random {n}": scores for n, scores in enumerate(self.random, start=1)}
         return [{"masked": name} | measures(scores, self.base) for name, scores in named.items()]
 
     def values(self, metric: str) -> list[float]:
-        """A measure of each random set."""
+        """Return one measure of each random set."""
         return [measures(scores, self.base)[metric] for scores in self.random]
 
     def compare(self, metric: str, confidence: float = 0.95) -> Comparison:
-        """The given set beside the random ones."""
-        base, whole, given = (measures(s, self.base)[metric] for s in (self.base, self.whole, self.given))
+        """Compare the given set with the random ones."""
+        base, whole, given = (measures(scores, self.base)[metric] for scores in (self.base, self.whole, self.given))
         values = np.asarray(self.values(metric))
         mean, error = float(values.mean()), float(stats.sem(values))
         half = error * float(stats.t.ppf((1 + confidence) / 2, len(values) - 1))
@@ -160,30 +180,33 @@ def mask_effect(
     progress: bool = True,
     **scoring: Any,
 ) -> MaskEffect:
-    """Score triples with some latents masked, against random sets of as many latents, on a model with the adapter
-    attached.
+    """Score triples with a set of latents masked, and with random sets of the same size masked.
 
-    Of the given latents, those that the adapter never moves are left out: to mask them changes nothing, and random sets
-    are drawn, without replacement, from all latents that it moves, the given ones included. Both masks come on top of
-    the adapter's own.
+    Given latents that the adapter never moves are left out, since masking them changes nothing. Random sets are drawn
+    without replacement from all latents that it moves, the given ones included. Each mask comes on top of the adapter's
+    own.
 
     Args:
-        responses: as `responses_of` makes them of triples.
-        latents: numbers of latents.
+        model: a transformers causal language model in evaluation mode.
+        adapter: the adapter, attached to the model.
+        responses: both responses of triples, as `responses_of` returns them.
+        latents: indices of latents.
         usage: `latent_usage` of the same adapter.
-        n_random: sets, at least 2.
-        seed: of their drawing.
-        scoring: `beta`, `gamma_beta_ratio`, `batch_tokens` of `score_responses`.
+        n_random: number of random sets, at least 2.
+        seed: seed of the random sets.
+        progress: show bars.
+        scoring: `beta`, `gamma_beta_ratio` and `batch_tokens` of `score_responses`.
 
     Raises:
         ModelError: an adapter that is not attached to the model.
-        ValueError: no latents, latents that the SAE does not have or of which none is moved; fewer than 2 sets.
+        ValueError: no latents, latents that the SAE does not have, only latents that are never moved, or fewer than 2
+            sets.
     """
     adapter.check_attached(model)
     used = usage.ranked
-    given = _moved(latents, adapter.sae.d_sae, used)
+    given = _used_latents(latents, adapter.sae.d_sae, used)
     if n_random < 2:
-        raise ValueError(f"`n_random` is {n_random}; accepted: 2 or more, for an interval.")
+        raise refusal(ValueError, "`n_random`", n_random, "2 or more, for an interval")
     generator = torch.Generator().manual_seed(seed)
     drawn = [used[torch.randperm(len(used), generator=generator)[: len(given)]] for _ in range(n_random)]
     with adapter.disabled():
@@ -192,28 +215,32 @@ def mask_effect(
     scores = []
     with restored(adapter):
         own = adapter.mask if adapter.mask is not None else torch.ones_like(adapter.b_a, dtype=torch.bool)
-        for each in tqdm([given, *drawn], unit="set", desc="masks", disable=not progress):
-            adapter.mask = own.index_fill(0, each.to(own.device), False)
+        for masked in tqdm([given, *drawn], unit="set", desc="masks", disable=not progress):
+            adapter.mask = own.index_fill(0, masked.to(own.device), False)
             scores.append(score_responses(model, responses, progress=progress, **scoring))
     return MaskEffect(base, whole, scores[0], tuple(scores[1:]), given, len(set(latents)))
 
 
-def _moved(latents: Sequence[int], d_sae: int, used: Tensor) -> Tensor:
-    """Of some latents, each once, those that are used."""
+def _used_latents(latents: Sequence[int], d_sae: int, used: Tensor) -> Tensor:
+    """Return those of some latents that are used, sorted and without duplicates."""
     check_latents(latents, d_sae)
     unique = torch.tensor(sorted(set(latents)))
-    found = unique[torch.isin(unique, used)]
-    if not len(found):
+    moved = unique[torch.isin(unique, used)]
+    if not len(moved):
         raise ValueError(
-            f"None of the {len(unique)} given latents is moved by the adapter on these responses: to mask them changes "
-            f"nothing. Give some of the {len(used)} that are."
+            f"None of the {len(unique)} given latents is moved by the adapter on these responses, so masking them "
+            f"changes nothing. Give some of the {len(used)} latents that are."
         )
-    return found
+    return moved
 
 
 def check_latents(latents: Sequence[int], d_sae: int) -> None:
-    """Raise `ValueError` unless there are latents, all of an SAE of so many."""
-    outside = [n for n in latents if not 0 <= n < d_sae]
+    """Check that there are latents, and that the SAE has them all.
+
+    Raises:
+        ValueError: no latents, or indices outside the SAE.
+    """
+    outside = [latent for latent in latents if not 0 <= latent < d_sae]
     if outside or not latents:
-        told = f"hold {outside[:10]}" if outside else "are none"
-        raise ValueError(f"`latents` {told}; accepted: one or more numbers from 0 to {d_sae - 1}.")
+        what, got = ("Part of `latents`", str(outside[:10])) if outside else ("`latents`", "empty")
+        raise refusal(ValueError, what, got, f"one or more numbers from 0 to {d_sae - 1}")

@@ -1,4 +1,4 @@
-"""Shares of categories of labelled latents in what an adapter moves."""
+"""Shares of label categories in what an adapter moves."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ from dspa.saes.labels import UNLABELLED, Labels
 
 @dataclass(frozen=True)
 class CategoryShare:
-    """How much of an adapter's use falls on a category.
+    """Share of a category in an adapter's use of latents.
 
-    n_latents: labelled latents of it, n_used those that the adapter moves. latents: its share of all labelled latents.
-    active, mass: its share of the number of v_j that are not 0, and of the sum of |v_j|, over all latents. Enrichment
-    is its share of the use of labelled latents over `latents`. For "unlabelled", `latents` and enrichment are None.
+    Enrichment is the category's share of the use of labelled latents, divided by its share of labelled latents. For
+    "unlabelled", `latents` and enrichment are None.
+
+    Attributes:
+        category: name of the category.
+        n_latents: number of its latents.
+        n_used: number of its latents that the adapter moves.
+        latents: its share of all labelled latents.
+        active: its share of the nonzero v_j of all latents.
+        mass: its share of the sum of |v_j| of all latents.
+        active_enrichment: enrichment by number of nonzero v_j.
+        mass_enrichment: enrichment by sum of |v_j|.
     """
 
     category: str
@@ -28,26 +37,30 @@ class CategoryShare:
 
 
 def category_shares(usage: Usage, labels: Labels) -> list[CategoryShare]:
-    """Each category's share of use, the largest mass first, and last what is not labelled.
+    """Return each category's share of use, by falling mass, and last what is not labelled.
 
-    Raises `ValueError` for an adapter that moves nothing, labels of another width, and where nothing labelled is moved.
+    Raises:
+        ValueError: labels of another width, or no labelled latent that the adapter moves.
     """
     if len(usage.active) != labels.d_sae:
-        raise ValueError(f"The labels are of {labels.d_sae} latents and the use of {len(usage.active)}.")
+        raise ValueError(f"The labels are of {labels.d_sae} latents and the usage is of {len(usage.active)}.")
     members: dict[str, list[int]] = {}
     for latent in range(labels.d_sae):
         members.setdefault(labels.categories.get(latent, UNLABELLED), []).append(latent)
-    totals = {name: (usage.active[each].sum().item(), usage.mass[each].sum().item()) for name, each in members.items()}
+    totals = {
+        name: (usage.active[latents].sum().item(), usage.mass[latents].sum().item())
+        for name, latents in members.items()
+    }
     all_active, all_mass = float(usage.active.sum()), float(usage.mass.sum())
-    rest = totals.get(UNLABELLED, (0, 0.0))
-    of_labelled = all_active - rest[0], all_mass - rest[1]
-    if not of_labelled[0]:
+    unlabelled_active, unlabelled_mass = totals.get(UNLABELLED, (0, 0.0))
+    labelled_active, labelled_mass = all_active - unlabelled_active, all_mass - unlabelled_mass
+    if not labelled_active:
         raise ValueError(f"The adapter moves {len(usage.ranked)} latents and none of the labelled ones: no shares.")
-    found = []
-    for name, each in members.items():
+    shares = []
+    for name, latents in members.items():
         active, mass = totals[name]
-        part = None if name == UNLABELLED else len(each) / len(labels.categories)
-        enriched = (None, None) if part is None else (active / of_labelled[0] / part, mass / of_labelled[1] / part)
-        n_used = int((usage.active[each] > 0).sum())
-        found.append(CategoryShare(name, len(each), n_used, part, active / all_active, mass / all_mass, *enriched))
-    return sorted(found, key=lambda share: (share.category == UNLABELLED, -share.mass, share.category))
+        part = None if name == UNLABELLED else len(latents) / len(labels.categories)
+        enriched = (None, None) if part is None else (active / labelled_active / part, mass / labelled_mass / part)
+        n_used = int((usage.active[latents] > 0).sum())
+        shares.append(CategoryShare(name, len(latents), n_used, part, active / all_active, mass / all_mass, *enriched))
+    return sorted(shares, key=lambda share: (share.category == UNLABELLED, -share.mass, share.category))

@@ -1,4 +1,4 @@
-"""Give a model to a trainer, and have it back as it was."""
+"""Lending a model to a trainer, and getting it back as it was."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.models.layers import CausalLM
 
-# Under which name a trainer, its optimizer and its processes see the adapter.
+# The adapter's name among the model's modules, for the trainer, its optimizer and its processes.
 MODULE = "fsrl_adapter"
-# What layers call the probability of a dropout that is no module; modules, TRL switches off.
+# Attributes with the probability of a dropout that is not a module. TRL switches off the modules.
 DROPOUTS = ("attention_dropout", "activation_dropout", "dropout")
 
 
@@ -20,33 +20,33 @@ DROPOUTS = ("attention_dropout", "activation_dropout", "dropout")
 def trainable(
     model: CausalLM, tokenizer: PreTrainedTokenizerBase, adapter: FSRLAdapter, *, gradient_checkpointing: bool
 ) -> Iterator[None]:
-    """`model` for a trainer: frozen, without dropout, and with `adapter` as a module of it that alone is trained.
+    """Prepare `model` for a trainer: frozen, without dropout, and with `adapter` as its only trainable module.
 
-    Afterwards everything is as it was, whatever a trainer did: attributes of all modules (training mode, hooks, state
-    of gradient checkpointing), configurations, which parameters require gradients, the tokenizer's padding token. The
-    adapter is then not trainable, and after an exception has the weights that it came with.
+    Afterwards everything is as it was, whatever the trainer did: attributes of all modules (training mode, hooks, state
+    of gradient checkpointing), configurations, which parameters require gradients, and the tokenizer's padding token.
+    The adapter is then not trainable. After an exception it has the weights that it came with.
     """
     with ExitStack() as stack:
         stack.callback(setattr, tokenizer, "pad_token", tokenizer.pad_token)
-        for thing in (*model.modules(), model.config, model.config.get_text_config(), model.generation_config):
-            stack.enter_context(_kept(thing))
+        for owner in (*model.modules(), model.config, model.config.get_text_config(), model.generation_config):
+            stack.enter_context(_attributes_kept(owner))
         for parameter in model.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
         model.requires_grad_(False)
-        # What is trained with dropout is another model than the frozen one.
+        # With dropout, the adapter would be trained on another model than the frozen one.
         for module in model.modules():
             for name in DROPOUTS:
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
         if gradient_checkpointing:
-            _checkpoint(model)
-        stack.enter_context(_trainable(adapter))
+            _checkpoint_gradients(model)
+        stack.enter_context(_unfrozen(adapter))
         model.add_module(MODULE, adapter)
         yield
 
 
 @contextmanager
-def _trainable(adapter: FSRLAdapter) -> Iterator[None]:
+def _unfrozen(adapter: FSRLAdapter) -> Iterator[None]:
     before = {name: tensor.detach().cpu().clone() for name, tensor in adapter.state_dict().items()}
     adapter.requires_grad_(True)
     try:
@@ -60,24 +60,24 @@ def _trainable(adapter: FSRLAdapter) -> Iterator[None]:
 
 
 @contextmanager
-def _kept(thing: object) -> Iterator[None]:
-    """Give `thing` back the attributes that it has, and what is in those that are dictionaries."""
-    before = dict(vars(thing))
+def _attributes_kept(owner: object) -> Iterator[None]:
+    """Give `owner` its attributes back, and those that are dictionaries their contents."""
+    before = dict(vars(owner))
     contents = [(value, dict(value)) for value in before.values() if isinstance(value, dict)]
     try:
         yield
     finally:
-        vars(thing).clear()
-        vars(thing).update(before)
+        vars(owner).clear()
+        vars(owner).update(before)
         for value, content in contents:
             value.clear()
             value.update(content)
 
 
-def _checkpoint(model: CausalLM) -> None:
-    # Until transformers 5.23, where it was called so.
+def _checkpoint_gradients(model: CausalLM) -> None:
+    # Until transformers 5.23, the method had the second name.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    # Reentrant checkpoints pass no gradient on where their input needs none.
+    # A reentrant checkpoint passes no gradient on if its input needs none.
     enable({"use_reentrant": False})
-    # For their sake all inputs would, and every layer below the adapter's be run backward.
+    # With gradients of the inputs, every layer below the adapter's would be run backward too.
     model.disable_input_require_grads()

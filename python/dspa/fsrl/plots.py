@@ -1,4 +1,4 @@
-"""Plots of what adapters do, as PNG."""
+"""Plots of analyses and sweeps, as PNG."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ NAMES = {"loss": "SimPO loss", "accuracy": "reward accuracy", "win_rate": "win r
 
 
 def plot_usage(usage: Usage, decay: Decay, path: Path) -> None:
-    """Share of tokens and mean size by rank, with the fitted decay."""
+    """Plot share of tokens and mean size by rank, with the fitted decay."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     shares, sizes = figure.subplots(1, 2)
-    found = usage.ranked
-    ranks = np.arange(1, len(found) + 1)
-    shares.plot(ranks, usage.share[found].numpy(), ".", markersize=4, label="latents")
+    latents = usage.ranked
+    ranks = np.arange(1, len(latents) + 1)
+    shares.plot(ranks, usage.share[latents].numpy(), ".", markersize=4, label="latents")
     fitted = decay.a * np.exp(-ranks / decay.tau)
     name = f"{decay.a:.3g} exp(-rank / {decay.tau:.3g}), R² {decay.r2:.3f}"
     shares.plot(ranks, fitted, color="black", linewidth=1, label=name)
-    # What the curve says far below the least use would take most of a logarithmic axis.
+    # Far below the least use, the curve would take most of a logarithmic axis.
     shares.set(yscale="log", ylim=(0.5 / usage.n_tokens, 1.5), xlabel="rank", ylabel="share of tokens with v ≠ 0")
     shares.set_title("use of latents by rank", fontsize=10)
     shares.legend()
-    sizes.plot(ranks, usage.mean[found].numpy(), ".", markersize=4)
+    sizes.plot(ranks, usage.mean[latents].numpy(), ".", markersize=4)
     sizes.set(yscale="log", xlabel="rank by use", ylabel="mean |v|")
     sizes.set_title(f"mean size over {usage.n_tokens} tokens", fontsize=10)
     figure.savefig(path, dpi=150)
 
 
 def plot_fractions(curve: FractionCurve, path: Path) -> None:
-    """Each measure over the fraction that is kept, beside the base model's."""
+    """Plot each measure over the fraction that is kept, with the base model's."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     points = [measures(scores, curve.base) for scores in curve.scores]
-    # One step of the axis each: fractions are many of them small.
+    # Equal steps on the axis, since many fractions are small.
     steps = range(len(points))
     for axes, metric in zip(figure.subplots(1, len(METRICS)), METRICS, strict=True):
         axes.plot(steps, [point[metric] for point in points], marker="o", label="adapter")
@@ -56,15 +56,15 @@ def plot_fractions(curve: FractionCurve, path: Path) -> None:
 
 
 def plot_masks(effect: MaskEffect, path: Path) -> None:
-    """Each measure with the given latents masked, among random sets of as many."""
+    """Plot each measure with the given latents masked, among random sets of the same size."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(METRICS)), METRICS, strict=True):
-        found = effect.compare(metric)
+        comparison = effect.compare(metric)
         axes.hist(effect.values(metric), bins=min(20, len(effect.random)), color="C7", label="random sets")
-        axes.axvspan(found.low, found.high, alpha=0.2, color="C0", label="their mean, 95 % t interval")
-        axes.axvline(found.given, color="C3", label=f"given, percentile {found.percentile:.0f}")
-        axes.axvline(found.whole, color="C2", linestyle="--", label="whole adapter")
-        axes.axvline(found.base, color="black", linewidth=1, label="base model")
+        axes.axvspan(comparison.low, comparison.high, alpha=0.2, color="C0", label="their mean, 95 % t interval")
+        axes.axvline(comparison.given, color="C3", label=f"given, percentile {comparison.percentile:.0f}")
+        axes.axvline(comparison.whole, color="C2", linestyle="--", label="whole adapter")
+        axes.axvline(comparison.base, color="black", linewidth=1, label="base model")
         axes.set(xlabel=NAMES[metric], ylabel="sets")
         axes.legend(fontsize=7)
     figure.suptitle(f"{len(effect.latents)} latents masked", fontsize=10)
@@ -72,7 +72,7 @@ def plot_masks(effect: MaskEffect, path: Path) -> None:
 
 
 def plot_categories(shares: Sequence[CategoryShare], quality: str, path: Path) -> None:
-    """Shares of use by category beside the share of labelled latents, and what is known of the labels."""
+    """Plot each category's shares of use and of labelled latents, titled with the quality of the labels."""
     figure = Figure(figsize=(8, 1.6 + 0.6 * len(shares)), layout="constrained")
     axes = figure.subplots()
     place = np.arange(len(shares))
@@ -91,33 +91,34 @@ def plot_categories(shares: Sequence[CategoryShare], quality: str, path: Path) -
     figure.savefig(path, dpi=150)
 
 
-def plot_coherence(differences: Sequence[MetricChange], path: Path) -> None:
-    """The mean paired difference of each measure, with its interval."""
-    figure = Figure(figsize=(2 * len(differences), 3.4), layout="constrained")
-    for axes, each in zip(figure.subplots(1, len(differences)), differences, strict=True):
-        error = [[each.difference - each.low], [each.high - each.difference]]
-        axes.errorbar([0], [each.difference], yerr=error, marker="o", capsize=4)
+def plot_coherence(changes: Sequence[MetricChange], path: Path) -> None:
+    """Plot the mean paired difference of each measure, with its interval."""
+    figure = Figure(figsize=(2 * len(changes), 3.4), layout="constrained")
+    for axes, change in zip(figure.subplots(1, len(changes)), changes, strict=True):
+        error = [[change.difference - change.low], [change.high - change.difference]]
+        axes.errorbar([0], [change.difference], yerr=error, marker="o", capsize=4)
         axes.axhline(0, color="black", linewidth=1)
         axes.set_xticks([])
-        axes.set_title(f"{each.metric}\nbase {each.base:.3g}, steered {each.steered:.3g}", fontsize=8)
+        axes.set_title(f"{change.metric}\nbase {change.base:.3g}, steered {change.steered:.3g}", fontsize=8)
         axes.tick_params(labelsize=7)
-    figure.supylabel("steered less base, 95 % bootstrap interval", fontsize=8)
+    figure.supylabel("steered minus base, 95 % bootstrap interval", fontsize=8)
     figure.savefig(path, dpi=150)
 
 
 def plot_sweep(sweep: Sweep, path: Path) -> None:
-    """Held-out loss, reward accuracy and L0 over the layers, or over lambda where there is one layer."""
+    """Plot held-out loss, reward accuracy and L0 over layers, or over lambda if there is one layer."""
     figure = Figure(figsize=(13, 4), layout="constrained")
-    by_layer = len({each.layer for each in sweep.adapters}) > 1
-    values = sorted({each.layer if by_layer else each.l1 for each in sweep.adapters})
+    by_layer = len({adapter.layer for adapter in sweep.adapters}) > 1
+    values = sorted({adapter.layer if by_layer else adapter.l1 for adapter in sweep.adapters})
     lines: dict[str, list[Trained]] = {}
-    for each in sweep.adapters:
-        lines.setdefault(f"{each.activation}, λ {each.l1:g}" if by_layer else each.activation, []).append(each)
+    for adapter in sweep.adapters:
+        label = f"{adapter.activation}, λ {adapter.l1:g}" if by_layer else adapter.activation
+        lines.setdefault(label, []).append(adapter)
     names = {"simpo_loss": "SimPO loss", "accuracy": "reward accuracy", "l0": "L0, mean over response tokens"}
     for axes, (name, title) in zip(figure.subplots(1, len(names)), names.items(), strict=True):
         for label, adapters in lines.items():
-            places = [values.index(each.layer if by_layer else each.l1) for each in adapters]
-            points = sorted(zip(places, (getattr(each.held_out, name) for each in adapters), strict=True))
+            places = [values.index(adapter.layer if by_layer else adapter.l1) for adapter in adapters]
+            points = sorted(zip(places, (getattr(adapter.held_out, name) for adapter in adapters), strict=True))
             axes.plot(*zip(*points, strict=True), marker="o", label=label)
         axes.axhline(getattr(sweep.base, name), color="black", linewidth=1, label="base model")
         axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])

@@ -1,4 +1,4 @@
-"""What an adapter reaches on triples that it was not trained on."""
+"""Results of adapters on held-out triples."""
 
 from __future__ import annotations
 
@@ -16,15 +16,22 @@ from dspa.evaluate.scores import score_responses
 from dspa.fsrl.adapter import FSRLAdapter, Moves
 from dspa.models.layers import CausalLM
 
-# Of the passes, whose order is known only with it.
+# Fixed here, because the recorded passes are matched with the batches of responses.
 BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """On N triples: SimPO's loss, the share whose chosen response is the likelier a token, the mean margin in
-    log-probability a token; and of response tokens, how many v_j are not 0 and the sum of their sizes, on average, both
-    0 without an adapter."""
+    """Figures on held-out triples.
+
+    Attributes:
+        n_triples: number of triples.
+        simpo_loss: SimPO's loss.
+        accuracy: share of triples whose chosen response is likelier per token.
+        margin: mean margin in log-probability per token.
+        l0: nonzero v_j per response token; 0 without an adapter.
+        l1: sum of |v_j| per response token; 0 without an adapter.
+    """
 
     n_triples: int
     simpo_loss: float
@@ -43,19 +50,21 @@ def held_out(
     max_length: int | None = None,
     **scoring: Any,
 ) -> HeldOut:
-    """The figures of a model in evaluation mode, to which `adapter` is attached if it is given. The other arguments
-    are those of `score_triples`, and so is what is raised."""
+    """Measure a model in evaluation mode on held-out triples, with `adapter` if it is given.
+
+    `adapter` has to be attached to the model. The other arguments and the exceptions are those of `score_triples`.
+    """
     if adapter is not None:
         adapter.check_attached(model)
     responses = responses_of(model, tokenizer, triples, max_length)
     with nullcontext(Moves()) if adapter is None else adapter.recording() as moves:
         scores = score_responses(model, responses, batch_tokens=BATCH_TOKENS, **scoring)
-    l0, l1 = (0.0, 0.0) if adapter is None else _moved(responses, moves)
+    l0, l1 = (0.0, 0.0) if adapter is None else _mean_moves(responses, moves)
     return HeldOut(len(scores.margins), scores.loss, scores.accuracy, scores.margin, l0, l1)
 
 
-def _moved(responses: Sequence[Response], moves: Moves) -> tuple[float, float]:
-    """L0 and L1 a token, of the passes that scored `responses`."""
+def _mean_moves(responses: Sequence[Response], moves: Moves) -> tuple[float, float]:
+    """Return L0 and L1 per response token over the passes that scored `responses`."""
     l0 = l1 = 0.0
     for n, batch in enumerate(batches(responses, BATCH_TOKENS)):
         for row, number in enumerate(batch):
@@ -69,7 +78,7 @@ def _moved(responses: Sequence[Response], moves: Moves) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Trained:
-    """An adapter of a sweep: its settings, its folder, and its figures on held-out triples."""
+    """Adapter of a sweep: its settings, its folder and its figures on held-out triples."""
 
     layer: int
     activation: str
@@ -80,15 +89,15 @@ class Trained:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The figures of the base model, and the adapters, in the order of layers and then of settings."""
+    """Figures of the base model, and the adapters, in the order of layers and then of settings."""
 
     base: HeldOut
     adapters: list[Trained]
 
     def rows(self) -> list[dict[str, Any]]:
-        """A dictionary an adapter, after one of the base model, where there is neither layer nor lambda."""
+        """Return a row for the base model, without layer and lambda, and one per adapter."""
         rows: list[dict[str, Any]] = [{"layer": None, "activation": "none", "lambda": None, **asdict(self.base)}]
-        for each in self.adapters:
-            settings = {"layer": each.layer, "activation": each.activation, "lambda": each.l1}
-            rows.append(settings | asdict(each.held_out))
+        for adapter in self.adapters:
+            settings = {"layer": adapter.layer, "activation": adapter.activation, "lambda": adapter.l1}
+            rows.append(settings | asdict(adapter.held_out))
         return rows

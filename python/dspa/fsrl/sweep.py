@@ -1,4 +1,4 @@
-"""Adapters of several settings, or of SAEs at several layers, trained alike and compared on held-out triples."""
+"""Sweeps: adapters of several settings or layers, trained alike and compared on held-out triples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dspa.data.triples import Triple, load_triples
 from dspa.distributed import rank
-from dspa.errors import TrainingError
+from dspa.errors import TrainingError, refusal
 from dspa.files import write_csv
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.config import FSRLConfig, TrainingConfig
@@ -38,39 +38,51 @@ def train_sweep(
     layers: str | None = None,
     model_name: str | None = None,
 ) -> Sweep:
-    """Train an adapter of each of the settings on each of the SAEs, and compare them on `eval_triples`.
+    """Train an adapter for each pair of SAE and setting, and compare them on `eval_triples`.
 
-    Each is trained in its own folder in `out`, so that the same call goes on where a sweep was stopped. Beside them are
-    written `sweep.csv`, a row an adapter and one of the base model, and `sweep.png`.
+    Each adapter is trained in a folder of its own in `out`, so the same call resumes a sweep that was stopped. `out`
+    also gets `sweep.csv`, with one row per adapter and one for the base model, and `sweep.png`.
 
     Args:
-        saes: at layers that all differ.
-        adapters: settings of which no two have both the same activation and the same `l1`.
-        The rest is as for `train`, and so is what is raised.
+        model: as for `train`.
+        tokenizer: the model's tokenizer.
+        triples: as for `train`.
+        saes: SAEs, each of another layer.
+        adapters: settings, no two with the same activation and the same `l1`.
+        out: the folder to write.
+        eval_triples: held-out triples, to compare on.
+        config: the published settings by default.
+        progress: show bars.
+        layers: dotted path of the decoder layers, as for `FSRLAdapter.attach`.
+        model_name: name of the model, as for `FSRLAdapter.attach`.
+
+    Raises:
+        TrainingError: two SAEs of one layer, two settings alike, or whatever `train` raises.
+        ModelError: an SAE that does not fit the model, or whatever `train` raises.
     """
     config, inner, path = config or TrainingConfig(), base_model(model), Path(out)
     check_eval(inner)
     grid = dict(_grid(saes, adapters))
     if len(grid) < len(saes) * len(adapters):
         raise TrainingError(
-            f"The sweep has {len(saes)} SAEs and {len(adapters)} settings, of which some are the same: {len(grid)} "
-            f"differ ({', '.join(grid)}). Accepted: SAEs of different layers, settings of different activation or l1."
+            f"The sweep's {len(saes)} SAEs and {len(adapters)} settings make {len(grid)} different adapters "
+            f"({', '.join(grid)}). Give SAEs of different layers, and settings of different activation or l1."
         )
     if not path.parent.is_dir() or path.is_file():
-        raise TrainingError(f"The output folder is {path}; accepted: a folder, in one that exists.")
+        raise refusal(TrainingError, "The output folder", path, "a folder in one that exists")
     for sae in saes:
         check_sae("sae", sae, inner, len(decoder_layers(inner, layers)), model_name)
     path.mkdir(exist_ok=True)
     data, held = list(load_triples(triples)), list(load_triples(eval_triples))
-    found = []
+    trained = []
     for name, (sae, settings) in grid.items():
         options: dict[str, Any] = {"progress": progress, "layers": layers, "model_name": model_name}
         adapter = FSRLAdapter(sae, settings)
         train(model, tokenizer, data, adapter, path / name, config=config, eval_triples=held, **options)
         figures = read_held_out(path / name)
         assert figures is not None
-        found.append(Trained(required_layer(sae), settings.activation, settings.l1, path / name, figures))
-    result = Sweep(held_out(inner, tokenizer, held, **scoring(inner, config), progress=progress), found)
+        trained.append(Trained(required_layer(sae), settings.activation, settings.l1, path / name, figures))
+    result = Sweep(held_out(inner, tokenizer, held, **scoring(inner, config), progress=progress), trained)
     if rank() == 0:
         _write(result, path)
     return result
@@ -84,8 +96,8 @@ def _grid(
             yield f"layer-{required_layer(sae)}-{settings.activation}-{settings.l1:g}", (sae, settings)
 
 
-def _write(found: Sweep, out: Path) -> None:
+def _write(sweep: Sweep, out: Path) -> None:
     from dspa.fsrl.plots import plot_sweep
 
-    write_csv(out / CSV, found.rows())
-    plot_sweep(found, out / PLOT)
+    write_csv(out / CSV, sweep.rows())
+    plot_sweep(sweep, out / PLOT)

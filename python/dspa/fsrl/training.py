@@ -1,6 +1,6 @@
-"""Train an adapter on preference triples: SimPO or DPO by TRL's trainers, with an L1 penalty on what is moved.
+"""Training an adapter on preference triples: SimPO or DPO by TRL's trainers, with an L1 penalty on v.
 
-A training that was stopped goes on from its last checkpoint to what it would have become.
+A training that was stopped resumes from its last checkpoint, and ends in the same weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from dspa.data.tokens import response_tokens
 from dspa.data.triples import Triple, load_triples
 from dspa.distributed import warn_if_alone
-from dspa.errors import TrainingError
+from dspa.errors import TrainingError, refusal
 from dspa.files import checksum
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.config import TrainingConfig
@@ -46,37 +46,39 @@ def train(
     layers: str | None = None,
     model_name: str | None = None,
 ) -> FSRLAdapter:
-    """Train `adapter` on what `model` should prefer. The model and the SAE stay as they are, and nothing is attached
-    afterwards.
+    """Train `adapter` on the preferences in `triples`.
 
-    The loss is `preference loss + lambda mean sum_j |v_j|`, lambda the adapter's `l1`. The mean is over the response
-    tokens of a micro-batch, each at its own position (labels that are not -100: no padding, no prompt), then over
-    micro-batches. Triples are tokenised as `score_triples` does: an end token comes after a text response, and prompts
-    are never cut.
+    The model and the SAE stay as they are, and nothing is attached afterwards.
+
+    The loss is `preference loss + lambda mean sum_j |v_j|`, where lambda is the adapter's `l1`. The mean is over the
+    response tokens of a micro-batch, each at its own position (no padding, no prompt), then over micro-batches. Triples
+    are tokenised as `score_triples` does: an end token follows a text response, and prompts are never cut.
 
     In several processes (torchrun), each calls this with the same arguments. Their batches are those of one process.
 
     Args:
         model: a transformers causal language model, or one in a PEFT wrapper, in evaluation mode, on the device to
             train on.
+        tokenizer: the model's tokenizer.
         triples: what `load_triples` takes.
-        adapter: its weights are where the training begins; they change in place, and stay if it fails.
-        out: the folder to write: the adapter, as by `save`, and `training.json` with the settings, figures on the
-            held-out triples (`HeldOut`) and what was logged on the way: loss, the preference loss alone,
-            rewards/accuracies, rewards/margins, l0, l1, and the same of `eval_triples` with names that begin with
-            eval_; means over batches, as TRL has them. A training that was stopped goes on in its folder, and one that
-            is finished is loaded.
+        adapter: the adapter, whose weights are the start. They change in place, and stay if the training fails.
+        out: the folder to write. It gets the adapter, as by `save`, and `training.json` with the settings, the figures
+            on the held-out triples (`HeldOut`) and what was logged: loss, preference_loss, rewards/accuracies,
+            rewards/margins, l0 and l1, and the same on `eval_triples` with the prefix eval_. Logged values are means
+            over batches, as in TRL. A training that was stopped resumes in its folder, and a finished one is loaded.
         config: the published settings by default.
         eval_triples: held-out triples, to report on.
         progress: show bars.
-        layers, model_name: as for `FSRLAdapter.attach`.
+        layers: dotted path of the decoder layers, as for `FSRLAdapter.attach`.
+        model_name: name of the model, as for `FSRLAdapter.attach`.
 
     Raises:
         RuntimeError: TRL is not installed.
-        TrainingError: an `out` with something else or a training of other settings; fewer triples than a batch;
-            devices or processes that are not as they should be.
-        ModelError: what `attach` refuses, before any triple is read; a loss that is not finite.
-        PreferenceError: a bad triple. ValueError: a batch that the processes do not divide.
+        TrainingError: an `out` with other files or a training of other settings, fewer triples than a batch, or devices
+            or processes that training cannot use.
+        ModelError: what `attach` refuses, before any triple is read, or a loss that is not finite.
+        PreferenceError: a bad triple.
+        ValueError: a batch that the processes do not divide.
     """
     if find_spec("trl") is None:
         raise RuntimeError('Training an adapter needs TRL: pip install "dspa-kernels[train]".')
@@ -92,10 +94,8 @@ def train(
         held = None if eval_triples is None else list(load_triples(eval_triples))
         held_data = None if held is None else Data.read(held, tokenizer, config, progress)
         if len(data.rows) < config.batch_size:
-            raise TrainingError(
-                f"There are {len(data.rows)} triples; accepted: a batch ({config.batch_size}) or more. Lower "
-                "batch_size."
-            )
+            accepted = f"a batch ({config.batch_size}) or more"
+            raise refusal(TrainingError, "The number of triples", len(data.rows), accepted, "Lower batch_size.")
         settings = _settings(inner, adapter, config, data, held_data, model_name)
         with args.main_process_first(local=False):
             folder.claim(settings, finished=True)
@@ -103,8 +103,7 @@ def train(
             history = _fit(inner, tokenizer, adapter, folder, config, args, data, held_data, progress)
             figures = None
             if held is not None:
-                found = held_out(inner, tokenizer, held, adapter, **scoring(inner, config), progress=progress)
-                figures = asdict(found)
+                figures = asdict(held_out(inner, tokenizer, held, adapter, **scoring(inner, config), progress=progress))
             with args.main_process_first(local=False):
                 if args.process_index == 0:
                     adapter.save(folder.path)
@@ -115,9 +114,10 @@ def train(
 
 
 def read_held_out(out: str | Path) -> HeldOut | None:
-    """The figures on held-out triples in the folder of a finished training, None if there were no such triples.
+    """Return the figures on held-out triples from the folder of a training, or None if it had no such triples.
 
-    Raises `TrainingError` for another folder.
+    Raises:
+        TrainingError: a folder without a finished training.
     """
     folder = TrainingFolder(Path(out))
     if not folder.finished:
@@ -128,8 +128,13 @@ def read_held_out(out: str | Path) -> HeldOut | None:
 
 @dataclass(frozen=True)
 class Data:
-    """Token ids of triples as a trainer takes them. n_full: responses that fill all of max_length, because they were
-    cut or just fit."""
+    """Token ids of triples for a trainer.
+
+    Attributes:
+        rows: the triples, as `trainers.Rows`.
+        sha256: hash of the token ids.
+        n_full: number of responses that fill all of max_length, because they were cut or just fit.
+    """
 
     rows: Any
     sha256: str
@@ -137,7 +142,11 @@ class Data:
 
     @classmethod
     def read(cls, source: Any, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, progress: bool) -> Data:
-        """Read and tokenise triples. Raises `PreferenceError` for a bad one."""
+        """Read and tokenise triples.
+
+        Raises:
+            PreferenceError: a bad triple.
+        """
         from dspa.fsrl.trainers import Rows
 
         sha, n_full = hashlib.sha256(), 0
@@ -152,7 +161,7 @@ class Data:
 
     @property
     def counts(self) -> dict[str, int]:
-        """For the record."""
+        """Numbers for the training's record."""
         return {"n_triples": len(self.rows), "n_full": self.n_full}
 
 
@@ -167,7 +176,7 @@ def _fit(
     held: Data | None,
     progress: bool,
 ) -> list[dict[str, float]]:
-    """Train from the start or the last checkpoint to the end; what was logged."""
+    """Train from the start or the last checkpoint to the end, and return what was logged."""
     from dspa.fsrl import trainers
 
     checkpoint = folder.checkpoints()[-1] if folder.checkpoints() else None
@@ -188,7 +197,7 @@ def _fit(
 
 
 def scoring(model: CausalLM, config: TrainingConfig) -> dict[str, Any]:
-    """How held-out triples are scored: by SimPO's settings of this training, or by the usual ones after DPO."""
+    """Return the settings of scoring held-out triples: SimPO's of this training, or the usual ones after DPO."""
     length = _max_length(model, config)
     if config.loss == "dpo":
         return {"max_length": length}
@@ -207,7 +216,7 @@ def _settings(
     held: Data | None,
     model_name: str | None,
 ) -> dict[str, Any]:
-    """Everything that decides what comes of a training."""
+    """Return everything that decides the result of a training."""
     return {
         "model_name": model_name or name_of(model),
         "model_dtype": str(model.dtype),
@@ -227,37 +236,43 @@ def _settings(
 def _check_padding(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise TrainingError(
-            "The tokenizer has no padding token and no end token to pad with. Set tokenizer.pad_token; what is padded "
-            "is masked out."
+            "The tokenizer has no padding token and no end token to pad with. Set tokenizer.pad_token to any token: "
+            "padding is masked out."
         )
 
 
 def _arguments(model: CausalLM, config: TrainingConfig, folder: TrainingFolder, *, evaluated: bool) -> Any:
-    """TRL's settings, in the processes and on the device that were asked for."""
+    """Return TRL's settings, after checking the processes and the device.
+
+    Raises:
+        TrainingError: other processes than the launcher asked for, or another device than the model's.
+    """
     from dspa.fsrl import trainers
 
     device = device_of(model.get_input_embeddings())
     warn_if_alone()
     args = trainers.arguments(config, folder.partial, on_cpu=device.type == "cpu", evaluated=evaluated)
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked != args.world_size:
+    n_launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if n_launched != args.world_size:
         raise TrainingError(
-            f"The launcher asked for {asked} processes and {args.world_size} train together. Start them by torchrun "
-            "--nproc-per-node K -m dspa ..."
+            f"The launcher asked for {n_launched} processes and {args.world_size} train together. Start them with "
+            "torchrun --nproc-per-node K -m dspa ..."
         )
     args.gradient_accumulation_steps = config.accumulation(args.world_size)
-    # A model that is split over GPUs stays where it is.
+    # A model that is split over GPUs is not moved, so its device need not match.
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) <= 1:
         _check_device(device, args)
     return args
 
 
 def _check_device(device: torch.device, args: Any) -> None:
-    """Raise if the trainer would copy the model to several GPUs, or move it to another device."""
+    """Check that the trainer will not copy the model to several GPUs or move it to another device.
+
+    Raises:
+        TrainingError: several GPUs, or another device than the model's.
+    """
     if args.n_gpu > 1:
-        raise TrainingError(
-            f"This process sees {args.n_gpu} GPUs; accepted: one a process. Set CUDA_VISIBLE_DEVICES, or start "
-            f"torchrun --nproc-per-node {args.n_gpu} -m dspa ..."
-        )
+        advice = f"Set CUDA_VISIBLE_DEVICES, or start torchrun --nproc-per-node {args.n_gpu} -m dspa ..."
+        raise refusal(TrainingError, "The number of GPUs that this process sees", args.n_gpu, "one per process", advice)
     if args.device.type != device.type or (device.index or 0) != (args.device.index or 0):
-        raise TrainingError(f"The model is on {device} and this process trains on {args.device}: move the model there.")
+        raise TrainingError(f"The model is on {device} and this process trains on {args.device}. Move the model there.")

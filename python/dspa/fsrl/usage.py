@@ -1,4 +1,4 @@
-"""Which latents an adapter moves, how often and how far, and how fast that falls with their rank."""
+"""Usage of latents by an adapter: how often and how far it moves each, and how fast that falls with rank."""
 
 from __future__ import annotations
 
@@ -12,22 +12,28 @@ from scipy.optimize import curve_fit
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dspa.errors import refusal
 from dspa.evaluate.responses import Response, batches, padded
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.models.layers import base_model, check_eval, check_finite, decoder_layers
 from dspa.models.reading import read_layers
 from dspa.saes.placement import check_sae, required_layer
 
-# Latents that a curve of two numbers is fitted to, at least.
-FEWEST = 8
-# Entries of v that are held at once.
-ENTRIES = 1 << 25
+# Fewest latents that a curve with two parameters is fitted to.
+MIN_FITTED = 8
+# Entries of v that are held in memory together.
+ENTRIES_PER_BLOCK = 1 << 25
 
 
 @dataclass(frozen=True)
 class Usage:
-    """How an adapter moves latents on `n_tokens` response tokens. active [d_sae] int64: on how many of them v_j is not
-    0; mass [d_sae] fp64: the sum of |v_j| over them."""
+    """Movement of each latent over response tokens.
+
+    Attributes:
+        active: number of tokens on which v_j is not 0, [d_sae] int64.
+        mass: sum of |v_j| over the tokens, [d_sae] fp64.
+        n_tokens: number of response tokens.
+    """
 
     active: Tensor
     mass: Tensor
@@ -45,21 +51,28 @@ class Usage:
 
     @property
     def ranked(self) -> Tensor:
-        """Latents that are moved at all, by share, the largest first, ties to the smaller index."""
+        """Latents that are moved at all, by falling share; ties go to the smaller index."""
         order = self.active.argsort(descending=True, stable=True)
         return order[: int((self.active > 0).sum())]
 
     def rows(self) -> list[tuple[int, int, float, float]]:
-        """Rank from 1, latent, share and mean of each latent that is moved."""
-        found = self.ranked
-        values = zip(found.tolist(), self.share[found].tolist(), self.mean[found].tolist(), strict=True)
-        return [(rank, *each) for rank, each in enumerate(values, start=1)]
+        """Return rank (from 1), latent, share and mean of each latent that is moved."""
+        latents = self.ranked
+        columns = latents.tolist(), self.share[latents].tolist(), self.mean[latents].tolist()
+        return [(rank, *row) for rank, row in enumerate(zip(*columns, strict=True), start=1)]
 
 
 @dataclass(frozen=True)
 class Decay:
-    """`share(rank) = a exp(-rank / tau)` with ranks from 1, fitted to the ranks `first` to `last` by least squares.
-    r2: of the variance of the share, the part that it explains."""
+    """Fit `share(rank) = a exp(-rank / tau)` by least squares, with ranks from 1.
+
+    Attributes:
+        a: amplitude.
+        tau: rank constant of the decay.
+        r2: share of the variance that the fit explains.
+        first: first rank of the fit.
+        last: last rank of the fit.
+    """
 
     a: float
     tau: float
@@ -79,16 +92,22 @@ def latent_usage(
     model_name: str | None = None,
     progress: bool = True,
 ) -> Usage:
-    """Count the v_j of the tokens of responses, teacher-forced: of latents that `adapter.mask` allows, before
-    `adapter.fraction` leaves some out. The adapter need not be attached.
+    """Measure how an adapter moves latents on the tokens of responses, teacher-forced.
+
+    Latents that `adapter.mask` excludes count as unmoved; `adapter.fraction` is not applied. The adapter need not be
+    attached.
 
     Args:
-        responses: as `responses_of` makes them of triples.
-        batch_tokens: tokens of a batch, padding counted.
-        layers, model_name: as for `FSRLAdapter.attach`.
+        model: a transformers causal language model in evaluation mode.
+        adapter: the adapter.
+        responses: both responses of triples, as `responses_of` returns them.
+        batch_tokens: tokens per batch, padding included.
+        layers: dotted path of the decoder layers, as for `FSRLAdapter.attach`.
+        model_name: name of the model, as for `FSRLAdapter.attach`.
+        progress: show a bar.
 
     Raises:
-        ModelError: an SAE that does not fit the model, a model in training mode, residuals that are not finite.
+        ModelError: an SAE that does not fit the model, a model in training mode, or residuals that are not finite.
     """
     inner = base_model(model)
     check_eval(inner)
@@ -100,9 +119,9 @@ def latent_usage(
         for numbers in batches(responses, batch_tokens):
             batch = [responses[n] for n in numbers]
             h = read_layers(inner, [layer], layers, **padded(inner, batch))[layer]
-            rows = torch.cat([h[n, len(each.prompt) : len(each)] for n, each in enumerate(batch)])
+            rows = torch.cat([h[n, len(response.prompt) : len(response)] for n, response in enumerate(batch)])
             check_finite(rows, layer)
-            for block in rows.to(adapter.b_a.device).split(max(1, ENTRIES // d_sae)):
+            for block in rows.to(adapter.b_a.device).split(max(1, ENTRIES_PER_BLOCK // d_sae)):
                 v = adapter.steering_vector(block)
                 active += (v != 0).sum(dim=0).cpu()
                 mass += v.abs().sum(dim=0, dtype=torch.float64).cpu()
@@ -110,34 +129,33 @@ def latent_usage(
     if adapter.mask is not None:
         allowed = adapter.mask.cpu()
         active, mass = active * allowed, mass * allowed
-    return Usage(active, mass, sum(len(each.ids) for each in responses))
+    return Usage(active, mass, sum(len(response.ids) for response in responses))
 
 
 def fit_decay(usage: Usage) -> Decay:
-    """How fast use decays with rank, over all latents that are moved.
+    """Fit the decay of usage with rank, over all latents that are moved.
 
-    The start is a straight line through the logarithms.
+    The fit starts from a straight line through the logarithms.
 
     Raises:
-        ValueError: fewer than 8 latents are moved, or those that are, all alike.
+        ValueError: fewer than 8 moved latents, or all of them moved equally often.
     """
     share = usage.share[usage.ranked].numpy()
-    if len(share) < FEWEST:
-        raise ValueError(
-            f"The adapter moves {len(share)} latents on {usage.n_tokens} tokens; accepted for a fit: {FEWEST} or more. "
-            "Use more data, or an adapter that was trained with a smaller l1."
-        )
+    if len(share) < MIN_FITTED:
+        what, got = "The number of latents that the adapter moves", f"{len(share)} on {usage.n_tokens} tokens"
+        advice = "Use more data, or an adapter that was trained with a smaller l1."
+        raise refusal(ValueError, what, got, f"{MIN_FITTED} or more for a fit", advice)
     ranks = np.arange(1, len(share) + 1)
     slope, intercept = np.polyfit(ranks, np.log(share), 1)
     spread = float(((share - share.mean()) ** 2).sum())
     if spread == 0:
         raise ValueError(
-            f"Each of {len(share)} latents is moved on {share[0]:.1%} of the tokens: their use does not fall with "
-            "rank. An adapter becomes sparse in training, with a larger l1."
+            f"Each of {len(share)} latents is moved on {share[0]:.1%} of the tokens, so their usage does not fall with "
+            "rank. Train the adapter longer or with a larger l1: it becomes sparse in training."
         )
     (a, rate), _ = curve_fit(_exponential, ranks, share, p0=(np.exp(intercept), -slope))
-    rest = float(((share - _exponential(ranks, a, rate)) ** 2).sum())
-    return Decay(float(a), float(1 / rate), 1 - rest / spread, 1, len(share))
+    residual = float(((share - _exponential(ranks, a, rate)) ** 2).sum())
+    return Decay(float(a), float(1 / rate), 1 - residual / spread, 1, len(share))
 
 
 def _exponential(ranks: Any, a: float, rate: float) -> Any:

@@ -95,15 +95,17 @@ def test_paired_differences_leave_out_what_is_too_short():
     # A mean of two draws from 0.2 and 0.4 is either of them a quarter of the time.
     assert (found.low, found.high) == pytest.approx((0.2, 0.4))
     values[0]["repetition"][0] = math.nan
-    with pytest.raises(ValueError, match="1 of 4 prompts have two texts that are long enough for repetition"):
+    with pytest.raises(
+        ValueError, match="with two texts that are long enough for repetition is 1 of 4; accepted: 2 or more"
+    ):
         Coherence([], [], *values).compare("repetition")
 
 
 def test_prompts_that_cannot_be_continued(model, tokenizer, adapter):
     for prompts, settings, message in (
-        ([[1, 5]], {}, "`prompts` are 1; accepted: two or more"),
-        ([[1, 5], []], {}, "none of them empty"),
-        (PROMPTS, {"max_new_tokens": 124}, "are 132 tokens; accepted: 128"),
+        ([[1, 5]], {}, "`prompts` that are not empty is 1 of 1; accepted: all, and 2 or more for an interval"),
+        ([[1, 5], []], {}, "`prompts` that are not empty is 1 of 2; accepted: all"),
+        (PROMPTS, {"max_new_tokens": 124}, "is 132 tokens; accepted: up to 128"),
     ):
         with pytest.raises(ValueError, match=message):
             compare_texts(model, tokenizer, adapter, prompts, progress=False, **settings)

@@ -73,7 +73,7 @@ def test_measures_worked_by_hand():
     # Larger than 0, equal to -1, less than 2.
     assert scores.win_rate(base) == pytest.approx(0.5)
     assert scores.win_rate_interval(base) == (wilson(1, 3)[0], wilson(2, 3)[1])
-    with pytest.raises(ValueError, match="`base` scores 2 triples; accepted: the same 3"):
+    with pytest.raises(ValueError, match="`base` is scores of 2 triples; accepted: scores of the same 3"):
         scores.win_rate(Scores(torch.zeros(2), torch.zeros(2)))
 
 

@@ -167,8 +167,8 @@ def test_a_set_beside_random_ones_by_hand():
 
 def test_sets_that_cannot_be_masked(model, adapter, responses, used):
     for latents, settings, message in (
-        ([], {}, "`latents` are none; accepted: one or more numbers from 0 to 127"),
-        ([4, 128, -1], {}, r"`latents` hold \[128, -1\]"),
+        ([], {}, "`latents` is empty; accepted: one or more numbers from 0 to 127"),
+        ([4, 128, -1], {}, r"Part of `latents` is \[128, -1\]"),
         ([D_SAE_OUT - 1], {}, "None of the 1 given latents is moved"),
         ([4], {"n_random": 1}, "`n_random` is 1; accepted: 2 or more"),
     ):

@@ -412,7 +412,7 @@ def test_saving_where_it_cannot_be(sae_out, tmp_path) -> None:
     adapter = make_adapter(sae_out)
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path / "file", tmp_path / "missing" / "adapter"):
-        with pytest.raises(AdapterError, match="accepted: a folder, in one that exists"):
+        with pytest.raises(AdapterError, match="accepted: a folder in one that exists"):
             adapter.save(path)
     assert (tmp_path / "file").read_text() == "mine"
 

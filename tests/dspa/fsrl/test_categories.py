@@ -25,5 +25,5 @@ def test_shares_of_nothing():
     nothing = Usage(torch.tensor([0, 3]), torch.tensor([0.0, 1.0]), 10)
     with pytest.raises(ValueError, match="moves 1 latents and none of the labelled ones"):
         category_shares(nothing, Labels({0: "a"}, 2))
-    with pytest.raises(ValueError, match="labels are of 3 latents and the use of 2"):
+    with pytest.raises(ValueError, match="labels are of 3 latents and the usage is of 2"):
         category_shares(nothing, Labels({0: "a"}, 3))

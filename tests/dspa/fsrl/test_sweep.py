@@ -75,10 +75,10 @@ def test_sweeps_that_cannot_be(model, tokenizer, tmp_path):
         train_sweep(model, tokenizer, TRIPLES, saes, settings, out, eval_triples=HELD_OUT, config=TINY)
 
     sae = make_sae(L_OUT, D_SAE_OUT)
-    with pytest.raises(TrainingError, match="2 SAEs and 1 settings, of which some are the same: 1 differ"):
+    with pytest.raises(TrainingError, match="2 SAEs and 1 settings make 1 different adapters"):
         sweep([sae, make_sae(L_OUT, D_SAE_OUT, seed=3)], [ADAPTER])
     with pytest.raises(ModelError, match="sits at layer 7; accepted: 0 to 3"):
         sweep([sae, make_sae(7, D_SAE_OUT)], [ADAPTER])
-    with pytest.raises(TrainingError, match="accepted: a folder, in one that exists"):
+    with pytest.raises(TrainingError, match="accepted: a folder in one that exists"):
         sweep([sae], [ADAPTER], tmp_path / "no" / "sweep")
     assert not (tmp_path / "sweep").exists()

@@ -338,7 +338,7 @@ def test_refusals(model, tokenizer, tmp_path, monkeypatch):
     (tmp_path / "full" / "file").touch()
     with pytest.raises(TrainingError, match=r"holds \['file'\]"):
         run(model, tokenizer, tmp_path / "full")
-    with pytest.raises(TrainingError, match=r"There are 3 triples; accepted: a batch \(4\) or more"):
+    with pytest.raises(TrainingError, match=r"The number of triples is 3; accepted: a batch \(4\) or more"):
         run(model, tokenizer, tmp_path / "out", triples=TRIPLES[:3])
     bare = word_tokenizer()
     bare.pad_token = None

@@ -94,7 +94,7 @@ def test_a_fit_is_the_best_in_squares_and_says_how_good(used):
 
 
 def test_what_cannot_be_fitted():
-    with pytest.raises(ValueError, match="moves 3 latents on 10 tokens; accepted for a fit: 8 or more"):
+    with pytest.raises(ValueError, match="that the adapter moves is 3 on 10 tokens; accepted: 8 or more for a fit"):
         fit_decay(Usage(torch.tensor([1, 2, 3, 0]), torch.zeros(4), 10))
     with pytest.raises(ValueError, match=r"Each of 9 latents is moved on 50\.0% of the tokens"):
         fit_decay(Usage(torch.full((9,), 5), torch.zeros(9), 10))
