@@ -28,8 +28,7 @@ from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.config import TrainingConfig
 from dspa.fsrl.lending import trainable
 from dspa.fsrl.results import HeldOut, held_out
-from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of
-from dspa.models.layers import model_name as name_of
+from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of, loaded_name
 from dspa.training_folder import TrainingFolder
 
 
@@ -218,7 +217,7 @@ def _settings(
 ) -> dict[str, Any]:
     """Return everything that decides the result of a training."""
     return {
-        "model_name": model_name or name_of(model),
+        "model_name": model_name or loaded_name(model),
         "model_dtype": str(model.dtype),
         "layer": adapter.sae.layer,
         "sae": adapter.sae.fingerprint,

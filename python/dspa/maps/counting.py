@@ -19,8 +19,15 @@ from dspa.data.triples import Triple
 from dspa.errors import ModelError
 from dspa.maps.pieces import Piece, key_of
 from dspa.maps.shards import ROW_QUANTUM, CollectSettings, Counts, Shard
-from dspa.models.layers import base_model, check_eval, check_finite, context_length, decoder_layers, device_of
-from dspa.models.layers import model_name as name_of
+from dspa.models.layers import (
+    base_model,
+    check_eval,
+    check_finite,
+    context_length,
+    decoder_layers,
+    device_of,
+    loaded_name,
+)
 from dspa.models.reading import read_layers
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_saes, required_layer
@@ -71,7 +78,7 @@ class TripleCounter:
         called: str | None,
     ) -> None:
         self.model, self.tokenizer, self.layers = base_model(model), tokenizer, layers
-        self.name, self.batch_tokens = called or name_of(self.model), batch_tokens
+        self.name, self.batch_tokens = called or loaded_name(self.model), batch_tokens
         check_eval(self.model)
         stack = decoder_layers(self.model, layers)
         check_saes(sae_in, sae_out, self.model, len(stack), called)

@@ -66,9 +66,11 @@ def hidden_size(model: nn.Module) -> int:
     return int(base_model(model).config.get_text_config().hidden_size)
 
 
-def model_name(model: nn.Module) -> str:
-    """The name that `model` was loaded by, of a local folder its last part; empty for a model made from a
-    configuration."""
+def loaded_name(model: nn.Module) -> str:
+    """Return the name by which `model` was loaded.
+
+    It is the last part of a local folder's path, and empty for a model made from a configuration.
+    """
     name = str(base_model(model).config.name_or_path or "")
     return Path(name).resolve().name if name and Path(name).is_dir() else name
 

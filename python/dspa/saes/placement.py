@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from dspa.errors import ModelError
-from dspa.models.layers import check_model_name, hidden_size, model_name
+from dspa.models.layers import check_model_name, hidden_size, loaded_name
 from dspa.saes.frozen import FrozenSAE
 
 
@@ -46,4 +46,4 @@ def check_made_for(name: str, sae: FrozenSAE, model: nn.Module, called: str | No
             f"`{name}` reads {sae.d_in} dimensions and the model's hidden size is {hidden_size(model)}: it is an SAE "
             "of another model."
         )
-    check_model_name(f"`{name}` was made for", sae.model_name or "", called or model_name(model))
+    check_model_name(f"`{name}` was made for", sae.model_name or "", called or loaded_name(model))

@@ -24,8 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dspa.data.texts import TextFile
 from dspa.errors import ModelError, TrainingError
-from dspa.models.layers import base_model, check_eval, context_length, decoder_layers
-from dspa.models.layers import model_name as name_of
+from dspa.models.layers import base_model, check_eval, context_length, decoder_layers, loaded_name
 from dspa.saes.activations import Activations, Position
 from dspa.saes.batchtopk import begin_threshold, jumprelu, new_sae, started_sae
 from dspa.saes.config import SAETrainingConfig
@@ -170,7 +169,7 @@ def _prepare(
     if find_spec("sae_lens") is None:
         raise RuntimeError('Training an SAE needs sae-lens: pip install "dspa-kernels[saelens]".')
     config, inner, folder = config or SAETrainingConfig(), base_model(model), TrainingFolder(Path(out))
-    called = model_name or name_of(inner)
+    called = model_name or loaded_name(inner)
     _check_model(inner, layer, layers, start, called)
     folder.check()
     file = texts if isinstance(texts, TextFile) else TextFile(texts)

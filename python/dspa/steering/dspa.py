@@ -22,8 +22,8 @@ from dspa.models.layers import (
     check_model_name,
     decoder_layers,
     device_of,
+    loaded_name,
 )
-from dspa.models.layers import model_name as name_of
 from dspa.models.prompts import Prompts
 from dspa.models.reading import READING, hidden, read_layers
 from dspa.saes.frozen import FrozenSAE
@@ -187,7 +187,7 @@ class Steering(Attachable, nn.Module):
         self.check_unattached()
         stack = decoder_layers(inner, layers)
         check_saes(self.sae_in, self.sae_out, inner, len(stack), model_name)
-        check_model_name("The map was made with", self.cdmap.meta.model_name, model_name or name_of(inner))
+        check_model_name("The map was made with", self.cdmap.meta.model_name, model_name or loaded_name(inner))
         attachment = Attachment.of(inner)
         taken = [each for each in attachment.attached if isinstance(each, Steering)]
         if any(each.sae_out.layer == self.sae_out.layer for each in taken):
