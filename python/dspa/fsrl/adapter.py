@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dspa.errors import AdapterError, ModelError, refusal
+from dspa.errors import AdapterError, refusal
 from dspa.files import checksum, read_tensors, write_atomically, write_tensors
 from dspa.fsrl.config import FSRLConfig
-from dspa.models.attachment import Attachable, Attachment
-from dspa.models.layers import base_model, decoder_layers, device_of
-from dspa.models.reading import forget_graphs, hidden
+from dspa.models.attachment import Attachable
+from dspa.models.layers import CausalLM, device_of
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_sae, required_layer
 from dspa_kernels import fsrl_residual
@@ -46,6 +45,9 @@ class FSRLAdapter(Attachable, nn.Module):
     Trainable are `W_a` [d_sae, d_in], one row per latent, `b_a` [d_sae], and `threshold` [d_sae] for soft_threshold or
     `log_threshold` [d_sae] for jumprelu, all fp32. They start so small that nothing changes beyond rounding. W_a is
     multiplied in the dtype of the residual.
+
+    Attaching adds nothing to the model's modules, so its own parameters stay apart. While the adapter is attached,
+    `save_pretrained` refuses, since it would lose it. A compiled model is compiled anew at `attach()` and `detach()`.
 
     Args:
         sae: the SAE, which stays as it is.
@@ -82,7 +84,6 @@ class FSRLAdapter(Attachable, nn.Module):
         elif self.config.activation == "jumprelu":
             self.log_threshold = nn.Parameter(thresholds.log())
         self._moves: Moves | None = None
-        self._ran = False
         self._cast: Tensor | None = None
         self._cast_version = 0
 
@@ -183,40 +184,14 @@ class FSRLAdapter(Attachable, nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def attach(self, model: nn.Module, *, layers: str | None = None, model_name: str | None = None) -> FSRLAdapter:
-        """Move the latents of every token of `model`, until `detach()` or the end of a `with` block.
+    @property
+    def layer(self) -> int:
+        """Layer of the SAE."""
+        return required_layer(self.sae)
 
-        The adapter and its SAE move to the layer's device. Nothing is added to the model's modules, so the model's
-        parameters stay its own. `save_pretrained` would lose the adapter and refuses meanwhile. Compiled code is
-        compiled again, here and at `detach()`.
-
-        Args:
-            model: a transformers causal language model, or one in a PEFT wrapper.
-            layers: dotted path of the list of decoder layers, for an unknown architecture.
-            model_name: name of the model, if its own name or path does not show it.
-
-        Raises:
-            ModelError: an adapter that is attached already, or an SAE of another width, layer or model.
-        """
-        inner = base_model(model)
-        self.check_unattached()
-        stack = decoder_layers(inner, layers)
-        check_sae("sae", self.sae, inner, len(stack), model_name)
-        attachment = Attachment.of(inner)
-        adapters = [attached for attached in attachment.attached if isinstance(attached, FSRLAdapter)]
-        if any(adapter.sae.layer == self.sae.layer for adapter in adapters):
-            raise ModelError(f"Layer {self.sae.layer} of this model has an adapter already: dspa.detach(model) first.")
-        layer = stack[required_layer(self.sae)]
-        self.to(device_of(layer))
-        self._attached_to(attachment, layer.register_forward_hook(self._edit, prepend=True).remove)
-        forget_graphs()
-        return self
-
-    def detach(self) -> None:
-        """Leave the model as it was. Does nothing when not attached."""
-        if self._attachment is not None:
-            forget_graphs()
-        super().detach()
+    def _prepare(self, model: CausalLM, stack: nn.ModuleList, model_name: str | None) -> None:
+        check_sae("sae", self.sae, model, len(stack), model_name)
+        self.to(device_of(stack[self.layer]))
 
     @contextmanager
     def recording(self) -> Iterator[Moves]:
@@ -227,14 +202,9 @@ class FSRLAdapter(Attachable, nn.Module):
         finally:
             self._moves = before
 
-    def _edit(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        self._ran = True
-        if not self.enabled:
-            return None
-        steered = self(hidden(output))
-        return (steered, *output[1:]) if isinstance(output, tuple) else steered
-
-    # Called by the `Attachment`
+    def _edit(self, h: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        steered: Tensor = self(h)
+        return steered
 
     @property
     def unsaved(self) -> str:
@@ -243,22 +213,6 @@ class FSRLAdapter(Attachable, nn.Module):
             f"save_pretrained would write the model without the FSRL adapter at layer {self.sae.layer}. Save that by "
             "adapter.save(folder), and detach() it before the model is saved."
         )
-
-    def before_call(self) -> None:
-        """Forget that the hook ran."""
-        self._ran = False
-
-    def after_call(self, _token: None) -> None:
-        """Check that the hook ran.
-
-        Raises:
-            ModelError: the hook did not run.
-        """
-        if not self._ran:
-            raise ModelError(
-                f"The hook at layer {self.sae.layer} did not run, so the adapter moved nothing: this generate() "
-                "does not go through the model's layers."
-            )
 
     def save(self, path: str | Path) -> None:
         """Write the folder `path`: adapter.safetensors, and adapter.json with settings and the SAE's fingerprint.

@@ -1,50 +1,80 @@
-"""What is attached to a model, and what travels with a call of it: each prompt's plan, as keyword tensors that
-`generate()` carries.
+"""What is attached to a model, and the keyword tensors that carry each prompt's plan through `generate()`.
 
-Nothing here guesses what a call is. What a row steers is decided from the whole prompt before generation
-starts, and reaches the layers as keywords of one row a sequence, which `generate()` itself repeats for beams
-and return sequences; a token is then gated by its position alone. So the same row steers the same way alone,
-padded, in chunks, with or without a cache, in a compiled model.
+Nothing here guesses what a call of the model is. A row's plan is made from its whole prompt before generation starts.
+It reaches the layers as keyword tensors with one row per sequence, which `generate()` itself repeats for beams and
+return sequences. A token is then gated by its position alone. So the same row is changed in the same way alone, padded,
+in chunks, with or without a cache, and in a compiled model.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dspa.errors import ModelError
-from dspa.models.layers import CausalLM, base_model
+from dspa.models.layers import CausalLM, base_model, decoder_layers
 from dspa.models.prompts import Prompts, generate_prompts
+from dspa.models.reading import forget_graphs, hidden
 
 ATTRIBUTE = "_dspa_attachment"
+# Held while `Attachable` counts its calls. Not an attribute of it, since a lock cannot be copied.
+_COUNTING = threading.Lock()
 
 
 class Attachable(ABC):
-    """Something attached to one model at a time, until it is detached or a `with` block ends.
+    """Something that changes the residual at the output of one layer of one model, while it is attached.
 
-    A subclass registers its hooks in `attach()`, which ends with `_attached_to()`, and overrides what it needs of
-    `keywords`, `keyword_tensors`, `before_call`, `after_call` and `unsaved`. Its hooks do nothing where `enabled` is
-    False.
+    A subclass has `layer`, `_prepare()` and `_edit()`. One that needs a plan per prompt adds `keywords` and
+    `keyword_tensors()`; its `_edit()` finds the plan among the keywords of the layer.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.enabled = True
         self._attachment: Attachment | None = None
+        self._layers: str | None = None
         self._undo: list[Callable[[], None]] = []
+        self._n_calls = 0
+        self._acted = False
 
-    @abstractmethod
     def attach(self: A, model: nn.Module, *, layers: str | None = None, model_name: str | None = None) -> A:
-        """Act on `model` until `detach()`, or until the end of a `with` block."""
+        """Act on `model` until `detach()`, or until the end of a `with` block.
+
+        Args:
+            model: a transformers causal language model, or one in a PEFT wrapper.
+            layers: dotted path of its list of decoder layers, for an unknown architecture.
+            model_name: name of the model, if its own name or path does not give it.
+
+        Raises:
+            ModelError: this is attached already, or another of its kind is attached to the same layer.
+            ModelError: a model of an unknown architecture, or one that this does not fit.
+        """
+        inner, kind = base_model(model), type(self).__name__
+        if self._attachment is not None:
+            holder = type(self._attachment.model).__name__
+            raise ModelError(f"This {kind} is attached to a {holder} already: detach() it first.")
+        stack, attachment = decoder_layers(inner, layers), Attachment.of(inner)
+        if any(isinstance(other, type(self)) and other.layer == self.layer for other in attachment.attached):
+            raise ModelError(f"Layer {self.layer} of this model has another {kind}: dspa.detach(model) first.")
+        self._prepare(inner, stack, model_name)
+        self._undo = [attachment.add(self)]
+        self._undo += [handle.remove for handle in self._register_hooks(inner, stack[self.layer])]
+        self._attachment, self._layers = attachment, layers
+        self._forget_graphs()
+        return self
 
     def detach(self) -> None:
         """Leave the model as it was. Does nothing when not attached."""
+        if self._attachment is not None:
+            self._forget_graphs()
         while self._undo:
             self._undo.pop()()
         self._attachment = None
@@ -57,7 +87,7 @@ class Attachable(ABC):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Leave residuals as they are for a while: the base model runs."""
+        """Leave residuals as they are within a `with` block, in all threads: the base model runs."""
         before, self.enabled = self.enabled, False
         try:
             yield
@@ -66,44 +96,79 @@ class Attachable(ABC):
 
     def check_attached(self, model: nn.Module) -> None:
         """Raise `ModelError` unless this is attached to `model`."""
-        if self not in Attachment.of(base_model(model)).attached:
+        if self._attachment is None or self._attachment.model is not base_model(model):
             name = type(self).__name__
             raise ModelError(f"The {name} is not attached to this model, so it would change nothing: attach it first.")
 
-    def check_unattached(self) -> None:
-        """Raise `ModelError` if this is attached already."""
-        if self._attachment is not None:
-            name, held = type(self).__name__, type(self._attachment.model).__name__
-            raise ModelError(f"This {name} is attached to a {held} already: detach() it first.")
+    @contextmanager
+    def checked_call(self) -> Iterator[None]:
+        """Raise `ModelError` at the end of a call of the model in which nothing was edited.
 
-    def _attached_to(self, attachment: Attachment, *undo: Callable[[], None]) -> None:
-        """Join `attachment`; `detach()` leaves it, and calls `undo`."""
-        self._undo = [attachment.add(self), *undo]
-        self._attachment = attachment
+        Several threads may call the model at the same time, so `_acted` is reset only when no other call runs.
+        """
+        with _COUNTING:
+            self._acted = self._acted and self._n_calls > 0
+            self._n_calls += 1
+        try:
+            yield
+            if not self._acted:
+                raise ModelError(
+                    f"The hook at layer {self.layer} did not run, so the {type(self).__name__} changed nothing. A "
+                    "model compiled before attach() does not see the hook: attach first, or call "
+                    "torch.compiler.reset() and compile again. Nor does a generate() that skips the model's layers."
+                )
+        finally:
+            with _COUNTING:
+                self._n_calls -= 1
 
-    # What an `Attachment` asks of it
+    # What a subclass defines
+
+    @property
+    @abstractmethod
+    def layer(self) -> int:
+        """Index of the decoder layer whose output is changed."""
+
+    @abstractmethod
+    def _prepare(self, model: CausalLM, stack: nn.ModuleList, model_name: str | None) -> None:
+        """Raise `ModelError` unless this fits `model`, then move to where the layers of `stack` compute."""
+
+    @abstractmethod
+    def _edit(self, h: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """Return the changed residual [B, T, d_in], or None to leave it as it is.
+
+        Args:
+            h: residual at the output of the layer [B, T, d_in].
+            kwargs: keywords that the layer was called with.
+        """
 
     @property
     def keywords(self) -> tuple[str, ...]:
-        """Names of the keyword tensors, unique among everything that is attached."""
+        """Names of the keyword tensors, new at each `attach()`."""
         return ()
+
+    def keyword_tensors(self, prompts: Prompts) -> dict[str, Tensor]:
+        """Return the plans of prompts as keyword tensors, one row per prompt."""
+        return {}
 
     @property
     def unsaved(self) -> str:
         """What `save_pretrained` would lose, and what to do about it; empty if nothing."""
         return ""
 
-    def keyword_tensors(self, _prompts: Prompts) -> dict[str, Tensor]:
-        """Plans of prompts as keyword tensors, one row per prompt."""
-        return {}
+    def _register_hooks(self, model: CausalLM, layer: nn.Module) -> list[RemovableHandle]:
+        return [layer.register_forward_hook(self._change_output, prepend=True, with_kwargs=True)]
 
-    @abstractmethod
-    def before_call(self) -> Any:
-        """Prepare for a call of the model; returns what `after_call` is given."""
+    def _change_output(self, _layer: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        edited = self._edit(hidden(output), kwargs) if self.enabled else None
+        if edited is None:
+            return None
+        self._acted = True
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
-    @abstractmethod
-    def after_call(self, _token: Any) -> None:
-        """Raise `ModelError` if the call did not do what it should have done."""
+    def _forget_graphs(self) -> None:
+        """Have compiled graphs compiled anew, unless they are told apart by the keywords."""
+        if not self.keywords:
+            forget_graphs()
 
 
 A = TypeVar("A", bound=Attachable)
@@ -153,21 +218,23 @@ class Attachment:
             names = [name for attachable in acting for name in attachable.keywords]
             if any(name in kwargs for name in names):  # a call that `generate()` makes of itself
                 return original(inputs, *args, **kwargs)
-            tokens = [attachable.before_call() for attachable in acting]
-            plans = {}
-            if names:
-                prompts = generate_prompts(self.model, inputs, args, kwargs)
-                plans = {
-                    name: rows for attachable in acting for name, rows in attachable.keyword_tensors(prompts).items()
-                }
-            assistant = kwargs.get("assistant_model")
-            with accepting(assistant, names) if assistant is not None else nullcontext():
+            with ExitStack() as calls:
+                for attachable in acting:
+                    calls.enter_context(attachable.checked_call())
+                plans: dict[str, Tensor] = {}
+                if names:
+                    prompts = generate_prompts(self.model, inputs, args, kwargs)
+                    for attachable in acting:
+                        plans |= attachable.keyword_tensors(prompts)
+                assistant = kwargs.get("assistant_model")
+                calls.enter_context(accepting(assistant, names) if assistant is not None else nullcontext())
                 result = original(inputs, *args, **kwargs, **plans)
-            for attachable, token in zip(acting, tokens, strict=True):
-                if attachable not in self.attached:
-                    name = type(attachable).__name__
-                    raise ModelError(f"A {name} was detached while generate() ran: the end of its text is unsteered.")
-                attachable.after_call(token)
+                for attachable in acting:
+                    if attachable not in self.attached or not attachable.enabled:
+                        raise ModelError(
+                            f"The {type(attachable).__name__} was detached or disabled while generate() ran: the end "
+                            "of its text is unsteered."
+                        )
             return result
 
         return generate

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dspa.config import SteeringConfig
 from dspa.errors import ModelError
@@ -16,16 +17,16 @@ from dspa.maps.cdmap import N_LARGE, ConditionalDifferenceMap
 from dspa.models.attachment import Attachable, Attachment
 from dspa.models.layers import (
     NOT_FINITE,
+    CausalLM,
     base_model,
     check_eval,
     check_finite,
     check_model_name,
-    decoder_layers,
     device_of,
     loaded_name,
 )
 from dspa.models.prompts import Prompts
-from dspa.models.reading import READING, hidden, read_layers
+from dspa.models.reading import READING, read_layers
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_saes, required_layer
 from dspa.steering.gates import first_steered, token_gate, whole_sequences
@@ -55,12 +56,15 @@ class Steering(Attachable, nn.Module):
         model.generate(**inputs, max_new_tokens=200)
     ```
 
-    Each prompt is read once up to `sae_in.layer` and chooses its latents of `sae_out`; every token that
-    predicts a response token is then edited at `sae_out.layer` where those latents are active. A forward pass
-    outside of `generate()` is steered within `responses(starts)` and refused otherwise.
+    Each prompt is read once up to `sae_in.layer` and chooses its latents of `sae_out`. Every token that predicts a
+    response token is then edited at `sae_out.layer` where those latents are active. A forward pass outside of
+    `generate()` is steered within `responses(starts)` and refused otherwise.
 
-    `plan` tells what the latest call steers, one row a prompt, in places of `cdmap.columns`; `trace`, made with
-    `record=True`, what was edited.
+    `plan` is the plan of the latest call, one row per prompt, in places of `cdmap.columns`. With `record=True`, `trace`
+    holds every edit.
+
+    Attaching moves the SAEs to where their layers compute. Compile the model afterwards: it is compiled anew for each
+    `attach()`, so call `torch.compiler.reset()` now and then in a long sweep.
 
     Args:
         sae_in, sae_out: the SAEs that the map was made with.
@@ -117,7 +121,6 @@ class Steering(Attachable, nn.Module):
         self._weights = MapWeights.gather(cdmap.columns, cdmap.values, sae_out.weights)
         self._stream = self._encoder_stream()
         self._starts: Tensor | None = None
-        self._layers: str | None = None
         self._calls = 0
         self._keys: dict[str, str] = {}
         with torch.inference_mode(False):
@@ -171,37 +174,23 @@ class Steering(Attachable, nn.Module):
 
     # Attaching
 
-    def attach(self, model: nn.Module, *, layers: str | None = None, model_name: str | None = None) -> Steering:
-        """Steer `model` until `detach()`, or until the end of a `with` block. The SAEs go where its layers are.
+    @property
+    def layer(self) -> int:
+        """Layer of the output SAE."""
+        return required_layer(self.sae_out)
 
-        Args:
-            model: a transformers causal language model, or one in a PEFT wrapper. Compile it afterwards; it is
-                compiled anew for each attach(), so in a long sweep call torch.compiler.reset() now and then.
-            layers: dotted path of its list of decoder layers, for an architecture that is not a known one.
-            model_name: what the model is, where its own name or path does not tell.
-
-        Raises:
-            ModelError: attached already; SAEs of another width, layer or model.
-        """
-        inner = base_model(model)
-        self.check_unattached()
-        stack = decoder_layers(inner, layers)
-        check_saes(self.sae_in, self.sae_out, inner, len(stack), model_name)
-        check_model_name("The map was made with", self.cdmap.meta.model_name, model_name or loaded_name(inner))
-        attachment = Attachment.of(inner)
-        taken = [each for each in attachment.attached if isinstance(each, Steering)]
-        if any(each.sae_out.layer == self.sae_out.layer for each in taken):
-            raise ModelError(f"Layer {self.sae_out.layer} of this model is steered already: dspa.detach(model) first.")
+    def _prepare(self, model: CausalLM, stack: nn.ModuleList, model_name: str | None) -> None:
+        check_saes(self.sae_in, self.sae_out, model, len(stack), model_name)
+        check_model_name("The map was made with", self.cdmap.meta.model_name, model_name or loaded_name(model))
         self._place(*(device_of(stack[required_layer(sae)]) for sae in (self.sae_in, self.sae_out)))
-        # A graph compiled for an earlier Steering must not be found again, so the keywords are new each time.
         self._mark_static_addresses()
+        # A graph compiled for an earlier Steering must not be found again.
         serial = next(self._serial)
         self._keys = {name: f"dspa_{serial}_{name}" for name in ("slots", "signs", "start", "rows")}
-        self._layers = layers
-        edit = stack[required_layer(self.sae_out)].register_forward_hook(self._edit, prepend=True, with_kwargs=True)
-        plan = inner.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
-        self._attached_to(attachment, edit.remove, plan.remove)
-        return self
+
+    def _register_hooks(self, model: CausalLM, layer: nn.Module) -> list[RemovableHandle]:
+        plan = model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
+        return [*super()._register_hooks(model, layer), plan]
 
     def _mark_static_addresses(self) -> None:
         """Tell compiled graphs that these tensors stay where they are: a CUDA graph need not copy them."""
@@ -220,10 +209,9 @@ class Steering(Attachable, nn.Module):
         if self._attachment is None:
             raise ModelError("This Steering is not attached: call attach(model) first.")
         self._starts = torch.as_tensor(starts)
-        before = self.before_call()
         try:
-            yield
-            self.after_call(before)
+            with self.checked_call() if self.enabled else nullcontext():
+                yield
         finally:
             self._starts = None
 
@@ -240,22 +228,15 @@ class Steering(Attachable, nn.Module):
         start = first_steered(prompts.last_position, self.config.positions)
         return dict(zip(self.keywords, (plan.slots, plan.signs, start), strict=True))
 
-    def before_call(self) -> dict[str, int]:
-        """Return `paths` before the call."""
-        return self.paths
-
-    def after_call(self, before: dict[str, int]) -> None:
-        """Raise `ModelError` if the call met no row, or one that was to be steered and was not finite."""
-        paths = self.paths
-        if all(paths[name] == before[name] for name in PATHS):
+    @contextmanager
+    def checked_call(self) -> Iterator[None]:
+        """Raise `ModelError` at the end of a call that was not steered, or met residuals that are not finite."""
+        before = self.paths["not_finite"]
+        with super().checked_call():
+            yield
+        if self.paths["not_finite"] != before:
             raise ModelError(
-                f"The hook at layer {self.sae_out.layer} did not run, so nothing was steered. A model compiled before "
-                "attach() does not see it: attach first, or call torch.compiler.reset() and compile again."
-            )
-        if paths["not_finite"] != before["not_finite"]:
-            raise ModelError(
-                f"Hidden states at layer {self.sae_out.layer} are NaN or infinite; those tokens were not steered. "
-                f"{NOT_FINITE}"
+                f"Hidden states at layer {self.layer} are NaN or infinite; those tokens were not steered. {NOT_FINITE}"
             )
 
     def _plan_prompts(self, prompts: Prompts) -> SteeringPlan:
@@ -310,11 +291,9 @@ class Steering(Attachable, nn.Module):
         tensors = {"slots": plan.slots, "signs": plan.signs, "rows": rows}
         return args, {**kwargs, **{self._keys[name]: tensor for name, tensor in tensors.items()}}
 
-    def _edit(
-        self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Tensor | tuple[Any, ...] | None:
+    def _edit(self, h: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """Steps 4 and 5 at the output of layer `l_out`."""
-        if not self.enabled or kwargs.get(READING) is not None:
+        if kwargs.get(READING) is not None:
             return None
         if self._keys["slots"] not in kwargs or kwargs.get("position_ids") is None:
             raise ModelError(
@@ -322,7 +301,6 @@ class Steering(Attachable, nn.Module):
                 "serving loop, or because this architecture keeps them from its layers and cannot be steered. Call "
                 "the model itself, or dspa.detach(model) first."
             )
-        h = hidden(output)
         self._check_device("sae_out", self.sae_out, h)
         positions = kwargs["position_ids"].expand(h.shape[:2]).to(h.device)
         slots, signs = (kwargs[self._keys[name]].to(h.device) for name in ("slots", "signs"))
@@ -344,8 +322,7 @@ class Steering(Attachable, nn.Module):
             self.trace.add(self._calls - 1, gate.get("rows"), positions.flatten(), latents, edits)
         else:
             edited = steer(*inputs, **settings)
-        edited = edited.view_as(h)
-        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+        return edited.view_as(h)
 
 
 def _check_backend(backend: str) -> None:

@@ -300,7 +300,7 @@ def test_refused_when_attaching(model, sae_in, sae_out) -> None:
     with adapter.attach(model):
         with pytest.raises(ModelError, match=r"attached to a .*ForCausalLM already"):
             adapter.attach(model)
-        with pytest.raises(ModelError, match="Layer 2 of this model has an adapter already"):
+        with pytest.raises(ModelError, match="Layer 2 of this model has another FSRLAdapter"):
             make_adapter(sae_out).attach(model)
         make_adapter(sae_in).attach(model).detach()
     for sae, message in (

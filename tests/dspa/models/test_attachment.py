@@ -1,23 +1,164 @@
-"""Attaching and detaching; nothing is left behind."""
+"""Attaching and detaching, for every kind of thing that can be attached; nothing is left behind."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from torch import Tensor, nn
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 import dspa
+from dspa.models.attachment import Attachable
+from dspa.models.layers import CausalLM, decoder_layers, device_of
+from dspa.testing import D_IN, L_OUT, make_model
 
 PROMPT = torch.tensor([[1, 5, 9, 33, 20, 7]])
+SETTINGS = {"max_new_tokens": 6, "do_sample": False}
+
+
+class AddVector(Attachable):
+    """Adds a vector to the residual: the least that a method of steering has to write."""
+
+    def __init__(self, layer: int, vector: Tensor) -> None:
+        super().__init__()
+        self._layer, self.vector = layer, vector
+
+    @property
+    def layer(self) -> int:
+        return self._layer
+
+    def _prepare(self, model: CausalLM, stack: nn.ModuleList, model_name: str | None) -> None:
+        self.vector = self.vector.to(device_of(stack[self.layer]))
+
+    def _edit(self, h: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        return h + self.vector
+
+
+@pytest.fixture
+def vector() -> AddVector:
+    return AddVector(L_OUT, 2 * torch.randn(D_IN, generator=torch.Generator().manual_seed(3)))
+
+
+def added_by_hand(model: PreTrainedModel, vector: AddVector) -> tuple[Tensor, Tensor]:
+    """Tokens and logits of `PROMPT`, by a hook written out here."""
+
+    def add(_module: Any, _args: Any, output: Any) -> Any:
+        return (output[0] + vector.vector, *output[1:]) if isinstance(output, tuple) else output + vector.vector
+
+    handle = decoder_layers(model)[vector.layer].register_forward_hook(add)
+    with torch.no_grad():
+        answer = model.generate(PROMPT, **SETTINGS), model(PROMPT).logits
+    handle.remove()
+    return answer
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "gpt_neox"])
+def test_another_kind_of_attachable(family, vector):
+    model = make_model(family)
+    before = dict(model.__dict__)
+    tokens, logits = added_by_hand(model, vector)
+    base, base_logits = model.generate(PROMPT, **SETTINGS), model(PROMPT).logits
+    assert not torch.equal(tokens, base)
+    with vector.attach(model) as attached, torch.no_grad():
+        assert attached is vector
+        assert torch.equal(model.generate(PROMPT, **SETTINGS), tokens) and torch.equal(model(PROMPT).logits, logits)
+        with vector.disabled():
+            assert torch.equal(model.generate(PROMPT, **SETTINGS), base)
+            assert torch.equal(model(PROMPT).logits, base_logits)
+        assert torch.equal(model.generate(PROMPT, **SETTINGS), tokens)
+    assert model.__dict__ == before and torch.equal(model(PROMPT).logits, base_logits)
+
+
+def test_it_stands_at_one_layer_with_the_others(gemma, vector, steering):
+    """A kind has a layer to itself; another kind may be there, too, and what was attached last acts first."""
+    added, _ = added_by_hand(gemma, vector)
+    with steering.attach(gemma):
+        steered = gemma.generate(PROMPT, **SETTINGS)
+        with vector.attach(gemma):
+            with pytest.raises(dspa.ModelError, match="Layer 2 of this model has another AddVector"):
+                AddVector(L_OUT, vector.vector).attach(gemma)
+            assert not torch.equal(gemma.generate(PROMPT, **SETTINGS), steered)
+            with vector.disabled():
+                assert torch.equal(gemma.generate(PROMPT, **SETTINGS), steered)
+            with steering.disabled():
+                assert torch.equal(gemma.generate(PROMPT, **SETTINGS), added)
+        assert torch.equal(gemma.generate(PROMPT, **SETTINGS), steered)
+
+
+def test_a_compiled_model_sees_every_change(gemma, vector):
+    torch.compiler.reset()
+    compiled = torch.compile(gemma, backend="eager")
+    _, logits = added_by_hand(gemma, vector)
+    with torch.no_grad():
+        base = compiled(PROMPT).logits
+        with vector.attach(gemma):
+            torch.testing.assert_close(compiled(PROMPT).logits, logits)
+            with vector.disabled():
+                torch.testing.assert_close(compiled(PROMPT).logits, base)
+            torch.testing.assert_close(compiled(PROMPT).logits, logits)
+        torch.testing.assert_close(compiled(PROMPT).logits, base)
+    assert (logits - base).abs().max() > 0.1
+    torch.compiler.reset()
+
+
+def test_a_call_without_an_edit(gemma, vector):
+    with vector.attach(gemma):
+        with vector.checked_call():
+            gemma(PROMPT)
+        for _ in range(2):
+            with pytest.raises(dspa.ModelError, match="layer 2 did not run, so the AddVector"), vector.checked_call():
+                pass
+        with pytest.raises(ZeroDivisionError), vector.checked_call():
+            _ = 1 / 0
+
+
+def test_a_call_that_begins_does_not_hide_the_edits_of_another(gemma, vector):
+    """As of two threads, the second of which begins after the last pass of the first."""
+    with vector.attach(gemma):
+        first, second = vector.checked_call(), vector.checked_call()
+        first.__enter__()
+        gemma(PROMPT)
+        second.__enter__()
+        first.__exit__(None, None, None)
+        gemma(PROMPT)
+        second.__exit__(None, None, None)
+        with pytest.raises(dspa.ModelError, match="did not run"), vector.checked_call():
+            pass
+
+
+def test_check_attached(gemma, vector, steering, sae_out):
+    other = make_model("llama")
+    for attachable in (vector, steering, dspa.fsrl.FSRLAdapter(sae_out)):
+        message = f"The {type(attachable).__name__} is not attached to this model"
+        with pytest.raises(dspa.ModelError, match=message):
+            attachable.check_attached(gemma)
+        with attachable.attach(gemma):
+            attachable.check_attached(gemma)
+            with pytest.raises(dspa.ModelError, match=message):
+                attachable.check_attached(other)
+            with attachable.disabled():
+                attachable.check_attached(gemma)
+        with pytest.raises(dspa.ModelError, match=message):
+            attachable.check_attached(gemma)
+
+
+def test_check_attached_to_a_wrapped_model(vector):
+    peft = pytest.importorskip("peft")
+    model = make_model("gemma2")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with vector.attach(wrapped):
+        vector.check_attached(wrapped)
+        vector.check_attached(model)
 
 
 def test_attach_twice(gemma, steering, sae_in, sae_out, cdmap):
     steering.attach(gemma)
     with pytest.raises(dspa.ModelError, match=r"attached to a Gemma2ForCausalLM already: detach\(\) it first"):
         steering.attach(gemma)
-    with pytest.raises(dspa.ModelError, match="Layer 2 of this model is steered already"):
+    with pytest.raises(dspa.ModelError, match="Layer 2 of this model has another Steering"):
         dspa.Steering(sae_in, sae_out, cdmap).attach(gemma)
     steering.detach()
     steering.detach()
@@ -32,7 +173,7 @@ def test_detach_while_generating(gemma, steering):
             return torch.tensor([False])
 
     steering.attach(gemma)
-    with pytest.raises(dspa.ModelError, match="detached while generate"):
+    with pytest.raises(dspa.ModelError, match="detached or disabled while generate"):
         gemma.generate(PROMPT, max_new_tokens=4, stopping_criteria=StoppingCriteriaList([Detach()]))
 
 
