@@ -1,8 +1,8 @@
-"""Triples a second, and memory, of collecting a map's counts on the CPU: `python -m bench.offline.collect`.
+"""Triples per second and memory of collecting a map's counts on the CPU: `python -m bench.offline.collect`.
 
-Beside `dspa.collect` stand the published three full passes with the same op, and a script that does the same with
-SAELens and TransformerLens in the obvious way. Each runs in a process of its own, on the same triples; their counts
-have to agree.
+`dspa.collect` is compared with the published three full passes with the same op, and with a script that does the same
+with SAELens and TransformerLens in the obvious way. Each runs in a process of its own, on the same triples, and their
+counts have to agree.
 """
 
 from __future__ import annotations
@@ -24,19 +24,31 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.harness.machine import describe
 from dspa import FrozenSAE, collect, load_triples
 from dspa.data.tokens import tokenize_triple
 from dspa.demo.load import ASSETS
 from dspa.demo.train import MODEL_NAME
+from dspa.testing import make_model, make_sae_for, make_tokenizer
 from dspa_kernels import activation_counts
 
-# Four layers of 512 with the vocabulary of gelu-4l, a model of that size that is much used.
-FOUR_LAYERS = {"num_hidden_layers": 4, "hidden_size": 512, "intermediate_size": 2048, "vocab_size": 48_262}
+# A Gemma-2 of four layers of 512 with the vocabulary of gelu-4l, a model of that size that is much used.
+FOUR_LAYERS = {
+    "num_hidden_layers": 4,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "vocab_size": 48_262,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "query_pre_attn_scalar": 64,
+    "max_position_embeddings": 2048,
+    "sliding_window": 4096,
+    "initializer_range": 0.02,
+}
 D_SAE, L0, LAYERS = 16_384, 40, (1, 2)
 PROMPT, RESPONSE, SPREAD = 150, 200, 0.5
 BATCH_TOKENS = 8192
@@ -62,33 +74,23 @@ class Case:
 
 
 def write_four_layers(folder: Path, n_triples: int) -> Case:
-    """A Gemma-2 with random weights, and SAEs of which about L0 latents are active on its residuals."""
-    torch.manual_seed(0)
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "query_pre_attn_scalar": 64}
-    config = Gemma2Config(**FOUR_LAYERS, **heads, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    words = {"<pad>": 0, "<bos>": 1, "<unk>": 2} | {f"w{n}": n for n in range(3, config.vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    names = {"bos_token": "<bos>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder / MODEL_NAME)
+    """A Gemma-2 with random weights, and SAEs with about L0 latents active on its residuals."""
+    model = make_model("gemma2", **FOUR_LAYERS)
+    n_words = model.config.vocab_size
+    make_tokenizer(vocab_size=n_words).save_pretrained(folder / MODEL_NAME)
     model.save_pretrained(folder / MODEL_NAME)
     rng = random.Random(0)
 
     def text(middle: int) -> str:
         n = max(4, min(700, int(rng.lognormvariate(np.log(middle), SPREAD))))
-        return " ".join(f"w{rng.randrange(3, config.vocab_size)}" for _ in range(n))
+        return " ".join(f"w{rng.randrange(3, n_words)}" for _ in range(n))
 
     rows = [{"prompt": text(PROMPT), "chosen": text(RESPONSE), "rejected": text(RESPONSE)} for _ in range(n_triples)]
     (folder / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with torch.no_grad():
-        hidden = model(torch.randint(3, config.vocab_size, (8, 256)), output_hidden_states=True).hidden_states
+        hidden = model(torch.randint(3, n_words, (8, 256)), output_hidden_states=True).hidden_states
     for name, layer in zip(("sae_in", "sae_out"), LAYERS, strict=True):
-        W_dec = torch.nn.functional.normalize(torch.randn(D_SAE, config.hidden_size), dim=1)
-        pre = hidden[layer + 1].flatten(0, 1) @ W_dec.T
-        threshold = torch.full((D_SAE,), float(pre.flatten()[: 1 << 24].quantile(1 - L0 / D_SAE)))
-        FrozenSAE("jumprelu", W_dec.T, torch.zeros(D_SAE), W_dec, threshold=threshold, layer=layer).save(folder / name)
+        make_sae_for(hidden[layer + 1].flatten(0, 1), layer, D_SAE, L0 / D_SAE, seed=layer).save(folder / name)
     return Case(folder, n_triples)
 
 
@@ -106,17 +108,17 @@ def ours(case: Case) -> Callable[[], Counts]:
         )  # fmt: skip
         total = [torch.zeros(sae.d_sae, dtype=torch.int64) for sae in (sae_in, sae_out, sae_out)]
         names = ("prompt", "chosen", "rejected")
-        for shard in counts.shards(*(f"{name}.{each}" for name in names for each in ("latents", "counts"))):
-            for each, name in zip(total, names, strict=True):
-                each.index_add_(0, shard[f"{name}.latents"].long(), shard[f"{name}.counts"].long())
+        for shard in counts.shards(*(f"{name}.{part}" for name in names for part in ("latents", "counts"))):
+            for sums, name in zip(total, names, strict=True):
+                sums.index_add_(0, shard[f"{name}.latents"].long(), shard[f"{name}.counts"].long())
         return total[0], total[1], total[2]
 
     return run
 
 
 def three_passes(case: Case) -> Callable[[], Counts]:
-    """Prompt, prompt + chosen and prompt + rejected through the whole model, in batches of like length within the same
-    budget, with the op of this package."""
+    """Prompt, prompt + chosen and prompt + rejected through the whole model, with the op of this package, in batches of
+    similar lengths within the same budget."""
     model, tokenizer, sae_in, sae_out = case.load()
 
     def run() -> Counts:
@@ -157,14 +159,14 @@ def counted(model: Any, sae: FrozenSAE, rows: list[tuple[list[int], int]]) -> Te
 
 
 def sae_lens_script(case: Case) -> Callable[[], Counts]:
-    """A triple at a time: `run_with_cache` of TransformerLens, `encode` of SAELens, count what is above zero."""
+    """Triple by triple: TransformerLens' `run_with_cache`, SAELens' `encode`, and a count of what is above zero."""
     from sae_lens import SAE
     from transformer_lens.model_bridge import TransformerBridge
 
     hf, tokenizer, *saes = case.load()
     name = str(case.folder / MODEL_NAME)
     model = TransformerBridge.boot_transformers(name, hf_model=hf, tokenizer=tokenizer, device="cpu")
-    lens = [SAE.load_from_disk(str(case.folder / each)).float() for each in ("sae_in", "sae_out")]
+    lens = [SAE.load_from_disk(str(case.folder / sae)).float() for sae in ("sae_in", "sae_out")]
 
     def active(tokens: list[int], which: int, start: int) -> Tensor:
         hook = f"blocks.{saes[which].layer}.hook_resid_post"
@@ -192,30 +194,39 @@ def peak_gb() -> float:
 
 
 def measure(folder: Path, n_triples: int, method: str, rounds: int, out: Path) -> None:
-    """In a process of its own: the best of some rounds, and peak memory above what loading took."""
+    """Write seconds of all rounds, peak memory, and the memory after loading; runs in a process of its own."""
     run = METHODS[method](Case(folder, n_triples))
     loaded, seconds = peak_gb(), []
     for _ in range(rounds):
         start = time.perf_counter()
         counts = run()
         seconds.append(time.perf_counter() - start)
-    np.savez(out.with_suffix(".npz"), *(each.numpy() for each in counts))
+    np.savez(out.with_suffix(".npz"), *(tensor.numpy() for tensor in counts))
     out.write_text(json.dumps({"seconds": seconds, "peak_gb": peak_gb(), "loaded_gb": loaded}))
+
+
+# What a process runs; its arguments are those of `measure`.
+MEASURE = """
+import sys
+from pathlib import Path
+from bench.offline.collect import measure
+
+folder, n_triples, method, rounds, out = sys.argv[1:]
+measure(Path(folder), int(n_triples), method, int(rounds), Path(out))
+"""
 
 
 def compare(case: Case, name: str, rounds: int) -> list[dict[str, Any]]:
     """Every method on one case. Raises where their counts differ by more than rounding."""
-    results, found = [], []
+    results, counts = [], []
     for method in METHODS:
         with TemporaryDirectory() as folder:
-            out = Path(folder) / "found.json"
+            out = Path(folder) / "result.json"
             arguments = [str(case.folder), str(case.n_triples), method, str(rounds), str(out)]
-            code = "import sys; from pathlib import Path as P; from bench.offline.collect import measure as m; a = sys.argv[1:]; "
-            code += "m(P(a[0]), int(a[1]), a[2], int(a[3]), P(a[4]))"
-            subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+            subprocess.run([sys.executable, "-c", MEASURE, *arguments], check=True)
             result = json.loads(out.read_text())
-            found.append([np.asarray(each) for each in np.load(out.with_suffix(".npz")).values()])
-        for mine, theirs in zip(found[0], found[-1], strict=True):
+            counts.append([np.asarray(array) for array in np.load(out.with_suffix(".npz")).values()])
+        for mine, theirs in zip(counts[0], counts[-1], strict=True):
             off = int(np.abs(mine - theirs).sum())
             assert mine.sum() and off <= AGREEMENT * mine.sum(), f"{method}: {off} of {mine.sum()} counts differ"
         rate = case.n_triples / min(result["seconds"])
@@ -225,8 +236,8 @@ def compare(case: Case, name: str, rounds: int) -> list[dict[str, Any]]:
 
 def main(
     out: Annotated[Path | None, typer.Option(help="Write results here, as JSON.")] = None,
-    triples: Annotated[int, typer.Option(help="Of the four-layer model.")] = 48,
-    rounds: Annotated[int, typer.Option(help="Runs of each; the best counts.")] = 3,
+    triples: Annotated[int, typer.Option(help="Triples for the four-layer model.")] = 48,
+    rounds: Annotated[int, typer.Option(help="Runs of each method; the best counts.")] = 3,
 ) -> None:
     """Measure all methods on the demo's world and on a 4-layer model of d = 512 with SAEs of 16384 latents."""
     results = compare(Case(ASSETS, 400), "demo", rounds)
@@ -243,8 +254,8 @@ def main(
     Console().print(table)
     if out is not None:
         date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        found = describe("") | {"date": date, "threads": torch.get_num_threads(), "results": results}
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        record = describe("") | {"date": date, "threads": torch.get_num_threads(), "results": results}
+        out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Hugging Face `generate()` with and without steering: a model of Gemma-2-2B's size with random weights.
+"""Hugging Face `generate()` with and without steering, on a model of Gemma-2-2B's size with random weights.
 
-Time between tokens is read off the device, at each token's logits, so that the prompt's passes are left out.
+The time between tokens is read off the device, at each token's logits, so that the prompt's passes are left out.
 """
 
 from __future__ import annotations
@@ -13,123 +13,75 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerFast
 
 import dspa
 from bench.conftest import Record
 from bench.harness.cases import ON_GPU
 from bench.harness.measure import DEVICE, Times
-from dspa.maps.cdmap import MapMeta
+from dspa.testing import make_map, make_model, make_sae_for, make_tokenizer, with_tensors
 
-TINY: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 128, "num_attention_heads": 4}
-TINY |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256, "query_pre_attn_scalar": 16}
+GEMMA_2_2B = {
+    "hidden_size": 2304,
+    "num_hidden_layers": 26,
+    "intermediate_size": 9216,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "vocab_size": 256_000,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "max_position_embeddings": 8192,
+    "initializer_range": 0.02,
+}
 L_IN, L_OUT = (7, 24) if ON_GPU else (1, 2)
-D_SAE, N_WORDS = (16384, 2048) if ON_GPU else (256, 200)
-# Tokens of a prompt; tokens generated; of those the first, which are not timed.
+D_SAE, N_COLUMNS, N_WORDS = (16384, 160, 2048) if ON_GPU else (256, 128, 61)
+# Tokens of a prompt; tokens generated; the number of them that are not timed, the first.
 PROMPT, NEW, WARM = (64, 256, 16) if ON_GPU else (8, 12, 4)
 BATCHES = [1, 8] if ON_GPU else [1]
-# Thresholds in units of a pre-activation's spread: 0.4 % of the latents are active above 2.6 of it. At 0 half of
-# them are, and with both signs no step is settled early: each token reads the whole encoder.
-STEERED = {"steered": (2.6, "ablate"), "steered, whole encoder at each token": (0.0, "both")}
+# The share of latents that are active, and the mode. With half of them active and both signs no step is settled early:
+# each token reads the whole encoder.
+STEERED = {"steered": (0.004, "ablate"), "steered, whole encoder at each token": (0.5, "both")}
 
 
 @cache
 def model() -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = Gemma2Config(**({} if ON_GPU else TINY))
     with DEVICE:
-        made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if ON_GPU else torch.float32)
-    made.generation_config.eos_token_id = None
-    return made.eval()
+        dtype = torch.bfloat16 if ON_GPU else torch.float32
+        return make_model("gemma2", dtype=dtype, **(GEMMA_2_2B if ON_GPU else {}))
 
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = {"<pad>": 0, "<bos>": 1} | {f"w{n}": n + 2 for n in range(N_WORDS)}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", pad_token="<pad>", padding_side="left")
+    return make_tokenizer(vocab_size=N_WORDS)
 
 
 def text(g: torch.Generator, length: int) -> str:
-    return " ".join(f"w{n}" for n in torch.randint(N_WORDS, (length,), generator=g).tolist())
-
-
-def random_sae(layer: int, h: Tensor, spread: float) -> dspa.FrozenSAE:
-    """Random unit rows, with thresholds at `spread` times the spread of their pre-activations on `h`."""
-    g = torch.Generator(DEVICE).manual_seed(layer)
-    W = torch.nn.functional.normalize(torch.randn(D_SAE, h.shape[-1], generator=g, device=DEVICE))
-    level = spread * float((h.float() @ W[:256].T).std())
-    return dspa.FrozenSAE(
-        "jumprelu",
-        W_enc=W.T.to(h.dtype),
-        b_enc=torch.zeros(D_SAE, device=DEVICE),
-        W_dec=W.to(h.dtype),
-        threshold=torch.full((D_SAE,), level, device=DEVICE),
-        layer=layer,
-    )
-
-
-def random_map(sae_in: dspa.FrozenSAE, sae_out: dspa.FrozenSAE, h: Tensor) -> dspa.ConditionalDifferenceMap:
-    """Random entries in as many columns as published ones have, calibrated on residuals `h` [N, d_in]."""
-    g = torch.Generator().manual_seed(0)
-    n_columns, n_triples = min(160, D_SAE // 2), 24
-    held = torch.bincount(sae_out.encode(h).argmax(dim=1), minlength=D_SAE).cpu()
-    hot = held.argsort(descending=True, stable=True)[: int((held > 0).sum())]
-    meta = MapMeta(
-        sae_in=sae_in.fingerprint,
-        sae_out=sae_out.fingerprint,
-        model_name="",
-        package=dspa.__version__,
-        layer_in=L_IN,
-        layer_out=L_OUT,
-        d_sae_in=D_SAE,
-        d_sae_out=D_SAE,
-        n_triples=n_triples,
-        n_cut=0,
-        count_tokens="all",
-        max_length=None,
-        percentile=90.0,
-        gate_rule="published",
-        k_diff=16,
-        sparsify=True,
-    )
-    return dspa.ConditionalDifferenceMap(
-        torch.randperm(D_SAE, generator=g)[:n_columns].sort().values.to(torch.int32),
-        torch.randn(D_SAE, n_columns, generator=g),
-        n_open=torch.full((D_SAE,), n_triples, dtype=torch.int32),
-        variance=torch.ones(n_columns),
-        gate_latents=torch.zeros(0, dtype=torch.int32),
-        gates=torch.zeros(0, -(-n_triples // 8), dtype=torch.uint8),
-        meta=meta,
-        hot=hot.to(torch.int32),
-        hot_counts=held[hot],
-        mean=h.float().mean(dim=0).cpu(),
-    )
+    return " ".join(f"w{n}" for n in torch.randint(3, N_WORDS, (length,), generator=g).tolist())
 
 
 @lru_cache(maxsize=1)
 def steering(case: str) -> dspa.Steering:
-    """Random SAEs and a random map, of a realistic number of active latents."""
+    """Random SAEs with a realistic number of active latents, and a random map, calibrated on their residuals."""
     ids = tokenizer()(text(torch.Generator().manual_seed(0), PROMPT), return_tensors="pt").input_ids.to(DEVICE)
     hidden = model()(ids, output_hidden_states=True).hidden_states
-    spread, mode = STEERED[case]
-    sae_in, sae_out = (random_sae(layer, hidden[layer + 1][0], spread) for layer in (L_IN, L_OUT))
-    cdmap = random_map(sae_in, sae_out, hidden[L_OUT + 1][0])
+    active, mode = STEERED[case]
+    sae_in, sae_out = (make_sae_for(hidden[layer + 1][0], layer, D_SAE, active, seed=layer) for layer in (L_IN, L_OUT))
+    h = hidden[L_OUT + 1][0]
+    held = torch.bincount(sae_out.encode(h).argmax(dim=1), minlength=D_SAE).cpu()
+    hot = held.argsort(descending=True, stable=True)[: int((held > 0).sum())]
+    cdmap = with_tensors(
+        make_map(sae_in, sae_out, n_columns=N_COLUMNS),
+        hot=hot.to(torch.int32),
+        hot_counts=held[hot],
+        mean=h.float().mean(dim=0).cpu(),
+    )
     return dspa.Steering(sae_in, sae_out, cdmap, dspa.SteeringConfig(mode=mode))
 
 
 class Clock(LogitsProcessor):
-    """Notes when the logits of each token are there, without waiting for them."""
+    """Records when the logits of each token are computed, without waiting for them."""
 
     def __init__(self) -> None:
         self.ticks: list[Any] = []
@@ -152,7 +104,7 @@ class Clock(LogitsProcessor):
 
 
 def generate(ids: Tensor) -> tuple[Times, float]:
-    """Time between tokens, and seconds in all."""
+    """The time between tokens, and seconds in total."""
     clock = Clock()
     start = time.perf_counter()
     out = model().generate(

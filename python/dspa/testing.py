@@ -103,12 +103,19 @@ def cache_names() -> list[str]:
     return ["past_key_values", *(["cache"] if "cache" in takes else [])]
 
 
-def make_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A model with random weights, large enough that tokens are told apart by a wide margin."""
+def make_model(family: str, seed: int = 0, *, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
+    """A model with random weights, by default so large that logits differ by a wide margin.
+
+    Args:
+        family: A name in `FAMILIES`.
+        seed: Seed of the weights.
+        dtype: The dtype of the weights.
+        config: Settings of the family's configuration that differ from those in `FAMILIES`.
+    """
     torch.manual_seed(seed)
     kind: Any = CONFIG_MAPPING[family]
-    config = kind(**FAMILIES[family], initializer_range=0.2)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    settings = FAMILIES[family] | {"initializer_range": 0.2} | config
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(kind(**settings), dtype=dtype)
     model.eval()
     return model
 
@@ -125,6 +132,25 @@ def make_sae(layer: int, d_sae: int, *, d_in: int = D_IN, seed: int = 0, **kwarg
         threshold=0.2 + torch.rand(d_sae, generator=g),
         layer=layer,
         **kwargs,
+    )
+
+
+def make_sae_for(h: Tensor, layer: int, d_sae: int, active: float, *, seed: int = 0) -> FrozenSAE:
+    """A JumpReLU SAE with random unit rows, of which the share `active` is active on the residuals h [N, d_in].
+
+    It has the dtype and the device of h. Its latents share one threshold, a quantile over a sample of them.
+    """
+    g = torch.Generator(h.device).manual_seed(seed)
+    W_dec = torch.nn.functional.normalize(torch.randn(d_sae, h.shape[1], generator=g, device=h.device), dim=1)
+    # torch.quantile takes at most 2^24 numbers.
+    sample = (h.float() @ W_dec[:1024].T).flatten()[: 1 << 24]
+    return FrozenSAE(
+        "jumprelu",
+        W_enc=W_dec.T.to(h.dtype),
+        b_enc=torch.zeros(d_sae, device=h.device),
+        W_dec=W_dec.to(h.dtype),
+        threshold=sample.quantile(1 - active).expand(d_sae).clone(),
+        layer=layer,
     )
 
 
@@ -182,9 +208,9 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerFast:
-    """Words w3, w4, ... of these ids; `<s>` before a text."""
-    words = {"<unk>": 0, "<s>": BOS, "</s>": EOS} | {f"w{i}": i for i in range(3, VOCAB)}
+def make_tokenizer(padding_side: str = "right", vocab_size: int = VOCAB) -> PreTrainedTokenizerFast:
+    """Words w3, w4, ... with these ids, and `<s>` before a text."""
+    words = {"<unk>": 0, "<s>": BOS, "</s>": EOS} | {f"w{i}": i for i in range(3, vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
