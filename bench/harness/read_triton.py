@@ -1,5 +1,7 @@
-"""A kernel that only reads: it empties the cache between measurements, and how fast it goes is the ceiling. Given
-nothing to read, it shows what a launch takes."""
+"""A kernel that only reads. It empties the cache between measurements, and its rate is the ceiling of all others.
+
+Given nothing to read, it shows what a launch takes.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ def read_kernel(p_x, p_sum, n_blocks, n_programs, BLOCK: tl.constexpr):
 
 
 @dataclass(frozen=True)
-class TripleCounter:
-    """One way to launch `read_kernel`."""
+class Reader:
+    """A way to launch `read_kernel`."""
 
     block: int
     num_warps: int
@@ -36,7 +38,9 @@ class TripleCounter:
         """Read all of `x` (a whole number of blocks of fp32, in any dtype); returns partial sums."""
         words = x.view(-1).view(torch.float32)
         n_blocks = len(words) // self.block
-        assert n_blocks * self.block == len(words), f"{len(words)} words are no whole blocks of {self.block}"
+        assert n_blocks * self.block == len(words), (
+            f"{len(words)} words are not a whole number of blocks of {self.block}"
+        )
         count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
         n_programs = min(n_blocks, self.programs * count)
         sums = torch.empty(n_programs, device=x.device)
@@ -45,13 +49,13 @@ class TripleCounter:
 
 
 def launch_only(device: torch.device) -> Tensor:
-    """A cooperative launch of a program a multiprocessor that reads nothing; returns a zero of each."""
+    """Launch one program per multiprocessor, cooperatively, that reads nothing; returns a zero of each."""
     count = torch.cuda.get_device_properties(device).multi_processor_count
     sums = torch.empty(count, device=device)
     read_kernel[(count,)](sums, sums, 0, count, BLOCK=256, num_warps=8, launch_cooperative_grid=True)
     return sums
 
 
-def readers() -> Iterator[TripleCounter]:
-    """The ways to try."""
-    return itertools.starmap(TripleCounter, itertools.product((2048, 4096, 8192), (4, 8), (2, 4, 8, 16)))
+def readers() -> Iterator[Reader]:
+    """The readers to try."""
+    return itertools.starmap(Reader, itertools.product((2048, 4096, 8192), (4, 8), (2, 4, 8, 16)))
