@@ -24,26 +24,26 @@ RECORD = pytest.StashKey["Record"]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, default=Path(__file__).parent / "results", help="folder of results")
-    parser.addoption("--commit", default="", help="what is measured, where git does not tell")
+    parser.addoption("--commit", default="", help="the commit that is measured, where git does not know it")
 
 
 class Record:
-    """The results of this run, written after each, so that a run that is stopped leaves what it has."""
+    """The results of this run, written after each one, so that a run that is stopped leaves what it has."""
 
     def __init__(self, folder: Path, commit: str, stopwatch: Stopwatch) -> None:
-        self.found = describe(commit) | {
+        self.run = describe(commit) | {
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "read_gb_s": 1e-9 * stopwatch.read_bandwidth,
             "read_way": stopwatch.read_way,
             "matmul_tflop_s": 1e-12 * stopwatch.matmul_rate,
             "results": [],
         }
-        self.path = report.path_of(folder, self.found)
+        self.path = report.path_of(folder, self.run)
 
     def add(self, result: dict[str, Any]) -> None:
-        self.found["results"].append(result)
+        self.run["results"].append(result)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+        self.path.write_text(json.dumps(self.run, indent=1) + "\n")
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +59,10 @@ def stopwatch() -> Stopwatch:
 
 @pytest.fixture(scope="session")
 def record(pytestconfig: pytest.Config, stopwatch: Stopwatch) -> Record:
-    found = Record(pytestconfig.getoption("--results"), pytestconfig.getoption("--commit"), stopwatch)
-    pytestconfig.stash[RECORD] = found
-    return found
+    pytestconfig.stash[RECORD] = Record(
+        pytestconfig.getoption("--results"), pytestconfig.getoption("--commit"), stopwatch
+    )
+    return pytestconfig.stash[RECORD]
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: "x".join(map(str, shape)))
@@ -71,7 +72,7 @@ def activity(request: pytest.FixtureRequest) -> Activity:
 
 @pytest.fixture
 def measure(request: pytest.FixtureRequest, stopwatch: Stopwatch, record: Record) -> Measure:
-    """Times `steps` and records the result under labels; `n_bytes` and `n_flops` are of a mean step."""
+    """Times steps and records the result under labels; `n_bytes` and `n_flops` are those of a mean step."""
     plugin = request.config.pluginmanager.hasplugin("benchmark")
     benchmark = request.getfixturevalue("benchmark") if plugin else None
 
@@ -99,8 +100,8 @@ def measure(request: pytest.FixtureRequest, stopwatch: Stopwatch, record: Record
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     record = config.stash.get(RECORD, None)
-    if record and record.found["results"]:
-        where = "on the GPU" if DEVICE.type == "cuda" else "on the CPU, which says nothing of a GPU"
-        terminalreporter.section(f"microseconds a step, {where}")
-        terminalreporter.write_line(report.plain(record.found["results"]))
+    if record and record.run["results"]:
+        where = "on the GPU" if DEVICE.type == "cuda" else "on the CPU, which says nothing about a GPU"
+        terminalreporter.section(f"microseconds per step, {where}")
+        terminalreporter.write_line(report.plain(record.run["results"]))
         terminalreporter.write_line(str(record.path))

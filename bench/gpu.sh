@@ -2,7 +2,7 @@
 # Everything that needs a GPU: bench/gpu.sh STAGE OUT [ARGUMENTS...]
 #
 #   build      the CUDA library, for this GPU                          dspa_kernels/libdspa_kernels.so
-#   check      tests on the GPU, every op beside the reference         OUT/check-*.xml
+#   check      tests on the GPU, every op against the reference        OUT/check-*.xml
 #   sanitize   compute-sanitizer's tools on every kernel               OUT/sanitize-*.log
 #   stress     graph replays, streams, torch.compile, equal bits       OUT/stress-*.log
 #   bench      the benchmarks of the kernels                           OUT/results/
@@ -13,9 +13,9 @@
 #   tune_cuda  where CUDA is faster than Triton, after tune            OUT/cuda_table.json, OUT/tune_cuda.json
 #   all        all of these, in this order
 #
-# Every stage builds first if there is no library. Arguments after OUT go to the stage's program. Needs a python3 (or
+# Every stage builds first if there is no library. Arguments after OUT go to the stage's program. It needs a python3 (or
 # PYTHON) with torch, Triton, transformers and pytest, and nvcc and ninja; the package does not have to be installed. A
-# command that takes longer than LIMIT seconds (580) is ended. The exit status says whether all went well.
+# command that takes longer than LIMIT seconds (580) is ended. The exit status is 0 if every command succeeded.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
@@ -25,13 +25,13 @@ usage() { sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2; exit 2; }
 [ $# -ge 2 ] || usage
 stage=$1 out=$2
 shift 2
-# What is emulated without a GPU, and a backend that somebody asked for, would be measured in place of the kernels.
+# Emulation, or a backend that somebody named, would be measured instead of the kernels.
 unset DSPA_CUDA_EMULATED TRITON_INTERPRET DSPA_BACKEND
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 export PYTHONPATH=".:python${PYTHONPATH:+:$PYTHONPATH}"
 
-# `dspa` asks for its own version: where the package is not installed, metadata of a version 0 will do.
+# `dspa` reads its own version. Where the package is not installed, metadata of a version 0 stands in.
 if ! $PYTHON -c 'from importlib.metadata import version; version("dspa-kernels")' 2>/dev/null; then
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT
@@ -47,7 +47,7 @@ fi
 
 kernels="triton cuda cuda-ahead cuda-programmatic"
 failed=()
-# run NAME COMMAND...: what a command prints is kept too; returns its status.
+# run NAME COMMAND...: runs a command, keeps what it prints in NAME.log, and returns its status.
 run() {
     local name=$1 start=$SECONDS
     shift
@@ -59,7 +59,7 @@ run() {
     return "$status"
 }
 
-# Code for this GPU as an installation has it, where an installation puts it. An old library must not stay.
+# Builds the library for this GPU where an installation puts it. An old library must not stay.
 build() {
     local architecture='import torch; major, minor = torch.cuda.get_device_capability()
 print(f"{major}.{minor}" + "a" * (major == 9))'
@@ -76,8 +76,7 @@ check() {
     run check-ops $PYTHON -m bench.checks.every_kernel
 }
 
-# A sanitizer takes registers for itself, so that a grid of its usual size may not fit; a first run without it
-# compiles.
+# A sanitizer needs registers itself, so that a grid of the usual size may not fit. A first run without one compiles.
 sanitize() {
     local tool kernel small=($PYTHON -m bench.checks.every_kernel --programs 16 --rows 1 19)
     run sanitize-plain "${small[@]}" "$@"
@@ -106,8 +105,7 @@ generate() { run generate $PYTHON -m pytest -q bench/suite/test_generate.py --re
 
 train() { run train $PYTHON -m bench.offline.fsrl --out "$out/fsrl.json" "$@"; }
 
-# From an empty cache, at the clocks as they are. The log has achieved bandwidth and stall reasons, the table every
-# counter.
+# From an empty cache, at the present clocks. The log has achieved bandwidth and stall reasons, the table every counter.
 profile() {
     local shape kernel name
     for shape in 2304x16384 3584x16384; do
@@ -137,7 +135,7 @@ stages="build check sanitize stress bench generate train profile tune tune_cuda"
 case " $stages all " in *" $stage "*) ;; *) usage ;; esac
 [ "$stage" = all ] || [ "$stage" = build ] || [ -f dspa_kernels/libdspa_kernels.so ] || build
 if [ "$stage" = all ]; then
-    for each in $stages; do "$each"; done
+    for name in $stages; do "$name"; done
 else
     "$stage" "$@"
 fi
@@ -146,4 +144,4 @@ if [ ${#failed[@]} -gt 0 ]; then
     echo "== FAILED: ${failed[*]}"
     exit 1
 fi
-echo "== all went well: $stage"
+echo "== all succeeded: $stage"

@@ -1,7 +1,7 @@
-"""Every kernel of every backend once at small shapes, beside the reference: `python -m bench.checks.every_kernel`.
+"""Compares every kernel once with the reference, at small shapes: `python -m bench.checks.every_kernel`.
 
-Short, so that it can run under compute-sanitizer. Weights and rows are small integers where nothing is
-normalised: then every sum is exact, and results have to be equal to the last bit.
+It is short, so that it can run under compute-sanitizer. Weights and rows are small integers where nothing is
+normalised. Then every sum is exact, and results have to be equal to the last bit.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ Check = Callable[[str], None]
 
 
 def compare(call: Callable[..., object], exact: bool, *args: object, **options: object) -> Check:
-    """A check that `call` gives on a backend what it gives on the reference."""
+    """A check that `call` gives the same on a backend as on the reference."""
 
     def check(backend: str) -> None:
-        results = [tensors(run_on(each, call, *args, **options)) for each in (backend, "reference")]
+        results = [tensors(run_on(name, call, *args, **options)) for name in (backend, "reference")]
         for ours, wanted in zip(*results, strict=True):
             tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 2e-2, "atol": 1e-3}
             torch.testing.assert_close(ours, wanted, equal_nan=True, **tolerance)
@@ -66,17 +66,17 @@ def adapted(
     h: Tensor, sae: SAEWeights, W_a: Tensor, b_a: Tensor, threshold: Tensor | None, *options: object, backend: str
 ) -> list[Tensor]:
     """Results and gradients of `fsrl_residual`."""
-    leaves = [each.detach().requires_grad_() for each in (h, W_a, b_a, threshold) if each is not None]
+    leaves = [tensor.detach().requires_grad_() for tensor in (h, W_a, b_a, threshold) if tensor is not None]
     inputs = (leaves[0], sae, *leaves[1:], *(() if threshold is not None else (None,)))
     activation, settings = options
     out, l1, l0 = fsrl_residual(*inputs, activation, backend=backend, **settings)  # type: ignore[arg-type]
     g = torch.Generator().manual_seed(0)
-    grads = [torch.randint(-2, 3, each.shape, generator=g).to(each) for each in (out, l1)]
+    grads = [torch.randint(-2, 3, result.shape, generator=g).to(result) for result in (out, l1)]
     return [out.detach(), l1.detach(), l0, *torch.autograd.grad((out, l1), leaves, grads)]
 
 
 def adapter_checks() -> Iterator[tuple[str, str, Check]]:
-    """`fsrl_residual` and its backward. Few numbers of W_a are not 0, so that 16 bits hold every change of a latent."""
+    """Checks of `fsrl_residual` and its backward. W_a is sparse, so that 16 bits hold every change of a latent."""
     adapters = itertools.product(
         ("soft_threshold", "relu", "jumprelu"), ("jumprelu", "topk"), (BF16, FP16, FP32), (1.0, 0.25)
     )
@@ -100,7 +100,7 @@ def stream_of(sae: SAEWeights, screen: str) -> EncoderStream:
 
 
 def checks() -> Iterator[tuple[str, str, Check]]:
-    """op, what is special about it, and the check."""
+    """Triples of an op, a name and a check."""
     counts = integers(0, 9, N_PROMPTS, D_SAE_IN)
     for (kind, dtypes, normalize, screen, record), n in itertools.product(VARIANTS, ROWS):
         name = f"{n} rows, {kind}, {dtypes[0]} x {dtypes[1]}, {normalize}, screen {screen}, record {record}"
@@ -126,7 +126,7 @@ def checks() -> Iterator[tuple[str, str, Check]]:
 
 
 def few_programs(n: int | None) -> contextlib.AbstractContextManager[object]:
-    """Persistent grids of `n` programs in Triton, where a tool leaves less room than the launch table expects."""
+    """Limit Triton's persistent grids to `n` programs, for a tool that leaves fewer registers than expected."""
     patches = contextlib.ExitStack()
     for op in ("steer", "fsrl_residual") if n is not None else ():
         patches.enter_context(mock.patch(f"dspa_kernels.ops.{op}.triton_impl.n_programs", lambda *_: n))
@@ -134,7 +134,7 @@ def few_programs(n: int | None) -> contextlib.AbstractContextManager[object]:
 
 
 def passes(name: str, check: Check, backend: str) -> bool:
-    """Run a check, and say what is wrong if it fails."""
+    """Run a check, and print what is wrong if it fails."""
     try:
         check(backend)
         synchronize()
@@ -151,10 +151,10 @@ def main() -> int:
     parser.add_argument("--rows", type=int, nargs="*", default=list(ROWS), help="only these numbers of rows")
     chosen = parser.parse_args()
     passed = []
-    for each in chosen.backends:
-        with few_programs(chosen.programs), running(each) as backend:
+    for kernel in chosen.backends:
+        with few_programs(chosen.programs), running(kernel) as backend:
             passed += [
-                passes(f"{each}, {op}, {name}", check, backend)
+                passes(f"{kernel}, {op}, {name}", check, backend)
                 for op, name, check in checks()
                 if (op, backend) in IMPLEMENTED and (" rows" not in name or int(name.split()[0]) in chosen.rows)
             ]

@@ -1,6 +1,6 @@
 """One step that reads the whole encoder, between marks for a profiler: `python -m bench.checks.one_step`.
 
-Under `ncu --profile-from-start off` its launch is the only one that is looked at.
+Under `ncu --profile-from-start off` its launch is the only one that is profiled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bench.tuning.triton import shape
 
 
 def one_step(of: tuple[int, int], name: str) -> None:
-    """A step of one row that never settles, after one that compiles and loads what has to be."""
+    """Run a step of one row that never settles, after one that compiles and loads what it needs."""
     activity = activity_of(of)
     setting = Setting.of(activity, "hard", 1).never_settled(activity)
     with torch.no_grad(), running(name) as backend:

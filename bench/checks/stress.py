@@ -1,7 +1,7 @@
-"""What only a GPU can show: graph replays, launches back to back, streams at once, compiled callers, batch invariance,
-run to run equality.
+"""Checks that only a GPU can run: `python -m bench.checks.stress`.
 
-`python -m bench.checks.stress`. Everything is compared to the last bit with plain eager calls of the same backend.
+Graph replays, launches back to back, concurrent streams, compiled callers, batch invariance and equality from run to
+run. Everything is compared to the last bit with plain eager calls of the same backend.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Check = Callable[[], None]
 
 
 def variants(activity: Activity, backend: str) -> dict[str, tuple[Setting, Steer]]:
-    """Inputs and `steer` on a backend, in each of its forms."""
+    """Inputs and `steer` on a backend, for each of its variants by name."""
     hard = Setting.of(activity, "hard", 64)
     whole, ranked = hard.never_settled(activity), hard.ranked()
     screened = activity.stream(screen="int8")
@@ -46,12 +46,13 @@ def variants(activity: Activity, backend: str) -> dict[str, tuple[Setting, Steer
         "top-k int8": (ranked, {"stream": ranked_screened}),
     }
     return {
-        name: (setting, partial(setting.steer, backend=backend, **each)) for name, (setting, each) in options.items()
+        name: (setting, partial(setting.steer, backend=backend, **keywords))
+        for name, (setting, keywords) in options.items()
     }
 
 
 def inputs(setting: Setting, n_rows: int, turn: int) -> tuple[Tensor, Tensor]:
-    """Other rows at each turn."""
+    """Rows of a turn, different from those of other turns."""
     first = 37 * turn % (len(setting.h) - n_rows + 1)
     return setting.h[first : first + n_rows], setting.rows[first : first + n_rows]
 
@@ -63,8 +64,8 @@ def equal(ours: Tensor, wanted: Tensor, what: str) -> None:
 
 
 def captured(setting: Setting, run: Steer, n_rows: int) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor], Tensor]:
-    """A graph of one call, the tensors that it reads, and the one that it writes."""
-    held = tuple(each.clone() for each in inputs(setting, n_rows, 0))
+    """A graph of one call, the tensors that it reads, and the tensor that it writes."""
+    held = tuple(tensor.clone() for tensor in inputs(setting, n_rows, 0))
     h, rows = held
     run(h, rows)
     torch.cuda.synchronize()
@@ -75,12 +76,12 @@ def captured(setting: Setting, run: Steer, n_rows: int) -> tuple[torch.cuda.CUDA
 
 
 def refill(held: Sequence[Tensor], new: Sequence[Tensor]) -> None:
-    for old, each in zip(held, new, strict=True):
-        old.copy_(each)
+    for old, tensor in zip(held, new, strict=True):
+        old.copy_(tensor)
 
 
 def graph_replays(setting: Setting, run: Steer, n_rows: int, replays: int) -> None:
-    """One graph replayed with changing inputs."""
+    """Replay one graph with changing inputs."""
     graph, held, out = captured(setting, run, n_rows)
     for turn in range(replays):
         refill(held, inputs(setting, n_rows, turn))
@@ -90,7 +91,7 @@ def graph_replays(setting: Setting, run: Steer, n_rows: int, replays: int) -> No
 
 
 def chain(run: Steer, h: Tensor, rows: Tensor, then: Check = lambda: None) -> Tensor:
-    """Launches back to back, each on what the one before it wrote."""
+    """Launch back to back, each on the result of the one before."""
     for _ in range(CHAINED):
         h = run(h, rows)
         then()
@@ -98,7 +99,7 @@ def chain(run: Steer, h: Tensor, rows: Tensor, then: Check = lambda: None) -> Te
 
 
 def chained(setting: Setting, run: Steer, n_rows: int, turns: int) -> None:
-    """Such launches, eagerly and by a graph, beside those that wait for each other."""
+    """Compare such launches, eager and in a graph, with those that wait for each other."""
     h, rows = inputs(setting, n_rows, 0)
     wanted = chain(run, h, rows, torch.cuda.synchronize)
     graph, _, out = captured(setting, partial(chain, run), n_rows)
@@ -109,21 +110,21 @@ def chained(setting: Setting, run: Steer, n_rows: int, turns: int) -> None:
 
 
 def two_streams(first: tuple[Setting, Steer], second: tuple[Setting, Steer], n_rows: int, turns: int) -> None:
-    """Two streams that launch at the same time, eagerly and by graphs."""
+    """Launch from two streams at the same time, eagerly and by graphs."""
     sides = list(zip((first, second), (torch.cuda.Stream(), torch.cuda.Stream()), strict=True))
     graphs = [captured(setting, run, n_rows) for (setting, run), _ in sides]
     for start in range(0, turns, 20):
         torch.cuda.synchronize()
-        found: list[list[Tensor]] = [[], []]
+        results: list[list[Tensor]] = [[], []]
         for turn, (i, ((setting, run), stream)) in itertools.product(range(start, start + 20), enumerate(sides)):
             with torch.cuda.stream(stream):
-                found[i].append(run(*inputs(setting, n_rows, turn)))
+                results[i].append(run(*inputs(setting, n_rows, turn)))
                 graph, held, out = graphs[i]
                 refill(held, inputs(setting, n_rows, turn))
                 graph.replay()
-                found[i].append(out.clone())
+                results[i].append(out.clone())
         torch.cuda.synchronize()
-        for ((setting, run), _), outs in zip(sides, found, strict=True):
+        for ((setting, run), _), outs in zip(sides, results, strict=True):
             for turn in range(start, start + 20):
                 wanted = run(*inputs(setting, n_rows, turn))
                 for out in outs[2 * (turn - start) : 2 * (turn - start) + 2]:
@@ -131,7 +132,7 @@ def two_streams(first: tuple[Setting, Steer], second: tuple[Setting, Steer], n_r
 
 
 def compiled(setting: Setting, run: Steer, n_rows: int) -> None:
-    """A caller under torch.compile, in one graph, which CUDA graphs replay."""
+    """Call from a graph of torch.compile, which CUDA graphs replay."""
     torch.compiler.reset()
     caller = torch.compile(lambda h, rows: 2 * run(h + h, rows), fullgraph=True, mode="reduce-overhead")
     for turn in range(60):
@@ -141,7 +142,7 @@ def compiled(setting: Setting, run: Steer, n_rows: int) -> None:
 
 
 def batch_invariance(setting: Setting, run: Steer) -> None:
-    """A row's result alone is its result in any batch."""
+    """Compare a row's result alone with its result in batches."""
     h, rows = setting.h, setting.rows
     alone = torch.cat([run(h[i : i + 1], rows[i : i + 1]) for i in range(min(64, len(h)))])
     for n in BATCHES:
@@ -169,7 +170,7 @@ def other_ops(activity: Activity, backend: str) -> Iterator[tuple[str, Callable[
 
 
 def checks(backend: str, replays: int) -> Iterator[tuple[str, Check]]:
-    """The hard ones at the first shape, batch invariance and run to run equality at all."""
+    """Names and checks: batch invariance and equality from run to run at all shapes, the rest at the first."""
     for shape in SHAPES:
         activity = activity_of(shape)
         of = variants(activity, backend)
@@ -191,7 +192,7 @@ def checks(backend: str, replays: int) -> Iterator[tuple[str, Check]]:
 
 
 def passes(name: str, check: Check) -> bool:
-    """Run a check, and say how it went."""
+    """Run a check, and print its result."""
     start, passed = time.perf_counter(), True
     try:
         check()
@@ -207,15 +208,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--replays", type=int, default=10000)
     parser.add_argument("--backends", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--only", default="", help="checks whose name has this in it")
+    parser.add_argument("--only", default="", help="run the checks whose name contains this")
     chosen = parser.parse_args()
     if DEVICE.type != "cuda":
         print("bench.checks.stress needs a CUDA device, and torch finds none")
         return 2
     failed = []
-    for each in chosen.backends:
-        with torch.no_grad(), running(each) as backend:
-            named = ((f"{each}, {name}", check) for name, check in checks(backend, chosen.replays))
+    for kernel in chosen.backends:
+        with torch.no_grad(), running(kernel) as backend:
+            named = ((f"{kernel}, {name}", check) for name, check in checks(backend, chosen.replays))
             failed += [name for name, check in named if chosen.only in name and not passes(name, check)]
     print(f"stress: {len(failed)} failed" + "".join(f"\n  {name}" for name in failed))
     return min(len(failed), 1)

@@ -1,4 +1,4 @@
-"""What is measured: shapes, activity, and the formulations that others use."""
+"""The measured cases: shapes, activity, and the formulations that others use."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ ON_GPU = DEVICE.type == "cuda"
 # Gemma-2-2B, Gemma-2-9B, Qwen3-8B, and a wide SAE.
 SHAPES = [(2304, 16384), (3584, 16384), (4096, 65536), (2304, 262144)] if ON_GPU else [(64, 512)]
 ROWS = [1, 4, 8, 16, 32, 64] if ON_GPU else [1, 4]
-# Enough for what is slow and not ours.
+# For what is slow and not part of the package.
 FEW_ROWS = [1, 64] if ON_GPU else [1]
-# Rows of an activity; steps of a measurement, more where each is of few rows.
+# Rows of an activity; the least and the most steps of a measurement (more if a step has few rows); prompts.
 N_ROWS, N_STEPS, N_PROMPTS = (8192, (32, 128), 64) if ON_GPU else (16, (4, 4), 4)
 ALPHA = 0.2
 TOP_K = 70
-# Of the latents, how many an adapter moves on a row; half of them are pushed down.
+# The share of latents that an adapter moves in a row; half of them are pushed down.
 MOVED = 0.01
-# The kinds of CUDA's launches of `steer`: one reads the first of the encoder before it is known whether a row needs it;
-# a programmatic one may do so before the launch ahead of it has ended.
+# The kinds of CUDA's launches of `steer`. One reads the first encoder rows before it is known whether any row needs
+# them; a programmatic one may do so before the launch ahead of it has ended.
 LAUNCHES = {
     "cuda": {"programmatic": False, "ahead": False},
     "cuda-ahead": {"programmatic": False, "ahead": True},
@@ -41,27 +41,26 @@ KERNELS = ("triton", *LAUNCHES)
 
 
 def backends(op: str) -> list[str]:
-    """What has `op` and runs here by itself: kernels where there is a GPU, and the reference."""
+    """The backends that have `op` and run here by default: kernels where there is a GPU, and the reference."""
     return [name for name, status in available_backends().items() if status.available and op in status.ops]
 
 
 def steer_backends() -> list[str]:
-    """Those of `steer`, CUDA with each kind of launch."""
-    found = backends("steer")
-    return [name for backend in found for name in (LAUNCHES if backend == "cuda" else [backend])]
+    """The backends of `steer`, with a name for each kind of CUDA's launches."""
+    return [name for backend in backends("steer") for name in (LAUNCHES if backend == "cuda" else [backend])]
 
 
 @contextmanager
 def running(name: str) -> Iterator[str]:
-    """The backend that a name of `steer_backends` stands for; while this lasts, CUDA's launches are of that kind.
+    """The backend of a name from `steer_backends`; within the context, CUDA's launches are of that kind.
 
-    The CUDA table alone tells of what kind a launch is, so another one stands in for it.
+    The kind of a launch is read from the CUDA table, so the context replaces the table.
     """
     if name not in LAUNCHES:
         yield name
         return
     served = dict.fromkeys((entry.kernel, entry.precision) for entry in launch.table())
-    entries = tuple(CudaEntry(*each, None, None, None, None, **LAUNCHES[name]) for each in served)
+    entries = tuple(CudaEntry(*kernel, None, None, None, None, **LAUNCHES[name]) for kernel in served)
     launch.cuda_entry.cache_clear()
     try:
         with mock.patch.object(launch, "cuda_table", lambda: entries):
@@ -71,19 +70,19 @@ def running(name: str) -> Iterator[str]:
 
 
 def with_rows(names: Sequence[str]) -> list[tuple[str, int]]:
-    """Backends with the numbers of rows at which each is measured."""
+    """Pairs of a backend and a number of rows at which it is measured."""
     return [(name, n) for name in names for n in (FEW_ROWS if name == "reference" else ROWS)]
 
 
 def n_steps(n_rows: int) -> int:
-    """How many steps of `n_rows` rows are measured together."""
+    """The number of steps of `n_rows` rows that are measured together."""
     least, most = N_STEPS
     return max(least, min(most, 256 // n_rows))
 
 
 @lru_cache(maxsize=1)
 def activity_of(shape: tuple[int, int]) -> Activity:
-    """The activity of a shape; one at a time is kept."""
+    """The activity of a shape; only the last one is kept."""
     return realistic_activity(*shape, N_ROWS, n_calibration=4096 if ON_GPU else 256, device=DEVICE)
 
 
@@ -107,23 +106,22 @@ class Setting:
         return cls(h, rows, activity.sae, cdmap, plan, n_rows)
 
     def never_settled(self, activity: Activity) -> Setting:
-        """All prompts augment what is active on every row: only the whole encoder tells the maximum."""
+        """All prompts augment latents that are active on every row, so that the maximum takes the whole encoder."""
         return self._active(activity, 1)
 
     def taking(self, path: str, activity: Activity) -> Setting:
-        """All rows take this one of `PATHS`, for which nothing of the encoder is read."""
+        """All rows take one of the `PATHS` that read nothing of the encoder."""
         if path == "unsteered":
             return replace(self, rows=torch.full_like(self.rows, -1))
         if path == "inactive":
             never = torch.full_like(self.cdmap.threshold, torch.inf)
             return replace(self, cdmap=replace(self.cdmap, threshold=never))
         assert path == "settled", path
-        # Ablated by the maximum itself, all ends at 0, however large that is.
+        # Ablated by the maximum itself, every latent ends at 0, however large the maximum is.
         return replace(self._active(activity, -1), alpha=1.0)
 
     def _active(self, activity: Activity, sign: int) -> Setting:
-        """All prompts edit the 16 most frequent latents, above 0 instead of their thresholds: one of them is active on
-        every row."""
+        """All prompts edit the 16 most frequent latents, with thresholds of 0, so that on every row one is active."""
         columns = activity.by_frequency[:16].sort().values
         cdmap = MapWeights.gather(columns, torch.zeros(1, len(columns)), self.sae)
         cdmap = replace(cdmap, threshold=torch.zeros_like(cdmap.threshold))
@@ -132,24 +130,24 @@ class Setting:
         return replace(self, cdmap=cdmap, plan=SteeringPlan(slots, signs))
 
     def with_sae(self, sae: SAEWeights) -> Setting:
-        """The same with other weights."""
+        """The setting with other weights."""
         return replace(self, sae=sae, cdmap=MapWeights.gather(self.cdmap.columns, self.cdmap.values, sae))
 
     def ranked(self) -> Setting:
-        """The same latents of a top-k SAE."""
+        """The setting with the same latents as a top-k SAE."""
         return replace(self, sae=replace(self.sae, k=TOP_K, threshold=torch.zeros_like(self.sae.threshold)))
 
     def steer(self, h: Tensor, rows: Tensor, **options: Any) -> Tensor:
-        """h' of some rows; what `record` adds is dropped."""
+        """Return h' of some rows, without what `record` adds."""
         out = steer(h, self.sae, self.cdmap, self.plan, rows, alpha=self.alpha, **options)
         return out[0] if isinstance(out, tuple) else out
 
     def all_steps(self, **options: Any) -> Tensor:
-        """h' of all rows, step by step."""
+        """Return h' of all rows, computed step by step."""
         return torch.cat([self.steer(h, rows, **options) for h, rows in self.batches()])
 
     def steps(self, run: Callable[[Tensor, Tensor], Tensor]) -> list[Step]:
-        """`run(h, rows)` for each step."""
+        """A call of `run(h, rows)` per step."""
         return [lambda h=h, rows=rows: run(h, rows) for h, rows in self.batches()]
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -157,17 +155,17 @@ class Setting:
 
     @property
     def encoder_bytes(self) -> int:
-        return sum(each.nbytes for each in (self.sae.encoder_rows, self.sae.b_enc, self.sae.threshold))
+        return sum(tensor.nbytes for tensor in (self.sae.encoder_rows, self.sae.b_enc, self.sae.threshold))
 
     @property
     def row_bytes(self) -> int:
-        """Rows in and out, and for each the encoder and decoder rows of its selected latents."""
+        """Rows in and out, and per row the encoder and decoder rows of its selected latents."""
         d_in, size = self.sae.d_in, self.sae.encoder_rows.element_size()
         return self.n_rows * d_in * (2 * self.h.element_size() + 2 * self.plan.slots.shape[1] * size)
 
 
 class Adapter(NamedTuple):
-    """A soft threshold that moves a part of the latents of each row."""
+    """An adapter with a soft threshold that moves a share of the latents of each row."""
 
     W_a: Tensor
     b_a: Tensor
@@ -182,8 +180,8 @@ class Adapter(NamedTuple):
         return cls(W_a, torch.zeros_like(sae.b_enc), torch.quantile(sizes, 1 - MOVED, dim=0))
 
     def n_bytes(self, h: Tensor, sae: SAEWeights) -> float:
-        """What a step of rows h reads: the adapter, encoder rows of what is pushed down on some row, decoder rows of
-        what changes on some row."""
+        """The bytes that a step of rows h reads: the adapter, encoder rows of latents that some row pushes
+        down, and decoder rows of latents that change in some row."""
         u = h.float() @ self.W_a.float().T
         pre = h.float() @ sae.W_enc.float() + sae.b_enc
         active = (pre > sae.threshold) & (pre > 0)
@@ -193,20 +191,20 @@ class Adapter(NamedTuple):
 
 
 def check_rows(out: Tensor, wanted: Tensor) -> None:
-    """Fail unless rows are equal up to their dtype's rounding. One in a thousand may differ: rounding may decide
-    whether a latent is active."""
+    """Fail unless rows are equal up to their dtype's rounding. One in a thousand may differ by more, since rounding may
+    decide whether a latent is active."""
     assert out.shape == wanted.shape and out.dtype == wanted.dtype
     close = torch.isclose(out.float(), wanted.float(), rtol=1.6e-2, atol=1e-3).all(dim=1)
     assert float(close.float().mean()) >= 0.999, f"{int((~close).sum())} of {len(close)} rows are wrong"
 
 
 def widened(sae: SAEWeights) -> SAEWeights:
-    """The same weights in fp32, in which formulations agree."""
+    """The weights in fp32, in which formulations agree."""
     return replace(sae, encoder_rows=sae.encoder_rows.float(), W_dec=sae.W_dec.float())
 
 
 def dense_steer(h: Tensor, sae: SAEWeights, latents: Tensor) -> Tensor:
-    """Encode everything, ablate latents [N, S], decode everything: what a script does without the package."""
+    """Encode everything, ablate latents [N, S], decode everything, as a script without the package does."""
     pre = h @ sae.W_enc + sae.b_enc.to(h.dtype)
     f = pre * ((pre > sae.threshold) & (pre > 0))
     ablated = torch.zeros_like(f, dtype=torch.bool).scatter_(1, latents, True)
@@ -215,7 +213,7 @@ def dense_steer(h: Tensor, sae: SAEWeights, latents: Tensor) -> Tensor:
 
 
 def sae_lens_steer(sae: SAEWeights) -> Callable[[Tensor, Tensor], Tensor]:
-    """The same with SAELens: its encode, the edit, its decode before and after."""
+    """`dense_steer` with SAELens: its encode, the edit, its decode before and after."""
     lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed")
     config = lens.JumpReLUSAEConfig(
         d_in=sae.d_in, d_sae=sae.d_sae, dtype=str(sae.encoder_rows.dtype).removeprefix("torch."), device=str(DEVICE)

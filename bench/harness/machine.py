@@ -1,4 +1,4 @@
-"""What a result was measured on and with."""
+"""The machine and the versions that a result was measured with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.limit,temperat
 
 
 def output_of(*command: str) -> str:
-    """What a command prints; empty if it is not there or fails."""
+    """What a command prints; empty if it does not exist or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -31,14 +31,14 @@ def version_of(package: str) -> str | None:
 
 
 def clocks() -> dict[str, str]:
-    """Clocks of the first GPU now, as far as they can be read."""
+    """The present clocks of the first GPU; empty if they cannot be read."""
     values = output_of("nvidia-smi", "-i", "0", f"--query-gpu={CLOCKS}", "--format=csv,noheader").split(", ")
     names = CLOCKS.split(",")
     return dict(zip(names, values, strict=True)) if len(values) == len(names) else {}
 
 
 def describe(commit: str) -> dict[str, Any]:
-    """Commit (as git knows it, otherwise `commit`), versions and device."""
+    """Commit (from git, otherwise `commit`), versions and device."""
     gpu = torch.cuda.is_available()
     known = output_of("git", "rev-parse", "--short=12", "HEAD")
     return {

@@ -1,9 +1,9 @@
 """Device time from a cold cache, eager wall time, and the ceilings of the machine.
 
-The device time of a step is the difference of two CUDA graphs, divided by their steps: one empties the
-second-level cache before each step, the other only empties it. What a launch inside a graph costs is thus part
-of it, and neither the host nor the emptying is. Emptying means reading, so that nothing is left to be written
-back, and never the same memory twice within the reach of the cache. Without a GPU only wall time is measured.
+The device time of a step is the difference of two CUDA graphs, divided by the number of steps: one empties the
+second-level cache before each step, the other only empties it. So the time includes the cost of a launch inside a
+graph, but neither the host nor the emptying. The cache is emptied by reads, so that nothing is left to be written back,
+and memory is read again only when the cache cannot hold it any more. Without a GPU only wall time is measured.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Times:
-    """Of one step, in microseconds, over the rounds of a measurement."""
+    """Microseconds per step over the rounds of a measurement."""
 
     median: float
     mean: float
@@ -38,7 +38,7 @@ class Times:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Times:
-        micro = [1e6 * each for each in seconds]
+        micro = [1e6 * second for second in seconds]
         return cls(statistics.median(micro), statistics.fmean(micro), min(micro), max(micro), len(micro))
 
 
@@ -66,7 +66,7 @@ def elapsed(run: Step) -> float:
 
 
 def wall_seconds(run: Step, setup: Step, rounds: int, benchmark: Any = None) -> list[float]:
-    """Seconds until the result of `run` is there, each time after `setup`; through pytest-benchmark if given."""
+    """Seconds until the result of `run` is complete, per round and after `setup`; by pytest-benchmark if given."""
 
     def synchronised() -> None:
         run()
@@ -89,7 +89,7 @@ def wall_seconds(run: Step, setup: Step, rounds: int, benchmark: Any = None) -> 
 
 
 class Stopwatch:
-    """Measures on `DEVICE`; holds the memory that empties its cache."""
+    """Measures on `DEVICE`, and holds the memory that empties its cache."""
 
     def __init__(self) -> None:
         self._chunk = itertools.count()
@@ -101,13 +101,13 @@ class Stopwatch:
 
     @cached_property
     def _fastest(self) -> tuple[float, Any]:
-        """The read-only bandwidth in bytes a second, and what reached it."""
+        """The read-only bandwidth in bytes per second, and the reader that reached it."""
         ways: list[Any] = [torch.sum]
         if DEVICE.type == "cuda":
             from bench.harness.read_triton import readers
 
             ways += readers()
-        return max(((self._bandwidth(way), way) for way in ways), key=lambda each: each[0])
+        return max(((self._bandwidth(way), way) for way in ways), key=lambda pair: pair[0])
 
     def _bandwidth(self, read: Callable[[Tensor], object]) -> float:
         if DEVICE.type == "cuda":
@@ -119,21 +119,21 @@ class Stopwatch:
 
     @property
     def read_bandwidth(self) -> float:
-        """The fastest read of several GB, in bytes a second (of a few MB without a GPU)."""
+        """The fastest read of several GB (without a GPU of a few MB), in bytes per second."""
         return self._fastest[0]
 
     @property
     def read_way(self) -> str:
-        """What reached `read_bandwidth`."""
+        """The name of the reader that reached `read_bandwidth`."""
         return getattr(self._fastest[1], "__name__", None) or str(self._fastest[1])
 
     def read(self, x: Tensor) -> None:
-        """Read `x` as fast as is known."""
+        """Read `x` with the fastest reader."""
         self._fastest[1](x)
 
     @cached_property
     def matmul_rate(self) -> float:
-        """Operations a second of a large bf16 product of random numbers."""
+        """Operations per second of a large bf16 product of random numbers."""
         n = 8192 if DEVICE.type == "cuda" else 256
         a, b = torch.randn(2, n, n, device=DEVICE).to(torch.bfloat16)
         torch.mm(a, b)
@@ -142,16 +142,16 @@ class Stopwatch:
         return 2 * n**3 / statistics.median(times)
 
     def empty_cache(self) -> None:
-        """Replace what the second-level cache holds."""
+        """Replace the contents of the second-level cache."""
         if DEVICE.type == "cuda":
             self.read(self.memory[next(self._chunk) % N_CHUNKS])
 
     def device(self, steps: Sequence[Step], rounds: int = ROUNDS) -> Times:
-        """Device time of a step; `steps` are run in order, each from an empty cache, and averaged."""
+        """Mean device time of `steps`, which run in order, each from an empty cache."""
         for step in (self.empty_cache, *steps):
             step()
         synchronize()
-        cold = captured([each for step in steps for each in (self.empty_cache, step)])
+        cold = captured([call for step in steps for call in (self.empty_cache, step)])
         idle = captured([self.empty_cache] * len(steps))
         for graph in (cold, idle):
             graph.replay()
@@ -159,6 +159,6 @@ class Stopwatch:
         return Times.of(seconds)
 
     def wall(self, steps: Sequence[Step], rounds: int, benchmark: Any = None) -> Times:
-        """Wall time of a step called from Python, from an empty cache until it has finished."""
+        """Wall time of a step that Python calls, from an empty cache until it has finished."""
         turn = itertools.cycle(steps)
         return Times.of(wall_seconds(lambda: next(turn)(), self.empty_cache, rounds, benchmark))

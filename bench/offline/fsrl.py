@@ -1,8 +1,8 @@
 """Time and peak memory of a training step of `fsrl_residual`, forward and backward: `python -m bench.offline.fsrl`.
 
-Beside it stands the same formula in plain PyTorch, eager and under torch.compile. Each runs in a process of its own on
-the same numbers, which have to agree. Activation memory is what a step takes at its peak above weights, inputs and the
-gradients that it returns: of PyTorch's allocator on a GPU, of the whole process on a CPU.
+It is compared with the same formula in plain PyTorch, eager and under torch.compile. Each runs in a process of its own
+on the same numbers, and the results have to agree. Activation memory is a step's peak above weights, inputs and the
+gradients that it returns, as PyTorch's allocator counts it on a GPU, and for the whole process on a CPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dspa_kernels import SAEWeights, fsrl_residual
 
 SHAPES = ((2304, 16_384), (2304, 65_536))
 TOKENS, L0, L1 = 2048, 70, 2e-2
-# Parts of all latents that are moved on a token: all of them at the start of a training, few later on.
+# The share of latents that is moved per token: all of them at the start of a training, few later on.
 MOVED = {"all": 1.0, "1 %": 0.01}
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 AGREEMENT = 2e-2 if DEVICE.type == "cuda" else 1e-4
@@ -38,7 +38,7 @@ AGREEMENT = 2e-2 if DEVICE.type == "cuda" else 1e-4
 
 @dataclass(frozen=True)
 class Case:
-    """A shape, and how many latents the adapter moves."""
+    """A shape, and the share of latents that the adapter moves (a name in `MOVED`)."""
 
     d_in: int
     d_sae: int
@@ -46,7 +46,7 @@ class Case:
     moved: str
 
     def tensors(self) -> tuple[SAEWeights, dict[str, Tensor]]:
-        """Random weights of a JumpReLU SAE and of an adapter, with thresholds by which L0 and MOVED hold."""
+        """Random weights of a JumpReLU SAE and of an adapter, with thresholds that give L0 and MOVED."""
         torch.manual_seed(0)
 
         def rows(scale: float) -> Tensor:
@@ -60,11 +60,11 @@ class Case:
         zeros = torch.zeros(self.d_sae, device=DEVICE)
         sae = SAEWeights(encoder_rows=W_dec, b_enc=zeros, threshold=zeros + threshold, W_dec=W_dec)
         adapter = {"W_a": W_a, "b_a": zeros.clone(), "threshold": zeros + moved}
-        return sae, {"h": h, **{name: each.requires_grad_() for name, each in adapter.items()}}
+        return sae, {"h": h, **{name: tensor.requires_grad_() for name, tensor in adapter.items()}}
 
 
 def plain(h: Tensor, sae: SAEWeights, W_a: Tensor, b_a: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """The formula as one would write it."""
+    """The formula as written in PyTorch."""
     pre = h @ sae.W_enc + sae.b_enc.to(h.dtype)
     f = pre * (pre > sae.threshold)
     u = h @ W_a.T + b_a.to(h.dtype)
@@ -73,7 +73,7 @@ def plain(h: Tensor, sae: SAEWeights, W_a: Tensor, b_a: Tensor, threshold: Tenso
 
 
 def ours(h: Tensor, sae: SAEWeights, W_a: Tensor, b_a: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """`fsrl_residual` on the backend that is taken unasked."""
+    """`fsrl_residual` on the default backend."""
     return fsrl_residual(h, sae, W_a, b_a, threshold)[:2]
 
 
@@ -85,7 +85,7 @@ METHODS: dict[str, Callable[[], Any]] = {
 
 
 def held_bytes() -> int:
-    """Memory that is taken now; on a GPU, peaks count from here."""
+    """Memory in use; on a GPU, peaks count from here."""
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -99,30 +99,41 @@ def peak_bytes() -> int:
 
 
 def measure(case: Case, method: str, rounds: int, out: Path) -> None:
-    """In a process of its own: seconds of each round, bytes of activations, and numbers to compare."""
+    """Write seconds per round, bytes of activations, and norms to compare; runs in a process of its own."""
     sae, tensors = case.tensors()
-    function, leaves = METHODS[method](), [each for each in tensors.values() if each.requires_grad]
+    function, leaves = METHODS[method](), [tensor for tensor in tensors.values() if tensor.requires_grad]
 
     def step(h: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         steered, l1 = function(sae=sae, **tensors | {"h": h})
         grads = torch.full_like(steered, 1 / h.numel()), torch.full_like(l1, L1 / case.tokens)
         return steered, l1, torch.autograd.grad((steered, l1), leaves, grads)
 
-    # What is imported and compiled at the first call is no activation.
+    # Imports and compilation of the first call are not activations.
     step(tensors["h"][:8])
     synchronize()
     loaded, seconds = held_bytes(), []
     for _ in range(rounds + 1):
         start = time.perf_counter()
-        steered, l1, found = step(tensors["h"])
+        steered, l1, grads = step(tensors["h"])
         synchronize()
         seconds.append(time.perf_counter() - start)
-        peak, gradients = peak_bytes(), sum(each.nbytes for each in found)
-        norms = [float(each.detach().norm()) for each in (steered, l1, *found)]
-        del steered, l1, found
+        peak, gradients = peak_bytes(), sum(grad.nbytes for grad in grads)
+        norms = [float(tensor.detach().norm()) for tensor in (steered, l1, *grads)]
+        del steered, l1, grads
     # The first round compiles, and fills caches.
     result = {"seconds": seconds[1:], "activation_bytes": peak - loaded - gradients, "norms": norms}
     out.write_text(json.dumps(result))
+
+
+# What a process runs; its arguments are those of `measure`.
+MEASURE = """
+import json, sys
+from pathlib import Path
+from bench.offline.fsrl import Case, measure
+
+case, method, rounds, out = sys.argv[1:]
+measure(Case(**json.loads(case)), method, int(rounds), Path(out))
+"""
 
 
 def compare(case: Case, rounds: int) -> list[dict[str, Any]]:
@@ -130,13 +141,9 @@ def compare(case: Case, rounds: int) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     for method in METHODS:
         with TemporaryDirectory() as folder:
-            out = Path(folder) / "found.json"
-            code = (
-                "import sys, json; from pathlib import Path as P; from bench.offline.fsrl import Case, measure as m; "
-            )
-            code += "m(Case(**json.loads(sys.argv[1])), sys.argv[2], int(sys.argv[3]), P(sys.argv[4]))"
+            out = Path(folder) / "result.json"
             arguments = [json.dumps(asdict(case)), method, str(rounds), str(out)]
-            subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+            subprocess.run([sys.executable, "-c", MEASURE, *arguments], check=True)
             results.append(asdict(case) | {"method": method} | json.loads(out.read_text()))
         for mine, theirs in zip(results[0]["norms"], results[-1]["norms"], strict=True):
             assert abs(mine - theirs) <= AGREEMENT * abs(mine), f"{method}: {theirs} and not {mine}"
@@ -145,9 +152,9 @@ def compare(case: Case, rounds: int) -> list[dict[str, Any]]:
 
 def main(
     out: Annotated[Path | None, typer.Option(help="Write results here, as JSON.")] = None,
-    tokens: Annotated[int, typer.Option(help="Rows of a step.")] = TOKENS,
+    tokens: Annotated[int, typer.Option(help="Rows per step.")] = TOKENS,
     rounds: Annotated[int, typer.Option(help="Steps that are timed, after one that is not.")] = 5,
-    commit: Annotated[str, typer.Option(help="What is measured, where git does not tell.")] = "",
+    commit: Annotated[str, typer.Option(help="The commit that is measured, where git does not know it.")] = "",
 ) -> None:
     """Measure all methods at (2304, 16384) and (2304, 65536), with all and with few latents moved."""
     results = []
@@ -158,9 +165,9 @@ def main(
     for column in ("SAE", "moved", "method", "ms", "ours is", "activations, MB", "of eager"):
         table.add_column(column, justify="left" if column in ("SAE", "moved", "method") else "right")
     for result in results:
-        beside = {r["method"]: r for r in results if all(r[n] == result[n] for n in ("d_in", "d_sae", "moved"))}
-        best = {name: min(each["seconds"]) for name, each in beside.items()}
-        memory = {name: each["activation_bytes"] for name, each in beside.items()}
+        case = [r for r in results if all(r[name] == result[name] for name in ("d_in", "d_sae", "moved"))]
+        best = {r["method"]: min(r["seconds"]) for r in case}
+        memory = {r["method"]: r["activation_bytes"] for r in case}
         table.add_row(
             f"{result['d_in']} x {result['d_sae']}",
             result["moved"],
@@ -173,8 +180,8 @@ def main(
     Console().print(table)
     if out is not None:
         date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        found = describe(commit) | {"date": date, "threads": torch.get_num_threads(), "results": results}
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        record = describe(commit) | {"date": date, "threads": torch.get_num_threads(), "results": results}
+        out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time and memory of reducing counts to a map, on synthetic counts of realistic sparsity: `python -m bench.offline.reduce`."""
+"""Time and memory of reducing synthetic counts of realistic sparsity to a map: `python -m bench.offline.reduce`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from dspa.maps.table import DensityTable
 
 
 def measure(folder: str, gate_rule: str) -> None:
-    """In a process of its own: prints what it found as JSON."""
+    """Print the result as JSON; runs in a process of its own."""
     start = time.perf_counter()
     cdmap = reduce(folder, gate_rule=gate_rule, progress=True)
     seconds = time.perf_counter() - start
-    found = {
+    result = {
         "gate_rule": gate_rule,
         "seconds": seconds,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
@@ -35,11 +35,11 @@ def measure(folder: str, gate_rule: str) -> None:
         "partly_open_gates": len(cdmap.gate_latents),
         "open_gates_a_prompt": float(cdmap.n_open[cdmap.gate_latents.long()].sum() / cdmap.meta.n_triples),
     }
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
 def describe_counts(folder: Path) -> dict[str, Any]:
-    """How large and how sparse the counts are."""
+    """Size and sparsity of the counts."""
     collection = Collection.open(folder)
     table = DensityTable(collection, "all", None)
     names = ("prompt", "chosen", "rejected")
@@ -53,13 +53,13 @@ def describe_counts(folder: Path) -> dict[str, Any]:
 
 
 def main(
-    folder: Annotated[Path | None, typer.Option(help="Keep the counts here, and use those that are here.")] = None,
-    triples: Annotated[int, typer.Option(help="How many.")] = 61_000,
+    folder: Annotated[Path | None, typer.Option(help="Keep the counts here, or use those that are here.")] = None,
+    triples: Annotated[int, typer.Option(help="Number of triples.")] = 61_000,
     d_sae: Annotated[int, typer.Option(help="Width of both SAEs.")] = 65_536,
     gate_rule: Annotated[str, typer.Option(help="published or active.")] = "published",
     out: Annotated[Path | None, typer.Option(help="Write results here, as JSON.")] = None,
 ) -> None:
-    """Make counts, reduce them, and tell time and peak memory."""
+    """Make counts, reduce them, and report time and peak memory."""
     with TemporaryDirectory() as other:
         counts = folder or Path(other) / "counts"
         if not counts.exists():
@@ -71,8 +71,8 @@ def main(
     Console().print_json(json.dumps(result))
     if out is not None:
         date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        found = describe("") | {"date": date, "threads": torch.get_num_threads(), "results": [result]}
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        record = describe("") | {"date": date, "threads": torch.get_num_threads(), "results": [result]}
+        out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Counts as of a large data set, made without a model."""
+"""Counts like those of a large data set, made without a model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dspa.maps.pieces import DataRecord
 from dspa.maps.shards import COUNTED, Collection, CollectSettings, Counts, Shard
 
 # Firing frequencies fall as rank^-FALL, are at most MOST_FREQUENT and sum to L0, as in dspa_kernels.testing. Texts are
-# bursty: a latent's count in a text is negative binomial of shape BURST, so that most latents are silent in most texts.
+# bursty: a latent's count in a text is negative binomial with shape BURST, so that most latents are silent in most.
 L0, FALL, MOST_FREQUENT, BURST = 70.0, 0.7, 0.9, 0.05
-# Tokens of a text: log-normal around these, with this spread, in steps, so that probabilities are computed once.
+# Tokens per text: log-normal around these with this spread, rounded to LENGTHS so that probabilities are computed once.
 PROMPT, RESPONSE, SPREAD = 180, 300, 0.7
 LENGTHS = np.unique(np.geomspace(16, 4096, 40).astype(int))
 TRIPLES_PER_SHARD = 64
@@ -24,7 +24,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def frequencies(width: int) -> Array:
-    """How often each latent fires on a token, the most frequent first."""
+    """Probability per token that a latent fires, the most frequent first."""
     shape = np.arange(1, width + 1) ** -FALL
     scale = L0 / shape.sum()
     for _ in range(50):
@@ -33,7 +33,7 @@ def frequencies(width: int) -> Array:
 
 
 class Texts:
-    """Draws counts of texts on the latents of one SAE."""
+    """Draws counts of texts for the latents of one SAE."""
 
     def __init__(self, width: int, middle: int, rng: np.random.Generator) -> None:
         expected = frequencies(width)[rng.permutation(width)] * LENGTHS[:, None]
@@ -42,13 +42,13 @@ class Texts:
         self.more = np.maximum(expected / self.active - 1, 1e-3).astype(np.float32)
 
     def draw(self, n_texts: int) -> Counts:
-        """Counts of so many texts."""
-        of = np.searchsorted(LENGTHS, self.middle * np.exp(SPREAD * self.rng.standard_normal(n_texts)))
+        """Counts of `n_texts` texts."""
+        lengths = np.searchsorted(LENGTHS, self.middle * np.exp(SPREAD * self.rng.standard_normal(n_texts)))
         rows = []
-        for each in np.minimum(of, len(LENGTHS) - 1):
-            latents = np.flatnonzero(self.rng.random(self.active.shape[1], dtype=np.float32) < self.active[each])
-            drawn = 1 + self.rng.exponential(self.more[each, latents]).astype(np.int32)
-            rows.append((latents.astype(np.int32), np.minimum(drawn, LENGTHS[each]), LENGTHS[each]))
+        for i_length in np.minimum(lengths, len(LENGTHS) - 1):
+            latents = np.flatnonzero(self.rng.random(self.active.shape[1], dtype=np.float32) < self.active[i_length])
+            drawn = 1 + self.rng.exponential(self.more[i_length, latents]).astype(np.int32)
+            rows.append((latents.astype(np.int32), np.minimum(drawn, LENGTHS[i_length]), LENGTHS[i_length]))
         return Counts(
             starts=torch.tensor(np.cumsum([0, *(len(latents) for latents, _, _ in rows)])),
             latents=torch.from_numpy(np.concatenate([latents for latents, _, _ in rows])),
@@ -58,7 +58,7 @@ class Texts:
 
 
 def write_counts(folder: Path, n_triples: int, d_sae_in: int, d_sae_out: int, seed: int = 0) -> Collection:
-    """A collection of so many triples, whose responses differ by chance alone."""
+    """A collection of `n_triples` triples, whose responses differ by chance alone."""
     rng = np.random.default_rng(seed)
     prompts, responses = Texts(d_sae_in, PROMPT, rng), Texts(d_sae_out, RESPONSE, rng)
     settings = CollectSettings("synthetic", "a" * 16, "b" * 16, 0, 1, d_sae_in, d_sae_out, "", None, "")

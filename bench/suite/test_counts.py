@@ -1,4 +1,4 @@
-"""`activation_counts` on a ragged batch, beside a dense formulation and the rate of a plain matrix product."""
+"""`activation_counts` on a ragged batch, compared with a dense formulation and the rate of a matrix product."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ N_SEQUENCES = 12
 
 
 def ragged(n_rows: int) -> Tensor:
-    """The sequence of each row: long ones and short ones, and rows of none."""
+    """The sequence of each row: long and short ones, and rows of no sequence."""
     g = torch.Generator().manual_seed(0)
     ends = torch.randperm(n_rows - 1, generator=g)[: N_SEQUENCES - 1].sort().values
     sequences = torch.bucketize(torch.arange(n_rows), ends).to(torch.int32)
@@ -43,7 +43,7 @@ def test_activation_counts(measure: Measure, activity: Activity, backend: str) -
             return dense_counts(h, sae, sequences)
         return activation_counts(h, sae, sequences, N_SEQUENCES, backend=backend)
 
-    # Rounding decides a few; in a 16-bit pre-activation, more.
+    # Rounding decides whether a few are active; with 16-bit pre-activations, more.
     allowed = 0.05 if backend == "torch" else 1e-4
     assert float((run() - wanted).abs().sum()) <= allowed * float(wanted.sum())
     measure(

@@ -1,4 +1,7 @@
-"""A decoding step of `fsrl_residual` beside dense matrices. What a training step takes: `python -m bench.offline.fsrl`."""
+"""A decoding step of `fsrl_residual`, compared with dense matrices.
+
+`python -m bench.offline.fsrl` measures a training step.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def labels(case: str, backend: str, setting: Setting) -> dict[str, Any]:
 def test_step(measure: Measure, activity: Activity, backend: str, n_rows: int) -> None:
     setting, adapter = Setting.of(activity, "hard", n_rows), Adapter.of(activity)
     for h, _ in list(setting.batches())[:2]:
-        check_rows(*(fsrl_residual(h, setting.sae, *adapter, backend=each).h for each in (backend, "reference")))
+        check_rows(*(fsrl_residual(h, setting.sae, *adapter, backend=name).h for name in (backend, "reference")))
     steps = setting.steps(lambda h, _: fsrl_residual(h, setting.sae, *adapter, backend=backend).h)
     n_bytes = sum(adapter.n_bytes(h, setting.sae) for h, _ in setting.batches()) / len(steps)
     measure(steps, capture=backend != "reference", n_bytes=n_bytes, **labels("decoding step", backend, setting))

@@ -1,4 +1,4 @@
-"""`sparse_encode` and `sparse_decode` beside dense matrices."""
+"""`sparse_encode` and `sparse_decode`, compared with dense matrices."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def dense_encode(h: Tensor, sae: SAEWeights) -> Tensor:
 
 
 def as_dense(indices: Tensor, values: Tensor, d_sae: int) -> Tensor:
-    """Latents [N, d_sae]; empty places go to one more column, which is dropped."""
+    """Latents [N, d_sae]. Empty places go to an extra column, which is dropped."""
     f = values.new_zeros(len(indices), d_sae + 1)
     place = torch.where(indices < 0, d_sae, indices).long()
     return f.scatter_(1, place, values)[:, :d_sae]
@@ -37,8 +37,8 @@ def as_dense(indices: Tensor, values: Tensor, d_sae: int) -> Tensor:
 def test_encode(measure: Measure, activity: Activity, backend: str, n_rows: int) -> None:
     setting = Setting.of(activity, "hard", n_rows)
     h, sae = setting.h[: 4 * n_rows], setting.sae
-    ours, wanted = (sparse_encode(h, sae, capacity=CAPACITY, backend=each) for each in (backend, "reference"))
-    check_rows(*(as_dense(each.indices, each.values, sae.d_sae) for each in (ours, wanted)))
+    ours, wanted = (sparse_encode(h, sae, capacity=CAPACITY, backend=name) for name in (backend, "reference"))
+    check_rows(*(as_dense(f.indices, f.values, sae.d_sae) for f in (ours, wanted)))
     steps = setting.steps(lambda h, _: sparse_encode(h, sae, capacity=CAPACITY, backend=backend).values)
     n_bytes = setting.encoder_bytes + n_rows * (sae.d_in * h.element_size() + 8 * CAPACITY)
     measure(
@@ -60,13 +60,13 @@ def test_decode(measure: Measure, activity: Activity, backend: str, n_rows: int)
     sae = setting.sae
     latents = [sparse_encode(h, sae, capacity=CAPACITY, backend="reference") for h, _ in setting.batches()]
     if backend == "torch":
-        f = [as_dense(each.indices, each.values, sae.d_sae).to(sae.W_dec.dtype) for each in latents[:8]]
-        steps = [lambda f=f: f @ sae.W_dec for f in f]
+        dense = [as_dense(f.indices, f.values, sae.d_sae).to(sae.W_dec.dtype) for f in latents[:8]]
+        steps = [lambda f=f: f @ sae.W_dec for f in dense]
         n_bytes, case = float(sae.W_dec.nbytes), "dense PyTorch, eager"
     else:
-        steps = [lambda each=each: sparse_decode(each, sae.W_dec, backend=backend) for each in latents]
-        active = sum(int(each.counts.sum()) for each in latents) / len(latents)
+        steps = [lambda f=f: sparse_decode(f, sae.W_dec, backend=backend) for f in latents]
+        active = sum(int(f.counts.sum()) for f in latents) / len(latents)
         n_bytes, case = active * sae.d_in * sae.W_dec.element_size(), "decode"
-        for step, each in zip(steps, latents, strict=True):
-            check_rows(step(), sparse_decode(each, sae.W_dec, backend="reference"))
+        for step, f in zip(steps, latents, strict=True):
+            check_rows(step(), sparse_decode(f, sae.W_dec, backend="reference"))
     measure(steps, capture=backend != "reference", n_bytes=n_bytes, **labels("sparse_decode", case, backend, setting))

@@ -1,4 +1,4 @@
-"""`steer` beside what it replaces. A result that is wrong fails instead of being timed."""
+"""`steer`, compared with what it replaces. A wrong result fails instead of being timed."""
 
 from __future__ import annotations
 
@@ -33,12 +33,17 @@ from dspa_kernels.weights import PATHS
 
 BACKENDS = with_rows(steer_backends())
 # The reference reads no screen.
-SCREENED = [(*each, "none") for each in BACKENDS] + [(*each, "int8") for each in BACKENDS if each[0] != "reference"]
+SCREENED = [
+    (name, n_rows, screen)
+    for screen in ("none", "int8")
+    for name, n_rows in BACKENDS
+    if (name, screen) != ("reference", "int8")
+]
 STREAMED = PATHS.index("streamed")
 
 
 def paths_of(setting: Setting, **options: Any) -> Tensor:
-    """What each step added to `paths` [N_STEPS, 6]."""
+    """The increments of `paths` per step [N_STEPS, 6]."""
     taken = []
     for h, rows in setting.batches():
         taken.append(torch.zeros(len(PATHS) + 1, dtype=torch.int64, device=h.device))
@@ -95,13 +100,13 @@ def test_mean_step(measure: Measure, activity: Activity, case: str, screen: str,
 @pytest.mark.parametrize(("name", "n_rows"), itertools.product(steer_backends(), FEW_ROWS))
 @pytest.mark.parametrize("path", ["unsteered", "inactive", "settled"])
 def test_fixed_cost(measure: Measure, activity: Activity, path: str, name: str, n_rows: int) -> None:
-    """Steps that read nothing of the encoder, since all rows take the path `path`: what a step costs besides.
+    """The cost of steps that read nothing of the encoder, since all rows take the path `path`.
 
-    Barrier and tail are not timed by themselves: no launch goes without them. `settled` less `launch only`, of the same
-    run, is at least what the two take together: it is the select phase, one grid barrier and a tail that edits, and
-    whatever the launch takes longer than that of a small kernel. A step that streams waits at one more barrier of the
-    same kind. `unsteered` less `launch only` is a barrier and a tail that copies; what `inactive` adds is the select
-    phase, and what `settled` adds to that are decoder rows.
+    Barrier and tail are in every launch, so they are not timed by themselves. `settled` less `launch only`, of the same
+    run, is at least what the two take together: it is the select phase, one grid barrier and a tail that edits, and the
+    time by which the launch is longer than that of a small kernel. A step that streams waits at one more barrier of the
+    same kind. `unsteered` less `launch only` is a barrier and a tail that copies. `inactive` adds the select phase, and
+    `settled` adds the decoder rows to that.
     """
     setting = Setting.of(activity, "hard", n_rows).taking(path, activity)
     with running(name) as backend:
@@ -117,14 +122,14 @@ def test_fixed_cost(measure: Measure, activity: Activity, path: str, name: str, 
 
 @pytest.mark.skipif(not ON_GPU, reason="launches nothing without a GPU")
 def test_launch(measure: Measure, activity: Activity) -> None:
-    """A launch that does nothing, of as many programs as `steer` has."""
+    """A launch that does nothing, with as many programs as `steer` has."""
     from bench.harness.read_triton import launch_only
 
     measure([lambda: launch_only(DEVICE)] * 32, **labels(Setting.of(activity, "hard", 1), "launch only", "read"))
 
 
 def stream_of(activity: Activity, screen: str) -> EncoderStream:
-    """Made once for each activity."""
+    """The stream of an activity, made once."""
     if (id(activity), screen) not in STREAMS:
         STREAMS.clear()
         STREAMS[id(activity), screen] = activity.stream(screen=screen)
@@ -137,7 +142,7 @@ STREAMS: dict[tuple[int, str], EncoderStream] = {}
 @pytest.mark.parametrize(("mode", "n_rows"), [*(("eager", n) for n in ROWS), *(("compiled", n) for n in FEW_ROWS)])
 @pytest.mark.parametrize("what", ["dense PyTorch", "SAELens"])
 def test_dense(measure: Measure, activity: Activity, what: str, mode: str, n_rows: int) -> None:
-    """What does the same without the package: held against the reference in fp32, timed in the SAE's dtype."""
+    """The same step without the package: compared with the reference in fp32, timed in the SAE's dtype."""
     setting = Setting.of(activity, "hard", n_rows)
     latents = setting.plan.latents(setting.cdmap.columns)[setting.rows.long()].long()
 
@@ -159,7 +164,7 @@ def test_dense(measure: Measure, activity: Activity, what: str, mode: str, n_row
 
 @pytest.mark.parametrize("n_rows", FEW_ROWS)
 def test_compiled_reference(measure: Measure, activity: Activity, n_rows: int) -> None:
-    """The specification itself under torch.compile, which has to leave its graph where the data decide."""
+    """The specification itself under torch.compile, which breaks its graph where data decide."""
     setting = Setting.of(activity, "hard", n_rows)
     torch.compiler.reset()
     compiled = torch.compile(reference.steer)
@@ -176,7 +181,7 @@ def test_compiled_reference(measure: Measure, activity: Activity, n_rows: int) -
 
 
 def test_read(measure: Measure, activity: Activity, stopwatch: Stopwatch) -> None:
-    """Nothing but a read of the encoder: what a stream of this size could reach."""
+    """A read of the encoder and nothing else: the limit of a stream of this size."""
     setting = Setting.of(activity, "hard", 1)
     W = activity.sae.encoder_rows
     measure([lambda: stopwatch.read(W)] * 32, n_bytes=W.nbytes, **labels(setting, "read only", "read"))

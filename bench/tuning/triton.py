@@ -1,9 +1,9 @@
-"""Measures launch parameters and writes the best into `dspa_kernels/launch_table.json`: `python -m bench.tuning.triton`.
+"""Measures launch parameters of the Triton kernels: `python -m bench.tuning.triton`.
 
-For each kernel, number of rows, shape and precision, candidates are compiled side by side in several processes,
-those that fail, spill registers or give other bits than the present parameters (of an adapter, other numbers) are
-dropped, and the rest are timed from a cold cache. Whatever was found is kept in `--state`, so that a run that was
-stopped goes on where it was.
+It writes the best to `dspa_kernels/launch_table.json`. For each kernel, number of rows, shape and precision, candidates
+are compiled in several processes. Those that fail, spill registers or give other bits than the present parameters (with
+an adapter: other numbers) are dropped, and the rest are timed from a cold cache. Results are kept in `--state`, so that
+a run that was stopped continues there.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from dspa_kernels import EncoderStream, activation_counts, fsrl_residual, launch
 from dspa_kernels.launch import STEER_WARPS, Entry, Launch, Served, capability_of, launch_parameters
 from dspa_kernels.testing import Activity, realistic_activity, same_bits, tensors
 
-# Bytes of a weight and of a number of a row, by precision; shared memory that programs of a multiprocessor share.
+# Bytes per weight and per number of a row, by precision; the shared memory of a multiprocessor.
 BYTES = {0: (2, 2), 1: (2, 4), 2: (4, 4)}
 SHARED = 227 << 10
-# Fewer bytes on their way to a multiprocessor than this do not fill the memory's pipe.
+# With fewer bytes under way to a multiprocessor the memory is not busy.
 IN_FLIGHT = 32 << 10
-# Rows that stand for any number of them; steps timed together; latents of a trial; a gain that is not noise.
+# Rows where an entry serves any number of them; steps timed together; latents of a trial; a gain that is not noise.
 MANY_ROWS, N_STEPS, FEW_LATENTS, GAIN = 2048, 32, 1024, 0.98
 
 AnyEntry = TypeVar("AnyEntry", bound=Served)
@@ -46,7 +46,7 @@ AnyEntry = TypeVar("AnyEntry", bound=Served)
 
 @dataclass(frozen=True)
 class Place:
-    """What an entry of the table serves."""
+    """The launches that an entry of the table serves."""
 
     kernel: str
     precision: int
@@ -63,12 +63,12 @@ class Place:
 
 
 def candidates(place: Place) -> list[Launch]:
-    """Parameters that fit on a multiprocessor and keep its memory pipe full."""
+    """Parameters that fit on a multiprocessor and keep the memory busy."""
     weight, row = BYTES[place.precision]
     shapes = ((4, 1), (4, 2), (4, 3), (8, 1), (8, 2))
     if place.kernel.startswith("steer"):
         shapes = tuple(shape for shape in shapes if shape[0] == STEER_WARPS)
-    found = []
+    fitting = []
     for rows, latents, k, (warps, programs), stages in itertools.product(
         (place.rows,) if place.rows else (64, 128),
         (64, 128),
@@ -78,21 +78,21 @@ def candidates(place: Place) -> list[Launch]:
     ):
         shared = stages * k * (latents * weight + rows * row) * programs
         if shared <= SHARED and (stages - 1) * k * latents * weight * programs >= IN_FLIGHT:
-            found.append(Launch(rows, latents, k, warps, stages, programs))
-    return found
+            fitting.append(Launch(rows, latents, k, warps, stages, programs))
+    return fitting
 
 
 # The tables
 
 
 def kind_of(entry: Served) -> tuple[Any, ...]:
-    """Two entries of one kind serve the same launches."""
+    """The launches that an entry serves: two entries with the same ones replace each other."""
     return tuple(getattr(entry, name) for name in ("kernel", "precision", "capability", "rows", "d_in", "d_sae"))
 
 
 def ordered(entries: Iterable[AnyEntry]) -> list[AnyEntry]:
-    """The first entry that fits is taken: those for a shape come before those for any, those for a capability before
-    those for any, few rows before many."""
+    """The entries in the order in which the first that fits is used: those for a shape come before those for any shape,
+    those for a capability before those for any, few rows before many."""
     entries = list(entries)
     kernels = list(dict.fromkeys(entry.kernel for entry in entries))
 
@@ -105,12 +105,12 @@ def ordered(entries: Iterable[AnyEntry]) -> list[AnyEntry]:
 
 
 def merged(entries: Iterable[AnyEntry], new: Iterable[AnyEntry]) -> list[AnyEntry]:
-    """The table with new entries, in place of those of their kind."""
+    """The table with new entries, which replace those for the same launches."""
     return ordered({kind_of(entry): entry for entry in (*entries, *new)}.values())
 
 
 def as_text(entries: Iterable[Served]) -> str:
-    """A table as it is stored, an entry a line."""
+    """A table as it is stored, one entry per line."""
     lines = ",\n".join("  " + json.dumps(asdict(entry)) for entry in entries)
     return f"[\n{lines}\n]\n" if lines else "[\n]\n"
 
@@ -122,7 +122,7 @@ def anywhere(entry: Entry) -> Entry:
 
 @contextmanager
 def using(place: Place, parameters: Launch) -> Iterator[None]:
-    """Launches of the place's kernel take these parameters, whatever their shape."""
+    """Within the context, launches of the place's kernel use these parameters, whatever their shape."""
     entry = replace(anywhere(place.entry(parameters, None)), rows=None)
     everything = (entry, *launch.table())
     launch_parameters.cache_clear()
@@ -137,7 +137,7 @@ def using(place: Place, parameters: Launch) -> Iterator[None]:
 
 
 def setting_of(place: Place, activity: Activity) -> Setting:
-    """Steps as they come, in the place's precision and with its kind of SAE."""
+    """Steps with realistic activity, in the place's precision and with its kind of SAE."""
     setting = Setting.of(activity, "hard", place.n_rows)
     setting = setting if place.precision == 0 else replace(setting, h=setting.h.float())
     setting = setting if place.precision < 2 else setting.with_sae(widened(setting.sae))
@@ -150,7 +150,7 @@ def stream_of(place: Place, setting: Setting, activity: Activity) -> EncoderStre
 
 
 def steps_of(place: Place, activity: Activity) -> list[Callable[[], Any]]:
-    """Calls of the place's kernel in Triton, each with rows of its own."""
+    """Calls of the place's kernel in Triton, each with its own rows."""
     setting = setting_of(place, activity)
     if place.kernel == "encode":
         return [encoding(rows, setting, place.rows is None) for rows, _ in setting.batches()]
@@ -176,7 +176,7 @@ def adapting(h: Tensor, setting: Setting, adapter: Adapter, backward: bool) -> C
 
     def both() -> Any:
         with torch.enable_grad():
-            leaves = [each.requires_grad_() for each in adapter]
+            leaves = [tensor.requires_grad_() for tensor in adapter]
             out, l1, _ = forward()
             return torch.autograd.grad((out, l1), leaves, (h, torch.ones_like(l1)))
 
@@ -184,7 +184,7 @@ def adapting(h: Tensor, setting: Setting, adapter: Adapter, backward: bool) -> C
 
 
 def agree(place: Place, ours: Tensor, wanted: Tensor) -> bool:
-    """The same bits; of an adapter, whose sums over latents follow the tiles, the same up to rounding."""
+    """Whether bits are equal; for an adapter, whose sums over latents follow the tiles, up to rounding."""
     if not place.kernel.startswith("fsrl") or not wanted.is_floating_point():
         return same_bits(ours, wanted)
     most = float(wanted.float().abs().max())
@@ -197,7 +197,7 @@ def activity_for(d_in: int, d_sae: int) -> Activity:
 
 
 def trouble(place: Place, parameters: Launch) -> str:
-    """Compile and run once, with few latents; what is wrong with it, if anything."""
+    """Compile and run once, with few latents; returns what is wrong, empty if nothing is."""
     from triton.runtime.jit import JITFunction
 
     kernels, run = [], JITFunction.run
@@ -211,12 +211,12 @@ def trouble(place: Place, parameters: Launch) -> str:
             steps_of(place, activity_for(place.d_in, FEW_LATENTS))[0]()
             synchronize()
     except Exception as error:
-        return told(error)
+        return reason_of(error)
     spilled = max((getattr(kernel, "n_spills", 0) or 0 for kernel in kernels), default=0)
     return f"spills {spilled}" if spilled else ""
 
 
-def told(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error)[:200]}"
 
 
@@ -224,7 +224,7 @@ def told(error: Exception) -> str:
 
 
 class State:
-    """What is known of entries: a time in microseconds or several by name, or why one is out."""
+    """The results of entries: microseconds, one or several by name, or why an entry was dropped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -244,7 +244,7 @@ class State:
 
 
 class Tuner:
-    """Measures places one after the other, until a moment."""
+    """Measures places one after the other, until the time is over."""
 
     def __init__(self, state: State, pool: ProcessPoolExecutor, until: float) -> None:
         self.state, self.pool, self.until = state, pool, until
@@ -253,9 +253,9 @@ class Tuner:
         self.tried: dict[Entry, str] = {}
 
     def tune(self, place: Place, activity: Activity) -> Entry | None:
-        """The best entry of a place, if it is better than what the table has."""
+        """The best entry of a place, if it is better than the table's."""
         present = launch_parameters(place.kernel, place.n_rows, place.d_in, place.d_sae, place.precision, DEVICE)
-        entries = [place.entry(each, self.capability) for each in dict.fromkeys([present, *candidates(place)])]
+        entries = [place.entry(tried, self.capability) for tried in dict.fromkeys([present, *candidates(place)])]
         waiting = [entry for entry in entries if self.state.of(entry) is None]
         if waiting:
             self.drop_unfit(place, waiting)
@@ -267,7 +267,7 @@ class Tuner:
         return best
 
     def drop_unfit(self, place: Place, entries: Sequence[Entry]) -> None:
-        """Try each in another process, once for all shapes; what it compiled stays in Triton's cache."""
+        """Try entries in other processes, once for all shapes. Compiled kernels stay in Triton's cache."""
         tasks = {
             self.pool.submit(trouble, place, entry.launch): entry
             for entry in entries
@@ -296,15 +296,15 @@ class Tuner:
                     return "other numbers"
             return self.stopwatch.device(steps, rounds=5).median
         except Exception as error:
-            return told(error)
+            return reason_of(error)
 
 
 def places(kernels: Sequence[str], precisions: Sequence[int], shapes: Sequence[tuple[int, int]]) -> Iterator[Place]:
-    """A place for each of the table's numbers of rows, shape after shape."""
+    """The places of all numbers of rows in the table, shape after shape."""
     for (d_in, d_sae), kernel, precision in itertools.product(shapes, kernels, precisions):
-        rows = {entry.rows for entry in launch.table() if (entry.kernel, entry.precision) == (kernel, precision)}
-        for each in sorted(rows, key=lambda n: n or MANY_ROWS):
-            yield Place(kernel, precision, each, d_in, d_sae)
+        numbers = {entry.rows for entry in launch.table() if (entry.kernel, entry.precision) == (kernel, precision)}
+        for rows in sorted(numbers, key=lambda n: n or MANY_ROWS):
+            yield Place(kernel, precision, rows, d_in, d_sae)
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -320,7 +320,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", type=shape, default=SHAPES, metavar="D_INxD_SAE")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop measuring after this long")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile")
-    parser.add_argument("--state", type=Path, default=Path("build/tune.json"), help="what was measured so far")
+    parser.add_argument("--state", type=Path, default=Path("build/tune.json"), help="what has been measured")
     parser.add_argument("--table", type=Path, default=launch.TABLE, help="where the table is written")
     return parser.parse_args(arguments)
 
@@ -328,22 +328,22 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     chosen = parsed()
     if DEVICE.type != "cuda":
-        print("bench.tuning.triton needs a CUDA device, and torch finds none; the table was left as it is")
+        print("bench.tuning.triton needs a CUDA device, and torch finds none; the table is unchanged")
         return 2
     context = multiprocessing.get_context("spawn")
-    found: list[Entry] = []
+    better: list[Entry] = []
     with torch.no_grad(), ProcessPoolExecutor(chosen.workers, mp_context=context) as pool:
         tuner = Tuner(State(chosen.state), pool, time.monotonic() + chosen.seconds)
         for place in places(chosen.kernels, chosen.precisions, chosen.shapes):
             if time.monotonic() > tuner.until:
-                print("the time is over: run again with the same --state to go on")
+                print("the time is over: run again with the same --state to continue")
                 break
             best = tuner.tune(place, activity_for(place.d_in, place.d_sae))
             if best is not None:
-                found.append(best)
+                better.append(best)
                 print(f"{tuner.state.of(best):8.2f} us  {best}", flush=True)
-    chosen.table.write_text(as_text(merged(launch.table(), found)))
-    print(f"{len(found)} entries written to {chosen.table}")
+    chosen.table.write_text(as_text(merged(launch.table(), better)))
+    print(f"{len(better)} entries written to {chosen.table}")
     return 0
 
 

@@ -11,7 +11,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.sh"
 STAGES = ("build", "check", "sanitize", "stress", "bench", "generate", "train", "profile", "tune", "tune_cuda")
-# Notes how it was called, builds a library if asked to, and fails where $FAIL says so.
+# Records how it was called, builds a library if asked to, and fails where $FAIL matches.
 STAND_IN = """#!/usr/bin/env bash
 echo "$(basename "$0") $* [$TORCH_CUDA_ARCH_LIST]" >>"$CALLS"
 case "$*" in
@@ -70,7 +70,7 @@ def test_without_a_device_it_says_so_at_once(tree: Tree) -> None:
 
 def test_all_runs_everything_and_builds_first(tree: Tree) -> None:
     code, text, calls = tree.run("all", "out")
-    assert code == 0 and text.endswith("== all went well: all\n")
+    assert code == 0 and text.endswith("== all succeeded: all\n")
     names = [line.split()[1].rstrip(":") for line in text.splitlines() if ": status 0" in line]
     ran = list(dict.fromkeys(next(stage for stage in reversed(STAGES) if name.startswith(stage)) for name in names))
     assert ran == list(STAGES)
@@ -93,7 +93,7 @@ def test_a_stage_builds_if_there_is_no_library(tree: Tree) -> None:
     assert library.read_text() == "new\n" and any("csrc/build.py" in call and "[8.0]" in call for call in calls)
 
 
-def test_what_fails_is_told_and_the_rest_runs(tree: Tree) -> None:
+def test_a_failure_is_reported_and_the_rest_runs(tree: Tree) -> None:
     (tree.root / LIBRARY).write_text("old")
     code, text, calls = tree.run("all", "out", fail="csrc/build.py*")
     assert code == 1 and "== FAILED: build (3)\n" in text

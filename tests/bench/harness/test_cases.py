@@ -1,4 +1,4 @@
-"""What is measured: kinds of launches, and steps that do what they are called."""
+"""The measured cases: kinds of launches, and steps that do what their names say."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def test_a_kind_of_launch_is_chosen_and_then_forgotten(name: str) -> None:
     entries = [("steer", 1, 2304, 16384, 0, CPU), ("steer_topk_int8", 500, 64, 512, 2, CPU)]
     before = [launch.cuda_entry(*entry) for entry in entries]
     with running(name) as backend:
-        found = [launch.cuda_entry(*entry) for entry in entries]
-        kinds = [{"programmatic": entry.programmatic, "ahead": entry.ahead} for entry in found if entry]
+        chosen = [launch.cuda_entry(*entry) for entry in entries]
+        kinds = [{"programmatic": entry.programmatic, "ahead": entry.ahead} for entry in chosen if entry]
         assert backend == "cuda" and kinds == [LAUNCHES[name]] * 2
     assert [launch.cuda_entry(*entry) for entry in entries] == before
 
@@ -40,7 +40,7 @@ def test_rows_take_their_path(path: str, backend: str) -> None:
     *tallies, n_read = paths_of(setting, backend=backend).sum(dim=0).tolist()
     assert dict(zip(PATHS, tallies, strict=True)) == dict.fromkeys(PATHS, 0) | {path: len(setting.h)}
     assert (n_read > 0) == (path == "streamed")
-    out, wanted = (setting.all_steps(backend=each) for each in (backend, "reference"))
+    out, wanted = (setting.all_steps(backend=name) for name in (backend, "reference"))
     check_rows(out, wanted)
     assert torch.equal(out, setting.h) == (path in ("unsteered", "inactive"))
 

@@ -1,4 +1,4 @@
-"""The CUDA table as `bench.tuning.cuda` writes it."""
+"""The CUDA table that `bench.tuning.cuda` writes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PLACES = [Place("steer", 0, rows, 2304, 16384) for rows in tune_cuda.ROWS]
 
 
 def times(whole: tuple[float, float, float], mean: tuple[float, float, float] = (10.0, 10.0, 10.0)) -> tune_cuda.Times:
-    """Of Triton, CUDA, and CUDA's programmatic launches; those that only read ahead are slow."""
-    whole, mean = ((*each[:2], 100.0, each[2]) for each in (whole, mean))
+    """Times of Triton, CUDA, and CUDA's programmatic launches; launches that only read ahead are slow."""
+    whole, mean = ((triton, cuda, 100.0, programmatic) for triton, cuda, programmatic in (whole, mean))
     return {"whole": dict(zip(KERNELS, whole, strict=True)), "mean": dict(zip(KERNELS, mean, strict=True))}
 
 
@@ -46,9 +46,9 @@ def test_cuda_is_entered_as_far_as_it_is_faster() -> None:
     plain, early, slow = times((30.0, 20.0, 25.0)), times((30.0, 25.0, 20.0)), times((30.0, 31.0, 32.0))
     asked: list[Place] = []
 
-    def entries(*found: tune_cuda.Times | str | None) -> list[CudaEntry]:
+    def entries(*measured: tune_cuda.Times | str | None) -> list[CudaEntry]:
         asked.clear()
-        return tune_cuda.entries_of(PLACES, 90, lambda place: (asked.append(place), found[len(asked) - 1])[1])
+        return tune_cuda.entries_of(PLACES, 90, lambda place: (asked.append(place), measured[len(asked) - 1])[1])
 
     assert entries(early, early, early, early, early) == [entry(64, True)]
     assert entries(early, plain, plain, slow) == [entry(1, True), entry(16, False)]
@@ -80,7 +80,7 @@ def test_kernels_are_compared_once(
     monkeypatch.setattr("bench.harness.measure.Stopwatch.device", lambda _, steps: Times.of([len(steps)]))
     first = tune_cuda.Comparison(tune.State(tmp_path / "state.json"), float("inf"))(place)
     assert isinstance(first, dict) and list(first) == ["whole", "mean"]
-    assert all(tuple(each) == KERNELS for each in first.values())
+    assert all(tuple(times_by_kernel) == KERNELS for times_by_kernel in first.values())
     again = tune_cuda.Comparison(tune.State(tmp_path / "state.json"), 0.0)
     assert again(place) == first and again(Place(kernel, precision, 8, 64, 512)) is None
 
@@ -92,8 +92,8 @@ def test_what_is_not_close_is_left_out(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         tune_cuda.Setting, "all_steps", lambda self, **options: all_steps(self, **options) + wrong[options["backend"]]
     )
-    found = tune_cuda.Comparison(tune.State(tmp_path / "state.json"), float("inf"))(Place("steer", 0, 1, 64, 512))
-    assert isinstance(found, str) and "rows are wrong" in found
+    result = tune_cuda.Comparison(tune.State(tmp_path / "state.json"), float("inf"))(Place("steer", 0, 1, 64, 512))
+    assert isinstance(result, str) and "rows are wrong" in result
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="says what happens without a CUDA device")

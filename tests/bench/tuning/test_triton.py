@@ -1,4 +1,4 @@
-"""The launch table as `bench.tuning.triton` writes it."""
+"""The launch table that `bench.tuning.triton` writes."""
 
 from __future__ import annotations
 
@@ -65,12 +65,13 @@ def test_a_candidate_is_used_and_then_forgotten() -> None:
 @pytest.mark.parametrize("rows", [16, 32, 64, None])
 def test_candidates_fit_on_a_multiprocessor(rows: int | None, precision: int) -> None:
     place = replace(PLACE, rows=rows, precision=precision)
-    found = tune.candidates(place)
-    assert 5 < len(found) == len(set(found)) and {each.BLOCK_N for each in found} == ({rows} if rows else {64, 128})
+    candidates = tune.candidates(place)
+    assert 5 < len(candidates) == len(set(candidates))
+    assert {candidate.BLOCK_N for candidate in candidates} == ({rows} if rows else {64, 128})
     weight, row = tune.BYTES[precision]
-    for each in found:
-        tile = each.BLOCK_K * (each.BLOCK_L * weight + each.BLOCK_N * row)
-        assert tile * each.num_stages * each.programs <= tune.SHARED
+    for candidate in candidates:
+        tile = candidate.BLOCK_K * (candidate.BLOCK_L * weight + candidate.BLOCK_N * row)
+        assert tile * candidate.num_stages * candidate.programs <= tune.SHARED
 
 
 def test_what_was_measured_is_kept(tmp_path: Path) -> None:
