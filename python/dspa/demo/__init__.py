@@ -1,1 +1,1 @@
-"""A small world in which the whole of DSPA runs on a laptop in a minute."""
+"""A small world in which all of DSPA runs on a laptop in a minute."""

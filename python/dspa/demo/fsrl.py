@@ -1,4 +1,4 @@
-"""The FSRL demo: train adapters on preference triples, from hardly to strongly kept sparse, and compare them."""
+"""The FSRL demo: train adapters on preference triples, with weak to strong sparsity, and compare them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dspa.fsrl.config import FSRLConfig, TrainingConfig
 from dspa.fsrl.results import HeldOut
 from dspa.fsrl.sweep import train_sweep
 
-# Of the file of preferences; the others are held out.
+# Triples to train on; the others in the file are held out.
 N_TRAIN = 300
 SEED = 0
 ADAPTERS = (
@@ -29,14 +29,21 @@ ADAPTERS = (
     FSRLConfig(activation="relu"),
     FSRLConfig(activation="jumprelu"),
 )
-# Published are a rate of 5e-5 and batches of 32, for a model of 2 billion parameters and 60 thousand triples.
+# The published rate is 5e-5 and the published batch 32, for 2 billion parameters and 60 thousand triples.
 TRAINING = TrainingConfig(lr=1e-3, batch_size=8, micro_batch_size=8, max_steps=80)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What an adapter reached, or the base model, which has no activation. share: of the style words of sampled answers
-    to held-out prompts, those of the preferred style; perplexity: on style-neutral words of given answers."""
+class AdapterOutcome:
+    """Figures of an adapter, or of the base model, which has no activation.
+
+    Attributes:
+        activation: the adapter's activation.
+        l1: the adapter's lambda.
+        held_out: figures on held-out triples.
+        share: share of style words in the preferred style, in sampled answers to held-out prompts.
+        perplexity: perplexity on style-neutral words of given answers.
+    """
 
     activation: str | None
     l1: float | None
@@ -52,29 +59,32 @@ def measure(
     adapters: tuple[FSRLConfig, ...] = ADAPTERS,
     config: TrainingConfig = TRAINING,
     progress: bool = True,
-) -> list[Outcome]:
-    """The base model, and an adapter of each of the settings on the SAE that reads the prompt, trained in `out`."""
+) -> list[AdapterOutcome]:
+    """Train an adapter of each setting on the SAE that reads the prompt, and measure them and the base model.
+
+    The adapters are trained in folders in `out`.
+    """
     triples = list(load_triples(demo.triples))
-    found = train_sweep(
+    sweep = train_sweep(
         *(demo.model, demo.tokenizer, triples[:N_TRAIN], [demo.sae_in], adapters, out),
         eval_triples=triples[N_TRAIN:],
         config=config,
         progress=progress,
     )
-    outcomes = [Outcome(None, None, found.base, demo.share(demo.generate(SEED)), demo.neutral_perplexity(None))]
-    for each in found.adapters:
-        with FSRLAdapter.load(each.folder, demo.sae_in).attach(demo.model):
+    outcomes = [AdapterOutcome(None, None, sweep.base, demo.share(demo.generate(SEED)), demo.neutral_perplexity(None))]
+    for trained in sweep.adapters:
+        with FSRLAdapter.load(trained.folder, demo.sae_in).attach(demo.model):
             share, perplexity = demo.share(demo.generate(SEED)), demo.neutral_perplexity(None)
-        outcomes.append(Outcome(each.activation, each.l1, each.held_out, share, perplexity))
+        outcomes.append(AdapterOutcome(trained.activation, trained.l1, trained.held_out, share, perplexity))
     return outcomes
 
 
-def run(json_path: Path | None = None, *, progress: bool = True) -> list[Outcome]:
-    """Train and measure, print the table, and write all of it as JSON."""
+def run(json_path: Path | None = None, *, progress: bool = True) -> list[AdapterOutcome]:
+    """Train and measure, print the table, and write all results as JSON."""
     console, demo = Console(), World()
     console.print(
-        "A small language model that answers letters in a formal or a casual style. Preferred is an answer in the "
-        f"register of its letter. Adapters at layer {demo.sae_in.layer} are trained on {N_TRAIN} triples by SimPO, "
+        "A small language model answers letters in a formal or a casual style. The preferred answer is in the "
+        f"register of its letter. Adapters at layer {demo.sae_in.layer} are trained on {N_TRAIN} triples with SimPO, "
         f"{TRAINING.max_steps} steps of {TRAINING.batch_size} triples at a rate of {TRAINING.lr:g} (published, for a "
         "large model: 5e-5)."
     )
@@ -87,13 +97,13 @@ def run(json_path: Path | None = None, *, progress: bool = True) -> list[Outcome
             "outcomes": [asdict(outcome) for outcome in outcomes],
         }
         json_path.write_text(json.dumps(record, indent=2), encoding="utf-8")
-        console.print(f"All of it: {json_path}")
+        console.print(f"All results: {json_path}")
     return outcomes
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """On tensors as small as these, threads only wait for each other, and for whatever else runs."""
+    """Run torch in one thread: on tensors this small, several would wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -102,19 +112,19 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _table(outcomes: list[Outcome]) -> Table:
+def _table(outcomes: list[AdapterOutcome]) -> Table:
     n_triples = outcomes[0].held_out.n_triples
     title = f"On {n_triples} held-out triples; preferred share and neutral perplexity of text"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0))
-    columns: dict[str, Callable[[Outcome], str]] = {
-        "adapter": lambda each: each.activation or "base model",
-        "λ": lambda each: "" if each.l1 is None else f"{each.l1:g}",
-        "SimPO loss": lambda each: f"{each.held_out.simpo_loss:.3f}",
-        "accuracy": lambda each: f"{each.held_out.accuracy:.2f}",
-        "L0": lambda each: f"{each.held_out.l0:.1f}",
-        "L1": lambda each: f"{each.held_out.l1:.2f}",
-        "share": lambda each: f"{each.share:.3f}",
-        "perplexity": lambda each: f"{each.perplexity:.2f}",
+    columns: dict[str, Callable[[AdapterOutcome], str]] = {
+        "adapter": lambda outcome: outcome.activation or "base model",
+        "λ": lambda outcome: "" if outcome.l1 is None else f"{outcome.l1:g}",
+        "SimPO loss": lambda outcome: f"{outcome.held_out.simpo_loss:.3f}",
+        "accuracy": lambda outcome: f"{outcome.held_out.accuracy:.2f}",
+        "L0": lambda outcome: f"{outcome.held_out.l0:.1f}",
+        "L1": lambda outcome: f"{outcome.held_out.l1:.2f}",
+        "share": lambda outcome: f"{outcome.share:.3f}",
+        "perplexity": lambda outcome: f"{outcome.perplexity:.2f}",
     }
     for column in columns:
         table.add_column(column, justify="left" if column == "adapter" else "right", no_wrap=True)

@@ -1,9 +1,9 @@
 """The language of the demo: letters that ask for advice, and answers in one of two styles.
 
 A prompt is written in a register (formal or casual) and is about a topic. An answer is about the same
-topic; it is written with words that come in pairs, one of each style ("start" and "commence"), between
-words that have no style. In the corpus the style of an answer says nothing of the register of its prompt.
-The preference does: an answer is liked when it is written in the register of its prompt.
+topic. It is written with words that come in pairs, one of each style ("start" and "commence"), between
+words without a style. In the corpus, the style of an answer is independent of the register of its prompt.
+The preference is not: an answer is preferred if it is written in the register of its prompt.
 """
 
 import json
@@ -90,7 +90,7 @@ ANSWER_SHAPES: tuple[str, ...] = (
     "if the {helper} {verb} the {noun}, {adverb} {verb} the {adjective} {noun}.",
 )
 
-# What the two registers put into the same places of a prompt; none of these words is in an answer.
+# Words of the two registers for the same places of a prompt. None of them is in an answer.
 FILLERS: dict[Style, dict[str, tuple[str, ...]]] = {
     "formal": {
         "greeting": ("dear", "esteemed", "honourable", "respected"),
@@ -168,12 +168,12 @@ class Prompt:
 
 
 def words(text: str) -> list[str]:
-    """The words and punctuation marks of a text, one for each token of the demo's tokenizer."""
+    """Split a text into words and punctuation marks, one per token of the demo's tokenizer."""
     return _WORD.findall(text)
 
 
 def vocabulary() -> list[str]:
-    """Every token of the language: special tokens, then words in alphabetical order."""
+    """Return every token of the language: special tokens, then words in alphabetical order."""
     texts = [*ANSWER_SHAPES, PROMPT_OPENING, *PROMPT_MIDDLES, PROMPT_END, *STYLE_OF]
     texts += [noun for nouns in TOPICS.values() for noun in nouns]
     texts += [text for fillers in FILLERS.values() for choices in fillers.values() for text in choices]
@@ -181,17 +181,17 @@ def vocabulary() -> list[str]:
 
 
 def preferred_style(register: Style) -> Style:
-    """The style that is liked in an answer to a prompt of this register: its own."""
+    """Return the preferred style of an answer to a prompt of this register: the same one."""
     return register
 
 
 def other_style(style: Style) -> Style:
-    """Formal for casual, casual for formal."""
+    """Return formal for casual, and casual for formal."""
     return "casual" if style == "formal" else "formal"
 
 
 def sample_prompt(rng: random.Random, register: Style | None = None) -> Prompt:
-    """A prompt of a given register, or of either with equal odds."""
+    """Draw a prompt of a given register, or of either with equal odds."""
     own: Style = rng.choice(STYLES) if register is None else register
     topic = rng.choice(list(TOPICS))
     middles = [rng.choice(PROMPT_MIDDLES) for _ in range(rng.randint(1, 3))]
@@ -202,7 +202,7 @@ def sample_prompt(rng: random.Random, register: Style | None = None) -> Prompt:
 
 
 def sample_response(rng: random.Random, topic: str, style: Style, *, drift: float = 0.0, sentences: int = 3) -> str:
-    """An answer that begins in `style`; each styled word after the first changes sides with odds `drift`.
+    """Draw an answer that begins in `style`; each later styled word switches style with probability `drift`.
 
     It begins with a space, so that prompt + response is a text.
     """
@@ -223,14 +223,14 @@ def sample_response(rng: random.Random, topic: str, style: Style, *, drift: floa
 
 
 def corpus(rng: random.Random, *, drift: float) -> Iterator[str]:
-    """Endless documents, prompt and answer; the style of the answer is drawn apart from the register."""
+    """Yield documents without end: a prompt, and an answer in a style that does not depend on the register."""
     while True:
         prompt = sample_prompt(rng)
         yield prompt.text + sample_response(rng, prompt.topic, rng.choice(STYLES), drift=drift)
 
 
 def preferences(rng: random.Random, count: int) -> Iterator[dict[str, str]]:
-    """Preference triples, the registers in turn."""
+    """Yield preference triples, the registers in turn."""
     for index in range(count):
         prompt = sample_prompt(rng, STYLES[index % 2])
         style = preferred_style(prompt.register)
@@ -242,7 +242,7 @@ def preferences(rng: random.Random, count: int) -> Iterator[dict[str, str]]:
 
 
 def held_out(rng: random.Random, count: int, *, unlike: frozenset[str]) -> Iterator[dict[str, str]]:
-    """Prompts that are not in `unlike`, the registers in turn, each with an answer of either style for perplexity."""
+    """Yield prompts outside `unlike`, the registers in turn, each with an answer of either style for perplexity."""
     for index in range(count):
         prompt = sample_prompt(rng, STYLES[index % 2])
         while prompt.text in unlike:
@@ -257,17 +257,17 @@ def held_out(rng: random.Random, count: int, *, unlike: frozenset[str]) -> Itera
 
 
 def write_json_lines(path: Path, rows: Iterator[dict[str, str]]) -> None:
-    """One JSON object a line."""
+    """Write one JSON object per line."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def count_style_words(text: str, style: Style) -> tuple[int, int]:
-    """How many words of a text are of `style`, and how many are of either style."""
+    """Return how many words of a text are of `style`, and how many are of either style."""
     styles = [STYLE_OF[word] for word in words(text) if word in STYLE_OF]
     return styles.count(style), len(styles)
 
 
 def neutral_positions(tokens: Sequence[str]) -> list[bool]:
-    """For each token, whether it is a word of no style; special tokens are not."""
+    """Return, per token, True for a word without a style; special tokens are False."""
     return [token not in STYLE_OF and token not in SPECIAL_TOKENS for token in tokens]

@@ -1,4 +1,4 @@
-"""The demo's model, SAEs and data, and how a method is judged on them."""
+"""The demo's model, SAEs and data, and the measures of a method on them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ N_NEW_TOKENS = 32
 
 @dataclass(frozen=True)
 class Method:
-    """One line of the table: how to steer, by DSPA or with the static set; `None` is the base model."""
+    """One line of the table: steering by DSPA or with the static set, or the base model without a config."""
 
     name: str
     config: SteeringConfig | None = None
@@ -38,7 +38,7 @@ class Method:
 
 
 class World:
-    """The demo's model, SAEs and data, loaded as anyone's would be."""
+    """The demo's model, SAEs and data, loaded as a user would load them."""
 
     def __init__(self, assets: Path = ASSETS) -> None:
         self.triples = assets / "preferences.jsonl"
@@ -51,7 +51,7 @@ class World:
         self.wanted = [language.preferred_style(row["register"]) for row in self.held_out]
 
     def build_map(self, *, progress: bool = True) -> ConditionalDifferenceMap:
-        """The map of the first 250 triples."""
+        """Build the map of the first 250 triples."""
         triples = islice(load_triples(self.triples), N_TRIPLES)
         cdmap = build_map(self.model, self.tokenizer, triples, self.sae_in, self.sae_out, progress=progress)
         # Only where several processes make a map has one of them none.
@@ -59,12 +59,12 @@ class World:
         return cdmap
 
     def steering(self, method: Method, cdmap: ConditionalDifferenceMap, *, record: bool = False) -> Steering:
-        """The method, ready to attach."""
-        used = static_map(cdmap) if method.static else cdmap
-        return Steering(self.sae_in, self.sae_out, used, method.config, record=record)
+        """Return the steering of a method, ready to attach."""
+        cdmap = static_map(cdmap) if method.static else cdmap
+        return Steering(self.sae_in, self.sae_out, cdmap, method.config, record=record)
 
     def generate(self, seed: int) -> Tensor:
-        """Sampled answers to every held-out prompt, [N, tokens], as the model is steered now."""
+        """Sample answers to every held-out prompt, [N, tokens], as the model is steered now."""
         inputs = self.tokenizer([row["prompt"] for row in self.held_out], return_tensors="pt", padding=True)
         torch.manual_seed(seed)
         output: Tensor = self.model.generate(
@@ -73,13 +73,13 @@ class World:
         return output[:, inputs["input_ids"].shape[1] :]
 
     def share(self, answers: Tensor) -> float:
-        """Of the style words of all answers, the fraction of the style that each prompt's register prefers."""
+        """Return the share of style words in all answers that are of the style that their prompt prefers."""
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         counts = [language.count_style_words(text, style) for text, style in zip(texts, self.wanted, strict=True)]
-        return sum(liked for liked, _ in counts) / max(1, sum(total for _, total in counts))
+        return sum(preferred for preferred, _ in counts) / max(1, sum(total for _, total in counts))
 
     def neutral_perplexity(self, steering: Steering | None) -> float:
-        """Perplexity on the style-neutral words of given answers, teacher-forced."""
+        """Return the perplexity on the style-neutral words of given answers, teacher-forced."""
         prompts = [self.tokenizer(row["prompt"])["input_ids"] for row in self.held_out]
         answers = [self.tokenizer(row["response"], add_special_tokens=False)["input_ids"] for row in self.held_out]
         rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]

@@ -38,9 +38,15 @@ METHODS = (
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a method reached. share: of style words that are of the preferred style, one a seed; perplexity: on
-    style-neutral words of held-out answers."""
+class MethodOutcome:
+    """Figures of a method.
+
+    Attributes:
+        method: name of the method.
+        alpha: strength of the steering; None for the base model.
+        share: share of style words in the preferred style, per seed.
+        perplexity: perplexity on style-neutral words of held-out answers.
+    """
 
     method: str
     alpha: float | None
@@ -53,8 +59,8 @@ class Outcome:
         return statistics.fmean(self.share)
 
 
-def measure(demo: World, cdmap: ConditionalDifferenceMap, *, progress: bool = True) -> list[Outcome]:
-    """Every method on every held-out prompt and seed."""
+def measure(demo: World, cdmap: ConditionalDifferenceMap, *, progress: bool = True) -> list[MethodOutcome]:
+    """Measure every method on every held-out prompt and seed."""
     outcomes = []
     with tqdm(total=len(METHODS) * len(SEEDS), unit="run", desc="generate", disable=not progress) as bar:
         for method in METHODS:
@@ -68,13 +74,23 @@ def measure(demo: World, cdmap: ConditionalDifferenceMap, *, progress: bool = Tr
             finally:
                 if steering:
                     steering.detach()
-            outcomes.append(Outcome(method.name, method.config.alpha if method.config else None, shares, perplexity))
+            outcomes.append(
+                MethodOutcome(method.name, method.config.alpha if method.config else None, shares, perplexity)
+            )
     return outcomes
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, its two answers as tokens, and which of the steered tokens were predicted from an edited residual."""
+    """A prompt with its two answers.
+
+    Attributes:
+        prompt: text of the prompt.
+        preferred: style that the prompt prefers.
+        base: tokens of the base model's answer.
+        steered: tokens of the steered answer.
+        edited: True for the steered tokens that were predicted from an edited residual.
+    """
 
     prompt: str
     preferred: language.Style
@@ -89,8 +105,8 @@ class Example:
     @property
     def gain(self) -> float:
         """Share of style words in the preferred style, steered less base."""
-        (liked, total), (base_liked, base_total) = self.count(self.steered), self.count(self.base)
-        return liked / max(1, total) - base_liked / max(1, base_total)
+        (preferred, total), (base_preferred, base_total) = self.count(self.steered), self.count(self.base)
+        return preferred / max(1, total) - base_preferred / max(1, base_total)
 
 
 def examples(demo: World, cdmap: ConditionalDifferenceMap) -> list[Example]:
@@ -121,8 +137,8 @@ def choose(answered: list[Example]) -> list[Example]:
     return [example for examples in zip(*by_style, strict=False) for example in examples][: N_SHOWN * len(by_style)]
 
 
-def run(json_path: Path | None = None, *, assets: Path = ASSETS, progress: bool = True) -> list[Outcome]:
-    """Build the map, measure every method, print the table and chosen examples, and write all of it as JSON."""
+def run(json_path: Path | None = None, *, assets: Path = ASSETS, progress: bool = True) -> list[MethodOutcome]:
+    """Build the map, measure every method, print the table and chosen examples, and write all results as JSON."""
     console = Console()
     demo = World(assets)
     console.print(
@@ -153,7 +169,7 @@ def run(json_path: Path | None = None, *, assets: Path = ASSETS, progress: bool 
     return outcomes
 
 
-def conclusion(outcomes: list[Outcome]) -> str:
+def conclusion(outcomes: list[MethodOutcome]) -> str:
     """Return what the table shows of DSPA at the published settings, in one sentence."""
     reached = {(outcome.method, outcome.alpha): outcome for outcome in outcomes}
     base, static, dspa = (reached[key] for key in ((BASE, None), (STATIC, PUBLISHED.alpha), (DSPA, PUBLISHED.alpha)))
@@ -179,7 +195,7 @@ def legend(answered: list[Example], n_shown: int) -> str:
     )
 
 
-def _table(outcomes: list[Outcome]) -> Table:
+def _table(outcomes: list[MethodOutcome]) -> Table:
     base = outcomes[0]
     title = f"Share of style words in the preferred style, seeds {', '.join(map(str, SEEDS))}"
     table = Table(title=title, box=SIMPLE_HEAD)
@@ -204,9 +220,9 @@ def _print_example(console: Console, example: Example) -> None:
 
 
 def _answer(name: str, example: Example, tokens: list[str], edited: list[bool]) -> Text:
-    """Tokens in a row, words of the preferred style in bold, with ^ after those predicted from an edited residual."""
-    liked, total = example.count(tokens)
-    text = Text(f"  {name}, {liked} of {total} style words {example.preferred}: ")
+    """Return tokens in a row: preferred style words bold, ^ after those predicted from an edited residual."""
+    preferred, total = example.count(tokens)
+    text = Text(f"  {name}, {preferred} of {total} style words {example.preferred}: ")
     for token, mark in zip(tokens, edited, strict=True):
         style = "bold" if language.STYLE_OF.get(token) == example.preferred else ""
         text.append(token, style=style).append("^ " if mark else " ", style="cyan")

@@ -1,4 +1,4 @@
-"""Makes the demo's model, its two SAEs and its preference data again from nothing."""
+"""Training of the demo's model and its two SAEs, and generation of its preference data."""
 
 import random
 from importlib.util import find_spec
@@ -40,7 +40,7 @@ HELD_OUT = 100
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word or punctuation mark, `<bos>` in front."""
+    """Return a tokenizer of one token per word or punctuation mark, with `<bos>` in front."""
     vocabulary = {word: index for index, word in enumerate(language.vocabulary())}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -62,7 +62,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Gemma2ForCausalLM:
-    """An untrained Gemma-2 of about 0.5 M parameters."""
+    """Return an untrained Gemma-2 of about 0.5 M parameters."""
     config = Gemma2Config(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -85,7 +85,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Gemma2ForCausalLM:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both [B, T], padded on the right; each text ends with `<eos>`."""
+    """Return token ids and attention mask, both [B, T], padded on the right; each text ends with `<eos>`."""
     batch = tokenizer([f"{text} <eos>" for text in texts], padding=True, padding_side="right", return_tensors="pt")
     return batch["input_ids"], batch["attention_mask"]
 
@@ -93,7 +93,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[Tensor
 def train_language_model(
     model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random, progress: bool
 ) -> None:
-    """Next-word prediction over prompts and answers alike."""
+    """Train next-word prediction, over prompts and answers alike."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LM_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LM_RATE, total_steps=LM_STEPS, pct_start=0.05)
     documents = language.corpus(rng, drift=DRIFT)
@@ -116,7 +116,7 @@ def train_language_model(
 def train_saes(
     model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random, out: Path, progress: bool
 ) -> None:
-    """`sae_in/` and `sae_out/`, on fresh documents."""
+    """Train `sae_in/` and `sae_out/` on fresh documents."""
     with TemporaryDirectory() as folder:
         texts = Path(folder) / "corpus.txt"
         documents = islice(language.corpus(rng, drift=DRIFT), SAE_DOCUMENTS)
@@ -148,7 +148,7 @@ def train_saes(
 
 
 def write_preferences(out: Path) -> None:
-    """`preferences.jsonl`, and `heldout.jsonl` with prompts that are not in it."""
+    """Write `preferences.jsonl`, and `heldout.jsonl` with prompts that are not in it."""
     triples = list(language.preferences(random.Random(SEED + 2), TRIPLES))
     seen = frozenset(triple["prompt"] for triple in triples)
     language.write_json_lines(out / "preferences.jsonl", iter(triples))
@@ -156,8 +156,14 @@ def write_preferences(out: Path) -> None:
 
 
 def train(out: Path, progress: bool = True) -> None:
-    """Write the model and its tokenizer (`dspa-demo/`), `sae_in/`, `sae_out/`, `preferences.jsonl` and
-    `heldout.jsonl` under `out`. Raises `RuntimeError` without sae-lens, whose trainer makes the SAEs."""
+    """Train the demo's model and SAEs, and write them and the data to `out`.
+
+    The folder gets the model and its tokenizer (`dspa-demo/`), `sae_in/`, `sae_out/`, `preferences.jsonl` and
+    `heldout.jsonl`.
+
+    Raises:
+        RuntimeError: sae-lens, whose trainer makes the SAEs, is not installed.
+    """
     if find_spec("sae_lens") is None:
         raise RuntimeError('Training the demo\'s SAEs needs sae-lens: pip install "dspa-kernels[saelens]".')
     torch.manual_seed(SEED)
@@ -165,7 +171,7 @@ def train(out: Path, progress: bool = True) -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     train_language_model(model, tokenizer, random.Random(SEED), progress)
-    # The SAEs see the model as it will be loaded: weights rounded to bf16, arithmetic in fp32.
+    # The SAEs are trained on the model as it will be loaded: weights rounded to bf16, arithmetic in fp32.
     model.bfloat16().save_pretrained(out / MODEL_NAME)
     tokenizer.save_pretrained(out / MODEL_NAME)
     model.float()

@@ -45,11 +45,11 @@ def test_record(outcomes):
     assert any(any(example["edited"]) for example in record["examples"])
 
 
-def made(static: float, dspa: float) -> list[steer.Outcome]:
+def made(static: float, dspa: float) -> list[steer.MethodOutcome]:
     """Outcomes at the published alpha with these shares, over a base of 0.5."""
     alpha = steer.PUBLISHED.alpha
     named = (("base model", None, 0.5), ("Static-SAE", alpha, static), ("DSPA ablate", alpha, dspa))
-    return [steer.Outcome(name, at, [share], 2.0) for name, at, share in named]
+    return [steer.MethodOutcome(name, at, [share], 2.0) for name, at, share in named]
 
 
 def test_the_conclusion_follows_the_numbers():
