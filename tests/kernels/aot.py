@@ -178,6 +178,7 @@ def adapting(activation: str, kind: str, dtypes: tuple[torch.dtype, torch.dtype]
     sae = random_sae(kind, 256, 512, dtype=W_dtype)
     encoder = sae.encoder()
     del encoder["normalize"]
+    encoder["sae_threshold"] = encoder.pop("threshold")
     return {
         "h": torch.zeros(n, 256, dtype=h_dtype),
         "x": torch.zeros(n, 256) if x else None,
@@ -185,7 +186,7 @@ def adapting(activation: str, kind: str, dtypes: tuple[torch.dtype, torch.dtype]
         "W_dec": sae.W_dec,
         "W_a": torch.zeros(512, 256, dtype=h_dtype),
         "b_a": torch.zeros(512),
-        "theta": None if activation == "relu" else torch.zeros(512),
+        "threshold": None if activation == "relu" else torch.zeros(512),
         "activation": activation,
         "bandwidth": 1e-3,
         "mask": torch.ones(512, dtype=torch.bool) if kind == "topk" else None,
@@ -233,7 +234,7 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
             # What is changed of normalised rows is returned in fp32, and so is its gradient.
             gradients = {"grad": torch.zeros(n, 256, dtype=torch.float32 if i == 1 else DTYPES[i][0][0])}
             gradients |= {"grad_l1": torch.zeros(n), "codes": torch.zeros(n, 512, dtype=torch.uint8)}
-            names = ("h", "encoder_rows", "W_dec", "W_a", "b_a", "theta", "activation", "bandwidth")
+            names = ("h", "encoder_rows", "W_dec", "W_a", "b_a", "threshold", "activation", "bandwidth")
             needs = {"adds": i != 1, "needs_h": True, "needs_x": i == 1}
             yield "fsrl_residual_backward", gradients | needs | {name: arguments[name] for name in names}
 

@@ -302,15 +302,16 @@ def test_ranks_are_those_of_normalised_rows(backend: str) -> None:
 @pytest.mark.usefixtures("blocks")
 def test_the_change_of_normalised_rows_is_not_rounded_before_it_is_scaled(backend: str) -> None:
     case = make_case("soft_threshold", dtypes=(torch.bfloat16,) * 3)
-    given = {name: getattr(case.sae, name) for name in ("encoder_rows", "b_enc", "threshold", "k", "W_dec")}
-    adapter = {"W_a": case.W_a, "b_a": case.b_a, "theta": case.threshold, "activation": case.activation}
+    frozen = {name: getattr(case.sae, name) for name in ("encoder_rows", "b_enc", "k", "W_dec")}
+    frozen["sae_threshold"] = case.sae.threshold
+    adapter = {"W_a": case.W_a, "b_a": case.b_a, "threshold": case.threshold, "activation": case.activation}
     others = {"bandwidth": 1.0, "mask": None, "fraction": 1.0, "barriers": case.sae.stream.barriers, "keep": False}
 
     def change(h: Tensor, *, backend: str, **operands: Any) -> Tensor:
         x = h.float()
         return torch.ops.dspa.fsrl_residual(h=h, x=x, **operands, backend=backend)[0]
 
-    assert run_on(backend, change, h=case.h, **given, **adapter, **others).dtype == torch.float32
+    assert run_on(backend, change, h=case.h, **frozen, **adapter, **others).dtype == torch.float32
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -475,13 +476,14 @@ def test_nothing_is_kept_without_gradients() -> None:
 def test_opcheck_with_gradients(activation: str, normalised: bool) -> None:
     """Schema, fakes, and the registered autograd under AOT dispatch, with dynamic shapes; normalised rows are fp32."""
     case = make_case(activation, "topk", (torch.bfloat16,) * 3 if normalised else DTYPES[0], n=5)
-    given = {name: getattr(case.sae, name) for name in ("encoder_rows", "b_enc", "threshold", "k", "W_dec")}
-    adapter = {"theta": case.threshold, "activation": activation, "bandwidth": 1.0, "mask": None, "fraction": 0.5}
+    frozen = {name: getattr(case.sae, name) for name in ("encoder_rows", "b_enc", "k", "W_dec")}
+    frozen["sae_threshold"] = case.sae.threshold
+    adapter = {"threshold": case.threshold, "activation": activation, "bandwidth": 1.0, "mask": None, "fraction": 0.5}
     for name in ("h", "W_a", "b_a"):
         adapter[name] = getattr(case, name).requires_grad_()
     x = case.h.detach().float().requires_grad_() if normalised else None
     others = {"x": x, "barriers": case.sae.stream.barriers, "keep": True, "backend": "reference"}
-    torch.library.opcheck(torch.ops.dspa.fsrl_residual.default, (), given | adapter | others)
+    torch.library.opcheck(torch.ops.dspa.fsrl_residual.default, (), frozen | adapter | others)
 
 
 def test_compiled_forward_and_backward() -> None:
@@ -629,6 +631,6 @@ def test_an_unused_mock_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
     from dspa_kernels.ops.fsrl_residual import reference
 
     case = make_case("soft_threshold", integers=True)
-    with mock.patch.object(reference, "activate", lambda u, theta, _: (u - theta).clamp(min=0)):
+    with mock.patch.object(reference, "activate", lambda u, threshold, _: (u - threshold).clamp(min=0)):
         found = ours(case, "reference")
     assert not torch.equal(found["out"].double(), dense(case.in_dtype(FP64))[0])

@@ -14,7 +14,7 @@ from dspa_kernels.weights import FLOATS, FULL, SAEWeights
 
 ACTIVATIONS = ("soft_threshold", "relu", "jumprelu")
 # How the schemas of forward and backward spell an adapter.
-ADAPTER = "Tensor W_a, Tensor b_a, Tensor? theta, str activation, float bandwidth"
+ADAPTER = "Tensor W_a, Tensor b_a, Tensor? threshold, str activation, float bandwidth"
 
 
 class FSRLOutput(NamedTuple):
@@ -81,12 +81,12 @@ def fsrl_residual(
         x=x,
         encoder_rows=sae.encoder_rows,
         b_enc=sae.b_enc,
-        threshold=sae.threshold,
+        sae_threshold=sae.threshold,
         k=sae.k,
         W_dec=sae.W_dec,
         W_a=W_a,
         b_a=b_a,
-        theta=threshold,
+        threshold=threshold,
         activation=activation,
         bandwidth=bandwidth,
         mask=mask,
@@ -144,19 +144,19 @@ def _fake_backward(
     encoder_rows: Tensor,
     W_a: Tensor,
     b_a: Tensor,
-    theta: Tensor | None,
+    threshold: Tensor | None,
     needs_h: bool,
     needs_x: bool,
     **_: object,
 ) -> tuple[Tensor, ...]:
     d_x = h.new_empty(h.shape if needs_x else 0, dtype=compute_dtype(h, encoder_rows, W_a))
-    d_theta = b_a.new_empty(0 if theta is None else theta.shape)
-    return h.new_empty(h.shape if needs_h else 0), d_x, W_a.new_empty(W_a.shape), b_a.new_empty(b_a.shape), d_theta
+    d_threshold = b_a.new_empty(0 if threshold is None else threshold.shape)
+    return h.new_empty(h.shape if needs_h else 0), d_x, W_a.new_empty(W_a.shape), b_a.new_empty(b_a.shape), d_threshold
 
 
 _fsrl_residual = define_op(
     "fsrl_residual",
-    "(Tensor h, Tensor? x, Tensor encoder_rows, Tensor b_enc, Tensor threshold, int k, Tensor W_dec, "
+    "(Tensor h, Tensor? x, Tensor encoder_rows, Tensor b_enc, Tensor sae_threshold, int k, Tensor W_dec, "
     f"{ADAPTER}, Tensor? mask, float fraction, Tensor barriers, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
@@ -169,13 +169,13 @@ _fsrl_residual_backward = define_op(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    h, x, encoder_rows, _, _, _, W_dec, W_a, b_a, theta, activation, bandwidth, *_others, backend = inputs
-    ctx.save_for_backward(output[3], h, encoder_rows, W_dec, W_a, b_a, theta)
+    h, x, encoder_rows, _, _, _, W_dec, W_a, b_a, threshold, activation, bandwidth, *_others, backend = inputs
+    ctx.save_for_backward(output[3], h, encoder_rows, W_dec, W_a, b_a, threshold)
     ctx.settings = {"activation": activation, "bandwidth": bandwidth, "adds": x is None, "backend": backend}
 
 
 def _backward(ctx: Any, grad: Tensor, grad_l1: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    names = ("codes", "h", "encoder_rows", "W_dec", "W_a", "b_a", "theta")
+    names = ("codes", "h", "encoder_rows", "W_dec", "W_a", "b_a", "threshold")
     saved = dict(zip(names, ctx.saved_tensors, strict=True))
     needs_h, needs_x, *_others = needs = ctx.needs_input_grad
     d_h, d_x, *adapter = _fsrl_residual_backward(

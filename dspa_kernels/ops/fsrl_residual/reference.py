@@ -11,13 +11,13 @@ from dspa_kernels.ops.shared.formulas import active_latents, compute_dtype, n_ke
 TENSORS, LEAST = 16, 64
 
 
-def activate(u: Tensor, theta: Tensor | None, activation: str) -> Tensor:
-    """v = act(u): sign(u) max(|u| - theta, 0), max(u, 0), or u where u > theta; NaN of NaN."""
-    if theta is None:
+def activate(u: Tensor, threshold: Tensor | None, activation: str) -> Tensor:
+    """v = act(u): sign(u) max(|u| - threshold, 0), max(u, 0), or u where u > threshold; NaN of NaN."""
+    if threshold is None:
         return u.clamp(min=0)
     if activation == "soft_threshold":
-        return u.sign() * (u.abs() - theta).clamp(min=0)
-    return u.masked_fill(u <= theta, 0)
+        return u.sign() * (u.abs() - threshold).clamp(min=0)
+    return u.masked_fill(u <= threshold, 0)
 
 
 def top_of_row(v: Tensor, fraction: float) -> Tensor:
@@ -43,12 +43,12 @@ def fsrl_residual(
     x: Tensor | None,
     encoder_rows: Tensor,
     b_enc: Tensor,
-    threshold: Tensor,
+    sae_threshold: Tensor,
     k: int,
     W_dec: Tensor,
     W_a: Tensor,
     b_a: Tensor,
-    theta: Tensor | None,
+    threshold: Tensor | None,
     activation: str,
     bandwidth: float,
     mask: Tensor | None,
@@ -73,7 +73,7 @@ def fsrl_residual(
     for rows in row_blocks(len(h), TENSORS * len(W_a), LEAST):
         b_h = h[rows].to(dtype)
         u = pre_activations(b_h, W_a, b_a)
-        v, f = activate(u, theta, activation), None
+        v, f = activate(u, threshold, activation), None
         kept = torch.ones_like(v, dtype=torch.bool) if mask is None else mask.expand_as(v)
         v = v.where(kept, 0)
         if fraction < 1:
@@ -81,14 +81,14 @@ def fsrl_residual(
             v = v.where(kept, 0)
         if needs_f:
             pre = pre_activations(b_h if x is None else x[rows].to(dtype), encoder_rows, b_enc)
-            f = pre.where(active_latents(pre, threshold, k), 0)
+            f = pre.where(active_latents(pre, sae_threshold, k), 0)
         delta = (v if f is None else torch.maximum(v, -f)) @ W_dec
         l1[rows] = v.abs().sum(dim=1)
         l0[rows] = (v != 0).sum(dim=1, dtype=torch.int32)
         # A row of which nothing is moved stays as it came, a -0.0 as well.
         out[rows] = (delta + b_h).where(l0[rows, None] > 0, b_h) if x is None else delta
         if keep:
-            near = ((u - theta).abs() <= bandwidth / 2) & kept if jumps and theta is not None else None
+            near = ((u - threshold).abs() <= bandwidth / 2) & kept if jumps and threshold is not None else None
             codes[rows] = codes_of(v, f, near)
     return out, l1, l0, codes
 
@@ -102,24 +102,24 @@ def fsrl_residual_backward(
     W_dec: Tensor,
     W_a: Tensor,
     b_a: Tensor,
-    theta: Tensor | None,
+    threshold: Tensor | None,
     activation: str,
     bandwidth: float,
     adds: bool,
     needs_h: bool,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of h, x, W_a, b_a and theta; empty where not needed. `adds`: h' was returned, and there was no x.
+    """Gradients of h, x, W_a, b_a and threshold; empty where not needed. `adds`: h' was returned, and there was no x.
 
     With g the gradient of h': dc = g W_dec^T; dv = dc [f + v > 0] + dl1 sign(v); du = dv where v is not 0; df = -dc
-    where f > 0 and f + v <= 0. A soft threshold gets -sign(v) du; a JumpReLU's gets -(theta / bandwidth) dv where
-    |u - theta| <= bandwidth / 2, the straight-through estimate of its jump.
+    where f > 0 and f + v <= 0. A soft threshold gets -sign(v) du; a JumpReLU's gets -(threshold / bandwidth) dv where
+    |u - threshold| <= bandwidth / 2, the straight-through estimate of its jump.
     """
     dtype = compute_dtype(h, encoder_rows, W_a)
     d_h = h.new_empty(h.shape if needs_h else 0)
     d_x = h.new_empty(h.shape if needs_x else 0, dtype=dtype)
     d_W_a, d_b_a = h.new_zeros(W_a.shape, dtype=dtype), h.new_zeros(b_a.shape, dtype=dtype)
-    d_theta = h.new_zeros(0 if theta is None else theta.shape, dtype=dtype)
+    d_threshold = h.new_zeros(0 if threshold is None else threshold.shape, dtype=dtype)
     needs_f = (needs_h and adds) or needs_x
     wide_W_dec, wide_W_a = W_dec.to(dtype), W_a.to(dtype) if needs_h else W_a
     wide_encoder_rows = encoder_rows.to(dtype) if needs_f else encoder_rows
@@ -128,11 +128,11 @@ def fsrl_residual_backward(
         d_c = g @ wide_W_dec.T
         sign = (moved == UP).to(dtype) - (moved > UP).to(dtype)
         d_u = d_c.where((moved == UP) | (moved == DOWN), 0) + grad_l1[rows].to(dtype)[:, None] * sign
-        if theta is not None and activation == "soft_threshold":
-            d_theta -= (sign * d_u).sum(dim=0)
-        elif theta is not None:
+        if threshold is not None and activation == "soft_threshold":
+            d_threshold -= (sign * d_u).sum(dim=0)
+        elif threshold is not None:
             d_v = d_u.where(moved > 0, d_c)
-            d_theta -= theta / bandwidth * d_v.where(codes[rows] >= NEAR, 0).sum(dim=0)
+            d_threshold -= threshold / bandwidth * d_v.where(codes[rows] >= NEAR, 0).sum(dim=0)
         d_W_a.addmm_(d_u.T, h[rows].to(dtype))
         d_b_a += d_u.sum(dim=0)
         d_f = -d_c.where(moved == OFF, 0) @ wide_encoder_rows if needs_f else 0
@@ -140,4 +140,4 @@ def fsrl_residual_backward(
             d_h[rows] = (d_u @ wide_W_a + (g + d_f if adds else 0)).to(h.dtype)
         if needs_x:
             d_x[rows] = d_f
-    return d_h, d_x, d_W_a.to(W_a.dtype), d_b_a.to(b_a.dtype), d_theta.to(b_a.dtype)
+    return d_h, d_x, d_W_a.to(W_a.dtype), d_b_a.to(b_a.dtype), d_threshold.to(b_a.dtype)

@@ -49,11 +49,11 @@ class Operands(NamedTuple):
     x: Tensor
     encoder_rows: Tensor
     b_enc: Tensor
-    threshold: Tensor
+    sae_threshold: Tensor
     W_dec: Tensor
     W_a: Tensor
     b_a: Tensor
-    theta: Tensor | None
+    threshold: Tensor | None
     mask: Tensor | None
     activation: str
     bandwidth: float
@@ -69,7 +69,7 @@ class Operands(NamedTuple):
     def blocks(self) -> Iterator[tuple[slice, Operands]]:
         """Blocks of latents, so narrow that all rows of them stay small."""
         for latents in _slices(len(self.h), self.d_sae):
-            names = ("encoder_rows", "b_enc", "threshold", "W_dec", "W_a", "b_a", "theta", "mask")
+            names = ("encoder_rows", "b_enc", "sae_threshold", "W_dec", "W_a", "b_a", "threshold", "mask")
             parts = {name: getattr(self, name)[latents] for name in names if getattr(self, name) is not None}
             for name in ("rank", "top"):
                 if getattr(self, name) is not None:
@@ -99,11 +99,11 @@ class Operands(NamedTuple):
             "p_x": self.x,
             "p_encoder_rows": self.encoder_rows,
             "p_b_enc": self.b_enc,
-            "p_threshold": self.threshold,
+            "p_sae_threshold": self.sae_threshold,
             "p_rank": self.rank,
             "p_W_a": self.W_a,
             "p_b_a": self.b_a,
-            "p_theta": self.theta,
+            "p_threshold": self.threshold,
             "p_mask": self.mask,
             "p_top": self.top,
             "d_in": d_in,
@@ -120,7 +120,7 @@ class Operands(NamedTuple):
 
 def _ranks(operands: Operands, k: int) -> Tensor:
     """[2, N] int32: what the k largest pre-activations of a row reach, as bits, and the last latent there."""
-    arguments = (operands.x, operands.encoder_rows, operands.b_enc, operands.threshold, k, "none")
+    arguments = (operands.x, operands.encoder_rows, operands.b_enc, operands.sae_threshold, k, "none")
     return torch.cat([_cut(keys, torch.full_like(keys[:, 0], k)) for _, keys in row_keys(*arguments)], dim=1)
 
 
@@ -159,12 +159,12 @@ def fsrl_residual(
     x: Tensor | None,
     encoder_rows: Tensor,
     b_enc: Tensor,
-    threshold: Tensor,
+    sae_threshold: Tensor,
     k: int,
     W_dec: Tensor,
     W_a: Tensor,
     b_a: Tensor,
-    theta: Tensor | None,
+    threshold: Tensor | None,
     activation: str,
     bandwidth: float,
     mask: Tensor | None,
@@ -179,11 +179,11 @@ def fsrl_residual(
         x=h if x is None else x.contiguous(),
         encoder_rows=encoder_rows,
         b_enc=b_enc.contiguous(),
-        threshold=threshold.contiguous(),
+        sae_threshold=sae_threshold.contiguous(),
         W_dec=W_dec,
         W_a=W_a.contiguous(),
         b_a=b_a.contiguous(),
-        theta=None if theta is None else theta.contiguous(),
+        threshold=None if threshold is None else threshold.contiguous(),
         mask=None if mask is None else mask.contiguous().view(torch.uint8),
         activation=activation,
         bandwidth=bandwidth,
@@ -281,19 +281,19 @@ def fsrl_residual_backward(
     W_dec: Tensor,
     W_a: Tensor,
     b_a: Tensor,
-    theta: Tensor | None,
+    threshold: Tensor | None,
     activation: str,
     bandwidth: float,
     adds: bool,
     needs_h: bool,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of h, x, W_a, b_a, theta; empty where not needed."""
+    """Gradients of h, x, W_a, b_a, threshold; empty where not needed."""
     grad, grad_l1 = grad.contiguous(), grad_l1.contiguous()
     dtype = torch.promote_types(h.dtype, W_a.dtype)
     b_h = h.to(dtype)
     d_W_a, d_b_a = W_a.new_zeros(W_a.shape), torch.zeros_like(b_a)
-    d_theta = b_a.new_zeros(0 if theta is None else theta.shape)
+    d_threshold = b_a.new_zeros(0 if threshold is None else threshold.shape)
     d_h = torch.zeros_like(grad, dtype=torch.float32)
     # Without x, a latent of the encoder is one of h.
     d_x = d_h if adds else torch.zeros_like(d_h)
@@ -306,15 +306,15 @@ def fsrl_residual_backward(
             grad_l1,
             codes[:, latents],
             W_dec[latents],
-            None if theta is None else theta[latents],
+            None if threshold is None else threshold[latents],
             jumps=activation == "jumprelu",
             bandwidth=bandwidth,
             dtype=dtype,
             latent_dtype=latent_dtype,
         )
         d_W_a[latents] = d_u.T @ b_h
-        if theta is not None:
-            d_theta[latents] = thresholds
+        if threshold is not None:
+            d_threshold[latents] = thresholds
         if needs_h:
             d_h += _product(d_u, W_a[latents].to(dtype))
         if d_f is not None:
@@ -322,7 +322,7 @@ def fsrl_residual_backward(
     if adds and needs_h:
         d_h += grad
     given_h = d_h.to(h.dtype) if needs_h else h.new_empty(0)
-    return given_h, d_x if needs_x else d_x.new_empty(0), d_W_a, d_b_a, d_theta
+    return given_h, d_x if needs_x else d_x.new_empty(0), d_W_a, d_b_a, d_threshold
 
 
 def _gradients(
@@ -330,31 +330,31 @@ def _gradients(
     grad_l1: Tensor,
     codes: Tensor,
     W_dec: Tensor,
-    theta: Tensor | None,
+    threshold: Tensor | None,
     *,
     jumps: bool,
     bandwidth: float,
     dtype: torch.dtype,
     latent_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """du in `dtype` and, in `latent_dtype` if there is one, df [N, d_sae]; the gradients of b_a and theta, [d_sae]."""
+    """du in `dtype`, df in `latent_dtype` if there is one [N, d_sae]; the gradients of b_a and threshold [d_sae]."""
     (n_rows, d_in), d_sae, multiply = grad.shape, len(W_dec), precision(grad, W_dec, "none")
     launch = launch_parameters("fsrl_backward", n_rows, d_in, d_sae, multiply, grad.device)
     width, n_tiles = triton.cdiv(d_sae, ALIGN) * ALIGN, triton.cdiv(n_rows, launch.BLOCK_N)
     d_u = grad.new_empty(n_rows, width, dtype=dtype)
     d_f = None if latent_dtype is None else grad.new_empty(n_rows, width, dtype=latent_dtype)
-    sums = [grad.new_empty(n_tiles, d_sae, dtype=torch.float32) for _ in range(1 if theta is None else 2)]
+    sums = [grad.new_empty(n_tiles, d_sae, dtype=torch.float32) for _ in range(1 if threshold is None else 2)]
     programs = n_programs(grad.device, launch.programs)
     gradient_kernel[(programs,)](
         p_grad=grad,
         p_grad_l1=grad_l1,
         p_codes=codes,
         p_W_dec=W_dec,
-        p_theta=theta,
+        p_threshold=threshold,
         p_du=d_u,
         p_df=d_f,
         p_db_a=sums[0],
-        p_dtheta=None if theta is None else sums[1],
+        p_dthreshold=None if threshold is None else sums[1],
         bandwidth=bandwidth,
         d_codes=codes.stride(0),
         d_in=d_in,

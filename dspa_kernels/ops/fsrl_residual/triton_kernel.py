@@ -37,11 +37,11 @@ def moved_tile(
     p_x,
     p_encoder_rows,
     p_b_enc,
-    p_threshold,
+    p_sae_threshold,
     p_rank,
     p_W_a,
     p_b_a,
-    p_theta,
+    p_threshold,
     p_mask,
     p_top,
     i_latent,
@@ -62,7 +62,7 @@ def moved_tile(
 
     Comparisons are such that a NaN of u is one of v.
 
-    LATENTS says where f is needed: where v < 0, or also where |u - theta| <= bandwidth / 2. Only those rows of the
+    LATENTS says where f is needed: where v < 0, or also where |u - threshold| <= bandwidth / 2. Only those rows of the
     encoder are read for which that is so on some row of the tile.
     """
     o_latent, o_row = i_latent + tl.arange(0, BLOCK_L), i_row + tl.arange(0, BLOCK_N)
@@ -77,13 +77,13 @@ def moved_tile(
     if ACTIVATION == "relu":
         b_v = tl.where(b_u <= 0, 0.0, b_u)
     else:
-        b_theta = tl.load(p_theta + o_latent, mask=m_latent, other=0.0)[:, None]
+        b_threshold = tl.load(p_threshold + o_latent, mask=m_latent, other=0.0)[:, None]
         if ACTIVATION == "jumprelu":
-            b_v = tl.where(b_u <= b_theta, 0.0, b_u)
+            b_v = tl.where(b_u <= b_threshold, 0.0, b_u)
             if LATENTS == _NEARBY:
-                m_near = m_tile & (tl.abs(b_u - b_theta) <= bandwidth / 2)
+                m_near = m_tile & (tl.abs(b_u - b_threshold) <= bandwidth / 2)
         else:
-            b_v = tl.where(tl.abs(b_u) <= b_theta, 0.0, b_u - tl.where(b_u > 0, b_theta, -b_theta))
+            b_v = tl.where(tl.abs(b_u) <= b_threshold, 0.0, b_u - tl.where(b_u > 0, b_threshold, -b_threshold))
     if p_top is not None:
         m_top = within_cut(tl.abs(b_v), p_top, o_row, m_row, o_latent, n_rows)
         b_v = tl.where(m_top, b_v, 0.0)
@@ -101,7 +101,7 @@ def moved_tile(
             if p_rank is not None:
                 m_active = m_active & within_cut(tl.maximum(b_pre, 0.0), p_rank, o_row, m_row, o_latent, n_rows)
             else:
-                m_active = m_active & (b_pre > tl.load(p_threshold + o_latent, mask=m_read, other=0.0)[:, None])
+                m_active = m_active & (b_pre > tl.load(p_sae_threshold + o_latent, mask=m_read, other=0.0)[:, None])
             b_f = tl.where(m_active, b_pre, 0.0)
     return b_v, b_f, m_near
 
@@ -128,11 +128,11 @@ def change_kernel(
     p_x,
     p_encoder_rows,
     p_b_enc,
-    p_threshold,
+    p_sae_threshold,
     p_rank,
     p_W_a,
     p_b_a,
-    p_theta,
+    p_threshold,
     p_mask,
     p_top,
     p_c,
@@ -169,11 +169,11 @@ def change_kernel(
             p_x,
             p_encoder_rows,
             p_b_enc,
-            p_threshold,
+            p_sae_threshold,
             p_rank,
             p_W_a,
             p_b_a,
-            p_theta,
+            p_threshold,
             p_mask,
             p_top,
             i_latent,
@@ -208,11 +208,11 @@ def gradient_kernel(
     p_grad_l1,
     p_codes,
     p_W_dec,
-    p_theta,
+    p_threshold,
     p_du,
     p_df,
     p_db_a,
-    p_dtheta,
+    p_dthreshold,
     bandwidth,
     d_codes,
     d_in,
@@ -231,7 +231,7 @@ def gradient_kernel(
     where f > 0 and f + v <= 0.
 
     For each tile of rows, the sums over it of du (for b_a), and for the thresholds of -sign(v) du (soft threshold) or
-    -(theta / bandwidth) dv where |u - theta| <= bandwidth / 2 (JumpReLU).
+    -(threshold / bandwidth) dv where |u - threshold| <= bandwidth / 2 (JumpReLU).
     """
     n_row_tiles, n_latent_tiles = tl.cdiv(n_rows, BLOCK_N), tl.cdiv(d_sae, BLOCK_L)
     for i in range(tl.program_id(0), n_row_tiles * n_latent_tiles, n_programs):
@@ -245,7 +245,7 @@ def gradient_kernel(
         m_read = tl.max(b_code.to(tl.int32), axis=1) > 0
         b_du = tl.zeros([BLOCK_L, BLOCK_N], dtype=tl.float32)
         b_df = tl.zeros([BLOCK_L, BLOCK_N], dtype=tl.float32)
-        b_dtheta = tl.zeros([BLOCK_L], dtype=tl.float32)
+        b_dthreshold = tl.zeros([BLOCK_L], dtype=tl.float32)
         if tl.max(m_read.to(tl.int32), axis=0) > 0:
             b_dc = product_tile(
                 p_W_dec, p_grad, i_latent, m_read, i_row, m_row, d_in, BLOCK_L, BLOCK_N, BLOCK_K, DECODER
@@ -257,10 +257,10 @@ def gradient_kernel(
             b_df = tl.where(b_moved == _OFF, -b_dc, 0.0)
             if JUMPS:
                 b_dv = tl.where(b_moved > 0, b_du, b_dc)
-                b_theta = tl.load(p_theta + o_latent, mask=m_latent, other=0.0)
-                b_dtheta = -b_theta / bandwidth * tl.sum(tl.where(b_code >= _NEAR, b_dv, 0.0), axis=1)
+                b_threshold = tl.load(p_threshold + o_latent, mask=m_latent, other=0.0)
+                b_dthreshold = -b_threshold / bandwidth * tl.sum(tl.where(b_code >= _NEAR, b_dv, 0.0), axis=1)
             else:
-                b_dtheta = -tl.sum(b_sign * b_du, axis=1)
+                b_dthreshold = -tl.sum(b_sign * b_du, axis=1)
         p_place = o_row.to(tl.int64)[None, :] * width + o_latent[:, None]
         m_place = m_row[None, :] & (o_latent < width)[:, None]
         tl.store(p_du + p_place, rounded(b_du, p_du.dtype.element_ty), mask=m_place)
@@ -268,8 +268,8 @@ def gradient_kernel(
             tl.store(p_df + p_place, rounded(b_df, p_df.dtype.element_ty), mask=m_place)
         p_sum = i_row_tile.to(tl.int64) * d_sae + o_latent
         tl.store(p_db_a + p_sum, tl.sum(b_du, axis=1), mask=m_latent)
-        if p_dtheta is not None:
-            tl.store(p_dtheta + p_sum, b_dtheta, mask=m_latent)
+        if p_dthreshold is not None:
+            tl.store(p_dthreshold + p_sum, b_dthreshold, mask=m_latent)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -297,12 +297,12 @@ def step_kernel(
     p_x,
     p_encoder_rows,
     p_b_enc,
-    p_threshold,
+    p_sae_threshold,
     p_rank,
     p_W_dec,
     p_W_a,
     p_b_a,
-    p_theta,
+    p_threshold,
     p_mask,
     p_top,
     p_part,
@@ -353,11 +353,11 @@ def step_kernel(
                 p_x,
                 p_encoder_rows,
                 p_b_enc,
-                p_threshold,
+                p_sae_threshold,
                 p_rank,
                 p_W_a,
                 p_b_a,
-                p_theta,
+                p_threshold,
                 p_mask,
                 p_top,
                 i_latent,

@@ -41,9 +41,9 @@ def steer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h', before, after, maximum; with `lookup`, which first fills slots and signs, of `lookup_and_steer`."""
     (n_rows, d_in), (n_prompts, n_slots) = h.shape, slots.shape
-    out, before, after, most = empty_results(h, encoder_rows, n_slots, record)
+    out, before, after, maximum = empty_results(h, encoder_rows, n_slots, record)
     if not n_rows and lookup is None:
-        return out, before, after, most
+        return out, before, after, maximum
 
     # Tensors are named here for as long as the launch is being made: an address alone does not keep one.
     tensors: dict[str, Tensor | None] = {
@@ -62,7 +62,7 @@ def steer(
         "start": None if start is None else start.contiguous(),
         "before": before if record else None,
         "after": after if record else None,
-        "most": most if record else None,
+        "most": maximum if record else None,
         "barrier": barrier_of(barriers),
     }
     entry = entry_of(h, encoder_rows, k, normalize, screen_rows)
@@ -101,4 +101,4 @@ def steer(
     places = zip(numbers.items(), starts, strict=False)
     fill(arguments, **{name: scratch.data_ptr() + 4 * start for (name, n), start in places if n})
     launch_steer(arguments, h.device)
-    return out, before, after, most
+    return out, before, after, maximum

@@ -22,19 +22,19 @@ def _stream(
 
     Reads the encoder once, block by block. Only a top-k SAE needs the second answer.
     """
-    maximum = hn.new_zeros(len(hn))
+    running_max = hn.new_zeros(len(hn))
     beaten = torch.zeros_like(latents)
     for block in latent_blocks(len(hn), len(encoder_rows)):
         pre = pre_activations(hn, encoder_rows[block], b_enc[block])
         if not k:
             pre = torch.where(is_active(pre, threshold[block]), pre, 0)
-        maximum = torch.maximum(maximum, pre.amax(dim=1))
+        running_max = torch.maximum(running_max, pre.amax(dim=1))
         index = order[block]
         for slot in range(latents.shape[1]) if k else ():
             own, value = latents[:, slot, None], picked[:, slot, None]
             ahead = (pre > value) | ((pre == value) & (index < own))
             beaten[:, slot] += (ahead & (index != own)).sum(dim=1)
-    return maximum, beaten
+    return running_max, beaten
 
 
 def steered_rows(n_rows: int, rows: Tensor | None, positions: Tensor | None, start: Tensor | None) -> Tensor:

@@ -63,9 +63,9 @@ def steer(
     """h', before, after, maximum; with `lookup`, which first fills slots and signs, of `lookup_and_steer`."""
     (n_rows, d_in), d_sae = h.shape, len(encoder_rows)
     n_prompts, n_slots = slots.shape
-    out, before, after, most = empty_results(h, encoder_rows, n_slots, record)
+    out, before, after, maximum = empty_results(h, encoder_rows, n_slots, record)
     if not n_rows and lookup is None:
-        return out, before, after, most
+        return out, before, after, maximum
 
     def scratch(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=h.device)
@@ -96,13 +96,13 @@ def steer(
         "p_out": out,
         "p_before": before if record else None,
         "p_after": after if record else None,
-        "p_most": most if record else None,
+        "p_maximum": maximum if record else None,
         "p_normalised": scratch(n_rows, d_in, dtype=torch.float32) if normalised else None,
         "p_scale": scratch(n_rows, dtype=torch.float32) if normalised else None,
         "p_norms": None if screen_rows is None else scratch(n_rows, 2, dtype=torch.float32),
         "p_value": scratch(n_rows, n_slots + n_large, dtype=torch.float32),
         "p_finite": scratch(n_rows),
-        "p_maximum": scratch(triton.cdiv(n_rows, launch.BLOCK_N) * launch.BLOCK_N),
+        "p_running_max": scratch(triton.cdiv(n_rows, launch.BLOCK_N) * launch.BLOCK_N),
         "p_beaten": scratch(n_rows, n_slots) if k else None,
         "p_barrier": barrier_of(barriers),
         "alpha": alpha,
@@ -129,4 +129,4 @@ def steer(
         steer_kernel[(programs,)](
             **arguments, n_programs=programs, PHASE=phase, **launch.kernel_options(), launch_cooperative_grid=True
         )
-    return out, before, after, most
+    return out, before, after, maximum

@@ -26,7 +26,7 @@ def prepare_row(
     p_norms,
     p_mean,
     p_finite,
-    p_maximum,
+    p_running_max,
     p_beaten,
     i_row,
     d_in,
@@ -35,7 +35,7 @@ def prepare_row(
     BLOCK_C: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
 ):
-    """finite = all of h is; n(h), its scale, ||n(h) - mean|| and ||n(h)|| where needed; maximum and beaten 0."""
+    """finite = all of h is; n(h), its scale, ||n(h) - mean|| and ||n(h)|| where needed; running_max and beaten 0."""
     b_mean, b_divisor, b_scale = row_scale(p_row, d_in, NORMALIZE, BLOCK_C)
     o_k = tl.arange(0, BLOCK_C)
     b_infinite = tl.zeros([BLOCK_C], dtype=tl.int32)
@@ -59,7 +59,7 @@ def prepare_row(
         tl.store(p_norms + 2 * i_row, tl.sqrt_rn(tl.sum(b_near, axis=0)) * 1.001 + 1e-17)
         tl.store(p_norms + 2 * i_row + 1, tl.sqrt_rn(tl.sum(b_size, axis=0)) * 1.001 + 1e-17)
     tl.store(p_finite + i_row, 1 - tl.max(b_infinite, axis=0))
-    tl.store(p_maximum + i_row, 0)
+    tl.store(p_running_max + i_row, 0)
     if p_beaten is not None:
         for i in range(0, n_slots, BLOCK_SLOTS):
             o_slot = i + tl.arange(0, BLOCK_SLOTS)

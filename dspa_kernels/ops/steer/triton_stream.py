@@ -55,7 +55,7 @@ def stream_tile(
     p_columns,
     p_slots,
     p_value,
-    p_maximum,
+    p_running_max,
     p_beaten,
     i_latent,
     i_row,
@@ -76,8 +76,8 @@ def stream_tile(
     BLOCK_L: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """maximum_n = max(maximum_n, f_nj) over the latents j of a tile, for the waiting rows n that the maximum so
-    far does not settle; returns how many encoder rows were read in full.
+    """running_max_n = max(running_max_n, f_nj) over the latents j of a tile, for the waiting rows n that it does not
+    settle yet; returns how many encoder rows were read in full.
 
     Screened, an upper bound on each pre-activation decides which rows could raise a maximum (or, for top-k, beat
     the least of the row's selected latents); only those are read, through the same products.
@@ -87,9 +87,9 @@ def stream_tile(
     # Others may raise it meanwhile, so it is read past the first-level cache, by each thread once, and what all
     # threads decide by is the reduction: two that read for themselves could go different ways.
     o_copy = tl.arange(0, COPIES * BLOCK_N)
-    b_now = tl.load(p_maximum + i_row + o_copy % BLOCK_N, cache_modifier=".cg")
-    b_now = tl.max(tl.reshape(b_now, [COPIES, BLOCK_N]), axis=0)
-    b_bound = tl.where(m_waiting, tl.maximum(b_bound, b_now.to(tl.float32, bitcast=True)), b_bound)
+    b_running_max = tl.load(p_running_max + i_row + o_copy % BLOCK_N, cache_modifier=".cg")
+    b_running_max = tl.max(tl.reshape(b_running_max, [COPIES, BLOCK_N]), axis=0)
+    b_bound = tl.where(m_waiting, tl.maximum(b_bound, b_running_max.to(tl.float32, bitcast=True)), b_bound)
     m_open = m_waiting
     if SETTLE:
         m_open = m_waiting & (b_need > alpha * b_bound)
@@ -126,9 +126,10 @@ def stream_tile(
         m_active = m_latent[:, None] & (b_pre > 0)
         if not TOP_K:
             m_active = m_active & (b_pre > b_threshold[:, None])
-        b_most = tl.max(tl.where(m_active, b_pre, 0.0), axis=0)
+        b_tile_max = tl.max(tl.where(m_active, b_pre, 0.0), axis=0)
         # Numbers >= 0 order like their bits, so that the order of the blocks does not matter.
-        tl.atomic_max(p_maximum + o_row, b_most.to(tl.int32, bitcast=True), mask=m_open & (b_most > 0), sem="relaxed")
+        m_raised = m_open & (b_tile_max > 0)
+        tl.atomic_max(p_running_max + o_row, b_tile_max.to(tl.int32, bitcast=True), mask=m_raised, sem="relaxed")
         if TOP_K:
             b_index = o_latent
             if p_order is not None:

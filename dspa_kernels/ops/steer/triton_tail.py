@@ -16,12 +16,12 @@ def edit_row(
     p_signs,
     p_scale,
     p_value,
-    p_maximum,
+    p_running_max,
     p_beaten,
     p_finite,
     p_before,
     p_after,
-    p_most,
+    p_maximum,
     p_paths,
     i_row,
     i_chunk,
@@ -45,9 +45,9 @@ def edit_row(
     b_bound, b_need = tl.sum(b_bound, axis=0), tl.sum(b_need, axis=0)
     b_finite = tl.sum(m_finite.to(tl.int32), axis=0)
     # What other programs wrote is looked for past the first-level cache.
-    b_most = tl.load(p_maximum + i_row, mask=b_finite == 1, other=0, cache_modifier=".cg").to(tl.float32, bitcast=True)
-    b_most = tl.maximum(b_most, b_bound)
-    b_step = alpha * b_most
+    b_running_max = tl.load(p_running_max + i_row, mask=b_finite == 1, other=0, cache_modifier=".cg")
+    b_maximum = tl.maximum(b_running_max.to(tl.float32, bitcast=True), b_bound)
+    b_step = alpha * b_maximum
 
     o_d = i_chunk * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
@@ -84,7 +84,7 @@ def edit_row(
     if i_chunk == 0:
         if RECORD:
             b_lost = (b_plan >= 0) & (b_finite == 0)
-            tl.store(p_most + i_row, tl.where(b_lost, float("nan"), tl.where(b_active > 0, b_most, 0.0)))
+            tl.store(p_maximum + i_row, tl.where(b_lost, float("nan"), tl.where(b_active > 0, b_maximum, 0.0)))
         if p_paths is not None:
             b_path = tl.where(b_need > 0, 4, 2)
             if not RECORD and p_beaten is None:
