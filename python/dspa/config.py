@@ -1,7 +1,9 @@
-"""How to steer: the settings of DSPA's online part."""
+"""The settings of DSPA's online part."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+
+from dspa.errors import refusal
 
 MODES = ("ablate", "augment", "both")
 POSITIONS = ("response", "generated", "all")
@@ -10,38 +12,54 @@ SCORINGS = ("raw", "demixed", "whitened", "confident")
 
 @dataclass(frozen=True)
 class SteeringConfig:
-    """How to steer; the defaults are the published settings.
+    """Settings of steering; the defaults are the published ones.
 
-    k_prompt: prompt latents that choose. k_diff: latents to augment and to ablate, at most. alpha: strength,
-    in units of the token's largest latent. mode: "ablate", "augment" or "both". positions: "response" (the
-    last prompt token and every generated one), "generated" (generated ones only) or "all". scoring: "raw", or
-    one of the refinements "demixed" (with `ridge`), "whitened", "confident" (entries beyond their confidence
-    radius at level 1 - `delta`).
+    The metadata of each field hold its help, and its choices where it has some.
+
+    Raises:
+        ValueError: a setting outside its choices or its range.
     """
 
-    k_prompt: int = 32
-    k_diff: int = 16
-    alpha: float = 0.2
-    mode: str = "ablate"
-    positions: str = "response"
-    scoring: str = "raw"
-    ridge: float = 1e-3
-    delta: float = 0.05
+    k_prompt: int = field(default=32, metadata={"help": "Number of prompt latents that choose what is edited."})
+    k_diff: int = field(default=16, metadata={"help": "Number of output latents to augment and to ablate, at most."})
+    alpha: float = field(
+        default=0.2,
+        metadata={"help": "Strength of the edit, in units of each token's largest latent (0: no edit)."},
+    )
+    mode: str = field(default="ablate", metadata={"help": "Which latents are edited.", "choices": MODES})
+    positions: str = field(
+        default="response",
+        metadata={
+            "help": "Tokens to steer: the last prompt token and every generated one, generated ones only, or all.",
+            "choices": POSITIONS,
+        },
+    )
+    scoring: str = field(
+        default="raw",
+        metadata={"help": "How output latents are scored: by the map as it is, or refined.", "choices": SCORINGS},
+    )
+    ridge: float = field(default=1e-3, metadata={"help": "Ridge of the least squares of demixed scoring."})
+    delta: float = field(
+        default=0.05,
+        metadata={"help": "Level of confident scoring, which keeps entries beyond their radius at 1 - delta."},
+    )
 
     def __post_init__(self) -> None:
         for name in ("k_prompt", "k_diff"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` is {value!r}; accepted: a whole number >= 1.")
+                raise refusal(ValueError, f"`{name}`", repr(value), "a whole number >= 1")
         for name in ("alpha", "ridge", "delta"):
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), (int, float)):
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; accepted: a number.")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise refusal(ValueError, f"`{name}`", repr(value), "a number")
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
-            raise ValueError(f"`alpha` is {self.alpha!r}; accepted: a finite number >= 0 (published: 0.2).")
+            raise refusal(ValueError, "`alpha`", repr(self.alpha), "a finite number >= 0 (published: 0.2)")
         if not (math.isfinite(self.ridge) and self.ridge > 0):
-            raise ValueError(f"`ridge` is {self.ridge!r}; accepted: a finite number > 0.")
+            raise refusal(ValueError, "`ridge`", repr(self.ridge), "a finite number > 0")
         if not 0 < self.delta < 1:
-            raise ValueError(f"`delta` is {self.delta!r}; accepted: a number between 0 and 1.")
-        for name, accepted in (("mode", MODES), ("positions", POSITIONS), ("scoring", SCORINGS)):
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; accepted: {', '.join(accepted)}.")
+            raise refusal(ValueError, "`delta`", repr(self.delta), "a number between 0 and 1")
+        for setting in fields(self):
+            value, choices = getattr(self, setting.name), setting.metadata.get("choices")
+            if choices and value not in choices:
+                raise refusal(ValueError, f"`{setting.name}`", repr(value), ", ".join(choices))

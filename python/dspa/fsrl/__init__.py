@@ -3,9 +3,6 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dspa.fsrl.adapter import FSRLAdapter, Moves
-from dspa.fsrl.config import FSRLConfig
-
 if TYPE_CHECKING:
     from dspa.data.tokens import response_tokens
     from dspa.errors import LabelError
@@ -13,8 +10,9 @@ if TYPE_CHECKING:
     from dspa.evaluate.responses import Response, responses_of
     from dspa.evaluate.scores import Scores, score_responses, score_triples
     from dspa.fsrl.ablations import FractionCurve, MaskEffect, fraction_curve, mask_effect
+    from dspa.fsrl.adapter import FSRLAdapter, Moves
     from dspa.fsrl.categories import CategoryShare, category_shares
-    from dspa.fsrl.config import TrainingConfig
+    from dspa.fsrl.config import FSRLConfig, TrainingConfig
     from dspa.fsrl.results import HeldOut, Sweep, held_out
     from dspa.fsrl.sweep import train_sweep
     from dspa.fsrl.training import read_held_out, train
@@ -22,17 +20,21 @@ if TYPE_CHECKING:
     from dspa.saes.label_quality import Agreement, compare_labels
     from dspa.saes.labels import Labels, read_labels
 
-# Modules of the names that are imported on first use: scipy and what training needs are slow to import.
+# Modules of the names that are imported on first use: torch, scipy and what training needs are slow to import, and the
+# command line reads the configs without them.
 HOMES = {
     "Agreement": "dspa.saes.label_quality",
     "CategoryShare": "dspa.fsrl.categories",
     "Coherence": "dspa.evaluate.coherence",
     "Decay": "dspa.fsrl.usage",
+    "FSRLAdapter": "dspa.fsrl.adapter",
+    "FSRLConfig": "dspa.fsrl.config",
     "FractionCurve": "dspa.fsrl.ablations",
     "HeldOut": "dspa.fsrl.results",
     "LabelError": "dspa.errors",
     "Labels": "dspa.saes.labels",
     "MaskEffect": "dspa.fsrl.ablations",
+    "Moves": "dspa.fsrl.adapter",
     "Response": "dspa.evaluate.responses",
     "Scores": "dspa.evaluate.scores",
     "Sweep": "dspa.fsrl.results",

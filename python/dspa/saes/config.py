@@ -1,56 +1,70 @@
-"""How to train an SAE."""
+"""The settings of training an SAE."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, field
+
+from dspa.errors import refusal
 
 
 @dataclass(frozen=True)
 class SAETrainingConfig:
-    """How to train.
+    """Settings of training an SAE; the metadata of each field hold its help.
 
-    Attributes:
-        n_tokens: rows to train on, rounded down to whole batches; the file is read again where it holds fewer.
-        batch_size: rows a step.
-        lr: Adam's rate, warmed up over the first twentieth of the steps, and decayed to 0 over the last fifth.
-        dead_feature_window: steps without activity after which a latent is dead, and trained to explain errors.
-        max_length: tokens of a document that are read, or the model's context where that is shorter.
-        exclude_special_tokens: train and report on other tokens alone. The first token, in Gemma models and others, is
-            a massive outlier that would rule loss and explained variance; SAELens keeps it unless told otherwise.
-        held_out_tokens: documents at the start of the file with so many tokens are never trained on.
-        buffer_tokens: rows that are shuffled together, and held in memory. The file is read in its order, so a file
-            that is sorted should be shuffled first.
-        batch_tokens: padded tokens a forward pass of the model.
-        checkpoint_every: steps.
-        seed: of the order of the rows, and of the weights of a new SAE.
+    Special tokens are left out by default: the first token, in Gemma models and others, is a massive outlier that would
+    rule loss and explained variance. SAELens keeps it by default. The file is read in its order, so a sorted file
+    should be shuffled first.
 
     Raises:
         ValueError: a number that is too small, or fewer tokens than a batch.
     """
 
-    n_tokens: int = 50_000_000
-    batch_size: int = 4096
-    lr: float = 3e-4
-    dead_feature_window: int = 1000
-    max_length: int = 1024
-    exclude_special_tokens: bool = True
-    held_out_tokens: int = 16_384
-    buffer_tokens: int = 65_536
-    batch_tokens: int = 8192
-    checkpoint_every: int = 500
-    seed: int = 0
+    n_tokens: int = field(
+        default=50_000_000,
+        metadata={"help": "Number of tokens to train on, in whole batches (a shorter file is read several times)."},
+    )
+    batch_size: int = field(default=4096, metadata={"help": "Tokens per step."})
+    lr: float = field(
+        default=3e-4,
+        metadata={"help": "Highest learning rate, reached after a warm-up and kept until a final decay."},
+    )
+    dead_feature_window: int = field(
+        default=1000,
+        metadata={"help": "Steps without activity after which a latent is dead, and trained to explain errors."},
+    )
+    max_length: int = field(
+        default=1024, metadata={"help": "Tokens to read per document, at most the context of the model."}
+    )
+    exclude_special_tokens: bool = field(
+        default=True, metadata={"help": "Leave special tokens out of the training and of the reports."}
+    )
+    held_out_tokens: int = field(
+        default=16_384,
+        metadata={"help": "Number of tokens to report on, in the first documents of the file, never trained on."},
+    )
+    buffer_tokens: int = field(default=65_536, metadata={"help": "Tokens that are shuffled together, in memory."})
+    batch_tokens: int = field(default=8192, metadata={"help": "Padded tokens per forward pass of the model."})
+    checkpoint_every: int = field(default=500, metadata={"help": "Steps between two checkpoints."})
+    seed: int = field(default=0, metadata={"help": "Seed of the order of the tokens, and of the weights of a new SAE."})
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value < 0 or (value == 0 and name not in ("seed", "exclude_special_tokens")):
-                raise ValueError(f"`{name}` is {value!r}; accepted: numbers above 0.")
+            if name in ("seed", "exclude_special_tokens"):
+                if value < 0:
+                    raise refusal(ValueError, f"`{name}`", repr(value), "a whole number >= 0")
+            elif not 0 < value < math.inf:
+                raise refusal(ValueError, f"`{name}`", repr(value), "a finite number > 0")
         if self.n_tokens < self.batch_size:
-            raise ValueError(
-                f"`n_tokens` is {self.n_tokens}; accepted: one batch ({self.batch_size}) or more. Lower batch_size, or "
-                "train for longer."
+            raise refusal(
+                ValueError,
+                "`n_tokens`",
+                self.n_tokens,
+                f"one batch ({self.batch_size}) or more",
+                "Lower `batch_size`, or train for longer.",
             )
 
     @property
     def n_steps(self) -> int:
-        """Whole batches in `n_tokens`."""
+        """Number of whole batches in `n_tokens`."""
         return self.n_tokens // self.batch_size

@@ -330,14 +330,14 @@ def test_bf16_log_probabilities_are_exact(tokenizer, tmp_path):
         ({"lr": 0}, "`lr` is 0; accepted: a finite number > 0"),
         ({"lr": math.inf}, "`lr` is inf"),
         ({"beta": -1.0}, "`beta` is -1.0"),
-        ({"warmup": 1.0}, "`warmup` is 1.0; accepted: a part of the steps"),
+        ({"warmup": 1.0}, "`warmup` is 1.0; accepted: a fraction of the steps"),
         ({"batch_size": 0}, "`batch_size` is 0; accepted: a whole number >= 1"),
         ({"max_steps": 2.5}, "`max_steps` is 2.5"),
         ({"epochs": True}, "`epochs` is True"),
         ({"seed": -1}, "`seed` is -1"),
         ({"seed": 2**32}, "`seed` is 4294967296; accepted: a whole number from 0 to"),
-        ({"report_to": "foo"}, "`report_to` is 'foo'; accepted here: none, .*Others have to be installed"),
-        ({"batch_size": 32, "micro_batch_size": 3}, "micro_batch_size 3 does not divide; accepted: a multiple of 3"),
+        ({"report_to": "foo"}, "`report_to` is 'foo'; accepted: none, .*Other trackers have to be installed"),
+        ({"batch_size": 32, "micro_batch_size": 3}, "`micro_batch_size` 3 does not divide; accepted: a multiple of 3"),
     ],
 )
 def test_settings(settings, message):
@@ -362,7 +362,7 @@ def test_published_settings():
 
 def test_processes_divide_the_batch():
     assert TrainingConfig(batch_size=32, micro_batch_size=4).accumulation(2) == 4
-    with pytest.raises(ValueError, match="`batch_size` is 32, which micro_batch_size 2 x 3 processes does not divide"):
+    with pytest.raises(ValueError, match="`batch_size` is 32, which `micro_batch_size` 2 x 3 processes does not divide"):
         TrainingConfig(batch_size=32).accumulation(3)
 
 
