@@ -48,7 +48,7 @@ def _options(
     show_version: Annotated[
         bool, typer.Option("--version", help="Show the version and stop.", is_eager=True, callback=_show_version)
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show where in the code an error comes from.")] = False,
+    debug: Annotated[bool, typer.Option(help="Show where in the code an error comes from.")] = False,
 ) -> None:
     # Nothing to do before a command: `main` looks for --debug when one fails.
     del debug, show_version
@@ -56,8 +56,8 @@ def _options(
 
 @app.command()
 def demo(
-    retrain: Annotated[bool, typer.Option("--retrain", help="Train the demo's model and SAEs again first.")] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Where to write all results.")] = Path(
+    retrain: Annotated[bool, typer.Option(help="Train the demo's model and SAEs again first.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="File to write all results to.")] = Path(
         "dspa-demo.json"
     ),
 ) -> None:

@@ -6,95 +6,76 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dspa.cli.loading import check_writable, load_all
-from dspa.cli.options import Device, DType, LayerIn, LayerOut, Layers, Model, Name, Numbers, SAEIn, SAEOut
+from dspa.cli.options import OnModel, Options, SAEPair, Sampling, with_options
+from dspa.config import SteeringConfig
 
 if TYPE_CHECKING:
     from dspa.steering.trace import Trace
 
-
-class Mode(str, Enum):
-    """Which latents are edited."""
-
-    ablate = "ablate"
-    augment = "augment"
-    both = "both"
+BACKENDS = ("auto", "reference", "triton", "cuda")
+SCREENS = ("none", "int8")
 
 
-class Screen(str, Enum):
-    """How the encoder is read where a token's maximum is needed."""
+@dataclass(frozen=True)
+class BackendOptions:
+    """How steering is computed, with the same results."""
 
-    none = "none"
-    int8 = "int8"
+    backend: str = field(default="auto", metadata={"help": "Backend of the ops; see dspa info.", "choices": BACKENDS})
+    screen: str = field(
+        default="none",
+        metadata={"help": "Read an int8 copy of the encoder first, for the same answers.", "choices": SCREENS},
+    )
 
 
+@with_options
 def generate(
-    model: Model,
-    map_path: Annotated[Path, typer.Option("--map", help="A map made with the same SAEs.")],
-    sae_in: SAEIn,
-    sae_out: SAEOut,
+    map_path: Annotated[Path, typer.Option("--map", help="Map that was made with the same SAEs.")],
+    on: OnModel,
+    pair: SAEPair,
+    config: Annotated[SteeringConfig, Options("Steering", without=["ridge", "delta"])],
+    ops: Annotated[BackendOptions, Options("Steering")],
+    sampling: Sampling,
     prompt: Annotated[
-        str | None, typer.Option(help="One prompt. Without it and --file, prompts are asked for.")
+        str | None, typer.Option(help="One prompt; without it and --file, prompts are read from the terminal.")
     ] = None,
     file: Annotated[
-        Path | None, typer.Option(help="Prompts: one a line, or JSON Lines with `prompt`. Answers are JSON Lines.")
+        Path | None, typer.Option(help="Prompts, one per line or JSON Lines with `prompt`, answered in JSON Lines.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write answers here, as JSON Lines, instead of printing.")] = None,
-    alpha: Annotated[float, typer.Option(help="Strength; 0 is the untouched model.")] = 0.2,
-    mode: Annotated[Mode, typer.Option(help="Which latents are edited.")] = Mode.ablate,
-    k_prompt: Annotated[int, typer.Option(help="Prompt latents that choose.")] = 32,
-    k_diff: Annotated[int, typer.Option(help="Output latents to edit at each end.")] = 16,
-    positions: Annotated[str, typer.Option(help="Tokens to steer: response, generated or all.")] = "response",
-    scoring: Annotated[str, typer.Option(help="raw, demixed, whitened or confident.")] = "raw",
-    backend: Annotated[str, typer.Option(help="auto, reference, triton or cuda; see dspa info.")] = "auto",
-    screen: Annotated[
-        Screen, typer.Option(help="int8: the same answers; reads a copy of the encoder of one byte a number first.")
-    ] = Screen.none,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens an answer, at most.", min=1)] = 200,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Write every edited token here, as JSON Lines.")] = None,
-    layer_in: LayerIn = None,
-    layer_out: LayerOut = None,
-    device: Device = "auto",
-    dtype: Numbers = DType.auto,
-    model_name: Name = None,
-    layers: Layers = None,
 ) -> None:
     """Generate steered text: for one prompt, for a file of them, or for what you type."""
     import torch
 
-    from dspa.config import SteeringConfig
     from dspa.data.prompts import read_prompts, tokenize_prompt
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.steering.dspa import Steering
 
     check_writable("--out", out)
     check_writable("--trace", trace)
-    config = SteeringConfig(
-        k_prompt=k_prompt, k_diff=k_diff, alpha=alpha, mode=mode.value, positions=positions, scoring=scoring
-    )
     prompts = read_prompts(prompt, file)
     cdmap = ConditionalDifferenceMap.load(map_path)
-    lm, tokenizer, read, edit = load_all(model, (sae_in, layer_in), (sae_out, layer_out), device, dtype)
-    steering = Steering(read, edit, cdmap, config, backend=backend, screen=screen.value, record=trace is not None)
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        sampling["temperature"] = temperature
-    torch.manual_seed(seed)
+    model, tokenizer, sae_in, sae_out = load_all(on, pair)
+    steering = Steering(
+        sae_in, sae_out, cdmap, config, backend=ops.backend, screen=ops.screen, record=trace is not None
+    )
+    decoding: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0}
+    if sampling.temperature > 0:
+        decoding["temperature"] = sampling.temperature
+    torch.manual_seed(sampling.seed)
     sink = out.open("w", encoding="utf-8") if out else sys.stdout
     as_records = out is not None or file is not None
-    with steering.attach(lm, layers=layers, model_name=model_name), _saving(steering.trace, trace):
+    with steering.attach(model, layers=on.layers, model_name=on.model_name), _saving(steering.trace, trace):
         for text in prompts:
-            inputs = tokenize_prompt(tokenizer, text, chat).to(lm.device)
-            tokens = lm.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)[0]
+            inputs = tokenize_prompt(tokenizer, text, sampling.chat).to(model.device)
+            tokens = model.generate(**inputs, **decoding)[0]
             answer = tokenizer.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             print(json.dumps({"prompt": text, "response": answer}) if as_records else answer, file=sink, flush=True)
 

@@ -1,79 +1,83 @@
-"""Models, SAEs and data, loaded as the command line names them."""
+"""Models, SAEs and data, loaded by the names that the command line has for them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspa.cli.options import DType
+from dspa.cli.options import ModelOptions, SAEPairOptions, errors_of_options
 from dspa.distributed import local_rank
+from dspa.errors import refusal
 
 if TYPE_CHECKING:
     from dspa.saes.frozen import FrozenSAE
 
 
 def check_writable(option: str, path: Path | None) -> None:
-    """Raise before the work, not after it."""
+    """Raise for a path that cannot be written, before the work and not after it."""
     if path is not None and (not path.parent.is_dir() or path.is_dir()):
-        raise ValueError(f"{option} is {path}; accepted: a file in a folder that exists.")
+        raise refusal(ValueError, option, path, "a file in a folder that exists")
 
 
 def device_named(name: str) -> str:
-    """The device that --device means: of several processes, each has the GPU of its own number."""
+    """Return the device that --device means; each of several processes has the GPU of its own number."""
     import torch
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device is {name!r}; accepted: auto, cuda, cuda:1, cpu, mps.")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device is {name!r} and no CUDA device was found; accepted here: cpu, auto.")
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda", "mps"):
+        raise refusal(ValueError, "--device", repr(name), "auto, cuda, cuda:1, cpu, mps")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise refusal(ValueError, "--device", f"{name!r}, and this machine has no CUDA device", "cpu, auto")
     if name != "cuda":
         return name
     if local_rank() >= torch.cuda.device_count():
         raise ValueError(
             f"This is process {local_rank()} on a machine of {torch.cuda.device_count()} GPUs; accepted: at most one "
-            "process a GPU. Start fewer, or use --device cpu."
+            "process per GPU. Start fewer, or use --device cpu."
         )
     return f"cuda:{local_rank()}"
 
 
-def load_sae(spec: str, layer: int | None, device: str) -> FrozenSAE:
-    """An SAE from a path, or from RELEASE:SAE_ID."""
+def load_sae(spec: str, layer: int | None, device: str, layer_option: str = "--layer") -> FrozenSAE:
+    """Load an SAE from a path, or from RELEASE:SAE_ID; `layer_option` is what gave the layer."""
     from dspa.saes.frozen import FrozenSAE
 
     release, _, sae_id = spec.partition(":")
-    if sae_id and not Path(spec).exists():
-        return FrozenSAE.from_pretrained(release, sae_id, device=device, layer=layer)
-    return FrozenSAE.load(spec, layer=layer, device=device)
+    with errors_of_options({"layer": layer_option}):
+        if sae_id and not Path(spec).exists():
+            return FrozenSAE.from_pretrained(release, sae_id, device=device, layer=layer)
+        return FrozenSAE.load(spec, layer=layer, device=device)
 
 
-def load_model(model: str, device: str, dtype: DType) -> tuple[Any, Any]:
-    """Model and tokenizer."""
+def load_model(options: ModelOptions) -> tuple[Any, Any]:
+    """Load a model, in evaluation mode, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = device_named(device)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    device = device_named(options.device)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
     load: Any = AutoModelForCausalLM.from_pretrained
-    return load(model, dtype=dtype.value).to(place).eval(), tokenizer
+    return load(options.model, dtype=options.dtype).to(device).eval(), tokenizer
 
 
-def load_all(
-    model: str, sae_in: tuple[str, int | None], sae_out: tuple[str, int | None], device: str, dtype: DType
-) -> tuple[Any, Any, FrozenSAE, FrozenSAE]:
-    """Model, tokenizer and the two SAEs, the SAEs in the model's dtype."""
+def load_all(options: ModelOptions, pair: SAEPairOptions) -> tuple[Any, Any, FrozenSAE, FrozenSAE]:
+    """Load a model, its tokenizer, and the two SAEs in the model's dtype."""
     # SAEs first: they are quick to load, and wrong more often.
-    place = device_named(device)
-    saes = [load_sae(spec, layer, place) for spec, layer in (sae_in, sae_out)]
-    lm, tokenizer = load_model(model, place, dtype)
-    read, edit = (sae.to(dtype=lm.dtype) for sae in saes)
-    return lm, tokenizer, read, edit
+    device = device_named(options.device)
+    sae_in = load_sae(pair.sae_in, pair.layer_in, device, "--layer-in")
+    sae_out = load_sae(pair.sae_out, pair.layer_out, device, "--layer-out")
+    model, tokenizer = load_model(options)
+    return model, tokenizer, sae_in.to(dtype=model.dtype), sae_out.to(dtype=model.dtype)
 
 
 def triple_source(triples: str, split: str, stream: bool) -> Any:
-    """A file of triples, or a data set of the Hub or in a folder."""
+    """Return a file of triples, or a data set from the Hub or a folder."""
     if not triples.strip():
-        raise ValueError("The triples have an empty name; accepted: a JSON Lines file, a folder, or a data set's name.")
+        raise refusal(ValueError, "TRIPLES", "an empty name", "a JSON Lines file, a folder, or the name of a data set")
     path = Path(triples)
     if path.is_file() or path.suffix in (".json", ".jsonl") or not (path.is_dir() or "/" in triples):
         return path
@@ -89,5 +93,5 @@ def triple_source(triples: str, split: str, stream: bool) -> Any:
     except DatasetsError as error:
         raise ValueError(
             f"{triples} cannot be read as a data set ({error}); accepted: a JSON Lines file, a folder of JSON Lines or "
-            "Parquet files of triples, or a data set's name."
+            "Parquet files of triples, or the name of a data set."
         ) from error

@@ -1,32 +1,232 @@
-"""What commands share: options, loading, tables."""
+"""The options of commands, generated from dataclasses, and the groups of options that several commands share.
+
+The name, help, choices and default of an option are those of a field. A command takes a dataclass as a parameter
+`config: Annotated[Config, Options(...)]`; `with_options` turns it into one option per field, and what was given back
+into the dataclass.
+"""
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import TYPE_CHECKING, Annotated
+import functools
+import inspect
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-if TYPE_CHECKING:
-    pass
+from dspa.errors import refusal
 
 
-class DType(str, Enum):
-    """Numbers that a model computes with."""
+@dataclass(frozen=True)
+class Options:
+    """How the fields of a dataclass become options.
 
-    auto = "auto"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
+    Attributes:
+        panel: title above the options in the help.
+        without: fields that have no option, and keep their defaults.
+        names: option of each field for which it is not `--field-name`; for a boolean, "--yes-name/--no-name".
+    """
+
+    panel: str
+    without: Collection[str] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Group:
+    """A dataclass that a command takes, and how."""
+
+    kind: type
+    options: Options
+
+    def fields(self) -> list[Field[Any]]:
+        """Fields that have an option."""
+        return [setting for setting in fields(self.kind) if setting.name not in self.options.without]
+
+    def option_names(self) -> dict[str, str]:
+        """Option of each field, for a boolean without the one that turns it off."""
+        return {setting.name: self._declared(setting.name).partition("/")[0] for setting in self.fields()}
+
+    def _declared(self, name: str) -> str:
+        return self.options.names.get(name, "--" + name.replace("_", "-"))
+
+    def parameters(self) -> Iterator[inspect.Parameter]:
+        """Yield the parameter of each option, as Typer reads it."""
+        hints = get_type_hints(self.kind)
+        for setting in self.fields():
+            option = self._declared(setting.name)
+            if hints[setting.name] is bool and "/" not in option:
+                option += f"/--no-{option.removeprefix('--')}"
+            choices = setting.metadata.get("choices", ())
+            info = typer.Option(
+                option,
+                help=name_options(setting.metadata["help"], self.option_names()),
+                rich_help_panel=self.options.panel,
+                min=setting.metadata.get("min"),
+                metavar=f"<{'|'.join(choices)}>" if choices else None,
+                autocompletion=_completion(choices) if choices else None,
+            )
+            yield inspect.Parameter(
+                setting.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                annotation=Annotated[hints[setting.name], info],
+                default=inspect.Parameter.empty if setting.default is MISSING else setting.default,
+            )
+
+    def make(self, values: Mapping[str, Any]) -> Any:
+        """Make the dataclass from the values of all options."""
+        for setting in self.fields():
+            value, choices = values[setting.name], setting.metadata.get("choices")
+            if choices and value not in choices:
+                raise refusal(ValueError, self.option_names()[setting.name], repr(value), ", ".join(choices))
+        return self.kind(**{setting.name: values[setting.name] for setting in self.fields()})
+
+
+def name_options(text: str, names: Mapping[str, str]) -> str:
+    """Return a text that names options in place of fields."""
+    return re.sub(r"`(\w+)`", lambda match: names.get(match[1], match[0]), text)
+
+
+@contextmanager
+def errors_of_options(names: Mapping[str, str]) -> Iterator[None]:
+    """Let errors name options in place of fields."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        text = name_options(str(error), names)
+        if text == str(error):
+            raise
+        raise ValueError(text) from error
+
+
+def _completion(choices: Collection[str]) -> Callable[[], list[str]]:
+    """Return what the shell asks for the values that complete an option."""
+    return lambda: list(choices)
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace each parameter of a command that is a dataclass with `Options` by one option per field.
+
+    Dataclasses that share a field share its option, whose help is that of both. Errors of the command name options in
+    place of fields.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, _Group] = {}
+    parameters: dict[str, inspect.Parameter] = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        kind, *extras = get_args(hints[name]) or (None,)
+        if extras and isinstance(extras[0], Options):
+            groups[name] = _Group(kind, extras[0])
+            for option in groups[name].parameters():
+                _add(parameters, option)
+        else:
+            parameters[name] = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
+
+    option_names = {name: option for group in groups.values() for name, option in group.option_names().items()}
+    own = [name for name in inspect.signature(command).parameters if name not in groups]
+
+    def run(**values: Any) -> None:
+        with errors_of_options(option_names):
+            made = {name: group.make(values) for name, group in groups.items()}
+            command(**made, **{name: values[name] for name in own})
+
+    wrapped: Any = functools.update_wrapper(run, command)
+    wrapped.__signature__ = inspect.Signature(list(parameters.values()))
+    wrapped.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
+    return run
+
+
+def _add(parameters: dict[str, inspect.Parameter], option: inspect.Parameter) -> None:
+    """Add an option, or its help to that of the same name."""
+    known = parameters.setdefault(option.name, option)
+    if known is not option:
+        assert known.default == option.default, option.name
+        known.annotation.__metadata__[0].help += " " + option.annotation.__metadata__[0].help
+
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 SAE_HELP = "A folder or file of an SAE, or RELEASE:SAE_ID of SAELens' catalogue."
-Model = Annotated[str, typer.Option(help="A Hugging Face model: a folder or a Hub name.", show_default=False)]
-SAEIn = Annotated[str, typer.Option("--sae-in", help=f"Input SAE, which reads the prompt. {SAE_HELP}")]
-SAEOut = Annotated[str, typer.Option("--sae-out", help=f"Output SAE, where edits happen. {SAE_HELP}")]
-LayerIn = Annotated[int | None, typer.Option(help="Layer of the input SAE, if its files do not say it.")]
-LayerOut = Annotated[int | None, typer.Option(help="Layer of the output SAE, if its files do not say it.")]
-Device = Annotated[str, typer.Option(help="cuda, cuda:1, cpu; auto takes cuda where there is one.")]
-Numbers = Annotated[DType, typer.Option("--dtype", help="Numbers of the model and the SAEs.")]
-Name = Annotated[str | None, typer.Option(help="What the model is, if its name or path does not tell.")]
-Layers = Annotated[str | None, typer.Option(help="Dotted path of the decoder layers, for an unknown architecture.")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model, and where and in which dtype it computes."""
+
+    model: str = field(metadata={"help": "Hugging Face model: a folder, or a name on the Hub."})
+    device: str = field(
+        default="auto", metadata={"help": "Device, such as cuda, cuda:1 or cpu; auto is cuda where there is one."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "Data type of the model and the SAEs.", "choices": DTYPES})
+    model_name: str | None = field(
+        default=None, metadata={"help": "Name of the model, if its own name or its path does not show it."}
+    )
+    layers: str | None = field(
+        default=None, metadata={"help": "Dotted path of the decoder layers, for an unknown architecture."}
+    )
+
+
+@dataclass(frozen=True)
+class SAEPairOptions:
+    """The two SAEs of DSPA."""
+
+    sae_in: str = field(metadata={"help": f"Input SAE, which reads the prompt. {SAE_HELP}"})
+    sae_out: str = field(metadata={"help": f"Output SAE, whose latents are edited. {SAE_HELP}"})
+    layer_in: int | None = field(
+        default=None, metadata={"help": "Layer of the input SAE, if its files do not contain it."}
+    )
+    layer_out: int | None = field(
+        default=None, metadata={"help": "Layer of the output SAE, if its files do not contain it."}
+    )
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How text is generated."""
+
+    max_new_tokens: int = field(default=200, metadata={"help": "Largest number of tokens per text.", "min": 1})
+    temperature: float = field(default=0.0, metadata={"help": "Temperature of the sampling; 0 is greedy.", "min": 0})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+    chat: bool = field(default=False, metadata={"help": "Put each prompt into the model's chat template."})
+
+    def __post_init__(self) -> None:
+        if not -(2**63) <= self.seed < 2**63:
+            raise refusal(ValueError, "`seed`", self.seed, "a whole number of 64 bits")
+
+
+@dataclass(frozen=True)
+class MapOptions:
+    """How counts become a map: the settings of `reduce`."""
+
+    percentile: float = field(
+        default=90.0, metadata={"help": "Percentile of a prompt latent's density from which its gate opens."}
+    )
+    gate_rule: str = field(
+        default="published",
+        metadata={
+            "help": "Rule of the gates: as published, or open only where the latent is active.",
+            "choices": ("published", "active"),
+        },
+    )
+    count_tokens: str = field(
+        default="all",
+        metadata={"help": "Tokens that count: all, or text without special tokens.", "choices": ("all", "text")},
+    )
+    k_diff: int = field(default=16, metadata={"help": "Number of entries at each end of a row that set the cut."})
+    sparsify: bool = field(default=True, metadata={"help": "Set entries below the cut to 0, as published."})
+
+    def __post_init__(self) -> None:
+        from dspa.maps.reduce import check_settings
+
+        check_settings(self.percentile, self.gate_rule, self.k_diff, None, self.count_tokens)
+
+
+OnModel = Annotated[ModelOptions, Options("Model and device")]
+SAEPair = Annotated[SAEPairOptions, Options("SAEs")]
+Sampling = Annotated[SamplingOptions, Options("Sampling")]
+
+Triples = Annotated[str, typer.Argument(help="Preference triples in a format of TRL: JSON Lines, or a data set.")]
+Split = Annotated[str, typer.Option(help="Split of a data set.")]
+First = Annotated[int | None, typer.Option(help="Use only the first N triples.", min=1)]

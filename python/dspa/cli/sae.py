@@ -9,36 +9,39 @@ import typer
 from rich.table import Table
 
 from dspa.cli.loading import load_model, load_sae
-from dspa.cli.options import SAE_HELP, Device, DType, Layers, Model, Name, Numbers
+from dspa.cli.options import SAE_HELP, OnModel, Options, errors_of_options, with_options
 from dspa.cli.tables import console, print_table
+from dspa.saes.config import SAETrainingConfig
 
 app = typer.Typer(help="Look at sparse autoencoders, train and fine-tune them.", no_args_is_help=True)
 
 Texts = Annotated[
     Path,
     typer.Argument(
-        help="Plain text, a document a line; JSON Lines with `text`; or preference triples. Its start is held out."
+        help="Plain text, one document per line, JSON Lines with `text`, or preference triples. The start is held out."
     ),
 ]
-Out = Annotated[Path, typer.Option(help="Folder to write; the same command goes on from where it was stopped.")]
-Tokens = Annotated[int, typer.Option(help="Tokens to train on; the file is read again if it has fewer.", min=1)]
-BatchSize = Annotated[int, typer.Option(help="Tokens a step.", min=1)]
-Rate = Annotated[float, typer.Option(help="Learning rate.")]
-MaxLength = Annotated[int, typer.Option(help="Tokens of a document that are read.", min=1)]
-Special = Annotated[bool, typer.Option("--special-tokens", help="Train on special tokens too.")]
-HeldOut = Annotated[int, typer.Option(help="Tokens to hold out and report on.", min=1)]
-Buffer = Annotated[int, typer.Option(help="Tokens that are shuffled together, in memory.", min=1)]
-BatchTokens = Annotated[int, typer.Option(help="Tokens a forward pass of the model.", min=1)]
-Checkpoints = Annotated[int, typer.Option(help="Steps between two checkpoints.", min=1)]
-Seed = Annotated[int, typer.Option(help="Of the order of the tokens, and of a new SAE's weights.", min=0)]
+Layer = Annotated[int | None, typer.Option(help="Layer of the SAE, if its files do not contain it.")]
+Out = Annotated[Path, typer.Option(help="Folder to write; the same command continues a stopped training in it.")]
+Training = Annotated[
+    SAETrainingConfig,
+    Options(
+        "Training",
+        without=["dead_feature_window"],
+        names={
+            "n_tokens": "--tokens",
+            "held_out_tokens": "--held-out",
+            "exclude_special_tokens": "--no-special-tokens/--special-tokens",
+        },
+    ),
+]
+# Arguments that errors name, in addition to the settings of the config.
+NAMES = {"k": "--k", "layer": "--layer"}
 
 
 @app.command("show")
-def sae_show(
-    sae: Annotated[str, typer.Argument(help=SAE_HELP)],
-    layer: Annotated[int | None, typer.Option(help="Its layer, if its files do not say it.")] = None,
-) -> None:
-    """Tell what an SAE is: architecture, widths, layer, model, what was folded, fingerprint."""
+def sae_show(sae: Annotated[str, typer.Argument(help=SAE_HELP)], layer: Layer = None) -> None:
+    """Show an SAE: architecture, widths, layer, model, what was folded into its weights, fingerprint."""
     loaded = load_sae(sae, layer, "cpu")
     names = ("arch", "d_in", "d_sae", "layer", "model_name", "dtype", "folded", "fingerprint")
     details = {name: getattr(loaded, name) for name in names}
@@ -46,107 +49,69 @@ def sae_show(
 
 
 @app.command("train")
+@with_options
 def sae_train(
     texts: Texts,
-    model: Model,
     layer: Annotated[int, typer.Option(help="Decoder layer whose output the SAE reads, from 0.")],
     out: Out,
-    d_sae: Annotated[int, typer.Option(help="Latents.", min=1)] = 16_384,
-    k: Annotated[float, typer.Option(help="Active latents a token, on average over a batch.")] = 64.0,
-    tokens: Tokens = 50_000_000,
-    batch_size: BatchSize = 4096,
-    lr: Rate = 3e-4,
-    max_length: MaxLength = 1024,
-    special_tokens: Special = False,
-    held_out: HeldOut = 16_384,
-    buffer_tokens: Buffer = 65_536,
-    batch_tokens: BatchTokens = 8192,
-    checkpoint_every: Checkpoints = 500,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Numbers = DType.auto,
-    model_name: Name = None,
-    layers: Layers = None,
+    on: OnModel,
+    config: Training,
+    d_sae: Annotated[int, typer.Option(help="Number of latents.", min=1)] = 16_384,
+    k: Annotated[float, typer.Option(help="Active latents per token, on average over a batch.")] = 64.0,
 ) -> None:
-    """Train a BatchTopK SAE for a layer of a model, saved as a JumpReLU SAE in a SAELens folder."""
+    """Train a BatchTopK SAE for a layer of a model, and save it as a JumpReLU SAE in a SAELens folder."""
     from dspa.data.texts import TextFile
-    from dspa.saes.config import SAETrainingConfig
     from dspa.saes.training import train_sae
     from dspa.training_folder import TrainingFolder
 
-    config = SAETrainingConfig(
-        n_tokens=tokens,
-        batch_size=batch_size,
-        lr=lr,
-        max_length=max_length,
-        exclude_special_tokens=not special_tokens,
-        held_out_tokens=held_out,
-        buffer_tokens=buffer_tokens,
-        batch_tokens=batch_tokens,
-        checkpoint_every=checkpoint_every,
-        seed=seed,
-    )
     # What is quick to check is checked before a model is loaded.
     TrainingFolder(out).check()
     file = TextFile(texts)
-    lm, tokenizer = load_model(model, device, dtype)
-    train_sae(lm, tokenizer, file, layer, out, d_sae=d_sae, k=k, config=config, layers=layers, model_name=model_name)
+    model, tokenizer = load_model(on)
+    with errors_of_options(NAMES):
+        train_sae(
+            *(model, tokenizer, file, layer, out),
+            d_sae=d_sae,
+            k=k,
+            config=config,
+            layers=on.layers,
+            model_name=on.model_name,
+        )
     _print_qualities(out)
 
 
 @app.command("finetune")
+@with_options
 def sae_finetune(
     texts: Texts,
-    model: Model,
-    sae: Annotated[str, typer.Option(help=f"Where to start. {SAE_HELP}")],
+    sae: Annotated[str, typer.Option(help=f"SAE to start from. {SAE_HELP}")],
     out: Out,
-    layer: Annotated[int | None, typer.Option(help="Its layer, if its files do not say it.")] = None,
+    on: OnModel,
+    config: Training,
+    layer: Layer = None,
     k: Annotated[
-        float | None, typer.Option(help="Active latents a token, on average; by default what the SAE has.")
+        float | None, typer.Option(help="Active latents per token, on average; by default as many as the SAE has.")
     ] = None,
-    tokens: Tokens = 50_000_000,
-    batch_size: BatchSize = 4096,
-    lr: Rate = 3e-4,
-    max_length: MaxLength = 1024,
-    special_tokens: Special = False,
-    held_out: HeldOut = 16_384,
-    buffer_tokens: Buffer = 65_536,
-    batch_tokens: BatchTokens = 8192,
-    checkpoint_every: Checkpoints = 500,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Numbers = DType.auto,
-    model_name: Name = None,
-    layers: Layers = None,
 ) -> None:
-    """Go on training an SAE on a text of your own, saved as a JumpReLU SAE in a SAELens folder."""
+    """Continue training an SAE on a text of your own, and save it as a JumpReLU SAE in a SAELens folder."""
     from dspa.data.texts import TextFile
-    from dspa.saes.config import SAETrainingConfig
     from dspa.saes.training import finetune_sae
     from dspa.training_folder import TrainingFolder
 
-    config = SAETrainingConfig(
-        n_tokens=tokens,
-        batch_size=batch_size,
-        lr=lr,
-        max_length=max_length,
-        exclude_special_tokens=not special_tokens,
-        held_out_tokens=held_out,
-        buffer_tokens=buffer_tokens,
-        batch_tokens=batch_tokens,
-        checkpoint_every=checkpoint_every,
-        seed=seed,
-    )
     # What is quick to check is checked before a model is loaded.
     TrainingFolder(out).check()
     file = TextFile(texts)
     start = load_sae(sae, layer, "cpu")
-    lm, tokenizer = load_model(model, device, dtype)
-    finetune_sae(lm, tokenizer, file, start, out, k=k, config=config, layers=layers, model_name=model_name)
+    model, tokenizer = load_model(on)
+    with errors_of_options(NAMES):
+        finetune_sae(
+            *(model, tokenizer, file, start, out), k=k, config=config, layers=on.layers, model_name=on.model_name
+        )
     _print_qualities(out)
 
 
 def _print_qualities(out: Path) -> None:
+    """Print the quality of an SAE on held-out tokens before and after its training."""
     from dspa.saes.training import read_qualities
 
     before, after = read_qualities(out).values()
@@ -155,7 +120,7 @@ def _print_qualities(out: Path) -> None:
         ("explained_variance", "explained variance", ".4f"),
         ("l0", "L0", ".2f"),
         ("dead", "dead latents", "d"),
-        ("mse", "squared error a token", ".4g"),
+        ("mse", "squared error per token", ".4g"),
     ):
         table.add_row(label, *(format(getattr(quality, name), form) for quality in (before, after)))
     console.print(table)

@@ -50,10 +50,10 @@ class SAETrainingConfig:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name in ("seed", "exclude_special_tokens"):
-                if value < 0:
-                    raise refusal(ValueError, f"`{name}`", repr(value), "a whole number >= 0")
-            elif not 0 < value < math.inf:
+            if name == "seed":
+                if not 0 <= value < 2**63:
+                    raise refusal(ValueError, "`seed`", repr(value), "a whole number from 0 to 2**63 - 1")
+            elif name != "exclude_special_tokens" and not 0 < value < math.inf:
                 raise refusal(ValueError, f"`{name}`", repr(value), "a finite number > 0")
         if self.n_tokens < self.batch_size:
             raise refusal(

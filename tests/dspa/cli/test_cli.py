@@ -201,22 +201,6 @@ def test_each_process_has_its_gpu(monkeypatch):
         device_named("auto")
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        (),
-        ("demo",),
-        *(("map", name) for name in ("collect", "reduce", "build", "merge", "show", "diff", "stability", "cost")),
-        ("generate",),
-        *(("sae", name) for name in ("show", "train", "finetune")),
-        ("info",),
-    ],
-)
-def test_help(run, command):
-    code, text = run(*command, "--help")
-    assert code == 0 and "Usage: dspa" in text
-
-
 def test_errors(run, folder, counts, built, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": \n')
     (tmp_path / "far.txt").write_text("13\n3\n")
@@ -226,7 +210,7 @@ def test_errors(run, folder, counts, built, tmp_path):
     for arguments, message in (
         (["map", "show", tmp_path / "none"], "There is no map file at"),
         (["map", "build", tmp_path / "bad.jsonl", *common(folder)], "bad.jsonl line 2"),
-        (["map", "build", folder / "triples.jsonl", *common(folder), "--percentile", 101], "`percentile` is 101.0"),
+        (["map", "build", folder / "triples.jsonl", *common(folder), "--percentile", 101], "--percentile is 101.0"),
         (["map", "reduce", folder, "--out", tmp_path / "m"], "holds no counts"),
         (["map", "reduce", counts, "--out", tmp_path / "m", "--first", 13], "--first is 13; accepted: 1 to 12"),
         (["map", "reduce", counts, "--out", tmp_path / "m", "--first", 3, "--random", 3], "--first and --random"),
@@ -247,7 +231,7 @@ def test_errors(run, folder, counts, built, tmp_path):
         (["generate", *common(folder), "--map", built, "--file", tmp_path / "messages.jsonl"], "messages.jsonl line 2"),
         (["generate", *common(folder), "--map", built, "--file", tmp_path / "no.txt"], "not a file"),
         (["demo", "--json", tmp_path / "no" / "demo.json"], "--json is"),
-        (["generate", *common(folder), "--map", built, "--prompt", "a", "--alpha", -1], "`alpha` is -1.0"),
+        (["generate", *common(folder), "--map", built, "--prompt", "a", "--alpha", -1], "--alpha is -1.0"),
         (["generate", *common(folder), "--map", built, "--prompt", "a", "--device", "cuda"], "no CUDA device"),
         (["generate", *other, "--sae-out", tmp_path / "other", "--map", built, "--prompt", "a"], "fingerprint"),
     ):

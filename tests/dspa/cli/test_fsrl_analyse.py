@@ -138,15 +138,15 @@ def test_bad_input_is_one_message(run, folder, tmp_path):
     labels.write_text(json.dumps({"3": "style", "128": "style", "-1": "topic"}))
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "file").write_text("")
-    out = tmp_path / "out"
+    out, unclear = tmp_path / "out", "Say what to mask in exactly one way: --latent, or --labels with --category."
     for arguments, changed, message in (
         (("usage", triples), {"out": tmp_path / "file"}, "--out is"),
         (("usage", triples), {"sae": folder / "other_sae"}, "was trained with an SAE of fingerprint"),
         (("usage", triples), {"adapter": folder}, "holds no adapter.json"),
         (("fraction", tmp_path / "none.jsonl"), {}, "does not exist; accepted: a JSON Lines file"),
         (("fraction", triples, "--fraction", 2), {}, "accepted: one or more numbers from 0 to 1"),
-        (("mask", triples), {}, "What to mask is not told"),
-        (("mask", triples, "--latent", 1, "--labels", labels), {}, "What to mask is not told"),
+        (("mask", triples), {}, unclear),
+        (("mask", triples, "--latent", 1, "--labels", labels), {}, unclear),
         (("mask", triples, "--labels", folder / "labels.json", "--category", "x"), {}, "accepted: style, topic"),
         (("categories", triples, "--labels", labels), {}, "labels latents 128, -1; accepted: 0 to 127"),
         (("categories", triples, "--labels", tmp_path / "none"), {}, "is not a file"),

@@ -42,7 +42,7 @@ def test_commands(tmp_path_factory, tmp_path, monkeypatch, capsys):
     code, told = command(monkeypatch, capsys, "train", *data, *small, *saes[:2], "--out", tmp_path / "one", "--l1", 0.3)
     assert code == 2 and "training of other settings (adapter_l1: 0.02 there, 0.3 now)" in told
     code, told = command(monkeypatch, capsys, "train", *data, *saes[:2], "--out", tmp_path / "two", "--l1", -1)
-    assert code == 2 and "`l1` is -1.0; accepted: a finite number >= 0" in told
+    assert code == 2 and "--l1 is -1.0; accepted: a finite number >= 0" in told
     code, told = command(monkeypatch, capsys, "analyse", "layers", *data, *small, *saes, "--out", tmp_path / "layers")
     assert code == 0 and "layer 1, soft_threshold, λ 0.02" in told and "layer 2" in told
     assert {"sweep.csv", "sweep.png"} < {path.name for path in (tmp_path / "layers").iterdir()}

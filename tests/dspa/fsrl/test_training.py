@@ -362,7 +362,8 @@ def test_published_settings():
 
 def test_processes_divide_the_batch():
     assert TrainingConfig(batch_size=32, micro_batch_size=4).accumulation(2) == 4
-    with pytest.raises(ValueError, match="`batch_size` is 32, which `micro_batch_size` 2 x 3 processes does not divide"):
+    message = "`batch_size` is 32, which `micro_batch_size` 2 x 3 processes does not divide"
+    with pytest.raises(ValueError, match=message):
         TrainingConfig(batch_size=32).accumulation(3)
 
 
