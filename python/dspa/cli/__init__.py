@@ -1,4 +1,4 @@
-"""The command line. Parses arguments and calls the package; every heavy import waits for its command."""
+"""The command line: it parses arguments and calls the package, and every heavy import waits for its command."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import typer
 from dspa.cli import fsrl_analyse, fsrl_train
 
 app = typer.Typer(help="Train, run and analyse FSRL adapters on SAE features.", no_args_is_help=True)
-analyse = typer.Typer(help="Look at what an adapter does; data as CSV, plots as PNG.", no_args_is_help=True)
+analyse = typer.Typer(help="Show what an adapter does, with data as CSV and plots as PNG.", no_args_is_help=True)
 app.add_typer(analyse, name="analyse")
 app.command()(fsrl_train.train)
 app.command()(fsrl_train.demo)

@@ -13,7 +13,7 @@ console = Console()
 
 
 def print_table(title: str, rows: dict[str, Any]) -> None:
-    """Names and values, a line each."""
+    """Print names and values, one per line."""
     table = Table(title=title, show_header=False)
     for name, value in rows.items():
         table.add_row(name, escape(str(value)))
@@ -21,7 +21,7 @@ def print_table(title: str, rows: dict[str, Any]) -> None:
 
 
 def column_table(title: str, rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> Table:
-    """Some columns of rows."""
+    """Return a table of some columns of rows."""
     table = Table(*(name.replace("_", " ") for name in names), title=title)
     for row in rows:
         table.add_row(*(cell(row[name]) for name in names))

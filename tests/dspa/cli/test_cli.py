@@ -239,7 +239,7 @@ def test_errors(run, folder, counts, built, tmp_path):
         assert code == 2 and "Error:" in text and message in text and "Traceback" not in text
 
 
-def test_a_folder_that_is_no_data_set_is_refused(tmp_path):
+def test_a_folder_without_a_data_set_is_refused(tmp_path):
     pytest.importorskip("datasets")
     (tmp_path / "a.jsonl").write_text('{"prompt": 1}\n')
     (tmp_path / "b.jsonl").write_text("[1, 2\n")
@@ -248,6 +248,6 @@ def test_a_folder_that_is_no_data_set_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["xyz", "meta"])
-def test_a_device_that_is_none_is_refused(name):
+def test_an_invalid_device_is_refused(name):
     with pytest.raises(ValueError, match=f"--device is '{name}'; accepted: auto, cuda, cuda:1, cpu, mps"):
         device_named(name)
