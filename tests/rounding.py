@@ -13,8 +13,8 @@ def rounding(n: int, terms: float, dtype: torch.dtype = torch.float32) -> float:
     """Return how far two computations may be apart that each round n times in a row, where they add numbers of a size.
 
     A rounding moves a number by at most u = eps / 2 of its size, and by u / sqrt(3) or less in the mean square. Errors
-    of n roundings are independent enough to grow with sqrt(n): 4 sqrt(n) u is more than six standard deviations, and
-    n u cannot be exceeded. Two computations may err in opposite directions.
+    of n roundings are independent enough to grow with sqrt(n): 4 sqrt(n) u is more than six standard deviations. Two
+    computations may err in opposite directions.
 
     Args:
         n: roundings in a row of numbers as large as `terms`. A sum whose terms have either sign counts once, since
@@ -22,4 +22,4 @@ def rounding(n: int, terms: float, dtype: torch.dtype = torch.float32) -> float:
         terms: the size of what is added, not of the result: a difference of two numbers near 1 has terms of 2.
         dtype: what is rounded to.
     """
-    return min(n, 4 * n**0.5) * torch.finfo(dtype).eps * terms
+    return 4 * n**0.5 * torch.finfo(dtype).eps * terms

@@ -29,6 +29,7 @@ from ..support.saes import (
     STANDARD,
     K,
     close,
+    decoded_rounding,
     make,
     named,
     tensors,
@@ -84,13 +85,16 @@ def test_against_sae_lens(
         recon = theirs.decode(f)
         back = sae_lens.SAE.load_from_disk(tmp_path / "ours")
         assert (f != 0).float().mean() > 0.02
+        norms = theirs.W_dec.norm(dim=1) if rescale else 1
+        scale = 1.0 if normalize == "none" else float(h.norm(dim=-1).max()) / D_IN**0.5
         close(back.encode(h), f)
-        torch.testing.assert_close(back.decode(back.encode(h)), recon, rtol=1e-5, atol=2e-5)
+        atol = decoded_rounding(f / norms, theirs.W_dec, scale)
+        torch.testing.assert_close(back.decode(back.encode(h)), recon, rtol=0, atol=atol)
     loaded = FrozenSAE.load(tmp_path / "theirs")
     again = FrozenSAE.load(tmp_path / "ours")
     for sae in (ours, loaded, again, FrozenSAE.from_sae_lens(back)):
         close(sae.encode(h), f)
-        torch.testing.assert_close(sae.decode(sae.encode(h), like=h), recon, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(sae.decode(sae.encode(h), like=h), recon, rtol=0, atol=atol)
         assert (sae.layer, sae.model_name) == (3, "gemma-2-2b")
         assert sae.fingerprint == ours.fingerprint and sae.folded == ours.folded
     names = ["gated"] * (arch == "gated") + ["apply_b_dec_to_input"] * apply_b_dec
@@ -271,8 +275,9 @@ def test_dictionary_learning(h: Tensor, tmp_path: Path, name: str) -> None:
     sae = FrozenSAE.load(dictionary_folder(tmp_path, name, trainer_config(name)))
     expected = dictionary_latents(name, h)
     close(sae.encode(h), expected)
-    recon = expected @ tensors()["W_dec"] + tensors()["b_dec"]
-    torch.testing.assert_close(sae.decode(sae.encode(h)), recon, rtol=1e-5, atol=2e-5)
+    W_dec, b_dec = tensors()["W_dec"], tensors()["b_dec"]
+    atol = decoded_rounding(expected, W_dec)
+    torch.testing.assert_close(sae.decode(sae.encode(h)), expected @ W_dec + b_dec, rtol=0, atol=atol)
     assert (sae.layer, sae.model_name) == (4, "Qwen/Qwen3-8B")
 
 

@@ -11,7 +11,19 @@ from torch import Tensor
 from dspa.errors import SAEError
 from dspa.saes.frozen import FrozenSAE
 
-from ..support.saes import D_IN, D_SAE, JUMPRELU, NORMALIZATIONS, STANDARD, K, close, make, named, tensors
+from ..support.saes import (
+    D_IN,
+    D_SAE,
+    JUMPRELU,
+    NORMALIZATIONS,
+    STANDARD,
+    K,
+    close,
+    decoded_rounding,
+    make,
+    named,
+    tensors,
+)
 
 # What is computed, written out
 
@@ -67,7 +79,8 @@ def test_formula(h: Tensor, arch: str, apply_b_dec: bool, rescale: bool, normali
         f = f * (pre >= pre.sort(-1).values[..., -K, None])
     close(sae.encode(h).double(), f)
     recon = ((f / norm) @ t["W_dec"] + t["b_dec"]) * scale + mean
-    torch.testing.assert_close(sae.decode(sae.encode(h), like=h).double(), recon, rtol=1e-5, atol=1e-5)
+    atol = decoded_rounding(f / norm, t["W_dec"], float(scale.max()))
+    torch.testing.assert_close(sae.decode(sae.encode(h), like=h).double(), recon, rtol=0, atol=atol)
     names = ["apply_b_dec_to_input"] * apply_b_dec + ["rescale_acts_by_decoder_norm"] * rescale
     assert sae.folded == tuple(names)
 

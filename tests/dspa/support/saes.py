@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from dspa.saes.frozen import FrozenSAE
+from dspa.testing import D_IN as D_IN_MODEL
+
+from ...rounding import rounding
 
 D_IN, D_SAE, K = 12, 40, 5
 NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
@@ -47,6 +50,28 @@ def make(arch: str = "jumprelu", **kwargs: Any) -> FrozenSAE:
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
-    """Equal up to fp32 rounding: same active latents, values to 1e-5 of the row's largest."""
+    """Equal up to fp32 rounding: same active latents, sums of D_IN terms of either sign."""
     assert torch.equal(actual != 0, expected != 0)
-    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (actual - expected).abs().max() <= latent_rounding(expected)
+
+
+# Roundings in a row from a residual to a latent: mean and scale of the row, both applied, the folded bias and norm, the
+# products with their sum, the bias. The way back adds the decoder's sum and bias, and undoes scale and mean.
+ENCODING, DECODING = 8, 8 + 4
+
+
+def latent_rounding(f: Tensor, d_in: int = D_IN) -> float:
+    """How far apart two computations of latents may be: terms of either sign are sqrt(d_in) times their sum."""
+    return rounding(ENCODING, d_in**0.5 * float(f.abs().max()))
+
+
+def decoded_rounding(f: Tensor, W_dec: Tensor, scale: float = 1.0) -> float:
+    """How far apart two reconstructions from latents f may be, scaled by what normalising took out."""
+    return rounding(DECODING, scale * float((f.abs() @ W_dec.abs().to(f.dtype)).max()))
+
+
+def close_but_at_thresholds(actual: Tensor, expected: Tensor, threshold: Tensor) -> None:
+    """Equal up to fp32 rounding, where one of both may be 0 if the other is at its threshold."""
+    apart = latent_rounding(expected, D_IN_MODEL)
+    at_threshold = ((actual == 0) != (expected == 0)) & ((actual + expected - threshold).abs() <= apart)
+    assert ((actual - expected).abs() <= apart).logical_or(at_threshold).all()
