@@ -12,6 +12,7 @@ from dspa.evaluate.coherence import METRICS, Coherence, distinct, repetition
 from dspa.fsrl import FSRLAdapter, compare_texts, responses_of
 from dspa.testing import D_SAE_OUT, L_OUT, make_model, make_sae
 
+from ...rounding import PASS, rounding
 from ..support.adapters import TRIPLES, acting_adapter, ending_tokenizer
 
 PROMPTS = [[1, 5, 9], [1, 7], [1, 12, 13, 14, 20], [1, 30, 4], [1, 8, 40, 41, 42, 43, 44, 9], [1, 33]]
@@ -71,7 +72,7 @@ def test_texts_and_their_measures(tokenizer):
             logits = model(torch.tensor([prompt + rated])).logits[0].double().log_softmax(dim=-1)
         nll = -sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(rated)) / len(rated)
         values = {name: float(found.base[name][n]) for name in METRICS}
-        assert values["perplexity"] == pytest.approx(math.exp(nll), rel=1e-4)
+        assert values["perplexity"] == pytest.approx(math.exp(nll), rel=rounding(PASS, nll))
         assert (values["length"], values["ended"]) == (len(kept), end in ids)
         assert values["distinct_1"] == len(set(kept)) / len(kept)
     assert found.base_texts != found.steered_texts

@@ -159,7 +159,8 @@ def effect_of(losses: list[float], given: float) -> MaskEffect:
 def test_a_set_beside_random_ones_by_hand():
     # Of 1, 2, 3: mean 2, standard error 1 / sqrt 3, and t is 4.302653 at 97.5 % with two degrees of freedom.
     found = effect_of([1.0, 2.0, 3.0], 2.5).compare("loss")
-    assert (found.mean, found.low, found.high) == pytest.approx((2, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
+    t = 4.302652729749464  # of Student's distribution with 2 degrees of freedom, at 0.975
+    assert (found.mean, found.low, found.high) == pytest.approx((2, 2 - t / 3**0.5, 2 + t / 3**0.5))
     assert (found.given, found.percentile) == pytest.approx((2.5, 200 / 3))
     same = effect_of([2.0, 2.0], 2.0).compare("loss")
     assert (same.mean, same.low, same.high, same.percentile) == pytest.approx((2, 2, 2, 50))
