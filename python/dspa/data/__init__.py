@@ -1,1 +1,1 @@
-"""What a user brings: preference triples, texts and prompts, and their tokens."""
+"""Preference triples, texts and prompts of the user, and their tokens."""

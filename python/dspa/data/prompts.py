@@ -1,4 +1,4 @@
-"""Prompts of the command line: given, in a file, or typed."""
+"""Prompts of the command line: given as an option, read from a file, or typed."""
 
 from __future__ import annotations
 
@@ -8,45 +8,57 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dspa.errors import refusal
+
 
 def read_prompts(prompt: str | None, file: Path | None) -> Iterator[str]:
-    """What to answer, checked before a model is loaded."""
+    """Return the prompts to answer, checked before a model is loaded.
+
+    Args:
+        prompt: the one of --prompt.
+        file: the path of --file, with one prompt per line, or JSON Lines with `prompt`. Without either, prompts are
+            read from standard input.
+
+    Raises:
+        ValueError: both are given, or what is given holds no prompt.
+    """
     if prompt is not None and file is not None:
         raise ValueError("--prompt and --file were both given; accepted: one of them.")
     if prompt is not None:
         if not prompt.strip():
-            raise ValueError("--prompt is empty. Steering selects from a prompt: give one.")
+            raise refusal(ValueError, "--prompt", "empty", "a text", "Steering selects latents from the prompt.")
         return iter([prompt])
     if file is not None:
-        return iter(_prompts_of(file))
-    return _asked()
+        return iter(_read_file(file))
+    return _read_input()
 
 
-def _prompts_of(file: Path) -> list[str]:
+def _read_file(file: Path) -> list[str]:
+    accepted = "one prompt per line, or JSON Lines with `prompt`"
     if not file.is_file():
-        raise ValueError(f"--file is {file}, which is not a file; accepted: one prompt a line, or JSON Lines.")
+        raise refusal(ValueError, "--file", f"{file}, which is not a file", accepted)
     lines = list(enumerate(file.read_text(encoding="utf-8").splitlines(), start=1))
-    found = [_prompt_of(f"{file} line {n}", line, file.suffix) for n, line in lines if line.strip()]
-    if not found:
-        raise ValueError(f"{file} holds no prompt; accepted: one a line, or JSON Lines with `prompt`.")
-    return found
+    prompts = [_parse_prompt(f"{file} line {n}", line, file.suffix) for n, line in lines if line.strip()]
+    if not prompts:
+        raise refusal(ValueError, "--file", f"{file}, which holds no prompt", accepted)
+    return prompts
 
 
-def _prompt_of(name: str, line: str, suffix: str) -> str:
+def _parse_prompt(name: str, line: str, suffix: str) -> str:
     if suffix != ".jsonl":
         return line
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: not JSON ({error}).") from error
+        raise refusal(ValueError, name, f"not JSON ({error})", "one JSON object per line") from error
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{name}: `prompt` is {prompt!r}; accepted: a text that is not empty.")
+        raise refusal(ValueError, f"{name}: `prompt`", repr(prompt), "a text that is not empty")
     return prompt
 
 
-def _asked() -> Iterator[str]:
-    """What is typed, or piped, a line a prompt; each is answered by itself."""
+def _read_input() -> Iterator[str]:
+    """Yield the lines that are typed or piped in, one prompt per line."""
     while True:
         try:
             text = input("> ") if sys.stdin.isatty() else input()
@@ -57,7 +69,13 @@ def _asked() -> Iterator[str]:
 
 
 def tokenize_prompt(tokenizer: Any, text: str, chat: bool) -> Any:
-    """One prompt as a batch [1, T], put into the chat template for `chat`."""
+    """Tokenize one prompt to a batch [1, T] of tensors.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        text: the prompt.
+        chat: put the prompt into the tokenizer's chat template, as a user's turn.
+    """
     if not chat:
         return tokenizer(text, return_tensors="pt")
     return tokenizer.apply_chat_template(

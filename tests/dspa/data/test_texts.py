@@ -27,17 +27,17 @@ def test_kinds_of_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"txt": "a"}\n', r"a\.jsonl line 2 has only the keys \['txt'\]"),
-        ("a.jsonl", b'\n{"text": "a"}\n\n{"text": 3}\n', r"a\.jsonl line 4 has `text` 3"),
+        ("a.jsonl", b'{"text": "a"}\n{"txt": "a"}\n', r"a\.jsonl line 2 is an object with only the keys \['txt'\]"),
+        ("a.jsonl", b'\n{"text": "a"}\n\n{"text": 3}\n', r"a\.jsonl line 4 is an object with `text` 3"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', r"a\.jsonl line 2 is a JSON list"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl line 2 is not JSON"),
         ("a.jsonl", b"plain\n", r"a\.jsonl line 1 is not JSON"),
         ("a.txt", b"good\n\xff\xfe\n", r"a\.txt line 2 is not UTF-8"),
-        ("a.txt", b"\n \n", r"holds no text"),
+        ("a.txt", b"\n \n", r"a\.txt is a file without text"),
         (
             "a.jsonl",
             b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"chosen": "b"}\n',
-            r"line 2: has no 'rejected'",
+            r"line 2 is without 'rejected'",
         ),
     ],
 )

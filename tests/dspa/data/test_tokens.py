@@ -102,14 +102,18 @@ def test_responses_are_cut_at_their_end(max_length: int | None, chosen: int, rej
 @pytest.mark.parametrize("max_length", [3, 2, 0])
 def test_prompts_are_never_cut(max_length: int) -> None:
     triple = Triple("the sky", "blue", "green", name="prefs.jsonl line 12")
-    problem = f"prefs.jsonl line 12: its prompt of 3 tokens leaves no room for a response in {max_length} tokens"
+    problem = (
+        f"prefs.jsonl line 12: `prompt` is 3 tokens long, which leaves no room for a response in {max_length} tokens"
+    )
     with pytest.raises(PreferenceError, match=rf"{problem}.* Raise max_length"):
         tokenize_triple(triple, make_tokenizer(), max_length=max_length)
 
 
 def test_tokenizer_that_ends_texts() -> None:
     triple = Triple("the sky", "blue", "green", name="triple 4")
-    with pytest.raises(PreferenceError, match=r"triple 4: the tokenizer ends the prompt with '</s>'.*add_eos"):
+    with pytest.raises(
+        PreferenceError, match=r"triple 4: the tokenizer is one that ends the prompt with '</s>'.*add_eos"
+    ):
         tokenize_triple(triple, make_tokenizer(add_eos=True))
 
 
@@ -119,13 +123,16 @@ def test_prompt_whose_own_text_ends_with_the_end_token() -> None:
 
 
 def test_no_tokens() -> None:
-    with pytest.raises(PreferenceError, match="triple 5: `rejected` gives no tokens"):
+    with pytest.raises(PreferenceError, match="triple 5: `rejected` is empty after tokenization"):
         tokenize_triple(Triple("the", "blue", " ", name="triple 5"), make_tokenizer())
 
 
 def test_messages_without_a_chat_template() -> None:
     triple = Triple(**TURNS, name="triple 6")
-    with pytest.raises(PreferenceError, match=r"triple 6: .*no chat template.*tokenizer\.chat_template"):
+    with pytest.raises(
+        PreferenceError,
+        match=r"triple 6 is a conversation, and the tokenizer has no chat template.*tokenizer\.chat_template",
+    ):
         tokenize_triple(triple, make_tokenizer(template=None))
 
 
@@ -158,7 +165,7 @@ def test_whole_that_is_shorter_than_the_prompt() -> None:
 
 def test_response_to_which_the_template_adds_nothing() -> None:
     template = "{{ messages[0]['content'] }}"
-    with pytest.raises(PreferenceError, match="`chosen` gives no tokens"):
+    with pytest.raises(PreferenceError, match="`chosen` is empty after tokenization"):
         tokenize_triple(Triple(**TURNS), make_tokenizer(template=template))
 
 
@@ -166,5 +173,7 @@ def test_template_that_refuses_the_conversation() -> None:
     triple = Triple(
         [{"role": "critic", "content": "hello"}], [assistant("blue")], [assistant("green")], name="triple 8"
     )
-    with pytest.raises(PreferenceError, match=r"triple 8: .*roles \['critic'\] \(no critics\)"):
+    with pytest.raises(
+        PreferenceError, match=r"triple 8 is a conversation of roles \['critic'\].*refuses \(no critics\)"
+    ):
         tokenize_triple(triple, make_tokenizer())

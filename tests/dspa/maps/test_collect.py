@@ -83,7 +83,7 @@ def test_a_triple_that_only_the_tokenizer_refuses_is_found_as_early(
     case: Case, monkeypatch: pytest.MonkeyPatch, small_windows: None
 ) -> None:
     calls = Calls(monkeypatch)
-    with pytest.raises(PreferenceError, match="triple 9: `chosen` and `rejected` give the same tokens"):
+    with pytest.raises(PreferenceError, match="triple 9: `chosen` is equal to `rejected` after tokenization"):
         case.collect(triples=[*as_rows(case.ids), {"prompt": "w3", "chosen": "w4", "rejected": "w4 "}])
     assert calls.n == 0
 
@@ -219,6 +219,6 @@ def test_a_prompt_without_room_is_refused_by_its_number(
 ) -> None:
     ids = [*case.ids[:2], ([BOS, *[5] * (length - 1)], [6], [7])]
     calls = Calls(monkeypatch)
-    with pytest.raises(PreferenceError, match=f"triple 3: its prompt of {length} tokens leaves no room"):
+    with pytest.raises(PreferenceError, match=f"triple 3: `prompt` is {length} tokens long, which leaves no room"):
         case.collect(ids, **options)
     assert calls.n == 0
