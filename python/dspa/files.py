@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: safetensors with a JSON header, in which a checksum of the tensors stands."""
+"""Files that appear whole or not at all: safetensors with a JSON header that holds a checksum of the tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METADATA_KEY = "dspa"
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the values of all tensors, in their order."""
+    """Return the SHA-256 of the values of all tensors, in their order."""
     sha = hashlib.sha256()
     for tensor in tensors.values():
         sha.update(tensor.numpy().tobytes())
@@ -30,39 +30,67 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write CPU tensors and a header that JSON can hold."""
+    """Write a safetensors file.
+
+    Args:
+        path: file to write.
+        tensors: CPU tensors by name.
+        header: entries that JSON can hold.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    # Of several entries, safetensors writes any first; with one, the same content is the same file.
+    # One metadata entry, because safetensors does not fix the order of several: the same content is the same file.
     write_atomically(path, save(tensors, metadata={METADATA_KEY: json.dumps({**header, "sha256": checksum(tensors)})}))
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The header alone. Raises `MapError` for a file that is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-    except (SafetensorError, ValueError) as error:
-        raise MapError(f"{path} is damaged ({error}).") from error
-    return found if isinstance(found, dict) else {}
+    """Return the header that `write_tensors` wrote, without reading the tensors.
 
+    Args:
+        path: file to read.
 
-def read_tensors(path: Path, names: Sequence[str], *, check: bool = True) -> dict[str, Tensor]:
-    """Some tensors; with `check`, `names` are all of them, in the order of their writing, and unchanged since.
-
-    Raises `MapError` for a file that is damaged.
+    Raises:
+        MapError: the file is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in names}
+            header = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise MapError(f"{path} is damaged ({error}).") from error
+    return header if isinstance(header, dict) else {}
+
+
+def read_tensors(path: Path, names: Sequence[str], *, check: bool = True) -> dict[str, Tensor]:
+    """Return tensors of a file by name.
+
+    Args:
+        path: file to read.
+        names: tensors to read; with `check`, all of them in the order in which they were written.
+        check: compare the tensors with the checksum in the header.
+
+    Raises:
+        MapError: the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise MapError(f"{path} is damaged ({error}).") from error
-    if check and read_header(path).get("sha256") != checksum(found):
+    if check and read_header(path).get("sha256") != checksum(tensors):
         raise MapError(f"{path} is damaged (its tensors are not those that were written).")
-    return found
+    return tensors
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]], names: Sequence[str] = ()) -> None:
-    """Write rows as CSV; `names` are the columns where there may be no row."""
+    """Write rows as CSV.
+
+    Args:
+        path: file to write.
+        rows: values by column.
+        names: columns, needed where there may be no row.
+    """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, names or list(rows[0]))
     writer.writeheader()
@@ -71,8 +99,16 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]], names: Sequence[
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file. Where that fails, as on a full disk, what was there before stays."""
-    # Of a name of its own, should another process write the same file.
+    """Write a file, or leave the earlier one as it is where that fails, as on a full disk.
+
+    Args:
+        path: file to write.
+        content: all of its bytes.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    # A unique name, because another process may write the same file.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         with partial.open("wb") as file:
@@ -81,9 +117,9 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        problem = f"{path} ({len(content) / 1e6:.1f} MB) could not be written: {error.strerror}. Whatever was written"
         raise OSError(
-            f"{problem} before is still there: make room or choose another folder, and start again."
+            f"{path} ({len(content) / 1e6:.1f} MB) could not be written: {error.strerror}. What was written before is "
+            "kept. Make room or choose another folder, then start again."
         ) from error
     finally:
         if partial.is_file():

@@ -1,4 +1,4 @@
-"""Intervals and overlaps: the small statistics that several parts report."""
+"""Intervals and overlaps: small statistics that several parts report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from scipy.stats import binomtest
 
 
 def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of `successes / n`; of a number with a half, what the intervals of its neighbours cover."""
+    """Return Wilson's interval of `successes / n`.
+
+    Args:
+        successes: a whole number, or one with a half, as ties give. The interval then covers those of its neighbours.
+        n: number of trials.
+        confidence: level of the interval.
+    """
     low, high = (
         binomtest(k, n).proportion_ci(confidence, method="wilson")
         for k in (math.floor(successes), math.ceil(successes))
@@ -17,5 +23,5 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
 
 
 def jaccard(a: set[int], b: set[int]) -> float:
-    """Shared ones over those of either; 1 for two empty sets."""
+    """Return the Jaccard index of two sets, 1 where both are empty."""
     return len(a & b) / len(a | b) if a | b else 1.0

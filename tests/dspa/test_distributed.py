@@ -182,11 +182,12 @@ def test_torchrun(here: Path, alone: Path, tmp_path: Path, n: int, options: dict
     # One bar, of the whole.
     assert "8/8" in done.stderr or options.get("stream")
     assert done.stderr.count("collect:   0%") + done.stderr.count("collect: 0triple") == 1
-    assert "goes on alone" not in done.stderr
+    assert "continues alone" not in done.stderr
     if options.get("refused"):
         told = {path.read_text() for path in tmp_path.glob("refused-*")}
         assert told == {
-            f"`work_dir` is None for {n} processes; accepted: a folder that all of them share. Their counts meet there."
+            f"`work_dir` is None for {n} processes; accepted: a folder that all of them share. Their counts are "
+            "joined there."
         }
 
 
@@ -228,7 +229,7 @@ def test_accelerate_starts_one_process_on_cpus(here: Path, alone: Path, tmp_path
     launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
     done = launch([*launcher, "--mixed_precision=no", "--dynamo_backend=no"], here, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "It goes on alone. For K processes: torchrun --nproc-per-node K" in " ".join(done.stderr.split())
+    assert "It continues alone. For K processes: torchrun --nproc-per-node K" in " ".join(done.stderr.split())
     assert counted(tmp_path) == [list(range(8))]
     assert (tmp_path / "map").read_bytes() == (alone / "map").read_bytes()
 
@@ -240,7 +241,7 @@ def test_accelerate_starts_one_process_on_cpus(here: Path, alone: Path, tmp_path
 def team(monkeypatch: pytest.MonkeyPatch) -> list[Team]:
     """Three ranks, here in one process."""
     store = HashStore()
-    monkeypatch.setattr(distributed, "_launched", lambda: store)
+    monkeypatch.setattr(distributed, "_launcher_store", lambda: store)
     monkeypatch.setattr(distributed, "_teams", itertools.repeat(7))
     monkeypatch.setenv("WORLD_SIZE", "3")
     team = []
@@ -257,11 +258,11 @@ def test_claims(team: list[Team]) -> None:
 
 def test_two_teams_do_not_hear_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     store = HashStore()
-    monkeypatch.setattr(distributed, "_launched", lambda: store)
+    monkeypatch.setattr(distributed, "_launcher_store", lambda: store)
     monkeypatch.setenv("WORLD_SIZE", "2")
     one, other = Team(), Team()
     assert (one.claim(), one.claim(), other.claim()) == (0, 1, 0)
-    assert (one.finished(1, 5), other.finished(1, 2)) == (5, 2)
+    assert (one.add_finished(1, 5), other.add_finished(1, 2)) == (5, 2)
 
 
 def in_a_thread(work: Any) -> threading.Thread:
@@ -284,13 +285,13 @@ def test_rank_0_comes_first(team: list[Team]) -> None:
 def test_waiting_for_the_others(team: list[Team], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "POLL", 0.01)
     shown: list[int] = []
-    assert team[1].finished(1, 10) == 10
+    assert team[1].add_finished(1, 10) == 10
     waiting = in_a_thread(lambda: team[0].wait(3, shown.append))
     time.sleep(0.1)
-    assert team[2].finished(1, 7) == 17
+    assert team[2].add_finished(1, 7) == 17
     time.sleep(0.1)
     assert waiting.is_alive()
-    team[2].finished(1, 4)
+    team[2].add_finished(1, 4)
     waiting.join(10)
     assert not waiting.is_alive() and shown[0] == 10 and 17 in shown and shown[-1] == 21
 
@@ -303,11 +304,11 @@ def test_waiting_ends(team: list[Team], monkeypatch: pytest.MonkeyPatch) -> None
     def work() -> None:
         for _ in range(3):
             time.sleep(0.3)
-            team[1].finished(1, 1)
+            team[1].add_finished(1, 1)
 
     since = time.monotonic()
     in_a_thread(work)
-    with pytest.raises(RuntimeError, match=r"Another process has stopped: 2 of 5 pieces are not finished.*start again"):
+    with pytest.raises(RuntimeError, match=r"Another process has stopped: 2 of 5 pieces are not finished.*Start again"):
         team[0].wait(5, lambda _: None)
     assert 1.3 < time.monotonic() - since < 10
 
@@ -330,11 +331,11 @@ def test_a_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         warnings.simplefilter("error")
         team = Team()
     assert (team.rank, team.size, team.claim(), team.claim()) == (0, 1, 0, 1)
-    assert team.in_turn("x", lambda: 5) == 5 and team.finished(2, 9) == 9
+    assert team.in_turn("x", lambda: 5) == 5 and team.add_finished(2, 9) == 9
     team.wait(2, lambda _: None)
     team.leave()
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with pytest.warns(UserWarning, match="asked for several processes and started one"):
+    with pytest.warns(UserWarning, match="asked for several processes and started only this one"):
         Team()
     monkeypatch.setenv("WORLD_SIZE", "1")
     with warnings.catch_warnings():

@@ -145,7 +145,7 @@ def test_accelerate_starts_one_process_on_cpus(here, tmp_path):
     launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
     done = launch(here, tmp_path / "out", [*launcher, "--mixed_precision=no", "--dynamo_backend=no"], TINY)
     assert done.returncode == 0, done.stderr
-    assert "It goes on alone. For K processes: torchrun --nproc-per-node K" in " ".join(done.stderr.split())
+    assert "It continues alone. For K processes: torchrun --nproc-per-node K" in " ".join(done.stderr.split())
 
 
 def test_other_processes_than_asked_for(model, tokenizer, tmp_path, monkeypatch):
