@@ -73,9 +73,9 @@ def write_counts(folder: Path, n_triples: int, d_sae_in: int, d_sae_out: int, se
             keys=torch.arange(start, start + n),
             cut=torch.zeros(n, dtype=torch.uint8),
             counts=dict(zip(COUNTED, (*parts, *none), strict=True)),
-            maxima=torch.bincount(parts[1].latents.long(), minlength=d_sae_out),
-            looked=torch.tensor([n]),
-            totals=torch.zeros(8, dtype=torch.int64),
+            max_counts=torch.bincount(parts[1].latents.long(), minlength=d_sae_out),
+            n_sampled=torch.tensor([n]),
+            residual_sum=torch.zeros(8, dtype=torch.int64),
         )
         collection.write(piece, f"{piece}", shard)
     collection.record(DataRecord.of(n_triples, [f"{piece}" for piece in range(len(starts))]))

@@ -41,17 +41,33 @@ def build_map(
     Several processes (torchrun, accelerate) share the counting, and the process of rank 0 alone reduces the counts.
 
     Args:
-        model, tokenizer, triples, sae_in, sae_out, first, max_length, batch_tokens, work_dir, progress, layers,
-            model_name: as for `collect`.
-        percentile, gate_rule, count_tokens, k_diff, sparsify: as for `reduce`. With a `work_dir`, maps of other
-            settings can be made from the same counts: `reduce(work_dir, ...)`.
+        model: the model that will be steered.
+        tokenizer: its tokenizer.
+        triples: what `load_triples` takes.
+        sae_in: the SAE whose latents gate, on prompts.
+        sae_out: the SAE whose latents are steered.
+        first: as for `collect`.
+        percentile: as for `reduce`.
+        gate_rule: as for `reduce`.
+        count_tokens: as for `reduce`.
+        k_diff: as for `reduce`.
+        sparsify: as for `reduce`.
+        max_length: as for `collect`.
+        batch_tokens: as for `collect`.
+        work_dir: as for `collect`. Maps of other settings can be made from the same folder: `reduce(work_dir, ...)`.
+        progress: show bars.
+        layers: as for `Steering.attach`.
+        model_name: as for `Steering.attach`.
 
     Returns:
         The map. Where several processes run, the map on rank 0 and None on the others.
 
     Raises:
         ValueError: an invalid setting.
-        PreferenceError, ModelError, MapError, OSError: as for `collect` and `reduce`.
+        PreferenceError: as for `collect`.
+        ModelError: as for `collect`.
+        MapError: as for `collect` and `reduce`.
+        OSError: as for `collect`.
     """
     check_settings(percentile, gate_rule, k_diff, sae_out.d_sae, count_tokens)
     counts = collect(

@@ -1,4 +1,4 @@
-"""The conditional-difference map: score, select, save, load."""
+"""The conditional-difference map: scores, plans and files."""
 
 from __future__ import annotations
 
@@ -10,21 +10,32 @@ import torch
 from torch import Tensor
 
 from dspa.config import SteeringConfig
-from dspa.errors import MapError
+from dspa.errors import MapError, refusal
 from dspa.files import read_header, read_tensors, write_tensors
 from dspa.saes.frozen import FrozenSAE
 from dspa_kernels import SteeringPlan, map_lookup
 
 FORMAT = "dspa.map.3"
 GATE_RULES = ("published", "active")
-# Hot latents that steering evaluates before it reads the encoder.
+# Number of hot latents that steering evaluates before it reads the encoder.
 N_LARGE = 64
 
 
 @dataclass(frozen=True)
 class MapMeta:
-    """What a map was made from: SAE fingerprints, model, layers, widths, number of triples (and of responses cut
-    to fit), and every setting."""
+    """Origin of a map: SAEs, model, data and every setting.
+
+    Attributes:
+        sae_in, sae_out: fingerprints of the SAEs.
+        model_name: name of the model.
+        layer_in, layer_out: layers of the SAEs.
+        d_sae_in, d_sae_out: widths of the SAEs.
+        n_triples: number of triples.
+        n_cut: number of responses that were cut to fit.
+        count_tokens, percentile, gate_rule, k_diff, sparsify: as for `reduce`.
+        max_length: as for `collect`.
+        package: version of the package.
+    """
 
     sae_in: str
     sae_out: str
@@ -45,23 +56,36 @@ class MapMeta:
 
 
 def confidence_radius(n_open: Tensor, d_sae_out: int, delta: float) -> Tensor:
-    """`sqrt(2 log(2 d_sae / delta) / N_i)` of numbers of prompts N_i: every entry of a row, as a conditional mean, is
-    within it of the truth with probability 1 - delta."""
+    """Return `sqrt(2 log(2 d_sae_out / delta) / N_i)`, the confidence radius of rows.
+
+    With probability 1 - delta, every entry of a row, as a conditional mean, is within the radius of its true value.
+
+    Args:
+        n_open: numbers N_i of prompts on which gates are open.
+        d_sae_out: width of the output SAE.
+        delta: level.
+    """
     return (2 * math.log(2 * d_sae_out / delta) / n_open.float()).sqrt()
 
 
 class ConditionalDifferenceMap:
-    """`A` [d_sae_in, d_sae_out] as its non-empty columns, with what the optional scorings need, and a calibration,
-    which changes no result: with it, steering reads less of the encoder.
+    """`A` [d_sae_in, d_sae_out] as its non-empty columns, data for the optional scorings, and a calibration.
 
-    columns [C] int32, increasing latents of the output SAE; values [d_sae_in, C] fp32, `A[:, columns]`; n_open
-    [d_sae_in] int32, prompts on which each gate is open; variance [C] fp32, of `rho~` over all responses; gate_latents
-    [R] int32, increasing, the input latents whose gate is open on some prompts and not on all; gates [R, ceil(N / 8)]
-    uint8, on which: bit n % 8 of byte n // 8 for the n-th prompt, in an order of their own.
+    The calibration comes from a sample of response tokens. It changes no result: with it, steering reads less of the
+    encoder. Its three tensors are empty in maps without one, such as those of older versions.
 
-    Calibration, of a sample of response tokens: hot [H] int32, the output latents that ever held a token's maximum,
-    most often first and of equals the smaller; hot_counts [H] int64, how often; mean [d_in] fp32, of the residuals as
-    the output SAE normalises them. All three are empty where a map has none, as those of older versions.
+    Attributes:
+        columns: latents of the output SAE, increasing, [C] int32.
+        values: `A[:, columns]`, [d_sae_in, C] fp32.
+        n_open: number of prompts on which each gate is open, [d_sae_in] int32.
+        variance: of `rho~` over all responses, [C] fp32.
+        gate_latents: input latents whose gate is open on some prompts and not on all, increasing, [R] int32.
+        gates: the prompts on which those gates are open, [R, ceil(N / 8)] uint8: bit n % 8 of byte n // 8 for the n-th
+            prompt, in an order that does not follow the data.
+        hot: output latents that were ever a sampled token's largest, most often first (ties: smaller index), [H] int32.
+        hot_counts: number of tokens for each of `hot`, [H] int64.
+        mean: mean residual as the output SAE normalises it, [d_in] fp32.
+        meta: origin and settings.
     """
 
     def __init__(
@@ -88,7 +112,7 @@ class ConditionalDifferenceMap:
 
     def _check(self) -> None:
         meta, n_columns = self.meta, len(self.columns)
-        wanted = {
+        expected = {
             "columns": (torch.int32, (n_columns,)),
             "values": (torch.float32, (meta.d_sae_in, n_columns)),
             "n_open": (torch.int32, (meta.d_sae_in,)),
@@ -99,20 +123,18 @@ class ConditionalDifferenceMap:
             "hot_counts": (torch.int64, (len(self.hot),)),
             "mean": (torch.float32, (len(self.mean),)),
         }
-        for name, (dtype, shape) in wanted.items():
+        for name, (dtype, shape) in expected.items():
             tensor: Tensor = getattr(self, name)
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                raise MapError(
-                    f"The map is damaged: `{name}` is {tensor.dtype} {list(tensor.shape)}; accepted: {dtype} "
-                    f"{list(shape)}."
-                )
+                got, accepted = f"{tensor.dtype} {list(tensor.shape)}", f"{dtype} {list(shape)}"
+                raise refusal(MapError, f"The map is damaged: `{name}`", got, accepted)
         within = (self.columns >= 0) & (self.columns < meta.d_sae_out)
         if not n_columns or not bool(within.all()) or bool((self.columns.diff() <= 0).any()):
             raise MapError("`columns` are not increasing latents of the output SAE. The map is damaged.")
         within = (self.hot >= 0) & (self.hot < meta.d_sae_out)
         if not bool(within.all()) or len(self.hot.unique()) != len(self.hot):
             raise MapError("`hot` are not distinct latents of the output SAE. The map is damaged.")
-        if not torch.equal(self.gate_latents, _partial(self.n_open, meta.n_triples)):
+        if not torch.equal(self.gate_latents, _partly_open(self.n_open, meta.n_triples)):
             raise MapError("`gate_latents` are not the latents whose gates are partly open. The map is damaged.")
         for name in ("values", "variance", "mean"):
             if not bool(getattr(self, name).isfinite().all()):
@@ -126,18 +148,23 @@ class ConditionalDifferenceMap:
         )
 
     def to(self, device: torch.device | str) -> ConditionalDifferenceMap:
-        """The map on `device`; itself where it is there already."""
+        """Return the map on `device`, or the map itself where it is there already."""
         if torch.device(device) == self.values.device:
             return self
         tensors = {name: getattr(self, name).to(device) for name in TENSORS}
         return ConditionalDifferenceMap(**tensors, meta=self.meta)
 
     def hot_share(self) -> float:
-        """Of the maxima that the calibration saw, the fraction that the first N_LARGE latents of `hot` held."""
+        """Return the fraction of the sampled maxima that the first N_LARGE latents of `hot` hold."""
         return float(self.hot_counts[:N_LARGE].sum() / self.hot_counts.sum().clamp(min=1))
 
     def check_saes(self, sae_in: FrozenSAE, sae_out: FrozenSAE) -> None:
-        """Raise `MapError` unless these are the SAEs that the map was made with, in the right order of layers."""
+        """Raise `MapError` unless these are the SAEs that the map was made with.
+
+        Args:
+            sae_in: the SAE that gates.
+            sae_out: the SAE whose latents are steered.
+        """
         for name, sae, fingerprint, layer in (
             ("sae_in", sae_in, self.meta.sae_in, self.meta.layer_in),
             ("sae_out", sae_out, self.meta.sae_out, self.meta.layer_out),
@@ -146,34 +173,51 @@ class ConditionalDifferenceMap:
                 swapped = sae.fingerprint in (self.meta.sae_in, self.meta.sae_out)
                 hint = "Are the two SAEs swapped? " if swapped else ""
                 raise MapError(
-                    f"`{name}` has fingerprint {sae.fingerprint} and the map was made with {fingerprint} (layer "
+                    f"`{name}` has fingerprint {sae.fingerprint}, and the map was made with {fingerprint} (layer "
                     f"{layer}). {hint}Load the SAE that the map was made with, or make a map with this one."
                 )
             if sae.layer != layer:
-                raise MapError(f"`{name}` sits at layer {sae.layer} and the map was made at layer {layer}.")
+                raise MapError(f"`{name}` sits at layer {sae.layer}, and the map was made at layer {layer}.")
 
     # Scores and plans
 
     def score(self, gates: Tensor) -> Tensor:
-        """`g A`, [.., d_sae_out] fp32, of gates [.., d_sae_in] (0 or 1, or any weights)."""
+        """Return `g A`.
+
+        Args:
+            gates: `g` [.., d_sae_in], 0 and 1 or any weights.
+
+        Returns:
+            [.., d_sae_out] fp32.
+        """
         score = torch.zeros(*gates.shape[:-1], self.meta.d_sae_out, device=self.values.device)
         score[..., self.columns.long()] = gates.to(self.values) @ self.values
         return score
 
     def select(self, counts: Tensor, config: SteeringConfig, *, backend: str = "auto") -> SteeringPlan:
-        """What prompts with these activation counts [B, d_sae_in] int32 steer (DSPA online, steps 1 to 3)."""
+        """Return the plan of each prompt (DSPA online, steps 1 to 3).
+
+        Args:
+            counts: activation counts of the prompts, [B, d_sae_in] int32.
+            config: scoring, mode and sizes.
+            backend: as for `dspa_kernels.map_lookup`.
+        """
         counts = counts.to(self.values.device)
         if config.scoring != "demixed":
             values, k_prompt = self.scored(config), config.k_prompt
         else:
-            # Each prompt looks up the one row that holds its own score.
-            values, k_prompt = self._demixed(counts, config), 1
+            # Each prompt looks up one row, which holds its own score.
+            values, k_prompt = self._demixed_values(counts, config), 1
             counts = torch.eye(len(counts), dtype=torch.int32, device=counts.device)
         sizes = {"k_prompt": k_prompt, "k_diff": config.k_diff}
         return map_lookup(counts, values, **sizes, mode=config.mode, backend=backend)
 
     def scored(self, config: SteeringConfig) -> Tensor:
-        """The values [d_sae_in, C] that `config.scoring` sums, for a scoring that is a sum of rows."""
+        """Return the values [d_sae_in, C] whose rows `config.scoring` sums.
+
+        Args:
+            config: any scoring but "demixed", which is not a sum of rows.
+        """
         if config.scoring == "whitened":
             return torch.where(self.variance > 0, self.values / self.variance, 0)
         if config.scoring == "confident":
@@ -183,34 +227,34 @@ class ConditionalDifferenceMap:
         return self.values
 
     def radius(self, delta: float) -> Tensor:
-        """`confidence_radius` of each row [d_sae_in]; infinite for a gate that never opened."""
+        """Return the `confidence_radius` of each row [d_sae_in], infinite for a gate that never opened."""
         return confidence_radius(self.n_open, self.meta.d_sae_out, delta)
 
-    def _demixed(self, counts: Tensor, config: SteeringConfig) -> Tensor:
-        """`A_S^T (M_S + ridge I)^-1 g_S` [B, C], S the prompt's k_prompt latents and M = E[g g^T]."""
+    def _demixed_values(self, counts: Tensor, config: SteeringConfig) -> Tensor:
+        """Return `A_S^T (M_S + ridge I)^-1 g_S` [B, C], with S the prompt's k_prompt latents and M = E[g g^T]."""
         order = counts.long() * counts.shape[1] + torch.arange(counts.shape[1] - 1, -1, -1, device=counts.device)
         scores = []
         for row, count in zip(order.topk(config.k_prompt, dim=1).indices, counts, strict=True):
             latents = row[count[row] > 0]
-            gates = self._open(latents)
+            gates = self._gates_of(latents)
             gram = gates @ gates.T / self.meta.n_triples
             gram += config.ridge * torch.eye(len(latents), dtype=gram.dtype, device=gram.device)
             weights = torch.linalg.solve(gram, gram.new_ones(len(latents)))
             scores.append(weights @ self.values[latents].double())
         return torch.stack(scores).float() if scores else self.values[:0]
 
-    def _open(self, latents: Tensor) -> Tensor:
-        """Gates of some latents on all N prompts, [len(latents), N] fp64."""
-        opened = (self.n_open[latents] == self.meta.n_triples).double()[:, None].repeat(1, self.meta.n_triples)
-        place = torch.searchsorted(self.gate_latents, latents.to(torch.int32)).clamp(max=len(self.gate_latents) - 1)
-        partly = self.gate_latents[place] == latents if len(self.gate_latents) else torch.zeros_like(latents).bool()
+    def _gates_of(self, latents: Tensor) -> Tensor:
+        """Return the gates of some latents on all N prompts, [len(latents), N] fp64."""
+        gates = (self.n_open[latents] == self.meta.n_triples).double()[:, None].repeat(1, self.meta.n_triples)
+        position = torch.searchsorted(self.gate_latents, latents.to(torch.int32)).clamp(max=len(self.gate_latents) - 1)
+        partly = self.gate_latents[position] == latents if len(self.gate_latents) else torch.zeros_like(latents).bool()
         bits = torch.arange(8, device=self.gates.device, dtype=torch.uint8)
-        unpacked = (self.gates[place[partly]][:, :, None] >> bits) & 1
-        opened[partly] = unpacked.flatten(1)[:, : self.meta.n_triples].double()
-        return opened
+        unpacked = (self.gates[position[partly]][:, :, None] >> bits) & 1
+        gates[partly] = unpacked.flatten(1)[:, : self.meta.n_triples].double()
+        return gates
 
     def dense(self) -> Tensor:
-        """`A` [d_sae_in, d_sae_out] fp32, with its empty columns."""
+        """Return `A` [d_sae_in, d_sae_out] fp32, with its empty columns."""
         full = torch.zeros(self.meta.d_sae_in, self.meta.d_sae_out, device=self.values.device)
         full[:, self.columns.long()] = self.values
         return full
@@ -218,18 +262,33 @@ class ConditionalDifferenceMap:
     # Files
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, with the metadata in its header."""
+        """Write the map to one safetensors file, with the metadata in its header.
+
+        Args:
+            path: a file in a folder that exists.
+
+        Raises:
+            MapError: a path that cannot be a file.
+            OSError: the file cannot be written.
+        """
         if not Path(path).parent.is_dir() or Path(path).is_dir():
-            raise MapError(f"The map cannot be written to {path}; accepted: a file in a folder that exists.")
+            raise refusal(MapError, "The path of the map", str(path), "a file in a folder that exists")
         tensors = {name: getattr(self, name).cpu() for name in TENSORS}
         write_tensors(Path(path), tensors, {"format": FORMAT, "meta": asdict(self.meta)})
 
     @classmethod
     def load(cls, path: str | Path) -> ConditionalDifferenceMap:
-        """Read what `save` wrote. Raises `MapError` for a damaged file or one of another kind."""
+        """Read a map that `save` wrote.
+
+        Args:
+            path: the file.
+
+        Raises:
+            MapError: there is no such file, or it is damaged or not a map.
+        """
         path = Path(path)
         if path.is_dir():
-            raise MapError(f"{path} is a folder. If it holds counts, make a map of them: dspa map reduce {path}.")
+            raise MapError(f"{path} is a folder. If it holds counts, make a map from them: dspa map reduce {path}.")
         if not path.is_file():
             raise MapError(
                 f"There is no map file at {path}. Make one: dspa map build, or dspa.build_map(...).save(path)."
@@ -242,7 +301,7 @@ class ConditionalDifferenceMap:
         try:
             meta = MapMeta(**header["meta"])
             if header["format"] in EARLIER:
-                tensors["gate_latents"] = _partial(tensors["n_open"], meta.n_triples)
+                tensors["gate_latents"] = _partly_open(tensors["n_open"], meta.n_triples)
                 tensors["gates"] = tensors["gates"][tensors["gate_latents"].long()]
             return cls(**tensors, meta=meta)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -250,7 +309,7 @@ class ConditionalDifferenceMap:
 
 
 TENSORS = ("columns", "values", "n_open", "variance", "gate_latents", "gates", "hot", "hot_counts", "mean")
-# What files of earlier formats hold: the first ones no calibration, both ones all gates instead of some.
+# Tensors of earlier formats. The first has no calibration, and both hold all gates instead of some.
 EARLIER = {
     "dspa.map.1": ("columns", "values", "n_open", "variance", "gates"),
     "dspa.map.2": ("columns", "values", "n_open", "variance", "gates", "hot", "hot_counts", "mean"),
@@ -258,6 +317,6 @@ EARLIER = {
 FORMATS = EARLIER | {FORMAT: TENSORS}
 
 
-def _partial(n_open: Tensor, n_triples: int) -> Tensor:
-    """Latents whose gate is open on some triples and not on all."""
+def _partly_open(n_open: Tensor, n_triples: int) -> Tensor:
+    """Return the latents whose gate is open on some triples and not on all."""
     return ((n_open > 0) & (n_open < n_triples)).nonzero().flatten().to(torch.int32)

@@ -1,21 +1,21 @@
-"""What making a map costs, in closed form: floating-point operations of the model's matrix products.
+"""Cost of making a map, in closed form: floating-point operations of the model's matrix products.
 
 Counted are products with weights and attention's two products, a multiplication and an addition each, as
-`torch.utils.flop_counter` counts them; not embeddings (no products), norms, or the SAEs (the same for all).
+`torch.utils.flop_counter` counts them. Not counted are embeddings (no products), norms, and the SAEs (equal for all).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# RAHF-SCIT, per preference triple and parameter (SPEC of its two stages): contrastive tuning of 768 tokens, and a LoRA
-# trained on 2 % of the data with 64 x 512 tokens.
+# RAHF-SCIT, per preference triple and parameter (its two stages): contrastive tuning on 768 tokens, and a LoRA trained
+# on 2 % of the data with 64 x 512 tokens.
 RAHF_SCIT = 48 * 768 + 12 * 64 * 512 * 0.02
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Of one triple: prompt, chosen and rejected response."""
+    """Numbers of tokens of one triple."""
 
     prompt: int = 1000
     chosen: int = 1000
@@ -53,7 +53,7 @@ class Geometry:
         return (self.layer_out + 1) * self.layer_weights
 
     def _attention(self, queries: int, keys: int) -> int:
-        """Operations of one layer's two attention products, all pairs computed."""
+        """Return the operations of one layer's two attention products, all pairs computed."""
         return 4 * self.n_heads * self.d_head * queries * keys
 
 
@@ -74,26 +74,41 @@ class Cost:
 
     @property
     def total(self) -> float:
-        """Both."""
+        """Sum of both."""
         return self.weights + self.attention
 
 
 def three_passes(g: Geometry, t: Tokens) -> Cost:
-    """DSPA as published: prompt, prompt + chosen and prompt + rejected, each through the whole model.
-    `F = 2 P (3 p + c + r)`."""
+    """Return the cost of DSPA as published, `F = 2 P (3 p + c + r)`.
+
+    Prompt, prompt + chosen and prompt + rejected each run through the whole model.
+
+    Args:
+        g: the model.
+        t: tokens of the triple.
+    """
     passes = (t.prompt, t.prompt + t.chosen, t.prompt + t.rejected)
     return Cost(2 * g.weights * sum(passes), g.n_layers * sum(g._attention(n, n) for n in passes))
 
 
 def shared_prompt(g: Geometry, t: Tokens) -> Cost:
-    """As `collect` does it: the prompt once, both responses from its cache, nothing above the output SAE.
-    `F = 2 P_out (p + c + r)`."""
+    """Return the cost of `collect`, `F = 2 P_out (p + c + r)`.
+
+    The prompt runs once, both responses continue from its cache, and nothing runs above the output SAE.
+
+    Args:
+        g: the model.
+        t: tokens of the triple.
+    """
     answers = sum(g._attention(n, t.prompt + n) for n in (t.chosen, t.rejected))
     attention = (g.layer_out + 1) * (g._attention(t.prompt, t.prompt) + answers)
     return Cost(2 * g.weights_read * (t.prompt + t.chosen + t.rejected), attention)
 
 
 def rahf_scit(g: Geometry) -> Cost:
-    """RAHF-SCIT, whose account is of parameters alone: `F = (48 * 768 + 12 * 64 * 512 * 0.02) P`, whatever the
-    triple."""
+    """Return the cost of RAHF-SCIT, `F = (48 * 768 + 12 * 64 * 512 * 0.02) P`, which does not depend on the triple.
+
+    Args:
+        g: the model.
+    """
     return Cost(RAHF_SCIT * g.weights)

@@ -1,4 +1,4 @@
-"""Runs the model on pieces of preference triples, in batches that fit the memory, and counts what latents do."""
+"""Counting of active latents: runs of the model on pieces of preference triples, in batches that fit the memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from dspa.data.tokens import TokenizedTriple, tokenize_triple
 from dspa.data.triples import Triple
-from dspa.errors import ModelError
+from dspa.errors import ModelError, refusal
 from dspa.maps.pieces import Piece, key_of
 from dspa.maps.shards import ROW_QUANTUM, CollectSettings, Counts, Shard
 from dspa.models.layers import (
@@ -33,20 +33,20 @@ from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_saes, required_layer
 from dspa_kernels import activation_counts
 
-# Maxima are taken of at most this many tokens of a response, and so many latents at once.
+# Largest number of tokens sampled per response, and of latents whose maximum is taken at once.
 TOKENS_PER_RESPONSE = 16
 LATENTS_PER_BLOCK = 1 << 24
-# Residuals beyond this, in multiples of ROW_QUANTUM, are cut to it: sums of 2^23 of them stay exact integers.
+# Residuals are clamped to this, in multiples of ROW_QUANTUM, so that sums of 2^23 of them stay exact integers.
 ROW_BOUND = 2.0**24
-# A batch of at least one SMALL_BATCH-th of the budget takes no more padding than this times its tokens.
+# A batch of at least one SMALL_BATCH-th of the budget has at most MOST_PADDED times as many places as tokens.
 MOST_PADDED, SMALL_BATCH = 1.1, 8
-# Texts that tell tokenizers apart.
+# Texts on which different tokenizers differ.
 PROBE = ("The quick brown fox, it's 42 years old!\n\n\tdef f(x): return x**2", "Über naïve cafés — 日本語 и русский 🙂")
 
 
 @dataclass(frozen=True)
 class _Item:
-    """A triple: its number in the data, its key, what errors call it, its tokens."""
+    """A triple to count: its number in the data, its key, its name in errors and its tokens."""
 
     index: int
     key: int
@@ -56,7 +56,7 @@ class _Item:
 
 @dataclass(frozen=True)
 class _Group:
-    """Responses, the longest first: which row of the batch each is, its tokens, and which of them are text."""
+    """Responses that run together, longest first: rows in the batch, token ids, and which of these are text."""
 
     rows: list[int]
     ids: list[list[int]]
@@ -64,7 +64,7 @@ class _Group:
 
 
 class TripleCounter:
-    """Counts what a model's latents do on triples, in batches that fit the memory."""
+    """Counter of a model's active latents on triples, in batches that fit the memory."""
 
     def __init__(
         self,
@@ -75,23 +75,24 @@ class TripleCounter:
         max_length: int | None,
         batch_tokens: int,
         layers: str | None,
-        called: str | None,
+        model_name: str | None,
     ) -> None:
         self.model, self.tokenizer, self.layers = base_model(model), tokenizer, layers
-        self.name, self.batch_tokens = called or loaded_name(self.model), batch_tokens
+        self.name, self.batch_tokens = model_name or loaded_name(self.model), batch_tokens
         check_eval(self.model)
         stack = decoder_layers(self.model, layers)
-        check_saes(sae_in, sae_out, self.model, len(stack), called)
+        check_saes(sae_in, sae_out, self.model, len(stack), model_name)
         self.sae_in, self.sae_out = (sae.to(device_of(stack[required_layer(sae)])) for sae in (sae_in, sae_out))
         context = context_length(self.model)
         self.limit = context if max_length is None else max_length
         if self.limit is not None and not 2 <= self.limit <= (context or self.limit):
-            raise ValueError(f"`max_length` is {self.limit!r}; accepted: 2 to {context}, the model's positions.")
+            accepted = f"2 to {context}, the model's positions" if context else "2 or more"
+            raise refusal(ValueError, "`max_length`", repr(self.limit), accepted)
 
     def settings(self) -> CollectSettings:
-        """What the counts depend on, but for the triples."""
+        """Return all that the counts of given triples depend on."""
         tokenizer: Any = self.tokenizer
-        told = [tokenizer(text)["input_ids"] for text in PROBE], tokenizer.all_special_ids, tokenizer.chat_template
+        behaviour = [tokenizer(text)["input_ids"] for text in PROBE], tokenizer.all_special_ids, tokenizer.chat_template
         return CollectSettings(
             model_name=self.name,
             sae_in=self.sae_in.fingerprint,
@@ -100,17 +101,28 @@ class TripleCounter:
             layer_out=required_layer(self.sae_out),
             d_sae_in=self.sae_in.d_sae,
             d_sae_out=self.sae_out.d_sae,
-            dtypes=", ".join(str(each.dtype) for each in (self.model, self.sae_in, self.sae_out)),
+            dtypes=", ".join(str(part.dtype) for part in (self.model, self.sae_in, self.sae_out)),
             max_length=self.limit,
-            tokenizer=hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16],
+            tokenizer=hashlib.sha256(json.dumps(behaviour).encode()).hexdigest()[:16],
         )
 
     def tokenize(self, triple: Triple) -> TokenizedTriple:
-        """As the model reads it, cut to its limit."""
+        """Return the tokens of a triple as the model reads them, cut to its limit."""
         return tokenize_triple(triple, self.tokenizer, max_length=self.limit)
 
     def count(self, piece: Piece) -> Shard:
-        """Counts of one piece."""
+        """Count one piece.
+
+        Args:
+            piece: the triples to count.
+
+        Returns:
+            Their counts, in an order that depends on their lengths.
+
+        Raises:
+            ModelError: hidden states that are not finite, a model without a key/value cache, or not enough memory for
+                one triple alone.
+        """
         waiting = [_Item(index, key_of(triple), triple.name, self.tokenize(triple)) for index, triple in piece.triples]
         waiting.sort(key=lambda item: len(item.triple.prompt), reverse=True)
         shards = []
@@ -123,8 +135,8 @@ class TripleCounter:
         return Shard.join(shards)
 
     def _count_or_shrink(self, batch: Sequence[_Item]) -> Shard | None:
-        """Counts of a batch; None where memory did not suffice, and the budget is smaller now."""
-        groups = self._groups(batch)
+        """Count a batch, or lower the token budget and return None where memory did not suffice."""
+        groups = self._group_responses(batch)
         try:
             return self._count(batch, groups)
         except RuntimeError as error:
@@ -132,24 +144,24 @@ class TripleCounter:
                 raise
             if len(batch) == 1 and len(groups) == 2:
                 raise ModelError(
-                    f"Memory does not suffice for one triple alone: {batch[0].name}, of {len(batch[0].triple.prompt)} "
-                    f"tokens and {len(groups[0].ids[0])} of a response. What is finished is kept. Set max_length "
-                    "lower, or free memory, and start again."
+                    f"There is not enough memory for one triple alone: {batch[0].name}, with a prompt of "
+                    f"{len(batch[0].triple.prompt)} tokens and a response of {len(groups[0].ids[0])}. Finished pieces "
+                    "are kept. Lower max_length or free memory, then start again."
                 ) from error
-        # Out here nothing holds the tensors of the failed pass any more.
+        # Outside the handler, nothing holds the tensors of the failed pass any more.
         torch.cuda.empty_cache()
         n_prompt = len(batch[0].triple.prompt)
         tokens = max(len(batch) * n_prompt, *(len(g.rows) * (n_prompt + len(g.ids[0])) for g in groups))
         self.batch_tokens = tokens // 2
         warnings.warn(
-            f"Memory does not suffice for batches of {tokens} tokens: going on with {self.batch_tokens}. "
-            f"batch_tokens={self.batch_tokens} does so from the start.",
+            f"There is not enough memory for batches of {tokens} tokens. Continuing with {self.batch_tokens}. Pass "
+            f"batch_tokens={self.batch_tokens} to start with that.",
             stacklevel=2,
         )
         return None
 
-    def _groups(self, batch: Sequence[_Item]) -> list[_Group]:
-        """Responses of like length that go on together: of B triples, rows below B are chosen, the others rejected."""
+    def _group_responses(self, batch: Sequence[_Item]) -> list[_Group]:
+        """Return groups of responses of similar length. Of B triples, rows below B are chosen, the others rejected."""
         triples = [item.triple for item in batch]
         ids = [t.chosen for t in triples] + [t.rejected for t in triples]
         text = [t.chosen_text for t in triples] + [t.rejected_text for t in triples]
@@ -163,18 +175,21 @@ class TripleCounter:
 
     @torch.no_grad()
     def _count(self, batch: Sequence[_Item], groups: Sequence[_Group]) -> Shard:
-        """Prompts run once, padded on the left: windows of attention then reach back over tokens alone. Responses go on
-        from copies of their cache, padded on the right."""
+        """Count a batch: run its prompts, then the groups of its responses from copies of the prompts' cache.
+
+        Prompts are padded on the left, so that a sliding window of attention reaches back over tokens alone. Responses
+        are padded on the right.
+        """
         triples, n = [item.triple for item in batch], len(batch)
         prompts = _Rows.padded([t.prompt for t in triples], [t.prompt_text for t in triples], left=True)
         cache = DynamicCache(config=self.model.config)
-        h = self._read(prompts.tokens, prompts.mask, (prompts.mask.cumsum(dim=1) - 1).clamp(min=0), cache)
+        positions = (prompts.mask.cumsum(dim=1) - 1).clamp(min=0)
+        h = self._read_layers(prompts.tokens, prompts.mask, positions, cache)
         prompt_counts = _counts_at(h[required_layer(self.sae_in)], self.sae_in, prompts)
         if cache.get_seq_length() != prompts.tokens.shape[1]:
-            raise ModelError(
-                f"{type(self.model).__name__} keeps no key/value cache of a prompt, from which its responses could go "
-                "on. Accepted: models of attention layers that take a cache."
-            )
+            got = "a model that keeps no key/value cache of a prompt, from which its responses could continue"
+            accepted = "models of attention layers that take a cache"
+            raise refusal(ModelError, type(self.model).__name__, got, accepted)
         del h
         counts = torch.zeros(2, 2 * n, self.sae_out.d_sae, dtype=torch.int32, device=self.sae_out.device)
         lengths = torch.zeros(2, 2 * n, dtype=torch.int64)
@@ -183,38 +198,53 @@ class TripleCounter:
             answers = _Rows.padded(group.ids, group.text)
             rows = torch.tensor(group.rows)
             before = prompts.mask[rows % n]
-            places = before.sum(dim=1, keepdim=True) + answers.mask.cumsum(dim=1) - 1
+            positions = before.sum(dim=1, keepdim=True) + answers.mask.cumsum(dim=1) - 1
             mask = torch.cat((before, answers.mask), dim=1)
-            h_out = self._read(answers.tokens, mask, places, _copied(cache, rows % n))[required_layer(self.sae_out)]
+            h = self._read_layers(answers.tokens, mask, positions, _copy_rows(cache, rows % n))
+            h_out = h[required_layer(self.sae_out)]
             counts[:, rows] = _counts_at(h_out, self.sae_out, answers)
             lengths[:, rows] = answers.lengths
             samples.append(_sample_statistics(h_out, self.sae_out, answers.sample()))
-        found = {}
-        for kind, name in enumerate(("", "_special")):
-            found[f"prompt{name}"] = Counts.of(prompt_counts[kind], prompts.lengths[kind])
-            found[f"chosen{name}"] = Counts.of(counts[kind, :n], lengths[kind, :n])
-            found[f"rejected{name}"] = Counts.of(counts[kind, n:], lengths[kind, n:])
-        maxima, looked, totals = (torch.stack(each).sum(dim=0) for each in zip(*samples, strict=True))
-        index = torch.tensor([item.index for item in batch])
-        cut = torch.tensor([t.cut for t in triples], dtype=torch.uint8)
-        keys = torch.tensor([item.key for item in batch])
-        return Shard(index, keys, cut, found, maxima, looked, totals)
+        sparse_counts = {}
+        for kind, suffix in enumerate(("", "_special")):
+            sparse_counts[f"prompt{suffix}"] = Counts.of(prompt_counts[kind], prompts.lengths[kind])
+            sparse_counts[f"chosen{suffix}"] = Counts.of(counts[kind, :n], lengths[kind, :n])
+            sparse_counts[f"rejected{suffix}"] = Counts.of(counts[kind, n:], lengths[kind, n:])
+        max_counts, n_sampled, residual_sum = (
+            torch.stack(statistics).sum(dim=0) for statistics in zip(*samples, strict=True)
+        )
+        return Shard(
+            index=torch.tensor([item.index for item in batch]),
+            keys=torch.tensor([item.key for item in batch]),
+            cut=torch.tensor([t.cut for t in triples], dtype=torch.uint8),
+            counts=sparse_counts,
+            max_counts=max_counts,
+            n_sampled=n_sampled,
+            residual_sum=residual_sum,
+        )
 
-    def _read(self, tokens: Tensor, mask: Tensor, places: Tensor, cache: DynamicCache) -> dict[int, Tensor]:
+    def _read_layers(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> dict[int, Tensor]:
+        """Run the model up to the output layer, and return the hidden states that the SAEs read, by layer."""
         device = device_of(self.model.get_input_embeddings())
-        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": places}
+        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
         return read_layers(
             self.model,
             [required_layer(self.sae_in), required_layer(self.sae_out)],
             self.layers,
             cache,
-            **{name: each.to(device) for name, each in inputs.items()},
+            **{name: tensor.to(device) for name, tensor in inputs.items()},
         )
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Token ids [N, T], where they are tokens and not padding (1, 0), and where special tokens; int64, int64, bool."""
+    """N padded rows of token ids.
+
+    Attributes:
+        tokens: ids [N, T] int64.
+        mask: 1 for tokens and 0 for padding, [N, T] int64.
+        special: True for special tokens, [N, T] bool.
+    """
 
     tokens: Tensor
     mask: Tensor
@@ -222,29 +252,46 @@ class _Rows:
 
     @classmethod
     def padded(cls, rows: Sequence[list[int]], text: Sequence[list[bool]], *, left: bool = False) -> _Rows:
-        """Of ids, and of where they are text."""
+        """Pad rows of ids to one length.
+
+        Args:
+            rows: ids of each row.
+            text: for each id, True where it is not a special token.
+            left: pad on the left, not on the right.
+        """
         width = max(map(len, rows))
         tokens, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
         special = torch.zeros(len(rows), width, dtype=torch.bool)
         for n, (ids, is_text) in enumerate(zip(rows, text, strict=True)):
-            at = slice(width - len(ids), width) if left else slice(len(ids))
-            tokens[n, at], mask[n, at], special[n, at] = torch.tensor(ids), 1, ~torch.tensor(is_text)
+            columns = slice(width - len(ids), width) if left else slice(len(ids))
+            tokens[n, columns], mask[n, columns], special[n, columns] = torch.tensor(ids), 1, ~torch.tensor(is_text)
         return cls(tokens, mask, special)
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens, and special ones, [2, N]."""
+        """Numbers of tokens, and of special tokens, per row, [2, N]."""
         return torch.stack((self.mask.sum(dim=1), self.special.sum(dim=1)))
 
     def sample(self) -> Tensor:
-        """Every n-th token of each row from the first on, at most TOKENS_PER_RESPONSE, [N, T] bool."""
+        """Return a mask of every n-th token of each row, from the first on.
+
+        Returns:
+            [N, T] bool, with n as small as leaves at most TOKENS_PER_RESPONSE tokens per row.
+        """
         step = -(-self.mask.sum(dim=1, keepdim=True) // TOKENS_PER_RESPONSE)
         return (self.mask > 0) & ((self.mask.cumsum(dim=1) - 1) % step == 0)
 
 
 def _batch_size(lengths: Sequence[int], before: int, budget: int) -> int:
-    """How many texts of these lengths, the longest first, make a batch: what fits the budget with `before` tokens in
-    front of each, and little padding once it is large enough to be worth a pass. At least one."""
+    """Return how many of the first texts make a batch, at least one.
+
+    A batch fits the budget. Once it is large enough to be worth a pass, it also has little padding.
+
+    Args:
+        lengths: tokens of the texts, longest first.
+        before: tokens in the cache before each text.
+        budget: tokens per batch, padding included.
+    """
     n, tokens = 1, lengths[0]
     while n < len(lengths):
         tokens += lengths[n]
@@ -255,8 +302,8 @@ def _batch_size(lengths: Sequence[int], before: int, budget: int) -> int:
     return n
 
 
-def _copied(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """Some rows of a cache, which stays as it is."""
+def _copy_rows(cache: DynamicCache, rows: Tensor) -> DynamicCache:
+    """Return a cache of some rows of another, which stays as it is."""
     new = copy.copy(cache)
     new.layers = [copy.copy(layer) for layer in cache.layers]
     new.batch_select_indices(rows)
@@ -264,9 +311,9 @@ def _copied(cache: DynamicCache, rows: Tensor) -> DynamicCache:
 
 
 def _counts_at(h: Tensor, sae: FrozenSAE, rows: _Rows) -> Tensor:
-    """Counts [2, N, d_sae] of N rows: on all their tokens, and on special ones."""
+    """Return the counts [2, N, d_sae] of N rows, on all their tokens and on their special tokens."""
     n_rows = len(rows.tokens)
-    # Each token counts once, for its row or for the special tokens of its row.
+    # Each token counts once: for the text of its row, or for the special tokens of its row.
     row = torch.arange(n_rows)[:, None] + n_rows * rows.special
     sequences = torch.where(rows.mask > 0, row, -1).to(torch.int32).flatten().to(h.device)
     h = h.flatten(0, 1)
@@ -276,16 +323,25 @@ def _counts_at(h: Tensor, sae: FrozenSAE, rows: _Rows) -> Tensor:
 
 
 def _sample_statistics(h: Tensor, sae: FrozenSAE, sample: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the rows of `h` [B, T, d_in] where `sample` [B, T] is true: how many each latent is the largest of [d_sae], of
-    equals the smaller; their number [1]; their sum [d_in] as the encoder reads them, in units of ROW_QUANTUM. int64."""
+    """Return statistics of the sampled rows of `h`, all int64.
+
+    Args:
+        h: hidden states [B, T, d_in].
+        sae: the SAE that reads them.
+        sample: True for the sampled rows, [B, T].
+
+    Returns:
+        max_counts [d_sae], sampled rows on which each latent is the largest (ties: smaller index); n_sampled [1];
+        residual_sum [d_in], sum of the rows as the encoder reads them, in units of ROW_QUANTUM.
+    """
     rows = h.flatten(0, 1)[sample.flatten().to(h.device)]
-    maxima = torch.zeros(sae.d_sae, dtype=torch.int64)
+    max_counts = torch.zeros(sae.d_sae, dtype=torch.int64)
     for block in rows.split(max(1, LATENTS_PER_BLOCK // sae.d_sae)):
         largest, latent = sae.encode(block).max(dim=1)
-        maxima += torch.bincount(latent[largest > 0], minlength=sae.d_sae).cpu()
-    # Where an SAE divides by the norm, a row of zeros is none.
+        max_counts += torch.bincount(latent[largest > 0], minlength=sae.d_sae).cpu()
+    # An SAE that divides by the norm turns a row of zeros into NaN.
     units = (sae.normalise(rows).double().nan_to_num().clamp(-ROW_BOUND, ROW_BOUND) / ROW_QUANTUM).round()
-    return maxima, torch.tensor([len(rows)]), units.long().sum(dim=0).cpu()
+    return max_counts, torch.tensor([len(rows)]), units.long().sum(dim=0).cpu()
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -1,4 +1,7 @@
-"""Preference triples cut into pieces of work, the same ones whoever reads them: a window at a time, alike in length."""
+"""Preference triples cut into pieces of work, of similar lengths within each window of the data.
+
+The pieces depend on the data alone, so that every process cuts the same ones.
+"""
 
 from __future__ import annotations
 
@@ -12,29 +15,34 @@ from pathlib import Path
 
 from dspa.data.triples import Triple, load_triples
 
-# Triples that are held at once, among which those of like length find each other.
+# Triples that are held at once and sorted by length.
 TRIPLES_PER_WINDOW = 2048
-# A piece is what a stopped run loses at most.
+# A stopped run loses one piece at most.
 TRIPLES_PER_PIECE = 64
 CHARACTERS_PER_PIECE = 1 << 17
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some triples, each with its number in the data, from 0."""
+    """Some triples, each with its number in the data, from 0.
+
+    Attributes:
+        number: number of the piece, from 0.
+        triples: numbers and triples.
+    """
 
     number: int
     triples: list[tuple[int, Triple]]
 
     @cached_property
     def digest(self) -> str:
-        """Of the triples and their numbers."""
-        return _short([f"{index} {key_of(triple)}" for index, triple in self.triples])
+        """Digest of the triples and their numbers."""
+        return _digest([f"{index} {key_of(triple)}" for index, triple in self.triples])
 
 
 @dataclass(frozen=True)
 class DataRecord:
-    """What is known of data that were read to their end."""
+    """Size and digest of data that were read to their end."""
 
     n_triples: int
     n_pieces: int
@@ -42,32 +50,38 @@ class DataRecord:
 
     @classmethod
     def of(cls, n_triples: int, digests: Sequence[str]) -> DataRecord:
-        """Of the digests of all pieces, in order."""
-        return cls(n_triples, len(digests), _short(digests))
+        """Make the record of data from the digests of all pieces, in order."""
+        return cls(n_triples, len(digests), _digest(digests))
 
 
 class TripleSource:
-    """Triples from where they come. Read one window at a time, never all at once.
+    """A source of triples, read one window at a time and never all at once.
 
-    triples: what `load_triples` takes; first: how many of them count, None for all.
+    Args:
+        triples: what `load_triples` takes.
+        first: use only the first N triples. Default: all.
     """
 
     def __init__(self, triples: Iterable[Triple] | str | Path, first: int | None = None) -> None:
         self._triples, self._first = triples, first
 
     @property
-    def known(self) -> bool:
-        """Whether the data can be read before they are needed, and again: a file, a list, a `datasets.Dataset`."""
+    def rereadable(self) -> bool:
+        """True where the data can be read more than once: a file, a list, a `datasets.Dataset`."""
         return isinstance(self._triples, (str, Path)) or hasattr(self._triples, "__len__")
 
     def pieces(self) -> Iterator[Piece]:
-        """All pieces in order. Raises `PreferenceError` at a triple that is none."""
-        numbered = enumerate(islice(load_triples(self._triples), self._first))
+        """Yield all pieces in order.
+
+        Raises:
+            PreferenceError: an invalid triple, when the iteration comes to it.
+        """
+        triples_in_order = enumerate(islice(load_triples(self._triples), self._first))
         number = 0
-        while window := list(islice(numbered, TRIPLES_PER_WINDOW)):
-            # Longest first, so that what is too long for the memory shows at once, and no rank ends late with it.
-            window.sort(key=lambda each: _length(each[1]), reverse=True)
-            for triples in _cut(window):
+        while window := list(islice(triples_in_order, TRIPLES_PER_WINDOW)):
+            # Longest first, so that a triple too long for the memory shows at once and keeps no rank late at the end.
+            window.sort(key=lambda numbered: _n_characters(numbered[1]), reverse=True)
+            for triples in _cut_window(window):
                 yield Piece(number, triples)
                 number += 1
 
@@ -79,41 +93,41 @@ class Tally:
         self._n_triples, self._digests = 0, list[str]()
 
     def add(self, piece: Piece) -> None:
-        """The next piece."""
+        """Count the next piece."""
         self._n_triples += len(piece.triples)
         self._digests.append(piece.digest)
 
     def record(self) -> DataRecord:
-        """Of the pieces so far."""
+        """Return the record of the pieces so far."""
         return DataRecord.of(self._n_triples, self._digests)
 
 
 def key_of(triple: Triple) -> int:
-    """64 bits of what a triple says, by which it is found again."""
+    """Return 64 bits of the digest of a triple's content, by which it is recognised."""
     content = json.dumps([triple.prompt, triple.chosen, triple.rejected]).encode()
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
 
 
-def _short(texts: Sequence[str]) -> str:
+def _digest(texts: Sequence[str]) -> str:
     return hashlib.sha256(" ".join(texts).encode()).hexdigest()[:16]
 
 
-def _cut(window: list[tuple[int, Triple]]) -> Iterator[list[tuple[int, Triple]]]:
-    """Neighbours, as many as a piece may hold."""
+def _cut_window(window: list[tuple[int, Triple]]) -> Iterator[list[tuple[int, Triple]]]:
+    """Yield runs of neighbours, as many as a piece may hold."""
     piece: list[tuple[int, Triple]] = []
     characters = 0
-    for each in window:
-        length = _length(each[1])
+    for index, triple in window:
+        length = _n_characters(triple)
         if piece and (len(piece) == TRIPLES_PER_PIECE or characters + length > CHARACTERS_PER_PIECE):
             yield piece
             piece, characters = [], 0
-        piece.append(each)
+        piece.append((index, triple))
         characters += length
     if piece:
         yield piece
 
 
-def _length(triple: Triple) -> int:
-    """Characters, as a guess of tokens."""
+def _n_characters(triple: Triple) -> int:
+    """Return the characters of a triple, an estimate of its tokens."""
     texts = (triple.prompt, triple.chosen, triple.rejected)
     return sum(len(t) if isinstance(t, str) else sum(len(m["content"]) for m in t) for t in texts)

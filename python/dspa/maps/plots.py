@@ -1,4 +1,4 @@
-"""Plots of maps, as PNG."""
+"""Plots of maps, as PNG files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ from dspa.maps.stability import Stability
 
 
 def plot_map(cdmap: ConditionalDifferenceMap, path: Path, top: int = 20) -> None:
-    """On how many prompts gates are open, how large entries are beside the confidence radius of their rows, and the
-    column sums of the latents that are moved most."""
+    """Plot the openness of gates, the sizes of entries with their confidence radius, and the largest column sums.
+
+    Args:
+        cdmap: the map.
+        path: PNG file to write.
+        top: latents to show at each end of the column sums.
+    """
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     gates, sizes, columns = figure.subplots(1, 3)
     n_open = cdmap.n_open[cdmap.gate_latents.long()]
@@ -30,7 +35,7 @@ def plot_map(cdmap: ConditionalDifferenceMap, path: Path, top: int = 20) -> None
     sizes.set(title="rows, as conditional means", xlabel="prompts N_i", ylabel="change of density", yscale="log")
     sizes.legend()
     augmented, ablated = top_columns(cdmap, top)
-    shown = sorted({c.latent: c.total for c in (*augmented, *ablated)}.items(), key=lambda each: each[1])
+    shown = sorted({c.latent: c.total for c in (*augmented, *ablated)}.items(), key=lambda item: item[1])
     columns.barh(range(len(shown)), [total for _, total in shown], color=["C3" if t < 0 else "C0" for _, t in shown])
     columns.set_yticks(range(len(shown)), [str(latent) for latent, _ in shown], fontsize=5)
     columns.set(title="latents by column sum of A", xlabel="column sum", ylabel="output latent")
@@ -38,7 +43,13 @@ def plot_map(cdmap: ConditionalDifferenceMap, path: Path, top: int = 20) -> None
 
 
 def plot_difference(a: ConditionalDifferenceMap, b: ConditionalDifferenceMap, path: Path) -> None:
-    """Column sums of two maps against each other."""
+    """Plot the column sums of two maps against each other.
+
+    Args:
+        a: the map of the horizontal axis.
+        b: the map of the vertical axis.
+        path: PNG file to write.
+    """
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.subplots()
     x, y = (dict(zip(m.columns.tolist(), m.values.double().sum(dim=0).tolist(), strict=True)) for m in (a, b))
@@ -49,13 +60,18 @@ def plot_difference(a: ConditionalDifferenceMap, b: ConditionalDifferenceMap, pa
     figure.savefig(path, dpi=150)
 
 
-def plot_stability(found: Sequence[Stability], path: Path) -> None:
-    """Agreement with the map of all triples, over the number of triples."""
+def plot_stability(results: Sequence[Stability], path: Path) -> None:
+    """Plot the agreement with the map of all triples over the number of triples.
+
+    Args:
+        results: one entry per number of triples.
+        path: PNG file to write.
+    """
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.subplots()
-    sizes = [each.n_triples for each in found]
+    sizes = [result.n_triples for result in results]
     for name, title in (("selected", "latents that a prompt steers"), ("columns", "columns of the map")):
-        values = [getattr(each, name) for each in found]
+        values = [getattr(result, name) for result in results]
         axes.plot(sizes, [sum(v) / len(v) for v in values], marker="o", label=title)
         axes.fill_between(sizes, [min(v) for v in values], [max(v) for v in values], alpha=0.2)
     axes.set(xlabel="triples", ylabel="Jaccard index with all triples", xscale="log", ylim=(0, 1.02))

@@ -1,4 +1,4 @@
-"""A folder of counts: a manifest, one shard a piece of the data, and a record of the data once they are known."""
+"""A folder of counts: a manifest, one shard per piece of the data, and a record of the data once they are known."""
 
 from __future__ import annotations
 
@@ -14,24 +14,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspa.errors import MapError
+from dspa.errors import MapError, refusal
 from dspa.files import read_header, read_tensors, write_atomically, write_tensors
 from dspa.maps.pieces import DataRecord
 
 FORMAT = "dspa.counts.3"
-# Of sums of residuals: integers, which add up alike in any order.
+# Unit of sums of residuals, which are integers so that the order of summation does not matter.
 ROW_QUANTUM = 2.0**-16
 MANIFEST, DATA = "manifest.json", "data.json"
-# What is counted on the tokens of a triple: input latents on its prompt, output latents on its responses.
+# Parts of a triple: input latents are counted on the prompt, output latents on the responses.
 PARTS = ("prompt", "chosen", "rejected")
-# And again on those of them that are special tokens.
+# Counts on all tokens of each part, and on those of them that are special tokens.
 COUNTED = (*PARTS, *(f"{part}_special" for part in PARTS))
 
 
 @dataclass(frozen=True)
 class CollectSettings:
-    """All that decides the counts of given triples. SAE fingerprints; layers; widths; dtypes of model and SAEs; what
-    each triple is cut to (tokens); a digest of what the tokenizer does; and the format of the shards."""
+    """All that the counts of given triples depend on.
+
+    Attributes:
+        model_name: name of the model.
+        sae_in, sae_out: fingerprints of the SAEs.
+        layer_in, layer_out: their layers.
+        d_sae_in, d_sae_out: their widths.
+        dtypes: of the model and the two SAEs.
+        max_length: tokens to which prompt and response together are cut.
+        tokenizer: digest of the tokenizer's behaviour.
+        format: format of the shards.
+    """
 
     model_name: str
     sae_in: str
@@ -48,8 +58,16 @@ class CollectSettings:
 
 @dataclass(frozen=True)
 class Counts:
-    """Sparse counts of N texts: text n activates latent `latents[e]` on `counts[e]` of its `lengths[n]` tokens, for
-    the entries e from `starts[n]` to `starts[n + 1]`, latents in order. starts and lengths int64, the others int32."""
+    """Sparse counts of N texts.
+
+    Text n activates latent `latents[e]` on `counts[e]` of its `lengths[n]` tokens, for the entries e from `starts[n]`
+    to `starts[n + 1]`, latents in increasing order.
+
+    Attributes:
+        starts: [N + 1] int64.
+        latents, counts: [entries] int32.
+        lengths: [N] int64.
+    """
 
     starts: Tensor
     latents: Tensor
@@ -58,7 +76,12 @@ class Counts:
 
     @classmethod
     def of(cls, dense: Tensor, lengths: Tensor) -> Counts:
-        """Of counts [N, width] on any device and lengths [N]."""
+        """Make sparse counts of dense ones.
+
+        Args:
+            dense: counts [N, width] on any device.
+            lengths: tokens of each text [N].
+        """
         texts, latents = dense.nonzero(as_tuple=True)
         sizes = torch.bincount(texts, minlength=len(dense)).cpu()
         counts = dense[texts, latents].to(torch.int32)
@@ -66,12 +89,12 @@ class Counts:
 
     @classmethod
     def join(cls, parts: Sequence[Counts]) -> Counts:
-        """One after another."""
+        """Concatenate the texts of several."""
         return cls(
-            starts=_starts(torch.cat([each.starts.diff() for each in parts])),
-            latents=torch.cat([each.latents for each in parts]),
-            counts=torch.cat([each.counts for each in parts]),
-            lengths=torch.cat([each.lengths for each in parts]),
+            starts=_starts(torch.cat([part.starts.diff() for part in parts])),
+            latents=torch.cat([part.latents for part in parts]),
+            counts=torch.cat([part.counts for part in parts]),
+            lengths=torch.cat([part.lengths for part in parts]),
         )
 
 
@@ -81,57 +104,67 @@ def _starts(sizes: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """Counts of n triples.
+    """Counts of n triples, and statistics of a sample of their response tokens.
 
-    index [n] int64: their numbers in the data. keys [n] int64: what they say, by `pieces.key_of`. cut [n] uint8: how
-    many responses were shortened. counts: one of each of COUNTED. Of a sample of response tokens: maxima [d_sae_out]
-    int64, how many each latent is the largest of; looked [1] int64, how many there are; totals [d_in] int64, their
-    residuals, summed in units of ROW_QUANTUM.
+    Attributes:
+        index: numbers of the triples in the data, [n] int64.
+        keys: their contents by `pieces.key_of`, [n] int64.
+        cut: responses that were shortened, per triple, [n] uint8.
+        counts: the counts by each name of COUNTED.
+        max_counts: sampled tokens on which each output latent is the largest, [d_sae_out] int64.
+        n_sampled: number of sampled tokens, [1] int64.
+        residual_sum: sum of their residuals in units of ROW_QUANTUM, [d_in] int64.
     """
 
     index: Tensor
     keys: Tensor
     cut: Tensor
     counts: dict[str, Counts]
-    maxima: Tensor
-    looked: Tensor
-    totals: Tensor
+    max_counts: Tensor
+    n_sampled: Tensor
+    residual_sum: Tensor
 
     @classmethod
     def join(cls, parts: Sequence[Shard]) -> Shard:
-        """One after another; samples are added up."""
+        """Concatenate the triples of several shards, and add up the statistics of their samples."""
         return cls(
-            index=torch.cat([each.index for each in parts]),
-            keys=torch.cat([each.keys for each in parts]),
-            cut=torch.cat([each.cut for each in parts]),
-            counts={name: Counts.join([each.counts[name] for each in parts]) for name in COUNTED},
-            maxima=torch.stack([each.maxima for each in parts]).sum(dim=0),
-            looked=torch.stack([each.looked for each in parts]).sum(dim=0),
-            totals=torch.stack([each.totals for each in parts]).sum(dim=0),
+            index=torch.cat([part.index for part in parts]),
+            keys=torch.cat([part.keys for part in parts]),
+            cut=torch.cat([part.cut for part in parts]),
+            counts={name: Counts.join([part.counts[name] for part in parts]) for name in COUNTED},
+            **{name: torch.stack([getattr(part, name) for part in parts]).sum(dim=0) for name in SAMPLE_NAMES},
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, by the names in files."""
+        """Return all tensors by their names in a file."""
         sparse = {f"{name}.{field}": getattr(self.counts[name], field) for name in COUNTED for field in FIELDS}
-        return sparse | {name: getattr(self, name) for name in OTHERS}
+        return sparse | {file_name: getattr(self, name) for name, file_name in FILE_NAMES.items()}
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> Shard:
-        """What `tensors` gave."""
+        """Make a shard of the tensors of a file."""
         counts = {name: Counts(**{field: tensors[f"{name}.{field}"] for field in FIELDS}) for name in COUNTED}
-        return cls(counts=counts, **{name: tensors[name] for name in OTHERS})
+        return cls(counts=counts, **{name: tensors[file_name] for name, file_name in FILE_NAMES.items()})
 
 
 FIELDS = tuple(Counts.__annotations__)
-OTHERS = ("index", "keys", "cut", "maxima", "looked", "totals")
-NAMES = (*(f"{name}.{field}" for name in COUNTED for field in FIELDS), *OTHERS)
+# Statistics of a shard's sample and their names in its file.
+SAMPLE_NAMES = {"max_counts": "maxima", "n_sampled": "looked", "residual_sum": "totals"}
+# The same of all attributes but the counts.
+FILE_NAMES = {"index": "index", "keys": "keys", "cut": "cut"} | SAMPLE_NAMES
+# Names of all tensors of a file, in order.
+NAMES = (*(f"{name}.{field}" for name in COUNTED for field in FIELDS), *FILE_NAMES.values())
 
 
 @dataclass(frozen=True)
 class Collection:
-    """Counts of preference triples in a folder, whole or in the making.
+    """Counts of preference triples in a folder, complete or in the making.
 
-    Raises `MapError` for a folder of other settings or data, and for files that are damaged.
+    Methods raise `MapError` for a folder of other settings or data, and for damaged files.
+
+    Attributes:
+        folder: path of the folder.
+        settings: all that the counts of given triples depend on.
     """
 
     folder: Path
@@ -139,7 +172,15 @@ class Collection:
 
     @classmethod
     def start(cls, folder: str | Path | None, settings: CollectSettings) -> Collection:
-        """A folder to collect in, new or begun with the same settings; for None one that is removed in the end."""
+        """Open a folder to collect in, new or begun with the same settings.
+
+        Args:
+            folder: its path. None makes a temporary folder, which is removed with the collection.
+            settings: all that the counts of given triples depend on.
+
+        Raises:
+            MapError: the folder cannot be made, or holds shards of other settings.
+        """
         self = cls(Path(mkdtemp(prefix="dspa-counts-") if folder is None else folder), settings)
         if folder is None:
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
@@ -147,82 +188,110 @@ class Collection:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            advice = "accepted: a folder, a new one or one that was begun before"
-            raise MapError(f"The folder of counts {folder} cannot be made ({error.strerror}); {advice}.") from error
-        # Without a shard, nothing is lost with settings that were given up.
-        if not path.exists() or not self._begun():
+            accepted = "accepted: a new folder, or one in which a collection was begun"
+            raise MapError(f"The folder of counts {folder} cannot be made ({error.strerror}); {accepted}.") from error
+        # Without a shard, nothing is lost with earlier settings.
+        if not path.exists() or not self._has_shards():
             write_atomically(path, json.dumps(asdict(settings), indent=2).encode())
-        self._check(settings)
+        self.check_settings(settings)
         return self
 
-    def _begun(self) -> bool:
+    def _has_shards(self) -> bool:
         return any(self.folder.glob("shard-*.safetensors"))
 
-    def _check(self, settings: CollectSettings) -> None:
-        mine, theirs = asdict(settings), _json(self.folder / MANIFEST)
-        if differ := [name for name in mine if theirs.get(name) != mine[name]]:
-            told = "; ".join(f"{name}: {theirs.get(name)!r} there, {mine[name]!r} now" for name in differ)
-            raise MapError(f"{self.folder} holds shards of other settings ({told}). Use another folder.")
+    def check_settings(self, settings: CollectSettings) -> None:
+        """Raise `MapError` unless the manifest of the folder holds these settings."""
+        mine, theirs = asdict(settings), _read_json(self.folder / MANIFEST)
+        if differing := [name for name in mine if theirs.get(name) != mine[name]]:
+            differences = "; ".join(f"{name}: {theirs.get(name)!r} there, {mine[name]!r} now" for name in differing)
+            raise MapError(f"{self.folder} holds shards of other settings ({differences}). Use another folder.")
 
     @classmethod
     def open(cls, folder: str | Path) -> Collection:
-        """A folder that was collected before."""
+        """Open a folder that was collected before.
+
+        Args:
+            folder: its path.
+
+        Raises:
+            MapError: a folder without counts, of another format, or damaged.
+        """
         path = Path(folder) / MANIFEST
         if not path.is_file():
             raise MapError(f"{folder} holds no counts (no {MANIFEST}). Make them: dspa map collect, or dspa.collect.")
-        found = _json(path)
-        if found.get("format") != FORMAT:
-            raise MapError(f"{path} is of format {found.get('format')!r}; accepted: {FORMAT}. Collect again.")
+        manifest = _read_json(path)
+        if manifest.get("format") != FORMAT:
+            raise refusal(MapError, str(path), f"of format {manifest.get('format')!r}", FORMAT, "Collect again.")
         try:
-            return cls(Path(folder), CollectSettings(**found))
+            return cls(Path(folder), CollectSettings(**manifest))
         except TypeError as error:
             raise MapError(f"{path} is not what collect wrote ({error}). Collect into another folder.") from error
 
     @property
     def data(self) -> DataRecord | None:
-        """The data, where they have been read to their end."""
+        """Record of the data, or None where they have not been read to their end."""
         path = self.folder / DATA
         try:
-            return DataRecord(**_json(path)) if path.is_file() else None
+            return DataRecord(**_read_json(path)) if path.is_file() else None
         except TypeError as error:
             raise MapError(f"{path} is not what collect wrote ({error}). Use another folder.") from error
 
     @property
     def n_triples(self) -> int:
-        """Triples of the data. Raises `MapError` where they have not been read to their end."""
-        return self._known().n_triples
+        """Number of triples in the data.
 
-    def _known(self) -> DataRecord:
+        Raises:
+            MapError: the data have not been read to their end.
+        """
+        return self._require_data().n_triples
+
+    def _require_data(self) -> DataRecord:
         if (data := self.data) is None:
-            raise MapError(self._incomplete("their data were not read to the end"))
+            raise self._incomplete("their data were not read to the end")
         return data
 
-    def _incomplete(self, state: str) -> str:
-        return f"The counts in {self.folder} are not complete: {state}. Collect again: it goes on from there."
+    def _incomplete(self, state: str) -> MapError:
+        advice = "Collect again: it continues from there."
+        return MapError(f"The counts in {self.folder} are not complete: {state}. {advice}")
 
     def record(self, data: DataRecord) -> None:
-        """Write down what the data are. Raises `MapError` where the folder is of other data."""
-        known = self.data
-        if known == data:
+        """Write the record of the data.
+
+        Args:
+            data: the record.
+
+        Raises:
+            MapError: the folder holds shards of other data.
+        """
+        recorded = self.data
+        if recorded == data:
             return
-        if known is not None and self._begun():
+        if recorded is not None and self._has_shards():
             raise MapError(
-                f"{self.folder} holds shards of other data ({known.n_triples} triples of digest {known.digest} there, "
-                f"{data.n_triples} of {data.digest} now). Use another folder; of triples that were added, collect the "
-                "new ones alone and join the folders: dspa map merge."
+                f"{self.folder} holds shards of other data ({recorded.n_triples} triples of digest {recorded.digest} "
+                f"there, {data.n_triples} of {data.digest} now). Use another folder. Where triples were added, collect "
+                "only the new ones and join the folders: dspa map merge."
             )
         write_atomically(self.folder / DATA, json.dumps(asdict(data), indent=2).encode())
 
     def path(self, piece: int) -> Path:
-        """Where the shard of a piece is or will be."""
+        """Return the path of a piece's shard, written or not."""
         return self.folder / f"shard-{piece:06d}.safetensors"
 
     def write(self, piece: int, digest: str, shard: Shard) -> None:
-        """The shard of one piece, whose triples have this digest."""
+        """Write the shard of one piece, whose triples have this digest."""
         write_tensors(self.path(piece), shard.tensors(), {"format": FORMAT, "triples": digest})
 
     def has(self, piece: int, digest: str) -> bool:
-        """Whether a piece has its shard. Raises `MapError` where that is damaged or of other triples."""
+        """Return True where the shard of a piece is there.
+
+        Args:
+            piece: number of the piece.
+            digest: of its triples.
+
+        Raises:
+            MapError: the shard is damaged or of other triples.
+        """
         path = self.path(piece)
         if not path.exists():
             return False
@@ -234,50 +303,56 @@ class Collection:
         return True
 
     def read(self, path: Path) -> Shard:
-        """One shard, its checksum tried."""
+        """Return one shard, whose checksum is verified."""
         try:
             return Shard.of(read_tensors(path, NAMES))
         except MapError as error:
-            raise MapError(f"{error} Delete it and collect again: only its triples are counted.") from error
+            raise MapError(f"{error} Delete it and collect again: only its triples are counted again.") from error
 
     def paths(self) -> list[Path]:
-        """All shards of data that are known to their end.
+        """Return the paths of all shards, in order.
 
-        Raises `MapError` where some are missing.
+        Raises:
+            MapError: the data have not been read to their end, or shards are missing.
         """
-        found = set(self.folder.glob("shard-*.safetensors"))
-        wanted = [self.path(piece) for piece in range(self._known().n_pieces)]
-        if missing := len(set(wanted) - found):
-            raise MapError(self._incomplete(f"{missing} of {len(wanted)} shards are missing"))
-        return wanted
+        present = set(self.folder.glob("shard-*.safetensors"))
+        paths = [self.path(piece) for piece in range(self._require_data().n_pieces)]
+        if n_missing := len(set(paths) - present):
+            raise self._incomplete(f"{n_missing} of {len(paths)} shards are missing")
+        return paths
 
     def shards(self, *names: str) -> Iterator[dict[str, Tensor]]:
-        """Of every shard some tensors, by their names in the file."""
+        """Yield, for every shard, some of its tensors by their names in the file."""
         for path in self.paths():
             yield read_tensors(path, names, check=False)
 
     def triples(self) -> dict[str, Tensor]:
-        """Of all triples in their order: tokens of prompt, chosen and rejected, and how many responses were cut; [N]
-        each. Subsets can be chosen by it: `reduce(counts, subset=(counts.triples()["prompt"] < 500).nonzero())`."""
+        """Return, for all triples in their order, the tokens of each part and the number of responses that were cut.
+
+        Subsets can be chosen by them: `reduce(counts, subset=(counts.triples()["prompt"] < 500).nonzero())`.
+
+        Returns:
+            "prompt", "chosen", "rejected" and "cut", [N] each.
+        """
         names = ("index", *(f"{part}.lengths" for part in PARTS), "cut")
-        found = list(self.shards(*names))
-        order = torch.cat([each["index"] for each in found]).argsort()
-        return {name.split(".")[0]: torch.cat([each[name] for each in found])[order] for name in names[1:]}
+        shards = list(self.shards(*names))
+        order = torch.cat([shard["index"] for shard in shards]).argsort()
+        return {name.split(".")[0]: torch.cat([shard[name] for shard in shards])[order] for name in names[1:]}
 
     def verify(self) -> None:
         """Raise `MapError` for a shard that is not what was written, or not of its place in the data."""
-        paths, data = self.paths(), self._known()
-        # Copies: a tensor of a file keeps all of it mapped.
+        paths, data = self.paths(), self._require_data()
+        # Copies, because a tensor of a file keeps the whole file mapped.
         index = [self.read(path).index.clone() for path in paths]
-        found = DataRecord.of(data.n_triples, [str(read_header(path).get("triples")) for path in paths])
-        if found != data or not torch.equal(torch.cat(index).sort().values, torch.arange(data.n_triples)):
+        record = DataRecord.of(data.n_triples, [str(read_header(path).get("triples")) for path in paths])
+        if record != data or not torch.equal(torch.cat(index).sort().values, torch.arange(data.n_triples)):
             raise MapError(
                 f"The shards in {self.folder} are not those of its data: some were exchanged, or come from elsewhere. "
                 "Collect again, into another folder."
             )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:

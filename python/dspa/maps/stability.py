@@ -1,4 +1,4 @@
-"""How few triples are enough: what maps of smaller samples would steer, compared with the map of all."""
+"""Stability of maps: agreement of the maps of fewer triples with the map of all."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ SIZES = (25, 50, 100, 250, 500, 1000, 2500, 5000)
 
 @dataclass(frozen=True)
 class Stability:
-    """Of maps of `n_triples` triples drawn with replacement, one entry a draw.
+    """Agreement of maps of triples drawn with replacement with the map of all triples, one entry per draw.
 
-    selected: the mean over held-out prompts of the Jaccard index of the latents that a prompt steers by this map and by
-    the map of all triples (shared ones over those of either; two empty sets agree). columns: the same index of the
-    columns that the two maps keep. n_columns: how many this map keeps.
+    Attributes:
+        n_triples: triples per draw.
+        selected: Jaccard index of the latents that a prompt steers by either map, mean over held-out prompts.
+        columns: Jaccard index of the columns of the two maps.
+        n_columns: number of columns of the drawn map.
     """
 
     n_triples: int
@@ -53,56 +55,72 @@ def stability(
     """Bootstrap the sets of selected latents over the number of triples.
 
     Args:
-        counts: what `collect` returned, or its work_dir.
-        sizes: numbers of triples; by default those of SIZES below what there is, and all of it.
-        draws: maps a size, each of triples drawn with replacement.
+        counts: what `collect` returned, or its `work_dir`.
+        sizes: numbers of triples. Default: those of SIZES below the number of triples for maps, and that number.
+        draws: maps per size, each of triples drawn with replacement.
         n_prompts: prompts to select for. Their triples, at most a fifth of all, take part in no map.
         seed: of the draws.
-        config: what to select by; `k_diff` cuts the maps too. Default: the published settings.
-        percentile, gate_rule, count_tokens: as for `reduce`.
+        config: settings of the selection, whose `k_diff` also cuts the maps. Default: the published settings.
+        percentile: as for `reduce`.
+        gate_rule: as for `reduce`.
+        count_tokens: as for `reduce`.
         progress: show a bar.
 
+    Returns:
+        One entry per size, in the order of `sizes`.
+
     Raises:
-        MapError: counts that are not complete, or too few for the sizes.
+        MapError: counts that are incomplete, or too few for the sizes.
+        ValueError: an invalid setting.
     """
     collection = counts if isinstance(counts, Collection) else Collection.open(counts)
     config = config or SteeringConfig()
     check_settings(percentile, gate_rule, config.k_diff, collection.settings.d_sae_out, count_tokens)
     collection.verify()
     rng = np.random.default_rng(seed)
-    everything = rng.permutation(collection.n_triples)
-    n_prompts = min(n_prompts, len(everything) // 5)
-    held_out, rest = everything[:n_prompts], everything[n_prompts:]
+    order = rng.permutation(collection.n_triples)
+    n_prompts = min(n_prompts, len(order) // 5)
+    held_out, rest = order[:n_prompts], order[n_prompts:]
     sizes = sorted({*(n for n in SIZES if n < len(rest)), len(rest)}) if sizes is None else sizes
     if not n_prompts or draws < 1 or not all(1 <= n <= len(rest) for n in sizes):
         raise MapError(
-            f"Sizes {list(sizes)} and {draws} draws of {len(everything)} triples, {n_prompts} of which are held out; "
+            f"Sizes {list(sizes)} and {draws} draws of {len(order)} triples, {n_prompts} of which are held out; "
             f"accepted: sizes from 1 to {len(rest)}, one draw or more, five triples or more."
         )
     prompts = DensityTable(collection, count_tokens, held_out.tolist()).prompt_counts()
 
-    def of(subset: Sequence[int]) -> tuple[list[set[int]], set[int]]:
+    def select(subset: Sequence[int]) -> tuple[list[set[int]], set[int]]:
+        """Return the latents that each prompt steers by the map of a subset, and the columns of that map."""
         cdmap = reduce_table(DensityTable(collection, count_tokens, subset), percentile, gate_rule, config.k_diff, True)
-        return selected(cdmap, prompts, config), set(cdmap.columns.tolist())
+        return selected_latents(cdmap, prompts, config), set(cdmap.columns.tolist())
 
-    whole, kept = of(rest.tolist())
-    found = []
+    latents_of_all, columns_of_all = select(rest.tolist())
+    results = []
     with tqdm(total=len(sizes) * draws, unit="map", desc="stability", disable=not progress) as bar:
         for n in sizes:
-            each = Stability(n, [], [], [])
+            result = Stability(n, [], [], [])
             for _ in range(draws):
-                sets, columns = of(rng.choice(rest, size=n).tolist())
-                each.selected.append(float(np.mean([jaccard(a, b) for a, b in zip(sets, whole, strict=True)])))
-                each.columns.append(jaccard(columns, kept))
-                each.n_columns.append(len(columns))
+                latents, columns = select(rng.choice(rest, size=n).tolist())
+                agreement = [jaccard(a, b) for a, b in zip(latents, latents_of_all, strict=True)]
+                result.selected.append(float(np.mean(agreement)))
+                result.columns.append(jaccard(columns, columns_of_all))
+                result.n_columns.append(len(columns))
                 bar.update()
-            found.append(each)
-    return found
+            results.append(result)
+    return results
 
 
-def selected(cdmap: ConditionalDifferenceMap, counts: Tensor, config: SteeringConfig) -> list[set[int]]:
-    """Output latents that prompts with these counts [B, d_sae_in] steer, each with its sign: augmented ones as they
-    are, ablated ones as -1 - latent."""
+def selected_latents(cdmap: ConditionalDifferenceMap, counts: Tensor, config: SteeringConfig) -> list[set[int]]:
+    """Return the output latents that each prompt steers, with their signs.
+
+    Args:
+        cdmap: the map.
+        counts: activation counts of the prompts, [B, d_sae_in].
+        config: settings of the selection.
+
+    Returns:
+        Augmented latents as they are, and ablated ones as -1 - latent.
+    """
     plan = cdmap.select(counts, config)
     latents = cdmap.columns[plan.slots.clamp(min=0).long()].long()
     signed = torch.where(plan.signs > 0, latents, -1 - latents)

@@ -299,7 +299,7 @@ def test_other_files(tmp_path: Path, content: bytes) -> None:
 
 def test_no_file(tmp_path: Path) -> None:
     assert f"There is no map file at {tmp_path / 'no'}" in refusal(tmp_path / "no")
-    assert "is a folder. If it holds counts, make a map of them: dspa map reduce" in refusal(tmp_path)
+    assert "is a folder. If it holds counts, make a map from them: dspa map reduce" in refusal(tmp_path)
 
 
 def test_safetensors_of_another_kind(tmp_path: Path) -> None:
@@ -406,17 +406,17 @@ def test_its_own_saes(sae_in: FrozenSAE, sae_out: FrozenSAE, cdmap: ConditionalD
 def test_other_saes(sae_in: FrozenSAE, sae_out: FrozenSAE, cdmap: ConditionalDifferenceMap, name: str) -> None:
     saes = {"sae_in": sae_in, "sae_out": sae_out}
     own, other = saes[name], make_sae(saes[name].layer, saes[name].d_sae, seed=77)
-    with pytest.raises(MapError, match=f"`{name}` has fingerprint {other.fingerprint} and .* with {own.fingerprint}"):
+    with pytest.raises(MapError, match=f"`{name}` has fingerprint {other.fingerprint}, and .* with {own.fingerprint}"):
         cdmap.check_saes(**saes | {name: other})
 
 
 def test_swapped_saes(sae_in: FrozenSAE, sae_out: FrozenSAE, cdmap: ConditionalDifferenceMap) -> None:
-    with pytest.raises(MapError, match=f"`sae_in` has fingerprint {sae_out.fingerprint} and"):
+    with pytest.raises(MapError, match=f"`sae_in` has fingerprint {sae_out.fingerprint}, and"):
         cdmap.check_saes(sae_out, sae_in)
 
 
 def test_an_sae_at_another_layer(sae_in: FrozenSAE, sae_out: FrozenSAE, cdmap: ConditionalDifferenceMap) -> None:
     moved = make_sae(L_OUT + 1, sae_out.d_sae, seed=2)
     assert moved.fingerprint == sae_out.fingerprint
-    with pytest.raises(MapError, match=f"`sae_out` sits at layer {L_OUT + 1} and the map was made at layer {L_OUT}"):
+    with pytest.raises(MapError, match=f"`sae_out` sits at layer {L_OUT + 1}, and the map was made at layer {L_OUT}"):
         cdmap.check_saes(sae_in, moved)

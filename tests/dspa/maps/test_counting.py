@@ -255,7 +255,7 @@ def test_hooks_are_gone_afterwards(case: Case) -> None:
 
 def test_a_model_without_a_cache(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DynamicCache, "update", lambda _self, keys, values, *_, **__: (keys, values))
-    with pytest.raises(ModelError, match="Qwen3ForCausalLM keeps no key/value cache"):
+    with pytest.raises(ModelError, match="Qwen3ForCausalLM is a model that keeps no key/value cache"):
         case.collect()
 
 
@@ -282,7 +282,7 @@ def test_memory_that_does_not_suffice_for_a_batch(case: Case, error: str, n_toke
     at_once = case.collect()
     with (
         hooked(case.model, fail_above(ERRORS[error], n_tokens)),
-        pytest.warns(UserWarning, match="does not suffice for batches of") as told,
+        pytest.warns(UserWarning, match="not enough memory for batches of") as told,
     ):
         got = case.collect()
     check_same(got, at_once, batched_alike=False)
@@ -302,7 +302,9 @@ def test_memory_that_does_not_suffice_for_one_triple(
     with (
         hooked(case.model, fail_above(ERRORS[error], 20)),
         warnings.catch_warnings(),
-        pytest.raises(ModelError, match=r"for one triple alone: triple \d, of \d+ tokens and \d+ of a") as raised,
+        pytest.raises(
+            ModelError, match=r"for one triple alone: triple \d, with a prompt of \d+ tokens and a response of \d+\."
+        ) as raised,
     ):
         warnings.simplefilter("ignore")
         case.collect(work_dir=tmp_path)
@@ -384,9 +386,9 @@ def test_maxima_are_those_of_separate_full_passes(
     held, n_tokens, total = plain_maxima(each, sae, most)
     got = each.collect(sae_out=sae)
     shard = whole(got)
-    assert torch.equal(shard.maxima, held) and shard.looked.tolist() == [n_tokens]
+    assert torch.equal(shard.max_counts, held) and shard.n_sampled.tolist() == [n_tokens]
     assert 0 < held.sum() <= n_tokens and (held.sum() < n_tokens) == (kind == "jumprelu")
-    torch.testing.assert_close(shard.totals.double() * ROW_QUANTUM, total, rtol=0, atol=1e-3)
+    torch.testing.assert_close(shard.residual_sum.double() * ROW_QUANTUM, total, rtol=0, atol=1e-3)
     latents, counts, mean = _calibration(got)
     times = held.tolist()
     wanted = sorted((j for j, n in enumerate(times) if n), key=lambda j: (-times[j], j))

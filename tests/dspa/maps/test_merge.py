@@ -130,6 +130,6 @@ def test_a_merge_of_what_is_not_complete_is_refused(case: Case, tmp_path: Path) 
 def test_a_merge_goes_into_a_new_folder(case: Case, tmp_path: Path) -> None:
     one, two = halves(case, tmp_path)
     before = files(one)
-    with pytest.raises(MapError, match=f"{one} is there already; accepted: a folder that is new"):
+    with pytest.raises(MapError, match=f"The folder {one} is there already; accepted: a new folder"):
         merge(one, [one, two])
     assert files(one) == before

@@ -318,7 +318,7 @@ def test_a_damaged_shard_is_named_and_counted_again(case: Case, tmp_path: Path, 
     ):
         with pytest.raises(MapError, match=f"{path} is damaged"):
             refuse()
-    with pytest.raises(MapError, match="Delete it and collect again: only its triples are counted"):
+    with pytest.raises(MapError, match="Delete it and collect again: only its triples are counted again"):
         case.collect(work_dir=folder)
     path.unlink()
     case.collect(work_dir=folder)
@@ -349,7 +349,7 @@ def test_a_missing_shard(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyP
     case.collect(work_dir=tmp_path)
     before = files(tmp_path)
     shards(tmp_path)[n].unlink()
-    with pytest.raises(MapError, match=r"not complete: 1 of 4 shards are missing. Collect again: it goes on"):
+    with pytest.raises(MapError, match=r"not complete: 1 of 4 shards are missing. Collect again: it continues"):
         reduce(tmp_path)
     calls = Calls(monkeypatch)
     case.collect(work_dir=tmp_path)
@@ -365,7 +365,7 @@ def test_a_folder_in_the_making_makes_no_map(
     with pytest.raises(KeyboardInterrupt):
         case.collect(triples=iter(rows) if stream else rows, work_dir=tmp_path, batch_tokens=1)
     state = "their data were not read to the end" if stream else "3 of 4 shards are missing"
-    with pytest.raises(MapError, match=f"not complete: {state}. Collect again: it goes on from there"):
+    with pytest.raises(MapError, match=f"not complete: {state}. Collect again: it continues from there"):
         reduce(tmp_path)
 
 
@@ -454,8 +454,8 @@ def test_a_full_disk(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     error = outcome(work)
     assert isinstance(error, OSError)
-    told = r"shard-000001.safetensors (0.0 MB) could not be written: File too large. Whatever was written before is"
-    assert str(folder) in str(error) and told in str(error) and "start again" in str(error)
+    told = r"shard-000001.safetensors (0.0 MB) could not be written: File too large. What was written before is"
+    assert str(folder) in str(error) and told in str(error) and "then start again" in str(error)
     assert times(folder) == before and len(before) == 1 and not list(folder.glob("*.partial"))
     case.collect(work_dir=folder)
     check_same(Collection.open(folder), Collection.open(tmp_path / "at once"), batched_alike=False)

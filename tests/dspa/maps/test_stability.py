@@ -11,7 +11,7 @@ import torch
 from dspa import ConditionalDifferenceMap, MapError, SteeringConfig
 from dspa.intervals import jaccard
 from dspa.maps.shards import Collection
-from dspa.maps.stability import SIZES, selected, stability
+from dspa.maps.stability import SIZES, selected_latents, stability
 
 PNG = b"\x89PNG"
 
@@ -23,8 +23,8 @@ def test_jaccard() -> None:
 
 def test_selected_tells_augmented_from_ablated(cdmap: ConditionalDifferenceMap) -> None:
     counts = torch.randint(0, 4, (5, 96), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    both = selected(cdmap, counts, SteeringConfig(k_prompt=4, k_diff=3, mode="both"))
-    ablated = selected(cdmap, counts, SteeringConfig(k_prompt=4, k_diff=3))
+    both = selected_latents(cdmap, counts, SteeringConfig(k_prompt=4, k_diff=3, mode="both"))
+    ablated = selected_latents(cdmap, counts, SteeringConfig(k_prompt=4, k_diff=3))
     for row, some, less in zip(counts, both, ablated, strict=True):
         chosen = sorted(range(96), key=lambda i: (-int(row[i]), i))[:4]
         score = cdmap.values[[i for i in chosen if row[i] > 0]].sum(dim=0)

@@ -196,9 +196,11 @@ def check_same(one: Collection, other: Collection, *, batched_alike: bool = True
         assert torch.equal(counts, theirs[0]) and torch.equal(lengths, theirs[1]), name
     a, b = whole(one), whole(other)
     assert torch.equal(a.cut[a.index.argsort()], b.cut[b.index.argsort()])
-    assert torch.equal(a.maxima, b.maxima) and torch.equal(a.looked, b.looked)
-    assert a.totals.dtype == b.totals.dtype == torch.int64 and a.totals.any()
-    assert (a.totals - b.totals).abs().max() <= (0 if batched_alike else int(a.looked) * 1e-4 / ROW_QUANTUM)
+    assert torch.equal(a.max_counts, b.max_counts) and torch.equal(a.n_sampled, b.n_sampled)
+    assert a.residual_sum.dtype == b.residual_sum.dtype == torch.int64 and a.residual_sum.any()
+    assert (a.residual_sum - b.residual_sum).abs().max() <= (
+        0 if batched_alike else int(a.n_sampled) * 1e-4 / ROW_QUANTUM
+    )
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -259,9 +261,9 @@ def as_shard(data: Table, special: Table, index: np.ndarray) -> Shard:
         keys=torch.tensor([zlib.crc32(b"".join(table[n].tobytes() for table in data[:3])) for n in index]),
         cut=torch.tensor(data[0][index, -1] % 3, dtype=torch.uint8),
         counts=counts,
-        maxima=rejected.sum(dim=0),
-        looked=rejected.sum()[None],
-        totals=rejected[:, :4].sum(dim=0) * int(0.5 / ROW_QUANTUM),
+        max_counts=rejected.sum(dim=0),
+        n_sampled=rejected.sum()[None],
+        residual_sum=rejected[:, :4].sum(dim=0) * int(0.5 / ROW_QUANTUM),
     )
 
 
