@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from dspa.steering.dspa import Steering, detach
     from dspa.version import __version__
 
-# Where each public name lives. It is imported when it is first asked for, because torch and transformers take
-# seconds, for which `dspa --help` should not wait.
+# The module of each public name. It is imported on first use, because torch and transformers take seconds to import,
+# and `dspa --help` should not wait for them.
 HOMES = {
     "ConditionalDifferenceMap": "dspa.maps.cdmap",
     "build_map": "dspa.maps.build",

@@ -1,10 +1,10 @@
-"""The errors that the package raises, and the one form in which bad input is refused."""
+"""Errors of the package, and the one form of a message about bad input."""
 
 from typing import TypeVar
 
 
 class ModelError(RuntimeError):
-    """A model, or a call of it, that cannot be steered or read as asked."""
+    """A model, or a call of it, that cannot be steered or read."""
 
 
 class MapError(ValueError):
@@ -16,23 +16,23 @@ class AdapterError(ValueError):
 
 
 class PreferenceError(ValueError):
-    """A source of triples, or one triple, that cannot be used; the message names it and says what to do."""
+    """A source of triples, or one triple, that cannot be used. The message names it and says what to do."""
 
 
 class TextError(ValueError):
-    """A file of text that cannot be used; the message names the line and says what to do."""
+    """A file of text that cannot be used. The message names the line and says what to do."""
 
 
 class TrainingError(ValueError):
-    """A training that cannot begin, or go on, as asked."""
+    """A training that cannot begin or continue."""
 
 
 class LabelError(ValueError):
-    """Labels or rules that cannot be used; the message names the file and the numbers."""
+    """Labels or rules that cannot be used. The message names the file and the latents."""
 
 
 class SAEError(ValueError):
-    """An SAE, or a file of one, that cannot be used; the message says why and what would be accepted."""
+    """An SAE, or a file of one, that cannot be used. The message says why, and what is accepted."""
 
 
 E = TypeVar("E", bound=Exception)
@@ -44,8 +44,8 @@ def refusal(kind: type[E], what: str, got: object, accepted: str, advice: str = 
     Args:
         kind: class of the error.
         what: the argument in backticks, the option or the file.
-        got: what came.
-        accepted: what is accepted.
+        got: its value. Pass `repr(value)` for an arbitrary one.
+        accepted: values that are accepted.
         advice: what to do, as a whole sentence.
     """
     return kind(f"{what} is {got}; accepted: {accepted}. {advice}".rstrip())

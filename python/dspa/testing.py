@@ -1,4 +1,4 @@
-"""Small models, tokenizers, SAEs and maps with random weights: for tests, benchmarks and trials."""
+"""Small models, tokenizers, SAEs and maps with random weights, for tests, benchmarks and trials."""
 
 from __future__ import annotations
 
@@ -46,71 +46,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {n: v for n, v in COMMON.items() if n not in ("num_key_value_heads", "head_dim")},
 }
 BOS, EOS = 1, 2
-ENGLISH = [
-    "the",
-    "cat",
-    "is",
-    "a",
-    "dog",
-    "of",
-    "my",
-    "own",
-    "and",
-    "we",
-    "see",
-    "it",
-    "run",
-    "to",
-    "home",
-    "by",
-    "an",
-    "old",
-    "red",
-    "tree",
-    "near",
-    "his",
-    "big",
-    "house",
-    "with",
-    "some",
-    "more",
-    "good",
-    "food",
-    "on",
-    "top",
-    "for",
-    "all",
-    "you",
-    "who",
-    "like",
-    "warm",
-    "sun",
-    "day",
-    "night",
-    "rain",
-    "snow",
-    "wind",
-    "sea",
-    "sky",
-    "fish",
-    "bird",
-]
+_WORDS = (
+    "the cat is a dog of my own and we see it run to home by an old red tree near his big house with some more good "
+    "food on top for all you who like warm sun day night rain snow wind sea sky fish bird"
+)
+ENGLISH = _WORDS.split()
 
 
 def cache_names() -> list[str]:
-    """What a key/value cache can be called in a call of this version's models."""
+    """Return the keywords by which models of the installed transformers take a key/value cache."""
     takes = inspect.signature(Gemma2Model.forward).parameters
     return ["past_key_values", *(["cache"] if "cache" in takes else [])]
 
 
 def make_model(family: str, seed: int = 0, *, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
-    """A model with random weights, by default so large that logits differ by a wide margin.
+    """Return a model with random weights, by default so large that logits differ by a wide margin.
 
     Args:
-        family: A name in `FAMILIES`.
-        seed: Seed of the weights.
-        dtype: The dtype of the weights.
-        config: Settings of the family's configuration that differ from those in `FAMILIES`.
+        family: a name in `FAMILIES`.
+        seed: seed of the weights.
+        dtype: dtype of the weights.
+        config: settings of the family's configuration that differ from those in `FAMILIES`.
     """
     torch.manual_seed(seed)
     kind: Any = CONFIG_MAPPING[family]
@@ -121,7 +77,7 @@ def make_model(family: str, seed: int = 0, *, dtype: torch.dtype = torch.float32
 
 
 def make_sae(layer: int, d_sae: int, *, d_in: int = D_IN, seed: int = 0, **kwargs: Any) -> FrozenSAE:
-    """A JumpReLU SAE with random weights, of which about a tenth is active on a normalised residual."""
+    """Return a JumpReLU SAE with random weights, of whose latents about a tenth is active on a normalised residual."""
     g = torch.Generator().manual_seed(seed)
     W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=g), dim=1)
     return FrozenSAE(
@@ -157,7 +113,7 @@ def make_sae_for(h: Tensor, layer: int, d_sae: int, active: float, *, seed: int 
 def make_map(
     sae_in: FrozenSAE, sae_out: FrozenSAE, *, n_columns: int = 40, seed: int = 0, n_triples: int = 50
 ) -> ConditionalDifferenceMap:
-    """A map with random entries in some of its columns."""
+    """Return a map with random entries in some of its columns."""
     g = torch.Generator().manual_seed(seed)
     columns = torch.randperm(sae_out.d_sae, generator=g)[:n_columns].sort().values.to(torch.int32)
     gates = torch.randint(0, 256, (sae_in.d_sae, -(-n_triples // 8)), generator=g, dtype=torch.uint8)
@@ -191,12 +147,12 @@ def make_map(
 
 
 def with_tensors(cdmap: ConditionalDifferenceMap, **tensors: Tensor) -> ConditionalDifferenceMap:
-    """The map with some of its tensors replaced."""
+    """Return the map with some of its tensors replaced."""
     return ConditionalDifferenceMap(**{name: getattr(cdmap, name) for name in TENSORS} | tensors, meta=cdmap.meta)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """`<bos>` in front, padding on the left."""
+    """Return a tokenizer of English words that puts `<bos>` in front and pads on the left."""
     words = ["<pad>", "<bos>", "<unk>", *ENGLISH]
     vocabulary = {word: n for n, word in enumerate(words)}
     assert len(vocabulary) == len(words) <= VOCAB
@@ -209,7 +165,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_tokenizer(padding_side: str = "right", vocab_size: int = VOCAB) -> PreTrainedTokenizerFast:
-    """Words w3, w4, ... with these ids, and `<s>` before a text."""
+    """Return a tokenizer of the words w3, w4, ... with the ids 3, 4, ..., which puts `<s>` before a text."""
     words = {"<unk>": 0, "<s>": BOS, "</s>": EOS} | {f"w{i}": i for i in range(3, vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,1 +1,1 @@
-"""What DSPA is compared with."""
+"""Methods that DSPA is compared with."""

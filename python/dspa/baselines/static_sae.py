@@ -4,9 +4,9 @@ from dspa.maps.cdmap import ConditionalDifferenceMap
 
 
 def static_map(cdmap: ConditionalDifferenceMap) -> ConditionalDifferenceMap:
-    """A map whose every row holds the column sums of `A`, so that the prompt has no say.
+    """Return a map whose every row holds the column sums of `A`, so that the prompt does not matter.
 
-    Steer with it at `k_prompt=1`; `k_diff`, `alpha` and `mode` mean what they mean for DSPA.
+    Steer with it at `k_prompt=1`. `k_diff`, `alpha` and `mode` mean what they mean for DSPA.
     """
     sums = cdmap.values.double().sum(dim=0).float()
     return ConditionalDifferenceMap(

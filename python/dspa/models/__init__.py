@@ -1,1 +1,1 @@
-"""Transformers models: their layers, reading residuals, prompts, and what is attached to them."""
+"""Transformers models: their layers, their residuals, prompts, and what is attached to them."""

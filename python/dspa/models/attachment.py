@@ -246,7 +246,7 @@ def _refuse(problem: str, *_args: Any, **_kwargs: Any) -> None:
 
 @contextmanager
 def overridden(model: CausalLM, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """Give the instance a method of its own, and take it back."""
+    """Override a method of the instance `model` within a `with` block."""
     before = model.__dict__.get(name)
     setattr(model, name, method)
     try:
@@ -260,10 +260,10 @@ def overridden(model: CausalLM, name: str, method: Callable[..., Any]) -> Iterat
 
 @contextmanager
 def accepting(model: CausalLM, names: Iterable[str]) -> Iterator[None]:
-    """Let `generate()` pass the keywords `names` on to every layer.
+    """Let `generate()` pass the keywords `names` on to every layer, within a `with` block.
 
-    `generate()` asks the signature of `prepare_inputs_for_generation` which keywords a model knows, and
-    refuses the rest.
+    `generate()` reads in the signature of `prepare_inputs_for_generation` which keywords a model knows, and refuses
+    the rest.
     """
     original = model.prepare_inputs_for_generation
 

@@ -12,7 +12,7 @@ from dspa.errors import ModelError
 from dspa.models.layers import CausalLM, check_context
 from dspa.models.reading import cache_in
 
-# Tensors of a call of generate() that this package understands; token types are all alike in text.
+# Tensors of a call of generate() that this package understands. Token types are the same for all text.
 PROMPT_TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 
 
@@ -20,8 +20,10 @@ PROMPT_TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids"
 class Prompts:
     """A batch of prompts as a model gets them.
 
-    inputs: input_ids [B, T] or inputs_embeds [B, T, d_in]; mask [B, T] bool, True at prompt tokens;
-    positions [B, T], the position_ids that the tokens have in the model.
+    Attributes:
+        inputs: input_ids [B, T] or inputs_embeds [B, T, d_in].
+        mask: [B, T] bool, True at prompt tokens.
+        positions: position_ids of the tokens in the model [B, T].
     """
 
     inputs: dict[str, Any]
@@ -30,12 +32,16 @@ class Prompts:
 
     @property
     def last_position(self) -> Tensor:
-        """Position of each prompt's last token, [B]."""
+        """Position of each prompt's last token [B]."""
         return self.positions.where(self.mask, 0).amax(dim=1)
 
 
 def generate_prompts(model: CausalLM, inputs: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompts:
-    """The prompts of `generate(inputs, *args, **kwargs)`, refused where they cannot be read for certain."""
+    """Return the prompts of `generate(inputs, *args, **kwargs)`.
+
+    Raises:
+        ModelError: prompts that cannot be read with certainty.
+    """
     foreign = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in PROMPT_TENSORS]
     if foreign:
         raise ModelError(
@@ -62,17 +68,17 @@ def generate_prompts(model: CausalLM, inputs: Tensor | None, args: tuple[Any, ..
 
 
 def _check_unpadded(tokens: Tensor | None, settings: list[Any]) -> None:
-    """Raise if generate() would take tokens for padding; the first of `settings` that names one decides."""
-    for each in settings:
-        pad = each.get("pad_token_id") if isinstance(each, dict) else getattr(each, "pad_token_id", None)
+    """Raise if generate() would take tokens for padding: the padding token is that of the first setting with one."""
+    for setting in settings:
+        pad = setting.get("pad_token_id") if isinstance(setting, dict) else getattr(setting, "pad_token_id", None)
         if pad is not None:
             break
     else:
         return
     if tokens is not None and bool((tokens == int(pad)).any()):
         raise ModelError(
-            "A prompt holds the padding token and there is no attention_mask, so it cannot be told where the prompt "
-            "is. Pass it: generate(**tokenizer(prompts, padding=True, return_tensors='pt'))."
+            "A prompt holds the padding token and there is no attention_mask, so it is not known where the prompt "
+            "begins. Pass the mask: generate(**tokenizer(prompts, padding=True, return_tensors='pt'))."
         )
 
 
@@ -82,10 +88,10 @@ def _check_prompt(model: CausalLM, length: int, mask: Tensor, cache: Any) -> Non
         raise ModelError(
             f"generate() got {length} tokens, an attention_mask of shape {list(mask.shape)} and a cache of {cached} "
             "tokens. What is steered is selected from the whole conversation: pass all its input_ids with a 2-D "
-            "attention_mask; tokens in the cache are still not computed again."
+            "attention_mask. Tokens in the cache are still not computed again."
         )
     if not bool(mask.any(dim=1).all()):
         raise ModelError(f"Prompt {int((~mask.any(dim=1)).nonzero()[0])} of the batch is empty (all padding).")
     if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
-        raise ModelError("A prompt is padded on the right. Set tokenizer.padding_side = 'left' to generate.")
+        raise ModelError("A prompt is padded on the right. Set tokenizer.padding_side = 'left' before generating.")
     check_context(model, int(mask.sum(dim=1).max()))

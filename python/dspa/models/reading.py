@@ -17,16 +17,16 @@ from dspa.models.layers import base_model, decoder_layers
 
 # What models call a key/value cache: since transformers 5.24, and before.
 CACHE_NAMES = ("cache", "past_key_values")
-# Told to the layers by a pass that only reads: steering stays out of it.
+# Keyword by which a pass that only reads marks itself to the layers, so that it is not steered.
 READING = "dspa_reading"
 
 
 class _Stop(Exception):
-    """Ends a forward pass once the last layer that is wanted has run."""
+    """Ends a forward pass once the last wanted layer has run."""
 
 
 def hidden(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The residual `[B, T, d_in]` in what a decoder layer returned."""
+    """Return the residual [B, T, d_in] in the output of a decoder layer."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -34,10 +34,19 @@ def hidden(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 def read_layers(
     model: nn.Module, indices: Iterable[int], layers: str | None = None, cache: Cache | None = None, **inputs: Any
 ) -> dict[int, Tensor]:
-    """Residuals `[B, T, d_in]` at the outputs of the decoder layers `indices`, for one forward pass.
+    """Return the residuals [B, T, d_in] at the outputs of the decoder layers `indices`, by one forward pass.
 
-    Runs nothing above the last of them: no further layer, no final norm, no language-model head. `inputs` go to the
-    model, which goes on from `cache` and adds to it.
+    Nothing above the last of them runs: no further layer, no final norm, no language-model head.
+
+    Args:
+        model: a transformers model, or one in a PEFT wrapper.
+        indices: which decoder layers, from 0.
+        layers: dotted path of the list of decoder layers, for an unknown architecture.
+        cache: key/value cache that the pass continues and extends.
+        inputs: keywords of the forward pass.
+
+    Raises:
+        ModelError: the hooks of the last layer did not run.
     """
     inner, wanted = base_model(model), sorted(set(indices))
     stack, read = decoder_layers(model, layers), {}
@@ -66,13 +75,13 @@ def read_layers(
             handle.remove()
     raise ModelError(
         f"Layer {wanted[-1]} of {type(inner).__name__} did not run its hooks. A model or layer that was compiled "
-        "before cannot be read: torch.compiler.reset(), or compile it afterwards. Nor can an architecture that keeps "
-        "the model's keywords from its layers."
+        "before cannot be read: call torch.compiler.reset(), or compile it afterwards. Nor can an architecture that "
+        "keeps the model's keywords from its layers."
     )
 
 
 def _cached(model: nn.Module, cache: Cache | None) -> dict[str, Any]:
-    """Keywords by which a forward pass takes a cache, or none."""
+    """Return the keywords by which a forward pass takes `cache`, or uses none."""
     if cache is None:
         return {"use_cache": False}
     takes = inspect.signature(model.forward).parameters
@@ -80,11 +89,11 @@ def _cached(model: nn.Module, cache: Cache | None) -> dict[str, Any]:
 
 
 def cache_in(kwargs: Mapping[str, Any]) -> Any:
-    """The key/value cache among the keywords of a model; None where there is none."""
+    """Return the key/value cache among the keywords of a model, or None."""
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
 def forget_graphs() -> None:
-    """Have everything that was compiled compiled anew: such graphs do not see that a hook came or went."""
+    """Discard all compiled graphs, which do not see that a hook was added or removed."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

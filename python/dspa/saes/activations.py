@@ -1,7 +1,7 @@
-"""From a file of text to residuals of one layer: documents, streamed through the model, their rows shuffled.
+"""Residuals of one layer for a file of text: documents are streamed through the model, and their rows shuffled.
 
-The order is a function of the file, the settings and a seed alone, and any place in it can be gone back to: rows are
-shuffled block by block, so that only the block of that place is made again.
+The order depends only on the file, the settings and a seed. Rows are shuffled block by block, so that the stream can go
+on from any place by reading only the block of that place again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ from dspa.models.reading import read_layers
 
 @dataclass(frozen=True)
 class Position:
-    """A place in the stream: so many batches into a block that begins with this entry of the file."""
+    """A place in the stream.
+
+    Attributes:
+        block: number of the block.
+        entry: entry of the file with which the block begins.
+        batch: batches of the block before this place.
+    """
 
     block: int = 0
     entry: int = 0
@@ -33,14 +39,19 @@ class Position:
 
 
 class Activations:
-    """Residuals at the output of decoder layer `layer`, one row a token of the documents of `texts`.
+    """Residuals at the output of one decoder layer, one row per token of the documents of a file.
 
     A document is tokenised as the model reads it (`tokenizer(text)`, `tokenize_triple`) and cut to `max_length` at
-    its end. Its special tokens are read by the model; `exclude_special_tokens` leaves them out of the rows.
+    its end. Its special tokens are read by the model. `exclude_special_tokens` leaves them out of the rows.
 
     Args:
-        batch_tokens: padded tokens a forward pass.
-        layers: dotted path of the decoder layers, for an unknown architecture.
+        model, tokenizer: the model, in evaluation mode.
+        texts: the file.
+        layer: the decoder layer, from 0.
+        max_length: tokens per document.
+        exclude_special_tokens: leave special tokens out of the rows.
+        batch_tokens: padded tokens per forward pass.
+        layers: dotted path of the list of decoder layers, for an unknown architecture.
     """
 
     def __init__(
@@ -60,7 +71,7 @@ class Activations:
         self.left_out = set(tokenizer.all_special_ids) if exclude_special_tokens else set()
 
     def held_out(self, n_tokens: int) -> tuple[Tensor, int]:
-        """Rows [N, d_in] of the first entries of the file, N >= n_tokens, and how many entries these are.
+        """Return the rows [N, d_in] of the first entries of the file, N >= n_tokens, and the number of these entries.
 
         Raises:
             TextError: nothing would be left to train on.
@@ -69,25 +80,32 @@ class Activations:
         if end >= self.texts.n_entries:
             raise TextError(
                 f"{self.texts.path} has {self.texts.n_entries} entries, and {n_tokens} held-out tokens take them all; "
-                "accepted: text to train on beside those. Give more text, or lower held_out_tokens."
+                "accepted: more text than is held out. Add text, or lower held_out_tokens."
             )
         return self.rows(documents), end
 
     def batches(
         self, n_held_out: int, batch_size: int, buffer_tokens: int, seed: int, start: Position | None = None
     ) -> Iterator[tuple[Position, Tensor]]:
-        """Endless batches [batch_size, d_in] fp32 of the entries after the first `n_held_out`, over and over, each
-        with the place right after it, from which another call goes on as this one does.
+        """Yield batches [batch_size, d_in] fp32 without end, each with the place right after it.
 
-        A block is as many whole entries as give `buffer_tokens` rows, and is shuffled by itself; rows that fill no
-        batch at its end are left out.
+        They are rows of the entries after the first `n_held_out`, which are read over and over. A block is as many
+        whole entries as give `buffer_tokens` rows, and is shuffled by itself. Rows at its end that fill no batch are
+        left out.
+
+        Args:
+            n_held_out: entries at the start of the file to leave out.
+            batch_size: rows per batch.
+            buffer_tokens: rows per block.
+            seed: seed of the order.
+            start: place from which to go on as an earlier call did.
         """
         at = start or Position(entry=n_held_out)
         entries = self._entries(at.entry, n_held_out)
         while True:
             documents, end = self._block(entries, max(buffer_tokens, batch_size))
             rows = self.rows(documents)
-            # Of a number beyond 32 bits torch would use a part.
+            # torch would use only a part of a number beyond 32 bits.
             shuffle = torch.Generator().manual_seed(random.Random(f"{seed}/{at.block}").getrandbits(32))
             order = torch.randperm(len(rows), generator=shuffle).to(rows.device)
             for i in range(at.batch, len(rows) // batch_size):
@@ -96,7 +114,11 @@ class Activations:
             at = Position(at.block + 1, end)
 
     def rows(self, documents: Sequence[list[int]]) -> Tensor:
-        """Residuals [N, d_in] of documents' tokens, in the model's dtype; raises `ModelError` unless finite."""
+        """Return the residuals [N, d_in] of documents' tokens, in the model's dtype.
+
+        Raises:
+            ModelError: residuals that are not finite.
+        """
         return torch.cat([self._read(batch) for batch in _batches(documents, self.batch_tokens)])
 
     def _read(self, documents: Sequence[list[int]]) -> Tensor:
@@ -113,15 +135,17 @@ class Activations:
         return rows
 
     def _entries(self, entry: int, first: int) -> Iterator[tuple[int, list[list[int]]]]:
-        """The documents of each entry from `entry` on and, after the last, from `first` on again, without an end; each
-        with the number of the entry after it."""
+        """Yield the documents of each entry, with the number of the entry after it.
+
+        Begins at `entry`, and after the last entry of the file again at `first`, without end.
+        """
         while True:
             for number, content in enumerate(islice(self.texts.entries(), entry, None), start=entry + 1):
                 yield number, self._tokenized(content)
             entry = first
 
     def _block(self, entries: Iterator[tuple[int, list[list[int]]]], n_tokens: int) -> tuple[list[list[int]], int]:
-        """The documents of the next entries, as many as give `n_tokens` rows, and the number of the entry after."""
+        """Return the documents of the next entries, enough for `n_tokens` rows, and the number of the entry after."""
         block: list[list[int]] = []
         n_rows = end = 0
         while n_rows < n_tokens and (entry := next(entries, None)):
@@ -140,7 +164,7 @@ class Activations:
 
 
 def _batches(documents: Sequence[list[int]], batch_tokens: int) -> Iterator[list[list[int]]]:
-    """Neighbours of like length, as many as fit the budget, and at least one."""
+    """Yield batches of documents of similar length, as many as fit `batch_tokens`, and at least one."""
     batch: list[list[int]] = []
     for ids in sorted(filter(None, documents), key=len):
         if batch and (len(batch) + 1) * len(ids) > batch_tokens:

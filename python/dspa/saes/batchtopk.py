@@ -1,6 +1,6 @@
-"""SAELens' SAEs for a training: a new BatchTopK SAE, one that goes on from a `FrozenSAE`, and what becomes of them.
+"""SAELens' SAEs for a training: a new BatchTopK SAE, one that continues a `FrozenSAE`, and both at inference.
 
-SAELens takes seconds to import and is optional, so that its types are not named here.
+SAELens takes seconds to import and is optional, so its types are not named here.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from dspa.saes.frozen import FrozenSAE
 
-# Thresholds that are so many times the median, or such a part of it, do not become units.
+# Thresholds more than FAR times the median, or less than 1 / FAR of it, do not become units.
 FAR = 16.0
 
 
 def new_sae(d_in: int, d_sae: int, k: float, *, seed: int, threshold_lr: float, metadata: dict[str, Any]) -> Any:
-    """An untrained `BatchTopKTrainingSAE`, on the CPU, so that a seed means the same on every device."""
+    """Return an untrained `BatchTopKTrainingSAE`, on the CPU, so that a seed means the same on every device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _training_sae(d_in, d_sae, k, threshold_lr, metadata)
@@ -25,12 +25,12 @@ def new_sae(d_in: int, d_sae: int, k: float, *, seed: int, threshold_lr: float, 
 
 @torch.no_grad()
 def started_sae(start: FrozenSAE, k: float, *, scale: float, threshold_lr: float, metadata: dict[str, Any]) -> Any:
-    """A `BatchTopKTrainingSAE`, on the CPU, that does for `scale` times an input what `start` does for that input,
-    normalisation aside.
+    """Return a `BatchTopKTrainingSAE`, on the CPU, that continues `start`.
 
-    BatchTopK has one threshold for all latents, so that each is put into units in which its own is the median one;
-    its decoder row takes the scale up. A latent whose threshold is 0, infinite or far from the others', which would
-    be lost in such units, gets those of a decoder row of norm 1.
+    Apart from normalisation, it does for `scale` times an input what `start` does for that input. BatchTopK has one
+    threshold for all latents, so each latent is put into units in which its own threshold is the median one, and its
+    decoder row absorbs the scale. A latent whose threshold is 0, infinite or far from the others' would be lost in such
+    units. It gets those of a decoder row of norm 1.
     """
     norm = start.W_dec.norm(dim=1).clamp(min=1e-8)
     threshold = start.threshold * norm
@@ -59,18 +59,20 @@ def _training_sae(
 
 @torch.no_grad()
 def begin_threshold(sae: Any, rows: Tensor) -> None:
-    """Begin the running mean of the threshold, else 0, with the one that keeps `k` latents of `rows` [N, d_in]."""
+    """Set the running mean of the threshold, otherwise 0, to the one that keeps `k` latents of `rows` [N, d_in]."""
     f = sae.encode(rows)
     sae.topk_threshold.fill_(f[f > 0].min())
 
 
 @torch.no_grad()
 def jumprelu(sae: Any, *, scale: float, normalize_activations: str) -> Any:
-    """The `JumpReLUSAE`, on the CPU, that a `BatchTopKTrainingSAE` of inputs times `scale` is at inference, for inputs
-    as they are. Its decoder rows have norm 1."""
+    """Return the `JumpReLUSAE`, on the CPU, that a `BatchTopKTrainingSAE` is at inference.
+
+    The one was trained on inputs times `scale`, the other is for inputs as they are. Its decoder rows have norm 1.
+    """
     from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 
-    made = JumpReLUSAE(
+    inference = JumpReLUSAE(
         JumpReLUSAEConfig(
             d_in=sae.cfg.d_in,
             d_sae=sae.cfg.d_sae,
@@ -82,9 +84,9 @@ def jumprelu(sae: Any, *, scale: float, normalize_activations: str) -> Any:
     norm = sae.get_W_dec_norm()
     # With rescaling, latents are compared as if of norm 1 already.
     threshold = sae.topk_threshold * (1 if sae.cfg.rescale_acts_by_decoder_norm else norm)
-    made.W_enc.copy_(sae.W_enc * norm)
-    made.b_enc.copy_(sae.b_enc * norm / scale)
-    made.W_dec.copy_(sae.W_dec / norm[:, None])
-    made.b_dec.copy_(sae.b_dec / scale)
-    made.threshold.copy_(threshold / scale)
-    return made
+    inference.W_enc.copy_(sae.W_enc * norm)
+    inference.b_enc.copy_(sae.b_enc * norm / scale)
+    inference.W_dec.copy_(sae.W_dec / norm[:, None])
+    inference.b_dec.copy_(sae.b_dec / scale)
+    inference.threshold.copy_(threshold / scale)
+    return inference

@@ -1,6 +1,6 @@
 """Files that hold an SAE: SAELens folders, Gemma Scope's `params.npz`, dictionary_learning's `ae.pt`.
 
-A reader gives an SAE as its maker stored it, with SAELens' names and shapes; `FrozenSAE` checks and folds it.
+A reader returns an SAE as its maker stored it, with SAELens' names and shapes. `FrozenSAE` checks and folds it.
 Nothing is ever unpickled except tensors, through `torch.load(weights_only=True)`.
 """
 
@@ -25,7 +25,7 @@ SAE_LENS_WEIGHTS = "sae_weights.safetensors"
 GEMMA_SCOPE_WEIGHTS = "params.npz"
 DICTIONARY_WEIGHTS = "ae.pt"
 DICTIONARY_CONFIG = "config.json"
-# The entry of a SAELens folder's metadata in which `FrozenSAE.save` says what it wrote.
+# The entry of a SAELens folder's metadata in which `FrozenSAE.save` records what it wrote.
 RECORD = "dspa"
 
 COMMON = frozenset({"W_enc", "W_dec", "b_dec"})
@@ -35,7 +35,7 @@ SAE_LENS_TENSORS = {
     "topk": COMMON | {"b_enc"},
     "gated": COMMON | {"b_gate", "b_mag", "r_mag"},
 }
-# dictionary_learning's names, and whether its `nn.Linear` keeps the matrix transposed.
+# Tensors of dictionary_learning: SAELens' name, and True if its `nn.Linear` holds the matrix transposed.
 RENAMED = {
     "encoder.weight": ("W_enc", True),
     "encoder.bias": ("b_enc", False),
@@ -56,8 +56,11 @@ RESIDUAL_HOOKS = (
 class SourceSAE:
     """An SAE as its maker stored it, nothing folded.
 
-    `tensors` have SAELens' names and shapes; arch "gated" has `b_gate`, `b_mag`, `r_mag` instead of `b_enc`.
-    `name` says in messages where it came from. `record` is what `FrozenSAE.save` wrote about it.
+    Attributes:
+        name: where it came from, for messages.
+        arch: "standard", "jumprelu", "topk" or "gated".
+        tensors: SAELens' names and shapes. A gated SAE has `b_gate`, `b_mag` and `r_mag` instead of `b_enc`.
+        record: what `FrozenSAE.save` wrote about it.
     """
 
     name: str
@@ -74,7 +77,7 @@ class SourceSAE:
 
 @dataclass(frozen=True)
 class _DictClass:
-    """A class of dictionary_learning: what becomes of it at inference, and the keys of its state dict."""
+    """A class of dictionary_learning: its architecture at inference, and the keys of its state dict."""
 
     arch: str
     required: frozenset[str]
@@ -85,7 +88,7 @@ class _DictClass:
 _LINEAR = frozenset({"encoder.weight", "encoder.bias", "decoder.weight"})
 _MATRICES = COMMON | {"b_enc", "threshold"}
 _GATED = frozenset({"encoder.weight", "decoder.weight", "decoder_bias", "gate_bias", "mag_bias", "r_mag"})
-# Read as stored, like SAELens does; dictionary_learning's own AutoEncoder.from_pretrained also normalises W_dec.
+# Read as stored, like SAELens does. dictionary_learning's own AutoEncoder.from_pretrained also normalises W_dec.
 DICT_CLASSES = {
     "AutoEncoder": _DictClass("standard", _LINEAR | {"bias"}),
     "AutoEncoderTopK": _DictClass("topk", _LINEAR | {"b_dec"}, frozenset({"k", "threshold"})),
@@ -97,9 +100,14 @@ DICT_CLASSES = {
 
 
 def read_sae(path: Path, dict_class: str | None = None) -> SourceSAE:
-    """The SAE in a folder or file: SAELens, Gemma Scope or dictionary_learning, told apart by file names.
+    """Read the SAE in a folder or file of SAELens, Gemma Scope or dictionary_learning. The file's name decides which.
 
-    `dict_class` names the class of an `ae.pt` that has no `config.json` beside it. Errors: `SAEError`.
+    Args:
+        path: the folder or file.
+        dict_class: class of an `ae.pt` that has no `config.json` next to it.
+
+    Raises:
+        SAEError: a file that cannot be read, or is none of these.
     """
     file = _weights_file(path)
     if file.suffix == ".safetensors":
@@ -119,7 +127,7 @@ def write_sae_lens(folder: Path, sae: SourceSAE) -> None:
         "architecture": sae.arch,
         "d_in": d_in,
         "d_sae": d_sae,
-        # SAELens converts every tensor to this; that of the biases and thresholds rounds nothing.
+        # SAELens converts every tensor to this dtype. That of the biases and thresholds rounds nothing.
         "dtype": str(sae.tensors["b_enc"].dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": False,
@@ -130,14 +138,22 @@ def write_sae_lens(folder: Path, sae: SourceSAE) -> None:
     if sae.arch == "topk":
         cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({n: t.cpu().contiguous() for n, t in sae.tensors.items()}, folder / SAE_LENS_WEIGHTS)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in sae.tensors.items()}
+    save_file(tensors, folder / SAE_LENS_WEIGHTS)
     (folder / SAE_LENS_CONFIG).write_text(json.dumps(cfg, indent=2) + "\n", encoding="utf-8")
 
 
 def layer_of_hook(name: str, hook: str) -> int:
-    """The decoder layer whose output is the residual stream at `hook`, as SAE `name` calls its place.
+    """Return the decoder layer whose output is the residual stream at a hook.
 
-    `hook_resid_pre` of a block is the output of the layer before it. Errors: `SAEError` for any other place.
+    `hook_resid_pre` of a block is the output of the layer before it.
+
+    Args:
+        name: name of the SAE in messages.
+        hook: its place in the model, as the SAE calls it.
+
+    Raises:
+        SAEError: any other place.
     """
     match = next(filter(None, (re.fullmatch(pattern, hook) for pattern in RESIDUAL_HOOKS)), None)
     layer = -1 if match is None else int(match[1]) - hook.endswith("hook_resid_pre")
@@ -154,7 +170,16 @@ def layer_of_hook(name: str, hook: str) -> int:
 
 
 def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SourceSAE:
-    """What SAELens' configuration (version 6, or the flat one before it) and state dict say of an SAE."""
+    """Return the SAE of a configuration and state dict of SAELens.
+
+    Args:
+        name: name of the SAE in messages.
+        cfg: configuration of version 6, or the flat one before it.
+        tensors: the state dict.
+
+    Raises:
+        SAEError: an SAE that `FrozenSAE` cannot be.
+    """
     metadata = {**cfg, **_section(name, cfg, "metadata", {})}
     activation = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
     arch = "topk" if activation == "topk" else cfg.get("architecture", "standard")
@@ -164,15 +189,15 @@ def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Ten
             f"{name}: the architecture",
             repr(arch),
             ", ".join(SAE_LENS_TENSORS),
-            "A batchtopk or matryoshka_batchtopk SAE that was just trained: save_inference_model() makes a "
-            "jumprelu SAE of it. Transcoders and the like do not edit a residual stream through one decoder.",
+            "For a batchtopk or matryoshka_batchtopk SAE that was just trained, save_inference_model() makes a "
+            "jumprelu SAE. Transcoders and the like do not edit a residual stream through one decoder.",
         )
     if activation not in ("relu", "topk"):
         raise refusal(SAEError, f"{name}: the activation function", repr(activation), "relu, topk")
     if cfg.get("reshape_activations", "none") != "none":
         raise refusal(SAEError, f"{name}: reshape_activations", repr(cfg["reshape_activations"]), "none")
-    # Written as ones for a while, and meaning nothing then.
-    tensors = {n: t for n, t in tensors.items() if n != "scaling_factor" or bool((t != 1).any())}
+    # Some versions wrote it as ones, which have no effect.
+    tensors = {key: t for key, t in tensors.items() if key != "scaling_factor" or bool((t != 1).any())}
     _check_names(name, tensors, SAE_LENS_TENSORS[arch])
     stated = [cfg.get("d_in"), cfg.get("d_sae")]
     if None not in stated and stated != list(tensors["W_enc"].shape):
@@ -199,11 +224,11 @@ def _weights_file(path: Path) -> Path:
     names = (SAE_LENS_WEIGHTS, GEMMA_SCOPE_WEIGHTS, DICTIONARY_WEIGHTS)
     accepted = f"a folder with one of {', '.join(names)}, or the path of such a file"
     if path.is_dir():
-        found = [path / name for name in names if (path / name).is_file()]
-        if len(found) == 1:
-            return found[0]
-        held = sorted(each.name for each in path.iterdir())[:8]
-        raise refusal(SAEError, str(path), f"a folder with {len(found)} of these ({held})", accepted, "Name the file.")
+        files = [path / name for name in names if (path / name).is_file()]
+        if len(files) == 1:
+            return files[0]
+        held = sorted(entry.name for entry in path.iterdir())[:8]
+        raise refusal(SAEError, str(path), f"a folder with {len(files)} of these ({held})", accepted, "Name the file.")
     if not path.exists():
         raise refusal(SAEError, str(path), "not there", accepted, "For an SAE on a hub: FrozenSAE.from_pretrained.")
     if path.name == SAE_LENS_CONFIG:
@@ -230,13 +255,13 @@ def _read_gemma_scope(file: Path) -> SourceSAE:
 
 def _read_dictionary(file: Path, dict_class: str | None) -> SourceSAE:
     state = _read(file, lambda path: torch.load(path, map_location="cpu", weights_only=True))
-    if not isinstance(state, dict) or not all(isinstance(each, Tensor) for each in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         held = f"a dict of {', '.join(map(str, state))}" if isinstance(state, dict) else type(state).__name__
         raise refusal(
             SAEError, str(file), held, "a state dict of tensors", "Save ae.state_dict(), not a training backup."
         )
-    beside = file.with_name(DICTIONARY_CONFIG)
-    trainer = _section(str(beside), _read_json(beside), "trainer") if beside.is_file() else {}
+    config = file.with_name(DICTIONARY_CONFIG)
+    trainer = _section(str(config), _read_json(config), "trainer") if config.is_file() else {}
     name = _agreed(file, "dict_class", dict_class, trainer.get("dict_class")) or _inferred_class(file, state)
     if name not in DICT_CLASSES:
         raise refusal(SAEError, f"{file}: the class", name, ", ".join(DICT_CLASSES))
@@ -251,7 +276,7 @@ def _read_dictionary(file: Path, dict_class: str | None) -> SourceSAE:
         arch=kind.arch,
         tensors={n: t for n, t in tensors.items() if n in SAE_LENS_TENSORS[kind.arch]},
         k=_agreed(file, "k", k, trainer.get("k")) if kind.arch == "topk" else None,
-        layer=_dictionary_layer(beside, trainer),
+        layer=_dictionary_layer(config, trainer),
         model_name=trainer.get("lm_name"),
         apply_b_dec_to_input=kind.apply_b_dec_to_input,
     )
@@ -259,9 +284,9 @@ def _read_dictionary(file: Path, dict_class: str | None) -> SourceSAE:
 
 def _inferred_class(file: Path, state: Collection[str]) -> str:
     names = set(state)
-    fitting = [n for n, kind in DICT_CLASSES.items() if kind.required <= names <= kind.required | kind.optional]
+    fitting = [name for name, kind in DICT_CLASSES.items() if kind.required <= names <= kind.required | kind.optional]
     if len(fitting) != 1:
-        held = f"the tensors {', '.join(sorted(names))} and no class in a {DICTIONARY_CONFIG} beside it"
+        held = f"the tensors {', '.join(sorted(names))} and no class in a {DICTIONARY_CONFIG} next to it"
         accepted = f"the class by name: dict_class= one of {', '.join(fitting or DICT_CLASSES)}"
         raise refusal(SAEError, f"{file}: what it is", f"not certain, from {held}", accepted)
     return fitting[0]
@@ -290,7 +315,8 @@ def _dictionary_layer(config: Path, trainer: Mapping[str, Any]) -> int | None:
 
 def _agreed(file: Path, name: str, first: Any, second: Any) -> Any:
     if None not in (first, second) and first != second:
-        raise SAEError(f"{file}: `{name}` is {first!r} and {second!r}; accepted: one of them. Correct the wrong one.")
+        got = f"{first!r} and {second!r}"
+        raise refusal(SAEError, f"{file}: `{name}`", got, "one of them", "Correct the wrong one.")
     return second if first is None else first
 
 
@@ -320,10 +346,10 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _read(file: Path, reader: Callable[[Path], Any]) -> Any:
     if not file.is_file():
-        raise refusal(SAEError, str(file), "not there", "the file that belongs to the rest of the SAE beside it")
+        raise refusal(SAEError, str(file), "not there", "the file that belongs to the SAE's other file")
     try:
         return reader(file)
-    # Four formats, each with errors of its own; whatever they are, the file is the reason.
+    # Each of the four formats has its own errors. Whatever they are, the file is the reason.
     except Exception as error:
         raise refusal(
             SAEError,

@@ -1,4 +1,4 @@
-"""Does an SAE fit a model?"""
+"""Checks that SAEs fit a model: its layers, its width and its name."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from dspa.saes.frozen import FrozenSAE
 
 
 def check_saes(
-    sae_in: FrozenSAE, sae_out: FrozenSAE, model: nn.Module, n_layers: int, called: str | None = None
+    sae_in: FrozenSAE, sae_out: FrozenSAE, model: nn.Module, n_layers: int, model_name: str | None = None
 ) -> None:
-    """Raise unless both SAEs can sit at their layers of `model`, the input SAE first.
+    """Raise `ModelError` unless both SAEs fit their layers of `model`, the input SAE first.
 
-    `called` is what the model is, where its own name or path does not tell.
+    Args:
+        sae_in: the input SAE.
+        sae_out: the output SAE.
+        model: a transformers model, or one in a PEFT wrapper.
+        n_layers: its number of decoder layers.
+        model_name: name of the model, if its own name or path does not give it.
     """
     for name, sae in (("sae_in", sae_in), ("sae_out", sae_out)):
-        check_sae(name, sae, model, n_layers, called)
+        check_sae(name, sae, model, n_layers, model_name)
     if required_layer(sae_in) >= required_layer(sae_out):
         raise ModelError(
             f"The input SAE sits at layer {sae_in.layer} and the output SAE at layer {sae_out.layer}. The input SAE "
@@ -26,24 +31,24 @@ def check_saes(
 
 
 def required_layer(sae: FrozenSAE) -> int:
-    """The layer of an SAE that has to say one."""
+    """Return the layer of `sae`; raise `ModelError` if it does not say one."""
     if sae.layer is None:
         raise ModelError(f"{sae!r} does not say its layer. Load it with FrozenSAE.load(path, layer=...).")
     return sae.layer
 
 
-def check_sae(name: str, sae: FrozenSAE, model: nn.Module, n_layers: int, called: str | None) -> None:
-    """Raise unless the SAE can sit at its layer of `model`."""
+def check_sae(name: str, sae: FrozenSAE, model: nn.Module, n_layers: int, model_name: str | None) -> None:
+    """Raise `ModelError` unless `sae` fits its layer of `model`. `name` is its name in messages."""
     if not 0 <= required_layer(sae) < n_layers:
         raise ModelError(f"`{name}` sits at layer {sae.layer}; accepted: 0 to {n_layers - 1}, the model's layers.")
-    check_made_for(name, sae, model, called)
+    check_made_for(name, sae, model, model_name)
 
 
-def check_made_for(name: str, sae: FrozenSAE, model: nn.Module, called: str | None) -> None:
-    """Raise unless an SAE is of the width of `model`, and was not made for another one."""
+def check_made_for(name: str, sae: FrozenSAE, model: nn.Module, model_name: str | None) -> None:
+    """Raise `ModelError` unless `sae` has the width of `model` and was not made for another one."""
     if sae.d_in != hidden_size(model):
         raise ModelError(
             f"`{name}` reads {sae.d_in} dimensions and the model's hidden size is {hidden_size(model)}: it is an SAE "
             "of another model."
         )
-    check_model_name(f"`{name}` was made for", sae.model_name or "", called or loaded_name(model))
+    check_model_name(f"`{name}` was made for", sae.model_name or "", model_name or loaded_name(model))

@@ -9,16 +9,20 @@ from torch import Tensor
 
 from dspa.saes.frozen import FrozenSAE
 
-# Latents that are held at once where an SAE is looked at.
+# Latents that are held at once while an SAE is evaluated.
 LATENTS_PER_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How well an SAE does on N rows x [N, d_in] with its reconstructions x'.
+    """Quality of an SAE on N rows x [N, d_in] with its reconstructions x'.
 
-    explained_variance: `1 - sum (x - x')^2 / sum (x - mean x)^2`; l0: active latents a row, on average; dead: latents
-    that are active on none of these rows; mse: `(x - x')^2`, summed over d_in, mean over rows, as SAELens' loss.
+    Attributes:
+        explained_variance: `1 - sum (x - x')^2 / sum (x - mean x)^2`.
+        l0: mean number of active latents per row.
+        dead: number of latents that are active on none of these rows.
+        mse: `(x - x')^2`, summed over d_in, mean over rows, as SAELens' loss.
+        n_tokens: number of rows.
     """
 
     explained_variance: float
@@ -30,7 +34,12 @@ class Quality:
 
 @torch.no_grad()
 def evaluate_sae(sae: FrozenSAE, rows: Tensor) -> Quality:
-    """The quality of `sae` on residuals `rows` [N, d_in], not all alike, of any float dtype, on the SAE's device."""
+    """Return the quality of `sae` on residuals.
+
+    Args:
+        sae: the SAE.
+        rows: residuals [N, d_in], not all the same, of any float dtype, on the SAE's device.
+    """
     active = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.device)
     mean = rows.double().mean(dim=0)
     error = variance = 0.0

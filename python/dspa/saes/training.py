@@ -1,7 +1,7 @@
 """Train an SAE for one layer of a model, or fine-tune one, with SAELens' trainer on streamed activations.
 
 Both train a BatchTopK SAE and save what it is at inference: a JumpReLU SAE, in a SAELens folder. A training that was
-stopped goes on from its last checkpoint to what it would have become.
+stopped goes on from its last checkpoint to the result that it would have had.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dspa.data.texts import TextFile
-from dspa.errors import ModelError, TrainingError
+from dspa.errors import ModelError, TrainingError, refusal
 from dspa.models.layers import base_model, check_eval, context_length, decoder_layers, loaded_name
 from dspa.saes.activations import Activations, Position
 from dspa.saes.batchtopk import begin_threshold, jumprelu, new_sae, started_sae
@@ -33,6 +33,7 @@ from dspa.saes.placement import check_made_for, required_layer
 from dspa.saes.quality import Quality, evaluate_sae
 from dspa.training_folder import History, TrainingFolder
 
+# Entries in the history of a training.
 REPORTS = 100
 
 
@@ -53,19 +54,25 @@ def train_sae(
     """Train a new SAE on the residuals at the output of a decoder layer.
 
     Args:
-        model, tokenizer: the model, in evaluation mode.
+        model: a transformers model, or one in a PEFT wrapper, in evaluation mode.
+        tokenizer: its tokenizer.
         texts: a `TextFile`, or the path of one: plain text, JSON Lines with `text`, or preference triples.
-        layer: from 0.
-        out: the folder to write, a new one or one in which the same training was stopped. Beside the SAE there is
-            `training.json`: settings, the quality on held-out tokens before and after, and what was reported between.
-        d_sae: latents. k: active latents a token, on average over a batch.
-        progress: show a bar with loss, explained variance, L0 and dead latents of the latest batch looked at.
-        layers, model_name: as for `Steering.attach`.
+        layer: the decoder layer, from 0.
+        out: the folder to write, a new one or one in which the same training was stopped. It gets the SAE and
+            `training.json`, with the settings, the quality on held-out tokens before and after, and the history.
+        d_sae: number of latents.
+        k: active latents per token, on average over a batch.
+        config: settings of the training.
+        progress: show a bar with loss, explained variance, L0 and dead latents of the latest reported batch.
+        layers: dotted path of the list of decoder layers, for an unknown architecture.
+        model_name: name of the model, if its own name or path does not give it.
 
     Raises:
-        TextError, PreferenceError: a bad file. TrainingError: an `out` with something else, or a `k` out of range.
-        ModelError: no such layer, a model in training mode, hidden states that are not finite.
+        ModelError: no such layer, a model in training mode, or hidden states that are not finite.
+        PreferenceError: a file of triples that cannot be used.
         RuntimeError: sae-lens is not installed.
+        TextError: a file that cannot be used.
+        TrainingError: an `out` with something else, or a `k` out of range.
     """
     _check_k(k, d_sae)
     job = _prepare(model, tokenizer, texts, layer, out, config, layers, model_name, d_sae=d_sae, k=k)
@@ -86,14 +93,29 @@ def finetune_sae(
     layers: str | None = None,
     model_name: str | None = None,
 ) -> FrozenSAE:
-    """Go on training `sae`, of any architecture, on the residuals at its layer.
+    """Continue to train `sae`, of any architecture, on the residuals at its layer.
 
-    It becomes a BatchTopK SAE that keeps `k` latents a token on average: its own L0 on a sample of the text, if None.
-    Thresholds that differ between latents go along, as the scale of each latent. An SAE that normalises its input is
-    trained on what it normalises to. The rest is as for `train_sae`, and so is what is raised.
+    It becomes a BatchTopK SAE. Thresholds that differ between latents are kept, as the scale of each latent. An SAE
+    that normalises its input is trained on the normalised input.
+
+    Args:
+        model: as for `train_sae`.
+        tokenizer: as for `train_sae`.
+        texts: as for `train_sae`.
+        sae: the SAE to start from.
+        out: as for `train_sae`.
+        k: active latents per token, on average over a batch. By default the L0 of `sae` on a sample of the text.
+        config: as for `train_sae`.
+        progress: as for `train_sae`.
+        layers: as for `train_sae`.
+        model_name: as for `train_sae`.
 
     Raises:
-        ModelError: an SAE that does not say its layer, or of another model.
+        ModelError: as for `train_sae`, an SAE that does not say its layer, or one of another model.
+        PreferenceError: as for `train_sae`.
+        RuntimeError: as for `train_sae`.
+        TextError: as for `train_sae`.
+        TrainingError: as for `train_sae`.
     """
     if k is not None:
         _check_k(k, sae.d_sae)
@@ -102,29 +124,34 @@ def finetune_sae(
     )
     start = sae.to(job.held_out.device, torch.float32)
     k = evaluate_sae(start, job.sample).l0 if k is None else k
-    _check_k(k, sae.d_sae, " It is the L0 of `sae` on these tokens: is it the SAE of this layer? Or give k.")
+    _check_k(k, sae.d_sae, "It is the L0 of `sae` on these tokens: is it the SAE of this layer? Or pass k.")
     before = evaluate_sae(start, job.held_out)
     return _fit(job, started_sae(start, k, scale=job.scale, **job.shared()), before, progress)
 
 
 def read_qualities(out: str | Path) -> dict[str, Quality]:
-    """The quality on held-out tokens "before" and "after" a finished training, from its folder."""
+    """Return the quality on held-out tokens "before" and "after" a finished training, from its folder."""
     record = TrainingFolder(Path(out)).read()
     return {when: Quality(**record[when]) for when in ("before", "after")}
 
 
 def _check_k(k: float, d_sae: int, advice: str = "") -> None:
     if not 1 <= k <= d_sae:
-        raise TrainingError(f"`k` is {k!r}; accepted: 1 to d_sae = {d_sae}.{advice}")
+        raise refusal(TrainingError, "`k`", repr(k), f"1 to d_sae = {d_sae}", advice)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What a training is made with.
+    """A training that is checked and about to begin.
 
-    held_out [N, d_in]: residuals to report on. sample [N, d_in]: some that are trained on, from which the training
-    begins. `read` is what the SAE makes of residuals [N, d_in] before it encodes them, fp32; `scale` brings that to a
-    mean norm of sqrt(d_in), in which a rate means the same for any model.
+    Attributes:
+        batches: batches of residuals [batch_size, d_in] from a place in the stream on.
+        held_out: residuals to report on [N, d_in].
+        sample: some of the residuals that are trained on [N, d_in].
+        normalize: normalisation of the input at inference.
+        read: function that gives what the SAE encodes of residuals [N, d_in], fp32.
+        scale: factor to a mean norm of sqrt(d_in), at which a learning rate means the same for any model.
+        metadata: metadata of the saved SAE.
     """
 
     config: SAETrainingConfig
@@ -138,16 +165,16 @@ class _Job:
     metadata: dict[str, Any]
 
     def shared(self) -> dict[str, Any]:
-        """What new and started SAEs are both told."""
-        # The threshold is a running mean, of which a short training should not keep the beginning.
+        """Return the arguments that new and started SAEs share."""
+        # The threshold is a running mean. A short training should not keep its beginning.
         return {"threshold_lr": min(1.0, max(0.01, 10 / self.config.n_steps)), "metadata": self.metadata}
 
     def frozen(self, sae: Any) -> FrozenSAE:
-        """A training SAE as it is at inference."""
+        """Return a training SAE as it is at inference."""
         return FrozenSAE.from_sae_lens(self.inference(sae)).to(self.held_out.device)
 
     def inference(self, sae: Any) -> Any:
-        """A training SAE as SAELens saves it."""
+        """Return a training SAE as SAELens saves it."""
         return jumprelu(sae, scale=self.scale, normalize_activations=self.normalize)
 
 
@@ -165,17 +192,17 @@ def _prepare(
     k: float | None,
     start: FrozenSAE | None = None,
 ) -> _Job:
-    """Check everything, claim the folder, and read the first rows."""
+    """Check the arguments, claim the folder, and read the first rows."""
     if find_spec("sae_lens") is None:
         raise RuntimeError('Training an SAE needs sae-lens: pip install "dspa-kernels[saelens]".')
     config, inner, folder = config or SAETrainingConfig(), base_model(model), TrainingFolder(Path(out))
-    called = model_name or loaded_name(inner)
-    _check_model(inner, layer, layers, start, called)
+    model_name = model_name or loaded_name(inner)
+    _check_model(inner, layer, layers, start, model_name)
     folder.check()
     file = texts if isinstance(texts, TextFile) else TextFile(texts)
     max_length = min(config.max_length, context_length(inner) or config.max_length)
     settings = {
-        "model_name": called,
+        "model_name": model_name,
         "model_dtype": str(inner.dtype),
         "layer": layer,
         "sae": start.fingerprint if start else None,
@@ -201,7 +228,7 @@ def _prepare(
     sample = torch.cat([rows for _, rows in islice(batches(None), n_sampled)])
     read = start.to(sample.device, torch.float32).normalise if start else Tensor.float
     metadata = {
-        "model_name": called or None,
+        "model_name": model_name or None,
         "hook_name": f"blocks.{layer}.hook_resid_post",
         "context_size": max_length,
         "prepend_bos": tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id],
@@ -221,17 +248,17 @@ def _prepare(
     )
 
 
-def _check_model(model: nn.Module, layer: int, layers: str | None, start: FrozenSAE | None, called: str) -> None:
+def _check_model(model: nn.Module, layer: int, layers: str | None, start: FrozenSAE | None, model_name: str) -> None:
     check_eval(model)
     n_layers = len(decoder_layers(model, layers))
     if not 0 <= layer < n_layers:
-        raise ModelError(f"`layer` is {layer!r}; accepted: 0 to {n_layers - 1}, the model's layers.")
+        raise refusal(ModelError, "`layer`", repr(layer), f"0 to {n_layers - 1}, the model's layers")
     if start is not None:
-        check_made_for("sae", start, model, called)
+        check_made_for("sae", start, model, model_name)
 
 
 def _fit(job: _Job, sae: Any, before: Quality | None, progress: bool) -> FrozenSAE:
-    """Train `sae` from where it stands or was stopped, and save what it is at inference."""
+    """Train `sae` from its start or its checkpoint, and save what it is at inference."""
     config, total = job.config, job.config.n_steps * job.config.batch_size
     sae.to(job.held_out.device)
     begin_threshold(sae, job.read(job.sample[: config.batch_size]) * job.scale)
@@ -253,9 +280,9 @@ def _fit(job: _Job, sae: Any, before: Quality | None, progress: bool) -> FrozenS
             if trainer.n_training_steps % config.checkpoint_every == 0:
                 save_checkpoint(job.folder, trainer, position, history)
     after = evaluate_sae(job.frozen(sae), job.held_out)
-    made = job.inference(sae)
-    made.cfg.metadata.l0, made.cfg.metadata.num_dead_features = after.l0, after.dead
-    made.save_model(job.folder.path)
+    inference = job.inference(sae)
+    inference.cfg.metadata.l0, inference.cfg.metadata.num_dead_features = after.l0, after.dead
+    inference.save_model(job.folder.path)
     job.folder.finish({"before": asdict(before), "after": asdict(after), "history": history})
     return FrozenSAE.load(job.folder.path, device=job.held_out.device)
 
@@ -274,24 +301,24 @@ def _trainer(config: SAETrainingConfig, sae: Any) -> Any:
         dead_feature_window=config.dead_feature_window,
         device=str(sae.device),
     )
-    # Rows are handed to `step`, one batch at a time.
+    # `step` gets the rows, one batch at a time.
     return SAETrainer(schedule, sae, iter(()))
 
 
 def _report(trainer: Any, output: Any) -> dict[str, float]:
-    """How the latest batch went, in the units of the training."""
-    seen = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
+    """Return the numbers of the latest batch, in the units of the training."""
+    log = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
     return {
         "tokens": trainer.n_training_samples,
-        "loss": seen["losses/overall_loss"],
-        "explained_variance": seen["metrics/explained_variance"],
-        "l0": seen["metrics/l0"],
-        "dead": seen["sparsity/dead_features"],
+        "loss": log["losses/overall_loss"],
+        "explained_variance": log["metrics/explained_variance"],
+        "l0": log["metrics/l0"],
+        "dead": log["sparsity/dead_features"],
     }
 
 
 def save_checkpoint(folder: TrainingFolder, trainer: Any, position: Position, history: History) -> None:
-    """Keep all that decides how an `SAETrainer` goes on, in the place of the checkpoint before."""
+    """Save the state of an `SAETrainer`, its place in the stream and its history, in place of the checkpoint before."""
     partial = folder.partial
     shutil.rmtree(partial, ignore_errors=True)
     trainer.save_trainer_state(partial)
@@ -302,7 +329,11 @@ def save_checkpoint(folder: TrainingFolder, trainer: Any, position: Position, hi
 
 
 def restore_checkpoint(folder: TrainingFolder, trainer: Any) -> tuple[Position | None, History]:
-    """Set `trainer` back to the newest checkpoint, if there is one: the place in the stream, and the history."""
+    """Set `trainer` back to the newest checkpoint, if there is one. Returns its place in the stream and its history.
+
+    Raises:
+        TrainingError: a damaged checkpoint.
+    """
     checkpoints = folder.checkpoints()
     if not checkpoints:
         return None, []
@@ -313,8 +344,8 @@ def restore_checkpoint(folder: TrainingFolder, trainer: Any) -> tuple[Position |
         trainer.sae.load_state_dict(load_file(newest / "sae.safetensors"))
         stream = json.loads((newest / "stream.json").read_text(encoding="utf-8"))
         return Position(**stream["position"]), stream["history"]
-    # Three formats, each with errors of its own, and torch's would advise to unpickle what is not trusted.
+    # Each of the three formats has its own errors, and torch's would advise to unpickle what is not trusted.
     except Exception as error:
         raise TrainingError(
-            f"The checkpoint {newest} is damaged ({type(error).__name__}). Delete it, and the training begins again."
+            f"The checkpoint {newest} is damaged ({type(error).__name__}). Delete it, then the training begins again."
         ) from error

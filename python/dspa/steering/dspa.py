@@ -1,4 +1,4 @@
-"""DSPA online: choose each prompt's latents, then edit each token where they are active."""
+"""The online part of DSPA: choose the latents of each prompt, then edit each token where they are active."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dspa.config import SteeringConfig
-from dspa.errors import ModelError
+from dspa.errors import ModelError, refusal
 from dspa.maps.cdmap import N_LARGE, ConditionalDifferenceMap
 from dspa.models.attachment import Attachable, Attachment
 from dspa.models.layers import (
@@ -42,14 +42,14 @@ from dspa_kernels import (
     steer,
 )
 
-# What a number of `Steering.paths` counts.
+# What the numbers of `Steering.paths` count.
 COUNTED = (*PATHS, "encoder_rows_read")
-# What runs once a prompt; a backend may have kernels for the tokens after it alone.
+# What runs once per prompt. A backend may have kernels only for the tokens after it.
 PROMPT_OPS = ("activation_counts", "map_lookup")
 
 
 class Steering(Attachable, nn.Module):
-    """Steers a model's `generate()` while attached, without touching its weights.
+    """Steering of a model's `generate()` while attached, without touching its weights.
 
     ```python
     with dspa.Steering(sae_in, sae_out, cdmap).attach(model):
@@ -68,17 +68,20 @@ class Steering(Attachable, nn.Module):
 
     Args:
         sae_in, sae_out: the SAEs that the map was made with.
-        cdmap: the conditional-difference map. For one with a calibration, a second copy of the output SAE's encoder
-            is kept, its rows in the order of the hot latents.
-        config: how to steer.
-        backend: "auto", "reference", "triton" or "cuda", which has no kernels for prompts: "auto" reads them.
-        record: keep a record of every edit in `trace`. It tells each edited token's largest latent, and so costs a
+        cdmap: the conditional-difference map. If it has a calibration, a second copy of the output SAE's encoder is
+            kept, its rows in the order of the hot latents.
+        config: settings of steering.
+        backend: "auto", "reference", "triton" or "cuda". "cuda" has no kernels for prompts, which "auto" reads.
+        record: keep a record of every edit in `trace`. It holds each edited token's largest latent, and so costs a
             read of the whole encoder for every token with an active selected latent.
         screen: "none", or "int8": read an int8 copy of the output SAE's encoder first, and the encoder itself only
-            where the copy cannot tell. The same result; adds one byte for each number of the encoder.
+            if the copy does not decide. The result is the same. Adds one byte for each number of the encoder.
 
     Raises:
-        MapError: the map belongs to other SAEs. ModelError: layers that do not fit. ValueError: k too large.
+        BackendError: a backend that cannot run here.
+        MapError: the map belongs to other SAEs.
+        TypeError: an argument of another type.
+        ValueError: an unknown backend or screen, or a k larger than the width of its SAE.
     """
 
     _serial = itertools.count()
@@ -103,7 +106,7 @@ class Steering(Attachable, nn.Module):
             ("config", self.config, SteeringConfig),
         ):
             if not isinstance(value, kind):
-                raise TypeError(f"`{name}` is a {type(value).__name__}; accepted: a dspa.{kind.__name__}.")
+                raise refusal(TypeError, f"`{name}`", f"a {type(value).__name__}", f"a dspa.{kind.__name__}")
         _check_backend(backend)
         ops = () if backend == "auto" else available_backends()[backend].ops
         self._prompt_backends = {op: backend if op in ops else "auto" for op in PROMPT_OPS}
@@ -113,7 +116,7 @@ class Steering(Attachable, nn.Module):
             ("k_diff", self.config.k_diff, "output", sae_out.d_sae),
         ):
             if k > width:
-                raise ValueError(f"`{name}` is {k}; accepted: 1 to the {end} SAE's width, {width}.")
+                raise refusal(ValueError, f"`{name}`", k, f"1 to the {end} SAE's width, {width}")
         self.sae_in, self.sae_out, self.cdmap = sae_in, sae_out, cdmap
         self.backend, self.record, self.screen = backend, record, screen
         self.plan: SteeringPlan | None = None
@@ -127,21 +130,24 @@ class Steering(Attachable, nn.Module):
             self._paths = torch.zeros(len(COUNTED), dtype=torch.int64, device=sae_out.device)
 
     def extra_repr(self) -> str:
-        """One line for `print(steering)`."""
+        """Return one line for `print(steering)`."""
         added = self._stream.added_bytes(self.sae_out.weights) / 1e6
         return (
             f"layers {self.sae_in.layer} -> {self.sae_out.layer}, {len(self.cdmap.columns)} columns, "
-            f"{len(self.cdmap.hot)} hot latents, screen={self.screen!r}, {added:.1f} MB beside the SAE, {self.config}"
+            f"{len(self.cdmap.hot)} hot latents, screen={self.screen!r}, {added:.1f} MB added to the SAE, {self.config}"
         )
 
     @property
     def paths(self) -> dict[str, int]:
-        """What became of every row of hidden states that this Steering has met, and what it cost. Waits for the device.
+        """Number of rows of hidden states by what became of them, and what they cost. Waits for the device.
 
-        How many rows were "unsteered" (before the response, or padding), "not_finite", "inactive" (no selected latent
-        was active: left as they were), "settled" (all their selected latents went to 0, as a lower bound on the
-        largest latent told) and "streamed" (needed the largest latent itself); and "encoder_rows_read" in full for
-        the last, which depends on timing where it may stop early.
+        - "unsteered": before the response, or padding.
+        - "not_finite": NaN or infinite, left as they were.
+        - "inactive": no selected latent was active, left as they were.
+        - "settled": all selected latents went to 0, as a lower bound on the largest latent showed.
+        - "streamed": the largest latent itself was needed.
+        - "encoder_rows_read": encoder rows read in full for the streamed rows. It depends on timing if the read may
+          stop early.
         """
         return dict(zip(COUNTED, self._paths.tolist(), strict=True))
 
@@ -166,7 +172,10 @@ class Steering(Attachable, nn.Module):
             self._paths = self._paths.to(device_out)
 
     def _encoder_stream(self) -> EncoderStream:
-        """The output SAE's encoder as it is read for a largest latent: anew wherever it is, to share what it can."""
+        """Return the output SAE's encoder as it is read for a largest latent.
+
+        It is made anew on each device, so that it shares the tensors of the SAE there.
+        """
         mean = self.cdmap.mean if len(self.cdmap.mean) else None
         return EncoderStream.of(
             self.sae_out.weights, hot=self.cdmap.hot, n_large=N_LARGE, screen=self.screen, mean=mean
@@ -193,7 +202,7 @@ class Steering(Attachable, nn.Module):
         return [*super()._register_hooks(model, layer), plan]
 
     def _mark_static_addresses(self) -> None:
-        """Tell compiled graphs that these tensors stay where they are: a CUDA graph need not copy them."""
+        """Mark the tensors that stay at their addresses, so that a CUDA graph need not copy them."""
         tensors = (*self._stream.arguments().values(), *self._weights.latents().values(), self._paths)
         for tensor in tensors:
             if isinstance(tensor, Tensor):
@@ -201,10 +210,15 @@ class Steering(Attachable, nn.Module):
 
     @contextmanager
     def responses(self, starts: Sequence[int] | Tensor) -> Iterator[None]:
-        """Steer plain forward passes, whose row b has its first response token in column `starts[b]`.
+        """Steer plain forward passes over given responses (teacher forcing), within a `with` block.
 
-        For scoring given responses (teacher forcing): each pass gets whole sequences, prompt and response, with
-        an attention_mask where they are padded, and no cache.
+        Each pass gets whole sequences, prompt and response, with an attention_mask if they are padded, and no cache.
+
+        Args:
+            starts: column of each row's first response token [B].
+
+        Raises:
+            ModelError: this is not attached, or nothing was steered.
         """
         if self._attachment is None:
             raise ModelError("This Steering is not attached: call attach(model) first.")
@@ -219,11 +233,11 @@ class Steering(Attachable, nn.Module):
 
     @property
     def keywords(self) -> tuple[str, ...]:
-        """Names under which the plan travels through `generate()`."""
+        """Names of the keyword tensors that hold the plan in `generate()`."""
         return self._keys["slots"], self._keys["signs"], self._keys["start"]
 
     def keyword_tensors(self, prompts: Prompts) -> dict[str, Tensor]:
-        """Choose the latents of each prompt; returns the plan as keyword tensors, one row per prompt."""
+        """Return the plan of each prompt as keyword tensors, one row per prompt."""
         plan = self._plan_prompts(prompts)
         start = first_steered(prompts.last_position, self.config.positions)
         return dict(zip(self.keywords, (plan.slots, plan.signs, start), strict=True))
@@ -240,7 +254,7 @@ class Steering(Attachable, nn.Module):
             )
 
     def _plan_prompts(self, prompts: Prompts) -> SteeringPlan:
-        """Count the prompt's active latents at `l_in` and look their map rows up (steps 1 to 3)."""
+        """Return the plan of each prompt: count its active latents at `l_in`, look up their map rows (steps 1 to 3)."""
         assert self._attachment is not None
         check_eval(self._attachment.model)
         l_in = required_layer(self.sae_in)
@@ -272,7 +286,7 @@ class Steering(Attachable, nn.Module):
         if h.device != sae.device:
             raise ModelError(
                 f"Layer {sae.layer} computes on {h.device} and `{name}` is on {sae.device}. Move one of them, for "
-                f"instance steering.to({str(h.device)!r})."
+                f"example by steering.to({str(h.device)!r})."
             )
 
     def _before_forward(
@@ -283,8 +297,8 @@ class Steering(Attachable, nn.Module):
         if self._starts is None:
             raise ModelError(
                 "This model is steered and was called outside of generate(), or by it for another text (as with "
-                "guidance_scale), so it is not known where the response begins. Say so, `with "
-                "steering.responses(starts): model(...)`, or dspa.detach(model) first."
+                "guidance_scale), so it is not known where the response begins. Pass it, `with "
+                "steering.responses(starts): model(...)`, or call dspa.detach(model) first."
             )
         prompts, rows = whole_sequences(args, kwargs, self._starts, self.config.positions)
         plan = self._plan_prompts(prompts)
@@ -292,14 +306,14 @@ class Steering(Attachable, nn.Module):
         return args, {**kwargs, **{self._keys[name]: tensor for name, tensor in tensors.items()}}
 
     def _edit(self, h: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-        """Steps 4 and 5 at the output of layer `l_out`."""
+        """Edit the residual at the output of layer `l_out` (steps 4 and 5)."""
         if kwargs.get(READING) is not None:
             return None
         if self._keys["slots"] not in kwargs or kwargs.get("position_ids") is None:
             raise ModelError(
                 "This model is steered, and its layers were called without a plan or position_ids: directly, by a "
                 "serving loop, or because this architecture keeps them from its layers and cannot be steered. Call "
-                "the model itself, or dspa.detach(model) first."
+                "the model itself, or call dspa.detach(model) first."
             )
         self._check_device("sae_out", self.sae_out, h)
         positions = kwargs["position_ids"].expand(h.shape[:2]).to(h.device)
@@ -326,14 +340,15 @@ class Steering(Attachable, nn.Module):
 
 
 def _check_backend(backend: str) -> None:
-    found = available_backends()
-    if backend not in ("auto", *found):
-        raise ValueError(f"`backend` is {backend!r}; accepted: {', '.join(('auto', *found))}.")
-    if backend != "auto" and not found[backend].available:
-        raise BackendError(f"backend={backend!r} cannot run here: {found[backend].reason}. Use 'auto' or 'reference'.")
+    backends = available_backends()
+    if backend not in ("auto", *backends):
+        raise refusal(ValueError, "`backend`", repr(backend), ", ".join(("auto", *backends)))
+    if backend != "auto" and not backends[backend].available:
+        reason = backends[backend].reason
+        raise BackendError(f"backend={backend!r} cannot run here: {reason}. Use 'auto' or 'reference'.")
 
 
 def detach(model: nn.Module) -> None:
-    """Detach every Steering and every adapter of `model`, whoever attached it."""
-    for attached in list(Attachment.of(base_model(model)).attached):
-        attached.detach()
+    """Detach everything from `model`: every Steering and every adapter."""
+    for attachable in list(Attachment.of(base_model(model)).attached):
+        attachable.detach()

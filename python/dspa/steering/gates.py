@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspa.errors import ModelError
+from dspa.errors import ModelError, refusal
 from dspa.models.prompts import Prompts
 from dspa.models.reading import cache_in
 
@@ -20,7 +20,7 @@ def first_steered(last_prompt: Tensor, positions: str) -> Tensor:
     """Return the first steered position of each row [B].
 
     Args:
-        last_prompt: position of each prompt's last token [B].
+        last_prompt: position of the last token of each prompt [B].
         positions: `SteeringConfig.positions`.
     """
     if positions == "all":
@@ -52,10 +52,11 @@ def token_gate(position_ids: Tensor, start: Tensor | None, rows: Tensor | None) 
 def whole_sequences(
     args: tuple[Any, ...], kwargs: dict[str, Any], starts: Tensor, positions: str
 ) -> tuple[Prompts, Tensor]:
-    """Read the prompts of a pass over whole sequences, and the plan row of each token [B, T], -1 if not steered.
+    """Return the prompts of a pass over whole sequences, and the plan row of each token [B, T], -1 if not steered.
 
     Args:
-        args, kwargs: what the model was called with.
+        args: positional arguments of the call of the model.
+        kwargs: its keywords.
         starts: column of each row's first response token [B].
         positions: `SteeringConfig.positions`.
 
@@ -71,9 +72,8 @@ def whole_sequences(
     shape, device = whole.shape[:2], whole.device
     start = starts.to(device)
     if start.shape != shape[:1] or bool(((start < 1) | (start > shape[1])).any()):
-        raise ModelError(
-            f"`starts` is {start.tolist()}; accepted: {shape[0]} columns, one a row, from 1 to {shape[1]}."
-        )
+        accepted = f"{shape[0]} columns, one per row, from 1 to {shape[1]}"
+        raise refusal(ModelError, "`starts`", start.tolist(), accepted)
     mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
     mask = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.bool()
     column = torch.arange(shape[1], device=device)

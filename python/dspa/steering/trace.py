@@ -1,4 +1,4 @@
-"""A record of what was edited: which token, which latents, by how much."""
+"""Record of edits: which token, which latents, by how much."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from dspa_kernels import Edits
 class Edit:
     """One edited token.
 
-    call: number of the call of `generate()` or the model, from 0; row: sequence in the batch (a beam or return
-    sequence counts as one); position: the token's position_id, whose residual predicts the token after it;
-    maximum: `M_t`; latents of the output SAE that changed, with their values before and after.
+    Attributes:
+        call: number of the call of `generate()` or the model, from 0.
+        row: sequence in the batch. A beam or return sequence counts as one.
+        position: position_id of the token, whose residual predicts the token after it.
+        maximum: `M_t`, the token's largest latent.
+        latents: latents of the output SAE that changed.
+        before, after: their values.
     """
 
     call: int
@@ -31,14 +35,21 @@ class Edit:
 
 
 class Trace:
-    """Edits in the order in which they were made; iterate for `Edit` records, or `save` them."""
+    """Edits in the order in which they were made. Iterate for `Edit` records, or `save` them."""
 
     def __init__(self) -> None:
         self._edits: list[Edit] = []
 
     def add(self, call: int, rows: Tensor | None, positions: Tensor, latents: Tensor, edits: Edits) -> None:
-        """Keep what changed in one step: plan row (None: its own) and position of N residual rows [N], plan latents
-        [B, S], edits [N, S]. Waits for the device."""
+        """Add the edits of one step. Waits for the device.
+
+        Args:
+            call: number of the call.
+            rows: plan row of each of N residual rows [N]; None if row n has plan row n.
+            positions: position of each residual row [N].
+            latents: latents of each plan row [B, S].
+            edits: values of the latents before and after [N, S].
+        """
         changed = edits.before != edits.after
         for n in changed.any(dim=1).nonzero().flatten().tolist():
             row, which = n if rows is None else int(rows[n]), changed[n]
@@ -55,7 +66,7 @@ class Trace:
             )
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all edits."""
         self._edits.clear()
 
     def __repr__(self) -> str:
@@ -68,7 +79,7 @@ class Trace:
         return iter(self._edits)
 
     def save(self, path: str | Path) -> None:
-        """Write JSON Lines, one record an edited token."""
+        """Write JSON Lines, one record per edited token."""
         with open(path, "w", encoding="utf-8") as file:
             for edit in self:
                 file.write(json.dumps(asdict(edit)) + "\n")

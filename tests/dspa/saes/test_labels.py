@@ -109,7 +109,7 @@ def test_duplicates_that_agree_are_one(tmp_path, sae, rules):
         ({"3": "unlabelled"}, "accepted: a name, not 'unlabelled'"),
         ([{"index": 3}], "`description` is None"),
         ([{"index": 3, "description": 4}], "`description` is 4"),
-        ([exported(3, "x")], "is a description; accepted: with rules"),
+        ([exported(3, "x")], "is a description; accepted: descriptions with rules"),
         (
             [exported(3, "x", layer="20-gemmascope-res-65k")],
             r"entry 1 is of layer '20-gemmascope-res-65k'; accepted: 12",
@@ -141,8 +141,8 @@ def test_files_that_cannot_be_used(tmp_path, sae, rules):
         (tmp_path / "none", None, "is not a file"),
         (plain, written(tmp_path / "r1.json", []), "holds no rules"),
         (plain, written(tmp_path / "r2.json", {"a": "x"}), "'a': 'x'; accepted"),
-        (plain, written(tmp_path / "r3.json", {"a": ["("]}), "'a' has an expression that is none"),
-        (plain, written(tmp_path / "r4.json", {"a": [3]}), "'a' has an expression that is none"),
+        (plain, written(tmp_path / "r3.json", {"a": ["("]}), "'a' has an invalid expression"),
+        (plain, written(tmp_path / "r4.json", {"a": [3]}), "'a' has an invalid expression"),
         (plain, written(tmp_path / "r5.json", {"unlabelled": ["x"]}), "not 'unlabelled'"),
         (plain, tmp_path / "broken.jsonl", "holds no rules"),
     ):

@@ -192,7 +192,7 @@ class TestResponses:
 
     @pytest.mark.parametrize("starts", [[0], [10], [5, 5], [[5]]])
     def test_starts(self, gemma, steering, starts):
-        accepted = "accepted: 1 columns, one a row, from 1 to 9"
+        accepted = "accepted: 1 columns, one per row, from 1 to 9"
         with steering.attach(gemma), pytest.raises(dspa.ModelError, match=accepted), steering.responses(starts):
             gemma(self.SEQUENCE)
 
@@ -215,7 +215,7 @@ class TestResponses:
 
 
 def test_trace(gemma, sae_in, sae_out, cdmap, tmp_path):
-    """The record tells each edited token and what became of its latents."""
+    """The record holds each edited token, and its latents before and after."""
     config = dspa.SteeringConfig(alpha=0.5)
     with dspa.Steering(sae_in, sae_out, cdmap, config, record=True).attach(gemma) as steering:
         gemma.generate(PROMPT, max_new_tokens=4, do_sample=False)
