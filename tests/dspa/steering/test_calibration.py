@@ -195,15 +195,15 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
 def test_a_decoding_step_launches_the_edit_alone(model, sae_in, sae_out, calibrated, how):
     steering = dspa.Steering(sae_in, sae_out, calibrated, dspa.SteeringConfig(alpha=0.6, mode="both"))
-    edit, passes = steering._edit, []
+    change, passes = steering._change_output, []
 
     def watched(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         with Launches() as launches:
-            edited = edit(module, args, kwargs, output)
+            edited = change(module, args, kwargs, output)
         passes.append((edited is not None and edited.shape[1], launches.names))
         return edited
 
-    steering._edit = watched
+    steering._change_output = watched
     with steering.attach(model):
         model.generate(**padded(PROMPTS), **SETTINGS, **how)
     steps = [names for length, names in passes if length == 1]
