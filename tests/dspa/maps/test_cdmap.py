@@ -21,6 +21,7 @@ from dspa.config import SCORINGS
 from dspa.maps.cdmap import EARLIER, FORMAT, FORMATS, TENSORS
 from dspa.testing import L_OUT, make_map, make_sae
 
+from ...rounding import rounding
 from ..support.counts import D_IN, D_OUT, as_collection, draw, naive, same_bits
 
 # Scores and plans
@@ -121,7 +122,8 @@ def test_radius(made: Any) -> None:
     radius = cdmap.radius(0.05)
     assert radius[0] == math.inf and cdmap.n_open[0] == 0
     n_open = cdmap.n_open[1:].double()
-    torch.testing.assert_close(radius[1:].double(), (2 * math.log(2 * D_OUT / 0.05) / n_open).sqrt())
+    expected = (2 * math.log(2 * D_OUT / 0.05) / n_open).sqrt()
+    torch.testing.assert_close(radius[1:].double(), expected, rtol=rounding(2, 1.0), atol=0)
 
 
 def test_confidence_drops_what_is_within_its_radius(sae_in: FrozenSAE, sae_out: FrozenSAE) -> None:
@@ -143,7 +145,8 @@ def test_score_and_dense(made: Any) -> None:
         for given in (torch.tensor(g), torch.tensor(g, dtype=torch.float64)):
             score = cdmap.score(given)
             assert score.dtype == torch.float32
-            np.testing.assert_allclose(score.numpy(), g @ A, atol=1e-6)
+            terms = float((g @ np.abs(A)).max(initial=0))
+            np.testing.assert_allclose(score.numpy(), g @ A, rtol=0, atol=rounding(2, terms))
     assert not cdmap.score(torch.tensor(gates[0]))[empty].any()
 
 

@@ -17,6 +17,7 @@ from dspa.steering.dspa import COUNTED
 from dspa.testing import D_IN, D_SAE_OUT, L_OUT, make_map, make_model, make_sae, with_tensors
 from dspa_kernels import PATHS
 
+from ...rounding import assert_same_logits
 from ..support.plain import Plain
 from .test_generate import MODES, N_NEW, PROMPTS, compiled_decoding, new_tokens, padded
 
@@ -61,7 +62,7 @@ def test_other_saes(model, sae_in, arch):
     assert not torch.equal(base.logits[0], model.generate(**padded(PROMPTS), **settings).logits[0])
     for other in others:
         assert torch.equal(other.sequences, base.sequences)
-        torch.testing.assert_close(other.logits, base.logits, rtol=1e-5, atol=1e-5)
+        assert_same_logits(torch.stack(other.logits), torch.stack(base.logits))
 
 
 def test_the_stream_is_the_maps(sae_in, sae_out, cdmap, calibrated):

@@ -9,6 +9,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 import dspa
 from dspa.testing import make_map, make_sae
 
+from ...rounding import assert_same_logits
 from .test_generate import PROMPTS, compiled_decoding, new_tokens, padded
 
 SEQUENCE = torch.tensor([[1, 5, 9, 33, 20, 7, 44, 12, 31]])
@@ -147,9 +148,9 @@ def test_compiled_forward(gemma, steering):
             steered = gemma(SEQUENCE).logits
         for _ in range(2):
             with steering.disabled():
-                torch.testing.assert_close(compiled(SEQUENCE).logits, base)
+                assert_same_logits(compiled(SEQUENCE).logits, base)
             with steering.responses([5]):
-                torch.testing.assert_close(compiled(SEQUENCE).logits, steered)
+                assert_same_logits(compiled(SEQUENCE).logits, steered)
             with pytest.raises(dspa.ModelError, match="outside of generate"):
                 compiled(SEQUENCE)
     torch.compiler.reset()

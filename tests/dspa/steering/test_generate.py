@@ -13,6 +13,7 @@ import dspa
 from dspa.models.layers import decoder_layers
 from dspa.testing import FAMILIES, cache_names, make_map, make_model, make_sae
 
+from ...rounding import assert_same_logits
 from ..support.plain import Plain
 
 N_NEW = 6
@@ -192,7 +193,7 @@ def test_return_sequences(model, sae_in, sae_out, cdmap, steering):
             wanted.append(model(torch.tensor([prompt])).logits[0, -1])
     with steering.attach(model):
         out = model.generate(**padded(PROMPTS), output_logits=True, return_dict_in_generate=True, **settings)
-    torch.testing.assert_close(out.logits[0], torch.stack(wanted).repeat_interleave(3, 0), atol=1e-4, rtol=1e-4)
+    assert_same_logits(out.logits[0], torch.stack(wanted).repeat_interleave(3, 0))
 
 
 def test_assisted(model, steering, expected):
