@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.sh"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "bench" / "gpu.sh"
 STAGES = ("build", "check", "sanitize", "stress", "bench", "generate", "train", "profile", "tune", "tune_cuda")
 # Records how it was called, builds a library if asked to, and fails where $FAIL matches.
 STAND_IN = """#!/usr/bin/env bash
@@ -51,6 +53,15 @@ class Tree:
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
     return Tree(tmp_path)
+
+
+def test_what_it_names_exists() -> None:
+    text = SCRIPT.read_text()
+    paths = re.findall(r"\b(?:tests|csrc|bench)/[\w/]+(?:\.\w+)?", text.replace("build/csrc", ""))
+    modules = [module.replace(".", "/") + ".py" for module in re.findall(r"-m (bench[\w.]+)", text)]
+    assert {"tests/kernels", "bench/offline/fsrl.py"} <= {*paths, *modules}
+    for path in (*paths, *modules):
+        assert (ROOT / path).exists(), path
 
 
 def test_usage_lists_the_stages(tree: Tree) -> None:
