@@ -6,10 +6,12 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dspa.data.tokens import TokenizedTriple, tokenize_triple
+from dspa.data.tokens import TokenizedTriple, response_tokens, tokenize_triple
 from dspa.data.triples import Triple
 from dspa.errors import PreferenceError
+from dspa.testing import word_tokenizer
 
+from ..support.adapters import ending_tokenizer
 from ..support.triples import PLAIN, TURNS, assistant, user
 
 WORDS = ["the", "sky", "is", "blue", "green", "grey", "what", "user", "assistant", "system", ":", "hello"]
@@ -177,3 +179,39 @@ def test_template_that_refuses_the_conversation() -> None:
         PreferenceError, match=r"triple 8 is a conversation of roles \['critic'\].*refuses \(no critics\)"
     ):
         tokenize_triple(triple, make_tokenizer())
+
+
+TURNS_WITH_BOS = (
+    "{% for m in messages %}{{ '<bos> ' if loop.first else '' }}{{ m['role'][:1] }} {{ m['content'] }} {% endfor %}"
+    "{{ 'a ' if add_generation_prompt else '' }}"
+)
+
+
+def test_where_an_end_token_goes() -> None:
+    tokenizer = ending_tokenizer()
+    end = tokenizer.eos_token_id
+    triple = Triple("the cat is", "a dog of my own", "we see")
+    prompt, chosen, rejected = response_tokens(triple, tokenizer)
+    assert (len(prompt), len(chosen), len(rejected)) == (4, 6, 3)
+    assert chosen[-1] == rejected[-1] == end
+    # Cut to 4 tokens, the text goes on. Exactly full, it has no room for the end token.
+    for room, ended in ((4, False), (5, False), (6, True)):
+        _, chosen, rejected = response_tokens(triple, tokenizer, max_length=len(prompt) + room)
+        assert (chosen[-1] == end, rejected[-1] == end) == (ended, True)
+        assert len(chosen) == room
+    assert response_tokens(Triple("the cat", "a dog bird", "we"), tokenizer)[1].count(end) == 1
+    assert response_tokens(triple, word_tokenizer())[1:] == (
+        tokenizer("a dog of my own", add_special_tokens=False)["input_ids"],
+        tokenizer("we see", add_special_tokens=False)["input_ids"],
+    )
+
+
+def test_a_chat_template_ends_its_turns_itself() -> None:
+    tokenizer = ending_tokenizer()
+    tokenizer.chat_template = TURNS_WITH_BOS
+    triple = Triple(
+        [{"role": "user", "content": "the cat"}],
+        [{"role": "assistant", "content": "is a"}],
+        [{"role": "assistant", "content": "dog"}],
+    )
+    assert response_tokens(triple, tokenizer)[2] == tokenizer("dog", add_special_tokens=False)["input_ids"]

@@ -27,23 +27,23 @@ def outcomes(tmp_path_factory):
 def test_every_adapter_prefers_better_than_the_base_model(outcomes):
     base, *adapters = outcomes
     assert base.activation is None and len(adapters) == 4
-    for each in adapters:
-        assert each.held_out.simpo_loss < base.held_out.simpo_loss
-        assert each.held_out.accuracy > base.held_out.accuracy
-        assert each.share > base.share
+    for adapter in adapters:
+        assert adapter.held_out.simpo_loss < base.held_out.simpo_loss
+        assert adapter.held_out.accuracy > base.held_out.accuracy
+        assert adapter.share > base.share
 
 
 def test_the_effect_is_no_chance(outcomes):
     """Of 100 triples, at lambdas up to the published one; in fewer steps than the demo's."""
     base, *adapters = outcomes
     assert base.held_out.accuracy < 0.6 and adapters[0].held_out.accuracy > 0.9
-    for each in adapters[:2]:
-        assert each.held_out.accuracy > 0.7
-        assert each.share - base.share > 0.05
+    for adapter in adapters[:2]:
+        assert adapter.held_out.accuracy > 0.7
+        assert adapter.share - base.share > 0.05
 
 
 def test_a_larger_lambda_moves_less(outcomes):
-    l0 = [each.held_out.l0 for each in outcomes[1:4]]
+    l0 = [outcome.held_out.l0 for outcome in outcomes[1:4]]
     assert l0[0] > 1.1 * l0[1] > 1.1**2 * l0[2] > 0
 
 
@@ -51,7 +51,7 @@ def test_the_command(tmp_path, monkeypatch):
     """One adapter, hardly trained: what is written and printed."""
     few = {"adapters": ADAPTERS[:1], "config": replace(fsrl.TRAINING, max_steps=1)}
     monkeypatch.setattr(fsrl, "measure", functools.partial(fsrl.measure, **few))
-    found = fsrl.run(tmp_path / "demo.json", progress=False)
+    outcomes = fsrl.run(tmp_path / "demo.json", progress=False)
     record = json.loads((tmp_path / "demo.json").read_text())
-    assert [each["activation"] for each in record["outcomes"]] == [None, "soft_threshold"]
-    assert record["outcomes"][1]["share"] == found[1].share and record["settings"]["n_train"] == 300
+    assert [outcome["activation"] for outcome in record["outcomes"]] == [None, "soft_threshold"]
+    assert record["outcomes"][1]["share"] == outcomes[1].share and record["settings"]["n_train"] == 300

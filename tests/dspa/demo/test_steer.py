@@ -20,7 +20,7 @@ def outcomes(tmp_path_factory):
 
 
 def outcome(outcomes, name, alpha):
-    return next(each for each in outcomes[0] if (each.method, each.alpha) == (name, alpha))
+    return next(reached for reached in outcomes[0] if (reached.method, reached.alpha) == (name, alpha))
 
 
 def test_dspa_at_the_published_settings(outcomes):
@@ -45,7 +45,7 @@ def test_record(outcomes):
     assert any(any(example["edited"]) for example in record["examples"])
 
 
-def made(static: float, dspa: float) -> list[steer.MethodOutcome]:
+def outcomes_with(static: float, dspa: float) -> list[steer.MethodOutcome]:
     """Outcomes at the published alpha with these shares, over a base of 0.5."""
     alpha = steer.PUBLISHED.alpha
     named = (("base model", None, 0.5), ("Static-SAE", alpha, static), ("DSPA ablate", alpha, dspa))
@@ -53,11 +53,13 @@ def made(static: float, dspa: float) -> list[steer.MethodOutcome]:
 
 
 def test_the_conclusion_follows_the_numbers():
-    told = steer.conclusion(made(static=0.55, dspa=0.7))
-    assert told.startswith("Latents chosen per prompt follow the preference better than one fixed set: at alpha 0.2")
-    assert "from 0.500 to 0.700 with DSPA ablate and to 0.550 with Static-SAE" in told and "+0.0%" in told
+    sentence = steer.conclusion(outcomes_with(static=0.55, dspa=0.7))
+    assert sentence.startswith(
+        "Latents chosen per prompt follow the preference better than one fixed set: at alpha 0.2"
+    )
+    assert "from 0.500 to 0.700 with DSPA ablate and to 0.550 with Static-SAE" in sentence and "+0.0%" in sentence
     for static, dspa in ((0.7, 0.6), (0.3, 0.4)):
-        assert "do not follow the preference better" in steer.conclusion(made(static, dspa))
+        assert "do not follow the preference better" in steer.conclusion(outcomes_with(static, dspa))
 
 
 def example(preferred: language.Style, base: str, steered: str) -> steer.Example:
@@ -70,9 +72,9 @@ def test_samples_are_those_with_the_largest_gain_per_register():
     answered = [*formal, *casual]
     assert steer.choose(answered) == [formal[1], casual[2], formal[2], casual[1]]
     assert [answer.gain for answer in casual] == [-1, 0, 0.5]
-    told = steer.legend(answered, 4)
-    assert told.startswith("4 samples of DSPA at alpha 0.2 in mode ablate, chosen to show the difference")
-    assert "Of all 7 prompts it rises on 4, falls on 1 and stays on 2." in told and "A ^ follows" in told
+    sentence = steer.legend(answered, 4)
+    assert sentence.startswith("4 samples of DSPA at alpha 0.2 in mode ablate, chosen to show the difference")
+    assert "Of all 7 prompts it rises on 4, falls on 1 and stays on 2." in sentence and "A ^ follows" in sentence
 
 
 def test_the_table_comes_first_then_the_conclusion_then_samples(outcomes):

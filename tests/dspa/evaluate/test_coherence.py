@@ -62,39 +62,39 @@ def test_texts_and_their_measures(tokenizer):
     with acting_adapter(model, responses) as adapter:
         adapter.attach(model)
         settings = {"max_new_tokens": 12, "batch_size": 4, "progress": False}
-        found = compare_texts(model, tokenizer, adapter, PROMPTS, **settings)
-    assert any(found.base["ended"]) and min(found.base["length"]) > 0
+        coherence = compare_texts(model, tokenizer, adapter, PROMPTS, **settings)
+    assert any(coherence.base["ended"]) and min(coherence.base["length"]) > 0
     for n, (prompt, ids) in enumerate(zip(PROMPTS, (text.tolist() for text in alone), strict=True)):
         kept = ids[: ids.index(end)] if end in ids else ids
         rated = [*kept, end] if end in ids else kept
-        assert found.base_texts[n] == tokenizer.decode(rated, skip_special_tokens=True)
+        assert coherence.base_texts[n] == tokenizer.decode(rated, skip_special_tokens=True)
         with torch.no_grad():
             logits = model(torch.tensor([prompt + rated])).logits[0].double().log_softmax(dim=-1)
         nll = -sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(rated)) / len(rated)
-        values = {name: float(found.base[name][n]) for name in METRICS}
+        values = {name: float(coherence.base[name][n]) for name in METRICS}
         assert values["perplexity"] == pytest.approx(math.exp(nll), rel=rounding(PASS, nll))
         assert (values["length"], values["ended"]) == (len(kept), end in ids)
         assert values["distinct_1"] == len(set(kept)) / len(kept)
-    assert found.base_texts != found.steered_texts
+    assert coherence.base_texts != coherence.steered_texts
 
 
 def test_an_adapter_that_does_nothing_changes_nothing(model, tokenizer):
     still = FSRLAdapter(make_sae(L_OUT, D_SAE_OUT, seed=2))
     torch.nn.init.zeros_(still.W_a)
     with still.eval().attach(model):
-        found = compare_texts(model, tokenizer, still, PROMPTS, max_new_tokens=8, temperature=1.0, progress=False)
-    assert found.base_texts == found.steered_texts
+        coherence = compare_texts(model, tokenizer, still, PROMPTS, max_new_tokens=8, temperature=1.0, progress=False)
+    assert coherence.base_texts == coherence.steered_texts
     for metric in METRICS:
-        each = found.compare(metric)
-        assert (each.difference, each.low, each.high, each.n) == (0, 0, 0, len(PROMPTS))
+        change = coherence.compare(metric)
+        assert (change.difference, change.low, change.high, change.n) == (0, 0, 0, len(PROMPTS))
 
 
 def test_paired_differences_leave_out_what_is_too_short():
     values = {"repetition": np.array([0.1, 0.2, math.nan, 0.4])}, {"repetition": np.array([0.3, math.nan, 0.5, 0.8])}
-    found = Coherence([], [], *values).compare("repetition")
-    assert (found.n, found.base, found.steered, found.difference) == pytest.approx((2, 0.25, 0.55, 0.3))
+    change = Coherence([], [], *values).compare("repetition")
+    assert (change.n, change.base, change.steered, change.difference) == pytest.approx((2, 0.25, 0.55, 0.3))
     # A mean of two draws from 0.2 and 0.4 is either of them a quarter of the time.
-    assert (found.low, found.high) == pytest.approx((0.2, 0.4))
+    assert (change.low, change.high) == pytest.approx((0.2, 0.4))
     values[0]["repetition"][0] = math.nan
     with pytest.raises(
         ValueError, match="with two texts that are long enough for repetition is 1 of 4; accepted: 2 or more"
@@ -102,7 +102,7 @@ def test_paired_differences_leave_out_what_is_too_short():
         Coherence([], [], *values).compare("repetition")
 
 
-def test_prompts_that_cannot_be_continued(model, tokenizer, adapter):
+def test_refused_prompts(model, tokenizer, adapter):
     for prompts, settings, message in (
         ([[1, 5]], {}, "`prompts` that are not empty is 1 of 1; accepted: all, and 2 or more for an interval"),
         ([[1, 5], []], {}, "`prompts` that are not empty is 1 of 2; accepted: all"),

@@ -90,7 +90,7 @@ def test_mask_and_fraction_come_back_after_an_error(model, adapter, responses, u
 
 
 @pytest.mark.parametrize("fractions", [(), (0.5, 1.1), (-0.1,), (math.nan,)])
-def test_fractions_that_are_none(model, adapter, responses, fractions):
+def test_invalid_fractions(model, adapter, responses, fractions):
     with pytest.raises(ValueError, match="accepted: one or more numbers from 0 to 1"):
         fraction_curve(model, adapter, responses, fractions=fractions, progress=False)
 
@@ -123,11 +123,11 @@ def test_random_sets_are_as_large_and_of_latents_that_are_used(model, adapter, r
     adapter.mask = own
     masks = []
 
-    def seen(*_args, **_settings):
+    def record_mask(*_args, **_settings):
         masks.append(adapter.mask)
         return Scores(torch.rand(14), torch.rand(14))
 
-    monkeypatch.setattr(ablations, "score_responses", seen)
+    monkeypatch.setattr(ablations, "score_responses", record_mask)
 
     def drawn(seed: int) -> list[list[int]]:
         masks.clear()
@@ -141,14 +141,14 @@ def test_random_sets_are_as_large_and_of_latents_that_are_used(model, adapter, r
     given, *random = drawn(0)
     assert given == [0, 5, 40]
     # Latent 3, which may be drawn, is masked anyway.
-    assert {len(each) for each in random} <= {2, 3}
-    assert {n for each in random for n in each} <= set(used.ranked.tolist())
-    assert len({tuple(each) for each in random}) > 25
+    assert {len(latents) for latents in random} <= {2, 3}
+    assert {n for latents in random for n in latents} <= set(used.ranked.tolist())
+    assert len({tuple(latents) for latents in random}) > 25
     assert drawn(0)[1:] == random != drawn(1)[1:]
 
 
 def effect_of(losses: list[float], given: float) -> MaskEffect:
-    """An effect whose losses are these."""
+    """An effect with these losses of the random sets, and this of the given one."""
 
     def scores(loss: float) -> Scores:
         return Scores(torch.tensor([0.5 - math.log(math.expm1(loss))], dtype=torch.float64), torch.zeros(1), beta=1.0)
@@ -156,12 +156,12 @@ def effect_of(losses: list[float], given: float) -> MaskEffect:
     return MaskEffect(scores(1.0), scores(1.0), scores(given), tuple(map(scores, losses)), torch.tensor([0]), 1)
 
 
-def test_a_set_beside_random_ones_by_hand():
+def test_a_set_compared_with_random_ones_by_hand():
     # Of 1, 2, 3: mean 2, standard error 1 / sqrt 3, and t is 4.302653 at 97.5 % with two degrees of freedom.
-    found = effect_of([1.0, 2.0, 3.0], 2.5).compare("loss")
+    comparison = effect_of([1.0, 2.0, 3.0], 2.5).compare("loss")
     t = 4.302652729749464  # of Student's distribution with 2 degrees of freedom, at 0.975
-    assert (found.mean, found.low, found.high) == pytest.approx((2, 2 - t / 3**0.5, 2 + t / 3**0.5))
-    assert (found.given, found.percentile) == pytest.approx((2.5, 200 / 3))
+    assert (comparison.mean, comparison.low, comparison.high) == pytest.approx((2, 2 - t / 3**0.5, 2 + t / 3**0.5))
+    assert (comparison.given, comparison.percentile) == pytest.approx((2.5, 200 / 3))
     same = effect_of([2.0, 2.0], 2.0).compare("loss")
     assert (same.mean, same.low, same.high, same.percentile) == pytest.approx((2, 2, 2, 50))
 

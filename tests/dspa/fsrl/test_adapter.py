@@ -115,7 +115,7 @@ def test_families(family, sae_out) -> None:
 
 
 def test_compiled_decoding(model, sae_out) -> None:
-    """One graph a step, without a break; and each adapter, and none, has a graph of its own."""
+    """One graph per step, without a break. Each adapter, and the bare model, has a graph of its own."""
     config, adapters = compiled_decoding(), [make_adapter(sae_out), make_adapter(sae_out, seed=1)]
     wanted = [[in_a_plain_loop(model, adapter, prompt) for prompt in PROMPTS] for adapter in adapters]
     torch.compiler.reset()
@@ -191,7 +191,7 @@ def test_a_recording_holds_each_pass_and_its_penalty_has_a_gradient(model, sae_o
         with adapter.disabled():
             model(torch.tensor([PROMPTS[1]]))
         model(torch.tensor(PROMPTS[:1] * 2))
-    assert [tuple(each.shape) for each in moves.l1] == [(1, 6), (2, 6)]
+    assert [tuple(l1.shape) for l1 in moves.l1] == [(1, 6), (2, 6)]
     h = read_layers(model, [L_OUT], input_ids=torch.tensor([PROMPTS[0]]))[L_OUT]
     v = adapter.steering_vector(h)
     torch.testing.assert_close(moves.l1[0].detach(), v.abs().sum(dim=-1), rtol=rounding(PASS, D_IN**0.5), atol=0)
@@ -221,7 +221,7 @@ def test_mask_and_fraction(model, sae_out) -> None:
         model(ids)
         adapter.fraction, adapter.mask = 1.0, torch.arange(D_SAE_OUT) < 10
         model(ids)
-    whole, quarter, ten = (each[0] for each in moves.l0)
+    whole, quarter, ten = (l0[0] for l0 in moves.l0)
     assert torch.equal(quarter, (whole / 4).ceil().int()) and ten.max() <= 10 and ten.sum() > 0
 
 
@@ -259,7 +259,7 @@ def test_save_pretrained_refuses_while_attached(model, sae_out, tmp_path) -> Non
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
-def test_beside_steering_and_another_adapter(model, sae_in, sae_out, cdmap, order) -> None:
+def test_together_with_steering(model, sae_in, sae_out, cdmap, order) -> None:
     """Whatever is detached first, the rest goes on, and at the end the model is what it was."""
     late = make_sae(3, 80, seed=7)
     steering = dspa.Steering(sae_in, late, make_map(sae_in, late, seed=8), dspa.SteeringConfig(alpha=1.5))
@@ -267,11 +267,11 @@ def test_beside_steering_and_another_adapter(model, sae_in, sae_out, cdmap, orde
     ids, methods = padded(PROMPTS), dict(model.__dict__)
     base = model.generate(**ids, max_new_tokens=N_NEW, do_sample=False)
     alone = []
-    for each in attached:
-        with each.attach(model):
+    for method in attached:
+        with method.attach(model):
             alone.append(model.generate(**ids, max_new_tokens=N_NEW, do_sample=False))
-    for each in attached:
-        each.attach(model)
+    for method in attached:
+        method.attach(model)
     both = model.generate(**ids, max_new_tokens=N_NEW, do_sample=False)
     assert not torch.equal(both, base)
     attached[order[0]].detach()

@@ -154,9 +154,9 @@ def test_other_processes_than_asked_for(model, tokenizer, tmp_path, monkeypatch)
     arguments = trainers.arguments
 
     def alone(*args: Any, **kwargs: Any) -> Any:
-        found = arguments(*args, **kwargs)
+        settings = arguments(*args, **kwargs)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        return found
+        return settings
 
     monkeypatch.setattr(trainers, "arguments", alone)
     with pytest.raises(TrainingError, match="asked for 2 processes and 1 train together"):

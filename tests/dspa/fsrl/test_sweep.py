@@ -42,35 +42,40 @@ def test_a_sweep(model, tokenizer, tmp_path, monkeypatch):
     from dspa.fsrl import sweep as module
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        trained = module.train
+        train_one = module.train
 
         def second(*args: Any, **kwargs: Any) -> Any:
             if (out / "layer-0-soft_threshold-0").exists():
                 raise Stopped
-            return trained(*args, **kwargs)
+            return train_one(*args, **kwargs)
 
         patch.setattr(module, "train", second)
         sweep()
     before = (out / "layer-0-soft_threshold-0" / "adapter.safetensors").stat().st_mtime_ns
-    found = sweep()
+    trained = sweep()
     assert (out / "layer-0-soft_threshold-0" / "adapter.safetensors").stat().st_mtime_ns == before
-    assert [(each.layer, each.l1) for each in found.adapters] == [(0, 0.0), (0, 5.0), (L_OUT, 0.0), (L_OUT, 5.0)]
-    assert found.adapters[1].held_out.l0 < found.adapters[0].held_out.l0
-    assert found.base == held_out(model, tokenizer, HELD_OUT, max_length=64, progress=False)
+    assert [(adapter.layer, adapter.l1) for adapter in trained.adapters] == [
+        (0, 0.0),
+        (0, 5.0),
+        (L_OUT, 0.0),
+        (L_OUT, 5.0),
+    ]
+    assert trained.adapters[1].held_out.l0 < trained.adapters[0].held_out.l0
+    assert trained.base == held_out(model, tokenizer, HELD_OUT, max_length=64, progress=False)
     with (out / "sweep.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["layer"] for row in rows] == ["", "0", "0", "2", "2"]
-    for row, each in zip(rows[1:], found.adapters, strict=True):
-        assert (row["activation"], float(row["lambda"])) == (each.activation, each.l1)
-        figures = {name: float(row[name]) for name in vars(each.held_out)}
-        assert figures == vars(each.held_out)
-        adapter = FSRLAdapter.load(each.folder, saes[0] if each.layer == 0 else saes[1])
+    for row, result in zip(rows[1:], trained.adapters, strict=True):
+        assert (row["activation"], float(row["lambda"])) == (result.activation, result.l1)
+        figures = {name: float(row[name]) for name in vars(result.held_out)}
+        assert figures == vars(result.held_out)
+        adapter = FSRLAdapter.load(result.folder, saes[0] if result.layer == 0 else saes[1])
         with adapter.attach(model):
-            assert held_out(model, tokenizer, HELD_OUT, adapter, max_length=64, progress=False) == each.held_out
+            assert held_out(model, tokenizer, HELD_OUT, adapter, max_length=64, progress=False) == result.held_out
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_sweeps_that_cannot_be(model, tokenizer, tmp_path):
+def test_refused_sweeps(model, tokenizer, tmp_path):
     def sweep(saes, settings, out=tmp_path / "sweep"):
         train_sweep(model, tokenizer, TRIPLES, saes, settings, out, eval_triples=HELD_OUT, config=TINY)
 

@@ -47,9 +47,9 @@ def by_hand(model, tokenizer, adapter: FSRLAdapter, triples: list[Triple], loss:
         tokens = tokenize_triple(triple, tokenizer)
         ids, start = tokens.prompt + getattr(tokens, field), len(tokens.prompt)
         with torch.no_grad():
-            found = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(dim=-1)
+            logps = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(dim=-1)
         places = torch.arange(start, len(ids))
-        return found[places - 1, torch.tensor(ids)[places]], places
+        return logps[places - 1, torch.tensor(ids)[places]], places
 
     losses, l1, l0 = [], [], []
     for triple in triples:
@@ -75,7 +75,7 @@ def margin_terms(model, tokenizer, triples: list[Triple]) -> float:
 
 def n_response_tokens(tokenizer, triples: list[Triple]) -> int:
     tokens = [tokenize_triple(triple, tokenizer) for triple in triples]
-    return sum(len(each.chosen) + len(each.rejected) for each in tokens)
+    return sum(len(triple.chosen) + len(triple.rejected) for triple in tokens)
 
 
 # A moved latent is a sum of D_IN terms of either sign, which are sqrt(D_IN) times its size.
@@ -160,20 +160,20 @@ def test_what_is_written(model, tokenizer, tmp_path):
 def test_held_out_figures(model, tokenizer, tmp_path):
     """Of all tokens of all batches, whatever their length."""
     adapter, record = run(model, tokenizer, tmp_path / "out", replace(TINY, micro_batch_size=1, eval_every=6))
-    found = read_held_out(tmp_path / "out")
+    figures = read_held_out(tmp_path / "out")
     with adapter.attach(model):
         loss, l1, l0 = by_hand(model, tokenizer, adapter, HELD_OUT, "simpo")
         # A margin is much smaller than what it is the difference of.
         apart = rounding(PASS, 10 * margin_terms(model, tokenizer, HELD_OUT))
-    assert found.simpo_loss == pytest.approx(loss, abs=apart)
-    assert found.l1 == pytest.approx(l1, rel=L1_ROUNDING)
-    assert found.l0 == pytest.approx(l0, abs=N_AT_THRESHOLD / n_response_tokens(tokenizer, HELD_OUT))
+    assert figures.simpo_loss == pytest.approx(loss, abs=apart)
+    assert figures.l1 == pytest.approx(l1, rel=L1_ROUNDING)
+    assert figures.l0 == pytest.approx(l0, abs=N_AT_THRESHOLD / n_response_tokens(tokenizer, HELD_OUT))
     # TRL's own evaluation is a mean over batches, here of one triple each.
-    assert found.simpo_loss == pytest.approx(logged(record, "eval_preference_loss")[-1], abs=apart)
-    assert found.accuracy == pytest.approx(logged(record, "eval_rewards/accuracies")[-1])
-    assert 10 * found.margin == pytest.approx(logged(record, "eval_rewards/margins")[-1], abs=apart)
+    assert figures.simpo_loss == pytest.approx(logged(record, "eval_preference_loss")[-1], abs=apart)
+    assert figures.accuracy == pytest.approx(logged(record, "eval_rewards/accuracies")[-1])
+    assert 10 * figures.margin == pytest.approx(logged(record, "eval_rewards/margins")[-1], abs=apart)
     base = held_out(model, tokenizer, HELD_OUT, progress=False)
-    assert (base.l0, base.l1) == (0, 0) and base.simpo_loss != found.simpo_loss
+    assert (base.l0, base.l1) == (0, 0) and base.simpo_loss != figures.simpo_loss
 
 
 def test_responses_are_cut_and_counted(model, tokenizer, tmp_path):
@@ -260,11 +260,11 @@ def test_no_dropout(tmp_path, tokenizer, family, name):
 
 @pytest.mark.parametrize("loss", ["simpo", "dpo"])
 def test_gradient_checkpointing_changes_nothing(tokenizer, tmp_path, loss):
-    found = []
+    runs = []
     for on in (False, True):
         config = replace(TINY, loss=loss, gradient_checkpointing=on)
-        found.append(run(make_model("gemma2"), tokenizer, tmp_path / str(on), config))
-    (plain, record), (checkpointed, other) = found
+        runs.append(run(make_model("gemma2"), tokenizer, tmp_path / str(on), config))
+    (plain, record), (checkpointed, other) = runs
     assert same_weights(plain, checkpointed)
     assert record["history"] == other["history"]
 

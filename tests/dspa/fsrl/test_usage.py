@@ -47,13 +47,13 @@ def test_usage_counts_the_tokens_of_responses(model, adapter, responses):
     v = u.sign() * (u.abs() - adapter.threshold).clamp(min=0)
     terms = h.abs() @ adapter.W_a.abs().T
     for batch_tokens in (1, 100, 8192):
-        found = latent_usage(model, adapter, responses, batch_tokens=batch_tokens, progress=False)
-        assert found.n_tokens == len(h) == sum(len(each.ids) for each in responses)
+        usage = latent_usage(model, adapter, responses, batch_tokens=batch_tokens, progress=False)
+        assert usage.n_tokens == len(h) == sum(len(response.ids) for response in responses)
         # A value at its threshold falls on either side by rounding.
         near = ((u.abs() - adapter.threshold).abs() < rounding(PASS, terms)).sum(dim=0)
-        assert ((found.active - (v != 0).sum(dim=0)).abs() <= near).all()
-        assert ((found.mass - v.abs().double().sum(dim=0)).abs() <= rounding(PASS, terms.double().sum(dim=0))).all()
-    assert len(found.ranked) == D_SAE_OUT - UNUSED
+        assert ((usage.active - (v != 0).sum(dim=0)).abs() <= near).all()
+        assert ((usage.mass - v.abs().double().sum(dim=0)).abs() <= rounding(PASS, terms.double().sum(dim=0))).all()
+    assert len(usage.ranked) == D_SAE_OUT - UNUSED
 
 
 def test_ranks_and_rows():
@@ -75,28 +75,28 @@ def test_a_decay_is_found_again():
     exact = (0.6 * torch.exp(-ranks.double() / 12) * n_tokens).round().long()
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     active = torch.zeros(60, dtype=torch.int64).index_copy(0, order[:40], exact)
-    found = fit_decay(Usage(active, active.double(), n_tokens))
+    decay = fit_decay(Usage(active, active.double(), n_tokens))
     # The counts are rounded by less than 3e-8 of their size, and curve_fit stops at changes of 1.5e-8.
-    assert (found.a, found.tau, found.r2) == pytest.approx((0.6, 12, 1))
-    assert (found.first, found.last) == (1, 40)
+    assert (decay.a, decay.tau, decay.r2) == pytest.approx((0.6, 12, 1))
+    assert (decay.first, decay.last) == (1, 40)
 
 
 def test_a_fit_is_the_best_in_squares_and_says_how_good(used):
-    found = fit_decay(used)
+    decay = fit_decay(used)
     share = used.share[used.ranked].numpy()
     ranks = np.arange(1, len(share) + 1)
 
-    def rest(a: float, tau: float) -> float:
+    def residual(a: float, tau: float) -> float:
         return float(((share - a * np.exp(-ranks / tau)) ** 2).sum())
 
-    best = rest(found.a, found.tau)
-    assert found.r2 == pytest.approx(1 - best / float(((share - share.mean()) ** 2).sum()))
-    assert 0.9 < found.r2 < 1
+    best = residual(decay.a, decay.tau)
+    assert decay.r2 == pytest.approx(1 - best / float(((share - share.mean()) ** 2).sum()))
+    assert 0.9 < decay.r2 < 1
     for a, tau in ((0.99, 1), (1.01, 1), (1, 0.99), (1, 1.01)):
-        assert rest(found.a * a, found.tau * tau) > best
+        assert residual(decay.a * a, decay.tau * tau) > best
 
 
-def test_what_cannot_be_fitted():
+def test_refused_fits():
     with pytest.raises(ValueError, match="that the adapter moves is 3 on 10 tokens; accepted: 8 or more for a fit"):
         fit_decay(Usage(torch.tensor([1, 2, 3, 0]), torch.zeros(4), 10))
     with pytest.raises(ValueError, match=r"Each of 9 latents is moved on 50\.0% of the tokens"):

@@ -39,18 +39,18 @@ def ending_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def hidden_states(model: PreTrainedModel, responses: list[Response]) -> torch.Tensor:
-    """Residuals [tokens, d_in] of responses, each read alone."""
+    """Residuals [tokens, d_in] of responses that run alone."""
     rows = []
-    for each in responses:
-        h = read_layers(model, [L_OUT], input_ids=torch.tensor([each.prompt + each.ids]))[L_OUT][0]
-        rows.append(h[len(each.prompt) :])
+    for response in responses:
+        h = read_layers(model, [L_OUT], input_ids=torch.tensor([response.prompt + response.ids]))[L_OUT][0]
+        rows.append(h[len(response.prompt) :])
     return torch.cat(rows)
 
 
 def acting_adapter(
     model: PreTrainedModel, responses: list[Response], sae: FrozenSAE | None = None, *, unused: int = UNUSED
 ) -> FSRLAdapter:
-    """An adapter whose latents are moved on from most to few of the tokens of `responses`, and the last never."""
+    """An adapter that moves latents on most to few tokens of `responses` by index, and the last `unused` never."""
     adapter = FSRLAdapter(sae if sae is not None else make_sae(L_OUT, D_SAE_OUT, seed=2))
     g = torch.Generator().manual_seed(3)
     h = hidden_states(model, responses)
