@@ -131,10 +131,10 @@ def examples(demo: World, cdmap: ConditionalDifferenceMap) -> list[Example]:
 
 
 def choose(answered: list[Example]) -> list[Example]:
-    """Select the examples with the largest gain per register, in turn; ties go to the earlier prompt."""
-    ranked = sorted(answered, key=lambda example: -example.gain)
-    by_style = [[example for example in ranked if example.preferred == style] for style in language.STYLES]
-    return [example for examples in zip(*by_style, strict=False) for example in examples][: N_SHOWN * len(by_style)]
+    """Select the examples with the largest gain, `N_SHOWN` per register; ties go to the earlier prompt."""
+    gaining = sorted((example for example in answered if example.gain > 0), key=lambda example: -example.gain)
+    by_style = [[example for example in gaining if example.preferred == style] for style in language.STYLES]
+    return [example for examples in by_style for example in examples[:N_SHOWN]]
 
 
 def run(json_path: Path | None = None, *, assets: Path = ASSETS, progress: bool = True) -> list[MethodOutcome]:

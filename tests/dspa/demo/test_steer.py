@@ -70,10 +70,10 @@ def test_samples_are_those_with_the_largest_gain_per_register():
     formal = [example("formal", "get", word) for word in ("get", "obtain", "obtain", "obtain")]
     casual = [example("casual", *words) for words in (("get", "obtain"), ("get buy", "get"), ("get obtain", "get"))]
     answered = [*formal, *casual]
-    assert steer.choose(answered) == [formal[1], casual[2], formal[2], casual[1]]
+    assert steer.choose(answered) == [formal[1], formal[2], casual[2]]
     assert [answer.gain for answer in casual] == [-1, 0, 0.5]
-    sentence = steer.legend(answered, 4)
-    assert sentence.startswith("4 samples of DSPA at alpha 0.2 in mode ablate, chosen to show the difference")
+    sentence = steer.legend(answered, 3)
+    assert sentence.startswith("3 samples of DSPA at alpha 0.2 in mode ablate, chosen to show the difference")
     assert "Of all 7 prompts it rises on 4, falls on 1 and stays on 2." in sentence and "A ^ follows" in sentence
 
 
