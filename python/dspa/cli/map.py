@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.markup import escape
@@ -31,6 +32,8 @@ from dspa.errors import refusal
 if TYPE_CHECKING:
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.maps.shards import Collection
+
+T = TypeVar("T")
 
 app = typer.Typer(help="Make conditional-difference maps, and look at them.", no_args_is_help=True)
 for command, function in map_reports.COMMANDS.items():
@@ -72,7 +75,9 @@ def map_collect(
 
     For several processes: `torchrun --nproc-per-node K -m dspa map collect ...`, with the same folder for all.
     """
-    counts = _collect(triples, split, on, pair, counting, first=first, work_dir=out)
+    from dspa.maps.collect import collect
+
+    counts = _call_on_triples(collect, triples, split, on, pair, counting, first=first, work_dir=out)
     if rank() == 0:
         console.print(
             f"{counts.n_triples} triples counted in {escape(str(out))}. Next: dspa map reduce {escape(str(out))}"
@@ -119,11 +124,12 @@ def map_build(
 ) -> None:
     """Make a map from preference triples: collect and reduce in one step."""
     check_writable("--out", out)
-    from dspa.maps.reduce import reduce
+    from dspa.maps.build import build_map
 
-    counts = _collect(triples, split, on, pair, counting, first=first, work_dir=work_dir)
-    if rank() == 0:
-        _save(reduce(counts, **asdict(settings), progress=True), out)
+    options = {"first": first, "work_dir": work_dir, **asdict(settings)}
+    cdmap = _call_on_triples(build_map, triples, split, on, pair, counting, **options)
+    if cdmap is not None:
+        _save(cdmap, out)
 
 
 @app.command("merge")
@@ -138,32 +144,32 @@ def map_merge(
     console.print(f"{merged.n_triples} triples in {escape(str(out))}. Next: dspa map reduce {escape(str(out))}")
 
 
-def _collect(
+def _call_on_triples(
+    function: Callable[..., T],
     triples: str,
     split: str,
     on: ModelOptions,
     pair: SAEPairOptions,
     counting: CountingOptions,
     *,
-    first: int | None,
     work_dir: Path | None,
-) -> Collection:
-    """Count latents on triples, the first of which are checked before a model is loaded."""
+    **options: Any,
+) -> T:
+    """Call `collect` or `build_map` on triples, the first of which is checked before a model is loaded."""
     from dspa.data.triples import load_triples
-    from dspa.maps.collect import collect
 
     source = triple_source(triples, split, counting.stream)
     next(load_triples(source))
     model, tokenizer, sae_in, sae_out = load_all(on, pair)
     try:
-        return collect(
+        return function(
             *(model, tokenizer, source, sae_in, sae_out),
-            first=first,
             max_length=counting.max_length,
             batch_tokens=counting.batch_tokens,
             work_dir=work_dir,
             layers=on.layers,
             model_name=on.model_name,
+            **options,
         )
     except KeyboardInterrupt:
         if work_dir is not None:
