@@ -1,4 +1,4 @@
-"""Attaching and detaching, for every kind of thing that can be attached; nothing is left behind."""
+"""Attaching and detaching every kind of `Attachable`, which leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SETTINGS = {"max_new_tokens": 6, "do_sample": False}
 
 
 class AddVector(Attachable):
-    """Adds a vector to the residual: the least that a method of steering has to write."""
+    """Adds a vector to the residual, with the least code that a method of steering needs."""
 
     def __init__(self, layer: int, vector: Tensor) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def test_another_kind_of_attachable(family, vector):
 
 
 def test_it_stands_at_one_layer_with_the_others(gemma, vector, steering):
-    """A kind has a layer to itself; another kind may be there, too, and what was attached last acts first."""
+    """One of each kind can be attached to a layer."""
     added, _ = added_by_hand(gemma, vector)
     with steering.attach(gemma):
         steered = gemma.generate(PROMPT, **SETTINGS)
@@ -118,7 +118,7 @@ def test_a_call_without_an_edit(gemma, vector):
 
 
 def test_a_call_that_begins_does_not_hide_the_edits_of_another(gemma, vector):
-    """As of two threads, the second of which begins after the last pass of the first."""
+    """Two threads call the model, and the second begins after the last pass of the first."""
     with vector.attach(gemma):
         first, second = vector.checked_call(), vector.checked_call()
         first.__enter__()

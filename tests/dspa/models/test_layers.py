@@ -1,4 +1,4 @@
-"""What is no model that can be steered, and where the layers of one are."""
+"""Models that can be steered: which are, where their layers are, and what they are called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts that cannot be read for certain are refused."""
+"""Prompts that cannot be read with certainty are refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_prompts(gemma, steering, inputs, message):
 
 @pytest.mark.parametrize("how", ["keyword", "configuration", "positional", "model"])
 def test_padding_that_generate_would_infer(sae_in, sae_out, cdmap, how):
-    """Without a mask, transformers takes the padding token for padding, wherever it got its id from."""
+    """Without a mask, transformers takes the padding token for padding, wherever its id came from."""
     model = make_model("gemma2")
     model.generation_config.pad_token_id = 0 if how == "model" else None
     config = GenerationConfig(pad_token_id=0, max_new_tokens=2)

@@ -70,7 +70,7 @@ def config_of(arch: str, rescale: bool | None, apply_b_dec: bool, normalize: str
 def test_against_sae_lens(
     sae_lens: Any, h: Tensor, tmp_path: Path, arch: str, rescale: bool | None, apply_b_dec: bool, normalize: str
 ) -> None:
-    """Its object, its folder read by us, and our folder read by it, all encode and decode as it does."""
+    """sae-lens' object, its folder read by us, and our folder read by it, all encode and decode as sae-lens does."""
     theirs = lens_sae(
         sae_lens,
         arch,
@@ -204,7 +204,7 @@ def gemma_scope(folder: Path) -> Path:
 
 
 def linear(bias: str = "b_dec") -> dict[str, Tensor]:
-    """The names of dictionary_learning's classes with nn.Linear layers."""
+    """The SAE under the names of dictionary_learning's classes with nn.Linear layers."""
     t = tensors()
     return {
         "encoder.weight": t["W_enc"].T.contiguous(),
@@ -232,7 +232,7 @@ def dictionary(name: str) -> dict[str, Tensor]:
 
 
 def dictionary_latents(name: str, h: Tensor) -> Tensor:
-    """What each class's `encode` computes (https://github.com/saprmarks/dictionary_learning)."""
+    """Result of each class's `encode` (https://github.com/saprmarks/dictionary_learning)."""
     t = tensors()
     x = h if name == "JumpReluAutoEncoder" else h - t["b_dec"]
     z = x @ t["W_enc"]

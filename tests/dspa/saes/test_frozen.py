@@ -103,7 +103,7 @@ def test_shapes_dtypes_and_views() -> None:
     assert all(torch.equal(getattr(sae, name), t[name]) for name in JUMPRELU)
     assert (sae.device, sae.dtype) == (torch.device("cpu"), torch.float32)
     text = repr(sae)
-    assert "\n" not in text and all(each in text for each in ("jumprelu", "12", "40", "layer=3", "float32"))
+    assert "\n" not in text and all(part in text for part in ("jumprelu", "12", "40", "layer=3", "float32"))
     assert f"k={K}, layer_norm" in repr(make("topk", normalize_activations="layer_norm"))
 
 
@@ -143,7 +143,7 @@ def test_parameters_are_detached_and_encode_is_differentiable_in_h(h: Tensor) ->
 def test_dtypes(h: Tensor, weights: torch.dtype, x: torch.dtype, computed: torch.dtype) -> None:
     sae = make(layer=2).to(dtype=weights)
     full = torch.float64 if weights == torch.float64 else torch.float32
-    assert {each.dtype for each in (sae.W_enc, sae.W_dec, sae.b_dec)} == {weights}
+    assert {tensor.dtype for tensor in (sae.W_enc, sae.W_dec, sae.b_dec)} == {weights}
     assert sae.b_enc.dtype == sae.threshold.dtype == full
     assert torch.equal(sae.b_enc, make().b_enc.to(full)) and torch.equal(sae.threshold, make().threshold.to(full))
     f = sae.encode(h.to(x))
@@ -196,14 +196,14 @@ def test_fingerprint_is_of_the_source_and_of_all_of_it() -> None:
         t = named(*JUMPRELU)
         t[name].view(-1)[-1] += 1e-3
         others.append(FrozenSAE("jumprelu", **t))
-    assert len({each.fingerprint for each in [make(), *others]}) == len(others) + 1
+    assert len({sae.fingerprint for sae in [make(), *others]}) == len(others) + 1
 
 
 def test_fingerprint_is_of_values_not_of_storage() -> None:
     t = {name: tensor.bfloat16() for name, tensor in named(*JUMPRELU).items()}
     wide = {name: tensor.float() for name, tensor in t.items()}
     strided = wide | {"W_enc": wide["W_enc"].T.contiguous().T}
-    assert len({FrozenSAE("jumprelu", **each).fingerprint for each in (t, wide, strided)}) == 1
+    assert len({FrozenSAE("jumprelu", **stored).fingerprint for stored in (t, wide, strided)}) == 1
 
 
 # What is refused

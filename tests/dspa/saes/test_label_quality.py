@@ -8,7 +8,7 @@ from dspa.fsrl import LabelError, Labels, compare_labels
 
 
 def labels_of(confusion: list[list[int]], names: str) -> tuple[Labels, Labels]:
-    """Labels, and labels by hand, of which this is the confusion matrix (by hand in rows)."""
+    """Labels and labels by hand whose confusion matrix this is, with those by hand in rows."""
     pairs = [
         (names[i], names[j]) for i, row in enumerate(confusion) for j, count in enumerate(row) for _ in range(count)
     ]
@@ -17,25 +17,25 @@ def labels_of(confusion: list[list[int]], names: str) -> tuple[Labels, Labels]:
 
 
 def test_agreement_of_three_categories_by_hand():
-    found = compare_labels(*labels_of([[5, 1, 0], [2, 3, 1], [0, 0, 4]], "abc"))
-    assert (found.n, found.accuracy, found.n_unlabelled) == (16, 12 / 16, 0)
-    a, b, c = found.per_category
+    agreement = compare_labels(*labels_of([[5, 1, 0], [2, 3, 1], [0, 0, 4]], "abc"))
+    assert (agreement.n, agreement.accuracy, agreement.n_unlabelled) == (16, 12 / 16, 0)
+    a, b, c = agreement.per_category
     assert (a.n_hand, a.n_label, a.n_both) == (6, 7, 5)
     assert (a.precision, a.recall, a.f1) == (5 / 7, 5 / 6, 10 / 13)
     assert (b.precision, b.recall, b.f1) == (3 / 4, 3 / 6, 6 / 10)
     assert (c.precision, c.recall, c.f1) == (4 / 5, 1, 8 / 9)
-    assert found.macro_f1 == pytest.approx((10 / 13 + 6 / 10 + 8 / 9) / 3)
+    assert agreement.macro_f1 == pytest.approx((10 / 13 + 6 / 10 + 8 / 9) / 3)
     # c s - sum p t = 12 16 - (7 6 + 4 6 + 5 4) = 106; s^2 less sums of squares: 256 - 90 and 256 - 88.
-    assert found.mcc == pytest.approx(106 / (166 * 168) ** 0.5)
-    low, high = found.accuracy_interval()
+    assert agreement.mcc == pytest.approx(106 / (166 * 168) ** 0.5)
+    low, high = agreement.accuracy_interval()
     assert 0.5 < low < 0.75 < high < 0.92
 
 
 def test_two_categories_have_matthews_own_coefficient():
     tp, fn, fp, tn = 6, 2, 1, 9
-    found = compare_labels(*labels_of([[tp, fn], [fp, tn]], "ab"))
+    agreement = compare_labels(*labels_of([[tp, fn], [fp, tn]], "ab"))
     own = (tp * tn - fp * fn) / ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
-    assert found.mcc == pytest.approx(own)
+    assert agreement.mcc == pytest.approx(own)
 
 
 def test_agreement_at_its_ends():
@@ -47,7 +47,7 @@ def test_agreement_at_its_ends():
 
 
 def test_what_has_one_label_alone_is_told_and_not_compared():
-    found = compare_labels(Labels({1: "a", 2: "b", 9: "c"}, 10), Labels({1: "a", 2: "a", 3: "b", 4: "b"}, 10))
-    assert (found.n, found.n_unlabelled, found.categories) == (2, 2, ["a", "b"])
+    agreement = compare_labels(Labels({1: "a", 2: "b", 9: "c"}, 10), Labels({1: "a", 2: "a", 3: "b", 4: "b"}, 10))
+    assert (agreement.n, agreement.n_unlabelled, agreement.categories) == (2, 2, ["a", "b"])
     with pytest.raises(LabelError, match="None of the 1 latents labelled by hand has a label"):
         compare_labels(Labels({1: "a"}, 10), Labels({2: "a"}, 10))

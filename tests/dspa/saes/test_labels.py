@@ -1,4 +1,4 @@
-"""Labels of latents: files, rules, shares of use by category, and agreement with labels by hand."""
+"""Labels of latents: their files, rules, and what is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def sae():
 
 
 def exported(latent: object, description: object, **changed: object) -> dict[str, object]:
-    """A line as Neuronpedia's exports have it."""
+    """An entry of an export of Neuronpedia."""
     return {
         "modelId": "gemma-2-2b",
         "layer": "12-gemmascope-res-65k",
@@ -59,10 +59,10 @@ def test_every_form_of_an_export_reads_alike(tmp_path, sae, rules):
     for n in range(2):
         (tmp_path / "batches" / f"batch-{n}.jsonl.gz").write_bytes(gzip.compress(as_lines(rows[n::2])))
     for name in ("lines.jsonl", "lines.jsonl.gz", "list.json", "batches"):
-        found = read_labels(tmp_path / name, sae, rules=rules)
-        # Latent 20 matches both categories, of which the first takes it; what is empty labels nothing.
-        assert found.categories == {3: "style", 7: "alignment", 20: "style"}, name
-        assert found.of("style") == [3, 20]
+        labels = read_labels(tmp_path / name, sae, rules=rules)
+        # Latent 20 matches both categories and has the first. An empty description labels nothing.
+        assert labels.categories == {3: "style", 7: "alignment", 20: "style"}, name
+        assert labels.of("style") == [3, 20]
 
 
 def test_what_no_rule_finds_is_other(tmp_path, sae, rules):

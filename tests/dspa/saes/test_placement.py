@@ -1,4 +1,4 @@
-"""An SAE that does not fit a model, its layers or another SAE is refused."""
+"""SAEs that do not fit a model, its layers or each other are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well an SAE reconstructs, by hand."""
+"""The quality of an SAE, against formulas written out here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SAEs trained and fine-tuned on streamed activations: what is read, what is saved, and that a stopped run goes on."""
+"""SAEs trained and fine-tuned on streamed activations: what is read and saved, and how a stopped training continues."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def residuals(model, ids: list[int]) -> torch.Tensor:
 
 
 def same_rows(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two lots of rows are the same, whatever their order."""
+    """True if both hold the same rows, in any order."""
     apart = (a[:, None] - b).abs().amax(dim=-1)
     atol = rounding(PASS, float(b.abs().max()))
     return a.shape == b.shape and bool(apart.amin(dim=0).max() < atol) and bool(apart.amin(dim=1).max() < atol)
@@ -132,7 +132,7 @@ def test_conversations(tmp_path, model):
 def test_rows_are_the_models_residuals(model, tokenizer, texts):
     ids = [tokenizer(text)["input_ids"] for text in TextFile(texts).entries()]
     rows = stream(model, tokenizer, texts).rows(ids)
-    assert same_rows(rows, torch.cat([residuals(model, each)[1:] for each in ids]))
+    assert same_rows(rows, torch.cat([residuals(model, document)[1:] for document in ids]))
     everything = stream(model, tokenizer, texts, exclude_special_tokens=False).rows(ids)
     assert len(everything) == len(rows) + len(ids)
 
@@ -143,7 +143,7 @@ def test_long_documents_are_cut(model, tokenizer, texts):
 
 
 def test_one_pass_has_every_row_once(model, tokenizer, texts):
-    """With a buffer as large as the file, a block is what is not held out, in another order."""
+    """With a buffer as large as the file, a block is everything that is not held out, in another order."""
     activations = stream(model, tokenizer, texts)
     held_out, n = activations.held_out(100)
     ids = [tokenizer(text)["input_ids"] for text in TextFile(texts).entries()]
@@ -169,8 +169,8 @@ def test_stream_goes_on_from_any_place(model, tokenizer, texts):
     for stop in (0, 1, 2, 3, 17, 35):
         rest = batches(seen[stop][0])
         for place, rows in seen[stop + 1 : stop + 4]:
-            found = next(rest)
-            assert found[0] == place and torch.equal(found[1], rows)
+            next_place, next_rows = next(rest)
+            assert next_place == place and torch.equal(next_rows, rows)
     assert not torch.equal(next(batches(None, seed=1))[1], seen[0][1])
 
 
@@ -183,7 +183,7 @@ def test_too_little_text(model, tokenizer, texts):
 
 
 def varied(arch: str, **kwargs: object) -> FrozenSAE:
-    """An SAE whose decoder rows and thresholds differ a lot, some thresholds 0 or infinite."""
+    """An SAE whose decoder rows and thresholds differ a lot."""
     g = torch.Generator().manual_seed(7)
     W_dec = torch.randn(D_SAE, D_IN, generator=g) * (0.5 + torch.rand(D_SAE, 1, generator=g))
     if arch == "jumprelu":
@@ -193,7 +193,7 @@ def varied(arch: str, **kwargs: object) -> FrozenSAE:
 
 
 def test_jumprelu_starts_as_it_is():
-    """All its thresholds are one in the units of the training, and the way back gives the same SAE."""
+    """Its thresholds are the same in the units of the training, and converting back gives the same SAE."""
     start, scale = varied("jumprelu"), 0.3
     sae = started_sae(start, 8, scale=scale, threshold_lr=0.01, metadata={})
     norm = start.W_dec.norm(dim=1)
@@ -224,7 +224,7 @@ def test_a_threshold_without_bounds_is_no_unit():
     start.weights.threshold[:4] = torch.tensor([torch.inf, 0.0, 1e-6, 1e6])
     sae = started_sae(start, 8, scale=1.0, threshold_lr=0.01, metadata={})
     torch.testing.assert_close(sae.W_dec[:4].norm(dim=1), torch.ones(4), atol=rounding(D_IN, 1.0), rtol=0)
-    assert all(bool(each.isfinite().all()) for each in sae.parameters())
+    assert all(bool(parameter.isfinite().all()) for parameter in sae.parameters())
 
 
 # Training
@@ -313,7 +313,7 @@ def test_a_stopped_run_goes_on_to_the_same_sae(tmp_path, monkeypatch, model, tok
 
 @pytest.fixture
 def stopped(tmp_path, monkeypatch, model, tokenizer, texts):
-    """A folder with a checkpoint, and what goes on in it."""
+    """A folder with a checkpoint, and the function that continues its training."""
 
     def run(**changed):
         given = {"layer": LAYER, "d_sae": D_SAE, "k": 6, "config": TINY, "texts": texts} | changed
@@ -411,8 +411,10 @@ def test_refusals(tmp_path, monkeypatch, model, tokenizer, texts, start):
 
 
 def test_finetuning_beats_its_start(tmp_path):
-    """On held-out tokens of the demo's preferences, without more latents: the shipped SAE, and one that was trained too
-    little, which fine-tuning has to bring much further."""
+    """Fine-tuning improves an SAE on held-out tokens of the demo's preferences, with no more active latents.
+
+    The SAEs are the shipped one, and one trained too briefly, which fine-tuning has to improve much more.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(ASSETS / "dspa-demo", dtype=torch.float32).eval()

@@ -1,4 +1,4 @@
-"""What lets steering read less of the encoder changes no token; what it reads and launches is counted."""
+"""Calibration and screens change no token. What a step reads and launches is counted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..support.plain import Plain
 from .test_generate import MODES, N_NEW, PROMPTS, compiled_decoding, new_tokens, padded
 
 SETTINGS = {"max_new_tokens": N_NEW, "do_sample": False}
-# Residual rows of one such call: the padded prompts, then a row a token; of the prompts, their last tokens are steered.
+# Residual rows of one such call: the padded prompts, then one row per token. The last token of each prompt is steered.
 N_ROWS = 3 * 10 + 3 * (N_NEW - 1)
 N_STEERED = 3 * N_NEW
 
@@ -44,8 +44,10 @@ def test_the_same_tokens(model, sae_in, sae_out, cdmap, calibrated, config):
 
 @pytest.mark.parametrize("arch", ["standard", "topk"])
 def test_other_saes(model, sae_in, arch):
-    """Calibrated or not, the logits are the same to the last bit, or nearly: the order of the encoder's rows may
-    change how a product is rounded."""
+    """Calibrated or not, the logits are the same up to rounding.
+
+    The order of the encoder's rows may change how a product is rounded.
+    """
     base = make_sae(L_OUT, D_SAE_OUT, seed=2)
     k = 12 if arch == "topk" else None
     sae_out = dspa.FrozenSAE(arch, base.W_enc, base.b_enc, base.W_dec, k=k, layer=L_OUT)
@@ -66,7 +68,7 @@ def test_other_saes(model, sae_in, arch):
 
 
 def test_the_stream_is_the_maps(sae_in, sae_out, cdmap, calibrated):
-    """Hot latents first, the mean in the screen; nothing is copied that need not be."""
+    """Hot latents first, the mean in the screen, and no unnecessary copy."""
     plain = dspa.Steering(sae_in, sae_out, cdmap)._stream
     assert (
         plain.order is None
@@ -79,10 +81,10 @@ def test_the_stream_is_the_maps(sae_in, sae_out, cdmap, calibrated):
     assert static_map(calibrated).hot is calibrated.hot and static_map(calibrated).mean is calibrated.mean
 
 
-def test_memory_is_told(sae_in, sae_out, calibrated):
+def test_memory_is_reported(sae_in, sae_out, calibrated):
     steering = dspa.Steering(sae_in, sae_out, calibrated, screen="int8")
     added = steering._stream.added_bytes(sae_out.weights)
-    # The encoder in fp32 again, and one byte a number.
+    # The encoder in fp32 again, and one byte per number.
     assert added > 5 * D_SAE_OUT * D_IN
     assert f"90 hot latents, screen='int8', {added / 1e6:.1f} MB" in repr(steering)
 
@@ -149,17 +151,17 @@ def test_record_does_not_change_the_tokens(gemma, sae_in, sae_out, calibrated):
             answers.append(gemma.generate(**padded(PROMPTS), **SETTINGS))
         assert bool(len(steering.trace)) == record
     assert torch.equal(*answers)
-    # Decoding steps find their rows; so late is only the longest prompt's.
+    # Decoding steps find their rows: only the longest prompt has positions so late.
     assert {edit.row for edit in steering.trace if edit.position > 10} == {2}
     assert {edit.row for edit in steering.trace} == {0, 1, 2}
 
 
-# One token a row
+# One token per row
 
 
 @pytest.mark.parametrize("positions", ["response", "generated", "all"])
 def test_prompts_of_one_token(model, sae_in, sae_out, calibrated, positions):
-    """The prompt itself is then a pass of one token a row."""
+    """The prompt itself is then a pass of one token per row."""
     config = dspa.SteeringConfig(alpha=0.6, k_diff=8, mode="both", positions=positions)
     loop = Plain(model, decoder_layers(model), sae_in, sae_out, calibrated, config)
     with dspa.Steering(sae_in, sae_out, calibrated, config).attach(model) as steering:
@@ -180,7 +182,7 @@ def test_a_given_text_of_one_token(model, sae_in, sae_out, calibrated):
 
 
 class Launches(TorchDispatchMode):
-    """Ops that are dispatched and make or change a tensor; views do not."""
+    """Records the dispatched ops that make or change a tensor, so no views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,7 +211,7 @@ def test_a_decoding_step_launches_the_edit_alone(model, sae_in, sae_out, calibra
         model.generate(**padded(PROMPTS), **SETTINGS, **how)
     steps = [names for length, names in passes if length == 1]
     assert steps == [["dspa.steer.default"]] * (N_NEW - 1)
-    # A prompt has rows to be gated, so that the watch is one.
+    # A prompt has rows to be gated, which proves that launches are seen.
     assert any(len(names) > 1 and "dspa.steer.default" in names for length, names in passes if length > 1)
 
 
@@ -240,5 +242,5 @@ def test_a_compiled_step_is_compiled_once_and_finds_its_tensors_in_place(gemma, 
     # The second graph is the cache's, whose sliding window fills up.
     assert len(graphs) == n_graphs <= 2
     for name in ("paths", "stream_encoder_rows", "stream_barriers", "stream_screen_rows", "weights_w_dec"):
-        found = [kind for key, kind in static.items() if key.endswith(f"_self_{name}")]
-        assert found and all(found), (name, list(static))
+        kinds = [kind for key, kind in static.items() if key.endswith(f"_self_{name}")]
+        assert kinds and all(kinds), (name, list(static))

@@ -15,14 +15,14 @@ from dspa_kernels.cuda_library import EMULATED
 from ...rounding import PASS, rounding
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="with a CUDA device, test_gpu.py steers on it")
-# What of an edit may round.
+# The fields of an edit that may differ by rounding.
 NUMBERS: dict[str, Any] = {"maximum": 0, "before": [], "after": []}
 PROMPTS = torch.tensor([[1, 5, 9, 33, 20, 7], [0, 0, 1, 12, 40, 3]])
 
 
 @pytest.fixture(autouse=True)
 def runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Steering` refuses a backend that cannot run for users, which the emulated one cannot."""
+    """Accept the emulated backend, which `Steering` refuses since users cannot run it."""
     monkeypatch.setattr("dspa.steering.dspa._check_backend", lambda backend: None)
 
 

@@ -41,7 +41,7 @@ def test_generate(gemma, steering):
 
 
 def test_prompts_that_steering_refuses(gemma, attached):
-    """The base model reads what it always did."""
+    """The base model accepts them."""
     right_padded = {"input_ids": torch.tensor([[1, 5, 9, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
     with attached.disabled():
         gemma.generate(**right_padded, max_new_tokens=1)
@@ -68,7 +68,7 @@ def test_forward(gemma, steering):
 
 @torch.no_grad()
 def test_responses_of_the_base_model(gemma, steering):
-    """Code that scores responses serves both models."""
+    """Code that scores responses works for both models."""
     base = gemma(SEQUENCE).logits
     with steering.attach(gemma), steering.disabled(), steering.responses([5]):
         assert torch.equal(gemma(SEQUENCE).logits, base)
@@ -101,7 +101,7 @@ def test_detached_while_disabled(gemma, attached):
 
 
 def test_while_generating(gemma, attached):
-    """Text whose end is unsteered is not returned."""
+    """Text with an unsteered end is an error."""
 
     class Disable(StoppingCriteria):
         def __call__(self, *_: object, **__: object) -> torch.Tensor:

@@ -42,9 +42,9 @@ def padded(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
 
 
 def compiled_decoding() -> GenerationConfig:
-    """Greedy decoding on a static cache, whose steps are one graph each, without a break."""
+    """Greedy decoding on a static cache, each step of which is one graph without a break."""
     compile_config = CompileConfig(fullgraph=True, mode="default", backend="eager")
-    compile_config._compile_all_devices = True  # transformers compiles on accelerators only, unless told
+    compile_config._compile_all_devices = True  # by default transformers compiles only on accelerators
     return GenerationConfig(
         max_new_tokens=N_NEW,
         do_sample=False,
@@ -60,7 +60,7 @@ def new_tokens(output: torch.Tensor, n_new: int = N_NEW) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def expected(model, sae_in, sae_out, cdmap) -> list[list[int]]:
-    """What each prompt gives alone, in the plain loop; steered for real."""
+    """Tokens that each prompt gives alone in the plain loop. Steering changes most of them."""
     loop = plain(model, sae_in, sae_out, cdmap)
     tokens = [loop.generate(prompt, N_NEW) for prompt in PROMPTS]
     base = new_tokens(model.generate(**padded(PROMPTS), max_new_tokens=N_NEW, do_sample=False))
@@ -184,7 +184,7 @@ def test_beams(model, sae_in, sae_out, cdmap, steering, how):
 
 
 def test_return_sequences(model, sae_in, sae_out, cdmap, steering):
-    """Sampled return sequences of a batch are each steered by their own prompt's plan."""
+    """Each sampled return sequence of a batch is steered by the plan of its own prompt."""
     settings = {"max_new_tokens": 1, "do_sample": True, "top_k": 0, "num_return_sequences": 3}
     loop = plain(model, sae_in, sae_out, cdmap)
     wanted = []
@@ -242,16 +242,16 @@ def test_streamer_in_a_thread(model, steering, expected):
 
 
 def test_trace_of_a_padded_batch(model, sae_in, sae_out, cdmap):
-    """Each row's edits are those that it has alone; padding has none."""
+    """Each row has the edits that it has alone, and padding has none."""
     prompts = [[7], PROMPTS[0]]
 
     def edits(inputs: dict[str, torch.Tensor]) -> list[set[tuple[int, tuple[int, ...]]]]:
         with dspa.Steering(sae_in, sae_out, cdmap, CONFIG, record=True).attach(model) as steering:
             model.generate(**inputs, max_new_tokens=N_NEW, do_sample=False)
         rows = range(len(inputs["input_ids"]))
-        found = [[(e.position, tuple(e.latents)) for e in steering.trace if e.row == row] for row in rows]
-        assert all(len(row) == len(set(row)) for row in found)
-        return [set(row) for row in found]
+        edits_of = [[(e.position, tuple(e.latents)) for e in steering.trace if e.row == row] for row in rows]
+        assert all(len(row) == len(set(row)) for row in edits_of)
+        return [set(row) for row in edits_of]
 
     alone = [edits(padded([prompt]))[0] for prompt in prompts]
     assert edits(padded(prompts)) == alone and all(alone)

@@ -23,7 +23,7 @@ PROMPT = torch.tensor([[1, 5, 9, 33, 20, 7]])
 @pytest.mark.parametrize("family", ["gemma2", "qwen3"])
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_the_tokens_of_the_cpu(backend, family, cache, screen, sae_in, sae_out, calibrated):
-    """The SAEs, and the stream made of them, go where the model is; a static cache decodes in compiled steps."""
+    """The SAEs and their stream go to the model's device. A static cache decodes in compiled steps."""
     model = make_model(family)
     config = dspa.SteeringConfig(alpha=0.6, k_diff=8, mode="both")
     settings = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
@@ -50,14 +50,14 @@ def test_an_adapter_gives_the_tokens_and_gradients_of_the_cpu(family, cache, act
 
 
 def gradients_of(adapter, model):
-    """Of a loss with its penalty, on the CPU; many rows, as in training."""
+    """Gradients of a loss with its penalty, moved to the CPU. There are many rows, as in training."""
     ids = PROMPT.repeat(20, 1).to(model.device)
     adapter.requires_grad_()
     with adapter.recording() as moves:
         loss = model(ids, labels=ids).loss + 1e-2 * moves.l1[0].mean()
-    found = torch.autograd.grad(loss, list(adapter.parameters()))
+    gradients = torch.autograd.grad(loss, list(adapter.parameters()))
     adapter.requires_grad_(False)
-    return [each.cpu() for each in found]
+    return [gradient.cpu() for gradient in gradients]
 
 
 @pytest.mark.parametrize("family", ["gemma2", "qwen3", "gpt2"])

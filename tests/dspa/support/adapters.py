@@ -32,7 +32,7 @@ TRIPLES = [
 
 
 def ending_tokenizer() -> PreTrainedTokenizerFast:
-    """The tests' tokenizer with an end token, the last word of its vocabulary."""
+    """A `word_tokenizer` with an end token, the last word of its vocabulary."""
     tokenizer = word_tokenizer()
     tokenizer.eos_token = END
     return tokenizer
@@ -50,7 +50,7 @@ def hidden_states(model: PreTrainedModel, responses: list[Response]) -> torch.Te
 def acting_adapter(
     model: PreTrainedModel, responses: list[Response], sae: FrozenSAE | None = None, *, unused: int = UNUSED
 ) -> FSRLAdapter:
-    """An adapter that moves latents on most to few tokens of `responses` by index, and the last `unused` never."""
+    """An adapter that moves latents on most to few tokens of `responses` by index, and the last `unused` on none."""
     adapter = FSRLAdapter(sae if sae is not None else make_sae(L_OUT, D_SAE_OUT, seed=2))
     g = torch.Generator().manual_seed(3)
     h = hidden_states(model, responses)

@@ -51,7 +51,7 @@ class Plain:
 
     @contextlib.contextmanager
     def steered(self, prompt: list[int]) -> Iterator[None]:
-        """Within it, every pass over the whole sequence of one row (or of its beams) is edited."""
+        """Edit every pass over the whole sequence of one row, or of its beams, within a `with` block."""
         augment, ablate = self.select(prompt)
         start = len(prompt) - {"response": 1, "generated": 0, "all": len(prompt)}[self.config.positions]
 
@@ -78,7 +78,7 @@ class Plain:
 
     @torch.no_grad()
     def generate(self, prompt: list[int], n_tokens: int, *, sample: bool = False) -> list[int]:
-        """The next tokens, greedy, or sampled from torch's generator as it stands."""
+        """The next tokens, greedy or sampled from torch's default generator."""
         tokens = list(prompt)
         with self.steered(prompt):
             for _ in range(n_tokens):
