@@ -1,13 +1,23 @@
 """The settings of DSPA's online part."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from dspa.errors import refusal
 
 MODES = ("ablate", "augment", "both")
 POSITIONS = ("response", "generated", "all")
 SCORINGS = ("raw", "demixed", "whitened", "confident")
+# Setting, its type, which values are valid, and what a message says of them.
+CHECKS: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
+    ("k_prompt", int, lambda value: value >= 1, "a whole number >= 1"),
+    ("k_diff", int, lambda value: value >= 1, "a whole number >= 1"),
+    ("alpha", (int, float), lambda value: 0 <= value < math.inf, "a finite number >= 0 (published: 0.2)"),
+    ("ridge", (int, float), lambda value: 0 < value < math.inf, "a finite number > 0"),
+    ("delta", (int, float), lambda value: 0 < value < 1, "a number between 0 and 1"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,20 +55,10 @@ class SteeringConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("k_prompt", "k_diff"):
+        for name, kind, is_valid, accepted in CHECKS:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise refusal(ValueError, f"`{name}`", repr(value), "a whole number >= 1")
-        for name in ("alpha", "ridge", "delta"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise refusal(ValueError, f"`{name}`", repr(value), "a number")
-        if not (math.isfinite(self.alpha) and self.alpha >= 0):
-            raise refusal(ValueError, "`alpha`", repr(self.alpha), "a finite number >= 0 (published: 0.2)")
-        if not (math.isfinite(self.ridge) and self.ridge > 0):
-            raise refusal(ValueError, "`ridge`", repr(self.ridge), "a finite number > 0")
-        if not 0 < self.delta < 1:
-            raise refusal(ValueError, "`delta`", repr(self.delta), "a number between 0 and 1")
+            if isinstance(value, bool) or not isinstance(value, kind) or not is_valid(value):
+                raise refusal(ValueError, f"`{name}`", repr(value), accepted)
         for setting in fields(self):
             value, choices = getattr(self, setting.name), setting.metadata.get("choices")
             if choices and value not in choices:

@@ -1,4 +1,4 @@
-"""What cannot be steered for certain is refused, with a message that says what to do; nothing is left behind."""
+"""Calls that cannot be steered with certainty are refused, with a message that says what to do."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_hidden_states_that_are_not_finite(sae_in, sae_out, cdmap):
 
 @pytest.mark.parametrize("earlier_calls", [0, 1])
 def test_hooks_that_never_ran(steering, earlier_calls):
-    """A graph compiled without the hooks, as one is that predates attach(): an error, not unsteered text."""
+    """A graph without the hooks, as one compiled before attach(), is an error and gives no unsteered text."""
     model = make_model("llama")
     stack = decoder_layers(model)
     with steering.attach(model):
@@ -129,7 +129,7 @@ def test_architecture_that_keeps_keywords_from_its_layers(sae_in, sae_out, cdmap
 
 
 def test_config_that_is_text():
-    with pytest.raises(ValueError, match=r"`alpha` is '0.2'; accepted: a number"):
+    with pytest.raises(ValueError, match=r"`alpha` is '0\.2'; accepted: a finite number >= 0"):
         dspa.SteeringConfig(alpha="0.2")
 
 
@@ -177,7 +177,7 @@ class TestResponses:
 
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_padding(self, model, steering, side):
-        """A padded row gives what it gives alone."""
+        """A padded row has the logits that it has alone."""
         pad = torch.zeros(1, 3, dtype=torch.long)
         parts = (pad, self.SEQUENCE) if side == "left" else (self.SEQUENCE, pad)
         tokens = torch.cat(parts, dim=1)
@@ -259,6 +259,6 @@ def test_swapped_saes(sae_in, sae_out, cdmap):
 
 
 def test_guidance(gemma, steering):
-    """Its second pass is over another text, whose plan nobody made."""
+    """The second pass of guidance is over another text, which has no plan."""
     with steering.attach(gemma), pytest.raises(dspa.ModelError, match="guidance_scale"):
         gemma.generate(PROMPT, guidance_scale=2.0, max_new_tokens=2)
