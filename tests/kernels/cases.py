@@ -12,7 +12,14 @@ from torch import Tensor
 from dspa_kernels import MapWeights, SAEWeights, SteeringPlan
 from dspa_kernels.testing import random_map, random_plan, random_sae
 
+from ..rounding import rounding
+
 D_IN, D_SAE, D_SAE_IN, N_COLUMNS, N_SLOTS, N_PROMPTS = 19, 67, 31, 23, 6, 3
+# Roundings in a row of an op: mean and scale of a row, both applied, the products with their sum and the bias; the edit
+# with its sum, and the scale that is put back.
+ROUNDINGS = 8
+# No pre-activation may be nearer to its threshold, so that rounding decides no latent. Pre-activations are below 5.
+MARGIN = rounding(3, D_IN**0.5 * 5)
 # (residual, weights)
 DTYPES = [
     (torch.float32, torch.float32),

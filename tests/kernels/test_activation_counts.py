@@ -11,7 +11,7 @@ from dspa_kernels.testing import KINDS, random_sae, run_on
 from dspa_kernels.weights import NORMALIZATIONS
 
 from . import oracle
-from .cases import D_IN, D_SAE, DTYPES, VIEWS, integer_tensor, residual
+from .cases import D_IN, D_SAE, DTYPES, MARGIN, VIEWS, integer_tensor, residual
 from .test_ops_contract import recorded
 from .test_sparse_encode import small_blocks
 
@@ -41,7 +41,7 @@ def test_exact_on_integers(backend: str, kind: str, dtypes: tuple[torch.dtype, t
 def test_real_values(backend: str, kind: str, dtypes: tuple[torch.dtype, torch.dtype], normalize: str) -> None:
     sae = random_sae(kind, D_IN, D_SAE, dtype=dtypes[1], normalize=normalize)
     h = residual(7, dtypes[0])
-    assert oracle.margin(h, sae) > 1e-5, "rounding decides here: choose another seed"
+    assert oracle.margin(h, sae) > MARGIN, "rounding decides here: choose another seed"
     counts = run_on(backend, activation_counts, h, sae, ragged(7), N_SEQUENCES)
     assert torch.equal(counts, oracle.counts(h, sae, ragged(7), N_SEQUENCES))
 
