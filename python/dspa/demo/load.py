@@ -54,7 +54,7 @@ class World:
         """Build the map of the first 250 triples."""
         triples = islice(load_triples(self.triples), N_TRIPLES)
         cdmap = build_map(self.model, self.tokenizer, triples, self.sae_in, self.sae_out, progress=progress)
-        # Only where several processes make a map has one of them none.
+        # None only on the other ranks of several processes.
         assert cdmap is not None
         return cdmap
 
