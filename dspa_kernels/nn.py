@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dspa_kernels.checks import check_device, check_dtype, check_shape, refuse
-from dspa_kernels.ops.shared.formulas import compute_dtype, normalise, row_blocks
+from dspa_kernels.formulas import compute_dtype, normalise, row_blocks
 from dspa_kernels.ops.sparse_decode import sparse_decode
 from dspa_kernels.ops.sparse_encode import sparse_encode
 from dspa_kernels.weights import FLOATS, SAEWeights, SparseLatents, check_k

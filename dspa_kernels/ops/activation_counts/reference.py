@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dspa_kernels.ops.shared.formulas import (
+from dspa_kernels.formulas import (
     active_latents,
     compute_dtype,
     latent_blocks,

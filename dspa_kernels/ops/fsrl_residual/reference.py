@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dspa_kernels.ops.fsrl_residual.codes import DOWN, IDLE, NEAR, OFF, UP
-from dspa_kernels.ops.shared.formulas import active_latents, compute_dtype, n_kept, pre_activations, row_blocks
+from dspa_kernels.formulas import active_latents, compute_dtype, n_kept, pre_activations, row_blocks
 
 # Of a block of rows many tensors of all latents are held at once, so that it is shorter than where there is one; yet
 # not so short that a product is but a read of the weights.

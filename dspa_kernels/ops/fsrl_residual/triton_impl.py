@@ -29,7 +29,7 @@ from dspa_kernels.ops.fsrl_residual.triton_kernel import (
     gradient_kernel,
     step_kernel,
 )
-from dspa_kernels.ops.shared.formulas import n_kept, row_blocks
+from dspa_kernels.formulas import n_kept, row_blocks
 from dspa_kernels.ops.shared.triton_encode import ALIGN, BLOCK, row_keys
 from dspa_kernels.ops.shared.triton_grid import n_programs
 from dspa_kernels.ops.shared.triton_tiles import GROUP, INTERPRETED

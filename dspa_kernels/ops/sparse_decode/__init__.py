@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dspa_kernels.backends import choose, define_op
 from dspa_kernels.checks import check_device, check_dtype, check_shape
-from dspa_kernels.ops.shared.formulas import compute_dtype
+from dspa_kernels.formulas import compute_dtype
 from dspa_kernels.weights import FLOATS, SparseLatents
 
 

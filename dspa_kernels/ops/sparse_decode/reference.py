@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from dspa_kernels.ops.shared.formulas import compute_dtype
+from dspa_kernels.formulas import compute_dtype
 
 
 def sparse_decode(indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dspa_kernels.ops.shared.formulas import active_latents, compute_dtype, normalise, pre_activations, row_blocks
+from dspa_kernels.formulas import active_latents, compute_dtype, normalise, pre_activations, row_blocks
 
 
 def sparse_encode(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspa_kernels.ops.shared.formulas import compute_dtype, is_active, latent_blocks, normalise, pre_activations
+from dspa_kernels.formulas import compute_dtype, is_active, latent_blocks, normalise, pre_activations
 
 
 def _stream(
