@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dspa_kernels.checks import check_device, check_dtype, check_shape, refuse
-from dspa_kernels.formulas import compute_dtype, normalise, row_blocks
+from dspa_kernels.formulas import compute_dtype, row_blocks
 from dspa_kernels.ops.sparse_decode import sparse_decode
 from dspa_kernels.ops.sparse_encode import sparse_encode
 from dspa_kernels.weights import FLOATS, SAEWeights, SparseLatents, check_k
@@ -157,12 +157,9 @@ class FusedSAE(nn.Module):
 
     def _statistics(self, rows: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
         """Mean and scale [..., 1] that normalisation takes out of rows."""
-        kind = self.weights.normalize
-        if kind == "none":
+        if self.weights.normalize == "none":
             return None
-        rows = rows.to(compute_dtype(rows, self.encoder_rows))
-        _, scale = normalise(rows, kind, rows.dtype)
-        mean = rows.mean(dim=-1, keepdim=True) if kind == "layer_norm" else torch.zeros_like(scale)
+        _, mean, scale = self.weights.normalise(rows)
         return mean.view(*shape[:-1], 1), scale.view(*shape[:-1], 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedSAE:

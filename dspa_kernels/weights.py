@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dspa_kernels.checks import check_at_least, check_device, check_dtype, check_shape, refuse
+from dspa_kernels.formulas import Normalised, compute_dtype, latents, normalise
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FULL = (torch.float32, torch.float64)
@@ -89,6 +90,37 @@ class SAEWeights:
     def W_enc(self) -> Tensor:
         """Encoder, [d_in, d_sae], as SAELens names it: a transposed view of `encoder_rows`."""
         return self.encoder_rows.T
+
+    def normalise(self, h: Tensor) -> Normalised:
+        """Normalise residuals as the encoder reads them.
+
+        Args:
+            h: [..., d_in]. Computed in fp32, or fp64 where h or the weights are. Differentiable.
+
+        Returns:
+            `Normalised(rows, mean, scale)`: n(h) [..., d_in], and the mean and scale [..., 1] that n removed.
+
+        Raises:
+            InputError: rows of another width.
+        """
+        check_shape("h", h, (*h.shape[:-1], self.d_in))
+        return normalise(h, self.normalize, compute_dtype(h, self.encoder_rows))
+
+    def latents(self, h: Tensor) -> Tensor:
+        """Encode residuals to latents, dense and differentiable, in plain PyTorch.
+
+        Args:
+            h: [..., d_in]. Computed in fp32, or fp64 where h or the weights are.
+
+        Returns:
+            f [..., d_sae], 0 where a latent is inactive. Of equal values at the edge of the top k, the smaller
+            index is active.
+
+        Raises:
+            InputError: rows of another width.
+        """
+        rows = self.normalise(h).rows
+        return latents(rows, self.encoder_rows, self.b_enc, self.threshold, self.k)
 
     def encoder(self) -> dict[str, Any]:
         """The arguments `ENCODER` of an op's schema."""

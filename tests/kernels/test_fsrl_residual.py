@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dspa_kernels import InputError, SAEWeights, fsrl_residual
+from dspa_kernels import InputError, SAEWeights, formulas, fsrl_residual
 from dspa_kernels.ops.fsrl_residual import triton_impl
-from dspa_kernels.ops.shared import formulas as common
 from dspa_kernels.testing import KINDS, assert_as_accurate, random_sae, run_on, same_bits
 
 from ..rounding import rounding
@@ -415,7 +414,7 @@ def test_autocast_changes_nothing() -> None:
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case("soft_threshold", "topk", integers=True, n=70, fraction=0.5)
     whole = ours(case, "reference")
-    monkeypatch.setattr(common, "MAX_ELEMENTS", 30 * D_SAE)
+    monkeypatch.setattr(formulas, "MAX_ELEMENTS", 30 * D_SAE)
     for name, value in ours(case, "reference").items():
         assert torch.equal(value, whole[name]), name
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspa_kernels import (
     activation_counts,
+    formulas,
     fsrl_residual,
     lookup_and_steer,
     map_lookup,
@@ -19,7 +20,6 @@ from dspa_kernels import (
     steer,
 )
 from dspa_kernels.backends import OPS, implementation
-from dspa_kernels.ops.shared import formulas as common
 from dspa_kernels.testing import KINDS, run_on, same_bits, tensors
 
 from .cases import D_IN, D_SAE, D_SAE_IN, N_COLUMNS, N_PROMPTS, Case, integer_tensor, make_case
@@ -190,11 +190,11 @@ def test_no_dense_latents(monkeypatch: pytest.MonkeyPatch, op: str, kind: str) -
     inner = dict(zip(names, run.call[1], strict=False)) | run.call[2]
     del inner["backend"]
 
-    monkeypatch.setattr(common, "MAX_ELEMENTS", 1000)
+    monkeypatch.setattr(formulas, "MAX_ELEMENTS", 1000)
     blocked = tensors(function(**arguments, backend="reference"))
     assert all(same_bits(ours, other) for ours, other in zip(blocked, whole, strict=True))
     # Rows of h, changes of the map's columns and sparse results may be held; pre-activations may not.
     most = n * max(D_IN, N_COLUMNS, 20)
     assert recorded(implementation(op, "reference"), **inner).largest <= most < n * D_SAE / 2
-    monkeypatch.setattr(common, "MAX_ELEMENTS", 1 << 24)
+    monkeypatch.setattr(formulas, "MAX_ELEMENTS", 1 << 24)
     assert recorded(implementation(op, "reference"), **inner).largest > most, "the meter sees nothing"

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dspa_kernels import InputError, SAEWeights, sparse_decode, sparse_encode
+from dspa_kernels import InputError, SAEWeights, formulas, sparse_decode, sparse_encode
 from dspa_kernels.launch import Launch
-from dspa_kernels.ops.shared import formulas as common
 from dspa_kernels.testing import KINDS, assert_as_accurate, random_sae, run_on
 from dspa_kernels.weights import NORMALIZATIONS
 
@@ -176,13 +175,16 @@ def test_rows_that_are_not_finite(backend, value):
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, groups of tiles, blocks of latents and chunks of rows, at the sizes of these tests."""
-    counts = pytest.importorskip("dspa_kernels.ops.activation_counts.triton_impl", reason="Triton is not installed")
-    encode = pytest.importorskip("dspa_kernels.ops.sparse_encode.triton_impl")
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from dspa_kernels.ops.activation_counts import triton_impl as counts
+    from dspa_kernels.ops.shared import triton_encode
+    from dspa_kernels.ops.sparse_encode import triton_impl as sparse
+
     launch = Launch(BLOCK_N=16, BLOCK_L=16, BLOCK_K=16, num_warps=4, num_stages=2, programs=1)
-    monkeypatch.setattr(encode, "launch_parameters", lambda *_: launch)
-    monkeypatch.setattr(encode, "GROUP", 2)
-    monkeypatch.setattr(common, "MAX_ELEMENTS", 1300)
-    for module in (counts, encode):
+    monkeypatch.setattr(triton_encode, "launch_parameters", lambda *_: launch)
+    monkeypatch.setattr(triton_encode, "GROUP", 2)
+    monkeypatch.setattr(formulas, "MAX_ELEMENTS", 1300)
+    for module in (counts, sparse):
         monkeypatch.setattr(module, "BLOCK", 32)
 
 

@@ -4,8 +4,12 @@ from typing import Any
 import pytest
 import torch
 
-from dspa_kernels import InputError, MapWeights, SteeringPlan
-from dspa_kernels.testing import random_sae
+from dspa_kernels import InputError, MapWeights, SAEWeights, SteeringPlan, sparse_encode
+from dspa_kernels.testing import KINDS, random_sae
+from dspa_kernels.weights import NORMALIZATIONS
+from tests.kernels.cases import D_IN as CASE_D_IN
+from tests.kernels.cases import D_SAE as CASE_D_SAE
+from tests.kernels.cases import DTYPES, residual
 
 D_IN, D_SAE, C = 5, 12, 3
 SAE = random_sae("jumprelu", D_IN, D_SAE)
@@ -61,6 +65,68 @@ def test_to_moves_every_tensor_and_nothing_changes(weights: Any) -> None:
             assert before == after
     with pytest.raises(FrozenInstanceError):
         setattr(weights, fields(weights)[0].name, None)
+
+
+def dense(h: torch.Tensor, sae: SAEWeights) -> torch.Tensor:
+    """The latents that `sparse_encode` returns, in their places."""
+    latents = sparse_encode(h, sae, capacity=sae.d_sae, backend="reference")
+    f = torch.zeros(len(h), sae.d_sae + 1, dtype=latents.values.dtype)
+    return f.scatter_(1, latents.indices.long() % f.shape[1], latents.values)[:, :-1]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_latents_are_those_of_the_ops(kind: str, normalize: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Bit for bit, ties at the edge of the top k included, whatever the leading dimensions are."""
+    h_dtype, W_dtype = dtypes
+    integers = normalize == "none"
+    sae = random_sae(kind, CASE_D_IN, CASE_D_SAE, dtype=W_dtype, integers=integers, normalize=normalize)
+    h = residual(6, h_dtype, integers=integers)
+    f = sae.latents(h)
+    assert f.dtype == torch.promote_types(torch.promote_types(h_dtype, W_dtype), torch.float32) and f.any()
+    assert torch.equal(f, dense(h, sae))
+    assert torch.equal(sae.latents(h.view(2, 3, CASE_D_IN)), f.view(2, 3, CASE_D_SAE))
+    assert sae.latents(h[:0]).shape == (0, CASE_D_SAE) and sae.latents(h[0]).shape == (CASE_D_SAE,)
+
+
+def test_latents_next_to_a_nan_are_those_of_the_ops() -> None:
+    """An infinite residual times a weight of 0 is NaN, times any other infinite: then the top k is full of ties."""
+    sae = random_sae("topk", D_IN, D_SAE, k=4)
+    rows = sae.encoder_rows.clone()
+    rows[:2, 3], rows[2:, 3] = 0, 1
+    sae = SAEWeights(rows, sae.b_enc, sae.threshold, sae.W_dec, k=4)
+    h = torch.zeros(1, D_IN)
+    h[0, 3] = torch.inf
+    latents = sparse_encode(h, sae, capacity=4, backend="reference")
+    assert sae.latents(h)[0].isposinf().nonzero().flatten().tolist() == latents.indices[0].tolist() == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_normalise_returns_what_it_removed(normalize: str) -> None:
+    sae = random_sae("relu", CASE_D_IN, CASE_D_SAE, dtype=torch.float64, normalize=normalize)
+    h = residual(6, torch.float64).view(2, 3, CASE_D_IN)
+    normalised = sae.normalise(h)
+    assert normalised.mean.shape == normalised.scale.shape == (2, 3, 1)
+    # SAELens adds 1e-5 to the standard deviation by which it divides, and not to that by which it multiplies.
+    scale = normalised.scale + 1e-5 * (normalize == "layer_norm")
+    torch.testing.assert_close(normalised.rows * scale + normalised.mean, h, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_latents_are_differentiable(kind: str, normalize: str) -> None:
+    sae = random_sae(kind, D_IN, D_SAE, dtype=torch.float64, normalize=normalize)
+    h = torch.randn(3, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    assert torch.autograd.gradcheck(sae.latents, (h,)) and sae.latents(h).any()
+
+
+@pytest.mark.parametrize("method", ["latents", "normalise"])
+@pytest.mark.parametrize("shape", [(2, D_IN + 1), (1,), ()])
+def test_rows_of_another_width_are_refused(method: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=rf"`h` is of shape .*; accepted: shape \[(.*, )?{D_IN}\]") as error:
+        getattr(SAE, method)(torch.zeros(shape))
+    assert str(list(shape)) in str(error.value)
 
 
 ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [

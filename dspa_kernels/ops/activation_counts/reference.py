@@ -27,7 +27,7 @@ def activation_counts(
     d_sae = encoder_rows.shape[0]
     counts = torch.zeros(n_sequences, d_sae, dtype=torch.int32, device=h.device)
     counted = (sequences >= 0).nonzero().flatten()
-    hn, _ = normalise(h[counted], normalize, compute_dtype(h, encoder_rows))
+    hn = normalise(h[counted], normalize, compute_dtype(h, encoder_rows)).rows
     sequence = sequences[counted].long()
     everything = slice(0, d_sae)
     # A rank needs whole rows; a threshold does not, and then each block of the encoder is read once.

@@ -74,7 +74,9 @@ def fsrl_residual(
     """
     _check(h, sae, W_a, b_a, threshold, activation, bandwidth, mask, fraction)
     dtype = compute_dtype(h, sae.encoder_rows, W_a)
-    x, scale = (None, None) if sae.normalize == "none" else normalise(h, sae.normalize, dtype)
+    x, scale = None, None
+    if sae.normalize != "none":
+        x, _, scale = normalise(h, sae.normalize, dtype)
     differentiable = (h, W_a, b_a, *(() if threshold is None else (threshold,)))
     out, l1, l0, _ = _fsrl_residual(
         h=h,

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from dspa_kernels.formulas import compute_dtype, latents, n_kept, pre_activations, row_blocks
 from dspa_kernels.ops.fsrl_residual.codes import DOWN, IDLE, NEAR, OFF, UP
-from dspa_kernels.formulas import active_latents, compute_dtype, n_kept, pre_activations, row_blocks
 
 # Of a block of rows many tensors of all latents are held at once, so that it is shorter than where there is one; yet
 # not so short that a product is but a read of the weights.
@@ -80,8 +80,7 @@ def fsrl_residual(
             kept = top_of_row(v, fraction)
             v = v.where(kept, 0)
         if needs_f:
-            pre = pre_activations(b_h if x is None else x[rows].to(dtype), encoder_rows, b_enc)
-            f = pre.where(active_latents(pre, sae_threshold, k), 0)
+            f = latents(b_h if x is None else x[rows].to(dtype), encoder_rows, b_enc, sae_threshold, k)
         delta = (v if f is None else torch.maximum(v, -f)) @ W_dec
         l1[rows] = v.abs().sum(dim=1)
         l0[rows] = (v != 0).sum(dim=1, dtype=torch.int32)

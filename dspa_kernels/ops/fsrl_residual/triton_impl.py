@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from dspa_kernels.barriers import barrier_of
+from dspa_kernels.formulas import n_kept, row_blocks
 from dspa_kernels.launch import FULL, SPLIT, launch_parameters, precision
 from dspa_kernels.ops.fsrl_residual.triton_kernel import (
     ALL,
@@ -29,7 +30,6 @@ from dspa_kernels.ops.fsrl_residual.triton_kernel import (
     gradient_kernel,
     step_kernel,
 )
-from dspa_kernels.formulas import n_kept, row_blocks
 from dspa_kernels.ops.shared.triton_encode import ALIGN, BLOCK, row_keys
 from dspa_kernels.ops.shared.triton_grid import n_programs
 from dspa_kernels.ops.shared.triton_tiles import GROUP, INTERPRETED

@@ -1,1 +1,1 @@
-"""What several ops share: formulas of the references, tiles, ranks and grids of the Triton kernels."""
+"""What several ops share: tiles, ranks and grids of the Triton kernels."""

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dspa_kernels.launch import launch_parameters, precision
 from dspa_kernels.formulas import row_blocks
+from dspa_kernels.launch import launch_parameters, precision
 from dspa_kernels.ops.shared.triton_grid import n_programs
 from dspa_kernels.ops.shared.triton_tiles import GROUP, grouped_tile, product_tile, row_chunk, row_scale
 

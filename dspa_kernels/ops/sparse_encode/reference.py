@@ -12,7 +12,7 @@ def sparse_encode(
     """The active latents of each row, in order of their index; NaN values where they do not fit or
     the row is not finite."""
     dtype = compute_dtype(h, encoder_rows)
-    hn, _ = normalise(h, normalize, dtype)
+    hn = normalise(h, normalize, dtype).rows
     indices = torch.full((len(h), capacity), -1, dtype=torch.int32, device=h.device)
     values = torch.zeros(len(h), capacity, dtype=dtype, device=h.device)
     counts = torch.zeros(len(h), dtype=torch.int32, device=h.device)

@@ -10,8 +10,8 @@ from torch import Tensor
 from dspa_kernels import cuda_library
 from dspa_kernels.backends import choose, is_unasked
 from dspa_kernels.checks import check_at_least, check_device, check_dtype, check_shape, refuse
-from dspa_kernels.launch import CudaEntry, cuda_entry, precision, steer_variant
 from dspa_kernels.formulas import compute_dtype
+from dspa_kernels.launch import CudaEntry, cuda_entry, precision, steer_variant
 from dspa_kernels.weights import FLOATS, PATHS, EncoderStream, MapWeights, SAEWeights
 
 GATE = "Tensor? rows, Tensor? positions, Tensor? start, Tensor(a!)? paths"

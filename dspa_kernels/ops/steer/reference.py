@@ -91,7 +91,7 @@ def steer(
         maximum[row[~finite]] = float("nan")
     counts = [len(h) - len(row), int((~finite).sum())]
     row = row[finite]
-    hn, scale = normalise(h[row], normalize, dtype)
+    hn, _, scale = normalise(h[row], normalize, dtype)
     slot, sign = slots[prompt[row]].long(), signs[prompt[row]]
     chosen, slot = slot >= 0, slot.clamp(min=0)
     if columns.numel():

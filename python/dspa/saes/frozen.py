@@ -270,17 +270,13 @@ class FrozenSAE:
         Computed and returned in fp32, or in fp64 where h or the weights are. Of equal values at the edge of
         the top k, the smaller index is active.
         """
-        hn = self.normalise(h)
-        pre = hn @ self.W_enc.to(hn.dtype) + self.b_enc.to(hn.dtype)
-        active = (pre > self.threshold) & (pre > 0)
-        if self.weights.k:
-            active &= _top_k(pre, self.weights.k)
-        return torch.where(active, pre, 0)
+        _check_width("h", h, self.d_in)
+        return self.weights.latents(h)
 
     def normalise(self, h: Tensor) -> Tensor:
         """`n(h) [..., d_in]`, what the encoder reads of residuals `h [..., d_in]`, in `encode`'s dtype."""
         _check_width("h", h, self.d_in)
-        return _normalise(h.to(self._compute_dtype(h)), self.weights.normalize)[0]
+        return self.weights.normalise(h).rows
 
     def decode(self, f: Tensor, like: Tensor | None = None) -> Tensor:
         """Reconstruction `[..., d_in]` of latents `f [..., d_sae]`, `b_dec` included, in `encode`'s dtype.
@@ -305,7 +301,7 @@ class FrozenSAE:
                 f"This SAE normalises its input ({self.weights.normalize}): decode(f, like=h).",
             )
         _check_width("like", like, self.d_in)
-        _, mean, scale = _normalise(like.to(f.dtype), self.weights.normalize)
+        _, mean, scale = self.weights.normalise(like.to(f.dtype))
         return out * scale + mean
 
     @property
@@ -370,23 +366,6 @@ class FrozenSAE:
             f"FrozenSAE({self.arch}{k}{normalize}, d_in={self.d_in}, d_sae={self.d_sae}, layer={self.layer}, "
             f"model={self.model_name}, {str(self.dtype).removeprefix('torch.')} on {self.device}{folded})"
         )
-
-
-def _normalise(h: Tensor, normalize: str) -> tuple[Tensor, Tensor, Tensor]:
-    """`n(h)`, and the mean and scale `[..., 1]` that it took out of each row, as SAELens computes them."""
-    if normalize == "layer_norm":
-        mean = h.mean(dim=-1, keepdim=True)
-        std = (h - mean).std(dim=-1, keepdim=True)
-        return (h - mean) / (std + 1e-5), mean, std
-    mean, scale = torch.zeros_like(h[..., :1]), torch.ones_like(h[..., :1])
-    if normalize == "constant_norm_rescale":
-        scale = h.norm(dim=-1, keepdim=True) / h.shape[-1] ** 0.5
-    return h / scale, mean, scale
-
-
-def _top_k(pre: Tensor, k: int) -> Tensor:
-    largest = pre.argsort(dim=-1, descending=True, stable=True)[..., :k]
-    return torch.zeros_like(pre, dtype=torch.bool).scatter_(-1, largest, True)
 
 
 def _check_width(name: str, x: Tensor, width: int) -> None:
