@@ -34,7 +34,7 @@ def test_every_adapter_prefers_better_than_the_base_model(outcomes):
 
 
 def test_the_effect_is_no_chance(outcomes):
-    """Of 100 triples, at lambdas up to the published one; in fewer steps than the demo's."""
+    """It shows on 100 triples, at lambdas up to the published one, after fewer steps than the demo's."""
     base, *adapters = outcomes
     assert base.held_out.accuracy < 0.6 and adapters[0].held_out.accuracy > 0.9
     for adapter in adapters[:2]:
@@ -48,7 +48,7 @@ def test_a_larger_lambda_moves_less(outcomes):
 
 
 def test_the_command(tmp_path, monkeypatch):
-    """One adapter, hardly trained: what is written and printed."""
+    """It writes and prints the outcome of one adapter, trained for one step."""
     few = {"adapters": ADAPTERS[:1], "config": replace(fsrl.TRAINING, max_steps=1)}
     monkeypatch.setattr(fsrl, "measure", functools.partial(fsrl.measure, **few))
     outcomes = fsrl.run(tmp_path / "demo.json", progress=False)

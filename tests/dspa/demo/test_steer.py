@@ -89,7 +89,7 @@ def test_assets_are_small():
 
 
 def test_the_preference_flips_with_the_register():
-    """In the triples, each register's chosen answers are of the style that the other's rejected ones are."""
+    """In every triple, the chosen and the rejected answer are of different styles."""
     rows = [json.loads(line) for line in (steer.ASSETS / "preferences.jsonl").read_text().splitlines()]
     for row in rows:
         styles = {

@@ -1,4 +1,4 @@
-"""What is lost as an adapter moves less: fractions and masks."""
+"""Ablations: scores with a fraction of v kept, and with sets of latents masked."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def test_moves_latents_as_defined(model, adapter) -> None:
     ids=lambda how: next(iter(how), "cached"),
 )
 def test_ways_of_decoding(model, adapter, expected, how) -> None:
-    """Padded in a batch or alone, cached or not: the tokens of a row alone."""
+    """Each gives the tokens of a plain loop over one row."""
     with adapter.attach(model):
         assert new_tokens(model.generate(**padded(PROMPTS), max_new_tokens=N_NEW, do_sample=False, **how)) == expected
 
@@ -227,7 +227,7 @@ def test_mask_and_fraction(model, sae_out) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_models_see_what_is_trained(sae_out, dtype) -> None:
-    """In evaluation W_a is converted once; a change of it is seen, and the parameters stay fp32."""
+    """In evaluation mode W_a is converted once and again after a change, and the parameters stay fp32."""
     model, adapter = make_model("qwen3").to(dtype), make_adapter(sae_out.to(dtype=dtype))
     ids = torch.tensor([PROMPTS[2]])
     with adapter.attach(model), torch.no_grad():
@@ -260,7 +260,7 @@ def test_save_pretrained_refuses_while_attached(model, sae_out, tmp_path) -> Non
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
 def test_together_with_steering(model, sae_in, sae_out, cdmap, order) -> None:
-    """Whatever is detached first, the rest goes on, and at the end the model is what it was."""
+    """Whichever is detached first, the other one keeps acting, and the model ends as it was."""
     late = make_sae(3, 80, seed=7)
     steering = dspa.Steering(sae_in, late, make_map(sae_in, late, seed=8), dspa.SteeringConfig(alpha=1.5))
     attached = [make_adapter(sae_out), steering]

@@ -127,7 +127,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(here, tmp_path, token
 
 
 def test_a_process_that_is_killed(here, tmp_path, tokenizer):
-    """Amid a checkpoint, which then counts for nothing."""
+    """It is killed while it writes a checkpoint, which is then ignored."""
     config = replace(TINY, max_steps=5)
     done = launch(here, tmp_path / "killed", [], config, killed=4)
     assert done.returncode == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""A training that was stopped goes on to what it would have become, and another one is refused its folder."""
+"""Resuming: a stopped training ends in the same weights, and its folder refuses another training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def whole(tokenizer, tmp_path_factory):
-    """Trainings that nothing stopped, by their loss."""
+    """Trainings that were not stopped, by their loss."""
     configs = {loss: replace(LONGER, loss=loss) for loss in ("simpo", "dpo")}
     out = tmp_path_factory.mktemp("whole")
     return {loss: run(make_model("qwen3"), tokenizer, out / loss, config) for loss, config in configs.items()}
@@ -54,7 +54,7 @@ def stop_at(monkeypatch, step: int) -> None:
 
 @pytest.mark.parametrize(("loss", "step"), [("simpo", 2), ("simpo", 5), ("simpo", 8), ("dpo", 5)])
 def test_a_stopped_training_goes_on(model, tokenizer, tmp_path, monkeypatch, whole, loss, step):
-    """Over the end of an epoch too, of 15 triples; with the adapter that failed, or a new one."""
+    """Also over the end of an epoch of 15 triples, with the adapter that failed or a new one."""
     config, adapter = replace(LONGER, loss=loss), new_adapter()
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_at(patch, step)
@@ -67,7 +67,7 @@ def test_a_stopped_training_goes_on(model, tokenizer, tmp_path, monkeypatch, who
 
 
 def test_a_training_that_is_stopped_after_its_last_step(model, tokenizer, tmp_path, monkeypatch, whole):
-    """Amid its held-out figures."""
+    """It is stopped while its held-out figures are measured."""
     from dspa.fsrl import training
 
     def stop(*_: Any, **__: Any) -> None:
@@ -131,7 +131,7 @@ def test_another_training_is_refused(model, tokenizer, tmp_path, monkeypatch, ch
 
 
 def test_what_never_came_to_a_checkpoint_may_begin_otherwise(model, tokenizer, tmp_path, monkeypatch):
-    """A setting that was wrong can be mended in the same folder."""
+    """A wrong setting can be corrected in the same folder."""
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_at(patch, 1)
         run(model, tokenizer, tmp_path / "out")

@@ -28,7 +28,7 @@ def model():
 
 
 def test_a_sweep(model, tokenizer, tmp_path, monkeypatch):
-    """Stopped after its first adapter, which is not trained again."""
+    """It is stopped after its first adapter, which is not trained again."""
     saes = [make_sae(layer, D_SAE_OUT, seed=2) for layer in (0, L_OUT)]
     settings = [FSRLConfig(l1=l1) for l1 in (0.0, 5.0)]
     out = tmp_path / "sweep"

@@ -1,4 +1,4 @@
-"""Adapters trained by TRL: the loss, what is left of the model, numbers, and what is refused."""
+"""Training by TRL: the loss, the files, the state of the model afterwards, precision, and refusals."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def model():
 
 
 def by_hand(model, tokenizer, adapter: FSRLAdapter, triples: list[Triple], loss: str) -> tuple[float, float, float]:
-    """The preference loss, L1 and L0 of one batch, from rows that run alone."""
+    """Preference loss, L1 and L0 of one batch, from rows that run alone."""
 
     def response(triple: Triple, field: str) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = tokenize_triple(triple, tokenizer)
@@ -68,7 +68,7 @@ def by_hand(model, tokenizer, adapter: FSRLAdapter, triples: list[Triple], loss:
 
 
 def margin_terms(model, tokenizer, triples: list[Triple]) -> float:
-    """The size of the log-probabilities per token that a margin is the difference of."""
+    """Size of the two log-probabilities per token whose difference is a margin."""
     scores = score_triples(model, tokenizer, triples, progress=False)
     return float((scores.chosen.abs() + scores.rejected.abs()).max())
 
@@ -86,7 +86,7 @@ N_AT_THRESHOLD = 1.5
 
 @pytest.mark.parametrize("loss", ["simpo", "dpo"])
 def test_the_loss_is_the_formula(model, tokenizer, tmp_path, loss):
-    """With a rate of almost nothing, every batch is of the adapter as it came; a batch of all triples is one batch."""
+    """With a rate near 0, the adapter stays as it came; a batch of all triples is the only one."""
     config = replace(TINY, loss=loss, lr=1e-30, batch_size=15, micro_batch_size=15, max_steps=1)
     adapter = new_adapter(FSRLConfig(l1=0.3, initial_threshold=0.05))
     with torch.no_grad():
@@ -158,7 +158,7 @@ def test_what_is_written(model, tokenizer, tmp_path):
 
 
 def test_held_out_figures(model, tokenizer, tmp_path):
-    """Of all tokens of all batches, whatever their length."""
+    """They are means over all tokens of all batches, whatever their length."""
     adapter, record = run(model, tokenizer, tmp_path / "out", replace(TINY, micro_batch_size=1, eval_every=6))
     figures = read_held_out(tmp_path / "out")
     with adapter.attach(model):
@@ -187,11 +187,11 @@ def test_responses_are_cut_and_counted(model, tokenizer, tmp_path):
     assert record["settings"]["max_length"] == 16
 
 
-# What is left of the model
+# The model afterwards
 
 
 def state_of(model, tokenizer) -> dict[str, Any]:
-    """What a caller can see of a model, hooks by their number."""
+    """Everything of a model and tokenizer that a caller can see; of hooks, their number."""
     return {
         "modules": [name for name, _ in model.named_modules()],
         "training": [module.training for module in model.modules()],
@@ -240,7 +240,7 @@ def test_the_model_is_as_it_was(tokenizer, tmp_path, monkeypatch, loss, family, 
 
 @pytest.mark.parametrize(("family", "name"), [("gpt2", "p"), ("qwen3", "attention_dropout")])
 def test_no_dropout(tmp_path, tokenizer, family, name):
-    """The base model is frozen, which a layer that drops something at random would not be."""
+    """With dropout, the base model would not be the frozen one."""
     model = make_model(family)
     base = score_triples(model, tokenizer, TRIPLES, progress=False)
     dropping = [module for module in model.modules() if isinstance(getattr(module, name, None), float)]
@@ -270,7 +270,7 @@ def test_gradient_checkpointing_changes_nothing(tokenizer, tmp_path, loss):
 
 
 def test_layers_are_run_again(model, tokenizer, tmp_path):
-    """Those from the adapter's on; below it nothing needs a gradient."""
+    """Only layers from the adapter's on are, since below it nothing needs a gradient."""
     runs = {}
     for n, layer in enumerate(model.model.layers):
         layer.input_layernorm.register_forward_hook(lambda *_, n=n: runs.__setitem__(n, runs.get(n, 0) + 1))
@@ -429,7 +429,7 @@ def test_the_package_imports_without_trl():
 
 
 def test_quiet(model, tokenizer, tmp_path, capfd):
-    """Neither TRL nor transformers says anything."""
+    """Neither TRL nor transformers prints or warns."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for loss in ("simpo", "dpo"):

@@ -1,4 +1,4 @@
-"""Use of latents by rank, and the curve through it."""
+"""Usage of latents by rank, and the fitted decay."""
 
 from __future__ import annotations
 
