@@ -92,9 +92,16 @@ def make_sae(layer: int, d_sae: int, *, d_in: int = D_IN, seed: int = 0, **kwarg
 
 
 def make_sae_for(h: Tensor, layer: int, d_sae: int, active: float, *, seed: int = 0) -> FrozenSAE:
-    """A JumpReLU SAE with random unit rows, of which the share `active` is active on the residuals h [N, d_in].
+    """Return a JumpReLU SAE with random unit rows, of which a share is active on given residuals.
 
-    It has the dtype and the device of h. Its latents share one threshold, a quantile over a sample of them.
+    Its latents share one threshold, a quantile of the pre-activations of a sample of them.
+
+    Args:
+        h: Residuals [N, d_in], which give the SAE its dtype and device.
+        layer: The SAE's layer.
+        d_sae: Number of latents.
+        active: Share of latents that are active per residual.
+        seed: Seed of the weights.
     """
     g = torch.Generator(h.device).manual_seed(seed)
     W_dec = torch.nn.functional.normalize(torch.randn(d_sae, h.shape[1], generator=g, device=h.device), dim=1)
