@@ -14,8 +14,9 @@ CSRC := $(wildcard csrc/build.py csrc/*.cu csrc/*.cuh csrc/*.h csrc/device/*)
 # Two pips would write to one .venv.
 .NOTPARALLEL:
 
+# One thread: the model is small, and on a busy machine threads wait for each other for most of the time.
 demo: .venv/installed
-	$(BIN)/dspa demo
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/dspa demo
 
 test: .venv/tested
 	$(BIN)/pytest -n auto --dist loadfile
