@@ -1,4 +1,4 @@
-"""Several processes that collect together, started by real launchers, and what they say to each other."""
+"""Several processes that collect together, started by real launchers, and their communication."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from .support.counts import SEED, as_rows, make_ids, shards, write_lines
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 # Eight triples are eight pieces.
 SMALL = {"TRIPLES_PER_WINDOW": 4, "TRIPLES_PER_PIECE": 1}
-# Every process writes which pieces it counted. None goes on from its first before all have one, so that none comes too
-# late; one that is to die does so after its first, and the others finish one more.
+# Every process records the pieces that it counted. It waits with its first piece until all have one, so that none comes
+# too late. The process that is to die does so after its first piece, and the others finish one more.
 SCRIPT = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -49,7 +49,7 @@ rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)
 dies, refused, stream = (options.pop(name, None) for name in ("dies", "refused", "stream"))
 model = AutoModelForCausalLM.from_pretrained(here / "model", dtype=torch.float32).eval()
 tokenizer = AutoTokenizer.from_pretrained(here / "model")
-saes = [FrozenSAE("jumprelu", **each) for each in torch.load(here / "saes.pt")]
+saes = [FrozenSAE("jumprelu", **weights) for weights in torch.load(here / "saes.pt")]
 mine, write = [], Collection.write
 
 def until(done):
@@ -85,7 +85,7 @@ counts = collect(model, tokenizer, data, *saes, work_dir=out / "work", **options
 if rank == 0:
     reduce(counts, percentile=60.0, k_diff=3).save(out / "map")
 """
-# Builds a map with the function or the command, and writes down which process reduced and what each got.
+# Builds a map with the function or the command, and records which process reduced and what every process got.
 BUILD_SCRIPT = """
 import json, os, sys
 from pathlib import Path
@@ -141,7 +141,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(here: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What this process makes of it alone, in other pieces and batches than the launched ones."""
+    """Counts and map that this process makes alone, in other pieces and batches than the launched ones."""
     out = tmp_path_factory.mktemp("alone")
     model = AutoModelForCausalLM.from_pretrained(here / "model", dtype=torch.float32).eval()
     saes = [make_sae(L_IN, D_SAE_IN, seed=1), make_sae(L_OUT, D_SAE_OUT, seed=2)]
@@ -175,17 +175,17 @@ def counted(out: Path) -> list[list[int]]:
 def test_torchrun(here: Path, alone: Path, tmp_path: Path, n: int, options: dict[str, Any]) -> None:
     done = launch([*TORCHRUN, f"--nproc-per-node={n}"], here, tmp_path, **options)
     assert done.returncode == 0, done.stderr
-    each = counted(tmp_path)
-    assert len(each) == n and all(each) and sorted(itertools.chain(*each)) == list(range(8))
+    by_rank = counted(tmp_path)
+    assert len(by_rank) == n and all(by_rank) and sorted(itertools.chain(*by_rank)) == list(range(8))
     assert len(shards(tmp_path / "work")) == 8
     assert (tmp_path / "map").read_bytes() == (alone / "map").read_bytes()
-    # One bar, of the whole.
+    # One bar, for all processes.
     assert "8/8" in done.stderr or options.get("stream")
     assert done.stderr.count("collect:   0%") + done.stderr.count("collect: 0triple") == 1
     assert "continues alone" not in done.stderr
     if options.get("refused"):
-        told = {path.read_text() for path in tmp_path.glob("refused-*")}
-        assert told == {
+        messages = {path.read_text() for path in tmp_path.glob("refused-*")}
+        assert messages == {
             f"`work_dir` is None for {n} processes; accepted: a folder that all of them share. Their counts are "
             "joined there."
         }
@@ -193,7 +193,7 @@ def test_torchrun(here: Path, alone: Path, tmp_path: Path, n: int, options: dict
 
 @pytest.mark.parametrize("how", ["function", "command"])
 def test_a_map_is_reduced_once(here: Path, alone: Path, tmp_path: Path, how: str) -> None:
-    """By rank 0, and to the file that a process alone makes."""
+    """Rank 0 reduces, to the file that a process alone makes."""
     saes = ["--sae-in", here / "sae_in", "--sae-out", here / "sae_out"]
     paths = [here / "prefs.jsonl", "--model", here / "model", *saes, "--out", tmp_path / "map"]
     settings = ["--percentile", 60, "--k-diff", 3, "--device", "cpu", "--work-dir", tmp_path / "work"]
@@ -209,7 +209,7 @@ def test_a_map_is_reduced_once(here: Path, alone: Path, tmp_path: Path, how: str
 
 
 def test_a_process_that_dies(here: Path, alone: Path, tmp_path: Path) -> None:
-    """The launcher ends the other one; the next start, of one process, does what is missing, and nothing again."""
+    """The launcher ends the other process. The next start, of one process, counts only what is missing."""
     done = launch([*TORCHRUN, "--nproc-per-node=2"], here, tmp_path, batch_tokens=1, dies=1)
     assert done.returncode != 0 and "SIGKILL" in done.stderr
     before = {path: path.stat().st_mtime_ns for path in shards(tmp_path / "work")}
@@ -234,12 +234,12 @@ def test_accelerate_starts_one_process_on_cpus(here: Path, alone: Path, tmp_path
     assert (tmp_path / "map").read_bytes() == (alone / "map").read_bytes()
 
 
-# What processes say to each other
+# Communication
 
 
 @pytest.fixture
 def team(monkeypatch: pytest.MonkeyPatch) -> list[Team]:
-    """Three ranks, here in one process."""
+    """Three ranks in one process."""
     store = HashStore()
     monkeypatch.setattr(distributed, "_launcher_store", lambda: store)
     monkeypatch.setattr(distributed, "_teams", itertools.repeat(7))
@@ -248,7 +248,7 @@ def team(monkeypatch: pytest.MonkeyPatch) -> list[Team]:
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
         team.append(Team())
-    assert [(each.rank, each.size) for each in team] == [(0, 3), (1, 3), (2, 3)]
+    assert [(member.rank, member.size) for member in team] == [(0, 3), (1, 3), (2, 3)]
     return team
 
 
@@ -256,7 +256,7 @@ def test_claims(team: list[Team]) -> None:
     assert [team[rank].claim() for rank in (1, 0, 0, 2, 1)] == [0, 1, 2, 3, 4]
 
 
-def test_two_teams_do_not_hear_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_teams_do_not_share_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     store = HashStore()
     monkeypatch.setattr(distributed, "_launcher_store", lambda: store)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -277,8 +277,8 @@ def test_rank_0_comes_first(team: list[Team]) -> None:
     time.sleep(0.2)
     assert order == []
     assert team[0].in_turn("x", lambda: order.append(0) or "done") == "done"
-    for each in others:
-        each.join(10)
+    for thread in others:
+        thread.join(10)
     assert order[0] == 0 and sorted(order) == [0, 1, 2]
 
 
@@ -297,7 +297,7 @@ def test_waiting_for_the_others(team: list[Team], monkeypatch: pytest.MonkeyPatc
 
 
 def test_waiting_ends(team: list[Team], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As long as something is finished now and then, it goes on."""
+    """Waiting continues as long as pieces are finished now and then."""
     monkeypatch.setattr(distributed, "POLL", 0.01)
     monkeypatch.setattr(distributed, "PATIENCE", timedelta(seconds=0.5))
 

@@ -25,7 +25,7 @@ TEMPLATE = (
 
 
 def make_tokenizer(*, template: str | None = TEMPLATE, add_eos: bool = False) -> PreTrainedTokenizerFast:
-    """Words split at whitespace; `<s>` before a text, and `</s>` after it with `add_eos`."""
+    """Make a tokenizer of words, with `<s>` before a text, and with `add_eos` also `</s>` after it."""
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

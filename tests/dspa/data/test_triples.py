@@ -22,7 +22,7 @@ def load_one(entry: dict[str, Any]) -> Triple:
 
 
 def refusal(entry: Any) -> str:
-    """What is said of `entry` as the second of two, after the first has been yielded."""
+    """Return the message that refuses `entry` as the second of two, after the first has been yielded."""
     triples = load_triples([PLAIN, entry])
     assert next(triples) == Triple(**PLAIN)
     with pytest.raises(PreferenceError) as raised:

@@ -1,4 +1,4 @@
-"""Counts of small models."""
+"""Small models and their counts."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ..support.counts import Case, make_case
 
 @pytest.fixture
 def case() -> Case:
-    """One that a test may break."""
+    """A case that a test may break."""
     return make_case("qwen3")
 
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows of 4 triples, pieces of 2, so that 8 triples are 4 shards."""
+    """Cut windows of 4 triples and pieces of 2, so that 8 triples are 4 shards."""
     monkeypatch.setattr(pieces, "TRIPLES_PER_WINDOW", 4)
     monkeypatch.setattr(pieces, "TRIPLES_PER_PIECE", 2)
 
 
 @pytest.fixture(scope="module")
 def counts(tmp_path_factory: pytest.TempPathFactory) -> Collection:
-    """Of 60 triples in which the response repeats the prompt's first word or its last."""
+    """Counts of 60 triples in which the response repeats the prompt's first word or its last."""
     rows = [
         {
             "prompt": " ".join(ENGLISH[(n + i * i) % 47] for i in range(6)),

@@ -1,4 +1,4 @@
-"""`dspa.maps.build.build_map`: what it makes, checks and says."""
+"""`dspa.maps.build.build_map`: its map, its checks and its messages."""
 
 from __future__ import annotations
 

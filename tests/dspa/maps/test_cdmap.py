@@ -29,7 +29,7 @@ from ..support.counts import D_IN, D_OUT, as_collection, draw, naive, same_bits
 
 @pytest.fixture(scope="module")
 def made() -> tuple[ConditionalDifferenceMap, np.ndarray, np.ndarray]:
-    """A map with its gates and its A, of which some is far from noise."""
+    """A map with its gates and its A, some of whose entries are far from noise."""
     data = draw(60, seed=11, lengths_from=(53, 59, 61, 67))
     data[0][:, 5] = data[3][0]
     strength = np.random.default_rng(0).random((60, 6)) * np.linspace(0.5, 1, 6) ** 2
@@ -38,7 +38,7 @@ def made() -> tuple[ConditionalDifferenceMap, np.ndarray, np.ndarray]:
     options = {"percentile": 50.0, "gate_rule": "active", "sparsify": False}
     cdmap = reduce(as_collection(data), **options, k_diff=1)
     gates, _ = naive(data, 50.0, "active", sparsify=False)
-    # Of all kinds of gates: never open, always, and on some prompts.
+    # Gates of all kinds: never open, always, and on some prompts.
     assert cdmap.n_open[[0, 1, 5]].tolist() == [0, 60, 60] and 8 < len(cdmap.gate_latents) < D_IN
     return cdmap, gates, cdmap.dense().double().numpy()
 
@@ -50,12 +50,12 @@ PROMPTS[1, 4], PROMPTS[2] = 3, 1
 
 
 def prompt_latents(counts: Tensor, k: int) -> list[int]:
-    """The k largest counts, ties to the smaller index, without zeros."""
+    """Return the k largest counts, ties to the smaller index, without zeros."""
     return [i for i in sorted(range(len(counts)), key=lambda i: (-counts[i], i))[:k] if counts[i] > 0]
 
 
 def chosen_latents(score: np.ndarray, k: int, mode: str) -> list[tuple[int, int]]:
-    """Output latents and signs: the k largest positive scores, and the k smallest negative ones."""
+    """Return output latents and signs: the k largest positive scores, and the k smallest negative ones."""
     up = [(j, 1) for j in np.argsort(-score, kind="stable")[:k] if score[j] > 0]
     down = [(j, -1) for j in np.argsort(score, kind="stable")[:k] if score[j] < 0]
     return {"augment": up, "ablate": down, "both": up + down}[mode]
@@ -111,7 +111,7 @@ def test_select(made: Any, scoring: dict[str, Any], k_prompt: int, mode: str) ->
 
 
 def test_scorings_differ(made: Any) -> None:
-    """Else the tests above would not tell them apart."""
+    """Otherwise the tests above would not distinguish them."""
     configs = [SteeringConfig(k_diff=4, k_prompt=5, scoring=s, delta=0.999) for s in SCORINGS]
     plans = [plan_of(made[0], config) for config in configs]
     assert all(a != b for i, a in enumerate(plans) for b in plans[:i])
@@ -188,16 +188,18 @@ def without_none(of: dict[str, Any]) -> dict[str, Any]:
 
 
 def rewrite(path: Path, header: Any = (), meta: Any = (), tensors: Any = (), *, seal: bool = True) -> None:
-    """Change entries of the header, of the map's metadata in it, and tensors; None removes. With `seal`, the checksum
-    is of what is written, so that other checks have to find what is wrong."""
+    """Change entries of the header, of the map's metadata in it, and tensors; None removes.
+
+    With `seal`, the checksum is that of the changed tensors, so that other checks have to find the error.
+    """
     with safe_open(path, framework="pt") as file:
         old = json.loads(file.metadata()["dspa"])
     new = old | {"meta": without_none(old["meta"] | dict(meta))} | dict(header)
-    found = without_none(load_file(path) | dict(tensors))
+    kept = without_none(load_file(path) | dict(tensors))
     names = FORMATS.get(new["format"], ())
-    if seal and found.keys() == set(names):
-        new["sha256"] = hashlib.sha256(b"".join(found[name].numpy().tobytes() for name in names)).hexdigest()
-    save_file(found, path, {"dspa": json.dumps(without_none(new))})
+    if seal and kept.keys() == set(names):
+        new["sha256"] = hashlib.sha256(b"".join(kept[name].numpy().tobytes() for name in names)).hexdigest()
+    save_file(kept, path, {"dspa": json.dumps(without_none(new))})
 
 
 def refusal(path: Path) -> str:
@@ -207,7 +209,7 @@ def refusal(path: Path) -> str:
 
 
 def all_gates(cdmap: ConditionalDifferenceMap) -> Tensor:
-    """One row of bits a latent, as earlier formats had them."""
+    """Return one row of bits per latent, as earlier formats had them."""
     n = cdmap.meta.n_triples
     gates = torch.zeros(cdmap.meta.d_sae_in, cdmap.gates.shape[1], dtype=torch.uint8)
     gates[cdmap.n_open == n] = torch.tensor(np.packbits(np.ones(n, dtype=bool), bitorder="little"))
@@ -226,7 +228,7 @@ def earlier(cdmap: ConditionalDifferenceMap, path: Path, form: str) -> dict[str,
 
 @pytest.mark.parametrize("form", EARLIER)
 def test_a_map_of_an_earlier_format(made: Any, tmp_path: Path, form: str) -> None:
-    """The first has no calibration; both are otherwise the same, and saved they are of this format."""
+    """The first has no calibration; both are otherwise equal, and saving them again gives the current format."""
     path = tmp_path / "map"
     old = earlier(made[0], path, form)
     loaded = ConditionalDifferenceMap.load(path)
@@ -317,12 +319,12 @@ def test_tampered_header(saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "problem"),
     [("{", "is damaged"), ("null", "is not a map of"), ("[]", "is not a map of"), ("7", "is not a map of")],
 )
-def test_header_that_is_no_header(saved: Path, text: str, told: str) -> None:
+def test_header_that_is_no_header(saved: Path, text: str, problem: str) -> None:
     save_file(load_file(saved), saved, {"dspa": text})
-    assert f"{saved} {told}" in refusal(saved)
+    assert f"{saved} {problem}" in refusal(saved)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +356,7 @@ def test_changed_header(saved: Path, change: dict[str, Any], message: str) -> No
 def test_changed_tensors(made: Any, saved: Path, name: str, how: str) -> None:
     tensor = getattr(made[0], name)
     changed = {"missing": None, "dtype": tensor.to(torch.float16), "shape": tensor[:-1].clone()}
-    # Only the checksum knows how wide a residual is.
+    # Only the checksum shows a change of the width of a residual.
     rewrite(saved, tensors={name: changed[how]}, seal=name != "mean" or how != "shape")
     message = refusal(saved)
     assert "damaged" in message and (how == "shape" or name in message)
@@ -397,7 +399,7 @@ def test_columns_that_are_no_columns(made: Any, saved: Path, change: str) -> Non
     assert "`columns` are not increasing latents of the output SAE" in refusal(saved)
 
 
-# The SAEs it belongs to
+# The SAEs of a map
 
 
 def test_its_own_saes(sae_in: FrozenSAE, sae_out: FrozenSAE, cdmap: ConditionalDifferenceMap) -> None:

@@ -1,4 +1,4 @@
-"""`dspa.maps.collect.collect`: where triples come from, what is shown, and what is refused."""
+"""`dspa.maps.collect.collect`: sources of triples, progress, and refusals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_first(case: Case) -> None:
         check_same(case.collect(first=100), case.collect())
 
 
-# Where triples come from
+# Sources of triples
 
 
 def dataset(rows: list[dict[str, Any]]) -> Any:
@@ -86,6 +86,15 @@ def test_a_triple_that_only_the_tokenizer_refuses_is_found_as_early(
     with pytest.raises(PreferenceError, match="triple 9: `chosen` is equal to `rejected` after tokenization"):
         case.collect(triples=[*as_rows(case.ids), {"prompt": "w3", "chosen": "w4", "rejected": "w4 "}])
     assert calls.n == 0
+
+
+def test_all_triples_that_cannot_be_tokenized_are_named(case: Case, small_windows: None) -> None:
+    same = {"prompt": "w3", "chosen": "w4", "rejected": "w4 "}
+    rows = [*as_rows(case.ids), same, Triple(**same, name="C: mine"), same]
+    with pytest.raises(PreferenceError, match="equal to `rejected`") as raised:
+        case.collect(triples=rows)
+    assert str(raised.value).startswith("triple 9: `chosen` is equal to")
+    assert str(raised.value).endswith(" 2 more cannot be tokenized either: C: mine, triple 11.")
 
 
 @pytest.mark.parametrize("source", STREAMS)

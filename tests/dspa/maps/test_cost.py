@@ -1,4 +1,4 @@
-"""The closed-form account against what PyTorch counts, and against the published figures."""
+"""The closed-form costs against what PyTorch counts, and against the published figures."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def tiny(g: Geometry) -> tuple[Geometry, PreTrainedModel]:
         eos_token_id=None,
     )
     torch.manual_seed(0)
-    # Eager attention computes all pairs, as the account says.
+    # Eager attention computes all pairs, as the formulas say.
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     return small, model.eval()
 
@@ -76,12 +76,13 @@ def test_the_account_is_what_pytorch_counts(
 
     ids = [tokenizer(triple.prompt)["input_ids"]]
     ids += [
-        ids[0] + tokenizer(each, add_special_tokens=False)["input_ids"] for each in (triple.chosen, triple.rejected)
+        ids[0] + tokenizer(response, add_special_tokens=False)["input_ids"]
+        for response in (triple.chosen, triple.rejected)
     ]
-    assert [len(each) for each in ids] == [t.prompt, t.prompt + t.chosen, t.prompt + t.rejected]
+    assert [len(sequence) for sequence in ids] == [t.prompt, t.prompt + t.chosen, t.prompt + t.rejected]
     with FlopCounterMode(display=False) as published, torch.no_grad():
-        for each in ids:
-            model(input_ids=torch.tensor([each]), use_cache=False)
+        for sequence in ids:
+            model(input_ids=torch.tensor([sequence]), use_cache=False)
     assert published.get_total_flops() == exactly(three_passes(g, t).total)
 
     total, read = 0, counting.read_layers
@@ -89,9 +90,9 @@ def test_the_account_is_what_pytorch_counts(
     def counted(*args: Any, **kwargs: Any) -> dict[int, Tensor]:
         nonlocal total
         with FlopCounterMode(display=False) as counter:
-            found = read(*args, **kwargs)
+            layers = read(*args, **kwargs)
         total += counter.get_total_flops()
-        return found
+        return layers
 
     monkeypatch.setattr(counting, "read_layers", counted)
     saes = [make_sae(layer, 32, d_in=g.d_model) for layer in (1, g.layer_out)]

@@ -48,12 +48,12 @@ LONG_SEED = 0
 
 
 @pytest.fixture(scope="module", params=["gemma2", "qwen3", "gpt2"])
-def each(request: pytest.FixtureRequest) -> Case:
+def family_case(request: pytest.FixtureRequest) -> Case:
     return make_case(request.param)
 
 
 def distances(model: PreTrainedModel, sae: FrozenSAE, ids: list[int], start: int = 0) -> Tensor:
-    """How far above its threshold each latent is [T - start, d_sae], from one full pass over `ids`."""
+    """Return how far each latent is above its threshold [T - start, d_sae], from one full pass over `ids`."""
     out = model(input_ids=torch.tensor([ids]), output_hidden_states=True, use_cache=False)
     h = out.hidden_states[sae.layer + 1][0, start:]
     pre = h.double() @ sae.W_enc.double() + sae.b_enc.double()
@@ -61,7 +61,7 @@ def distances(model: PreTrainedModel, sae: FrozenSAE, ids: list[int], start: int
 
 
 def passes(case: Case, triple: Ids) -> list[Tensor]:
-    """Distances of the three parts, each from a pass of its own."""
+    """Return the distances of the three parts, each from a separate pass."""
     prompt, *answers = triple
     return [
         distances(case.model, case.sae_in, prompt),
@@ -71,16 +71,17 @@ def passes(case: Case, triple: Ids) -> list[Tensor]:
 
 @torch.no_grad()
 def plain(case: Case, ids: list[Ids]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Counts [N, width] and lengths [N] of each part, on all tokens and on special ones, triple by triple."""
-    found: dict[str, list[tuple[Tensor, int]]] = {}
+    """Return counts [N, width] and lengths [N] of each part, on all and on special tokens, triple by triple."""
+    counts_of: dict[str, list[tuple[Tensor, int]]] = {}
     for triple in ids:
         for part, tokens, above in zip(PARTS, triple, passes(case, triple), strict=True):
             assert above.abs().min() > MARGIN
             for name, counted in ((part, range(len(tokens))), (f"{part}_special", None)):
                 rows = [t for t, token in enumerate(tokens) if token in SPECIAL] if counted is None else list(counted)
-                found.setdefault(name, []).append(((above[rows] > 0).sum(dim=0), len(rows)))
+                counts_of.setdefault(name, []).append(((above[rows] > 0).sum(dim=0), len(rows)))
     return {
-        name: (torch.stack([c for c, _ in rows]), torch.tensor([n for _, n in rows])) for name, rows in found.items()
+        name: (torch.stack([c for c, _ in rows]), torch.tensor([n for _, n in rows]))
+        for name, rows in counts_of.items()
     }
 
 
@@ -89,12 +90,12 @@ def check_plain(case: Case, got: Collection, ids: list[Ids]) -> None:
     for name, (counts, lengths) in plain(case, ids).items():
         assert torch.equal(mine[name][1], lengths), name
         assert torch.equal(mine[name][0], counts), name
-        # Something to get wrong: latents active on some tokens, and on none.
+        # The data can show errors: latents active on some tokens, and on none.
         assert ((counts == 0).any() and ((counts > 0) & (counts < lengths.max())).any()) or "special" in name
 
 
 class InTuples:
-    """What a decoder layer was in earlier transformers: it returns its residual in a tuple."""
+    """A decoder layer of earlier versions of transformers, which returns its residual in a tuple."""
 
     def forward(self, hidden_states: Tensor | tuple[Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor]:
         h = hidden_states[0] if isinstance(hidden_states, tuple) else hidden_states
@@ -111,15 +112,15 @@ def with_tuples(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_counts_are_those_of_separate_full_passes(each: Case, padding_side: str) -> None:
-    got = each.collect(tokenizer=make_tokenizer(padding_side))
-    check_plain(each, got, each.ids)
+def test_counts_are_those_of_separate_full_passes(family_case: Case, padding_side: str) -> None:
+    got = family_case.collect(tokenizer=make_tokenizer(padding_side))
+    check_plain(family_case, got, family_case.ids)
     lengths = {name: lengths for name, (_, lengths) in tables(got).items()}
     for n_tokens in (lengths["prompt"], lengths["prompt"] + lengths["rejected"]):
         assert n_tokens.min() < 16 < n_tokens.max(), "on both sides of the window"
     assert (lengths["rejected"] == lengths["rejected_special"]).sum() == 1
     assert (got.settings.layer_in, got.settings.layer_out) == (L_IN, L_OUT)
-    assert got.data is not None and got.data.n_triples == len(each.ids)
+    assert got.data is not None and got.data.n_triples == len(family_case.ids)
     assert not whole(got).cut.any()
 
 
@@ -135,28 +136,28 @@ def test_layers_that_return_tuples(family: str, case: Case) -> None:
     check_same(got, ordinary.collect())
 
 
-def test_padding_beyond_the_positions_of_the_model(each: Case) -> None:
+def test_padding_beyond_the_positions_of_the_model(family_case: Case) -> None:
     """A long prompt and a long response in one batch take more columns than the model has positions."""
     ids = make_ids(LONG_SEED, [(100, 5, 3), (3, 90, 70), (20, 1, 30)])
     calls = []
-    with hooked(each.model, lambda h: calls.append(h.shape[1])):
-        got = each.collect(ids)
+    with hooked(family_case.model, lambda h: calls.append(h.shape[1])):
+        got = family_case.collect(ids)
     assert calls == [100, 90] and sum(calls) > 128
-    check_plain(each, got, ids)
+    check_plain(family_case, got, ids)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 150, 8192])
-def test_batch_size_changes_nothing(each: Case, batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    at_once = each.collect()
+def test_batch_size_changes_nothing(family_case: Case, batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = family_case.collect()
     calls = Calls(monkeypatch)
-    check_same(each.collect(batch_tokens=batch_tokens), at_once, batched_alike=False)
-    n = len(each.ids)
+    check_same(family_case.collect(batch_tokens=batch_tokens), at_once, batched_alike=False)
+    n = len(family_case.ids)
     assert {1: calls.n == PASSES * n, 150: 2 < calls.n < PASSES * n, 8192: calls.n == 2}[batch_tokens]
 
 
 @pytest.mark.parametrize("batch_tokens", [100, 200])
 def test_batches_keep_to_their_size(case: Case, batch_tokens: int) -> None:
-    """Padding and what is in the cache counted; a text that is longer is alone."""
+    """Padding and the cache count; a text that is longer runs alone."""
     seen: list[tuple[int, int, int, int]] = []
     with ran(case.model, seen):
         case.collect(batch_tokens=batch_tokens)
@@ -167,34 +168,35 @@ def test_batches_keep_to_their_size(case: Case, batch_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("most", [1.0, 1.1, 1.5])
-def test_batches_are_of_texts_of_like_length(each: Case, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    at_once = each.collect()
+def test_batches_are_of_texts_of_like_length(family_case: Case, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = family_case.collect()
     monkeypatch.setattr(counting, "MOST_PADDED", most)
     monkeypatch.setattr(counting, "SMALL_BATCH", 1 << 40)
     seen: list[tuple[int, int, int, int]] = []
-    with ran(each.model, seen):
-        check_same(each.collect(), at_once, batched_alike=False)
+    with ran(family_case.model, seen):
+        check_same(family_case.collect(), at_once, batched_alike=False)
     assert all(rows * columns <= most * tokens for rows, columns, _, tokens in seen)
     assert len(seen) > 2 and max(rows for rows, *_ in seen) > 1
 
 
-def test_order_of_triples_permutes_the_counts(each: Case) -> None:
-    order = random.Random(1).sample(range(len(each.ids)), len(each.ids))
-    one, other = each.collect(), each.collect([each.ids[i] for i in order])
+def test_order_of_triples_permutes_the_counts(family_case: Case) -> None:
+    order = random.Random(1).sample(range(len(family_case.ids)), len(family_case.ids))
+    one, other = family_case.collect(), family_case.collect([family_case.ids[i] for i in order])
     for (counts, lengths), theirs in zip(tables(one).values(), tables(other).values(), strict=True):
         assert torch.equal(theirs[0], counts[order]) and torch.equal(theirs[1], lengths[order])
     assert all(torch.equal(a, b) for a, b in zip(_calibration(one), _calibration(other), strict=True))
 
 
-def test_long_responses_are_cut_at_their_end(each: Case) -> None:
+def test_long_responses_are_cut_at_their_end(family_case: Case) -> None:
     room = 26
-    cut = [(p, c[: room - len(p)], r[: room - len(p)]) for p, c, r in each.ids]
+    cut = [(p, c[: room - len(p)], r[: room - len(p)]) for p, c, r in family_case.ids]
     n_cut = [
-        sum(len(a) > len(b) for a, b in zip(one, short, strict=True)) for one, short in zip(each.ids, cut, strict=True)
+        sum(len(a) > len(b) for a, b in zip(one, short, strict=True))
+        for one, short in zip(family_case.ids, cut, strict=True)
     ]
     assert {0, 1, 2} == set(n_cut)
-    got = each.collect(max_length=room)
-    check_plain(each, got, cut)
+    got = family_case.collect(max_length=room)
+    check_plain(family_case, got, cut)
     shard = whole(got)
     assert shard.cut[shard.index.argsort()].tolist() == n_cut and got.settings.max_length == room
 
@@ -224,27 +226,27 @@ def test_bf16_differs_where_rounding_decides(family: str, record_property: Calla
 # What runs
 
 
-def test_nothing_above_the_output_layer_runs(each: Case) -> None:
-    inner = each.model.base_model
-    layers = decoder_layers(each.model)
+def test_nothing_above_the_output_layer_runs(family_case: Case) -> None:
+    inner = family_case.model.base_model
+    layers = decoder_layers(family_case.model)
     norm = inner.ln_f if hasattr(inner, "ln_f") else inner.norm
     names: list[str] = []
-    watched = {"out": layers[L_OUT], "next": layers[L_OUT + 1], "norm": norm, "head": each.model.lm_head}
+    watched = {"out": layers[L_OUT], "next": layers[L_OUT + 1], "norm": norm, "head": family_case.model.lm_head}
     handles = [m.register_forward_pre_hook(lambda *_, name=name: names.append(name)) for name, m in watched.items()]
-    each.collect()
+    family_case.collect()
     for handle in handles:
         handle.remove()
     assert set(names) == {"out"}
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 8192])
-def test_each_token_runs_once(each: Case, batch_tokens: int) -> None:
-    """p + c + r tokens a triple go through the first layer, and not p + (p + c) + (p + r)."""
+def test_each_token_runs_once(family_case: Case, batch_tokens: int) -> None:
+    """p + c + r tokens per triple go through the first layer, and not p + (p + c) + (p + r)."""
     seen: list[tuple[int, int, int, int]] = []
     through: list[int] = []
-    with ran(each.model, seen), hooked(each.model, lambda h: through.append(h.shape[0] * h.shape[1])):
-        each.collect(batch_tokens=batch_tokens)
-    n_tokens = sum(len(p) + len(c) + len(r) for p, c, r in each.ids)
+    with ran(family_case.model, seen), hooked(family_case.model, lambda h: through.append(h.shape[0] * h.shape[1])):
+        family_case.collect(batch_tokens=batch_tokens)
+    n_tokens = sum(len(p) + len(c) + len(r) for p, c, r in family_case.ids)
     assert sum(tokens for *_, tokens in seen) == n_tokens
     assert through == [rows * columns for rows, columns, *_ in seen]
     assert (sum(through) == n_tokens) == (batch_tokens == 1)
@@ -284,12 +286,12 @@ def test_memory_that_does_not_suffice_for_a_batch(case: Case, error: str, n_toke
     at_once = case.collect()
     with (
         hooked(case.model, fail_above(ERRORS[error], n_tokens)),
-        pytest.warns(UserWarning, match="not enough memory for batches of") as told,
+        pytest.warns(UserWarning, match="not enough memory for batches of") as warned,
     ):
         got = case.collect()
     check_same(got, at_once, batched_alike=False)
-    # The last warning names a size from which there is none.
-    (size,) = (int(word.removeprefix("batch_tokens=")) for word in str(told[-1].message).split() if "tokens=" in word)
+    # Starting with the size that the last warning names gives no warning.
+    (size,) = (int(word.removeprefix("batch_tokens=")) for word in str(warned[-1].message).split() if "tokens=" in word)
     with hooked(case.model, fail_above(ERRORS[error], n_tokens)), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         check_same(case.collect(batch_tokens=size), at_once, batched_alike=False)
@@ -327,7 +329,7 @@ def test_other_errors_are_not_taken_for_memory(case: Case) -> None:
 # Maxima, and the mean of what the encoder reads
 
 
-# Added to all thresholds, it leaves about half of the tokens without an active latent.
+# Added to all thresholds, these leave about half of the tokens without an active latent.
 RAISED = {"gemma2": 6.0, "qwen3": 9.0, "gpt2": 3.2}
 
 
@@ -340,7 +342,7 @@ def make_kind(arch: str, family: str, **options: Any) -> FrozenSAE:
 
 
 def reads(sae: FrozenSAE, h: Tensor) -> Tensor:
-    """What the encoder reads of one token, in fp64."""
+    """Return what the encoder reads of one token, in fp64."""
     h = h.double()
     if sae.weights.normalize == "layer_norm":
         h = h - h.mean()
@@ -350,7 +352,7 @@ def reads(sae: FrozenSAE, h: Tensor) -> Tensor:
 
 @torch.no_grad()
 def plain_maxima(case: Case, sae: FrozenSAE, most: int) -> tuple[Tensor, int, Tensor]:
-    """How often each latent holds a maximum [d_sae], tokens looked at, the sum of what is read [d_in]."""
+    """Return how often each latent is the largest [d_sae], the number of sampled tokens, and their sum [d_in]."""
     held = torch.zeros(sae.d_sae, dtype=torch.int64)
     n_tokens, total = 0, torch.zeros(D_IN, dtype=torch.float64)
     for prompt, *answers in case.ids:
@@ -381,12 +383,12 @@ KINDS: dict[str, Any] = {
 @pytest.mark.parametrize("most", [2, 16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_maxima_are_those_of_separate_full_passes(
-    each: Case, kind: str, most: int, monkeypatch: pytest.MonkeyPatch
+    family_case: Case, kind: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(counting, "TOKENS_PER_RESPONSE", most)
-    sae = make_kind(kind.split(",")[0], each.model.config.model_type, **KINDS[kind])
-    held, n_tokens, total = plain_maxima(each, sae, most)
-    got = each.collect(sae_out=sae)
+    sae = make_kind(kind.split(",")[0], family_case.model.config.model_type, **KINDS[kind])
+    held, n_tokens, total = plain_maxima(family_case, sae, most)
+    got = family_case.collect(sae_out=sae)
     shard = whole(got)
     assert torch.equal(shard.max_counts, held) and shard.n_sampled.tolist() == [n_tokens]
     assert 0 < held.sum() <= n_tokens and (held.sum() < n_tokens) == (kind == "jumprelu")
@@ -427,20 +429,20 @@ def test_of_equal_latents_the_smaller_holds_the_maximum() -> None:
     h = torch.ones(2, 3, 4)
     h[0, 1], h[1, 2] = -1, 2.5
     sample = torch.tensor([[True, True, False], [False, True, True]])
-    maxima, looked, totals = counting._sample_statistics(h, sae, sample)
-    assert maxima.tolist() == [0, 3, 0, 0] and looked.tolist() == [4]
-    assert torch.equal(totals.double() * ROW_QUANTUM, (h[0, 0] + h[0, 1] + h[1, 1] + h[1, 2]).double())
+    max_counts, n_sampled, residual_sum = counting._sample_statistics(h, sae, sample)
+    assert max_counts.tolist() == [0, 3, 0, 0] and n_sampled.tolist() == [4]
+    assert torch.equal(residual_sum.double() * ROW_QUANTUM, (h[0, 0] + h[0, 1] + h[1, 1] + h[1, 2]).double())
 
 
 def test_residuals_without_measure() -> None:
-    """Huge ones do not overflow the sums, and a row of zeros, which has no direction, adds nothing."""
+    """Huge residuals do not overflow the sums, and a row of zeros, which has no direction, adds nothing."""
     sae = make_sae(0, 8, d_in=4, normalize_activations="constant_norm_rescale")
     one = torch.ones(1, 1, dtype=torch.bool)
-    maxima, looked, totals = counting._sample_statistics(torch.zeros(1, 1, 4), sae, one)
-    assert not maxima.any() and looked.tolist() == [1] and not totals.any()
+    max_counts, n_sampled, residual_sum = counting._sample_statistics(torch.zeros(1, 1, 4), sae, one)
+    assert not max_counts.any() and n_sampled.tolist() == [1] and not residual_sum.any()
     h = torch.tensor([[[3e38, -3e38, 1.0, 0.0]]])
-    _, _, totals = counting._sample_statistics(h, make_sae(0, 8, d_in=4), one)
-    assert (totals * ROW_QUANTUM).tolist() == [2.0**24, -(2.0**24), 1.0, 0.0]
+    _, _, residual_sum = counting._sample_statistics(h, make_sae(0, 8, d_in=4), one)
+    assert (residual_sum * ROW_QUANTUM).tolist() == [2.0**24, -(2.0**24), 1.0, 0.0]
 
 
 # Bad input
@@ -453,8 +455,8 @@ def test_hidden_states_that_are_not_finite(case: Case, layer: int) -> None:
         case.collect()
 
 
-def test_what_padding_does_is_not_looked_at(case: Case) -> None:
-    """Rows of padding may well be NaN, where attention to nothing is."""
+def test_hidden_states_of_padding_are_ignored(case: Case) -> None:
+    """Rows of padding may be NaN in a model whose attention to nothing is NaN."""
     at_once = case.collect()
     layer, masks = case.model.model.layers[L_OUT], []
 

@@ -1,4 +1,4 @@
-"""Folders of counts merged: as if their data had been one file."""
+"""Merges of folders of counts, as if their data had been one file."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_merged_folders_make_the_map_of_all_data(case: Case, tmp_path: Path, rev
 
 
 def replace_data(merged: Collection, like: Collection) -> Collection:
-    """The collection as if it had been cut into the pieces that another has: only their record differs."""
+    """Return the collection with the record of another, which was cut into other pieces."""
     assert merged.data is not None and like.data is not None and merged.data.n_triples == like.data.n_triples
 
     class Same(Collection):
@@ -62,9 +62,9 @@ def replace_data(merged: Collection, like: Collection) -> Collection:
 def test_merges_of_merges(tmp_path: Path) -> None:
     data = draw(9, seed=0)
     rows = [list(range(4)), [4, 5], [6, 7, 8]]
-    for n, each in enumerate(rows):
-        index = [r - each[0] for r in each]
-        part = [*(table[each] for table in data[:3]), data[3][:, each]]
+    for n, numbers in enumerate(rows):
+        index = [r - numbers[0] for r in numbers]
+        part = [*(table[numbers] for table in data[:3]), data[3][:, numbers]]
         as_collection(part, pieces=[index[:1], index[1:]], folder=tmp_path / f"{n}")
     merge(tmp_path / "01", [tmp_path / "0", tmp_path / "1"], progress=False)
     merge(tmp_path / "012", [tmp_path / "01", tmp_path / "2"], progress=False)

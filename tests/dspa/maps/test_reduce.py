@@ -40,7 +40,7 @@ from ..support.counts import (
 
 
 def check(cdmap: ConditionalDifferenceMap, gates: np.ndarray, A: np.ndarray, exact: bool) -> None:
-    """The map is that of these gates and this A, stored as its non-empty columns."""
+    """Check that a map is that of these gates and this A, stored as its non-empty columns."""
     full, expected = cdmap.dense().numpy(), A.astype(np.float64).astype(np.float32)
     assert np.array_equal(full != 0, A != 0)
     assert np.abs(full - expected).max() <= (0 if exact else QUANTUM + np.spacing(np.abs(expected).max()))
@@ -138,7 +138,7 @@ def test_gates_are_those_of_torch(percentile: float, active: float) -> None:
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 40, 300])
 def test_gates_as_bits(n: int) -> None:
-    """One bit a prompt, the rest of the last byte empty; the order is that of the gates, so compare as multisets."""
+    """One bit per prompt, the rest of the last byte empty. The order is that of the gates, so compare as multisets."""
     data = draw(n, seed=n)
     cdmap = reduce(as_collection(data), percentile=50, gate_rule="active", k_diff=1)
     gates, _ = naive(data, 50, "active", sparsify=False)
@@ -167,8 +167,10 @@ def test_sparsification(n: int, k: int, lengths_from: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("k", range(1, 8))
 def test_columns_without_an_entry_are_zeros_at_the_ends(k: int, sign: int) -> None:
-    """One row with 3/8, 2/8 and 1/8, which nothing opposes, and three columns that nothing is active in. Its smallest
-    entries are those zeros, and set no cut; up to k = 6 they hold places that 1/8 would else take."""
+    """One row with 3/8, 2/8 and 1/8, which nothing opposes, and columns in which nothing is active.
+
+    Its smallest entries are those zeros, and set no cut. Up to k = 6 they take places that 1/8 would otherwise take.
+    """
     parts = [np.array([[3, 2, 1, 0, 0, 0, 0]]), np.zeros((1, 7), int)]
     data = [np.ones((1, 1), int), *parts[::sign], np.array([[1], [8], [8]])]
     gates, A = naive(data, k=k)
@@ -215,7 +217,7 @@ def test_variance_is_that_of_all_responses() -> None:
 
 
 def test_calibration() -> None:
-    """Latents by how often they held a maximum, of equals the smaller; the mean over the tokens looked at."""
+    """Latents by how often they were the largest (ties: smaller index), and the mean over the sampled tokens."""
     rejected = np.array([[0, 5, 2, 0, 4], [0, 3, 2, 0, 0]])
     chosen = np.array([[1, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
     data = [np.ones((2, 1), int), chosen, rejected, np.array([[1, 1], [8, 8], [8, 8]])]
@@ -259,7 +261,7 @@ def test_meta_says_how_it_was_made() -> None:
     assert meta.n_cut > 0
 
 
-# What does not show
+# What a map does not depend on
 
 
 BLOCKS: dict[str, list[Any]] = {
@@ -274,9 +276,9 @@ BLOCKS: dict[str, list[Any]] = {
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name in BLOCKS for value in BLOCKS[name]])
 def test_blocks_change_nothing(name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = [as_collection(draw(40, seed=1, lengths_from=ODD, active=active)) for active in (0.05, 0.4)]
-    at_once = [reduce(each, k_diff=3) for each in counts]
+    at_once = [reduce(collection, k_diff=3) for collection in counts]
     monkeypatch.setattr(reduction, name, value)
-    assert all(same_bits(reduce(each, k_diff=3), one) for each, one in zip(counts, at_once, strict=True))
+    assert all(same_bits(reduce(collection, k_diff=3), one) for collection, one in zip(counts, at_once, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -324,15 +326,15 @@ def test_order_of_triples_does_not_show(seed: int) -> None:
 
 
 def product(data: list[np.ndarray]) -> np.ndarray:
-    """A in fp64, of the gates that are ever open."""
+    """Return A in fp64, of the gates that are ever open."""
     table = DensityTable(as_collection(data), "all", None)
-    found = _Product(table, find_gates(table, 60.0, "active"), False)
-    A = np.full((found.open.shape[0], D_OUT), np.nan)
+    product = _Product(table, find_gates(table, 60.0, "active"), False)
+    A = np.full((product.open.shape[0], D_OUT), np.nan)
 
     def visit(latents: np.ndarray, rows: slice, block: np.ndarray) -> None:
         A[rows, latents] = block
 
-    found.sweep(np.arange(D_OUT), visit, "")
+    product.sweep(np.arange(D_OUT), visit, "")
     return A
 
 
@@ -363,7 +365,7 @@ def test_shards_do_not_show(ends: tuple[int, ...], count_tokens: str) -> None:
     options = {"k_diff": 3, "count_tokens": count_tokens}
     at_once = reduce(as_collection(data, special), **options)
     for order in (range(41), shuffled(41, 6)):
-        pieces = [each for each in cut_into(order, *ends) if each]
+        pieces = [piece for piece in cut_into(order, *ends) if piece]
         counts = as_collection(data, special, pieces)
         assert same_bits(reduce(counts, **options), at_once)
         some = [3, 3, 40, 0, 17, 18]
@@ -375,7 +377,7 @@ def test_shards_do_not_show(ends: tuple[int, ...], count_tokens: str) -> None:
 
 
 def specials(data: list[np.ndarray], seed: int = 0) -> list[np.ndarray]:
-    """Some of the tokens are special, of one text all are, and of one none; some latents are active on them alone."""
+    """Some tokens are special, in one text all and in one none; some latents are active on special tokens alone."""
     g = np.random.default_rng(seed)
     lengths = g.integers(0, data[3] + 1)
     lengths[:, 0], lengths[:, 1] = data[3][:, 0], 0
@@ -391,7 +393,7 @@ def specials(data: list[np.ndarray], seed: int = 0) -> list[np.ndarray]:
 def test_text_is_all_but_special_tokens(seed: int, options: dict[str, Any]) -> None:
     data = draw(30, seed, lengths_from=ODD)
     special = specials(data, seed)
-    text = [each - other for each, other in zip(data, special, strict=True)]
+    text = [table - other for table, other in zip(data, special, strict=True)]
     counts, wanted = as_collection(data, special), reduce(as_collection(text), k_diff=3, **options)
     got = reduce(counts, k_diff=3, count_tokens="text", **options)
     assert got.meta.count_tokens == "text"
@@ -429,7 +431,7 @@ SUBSETS = {
 @pytest.mark.parametrize("count_tokens", count_table.COUNT_TOKENS)
 @pytest.mark.parametrize("name", SUBSETS)
 def test_a_subset_is_those_triples(name: str, count_tokens: str) -> None:
-    """A triple that is given twice counts as two that are equal. The calibration is of all triples all the same."""
+    """A triple that is given twice counts as two equal ones. The calibration is still that of all triples."""
     data, subset = draw(30, seed=8, lengths_from=ODD), SUBSETS[name]
     special = specials(data)
     order = shuffled(30, 1)
@@ -449,19 +451,19 @@ def test_prompts_of_a_table(count_tokens: str) -> None:
     special = specials(data)
     counts = as_collection(data, special, [[5, 0, 7, 2], [1, 3, 4, 6, 8, 9, 10, 11]])
     wanted = torch.tensor(data[0] - (special[0] if count_tokens == "text" else 0), dtype=torch.int32)
-    found = DensityTable(counts, count_tokens, None).prompt_counts()
-    assert found.dtype == torch.int32 and torch.equal(found, wanted[[5, 0, 7, 2, 1, 3, 4, 6, 8, 9, 10, 11]])
+    got = DensityTable(counts, count_tokens, None).prompt_counts()
+    assert got.dtype == torch.int32 and torch.equal(got, wanted[[5, 0, 7, 2, 1, 3, 4, 6, 8, 9, 10, 11]])
     # In the order of the shards.
     assert torch.equal(DensityTable(counts, count_tokens, [3, 0, 3]).prompt_counts(), wanted[[0, 3, 3]])
 
 
 @pytest.mark.parametrize(
-    ("subset", "told"),
+    ("subset", "problem"),
     [([], "empty"), ([-1, 3], "numbers from -1 to 3"), ([0, 9], "numbers from 0 to 9"), ([2**40], "numbers from 1099")],
 )
-def test_numbers_that_are_no_triples(subset: list[int], told: str) -> None:
+def test_numbers_that_are_no_triples(subset: list[int], problem: str) -> None:
     with pytest.raises(
-        MapError, match=f"`subset` is {told}.*; accepted: several numbers of triples, 0 to 8, or a mask of 9"
+        MapError, match=f"`subset` is {problem}.*; accepted: several numbers of triples, 0 to 8, or a mask of 9"
     ):
         reduce(as_collection(draw(9, seed=0)), subset=subset)
 
@@ -474,7 +476,7 @@ def test_a_mask() -> None:
 
 @pytest.mark.parametrize("subset", [[0.5, 1.5], [True, False, True], 5], ids=str)
 def test_subsets_that_are_no_numbers(subset: Any) -> None:
-    """They would else be taken for other triples without a word."""
+    """They would otherwise silently select other triples."""
     with pytest.raises((MapError, TypeError, ValueError), match="subset"):
         reduce(as_collection(draw(9, seed=0)), subset=subset)
 
@@ -504,7 +506,7 @@ def test_bad_settings(settings: dict[str, Any], message: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("sparsify", [True, False])
 def test_equal_statistics_make_no_map(sparsify: bool) -> None:
-    """Chosen and rejected of the same densities, if not of the same lengths."""
+    """Chosen and rejected responses have the same densities, if not the same lengths."""
     prompt, chosen, _, lengths = draw(9, seed=0)
     lengths[2] = 3 * lengths[1]
     with pytest.raises(MapError, match="The map is empty: no output latent differs"):
@@ -550,7 +552,7 @@ def test_sums_of_the_most_triples_are_exact() -> None:
 
 
 def test_nothing_as_large_as_the_map_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a map with few columns, no array of all its rows and all columns is ever there."""
+    """For a map with few columns, no array of all rows and all columns is ever made."""
     made: list[int] = []
     dense = sparse.csr_array.toarray
 

@@ -1,4 +1,4 @@
-"""What the reports say of maps, against counts and sums written out here."""
+"""Reports on maps, against counts and sums written out here."""
 
 from __future__ import annotations
 
@@ -32,16 +32,19 @@ def test_summary(calibrated: ConditionalDifferenceMap) -> None:
     cdmap = with_tensors(
         calibrated, n_open=n_open, values=values, gate_latents=partly, gates=calibrated.gates[: len(partly)]
     )
-    told = summary(cdmap, delta=0.5)
-    assert told["gates ever open"] == "95 of 96, 1 of them on every prompt"
-    assert told["prompts of a partly open gate"] == "median 25, half of them 25 to 25"
+    described = summary(cdmap, delta=0.5)
+    assert described["gates ever open"] == "95 of 96, 1 of them on every prompt"
+    assert described["prompts of a partly open gate"] == "median 25, half of them 25 to 25"
     radius = math.sqrt(2 * math.log(2 * 128 / 0.5) / 25)
-    assert told["radius of their rows (delta 0.5)"] == f"median {radius:.4g}, half of them {radius:.4g} to {radius:.4g}"
+    assert (
+        described["radius of their rows (delta 0.5)"]
+        == f"median {radius:.4g}, half of them {radius:.4g} to {radius:.4g}"
+    )
     # 0.9 of all prompts is 4.5 of those on which the gate of row 3 is open.
-    assert told["rows with an entry beyond it"] == "1 of 95"
-    assert told["columns kept"] == "40 of 128"
-    assert told["entries kept"].startswith(f"{96 * 40} (31.250%")
-    assert told["hot latents"].startswith("90; the first 64 held")
+    assert described["rows with an entry beyond it"] == "1 of 95"
+    assert described["columns kept"] == "40 of 128"
+    assert described["entries kept"].startswith(f"{96 * 40} (31.250%")
+    assert described["hot latents"].startswith("90; the first 64 held")
 
 
 def test_summary_of_a_map_without_calibration(cdmap: ConditionalDifferenceMap) -> None:
@@ -63,9 +66,9 @@ def test_top_columns(cdmap: ConditionalDifferenceMap) -> None:
 
 
 def test_a_map_differs_from_itself_in_nothing(cdmap: ConditionalDifferenceMap) -> None:
-    found = difference(cdmap, cdmap)
-    assert found.settings == {} and found.columns == (0, 40, 0)
-    assert found.correlation == pytest.approx(1) and found.same_sign == found.rows == 1
+    same = difference(cdmap, cdmap)
+    assert same.settings == {} and same.columns == (0, 40, 0)
+    assert same.correlation == pytest.approx(1) and same.same_sign == same.rows == 1
 
 
 def test_differences(cdmap: ConditionalDifferenceMap) -> None:
@@ -76,10 +79,10 @@ def test_differences(cdmap: ConditionalDifferenceMap) -> None:
         variance=cdmap.variance[5:],
     )
     other.meta = replace(cdmap.meta, percentile=50.0)
-    found = difference(cdmap, other)
-    assert found.settings == {"percentile": (90.0, 50.0)}
-    assert found.columns == (5, 35, 0)
-    assert -1 < found.correlation < -0.8 and found.same_sign == 0 and found.rows < 0.2
+    changed = difference(cdmap, other)
+    assert changed.settings == {"percentile": (90.0, 50.0)}
+    assert changed.columns == (5, 35, 0)
+    assert -1 < changed.correlation < -0.8 and changed.same_sign == 0 and changed.rows < 0.2
 
 
 def test_maps_of_other_saes(cdmap: ConditionalDifferenceMap, sae_in: FrozenSAE) -> None:

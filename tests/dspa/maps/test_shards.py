@@ -1,4 +1,4 @@
-"""Folders of counts: stopped, resumed, damaged, and where they cannot be written."""
+"""Folders of counts: stopped, resumed, damaged, and in places that cannot be written."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_run_that_is_killed_again_and_again(case: Case, tmp_path: Path, monkey
     for _ in range(100):
         child = in_a_child(lambda: case.collect(work_dir=folder))
         n_before, since = len(shards(folder)), time.monotonic()
-        # Not before it has got anywhere, else this would take long.
+        # Not before it has finished a piece, because this would take long otherwise.
         while len(shards(folder)) == n_before and child.is_alive() and time.monotonic() - since < 10:
             time.sleep(0.001)
         time.sleep(draw.random() * 0.02)
@@ -136,7 +136,7 @@ def test_what_was_half_written_is_not_read(
 
 
 def test_a_piece_is_what_is_lost_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The usual map is of 250 triples: a piece is much less, in triples and in text."""
+    """A usual map has 250 triples, and a piece is much less, in triples and in text."""
     monkeypatch.undo()
     assert pieces.TRIPLES_PER_PIECE <= 64 and pieces.TRIPLES_PER_PIECE < pieces.TRIPLES_PER_WINDOW
     text = "x" * 40_000
@@ -150,13 +150,13 @@ def test_a_piece_is_what_is_lost_at_most(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("n", [1, 4, 5, 9])
 def test_pieces_hold_every_triple_once_and_the_longest_first(n: int) -> None:
     rows = as_rows([triple for seed in range(2) for triple in make_ids(seed)][:n])
-    found = list(pieces.TripleSource(rows).pieces())
-    assert [piece.number for piece in found] == list(range(len(found)))
-    numbers = [index for piece in found for index, _ in piece.triples]
+    cut = list(pieces.TripleSource(rows).pieces())
+    assert [piece.number for piece in cut] == list(range(len(cut)))
+    numbers = [index for piece in cut for index, _ in piece.triples]
     assert sorted(numbers) == list(range(n))
     lengths = [sum(map(len, rows[index].values())) for index in numbers]
     windows = [lengths[k : k + 4] for k in range(0, n, 4)]
-    assert windows == [sorted(each, reverse=True) for each in windows]
+    assert windows == [sorted(window, reverse=True) for window in windows]
     assert [sorted(numbers[k : k + 4]) for k in range(0, n, 4)] == [list(range(n))[k : k + 4] for k in range(0, n, 4)]
 
 
@@ -174,7 +174,7 @@ def test_what_is_on_disk(case: Case, tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_shards_of_the_data(case: Case, tmp_path: Path) -> None:
-    """As a stopped write leaves them, and a copy by hand."""
+    """Files as a stopped write leaves them, and a copy made by hand."""
     got = case.collect(work_dir=tmp_path / "work")
     at_once = reduce(got)
     one, *_ = shards(got.folder)
@@ -206,7 +206,7 @@ def test_a_temporary_folder_goes_with_its_collection(case: Case) -> None:
 
 
 def refusal(case: Case, folder: Path, **options: Any) -> str:
-    """What is said of the folder, in which nothing changes, nor does the model run."""
+    """Return the message that refuses a folder. Nothing in it changes, and the model does not run."""
     before, calls = files(folder), []
     handle = case.model.register_forward_pre_hook(lambda *_: calls.append(1))
     with pytest.raises(MapError) as raised:
@@ -220,8 +220,10 @@ def refusal(case: Case, folder: Path, **options: Any) -> str:
 def test_a_folder_of_other_settings_is_refused(case: Case, tmp_path: Path, name: str) -> None:
     case.collect(work_dir=tmp_path)
     field, options = CHANGES[name]
-    told = refusal(case, tmp_path, **options)
-    assert told.startswith(f"{tmp_path} holds shards of other settings ({field}: ") and told.count(" there, ") == 1
+    message = refusal(case, tmp_path, **options)
+    assert (
+        message.startswith(f"{tmp_path} holds shards of other settings ({field}: ") and message.count(" there, ") == 1
+    )
 
 
 def test_a_folder_of_another_dtype_is_refused(case: Case, tmp_path: Path) -> None:
@@ -282,7 +284,7 @@ def test_the_first_triples_are_other_data(case: Case, tmp_path: Path) -> None:
 
 
 def test_settings_that_were_given_up(case: Case, tmp_path: Path) -> None:
-    """A start that came to nothing does not hold the folder."""
+    """A start that counted nothing does not claim the folder."""
     with pytest.raises(PreferenceError, match="leaves no room"):
         case.collect(work_dir=tmp_path, max_length=9)
     assert not shards(tmp_path)
@@ -409,7 +411,7 @@ def test_a_folder_without_counts(tmp_path: Path, made: bool) -> None:
 
 
 def test_shards_that_were_exchanged(case: Case, tmp_path: Path) -> None:
-    """One in the place of another would count its triples twice."""
+    """A shard in place of another would count its triples twice."""
     case.collect(work_dir=tmp_path)
     first, second, *_ = shards(tmp_path)
     second.write_bytes(first.read_bytes())
@@ -421,7 +423,7 @@ def test_shards_that_were_exchanged(case: Case, tmp_path: Path) -> None:
 
 
 def outcome(work: Callable[[], Any]) -> BaseException | None:
-    """What work raises in a process of its own."""
+    """Return what `work` raises in a separate process."""
     ours, theirs = Pipe(duplex=False)
 
     def run() -> None:
@@ -434,12 +436,12 @@ def outcome(work: Callable[[], Any]) -> BaseException | None:
     child = in_a_child(run)
     child.join(60)
     assert child.exitcode == 0
-    told = ours.recv()
-    return told and told[0](told[1])
+    outcome_of_child = ours.recv()
+    return outcome_of_child and outcome_of_child[0](outcome_of_child[1])
 
 
 def test_a_full_disk(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here one on which no more than 3 kB fit into a file."""
+    """On this disk, no more than 3 kB fit into a file."""
     case.collect(work_dir=tmp_path / "at once")
     folder = tmp_path / "work"
     with monkeypatch.context() as patch:
@@ -454,8 +456,8 @@ def test_a_full_disk(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     error = outcome(work)
     assert isinstance(error, OSError)
-    told = r"shard-000001.safetensors (0.0 MB) could not be written: File too large. What was written before is"
-    assert str(folder) in str(error) and told in str(error) and "then start again" in str(error)
+    problem = r"shard-000001.safetensors (0.0 MB) could not be written: File too large. What was written before is"
+    assert str(folder) in str(error) and problem in str(error) and "then start again" in str(error)
     assert times(folder) == before and len(before) == 1 and not list(folder.glob("*.partial"))
     case.collect(work_dir=folder)
     check_same(Collection.open(folder), Collection.open(tmp_path / "at once"), batched_alike=False)
@@ -463,7 +465,7 @@ def test_a_full_disk(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @contextlib.contextmanager
 def public_folder(mode: int) -> Iterator[Path]:
-    """One that everybody reaches, not under a folder of this user's own."""
+    """Make a folder that every user can reach."""
     path = Path(tempfile.mkdtemp())
     path.chmod(mode)
     try:
@@ -481,7 +483,7 @@ def test_a_folder_that_may_not_be_written(case: Case, below: bool) -> None:
 
         def work() -> None:
             if os.geteuid() == 0:
-                # To root, all folders are open.
+                # Root may write to all folders.
                 os.seteuid(65534)
             try:
                 case.collect(work_dir=folder / "new" if below else folder)

@@ -1,4 +1,4 @@
-"""How few triples are enough: maps of samples, compared with the map of all."""
+"""Stability: maps of samples of the triples, compared with the map of all."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def test_selected_tells_augmented_from_ablated(cdmap: ConditionalDifferenceMap) 
 
 
 def test_stability_grows_with_the_number_of_triples(counts: Collection) -> None:
-    found = stability(counts, sizes=[4, 48], draws=6, n_prompts=12, seed=1)
-    assert [each.n_triples for each in found] == [4, 48]
-    few, all_of_them = found
+    results = stability(counts, sizes=[4, 48], draws=6, n_prompts=12, seed=1)
+    assert [result.n_triples for result in results] == [4, 48]
+    few, all_of_them = results
     assert len(few.selected) == len(few.columns) == len(few.n_columns) == 6
-    mean = {id(each): sum(each.selected) / 6 for each in found}
+    mean = {id(result): sum(result.selected) / 6 for result in results}
     assert 0 < mean[id(few)] < mean[id(all_of_them)] < 1
     again = stability(counts, sizes=[4, 48], draws=6, n_prompts=12, seed=1)
-    assert again == found and stability(counts, sizes=[4], draws=6, n_prompts=12, seed=2) != found[:1]
+    assert again == results and stability(counts, sizes=[4], draws=6, n_prompts=12, seed=2) != results[:1]
 
 
 def test_held_out_prompts_take_part_in_no_map(counts: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,12 +58,12 @@ def test_held_out_prompts_take_part_in_no_map(counts: Collection, monkeypatch: p
     module.stability(counts, sizes=[10], draws=3, n_prompts=12)
     held_out, whole, *drawn = seen
     assert len(held_out) == 12 and len(whole) == 48 and set(held_out).isdisjoint(whole)
-    assert len(drawn) == 3 and all(len(each) == 10 and set(each) <= set(whole) for each in drawn)
+    assert len(drawn) == 3 and all(len(subset) == 10 and set(subset) <= set(whole) for subset in drawn)
 
 
 def test_default_sizes(counts: Collection) -> None:
-    found = stability(counts, draws=1)
-    assert [each.n_triples for each in found] == [n for n in SIZES if n < 48] + [48]
+    results = stability(counts, draws=1)
+    assert [result.n_triples for result in results] == [n for n in SIZES if n < 48] + [48]
 
 
 @pytest.mark.parametrize("options", [{"sizes": [0]}, {"sizes": [49]}, {"draws": 0}])

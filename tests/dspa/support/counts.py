@@ -1,4 +1,4 @@
-"""Counts of small models and counts by hand, and plain versions of what is made of them."""
+"""Counts of small models and counts by hand, and plain versions of the maps made of them."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from dspa.testing import BOS, D_SAE_IN, D_SAE_OUT, EOS, L_IN, L_OUT, VOCAB, make
 from ...rounding import PASS, rounding
 
 SPECIAL = (0, BOS, EOS)
-# Of a triple alone (batch_tokens=1): its prompt, and each of its responses.
+# Passes of one triple alone (batch_tokens=1): its prompt and its two responses.
 PASSES = 3
-# Data of which no pre-activation is so near its threshold that rounding could decide a count.
+# Seed of data in which no pre-activation is so near its threshold that rounding could decide a count.
 SEED = 1
 # No number in a residual of these models is larger.
 LARGEST = 20.0
@@ -51,8 +51,11 @@ def words(draw: random.Random, n: int) -> list[int]:
 
 
 def make_ids(seed: int, lengths: Iterable[tuple[int, int, int]] = ()) -> list[Ids]:
-    """Prompts that begin with `<s>` and responses that may end with `</s>`. By default the prompts have 2 to 23
-    tokens and the responses 1 to 21, of which one is `</s>` alone: on both sides of a window of 16 tokens."""
+    """Draw prompts that begin with `<s>` and responses that may end with `</s>`.
+
+    By default the prompts have 2 to 23 tokens and the responses 1 to 21, one of which is `</s>` alone: lengths on both
+    sides of a window of 16 tokens.
+    """
     draw = random.Random(seed)
     lengths = lengths or [(2 + 3 * i, 1 + (7 * i) % 20, 1 + (5 * i) % 21) for i in range(8)]
     ids = [([BOS, *words(draw, p - 1)], words(draw, c), [*words(draw, r - 1), EOS]) for p, c, r in lengths]
@@ -63,7 +66,7 @@ def make_ids(seed: int, lengths: Iterable[tuple[int, int, int]] = ()) -> list[Id
 def as_triples(ids: list[Ids]) -> list[Triple]:
     names = {EOS: "</s>"}
     texts = ([" ".join(names.get(i, f"w{i}") for i in part) for part in (p[1:], *answers)] for p, *answers in ids)
-    return [Triple(*each) for each in texts]
+    return [Triple(*parts) for parts in texts]
 
 
 def as_rows(ids: list[Ids]) -> list[dict[str, str]]:
@@ -130,7 +133,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Calls:
-    """Counts the passes of the model, and fails at the pass `fail_at`."""
+    """Counter of the passes of the model, which fails at the pass `fail_at`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> None:
         self.n, self.fail_at, self.real = 0, fail_at, counting.read_layers
@@ -144,7 +147,7 @@ class Calls:
 
 
 def ran(model: PreTrainedModel, seen: list[tuple[int, int, int, int]]) -> Any:
-    """Within it, rows, columns, columns before them in the cache, and tokens of every pass come into `seen`."""
+    """Append rows, columns, columns before them in the cache, and tokens of every pass to `seen`."""
 
     def look(_module: nn.Module, _args: Any, kwargs: dict[str, Tensor]) -> None:
         rows, columns = kwargs["input_ids"].shape
@@ -163,7 +166,7 @@ def handled(handle: RemovableHandle) -> Iterator[None]:
 
 
 def hooked(model: PreTrainedModel, look: Callable[[Tensor], object]) -> Any:
-    """Within it, `look` sees what goes into the first layer."""
+    """Call `look` with the input of the first layer."""
     return handled(decoder_layers(model)[0].register_forward_pre_hook(lambda _module, args: look(args[0])))
 
 
@@ -172,7 +175,7 @@ def whole(collection: Collection) -> Shard:
 
 
 def dense(counts: Counts, width: int) -> Tensor:
-    """[N, width] int64, entry by entry."""
+    """Return dense counts [N, width] int64, made entry by entry."""
     out = torch.zeros(len(counts.lengths), width, dtype=torch.int64)
     for n, (start, end) in enumerate(zip(counts.starts.tolist(), counts.starts.tolist()[1:], strict=False)):
         latents = counts.latents[start:end].tolist()
@@ -183,18 +186,18 @@ def dense(counts: Counts, width: int) -> Tensor:
 
 
 def tables(collection: Collection) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of each of COUNTED, counts [N, width] and lengths [N], in the order of the data."""
+    """Return the counts [N, width] and lengths [N] of each of COUNTED, in the order of the data."""
     shard = whole(collection)
     n = len(shard.index)
     assert sorted(shard.index.tolist()) == list(range(n)), "each triple once"
     order = shard.index.argsort()
     widths = dict.fromkeys(COUNTED, collection.settings.d_sae_out)
     widths |= dict.fromkeys(("prompt", "prompt_special"), collection.settings.d_sae_in)
-    return {name: (dense(each, widths[name])[order], each.lengths[order]) for name, each in shard.counts.items()}
+    return {name: (dense(part, widths[name])[order], part.lengths[order]) for name, part in shard.counts.items()}
 
 
 def check_same(one: Collection, other: Collection, *, batched_alike: bool = True) -> None:
-    """The same counts; sums of residuals up to the rounding of hidden states, which depends on the batch."""
+    """Check for the same counts, and for sums of residuals up to the rounding of hidden states in other batches."""
     assert one.settings == other.settings and one.data == other.data
     for (name, (counts, lengths)), theirs in zip(tables(one).items(), tables(other).values(), strict=True):
         assert torch.equal(counts, theirs[0]) and torch.equal(lengths, theirs[1]), name
@@ -209,7 +212,7 @@ def check_same(one: Collection, other: Collection, *, batched_alike: bool = True
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """All but what a killed process was writing."""
+    """Return all files but those that a killed process was writing."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".partial"}
 
 
@@ -254,12 +257,15 @@ def settings_of(data: Table, **other: Any) -> CollectSettings:
 
 
 def as_shard(data: Table, special: Table, index: np.ndarray) -> Shard:
-    """Of some triples. Each latent held as many maxima as it has rejected counts, the residuals are the first four of
-    these in halves, and a triple was cut as often as its last prompt latent is active, modulo 3."""
+    """Make a shard of some triples.
+
+    Each latent was the largest as often as it has rejected counts, the residuals are the first four of these in halves,
+    and a triple was cut as often as its last prompt latent is active, modulo 3.
+    """
     counts = {}
     for name, (*parts, lengths) in (("", data), ("_special", special)):
-        for part, each, length in zip(PARTS, parts, lengths, strict=True):
-            counts[f"{part}{name}"] = as_counts(each[index], length[index])
+        for part, table, length in zip(PARTS, parts, lengths, strict=True):
+            counts[f"{part}{name}"] = as_counts(table[index], length[index])
     rejected = torch.from_numpy(data[2][index]).long()
     return Shard(
         index=torch.from_numpy(index),
@@ -279,13 +285,20 @@ def as_collection(
     folder: Path | None = None,
     **settings: Any,
 ) -> Collection:
-    """Of counts [N, d] of the three parts and lengths [3, N], and the same of special tokens (default: there are
-    none), with these triples in each shard (default: all in one)."""
+    """Make a collection.
+
+    Args:
+        data: counts [N, d] of the three parts, and lengths [3, N].
+        special: the same of special tokens. Default: there are none.
+        pieces: triples of each shard. Default: all in one.
+        folder: as for `Collection.start`.
+        settings: entries that differ from those of `settings_of`.
+    """
     n = len(data[0])
     collection = Collection.start(folder, settings_of(data, **settings))
     pieces = [range(n)] if pieces is None else pieces
     for piece, index in enumerate(pieces):
-        shard = as_shard(data, special or [0 * each for each in data], np.array(index, dtype=np.int64))
+        shard = as_shard(data, special or [0 * table for table in data], np.array(index, dtype=np.int64))
         collection.write(piece, str(piece), shard)
     collection.record(DataRecord.of(n, [str(piece) for piece in range(len(pieces))]))
     return collection
@@ -297,7 +310,7 @@ D_IN, D_OUT = 14, 18
 
 
 def draw(n: int, seed: int, lengths_from: tuple[int, ...] = DYADIC, active: float = 0.4) -> Table:
-    """Counts of prompts, chosen and rejected responses, and lengths. Latent 0 is never active, latent 1 always."""
+    """Draw counts of prompts, chosen and rejected responses, and lengths. Latent 0 is never active, latent 1 always."""
     g = np.random.default_rng(seed)
     lengths = g.choice(lengths_from, size=(3, n))
     tables = []
@@ -319,10 +332,12 @@ def fractions(table: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def naive(
     data: Table, percentile: float = 90.0, rule: str = "published", k: int = 16, sparsify: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Gates [N, d_in] and A [d_in, d_out] in exact fractions."""
+    """Return gates [N, d_in] and A [d_in, d_out] in exact fractions."""
     prompt, chosen, rejected, lengths = data
     n = len(prompt)
-    rho, plus, minus = (fractions(*each) for each in zip((prompt, chosen, rejected), lengths, strict=True))
+    rho, plus, minus = (
+        fractions(*table_and_lengths) for table_and_lengths in zip((prompt, chosen, rejected), lengths, strict=True)
+    )
     gates = rho.astype(float) >= np.percentile(rho.astype(float), percentile, axis=0)
     if rule == "active":
         gates &= prompt > 0
