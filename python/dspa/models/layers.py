@@ -109,7 +109,7 @@ def same_model(one: str, other: str) -> bool:
 
 
 def check_eval(model: CausalLM) -> None:
-    """Raise `ModelError` if dropout would change which latents are active."""
+    """Raise `ModelError` in training mode, in which dropout changes residuals."""
     if model.training:
         raise ModelError("The model is in training mode, where dropout changes residuals: call model.eval() first.")
 

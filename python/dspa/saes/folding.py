@@ -1,4 +1,4 @@
-"""What happens to an SAE's tensors once, when it is loaded: checks, folding, a fingerprint."""
+"""Checks, folding and the fingerprint of an SAE's tensors, once when it is made."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from dspa_kernels import SAEWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ARCHITECTURES = ("standard", "jumprelu", "topk")
-# Folded into the weights when SAELens ends a training; where it was not, SAELens' encode leaves it out.
+# Folded into the weights when SAELens ends a training. If it was not, SAELens' encode leaves it out.
 FOLDED_IN_TRAINING = ("expected_average_only_in", "covariance_whitening")
 # Rows that are held in a wider dtype at once.
 ROWS = 4096
 
-# Settings and tensors that a fingerprint is taken of.
+# Settings and tensors that a fingerprint covers.
 Content: TypeAlias = tuple[tuple[object, ...], tuple[Tensor, ...]]
 
 
 def full_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of thresholds and biases beside weights of `dtype`."""
+    """Return the dtype of thresholds and biases with weights of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def content(arch: str, weights: SAEWeights, b_dec: Tensor, apply_b_dec: bool = False, rescale: bool = False) -> Content:
-    """What a fingerprint of these weights is taken of."""
+    """Return the settings and tensors that the fingerprint of these weights covers."""
     settings = (arch, weights.k, weights.normalize, apply_b_dec, rescale)
     return settings, (weights.encoder_rows, weights.b_enc, weights.threshold, weights.W_dec, b_dec)
 
 
 def weights_digest(content: Content) -> str:
-    """A short fingerprint."""
+    """Return a fingerprint of 16 hexadecimal digits."""
     settings, tensors = content
     sha = hashlib.sha256(repr((settings, [list(tensor.shape) for tensor in tensors])).encode())
     for tensor in tensors:
         for block in tensor.split(ROWS):
-            # By value, so that a bf16 tensor and its fp32 copy are the same.
+            # Values, so that a bf16 tensor and its fp32 copy are the same.
             sha.update(block.to("cpu", full_dtype(block.dtype)).contiguous().numpy().tobytes())
     return sha.hexdigest()[:16]
 
@@ -49,21 +49,24 @@ def weights_digest(content: Content) -> str:
 def fold(
     weights: SAEWeights, b_dec: Tensor, apply_b_dec_to_input: bool, rescale_acts_by_decoder_norm: bool
 ) -> SAEWeights:
-    """The same latents with neither setting, but for the scale of `W_dec`'s rows."""
+    """Return weights with the same latents without these settings, except for the scale of the rows of `W_dec`."""
     encoder_rows, b_enc, W_dec = weights.encoder_rows, weights.b_enc.double(), weights.W_dec
     if apply_b_dec_to_input:
         b_enc = b_enc - torch.cat([rows.double() @ b_dec.double() for rows in encoder_rows.split(ROWS)])
     if rescale_acts_by_decoder_norm:
         norm = torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.float64)
         encoder_rows, b_enc = _scaled(encoder_rows, norm), b_enc * norm
-        # A latent without a direction never fires: its encoder row and bias are zero now.
+        # A latent without a direction never fires, since its encoder row and bias are zero now.
         W_dec = _scaled(W_dec, torch.where(norm > 0, 1 / norm, 0))
     return replace(weights, encoder_rows=encoder_rows, b_enc=b_enc.to(weights.b_enc.dtype), W_dec=W_dec)
 
 
 def ungated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The jumprelu SAE that a gated one is: with `z = h W_enc`, the gate `z + b_gate > 0` is
-    `e^r_mag z + b_mag > b_mag - e^r_mag b_gate`, whose left side is the magnitude."""
+    """Return the tensors of the jumprelu SAE that equals a gated one.
+
+    With `z = h W_enc`, the gate `z + b_gate > 0` is `e^r_mag z + b_mag > b_mag - e^r_mag b_gate`, whose left side is
+    the magnitude.
+    """
     W_enc, b_mag, b_gate, r_mag = (tensors[name] for name in ("W_enc", "b_mag", "b_gate", "r_mag"))
     if W_enc.dim() != 2 or not b_mag.shape == b_gate.shape == r_mag.shape == W_enc.shape[1:]:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
@@ -86,19 +89,19 @@ def _scaled(rows: Tensor, factors: Tensor) -> Tensor:
 
 
 def at_inference(normalize: str) -> str:
-    """What a normalisation is at inference."""
+    """Return the normalisation at inference; warn of one that does nothing there."""
     if normalize not in FOLDED_IN_TRAINING:
         return normalize
     warnings.warn(
-        f"normalize_activations={normalize!r} does nothing at inference, here as in SAELens: right only "
-        "if its scale was folded into these weights: check how well they reconstruct residuals of the model.",
+        f"normalize_activations={normalize!r} does nothing at inference, here as in SAELens. That is right only if "
+        "its scale was folded into these weights: check how well they reconstruct residuals of the model.",
         stacklevel=3,
     )
     return "none"
 
 
 def check_arguments(arch: str, W_enc: Tensor, threshold: Tensor | None, k: int | None, layer: int | None) -> None:
-    """Raise `SAEError` unless the arguments of a `FrozenSAE` go together."""
+    """Raise `SAEError` unless the arguments of a `FrozenSAE` fit together."""
     if arch not in ARCHITECTURES:
         advice = "BatchTopK, Matryoshka and gated SAEs become jumprelu in FrozenSAE.load and from_sae_lens."
         raise refusal(SAEError, "`arch`", repr(arch), ", ".join(ARCHITECTURES), advice)
@@ -121,7 +124,7 @@ def check_arguments(arch: str, W_enc: Tensor, threshold: Tensor | None, k: int |
 
 
 def check_values(weights: SAEWeights, b_dec: Tensor) -> None:
-    """Raise `SAEError` for a weight that is not finite."""
+    """Raise `SAEError` unless all weights are finite."""
     if b_dec.shape != (weights.d_in,):
         raise refusal(SAEError, "`b_dec`", f"of shape {list(b_dec.shape)}", f"shape [{weights.d_in}]")
     # A threshold of +inf is a latent that never fires.

@@ -1,4 +1,4 @@
-"""The frozen SAE: loaded from any of its formats, folded once, and handed to the kernels as `SAEWeights`."""
+"""The frozen SAE: loaded from any format, folded once, and passed to the kernels as `SAEWeights`."""
 
 from __future__ import annotations
 
@@ -30,33 +30,42 @@ from dspa_kernels import SAEWeights
 class FrozenSAE:
     """A sparse autoencoder of the residual stream, at inference.
 
-    `pre = n(h) W_enc + b_enc`; a latent is active where `pre > threshold` and `pre > 0` (jumprelu), `pre > 0`
-    (standard), or where it is among the `k` largest of its row and `pre > 0` (topk); its value is `pre`.
-    `n` is `normalize_activations`, as SAELens computes it. BatchTopK, Matryoshka and gated SAEs are jumprelu
-    SAEs at inference, and become such when they are loaded.
+    `pre = n(h) W_enc + b_enc`, where `n` is `normalize_activations` as SAELens computes it. The value of an active
+    latent is `pre`. A latent is active
 
-    What can be folded is folded here, in fp64, and its name kept in `folded`: `apply_b_dec_to_input`
+    - in a jumprelu SAE if `pre > threshold` and `pre > 0`,
+    - in a standard SAE if `pre > 0`,
+    - in a topk SAE if `pre > 0` and it is among the `k` largest of its row.
+
+    BatchTopK, Matryoshka and gated SAEs are jumprelu SAEs at inference, and are converted when they are loaded.
+
+    Two settings are folded into the weights here, in fp64, and named in `folded`: `apply_b_dec_to_input`
     (`pre = (n(h) - b_dec) W_enc + b_enc`) and `rescale_acts_by_decoder_norm` (selection and value are
-    `pre ||W_dec_j||`, with which `threshold` is compared). The tensors are copied; nothing changes in use.
+    `pre ||W_dec_j||`, which is compared with `threshold`). The tensors are copied, and use does not change them.
 
     Args:
         arch: "standard", "jumprelu" or "topk".
         W_enc: [d_in, d_sae], one of fp32, bf16, fp16, fp64.
-        b_enc: [d_sae]; kept in fp32 (fp64 where `W_enc` is).
+        b_enc: [d_sae], kept in fp32, or in fp64 if `W_enc` is fp64.
         W_dec: [d_sae, d_in], in the dtype of `W_enc`.
-        b_dec: [d_in]; zeros if None.
-        threshold: [d_sae], for jumprelu; kept like `b_enc`. +inf is a latent that never fires.
-        k: latents a row, 1 to d_sae, for topk.
+        b_dec: [d_in], zeros if None.
+        threshold: [d_sae], for jumprelu, kept like `b_enc`. +inf is a latent that never fires.
+        k: active latents per row, 1 to d_sae, for topk.
         layer: the decoder layer, from 0, whose output the SAE reads; None if unknown.
         model_name: the model that it was trained on; None if unknown.
-        normalize_activations: "none", "layer_norm", "constant_norm_rescale"; "expected_average_only_in" and
+        apply_b_dec_to_input: subtract `b_dec` from the normalised input.
+        normalize_activations: "none", "layer_norm" or "constant_norm_rescale". "expected_average_only_in" and
             "covariance_whitening" do nothing at inference, here as in SAELens, and warn.
+        rescale_acts_by_decoder_norm: multiply latents by the norms of their decoder rows.
 
-    Attributes: `arch`, `weights` (what the kernels read), `b_dec [d_in]`, `layer`, `model_name`, `folded`.
+    Attributes:
+        weights: the tensors that the kernels read.
+        b_dec: [d_in], in the dtype of `W_enc`.
+        folded: names of the settings that were folded, and "gated" for a gated SAE.
 
     Raises:
-        ValueError: wrong shapes, dtypes or devices, NaN or infinite weights, or an argument that does not
-            belong to `arch`.
+        ValueError: wrong shapes, dtypes or devices, NaN or infinite weights, or an argument that does not belong to
+            `arch`.
     """
 
     def __init__(
@@ -110,19 +119,22 @@ class FrozenSAE:
         dtype: torch.dtype | None = None,
         dict_class: str | None = None,
     ) -> FrozenSAE:
-        """The SAE in a folder or file: SAELens (`cfg.json` and `sae_weights.safetensors`), Gemma Scope
-        (`params.npz`) or dictionary_learning (`ae.pt`, best with its `config.json` beside it).
+        """Load the SAE in a folder or file.
+
+        The formats are SAELens (`cfg.json` and `sae_weights.safetensors`), Gemma Scope (`params.npz`) and
+        dictionary_learning (`ae.pt`, best with its `config.json`).
 
         Args:
             path: the folder, or the file of weights in it.
-            layer: the decoder layer, where the file does not say it; it may not contradict the file.
-            model_name: instead of the file's.
-            device, dtype: where to, and the dtype of `W_enc`, `W_dec`, `b_dec`; by default as stored.
-            dict_class: class of an `ae.pt` without `config.json` whose tensors do not tell it.
+            layer: the decoder layer, if the file does not say it. It must not contradict the file.
+            model_name: name of the model in place of the file's.
+            device: device of the SAE.
+            dtype: dtype of `W_enc`, `W_dec` and `b_dec`, by default as stored.
+            dict_class: class of an `ae.pt` without `config.json`, if its tensors do not show it.
 
         Raises:
-            SAEError: a path or format that is not one of these, damaged files, missing or unknown tensors, an
-                SAE that is not one of the residual stream, and all that the constructor refuses.
+            SAEError: a path or format that is not one of these, damaged files, missing or unknown tensors, an SAE that
+                does not read the residual stream, and everything that the constructor refuses.
         """
         source = read_sae(Path(path), dict_class)
         return cls._from_source(source, layer, model_name).to(device, dtype)
@@ -138,13 +150,19 @@ class FrozenSAE:
         layer: int | None = None,
         model_name: str | None = None,
     ) -> FrozenSAE:
-        """The SAE `sae_id` of a `release` in SAELens' catalogue, or of a Hugging Face repository, downloaded.
+        """Download and load an SAE of SAELens' catalogue or of a Hugging Face repository.
 
-        It is loaded in fp32, and converted to `dtype` where one is given. `layer` and `model_name` as for
-        `from_sae_lens`.
+        Args:
+            release: the release in the catalogue, or the repository.
+            sae_id: the SAE in it.
+            device: device of the SAE.
+            dtype: dtype of `W_enc`, `W_dec` and `b_dec`, by default fp32.
+            layer: as for `from_sae_lens`.
+            model_name: as for `from_sae_lens`.
 
         Raises:
-            RuntimeError: sae-lens is not installed. SAEError: as `from_sae_lens`.
+            RuntimeError: sae-lens is not installed.
+            SAEError: as for `from_sae_lens`.
         """
         try:
             from sae_lens import SAE
@@ -159,9 +177,12 @@ class FrozenSAE:
 
     @classmethod
     def from_sae_lens(cls, sae: Any, *, layer: int | None = None, model_name: str | None = None) -> FrozenSAE:
-        """The same SAE as a `sae_lens.SAE` object, on its device and in its dtype; its tensors are copied.
+        """Copy a `sae_lens.SAE` object, on its device and in its dtype.
 
-        `layer` and `model_name` are for an object whose metadata do not say them.
+        Args:
+            sae: the object.
+            layer: the decoder layer, if the metadata of `sae` do not say it.
+            model_name: name of the model, if the metadata of `sae` do not say it.
 
         Raises:
             SAEError: not one of standard, jumprelu, topk, gated, or not an SAE of the residual stream.
@@ -188,33 +209,33 @@ class FrozenSAE:
                 rescale_acts_by_decoder_norm=source.rescale_acts_by_decoder_norm,
             )
             if source.record is not None:
-                sae._take_up(source.record)
+                sae._restore_record(source.record)
         except ValueError as error:
             raise SAEError(f"{source.name}: {error}") from error
         if gated and sae._source is not None:
             sae.folded = ("gated", *sae.folded)
-            # As it was stored: another machine's `exp` may round the folded tensors otherwise.
+            # Of the stored tensors: another machine's `exp` may round the folded ones differently.
             tensors = tuple(source.tensors[name] for name in sorted(source.tensors))
             sae._source = (("gated", *sae._source[0][1:]), tensors)
         return sae
 
-    def _take_up(self, record: dict[str, Any]) -> None:
+    def _restore_record(self, record: dict[str, Any]) -> None:
         if record.keys() != {"fingerprint", "weights", "folded"} or record["weights"] != self.fingerprint:
             raise refusal(
                 SAEError,
                 f"the SAE (fingerprint {self.fingerprint})",
                 f"not the one that was saved ({record})",
                 "what FrozenSAE.save wrote, neither changed nor rounded",
-                f"If the change is meant, remove {RECORD!r} from the metadata, and it is an SAE of its own.",
+                f"If the change is intended, remove {RECORD!r} from the metadata, which makes it another SAE.",
             )
         self._fingerprint, self.folded = str(record["fingerprint"]), tuple(record["folded"])
 
     def save(self, path: str | Path) -> None:
-        """Write a SAELens folder at `path`, in the folded form, which SAELens itself loads and encodes alike.
+        """Write a SAELens folder at `path`, in the folded form. SAELens itself loads it and encodes the same.
 
-        The dtype stays as it is, and `cfg.json` states fp32 all the same (fp64 for an fp64 SAE), because
-        SAELens would round the thresholds to a narrower one. The fingerprint of the source SAE goes along,
-        with one of the tensors as written, by which `load` refuses a changed folder.
+        Tensors keep their dtypes. `cfg.json` nevertheless states fp32, or fp64 for an fp64 SAE, because SAELens would
+        round the thresholds to a narrower dtype. The folder records the fingerprint of the source SAE, and one of the
+        written tensors, by which `load` refuses a changed folder.
         """
         tensors = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
         if self.arch == "jumprelu":
@@ -236,10 +257,10 @@ class FrozenSAE:
         write_sae_lens(Path(path), stored)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FrozenSAE:
-        """The SAE on `device`, with `W_enc`, `W_dec` and `b_dec` in `dtype`; itself where nothing changes.
+        """Return the SAE on `device`, with `W_enc`, `W_dec` and `b_dec` in `dtype`; itself if nothing changes.
 
-        `b_enc` and `threshold` stay fp32 (fp64 for fp64): rounding them changes which latents are active. The
-        fingerprint goes along.
+        `b_enc` and `threshold` stay fp32, or fp64 for fp64, since rounding them changes which latents are active. The
+        fingerprint stays the same.
 
         Raises:
             SAEError: another dtype, or one in which a weight overflows.
@@ -265,24 +286,26 @@ class FrozenSAE:
         return new
 
     def encode(self, h: Tensor) -> Tensor:
-        """Latents `f [..., d_sae]` of residuals `h [..., d_in]`, dense, differentiable in h.
+        """Return the latents f [..., d_sae] of residuals h [..., d_in], dense and differentiable in h.
 
-        Computed and returned in fp32, or in fp64 where h or the weights are. Of equal values at the edge of
-        the top k, the smaller index is active.
+        They are computed and returned in fp32, or in fp64 if h or the weights are fp64. Among equal values at the edge
+        of the top k, the smaller index is active.
         """
         _check_width("h", h, self.d_in)
         return self.weights.latents(h)
 
     def normalise(self, h: Tensor) -> Tensor:
-        """`n(h) [..., d_in]`, what the encoder reads of residuals `h [..., d_in]`, in `encode`'s dtype."""
+        """Return n(h) [..., d_in], which the encoder reads, of residuals h [..., d_in], in the dtype of `encode`."""
         _check_width("h", h, self.d_in)
         return self.weights.normalise(h).rows
 
     def decode(self, f: Tensor, like: Tensor | None = None) -> Tensor:
-        """Reconstruction `[..., d_in]` of latents `f [..., d_sae]`, `b_dec` included, in `encode`'s dtype.
+        """Return the reconstruction [..., d_in] of latents, with `b_dec`, in the dtype of `encode`.
 
-        `like [..., d_in]` are the residuals that f was encoded from. An SAE that normalises its input needs
-        their mean and scale to undo it; others do not look at them.
+        Args:
+            f: latents [..., d_sae].
+            like: residuals that f was encoded from [..., d_in]. An SAE that normalises its input undoes that with
+                their mean and scale. Others ignore them.
 
         Raises:
             SAEError: `like` is needed and not given.
@@ -306,10 +329,10 @@ class FrozenSAE:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that identify the source SAE: the same from any format, device and dtype.
+        """16 hexadecimal digits that identify the source SAE, the same from any format, device and dtype.
 
-        A SHA-256 over architecture, k, normalisation and the values of all tensors before anything was folded
-        or converted; computed when first asked for.
+        They begin a SHA-256 over architecture, k, normalisation and the values of all tensors before anything was
+        folded or converted. It is computed on first use.
         """
         if self._source is not None:
             self._fingerprint, self._source = weights_digest(self._source), None
@@ -317,22 +340,22 @@ class FrozenSAE:
 
     @property
     def W_enc(self) -> Tensor:
-        """Encoder, [d_in, d_sae]: a transposed view of the rows that the kernels read."""
+        """Encoder [d_in, d_sae], a transposed view of the rows that the kernels read."""
         return self.weights.W_enc
 
     @property
     def b_enc(self) -> Tensor:
-        """Encoder bias, [d_sae], fp32 (fp64 for an fp64 SAE)."""
+        """Encoder bias [d_sae], fp32, or fp64 for an fp64 SAE."""
         return self.weights.b_enc
 
     @property
     def threshold(self) -> Tensor:
-        """Threshold, [d_sae], in the dtype of `b_enc`; zeros for standard and topk."""
+        """Threshold [d_sae], in the dtype of `b_enc`, zeros for standard and topk."""
         return self.weights.threshold
 
     @property
     def W_dec(self) -> Tensor:
-        """Decoder, [d_sae, d_in]."""
+        """Decoder [d_sae, d_in]."""
         return self.weights.W_dec
 
     @property
@@ -347,7 +370,7 @@ class FrozenSAE:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.weights.encoder_rows.device
 
     @property
