@@ -5,7 +5,7 @@
 // found goes with the tile, so that all warps of the block go the same way.
 #pragma once
 
-#include "ring.cuh"
+#include "pipeline.cuh"
 
 namespace dspa {
 

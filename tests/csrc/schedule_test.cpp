@@ -78,7 +78,7 @@ void check_tiles() {
 // For each slice, the steps of d_in that its warp takes, as their beginnings and sizes.
 using Order = std::vector<std::vector<std::pair<int, int>>>;
 
-// As the products of product.cuh walk the chunks of a tile.
+// As the products of mma.cuh walk the chunks of a tile.
 Order order_of(int d_in, int block_k) {
   Order order(SLICES);
   for (int chunk = 0; chunk < n_chunks(d_in, block_k); chunk++) {

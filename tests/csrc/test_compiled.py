@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 HEADER = ROOT / "csrc" / "c_api.h"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 WEIGHTS = ("float", "__half", "__nv_bfloat16")
-# Products of product.cuh with what they multiply: weights as they are, or an int8 copy of them.
+# Products of mma.cuh with what they multiply: weights as they are, or an int8 copy of them.
 KERNELS = {
     *(f"FullPrecision<{W}, {S}>" for W in WEIGHTS for S in (W, "signed char")),
     *(f"TensorCore<{T}, {S}, {few}>" for T in WEIGHTS[1:] for S in (T, "signed char") for few in ("false", "true")),

@@ -2,7 +2,7 @@
 // that are under way while others are multiplied.
 #pragma once
 
-#include "product.cuh"
+#include "mma.cuh"
 
 namespace dspa {
 
