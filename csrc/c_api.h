@@ -1,8 +1,8 @@
-/* The library as C sees it: device pointers, sizes, a stream, error codes. No torch, no C++, no Python.
+/* The library's C interface: device pointers, sizes, a stream, error codes. It uses no torch, no C++, no Python.
  *
- * Functions return 0 or an error code for dspa_error_name and dspa_error_text. Nothing is allocated, nothing waits
- * for the device, so that a launch can be captured into a graph. Tensors are contiguous; shapes are given as
- * [rows, columns]; a pointer that a call does not need is null. No address and no index is checked. */
+ * Functions return 0 or an error code for dspa_error_name and dspa_error_text. Nothing is allocated and nothing waits
+ * for the device, so launches can be captured into a graph. Tensors are contiguous and shapes are [rows, columns].
+ * A pointer that a call does not need is null. Addresses and indices are not checked. */
 #ifndef DSPA_C_API_H
 #define DSPA_C_API_H
 
@@ -15,65 +15,71 @@ extern "C" {
 enum dspa_dtype { DSPA_FP32 = 0, DSPA_BF16 = 1, DSPA_FP16 = 2 };
 enum dspa_normalize { DSPA_NONE = 0, DSPA_LAYER_NORM = 1, DSPA_CONSTANT_NORM_RESCALE = 2 };
 
-/* The library's own codes, beside those of CUDA. */
-enum dspa_error { DSPA_BAD_SIZE = 10001, DSPA_BAD_DTYPE = 10002, DSPA_OLD_DEVICE = 10003, DSPA_NO_ROOM = 10004 };
+/* The library's own codes, in addition to those of CUDA. */
+enum dspa_error {
+  DSPA_BAD_SIZE = 10001,
+  DSPA_BAD_DTYPE = 10002,
+  DSPA_OLD_DEVICE = 10003,
+  DSPA_NO_SHARED_MEMORY = 10004
+};
 
-/* Arguments of `steer`, and, with counts, of `lookup_and_steer`. */
+/* Arguments of `steer` and, with counts, of `lookup_and_steer`. */
 typedef struct {
-  /* residual rows [n_rows, d_in] in h_dtype, and where they go */
+  /* residual rows [n_rows, d_in] in h_dtype, input and output */
   const void *h;
   void *out;
-  /* the encoder in the order in which it is read [d_sae, d_in] in W_dtype; which latent each row is, for top-k */
+  /* the encoder's rows [d_sae, d_in] in W_dtype, in the order in which they are read; for top-k the latent of each */
   const void *W_enc;
   const float *b_enc;
   const float *threshold;
   const int32_t *order;
-  /* a screen: int8 rows [d_sae, d_in], scale, offset, error and size of each [4, d_sae], the mean row [d_in] */
+  /* the int8 screen: rows [d_sae, d_in]; per row scale, offset, error and norm [4, d_sae]; the mean row [d_in] */
   const int8_t *screen_W_enc;
   const float *screen_latents;
   const float *screen_mean;
-  /* latents that can be steered, rows [n_columns, d_in] in W_dtype */
+  /* the latents that can be steered, with rows [n_columns, d_in] in W_dtype */
   const int32_t *columns;
   const void *columns_W_enc;
   const float *columns_b_enc;
   const float *columns_threshold;
   const void *columns_W_dec;
-  /* plans [n_prompts, n_slots], written first where there are counts */
+  /* plans [n_prompts, n_slots]; an output of the lookup if there are counts */
   int32_t *slots;
   int8_t *signs;
-  /* which rows are steered, by which plan */
+  /* the plan row of each residual row [n_rows]; steered from positions [n_rows] >= start [n_prompts] on */
   const int32_t *rows;
   const int64_t *positions;
   const int64_t *start;
-  /* six tallies, added to */
+  /* six counters that are added to */
   int64_t *paths;
-  /* what was edited, if recorded: [n_rows, n_slots] twice, [n_rows] */
+  /* the edits, if recorded: values [n_rows, n_slots] before and after, the maximum [n_rows] */
   float *before;
   float *after;
-  float *most;
-  /* scratch: rows in fp32 [n_rows, d_in] unless they multiply as they are; [n_rows]; [n_rows, 2] with a screen;
-   * [n_rows, n_slots + n_large]; [n_rows]; [n_rows]; [n_rows, n_slots] for top-k */
+  float *maximum;
+  /* scratch: normalised rows in fp32 [n_rows, d_in], for dspa_steer_x_rows rows; their scale [n_rows]; norms [n_rows, 2]
+   * with a screen; values of the selected and the large latents [n_rows, n_slots + n_large]; finite [n_rows]; bits of
+   * the running maximum [n_rows]; for top-k the number of latents ahead of each selected one [n_rows, n_slots] */
   float *x;
   float *scale;
   float *norms;
-  float *value;
+  float *latent_values;
   int32_t *finite;
-  int32_t *maximum;
-  int32_t *beaten;
-  /* a word that is 0 and that no other launch uses at the same time; it is left as it was found */
+  int32_t *running_max;
+  int32_t *rank;
+  /* the word of the grid barrier: 0 before and after, and not shared with a concurrent launch */
   int32_t *barrier;
   /* the lookup: counts [n_prompts, d_sae_in], the map [d_sae_in, n_columns], scratch
    * [n_prompts, 2 k_prompt + k_diff + n_columns] */
   const int32_t *counts;
   const float *values;
-  int32_t *found;
+  int32_t *lookup_scratch;
   int32_t d_in, d_sae, d_sae_in, n_rows, n_prompts, n_columns, n_slots, n_large;
   int32_t k, k_prompt, k_diff;
   int32_t h_dtype, W_dtype, normalize;
   int32_t augment, ablate, record;
-  /* may begin before the launch ahead of it on the stream has ended */
+  /* programmatic stream serialization: may begin before the previous launch on the stream has ended */
   int32_t programmatic;
-  /* reads the first of the encoder before it is known whether a row needs it: sooner, and sometimes in vain */
+  /* prefetches the first encoder rows before it is known whether any row needs them */
   int32_t ahead;
   float alpha;
 } dspa_steer_arguments;
@@ -81,10 +87,10 @@ typedef struct {
 /* Apply the edits of DSPA to residual rows, in one launch. `stream` is a cudaStream_t. */
 int dspa_steer(const dspa_steer_arguments *arguments, void *stream);
 
-/* Bytes of dspa_steer_arguments, for whoever declares it in another language. */
+/* sizeof(dspa_steer_arguments), to check declarations in other languages. */
 int dspa_steer_arguments_size(void);
 
-/* Fp32 rows that `x` has to have room for: n_rows or 0. */
+/* Number of fp32 rows that `x` has to hold: n_rows or 0. */
 int dspa_steer_x_rows(const dspa_steer_arguments *arguments);
 
 const char *dspa_error_name(int code);

@@ -1,63 +1,63 @@
-// The ring of a block: shared memory by name, and stages that one warp fills with pieces of encoder rows, by copies
-// that are under way while others are multiplied.
+// The pipeline of a block: its shared memory, and the stages that a producer warp fills with k tiles of encoder rows by
+// asynchronous copies while the consumer warps multiply earlier ones.
 #pragma once
 
 #include "mma.cuh"
 
 namespace dspa {
 
-// Named barriers: one for all multiplying warps, and from GROUP on one for each group of them.
-constexpr int KEPT = 1, GROUP = 2;
+// Named barriers: one for all consumer warps, and from WARPGROUP_BARRIER on one per warpgroup.
+constexpr int RESIDENT_ROWS_BARRIER = 1, WARPGROUP_BARRIER = 2;
 
-// Shared memory, by name.
-template <class P> struct Room {
-  char *ring, *resident;
-  float *partial, *need, *bound, *low;
+// Pointers into shared memory. full_barriers and empty_barriers are those of the stages.
+template <class Mma> struct SharedStorage {
+  char *stages_begin, *resident_rows;
+  float *partials, *required_shift, *lower_bound, *min_active;
   int *plan;
   unsigned *candidates;
-  Header *headers;
-  Mbarrier *full, *empty;
-  int rows, stages, stage_bytes, row_stride;
+  WorkTileInfo *tile_infos;
+  Mbarrier *full_barriers, *empty_barriers;
+  int tile_rows, stages, stage_bytes, row_stride;
 
-  __device__ Room(const Arguments &a, int rows, int stages) : rows(rows), stages(stages) {
-    constexpr Shape shape = P::SHAPE;
-    const Layout at = layout_of(shape, rows, a.d_in);
+  __device__ SharedStorage(const Arguments &a, int tile_rows, int stages) : tile_rows(tile_rows), stages(stages) {
+    constexpr KernelTraits traits = Mma::TRAITS;
+    const SharedLayout layout = shared_layout(traits, tile_rows, a.d_in);
     char *base = shared_memory();
-    ring = base + at.ring;
-    resident = base + at.resident;
-    partial = reinterpret_cast<float *>(base + at.partial);
-    need = reinterpret_cast<float *>(base + at.need);
-    bound = reinterpret_cast<float *>(base + at.bound);
-    low = reinterpret_cast<float *>(base + at.low);
-    plan = reinterpret_cast<int *>(base + at.plan);
-    candidates = reinterpret_cast<unsigned *>(base + at.candidates);
-    headers = reinterpret_cast<Header *>(base + at.headers);
-    full = reinterpret_cast<Mbarrier *>(base + at.barriers);
-    empty = full + shape.max_stages;
-    stage_bytes = shape.stage_bytes(rows, a.d_in);
-    row_stride = shape.row_stride(a.d_in);
+    stages_begin = base + layout.stages;
+    resident_rows = base + layout.resident_rows;
+    partials = reinterpret_cast<float *>(base + layout.partials);
+    required_shift = reinterpret_cast<float *>(base + layout.required_shift);
+    lower_bound = reinterpret_cast<float *>(base + layout.lower_bound);
+    min_active = reinterpret_cast<float *>(base + layout.min_active);
+    plan = reinterpret_cast<int *>(base + layout.plan);
+    candidates = reinterpret_cast<unsigned *>(base + layout.candidates);
+    tile_infos = reinterpret_cast<WorkTileInfo *>(base + layout.tile_infos);
+    full_barriers = reinterpret_cast<Mbarrier *>(base + layout.barriers);
+    empty_barriers = full_barriers + traits.max_stages;
+    stage_bytes = traits.stage_bytes(tile_rows, a.d_in);
+    row_stride = traits.row_stride(a.d_in);
   }
 
-  // A stage is full when each thread of the filling warp has arrived, and its first once more for the header; empty
-  // when each multiplying warp has.
-  __device__ void init() const {
+  // A stage is full once each thread of the producer warp has arrived, and its first thread again with the commit. It
+  // is empty once each consumer warp has arrived.
+  __device__ void init_barriers() const {
     if (thread() == 0) {
       for (int i = 0; i < stages; i++) {
-        mbarrier_init(full + i, 32 + 1);
-        mbarrier_init(empty + i, P::SHAPE.consumers());
+        mbarrier_init(full_barriers + i, 32 + 1);
+        mbarrier_init(empty_barriers + i, Mma::TRAITS.consumer_warps());
       }
       fence_mbarrier_init();
     }
     block_barrier();
   }
 
-  __device__ char *stage(Place place) const { return ring + place.stage * stage_bytes; }
+  __device__ char *stage(PipelineState state) const { return stages_begin + state.index * stage_bytes; }
 };
 
-// A warp copies `n` rows that are not aligned, number by number, with zeros up to a whole step.
+// Copies `n` unaligned rows number by number, with zeros up to a multiple of MMA_K. By one warp.
 template <class T>
-__device__ void copy_unaligned(char *to, int to_stride, const T *from, int d_in, int n, int width) {
-  const int padded = round_up(width, STEP);
+__device__ void load_unaligned(char *to, int to_stride, const T *from, int d_in, int n, int width) {
+  const int padded = round_up(width, MMA_K);
   for (int i = lane(); i < n * padded; i += 32) {
     const int r = i / padded, o_k = i % padded;
     T number;
@@ -67,76 +67,82 @@ __device__ void copy_unaligned(char *to, int to_stride, const T *from, int d_in,
   }
 }
 
-// What a block reads, in order: chunk after chunk, tile after tile, a stage each.
-struct Piece {
-  Tile tile;
-  int chunk;
+// One k tile of a work tile, which fills one stage.
+struct KTile {
+  WorkTile tile;
+  int index;
 };
 
-template <class P> __device__ inline Piece piece_of(const Arguments &a, int i) {
-  constexpr Shape shape = P::SHAPE;
-  const int chunks = n_chunks(a.d_in, shape.block_k), wave = i / chunks;
-  if (wave >= n_waves(a.d_sae, shape.latents(), n_blocks())) return {{0, 0}, 0};
-  return {tile_of(a.d_sae, shape.latents(), n_blocks(), wave, block()), i % chunks};
+// The i-th k tile that a block reads; its count is 0 after the last.
+template <class Mma> __device__ inline KTile k_tile_of(const Arguments &a, int i) {
+  constexpr KernelTraits traits = Mma::TRAITS;
+  const int k_tile_count = n_k_tiles(a.d_in, traits.block_k), wave = i / k_tile_count;
+  if (wave >= n_waves(a.d_sae, traits.tile_latents(), n_blocks())) return {{0, 0}, 0};
+  return {work_tile_of(a.d_sae, traits.tile_latents(), n_blocks(), wave, block()), i % k_tile_count};
 }
 
-// A piece into a stage, and residual rows with it unless they are there. Each thread of the filling warp arrives.
-template <class P, bool ALIGNED>
-__device__ void copy_piece(const Arguments &a, const Room<P> &room, Place place, Piece piece,
-                           const typename P::Row *rows, int n_rows) {
-  using Stored = typename P::Stored;
-  using Row = typename P::Row;
-  constexpr Shape shape = P::SHAPE;
-  Mbarrier *full = room.full + place.stage;
-  const int width = chunk_width(a.d_in, shape.block_k, piece.chunk), o_k = piece.chunk * shape.block_k;
-  const void *base = P::SCREENED ? static_cast<const void *>(a.screen_W_enc) : a.W_enc;
-  const Stored *weights = static_cast<const Stored *>(base) + int64_t(piece.tile.first) * a.d_in + o_k;
-  char *to_weights = room.stage(place), *to_rows = to_weights + shape.latents() * shape.weight_stride();
-  if (shape.resident) n_rows = 0;
+// Loads a k tile into a stage, with its part of the residual rows unless those are resident. Each thread of the
+// producer warp arrives.
+template <class Mma, bool ALIGNED>
+__device__ void load_k_tile(const Arguments &a, const SharedStorage<Mma> &storage, PipelineState state, KTile k_tile,
+                            const typename Mma::ElementRow *rows, int n_rows) {
+  using Stored = typename Mma::ElementStored;
+  using Row = typename Mma::ElementRow;
+  constexpr KernelTraits traits = Mma::TRAITS;
+  Mbarrier *full_barrier = storage.full_barriers + state.index;
+  const int width = k_tile_width(a.d_in, traits.block_k, k_tile.index), o_k = k_tile.index * traits.block_k;
+  const void *base = Mma::SCREENED ? static_cast<const void *>(a.screen_W_enc) : a.W_enc;
+  const Stored *weights = static_cast<const Stored *>(base) + int64_t(k_tile.tile.first) * a.d_in + o_k;
+  char *to_weights = storage.stage(state), *to_rows = to_weights + traits.tile_latents() * traits.weight_stride();
+  if (traits.rows_resident) n_rows = 0;
   if constexpr (ALIGNED) {
     if (lane() == 0)
-      expect_copies(full, width * (piece.tile.count * int(sizeof(Stored)) + n_rows * int(sizeof(Row))));
+      mbarrier_expect_tx(full_barrier, width * (k_tile.tile.count * int(sizeof(Stored)) + n_rows * int(sizeof(Row))));
     warp_barrier();
-    copy_rows<true>(to_weights, shape.weight_stride(), reinterpret_cast<const char *>(weights),
-                    int64_t(a.d_in) * sizeof(Stored), piece.tile.count, width * sizeof(Stored), full);
-    copy_rows<false>(to_rows, room.row_stride, reinterpret_cast<const char *>(rows + o_k),
-                     int64_t(a.d_in) * sizeof(Row), n_rows, width * sizeof(Row), full);
-    arrive_with_copies(full);
+    async_copy_rows<true>(to_weights, traits.weight_stride(), reinterpret_cast<const char *>(weights),
+                          int64_t(a.d_in) * sizeof(Stored), k_tile.tile.count, width * sizeof(Stored), full_barrier);
+    async_copy_rows<false>(to_rows, storage.row_stride, reinterpret_cast<const char *>(rows + o_k),
+                           int64_t(a.d_in) * sizeof(Row), n_rows, width * sizeof(Row), full_barrier);
+    mbarrier_arrive_on_copies(full_barrier);
   } else {
-    copy_unaligned(to_weights, shape.weight_stride(), weights, a.d_in, piece.tile.count, width);
-    copy_unaligned(to_rows, room.row_stride, rows + o_k, a.d_in, n_rows, width);
-    mbarrier_arrive(full);
+    load_unaligned(to_weights, traits.weight_stride(), weights, a.d_in, k_tile.tile.count, width);
+    load_unaligned(to_rows, storage.row_stride, rows + o_k, a.d_in, n_rows, width);
+    mbarrier_arrive(full_barrier);
   }
 }
 
-// The header of a stage, with which its last arrival comes.
-template <class P> __device__ void announce(const Room<P> &room, Place place, const Header &header) {
+// Commits a stage: stores its tile info and makes the last of its arrivals.
+template <class Mma>
+__device__ void producer_commit(const SharedStorage<Mma> &storage, PipelineState state, const WorkTileInfo &info) {
   if (lane() != 0) return;
-  room.headers[place.stage] = header;
-  mbarrier_arrive(room.full + place.stage);
+  storage.tile_infos[state.index] = info;
+  mbarrier_arrive(storage.full_barriers + state.index);
 }
 
-// How many stages a block fills before it is known whether any row needs them: where that is wanted, and where residual
-// rows do not have to come along.
-template <class P> __device__ inline int n_ahead(const Arguments &a, const Room<P> &room) {
-  if (!P::SHAPE.resident || !a.ahead || !is_aligned(a)) return 0;
+// Number of stages that a block prefetches before it is known whether any row needs the encoder. 0 unless the launch
+// asks for it (a.ahead) and the stages hold no residual rows.
+template <class Mma>
+__device__ inline int n_prefetched_stages(const Arguments &a, const SharedStorage<Mma> &storage) {
+  if (!Mma::TRAITS.rows_resident || !a.ahead || !is_aligned(a)) return 0;
   int n = 0;
-  while (n < room.stages && piece_of<P>(a, n).tile.count) n++;
+  while (n < storage.stages && k_tile_of<Mma>(a, n).tile.count) n++;
   return n;
 }
 
-template <class P> __device__ void fill_ahead(const Arguments &a, const Room<P> &room) {
-  if (warp() != P::SHAPE.consumers()) return;
-  const int n = n_ahead(a, room);
-  for (int i = 0; i < n; i++) copy_piece<P, true>(a, room, {i, 0}, piece_of<P>(a, i), nullptr, 0);
+// The pipeline's prologue, by the producer warp.
+template <class Mma> __device__ void prefetch_stages(const Arguments &a, const SharedStorage<Mma> &storage) {
+  if (warp() != Mma::TRAITS.consumer_warps()) return;
+  const int n = n_prefetched_stages(a, storage);
+  for (int i = 0; i < n; i++) load_k_tile<Mma, true>(a, storage, {i, 0}, k_tile_of<Mma>(a, i), nullptr, 0);
 }
 
-// Stages from `first` to before `filled` that were filled ahead and that nobody needs: waits until their copies have
-// come.
-template <class P> __device__ void drain(const Room<P> &room, int first, int filled) {
-  for (int i = first; i < filled; i++) {
-    announce(room, {i, 0}, {0, 0, 0, 0, 0});
-    mbarrier_wait(room.full + i, 0);
+// Drains the prefetched stages from `first` on, which no consumer reads: a block must not exit while copies into its
+// shared memory are in flight.
+template <class Mma>
+__device__ void drain_prefetched(const SharedStorage<Mma> &storage, int first, int n_prefetched) {
+  for (int i = first; i < n_prefetched; i++) {
+    producer_commit(storage, {i, 0}, {0, 0, 0, 0, 0});
+    mbarrier_wait(storage.full_barriers + i, 0);
   }
 }
 

@@ -1,8 +1,8 @@
-// `steer` over an int8 copy of the encoder, and of the encoder only the rows that could hold a maximum:
+// `steer` screened by an int8 copy Q of the encoder. Of the encoder itself only rows are read whose upper bound
 //
 //   h W + b <= s (h Q) + [b + <mu, r>] + ||h - mu|| ||r|| + g ||h|| (||W|| + s ||Q||),    r = W - s Q
 //
-// where g covers what both sums of products can lose.
+// could raise a maximum. g covers the rounding errors of both sums of products.
 #include "steer.cuh"
 
 namespace dspa {

@@ -1,4 +1,4 @@
-"""The library that `csrc/` compiles to: found, loaded and called through ctypes. `csrc/c_api.h` describes it."""
+"""The compiled library of `csrc/`, loaded and called through ctypes. `csrc/c_api.h` describes its interface."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent
 LIBRARY, RECORD = FOLDER / "libdspa_kernels.so", FOLDER / "cuda_build.json"
-# A library in which csrc/ runs on the CPU, for tests: kernels then take CPU tensors, if asked for by name.
+# For tests, a library in which csrc/ runs on the CPU. The CUDA backend then takes CPU tensors if requested by name.
 EMULATED = os.environ.get("DSPA_CUDA_EMULATED", "")
 OLDEST_CAPABILITY = 80
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -29,7 +29,7 @@ def _words(text: str) -> tuple[str, ...]:
 POINTERS = _words(
     "h out W_enc b_enc threshold order screen_W_enc screen_latents screen_mean"
     " columns columns_W_enc columns_b_enc columns_threshold columns_W_dec slots signs rows positions start paths"
-    " before after most x scale norms value finite maximum beaten barrier counts values found"
+    " before after maximum x scale norms latent_values finite running_max rank barrier counts values lookup_scratch"
 )
 INTEGERS = _words(
     "d_in d_sae d_sae_in n_rows n_prompts n_columns n_slots n_large k k_prompt k_diff"
@@ -38,11 +38,11 @@ INTEGERS = _words(
 
 
 class CudaError(RuntimeError):
-    """A CUDA kernel could not be launched; the message names the kernel, its shape and the error."""
+    """A CUDA kernel could not be launched. The message names the kernel, its shape and the error."""
 
 
 class SteerArguments(ctypes.Structure):
-    """`dspa_steer_arguments`: device pointers, then sizes."""
+    """The C struct `dspa_steer_arguments`: device pointers, then sizes."""
 
     _fields_ = (
         *((name, c_void_p) for name in POINTERS),
@@ -52,7 +52,7 @@ class SteerArguments(ctypes.Structure):
 
 
 def find_obstacle() -> str:
-    """Why there is no library to load; empty if there is one."""
+    """Return the reason why there is no library to load, or an empty string if there is one."""
     if EMULATED or LIBRARY.is_file():
         return ""
     if not RECORD.is_file():
@@ -66,13 +66,13 @@ def find_obstacle() -> str:
     )
 
 
-# Found once: a compiled model asks for it, too, and cannot look for files.
+# Computed once, because compiled models read it, too, and cannot access files.
 OBSTACLE = find_obstacle()
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The library, loaded once; it needs neither a device nor a driver for that."""
+    """Load the library once and return it. Loading needs neither a device nor a driver."""
     path = EMULATED or str(LIBRARY)
     try:
         loaded = ctypes.CDLL(path)
@@ -91,13 +91,13 @@ def library() -> ctypes.CDLL:
 
 
 def fill(arguments: SteerArguments, **values: Any) -> None:
-    """Set fields; a tensor by its address, None by null."""
+    """Set fields of the arguments: tensors to their address, None to null."""
     for name, value in values.items():
         setattr(arguments, name, value.data_ptr() if isinstance(value, Tensor) else value)
 
 
 def launch_steer(arguments: SteerArguments, device: torch.device) -> None:
-    """Launch on the current stream of `device`. Raises `CudaError`."""
+    """Launch the kernel on the current stream of `device`, or raise `CudaError`."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     code = library().dspa_steer(ctypes.byref(arguments), stream)
     if code:
@@ -107,6 +107,6 @@ def launch_steer(arguments: SteerArguments, device: torch.device) -> None:
 
 
 def error_of(code: int) -> str:
-    """Name and description of an error code."""
+    """Return the name and the description of an error code."""
     name, text = library().dspa_error_name(code), library().dspa_error_text(code)
     return f"{name.decode()} ({text.decode()})"

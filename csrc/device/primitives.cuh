@@ -1,5 +1,6 @@
-// What only a GPU has an instruction for: atomics, barriers, asynchronous copies, tensor cores, launches. The folder
-// emulated/ holds a header of this name and these functions for the CPU; everything else in csrc/ is written in them.
+// Functions that need GPU instructions: atomics, barriers, asynchronous copies, tensor cores, launches. The folder
+// emulated/ has a header of the same name with the same functions for the CPU. Everything else in csrc/ uses only
+// these.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,7 +9,6 @@
 
 #include <cstdint>
 
-#define DSPA_BOTH __host__ __device__
 #define DSPA_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace dspa {
@@ -21,7 +21,7 @@ using fp16 = __half;
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(fp16 x) { return __half2float(x); }
-// x in T, to the nearest, ties to even.
+// x rounded to T, to nearest, ties to even.
 template <class T> __device__ T rounded(float x);
 template <> __device__ inline float rounded<float>(float x) { return x; }
 template <> __device__ inline bf16 rounded<bf16>(float x) { return __float2bfloat16_rn(x); }
@@ -40,7 +40,7 @@ extern __shared__ __align__(128) char dynamic_shared[];
 __device__ inline char *shared_memory() { return dynamic_shared; }
 
 __device__ inline void block_barrier() { __syncthreads(); }
-// Of `count` threads that agree on `id`, 1 to 15.
+// A barrier of `count` threads; ids are 1 to 15.
 __device__ inline void named_barrier(int id, int count) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
@@ -48,54 +48,54 @@ __device__ inline void warp_barrier() { __syncwarp(); }
 template <class T> __device__ T shuffle(T value, int from) { return __shfl_sync(~0u, value, from); }
 template <class T> __device__ T shuffle_xor(T value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 __device__ inline unsigned ballot(bool value) { return __ballot_sync(~0u, value); }
-__device__ inline int count_bits(unsigned mask) { return __popc(mask); }
-// Four bytes of the eight in x and y, by the digits of `which`.
-__device__ inline uint32_t select_bytes(uint32_t x, uint32_t y, uint32_t which) { return __byte_perm(x, y, which); }
+__device__ inline int popcount(unsigned mask) { return __popc(mask); }
+// Four of the eight bytes of x and y, selected by the hexadecimal digits of `which`.
+__device__ inline uint32_t byte_perm(uint32_t x, uint32_t y, uint32_t which) { return __byte_perm(x, y, which); }
 
 // Memory
 
 __device__ inline uint4 load16(const void *p) { return *static_cast<const uint4 *>(p); }
-// What other blocks may be writing, past the first-level cache.
-__device__ inline int load_shared_state(const int *p) {
+// Loads a word that other blocks may be writing, past the L1 cache.
+__device__ inline int load_relaxed(const int *p) {
   int value;
   asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
   return value;
 }
-__device__ inline void raise(int *p, int value) { atomicMax(p, value); }
-__device__ inline void add(int *p, int value) { atomicAdd(p, value); }
-__device__ inline void add(int64_t *p, int64_t value) {
+__device__ inline void atomic_max(int *p, int value) { atomicMax(p, value); }
+__device__ inline void atomic_add(int *p, int value) { atomicAdd(p, value); }
+__device__ inline void atomic_add(int64_t *p, int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long *>(p), static_cast<unsigned long long>(value));
 }
-// Adds, and returns what was there before; what its block wrote before the last barrier is seen by whoever acquires the
+// Adds and returns the old value. Releases what the block wrote before its last barrier to threads that acquire the
 // sum.
-__device__ inline int arrive_at(int *p, int value) {
+__device__ inline int atomic_add_release(int *p, int value) {
   int before;
   asm volatile("atom.release.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(value) : "memory");
   return before;
 }
-// Until the sign of *p differs from that of `ticket`; then what others wrote before they arrived is seen.
-__device__ inline void wait_for_sign(const int *p, int ticket) {
+// Waits until the sign of *p differs from that of `token`, and acquires what others wrote before they arrived.
+__device__ inline void wait_for_sign_flip(const int *p, int token) {
   int value;
   do {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
-  } while ((value ^ ticket) >= 0);
+  } while ((value ^ token) >= 0);
 }
-// Orders plain writes to global memory with asynchronous copies of it.
-__device__ inline void fence_copies() {
+// Orders generic writes to global memory before asynchronous copies from it.
+__device__ inline void fence_proxy_async() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.global;" ::: "memory");
 #endif
 }
-__device__ inline void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+__device__ inline void prefetch_l2(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// A launch that may begin before the one ahead of it on the stream has ended waits here for its results.
-__device__ inline void wait_for_dependency() {
+// Waits for the results of the previous launch on the stream, if this one was allowed to begin before it has ended.
+__device__ inline void wait_on_dependent_grids() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Asynchronous copies: rows arrive in shared memory while others are computed with, and an mbarrier tells when.
+// Asynchronous copies into shared memory, whose completion an mbarrier tracks
 
 using Mbarrier = uint64_t;
 
@@ -103,7 +103,7 @@ __device__ inline uint32_t shared_address(const void *p) { return static_cast<ui
 __device__ inline void mbarrier_init(Mbarrier *bar, int count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
 }
-// After this and a barrier of the block, asynchronous copies find its mbarriers.
+// Makes initialised mbarriers visible to asynchronous copies, once the block has passed a barrier.
 __device__ inline void fence_mbarrier_init() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -112,7 +112,7 @@ __device__ inline void fence_mbarrier_init() {
 __device__ inline void mbarrier_arrive(Mbarrier *bar) {
   asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(bar)) : "memory");
 }
-// Until the phase of this parity has completed.
+// Waits until the phase of this parity has completed.
 __device__ inline void mbarrier_wait(Mbarrier *bar, int parity) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("{ .reg .pred done;\n"
@@ -130,25 +130,26 @@ __device__ inline void mbarrier_wait(Mbarrier *bar, int parity) {
                  : "memory");
 #endif
 }
-// A warp announces the bytes that it is about to copy; one thread of 32 does so, before any of them copies.
-__device__ inline void expect_copies(Mbarrier *bar, int bytes) {
+// Adds to the bytes that the current phase waits for. One thread of a warp calls it before the warp copies.
+__device__ inline void mbarrier_expect_tx(Mbarrier *bar, int bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes)
                : "memory");
 #endif
 }
-// A warp copies `n` rows of `bytes`, a multiple of 16, between places aligned to 16.
-template <bool ONCE>
-__device__ inline void copy_rows(char *to, int to_stride, const char *from, int64_t from_stride, int n, int bytes,
+// Copies `n` rows of `bytes` each, by one warp. Sizes and addresses are multiples of 16. EVICT_FIRST is for data that a
+// launch reads once.
+template <bool EVICT_FIRST>
+__device__ inline void async_copy_rows(char *to, int to_stride, const char *from, int64_t from_stride, int n, int bytes,
                                  Mbarrier *bar) {
 #if __CUDA_ARCH__ >= 900
-  // Of weights that are read once a launch, nothing should stay in the cache at the cost of what is read often.
+  // Weights that are read once per launch should not evict from the L2 cache what is read often.
   uint64_t policy;
-  if (ONCE)
+  if (EVICT_FIRST)
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   else
     asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  // From one thread that the compiler knows to be one: else it would issue them in a loop over those of the warp.
+  // With elect.sync the compiler knows that one thread issues the copies. Otherwise it compiles a loop over the warp.
   uint32_t is_elected;
   asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 %0, 1, 0, p; }" : "=r"(is_elected));
   if (!is_elected) return;
@@ -162,14 +163,14 @@ __device__ inline void copy_rows(char *to, int to_stride, const char *from, int6
                  : "memory");
 #else
   for (int i = 0; i < n; i++)
-    for (int place = 16 * lane(); place < bytes; place += 16 * 32)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to + i * to_stride + place)),
-                   "l"(__cvta_generic_to_global(from + i * from_stride + place))
+    for (int o = 16 * lane(); o < bytes; o += 16 * 32)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to + i * to_stride + o)),
+                   "l"(__cvta_generic_to_global(from + i * from_stride + o))
                    : "memory");
 #endif
 }
-// Each thread of the warp arrives: at once, or when the copies that it issued itself have.
-__device__ inline void arrive_with_copies(Mbarrier *bar) {
+// Each thread of the warp arrives: at once where the mbarrier counts bytes, else once its own copies have completed.
+__device__ inline void mbarrier_arrive_on_copies(Mbarrier *bar) {
 #if __CUDA_ARCH__ >= 900
   mbarrier_arrive(bar);
 #else
@@ -179,53 +180,53 @@ __device__ inline void arrive_with_copies(Mbarrier *bar) {
 
 // Tensor cores
 
-// Four 8 x 8 matrices of 16-bit numbers; thread i names the row i % 8 of matrix i / 8.
-__device__ inline void load_matrices(uint32_t (&r)[4], const void *row) {
+// ldmatrix.x4: four 8 x 8 matrices of 16-bit numbers. Thread i passes the address of row i % 8 of matrix i / 8.
+__device__ inline void ldmatrix(uint32_t (&r)[4], const void *row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
                : "memory");
 }
-// acc [16, 8] += a [16, 16] b [16, 8], in fp32.
+// acc [16, 8] += a [16, 16] b [16, 8], accumulated in fp32.
 template <class T>
-__device__ inline void multiply_add(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+__device__ inline void mma_16x8x16(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
-__device__ inline void multiply_add<bf16>(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ inline void mma_16x8x16<bf16>(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                "{%0, %1, %2, %3};"
                : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <>
-__device__ inline void multiply_add<fp16>(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ inline void mma_16x8x16<fp16>(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                "{%0, %1, %2, %3};"
                : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Launches, on the host. Every function gives 0 or a CUDA error code.
+// Launches, on the host. Functions return 0 or a CUDA error code.
 
 struct Device {
-  int multiprocessors, shared, capability;  // shared: bytes that a block can have
+  int multiprocessors, shared, capability;  // shared: the most bytes per block
 };
 
-inline int current_device(Device *found) {
+inline int current_device(Device *properties) {
   int device, major, minor;
   cudaError_t error = cudaGetDevice(&device);
-  if (!error) error = cudaDeviceGetAttribute(&found->multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (!error) error = cudaDeviceGetAttribute(&found->shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (!error) error = cudaDeviceGetAttribute(&properties->multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (!error) error = cudaDeviceGetAttribute(&properties->shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (!error) found->capability = 10 * major + minor;
+  if (!error) properties->capability = 10 * major + minor;
   return error;
 }
 
-// A block on each multiprocessor, all at one time, so that they can wait for each other.
+// Launches one block per multiprocessor, all resident at the same time, so that they can wait for each other.
 template <class A>
-int launch_together(void (*kernel)(A), A arguments, const Device &device, int threads, int shared, void *stream,
-                    bool programmatic) {
-  // Always the same value, since launches of several threads and graphs share it.
+int launch_cooperative(void (*kernel)(A), A arguments, const Device &device, int threads, int shared, void *stream,
+                       bool programmatic) {
+  // Always the device's limit: launches from several host threads, and graphs, share this attribute.
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared);
   cudaFuncAttributes compiled;
   if (!error) error = cudaFuncGetAttributes(&compiled, kernel);
@@ -241,7 +242,7 @@ int launch_together(void (*kernel)(A), A arguments, const Device &device, int th
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = attributes;
-  // Code for older devices has no instruction to wait for the launch ahead.
+  // Code for older devices has no instruction that waits for the previous launch.
   config.numAttrs = programmatic && device.capability >= 90 && compiled.ptxVersion >= 90 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, arguments);
 }

@@ -1,4 +1,4 @@
-// Mbarriers and asynchronous copies, by the rules of PTX.
+// Mbarriers and asynchronous copies, by the rules of the PTX ISA.
 #include <algorithm>
 
 #include "runtime.h"
@@ -20,14 +20,14 @@ struct Copy {
 std::vector<Copy> copies;
 int64_t bytes_copied;
 
-// An mbarrier's word tells where its state is, until somebody writes over it.
-constexpr Mbarrier MARK = 0x6d62617272690000ull;
-constexpr int MOST = (1 << 20) - 1;  // arrivals, or bytes, that an mbarrier can count
+// The word of an mbarrier holds the index of its state, unless a thread overwrites it.
+constexpr Mbarrier TAG = 0x6d62617272690000ull;
+constexpr int MAX_COUNT = (1 << 20) - 1;  // the most arrivals or bytes that an mbarrier can count
 
 int offset_of(const Block &block, const void *p) { return int(static_cast<const char *>(p) - block.shared); }
 
 MbarrierState *find_state(Block &block, const Mbarrier *bar) {
-  const Mbarrier index = *bar ^ MARK;
+  const Mbarrier index = *bar ^ TAG;
   if (index >= block.mbarriers.size() || block.mbarriers[index].offset != offset_of(block, bar)) return nullptr;
   return &block.mbarriers[index];
 }
@@ -40,9 +40,9 @@ MbarrierState &state_of(const char *what, const Mbarrier *bar) {
   return *state;
 }
 
-void settle(MbarrierState &state) {
+void update_phase(MbarrierState &state) {
   const long long bytes = state.bytes;
-  if (bytes < -MOST || bytes > MOST) fail("the mbarrier at %d cannot count %lld bytes", state.offset, bytes);
+  if (bytes < -MAX_COUNT || bytes > MAX_COUNT) fail("the mbarrier at %d cannot count %lld bytes", state.offset, bytes);
   if (state.pending) return;
   if (bytes < 0) fail("%lld bytes more than expected came in a phase of the mbarrier at %d", -bytes, state.offset);
   if (state.bytes > 0) return;
@@ -50,25 +50,27 @@ void settle(MbarrierState &state) {
   state.pending = state.count;
 }
 
-void land(const Copy &copy) {
-  // Nobody may have written what the copy itself was to write; the 0xFF are those of copy() below.
+void complete_copy(const Copy &copy) {
+  // The destination must still hold the 0xFF that copy() below has put there.
   if (copy.bytes && (uint8_t(copy.to[0]) != 0xFF || memcmp(copy.to, copy.to + 1, copy.bytes - 1)))
     fail("block %d wrote to %d of shared memory, where a copy was about to arrive", copy.block->index,
          offset_of(*copy.block, copy.to));
   memcpy(copy.to, copy.from, copy.bytes);
   copy.state->bytes -= copy.bytes;
-  settle(*copy.state);
+  update_phase(*copy.state);
 }
 
 void wait_for_next_phase(const MbarrierState &state) {
-  const auto over = [](const Wait &wait) { return static_cast<const MbarrierState *>(wait.what)->phase != wait.value; };
-  const auto told = [](const Wait &wait) {
+  const auto is_done = [](const Wait &wait) {
+    return static_cast<const MbarrierState *>(wait.what)->phase != wait.value;
+  };
+  const auto describe = [](const Wait &wait) {
     const MbarrierState &state = *static_cast<const MbarrierState *>(wait.what);
     return text("wait for phase %d of the mbarrier at %d, which lacks %d of %d arrivals and %lld bytes", wait.value,
                 state.offset, state.pending, state.count, static_cast<long long>(state.bytes));
   };
   const int phase = state.phase;
-  wait_until({over, told, &state, phase});
+  wait_until({is_done, describe, &state, phase});
   if (state.phase > phase + 1) fail("mbarrier_wait: the mbarrier went on by two phases, so this wait may never end");
 }
 
@@ -83,7 +85,7 @@ void check_shared(const char *what, const Block &block, const void *p, int bytes
     fail("%s: %lld of shared memory is not aligned to %d", what, offset, alignment);
 }
 
-int copies_in_flight() { return int(copies.size()); }
+int n_copies_in_flight() { return int(copies.size()); }
 
 void drop_copies() { copies.clear(); }
 
@@ -94,12 +96,12 @@ void check_copies() {
         fail("block %d ended, and nobody waited for copies by the mbarrier at %d", block.index, state.offset);
 }
 
-void land_copies(int n) {
+void complete_copies(int n) {
   for (; n; --n) {
     std::swap(copies[random_below(int(copies.size()))], copies.back());
     const Copy copy = copies.back();
     copies.pop_back();
-    land(copy);
+    complete_copy(copy);
   }
 }
 
@@ -111,10 +113,10 @@ void copy(char *to, const char *from, int bytes, uint64_t *bar, bool counted) {
   MbarrierState &state = state_of("copy", bar);
   if (counted) bytes_copied += bytes;
   state.copied = state.phase + 1;
-  // From now on nobody can rely on what is there, neither on what was nor on what will be.
+  // Until the copy completes, the destination holds neither the old bytes nor the new ones.
   memset(to, 0xFF, bytes);
   copies.push_back({&block, to, from, bytes, &state});
-  others_may_run();
+  maybe_yield();
 }
 
 }  // namespace emulated
@@ -125,8 +127,8 @@ void mbarrier_init(Mbarrier *bar, int count) {
   Block &block = *self().warp->block;
   check_shared("mbarrier_init", block, bar, sizeof *bar, sizeof *bar);
   if (find_state(block, bar)) fail("mbarrier_init of what is an mbarrier already");
-  if (count < 1 || count > MOST) fail("mbarrier_init for %d arrivals", count);
-  *bar = MARK ^ block.mbarriers.size();
+  if (count < 1 || count > MAX_COUNT) fail("mbarrier_init for %d arrivals", count);
+  *bar = TAG ^ block.mbarriers.size();
   block.mbarriers.push_back({offset_of(block, bar), count, count, 0, 0, 0, 0});
 }
 
@@ -134,15 +136,15 @@ void mbarrier_arrive(Mbarrier *bar) {
   MbarrierState &state = state_of("mbarrier_arrive", bar);
   if (!state.pending) fail("mbarrier_arrive: more than %d arrivals in a phase, at %d", state.count, state.offset);
   --state.pending;
-  settle(state);
-  others_may_run();
+  update_phase(state);
+  maybe_yield();
 }
 
-void expect_copies(Mbarrier *bar, int bytes) {
-  MbarrierState &state = state_of("expect_copies", bar);
-  if (bytes < 0) fail("expect_copies of %d bytes", bytes);
+void mbarrier_expect_tx(Mbarrier *bar, int bytes) {
+  MbarrierState &state = state_of("mbarrier_expect_tx", bar);
+  if (bytes < 0) fail("mbarrier_expect_tx of %d bytes", bytes);
   state.bytes += bytes;
-  settle(state);
+  update_phase(state);
 }
 
 void mbarrier_wait(Mbarrier *bar, int parity) {
@@ -150,7 +152,7 @@ void mbarrier_wait(Mbarrier *bar, int parity) {
   if (parity != 0 && parity != 1) fail("mbarrier_wait for the parity %d", parity);
   if (state.phase % 2 == parity) wait_for_next_phase(state);
   state.seen = state.phase;
-  others_may_run();
+  maybe_yield();
 }
 
 }  // namespace dspa

@@ -1,5 +1,5 @@
-// Threads of a launch as fibers, which one thread of the host runs in turn.
-#undef _FORTIFY_SOURCE  // whose longjmp takes another stack for a mistake
+// Threads of a launch as fibers, which one host thread runs in turn.
+#undef _FORTIFY_SOURCE  // its longjmp rejects a jump to another stack
 #include <ucontext.h>
 
 #include "runtime.h"
@@ -8,22 +8,22 @@ namespace dspa::emulated {
 
 namespace {
 
-// Most of a stack is never touched, and a thread that comes near its end is stopped. Colours put the stacks' tops into
+// Most of a stack is never touched, and a thread that comes near its end fails. Colours place the tops of the stacks in
 // different sets of the cache.
 constexpr size_t STACK = 256 * 1024, NEAR_END = 64 * 1024, COLOURS = 64, COLOUR = 17 * 64;
 
 jmp_buf scheduler, creator;
-Thread *entering;
+Thread *starting_thread;
 
-// What calls _setjmp returns when somebody switches back, so it keeps nothing in local variables.
+// A function that calls _setjmp continues when it is switched back to, so it must not rely on local variables.
 
 void switch_to(Thread &thread) {
   running = &thread;
-  _longjmp(thread.here, 1);
+  _longjmp(thread.resume_point, 1);
 }
 
-// Lanes go round from a place that changes, so that none is always ahead of its neighbour.
-Thread &take_lane(Warp &warp) {
+// Lanes run round-robin from a lane that changes, so that none is always ahead of its neighbour.
+Thread &next_lane(Warp &warp) {
   const int first = random_lane();
   const uint32_t turned = warp.ready >> first | (warp.ready << 1) << (31 - first);
   const int lane = (__builtin_ctz(turned) + first) % 32;
@@ -31,44 +31,44 @@ Thread &take_lane(Warp &warp) {
   return *warp.threads[lane];
 }
 
-// To another thread of the warp, or to the scheduler.
-void leave() {
-  if (self().warp->ready) switch_to(take_lane(*self().warp));
+// Switches to another thread of the warp, or to the scheduler.
+void switch_away() {
+  if (self().warp->ready) switch_to(next_lane(*self().warp));
   _longjmp(scheduler, 1);
 }
 
-// Until somebody makes this thread ready again.
+// Blocks this thread until another one makes it ready again.
 void suspend() {
-  if (!_setjmp(self().here)) leave();
+  if (!_setjmp(self().resume_point)) switch_away();
 }
 
-void go_to_scheduler() {
-  if (!_setjmp(self().here)) _longjmp(scheduler, 1);
+void return_to_scheduler() {
+  if (!_setjmp(self().resume_point)) _longjmp(scheduler, 1);
 }
 
 void check_stack() {
-  char here;
-  if (&here < self().stack.get() + NEAR_END) fail("needs more than the %zu KB of its stack", (STACK - NEAR_END) / 1024);
+  char top;
+  if (&top < self().stack.get() + NEAR_END) fail("needs more than the %zu KB of its stack", (STACK - NEAR_END) / 1024);
 }
 
-void end() {
+void exit_thread() {
   Warp &warp = *self().warp;
   if (warp.arrived)
-    fail("ends, while lanes %08x of its warp wait for the others at: %s", warp.arrived, warp.operation->name);
+    fail("ends, while lanes %08x of its warp wait for the others at: %s", warp.arrived, warp.collective->name);
   warp.ended |= self().bit();
-  leave();
+  switch_away();
 }
 
 void run_kernel() {
-  if (!_setjmp(entering->start)) _longjmp(creator, 1);
+  if (!_setjmp(starting_thread->entry_point)) _longjmp(creator, 1);
   launched.kernel(launched.call);
-  end();
+  exit_thread();
 }
 
 }  // namespace
 
-const Identity *running;
-int turns_left;
+const ThreadIndex *running;
+int steps_until_yield;
 
 Thread &self() { return *const_cast<Thread *>(static_cast<const Thread *>(running)); }
 
@@ -79,55 +79,55 @@ void create(Thread &thread, int index) {
   context.uc_stack.ss_sp = thread.stack.get();
   context.uc_stack.ss_size = STACK + index % COLOURS * COLOUR;
   makecontext(&context, run_kernel, 0);
-  entering = &thread;
+  starting_thread = &thread;
   if (!_setjmp(creator)) setcontext(&context);
 }
 
 void run(Warp &warp) {
-  if (!_setjmp(scheduler)) switch_to(take_lane(warp));
+  if (!_setjmp(scheduler)) switch_to(next_lane(warp));
   running = nullptr;
 }
 
-void let_others_run() {
+void yield_thread() {
   check_stack();
-  turns_left = random_below(2 << random_below(8));  // soon, or not for long
+  steps_until_yield = random_below(2 << random_below(8));  // sometimes few, sometimes many
   Warp &warp = *self().warp;
   (warp.priority % 2 ? warp.ready : warp.asleep) |= self().bit();
-  go_to_scheduler();
+  return_to_scheduler();
 }
 
 void wait_until(const Wait &wait) {
-  if (wait.over(wait)) return others_may_run();
+  if (wait.is_done(wait)) return maybe_yield();
   check_stack();
   self().wait = wait;
   self().warp->waiting |= self().bit();
   suspend();
 }
 
-void wait_for_sign(const int *p, int ticket) {
-  const auto over = [](const Wait &wait) { return (*static_cast<const int *>(wait.what) ^ wait.value) < 0; };
-  const auto told = [](const Wait &wait) {
+void wait_for_sign_flip(const int *p, int token) {
+  const auto is_done = [](const Wait &wait) { return (*static_cast<const int *>(wait.what) ^ wait.value) < 0; };
+  const auto describe = [](const Wait &wait) {
     const int now = *static_cast<const int *>(wait.what);
     return text("wait for another sign than that of %d, at a word that is %d", wait.value, now);
   };
-  wait_until({over, told, p, ticket});
+  wait_until({is_done, describe, p, token});
 }
 
-void together(const Operation &operation, void *part) {
+void run_collective(const Collective &collective, void *part) {
   check_stack();
   Thread &thread = self();
   Warp &warp = *thread.warp;
-  if (warp.ended) fail("%s, which lanes %08x of its warp never reach, as they have ended", operation.name, warp.ended);
-  if (warp.arrived && warp.operation != &operation)
-    fail("%s, while lanes %08x of its warp are at: %s", operation.name, warp.arrived, warp.operation->name);
-  warp.operation = &operation;
+  if (warp.ended) fail("%s, which lanes %08x of its warp never reach, as they have ended", collective.name, warp.ended);
+  if (warp.arrived && warp.collective != &collective)
+    fail("%s, while lanes %08x of its warp are at: %s", collective.name, warp.arrived, warp.collective->name);
+  warp.collective = &collective;
   warp.parts[thread.thread % 32] = part;
   warp.arrived |= thread.bit();
   if (warp.arrived != ALL_LANES) return suspend();
   warp.arrived = 0;
-  if (!operation.complete(warp.parts)) return go_to_scheduler();
+  if (!collective.complete(warp.parts)) return return_to_scheduler();
   warp.ready = ALL_LANES ^ thread.bit();
-  others_may_run();
+  maybe_yield();
 }
 
 }  // namespace dspa::emulated

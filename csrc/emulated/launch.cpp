@@ -1,5 +1,5 @@
-// Launches: what they begin with, and what they must not leave.
-#undef _FORTIFY_SOURCE  // whose longjmp takes another stack for a mistake
+// Launches: the state they start from, and the checks when they end.
+#undef _FORTIFY_SOURCE  // its longjmp rejects a jump to another stack
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,7 +21,7 @@ enum Code { INVALID_VALUE = 1, LAUNCH_FAILURE = 719, TOO_LARGE = 720 };
 
 std::mutex one_launch;
 std::vector<std::unique_ptr<Thread>> threads;
-std::vector<std::unique_ptr<char[]>> memories;
+std::vector<std::unique_ptr<char[]>> shared_memories;
 jmp_buf failure;
 std::string failure_text;
 int64_t launches;
@@ -32,9 +32,10 @@ uint64_t seed() {
 }
 
 char *shared_memory_of(int block) {
-  while (int(memories.size()) <= block) memories.emplace_back(new char[MAX_SHARED + 2 * GUARD + 3 * ALIGNMENT]);
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(memories[block].get()) + GUARD;
-  // Aligned to what device/primitives.cuh asks for, and to no more.
+  while (int(shared_memories.size()) <= block)
+    shared_memories.emplace_back(new char[MAX_SHARED + 2 * GUARD + 3 * ALIGNMENT]);
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(shared_memories[block].get()) + GUARD;
+  // Aligned to exactly what device/primitives.cuh asks for, and no further.
   return reinterpret_cast<char *>(begin + 2 * ALIGNMENT - begin % (2 * ALIGNMENT) + ALIGNMENT);
 }
 
@@ -47,8 +48,9 @@ void prepare_warp(Warp &warp, Block &block, int index) {
   for (int lane = 0; lane < 32; ++lane) {
     const int i = 32 * index + lane;
     Thread &thread = *(warp.threads[lane] = threads[block.index * launched.n_threads + i].get());
-    static_cast<Identity &>(thread) = {i, launched.n_threads, block.index, int(launched.blocks.size()), block.shared};
-    memcpy(&thread.here, &thread.start, sizeof thread.here);
+    const int n_blocks = int(launched.blocks.size());
+    static_cast<ThreadIndex &>(thread) = {i, launched.n_threads, block.index, n_blocks, block.shared};
+    memcpy(&thread.resume_point, &thread.entry_point, sizeof thread.resume_point);
     thread.warp = &warp;
   }
 }
@@ -76,11 +78,11 @@ void prepare(int blocks, int n_threads, int shared) {
   for (int i = 0; i < blocks; ++i) prepare_block(launched.blocks[i], i, shared);
 }
 
-bool untouched(const char *guard) { return uint8_t(guard[0]) == 0xA5 && !memcmp(guard, guard + 1, GUARD - 1); }
+bool is_untouched(const char *guard) { return uint8_t(guard[0]) == 0xA5 && !memcmp(guard, guard + 1, GUARD - 1); }
 
 void check_guards() {
   for (const Block &block : launched.blocks)
-    if (!untouched(block.shared - GUARD) || !untouched(block.shared + block.shared_bytes))
+    if (!is_untouched(block.shared - GUARD) || !is_untouched(block.shared + block.shared_bytes))
       fail("block %d wrote outside its %d bytes of shared memory", block.index, block.shared_bytes);
 }
 
@@ -142,8 +144,8 @@ namespace dspa {
 
 using namespace emulated;
 
-int current_device(Device *found) {
-  *found = {MULTIPROCESSORS, MAX_SHARED, CAPABILITY};
+int current_device(Device *properties) {
+  *properties = {MULTIPROCESSORS, MAX_SHARED, CAPABILITY};
   return 0;
 }
 

@@ -1,6 +1,5 @@
 // The functions of device/primitives.cuh on the CPU, so that kernels can be tested without a GPU. Threads of a launch
-// take turns in an order that is random and adverse but the same each time, and whatever a GPU leaves undefined is an
-// error or NaN.
+// run in an adverse order that is random but repeatable. Whatever a GPU leaves undefined is an error or NaN here.
 #pragma once
 
 #include <math.h>
@@ -15,7 +14,6 @@
 #define __grid_constant__
 #define __forceinline__ __inline__
 #define __launch_bounds__(...)
-#define DSPA_BOTH
 #define DSPA_EXPORT extern "C" __attribute__((visibility("default")))
 
 struct alignas(16) uint4 {
@@ -62,46 +60,46 @@ template <> inline fp16 rounded<fp16>(float x) {
   if (x != x) return {0x7fff};
   const uint32_t sign = bits_of_float(x) >> 16 & 0x8000, magnitude = bits_of_float(x) & 0x7fffffff;
   if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};
-  // Below 2^-14 the last place is that of 0.5 in fp32.
+  // Below 2^-14 the spacing of fp16 is that of fp32 at 0.5.
   if (magnitude < 0x38800000) return {uint16_t(sign | (bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000))};
   return {uint16_t(sign | (((magnitude + 0xfff + (magnitude >> 13 & 1)) >> 13) - (112 << 10)))};
 }
 
-// What the runtime gives to the functions below.
+// What the functions below need of the runtime.
 namespace emulated {
 
-struct Identity {
+struct ThreadIndex {
   int thread, n_threads, block, n_blocks;
   char *shared;
 };
-// Who runs now; null for the scheduler.
-extern const Identity *running;
+// The thread that runs now, null in the scheduler.
+extern const ThreadIndex *running;
 
 // Ends the launch with this message.
 [[noreturn]] void fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-// What a warp does together. Each lane brings a part, which lies on its stack; the last to come completes the operation
-// for all, and says whether they go on at once.
-struct Operation {
+// An operation of a whole warp. Each lane passes a part on its stack. The last lane to arrive completes the operation
+// for all; `complete` returns true if the lanes continue at once.
+struct Collective {
   const char *name;
   bool (*complete)(void *const *parts);
 };
-void together(const Operation &operation, void *part);
+void run_collective(const Collective &collective, void *part);
 
-// True in one lane of the warp, any one.
-bool is_elected();
+// True in one random lane of the warp.
+bool elect_one();
 
-// Blocks this thread until the sign of *p differs from that of `ticket`.
-void wait_for_sign(const int *p, int ticket);
+// Blocks this thread until the sign of *p differs from that of `token`.
+void wait_for_sign_flip(const int *p, int token);
 
-// One row of an asynchronous copy; `counted` are those that dspa_emulated_bytes_copied tells of.
+// Copies one row asynchronously; dspa_emulated_bytes_copied includes those that are `counted`.
 void copy(char *to, const char *from, int bytes, uint64_t *bar, bool counted);
 
-// Called where other threads can see what this one did: now and then they run before it goes on.
-extern int turns_left;
-void let_others_run();
-inline void others_may_run() {
-  if (--turns_left < 0) let_others_run();
+// Called after every effect that other threads can see: now and then they run before this one continues.
+extern int steps_until_yield;
+void yield_thread();
+inline void maybe_yield() {
+  if (--steps_until_yield < 0) yield_thread();
 }
 
 inline uint4 load16(const void *p) {
@@ -132,20 +130,20 @@ template <class T> T shuffle(T value, int from) {
     T value, result;
     int from;
   } part = {value, value, from};
-  static constexpr emulated::Operation operation = {"shuffle", [](void *const *parts) {
+  static constexpr emulated::Collective collective = {"shuffle", [](void *const *parts) {
     for (int i = 0; i < 32; ++i) {
       Part &to = *static_cast<Part *>(parts[i]);
       to.result = static_cast<Part *>(parts[to.from & 31])->value;
     }
     return true;
   }};
-  emulated::together(operation, &part);
+  emulated::run_collective(collective, &part);
   return part.result;
 }
 template <class T> T shuffle_xor(T value, int mask) { return shuffle(value, lane() ^ mask); }
 unsigned ballot(bool value);
-inline int count_bits(unsigned mask) { return __builtin_popcount(mask); }
-inline uint32_t select_bytes(uint32_t x, uint32_t y, uint32_t which) {
+inline int popcount(unsigned mask) { return __builtin_popcount(mask); }
+inline uint32_t byte_perm(uint32_t x, uint32_t y, uint32_t which) {
   const uint64_t bytes = uint64_t(y) << 32 | x;
   uint32_t selected = 0;
   for (int i = 0; i < 4; ++i) selected |= uint32_t(bytes >> 8 * (which >> 4 * i & 7) & 0xff) << 8 * i;
@@ -155,32 +153,32 @@ inline uint32_t select_bytes(uint32_t x, uint32_t y, uint32_t which) {
 // Memory
 
 inline uint4 load16(const void *p) { return emulated::load16(p); }
-inline int load_shared_state(const int *p) {
+inline int load_relaxed(const int *p) {
   const int value = *p;
-  emulated::others_may_run();
+  emulated::maybe_yield();
   return value;
 }
-inline void raise(int *p, int value) {
+inline void atomic_max(int *p, int value) {
   if (*p < value) *p = value;
-  emulated::others_may_run();
+  emulated::maybe_yield();
 }
-inline void add(int *p, int value) {
+inline void atomic_add(int *p, int value) {
   *p = int(unsigned(*p) + unsigned(value));
-  emulated::others_may_run();
+  emulated::maybe_yield();
 }
-inline void add(int64_t *p, int64_t value) {
+inline void atomic_add(int64_t *p, int64_t value) {
   *p = int64_t(uint64_t(*p) + uint64_t(value));
-  emulated::others_may_run();
+  emulated::maybe_yield();
 }
-inline int arrive_at(int *p, int value) {
+inline int atomic_add_release(int *p, int value) {
   const int before = *p;
-  add(p, value);
+  atomic_add(p, value);
   return before;
 }
-inline void wait_for_sign(const int *p, int ticket) { emulated::wait_for_sign(p, ticket); }
-inline void fence_copies() {}
-inline void prefetch(const void *) {}
-inline void wait_for_dependency() {}
+inline void wait_for_sign_flip(const int *p, int token) { emulated::wait_for_sign_flip(p, token); }
+inline void fence_proxy_async() {}
+inline void prefetch_l2(const void *) {}
+inline void wait_on_dependent_grids() {}
 
 // Asynchronous copies
 
@@ -190,18 +188,19 @@ void mbarrier_init(Mbarrier *bar, int count);
 inline void fence_mbarrier_init() {}
 void mbarrier_arrive(Mbarrier *bar);
 void mbarrier_wait(Mbarrier *bar, int parity);
-void expect_copies(Mbarrier *bar, int bytes);
-template <bool ONCE>
-inline void copy_rows(char *to, int to_stride, const char *from, int64_t from_stride, int n, int bytes, Mbarrier *bar) {
-  if (!emulated::is_elected()) return;
-  for (int i = 0; i < n; ++i) emulated::copy(to + i * to_stride, from + i * from_stride, bytes, bar, ONCE);
+void mbarrier_expect_tx(Mbarrier *bar, int bytes);
+template <bool EVICT_FIRST>
+inline void async_copy_rows(char *to, int to_stride, const char *from, int64_t from_stride, int n, int bytes,
+                            Mbarrier *bar) {
+  if (!emulated::elect_one()) return;
+  for (int i = 0; i < n; ++i) emulated::copy(to + i * to_stride, from + i * from_stride, bytes, bar, EVICT_FIRST);
 }
-inline void arrive_with_copies(Mbarrier *bar) { mbarrier_arrive(bar); }
+inline void mbarrier_arrive_on_copies(Mbarrier *bar) { mbarrier_arrive(bar); }
 
 // Tensor cores
 
-void load_matrices(uint32_t (&r)[4], const void *row);
-template <class T> void multiply_add(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+void ldmatrix(uint32_t (&r)[4], const void *row);
+template <class T> void mma_16x8x16(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 // Launches
 
@@ -209,10 +208,10 @@ struct Device {
   int multiprocessors, shared, capability;
 };
 
-int current_device(Device *found);
+int current_device(Device *properties);
 
 template <class A>
-int launch_together(void (*kernel)(A), A arguments, const Device &device, int threads, int shared, void *, bool) {
+int launch_cooperative(void (*kernel)(A), A arguments, const Device &device, int threads, int shared, void *, bool) {
   struct Call {
     void (*kernel)(A);
     const A *arguments;
@@ -229,8 +228,8 @@ const char *error_text(int code);
 
 }  // namespace dspa
 
-// How many bytes copy_rows<true> was asked for, and how many launches there were, since the last reset. The order of a
-// launch follows from DSPA_EMULATED_SEED and its number since the last reset.
+// Bytes that async_copy_rows<true> has copied and number of launches, since the last reset. The order of a launch
+// follows from DSPA_EMULATED_SEED and its number since the last reset.
 DSPA_EXPORT int64_t dspa_emulated_bytes_copied();
 DSPA_EXPORT int64_t dspa_emulated_launches();
 DSPA_EXPORT void dspa_emulated_reset();

@@ -1,4 +1,4 @@
-// What the files of the emulator share: threads, warps, blocks and the launch that they are of.
+// Shared by the files of the emulator: threads, warps, blocks and the launch to which they belong.
 #pragma once
 
 #include <setjmp.h>
@@ -14,10 +14,10 @@ namespace dspa::emulated {
 
 constexpr uint32_t ALL_LANES = ~0u;
 
-// What a thread waits for, in a form that the scheduler can look at without waking it.
+// A condition that a thread waits for, which the scheduler can check without waking it.
 struct Wait {
-  bool (*over)(const Wait &);
-  std::string (*text)(const Wait &);
+  bool (*is_done)(const Wait &);
+  std::string (*describe)(const Wait &);
   const void *what;
   int value;
 };
@@ -25,30 +25,30 @@ struct Wait {
 struct Block;
 struct Warp;
 
-// A stack of its own, and the places on it from which to go on and to begin.
-struct Thread : Identity {
-  jmp_buf here, start;
+// A fiber: its stack, and the points on it where it resumes and where it starts.
+struct Thread : ThreadIndex {
+  jmp_buf resume_point, entry_point;
   std::unique_ptr<char[]> stack;
   Warp *warp;
   Wait wait;
   uint32_t bit() const { return 1u << thread % 32; }
 };
 
-// Each lane runs, or is in one of the masks: ready; waiting by itself; arrived at what the warp does together; asleep
-// until nobody else can run; ended.
+// Each lane runs, or is in one of these masks: ready; waiting for a condition of its own; arrived at a collective of
+// the warp; asleep until no other thread can run; ended.
 struct Warp {
   Block *block;
   int index;
   Thread *threads[32];
   uint32_t ready, waiting, arrived, asleep, ended;
-  const Operation *operation;  // at which lanes have arrived
+  const Collective *collective;  // at which lanes have arrived
   void *parts[32];
-  int barrier;  // of the block, at which all lanes wait, or -1
-  // One that is even falls asleep where others only let somebody else run.
+  int barrier;  // the block's barrier at which all lanes wait, or -1
+  // A warp of even priority sleeps where others only yield.
   uint64_t priority;
 };
 
-// `members` are the warps that met here since the last barrier of the whole block.
+// `members` are the warps that used this barrier since the last barrier of the whole block.
 struct Barrier {
   int count;
   uint32_t waiting, members;
@@ -57,9 +57,9 @@ struct Barrier {
 struct MbarrierState {
   int offset;  // in shared memory
   int count, pending;
-  int64_t bytes;  // that are expected and have not come
+  int64_t bytes;  // expected and not yet copied
   int phase;
-  int copied, seen;  // phases, to the last with copies, and to the last that somebody waited for
+  int copied, seen;  // number of phases up to the last with copies, and up to the last that a thread waited for
 };
 
 struct Block {
@@ -88,38 +88,38 @@ void reset_launches();
 
 // fibers.cpp
 
-// Makes the stack on which thread `index` of a launch begins.
+// Creates the stack on which thread `index` of a launch starts.
 void create(Thread &thread, int index);
 
 Thread &self();
 
-// Runs threads of this warp, until one of them comes back.
+// Runs threads of this warp until one of them returns to the scheduler.
 void run(Warp &warp);
 
-// Blocks this thread; the scheduler wakes it.
+// Blocks this thread until the scheduler finds that the condition holds.
 void wait_until(const Wait &wait);
 
 // scheduler.cpp
 
 void start_random(uint64_t seed);
 uint64_t random_bits();
-// From 0 to below n.
+// A number in [0, n).
 int random_below(int n);
-// A number that changes now and then, from 0 to 31.
+// A number in [0, 32) that changes now and then.
 int random_lane();
 
-// Until all threads have ended.
+// Runs until all threads have ended.
 void run_all();
 
 // copies.cpp
 
-int copies_in_flight();
-void land_copies(int n);
+int n_copies_in_flight();
+void complete_copies(int n);
 void drop_copies();
-// Ends the launch if there were copies that nobody waited for.
+// Fails the launch if there were copies that no thread waited for.
 void check_copies();
 
-// Ends the launch unless these bytes lie in the block's shared memory, at a multiple of `alignment`.
+// Fails the launch unless these bytes lie in the block's shared memory at a multiple of `alignment`.
 void check_shared(const char *what, const Block &block, const void *p, int bytes, int alignment);
 
 }  // namespace dspa::emulated

@@ -1,5 +1,5 @@
-// Who runs next, and when copies land. The warp of the highest priority runs as long as it can, and priorities change
-// now and then: so some warps get far ahead, and others fall behind.
+// Chooses which warp runs next and when copies complete. The warp of highest priority runs as long as it can, and
+// priorities change now and then, so that some warps get far ahead and others fall behind.
 #include <map>
 
 #include "runtime.h"
@@ -8,23 +8,23 @@ namespace dspa::emulated {
 
 namespace {
 
-// Below this, a warp runs only when no other can.
+// A warp below this priority runs only when no other can.
 constexpr uint64_t STARVED = ~0ull / 8;
 
 uint64_t random_state;
-int haste;
+int completion_rate;
 
 bool can_run(Warp &warp) {
   for (uint32_t left = warp.waiting; left; left &= left - 1) {
     const Thread &thread = *warp.threads[__builtin_ctz(left)];
-    if (!thread.wait.over(thread.wait)) continue;
+    if (!thread.wait.is_done(thread.wait)) continue;
     warp.waiting ^= thread.bit();
     warp.ready |= thread.bit();
   }
   return warp.ready;
 }
 
-// Runs the best of the warps above a priority, if one of them can.
+// Runs the warp of highest priority from `priority` on, if one can run.
 bool run_best(uint64_t priority) {
   Warp *best = nullptr;
   for (Block &block : launched.blocks)
@@ -36,31 +36,31 @@ bool run_best(uint64_t priority) {
   return true;
 }
 
-// One sleeper.
-bool wake_sleeper() {
-  Warp *found = nullptr;
+// Wakes one random lane of those asleep.
+bool wake_sleeping_lane() {
+  Warp *chosen = nullptr;
   int n = 0;
   for (Block &block : launched.blocks)
     for (Warp &warp : block.warps)
-      if (warp.asleep && !random_below(++n)) found = &warp;
-  if (!found) return false;
-  const uint32_t lowest = found->asleep & -found->asleep;
-  found->asleep ^= lowest;
-  found->ready |= lowest;
+      if (warp.asleep && !random_below(++n)) chosen = &warp;
+  if (!chosen) return false;
+  const uint32_t lowest = chosen->asleep & -chosen->asleep;
+  chosen->asleep ^= lowest;
+  chosen->ready |= lowest;
   return true;
 }
 
-// Copies land when nothing else can happen, now and then, one by one or at once; which of these changes too.
-void land_some_copies() {
-  if (!random_below(16)) haste = random_below(4);
-  const int n = copies_in_flight();
-  if (!n || !haste || (haste == 1 && random_below(16))) return;
-  land_copies(haste == 3 ? n : 1);
+// Copies complete late, now and then, one by one or all at once; the rate changes at random.
+void complete_some_copies() {
+  if (!random_below(16)) completion_rate = random_below(4);
+  const int n = n_copies_in_flight();
+  if (!n || !completion_rate || (completion_rate == 1 && random_below(16))) return;
+  complete_copies(completion_rate == 3 ? n : 1);
 }
 
-bool land_any_copies() {
-  const int n = copies_in_flight();
-  if (n) land_copies(1 + random_below(n));
+bool complete_any_copies() {
+  const int n = n_copies_in_flight();
+  if (n) complete_copies(1 + random_below(n));
   return n;
 }
 
@@ -71,36 +71,36 @@ bool all_ended() {
   return true;
 }
 
-// Which lanes of a warp are where.
-std::map<std::string, uint32_t> places(const Warp &warp) {
+// The lanes of a warp by what they are doing.
+std::map<std::string, uint32_t> lane_states(const Warp &warp) {
   std::map<std::string, uint32_t> lanes;
   if (warp.ended) lanes["ended"] = warp.ended;
-  if (warp.arrived) lanes[text("at: %s", warp.operation->name)] = warp.arrived;
+  if (warp.arrived) lanes[text("at: %s", warp.collective->name)] = warp.arrived;
   if (warp.barrier >= 0) {
     const Barrier &at = warp.block->barriers[warp.barrier];
     lanes[text("at barrier %d of %d threads, as are warps %x", warp.barrier, at.count, at.waiting)] = ALL_LANES;
   }
   for (uint32_t left = warp.waiting; left; left &= left - 1) {
     const Thread &thread = *warp.threads[__builtin_ctz(left)];
-    lanes[thread.wait.text(thread.wait)] |= thread.bit();
+    lanes[thread.wait.describe(thread.wait)] |= thread.bit();
   }
   return lanes;
 }
 
-std::string list_of_places() {
+std::string describe_warps() {
   std::map<std::string, std::string> warps;
   for (const Block &block : launched.blocks)
     for (const Warp &warp : block.warps)
-      for (const auto &[place, lanes] : places(warp))
-        warps[text("\n  block %d, lanes %08x ", block.index, lanes) + place] += text(" %d", warp.index);
+      for (const auto &[state, lanes] : lane_states(warp))
+        warps[text("\n  block %d, lanes %08x ", block.index, lanes) + state] += text(" %d", warp.index);
   std::string all;
-  for (const auto &[where, which] : warps) all += where + "; warps" + which;
+  for (const auto &[state_text, warp_list] : warps) all += state_text + "; warps" + warp_list;
   return all;
 }
 
 [[noreturn]] void deadlock() {
-  static std::string list;  // what ends the launch destroys nothing
-  list = list_of_places();
+  static std::string list;  // fail() jumps away without destructors
+  list = describe_warps();
   fail("deadlock: no thread can go on%s", list.c_str());
 }
 
@@ -108,8 +108,8 @@ std::string list_of_places() {
 
 void start_random(uint64_t seed) {
   random_state = seed;
-  haste = random_below(4);
-  turns_left = random_below(32);
+  completion_rate = random_below(4);
+  steps_until_yield = random_below(32);
 }
 
 uint64_t random_bits() {  // splitmix64
@@ -124,11 +124,11 @@ int random_below(int n) { return int((random_bits() >> 32) * uint64_t(n) >> 32);
 int random_lane() { return random_state >> 32 & 31; }
 
 void run_all() {
-  const auto step = [](int i) { return i == 0 ? wake_sleeper() : i == 1 ? land_any_copies() : run_best(0); };
+  const auto step = [](int i) { return i == 0 ? wake_sleeping_lane() : i == 1 ? complete_any_copies() : run_best(0); };
   for (;;) {
-    land_some_copies();
-    // Whoever looks at a word again and again would keep sleepers asleep.
-    if (!random_below(256)) wake_sleeper();
+    complete_some_copies();
+    // A thread that polls a word could otherwise keep the sleeping lanes asleep forever.
+    if (!random_below(256)) wake_sleeping_lane();
     if (run_best(STARVED)) continue;
     const int first = random_below(3);
     if (step(first) || step((first + 1) % 3) || step((first + 2) % 3)) continue;

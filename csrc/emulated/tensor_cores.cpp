@@ -1,4 +1,4 @@
-// Tensor cores: which lane holds what, as the PTX ISA has it for ldmatrix.x4 and mma.m16n8k16.
+// Tensor cores: ldmatrix.x4 and mma.m16n8k16 with the fragment layouts of the PTX ISA.
 #include "runtime.h"
 
 namespace dspa {
@@ -34,7 +34,7 @@ template <class T> float half_of(uint32_t pair, int i) {
   return to_float(x);
 }
 
-// Eight columns at once, so that it is quick without the compiler's help.
+// Eight columns at once, which is fast even without auto-vectorisation.
 typedef float Row __attribute__((vector_size(32)));
 
 template <class T> bool multiply_all(void *const *parts) {
@@ -69,19 +69,19 @@ template <class T> bool multiply_all(void *const *parts) {
 
 using namespace emulated;
 
-void load_matrices(uint32_t (&r)[4], const void *row) {
-  static constexpr Operation operation = {"load_matrices", load_all};
-  check_shared("load_matrices", *self().warp->block, row, 16, 16);
+void ldmatrix(uint32_t (&r)[4], const void *row) {
+  static constexpr Collective collective = {"ldmatrix", load_all};
+  check_shared("ldmatrix", *self().warp->block, row, 16, 16);
   Load load = {static_cast<const char *>(row), r};
-  together(operation, &load);
+  run_collective(collective, &load);
 }
 
-template <class T> void multiply_add(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  static constexpr Operation operation = {"multiply_add", multiply_all<T>};
+template <class T> void mma_16x8x16(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  static constexpr Collective collective = {"mma_16x8x16", multiply_all<T>};
   Multiply multiply = {acc, a, b0, b1};
-  together(operation, &multiply);
+  run_collective(collective, &multiply);
 }
-template void multiply_add<bf16>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
-template void multiply_add<fp16>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
+template void mma_16x8x16<bf16>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
+template void mma_16x8x16<fp16>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
 
 }  // namespace dspa

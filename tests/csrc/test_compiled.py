@@ -1,4 +1,4 @@
-"""The library that nvcc makes of csrc/: its machine code, how it behaves without a GPU, and its C interface."""
+"""The library that nvcc compiles from csrc/: its machine code, its behaviour without a GPU, and its C interface."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ ROOT = Path(__file__).parents[2]
 HEADER = ROOT / "csrc" / "c_api.h"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 WEIGHTS = ("float", "__half", "__nv_bfloat16")
-# Products of mma.cuh with what they multiply: weights as they are, or an int8 copy of them.
+# The products of mma.cuh with the type of the weights, and the type in which they are stored: the same, or int8.
 KERNELS = {
-    *(f"FullPrecision<{W}, {S}>" for W in WEIGHTS for S in (W, "signed char")),
-    *(f"TensorCore<{T}, {S}, {few}>" for T in WEIGHTS[1:] for S in (T, "signed char") for few in ("false", "true")),
+    *(f"SimtMma<{W}, {S}>" for W in WEIGHTS for S in (W, "signed char")),
+    *(f"TensorCoreMma<{T}, {S}, {few}>" for T in WEIGHTS[1:] for S in (T, "signed char") for few in ("false", "true")),
 }
-# Four partitions of a multiprocessor take every fourth warp of a block each. Registers come eight at a time.
+# Each of the four partitions of a multiprocessor runs every fourth warp of a block. Registers are allocated by eights.
 PARTITIONS, PARTITION_REGISTERS = 4, 16384
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Machine code: its name in `KERNELS` and its symbol, registers and bytes of a thread, instructions."""
+    """A kernel's machine code: its name in `KERNELS`, its symbol, resources per thread, and instructions."""
 
     name: str
     symbol: str
@@ -41,17 +41,17 @@ class Kernel:
     instructions: list[str] = field(repr=False)
 
     def count(self, pattern: str) -> int:
-        """Instructions that begin so, whatever their predicate."""
-        return sum(bool(re.match(pattern, each)) for each in self.instructions)
+        """Count the instructions that start with `pattern`, with or without a predicate."""
+        return sum(bool(re.match(pattern, instruction)) for instruction in self.instructions)
 
     @property
     def on_tensor_cores(self) -> bool:
-        return self.name.startswith("TensorCore")
+        return self.name.startswith("TensorCoreMma")
 
 
 @pytest.fixture(scope="session")
 def library() -> Path:
-    """Compiled where setup.py does it too, so that only what has changed is compiled."""
+    """Compile in the same folder as setup.py, so that only what has changed is compiled."""
     folder = ROOT / "build" / "csrc"
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
     command = [sys.executable, str(ROOT / "csrc" / "build.py"), "--out", str(folder)]
@@ -67,25 +67,25 @@ def dump(library: Path, *options: str) -> str:
 
 
 def name_of(symbol: str) -> str:
-    """The product that a kernel is made for, or all of its name."""
+    """Return the product in the name of a kernel, or its full name if there is none."""
     full = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"steer_kernel<dspa::(\w+<.*?>)", full)
-    return found[1] if found else full
+    product = re.search(r"steer_kernel<dspa::(\w+<.*?>)", full)
+    return product[1] if product else full
 
 
 def read_kernels(library: Path, architecture: str) -> list[Kernel]:
     resources, code = (
         dump(library, "--gpu-architecture", architecture, option) for option in ("--dump-resource-usage", "--dump-sass")
     )
-    found = []
+    kernels = []
     for text in code.split("Function : ")[1:]:
         symbol = text.split(maxsplit=1)[0]
         usage = re.search(rf"Function {symbol}:\n(.*)", resources)
         assert usage
         instructions = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ )?([A-Z].*?) *;", text)
         numbers = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage[1])}
-        found.append(Kernel(name_of(symbol), symbol, numbers, instructions))
-    return found
+        kernels.append(Kernel(name_of(symbol), symbol, numbers, instructions))
+    return kernels
 
 
 @pytest.fixture(scope="session")
@@ -100,13 +100,13 @@ def sm_90a(library: Path) -> list[Kernel]:
 
 @pytest.fixture(params=["sm_80", "sm_90a"])
 def kernels(request: pytest.FixtureRequest) -> list[Kernel]:
-    found: list[Kernel] = request.getfixturevalue(request.param)
-    return found
+    kernels: list[Kernel] = request.getfixturevalue(request.param)
+    return kernels
 
 
 @pytest.fixture(scope="session")
 def ptx(library: Path) -> dict[str, str]:
-    """The text for later GPUs, by the symbols of kernels."""
+    """Return the PTX for later GPUs, by the symbols of the kernels."""
     text = dump(library, "--dump-ptx")
     assert set(re.findall(r"\.target (\w+)", text)) == {"sm_90"}
     return {entry.split("(")[0]: entry for entry in text.split(".visible .entry ")[1:]}
@@ -138,7 +138,7 @@ def test_sixteen_bits_multiply_on_tensor_cores(kernels: list[Kernel]) -> None:
 
 
 def test_sm_80_copies_sixteen_bytes_at_a_time(sm_80: list[Kernel]) -> None:
-    """Past the first-level cache, and a barrier is told when they have arrived."""
+    """The copies bypass the L1 cache, and an mbarrier tracks their completion."""
     for kernel in sm_80:
         copies = kernel.count("LDGSTS")
         assert copies and copies == kernel.count(r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128\b"), kernel.name
@@ -146,8 +146,8 @@ def test_sm_80_copies_sixteen_bytes_at_a_time(sm_80: list[Kernel]) -> None:
 
 
 def test_sm_90_copies_rows_in_bulk(sm_90a: list[Kernel]) -> None:
-    """A barrier counts their bytes, and is waited for by an instruction that sleeps. One thread issues them, since a
-    loop over those that do would be slower than memory."""
+    """An mbarrier counts their bytes, and warps wait for it with an instruction that suspends them. One thread issues
+    the copies, because a loop over the threads of a warp would be slower than memory."""
     for kernel in sm_90a:
         assert not kernel.count(r"BRA\.U\.ANY"), kernel.name
         assert kernel.count(r"UBLKCP\.S\.G") and not kernel.count("LDGSTS"), kernel.name
@@ -157,14 +157,14 @@ def test_sm_90_copies_rows_in_bulk(sm_90a: list[Kernel]) -> None:
 
 def test_nothing_but_weights_is_read_before_the_launch_ahead_has_ended(sm_90a: list[Kernel]) -> None:
     for kernel in sm_90a:
-        waits = [i for i, each in enumerate(kernel.instructions) if each.startswith("ACQBULK")]
+        waits = [i for i, code in enumerate(kernel.instructions) if code.startswith("ACQBULK")]
         assert len(waits) == 1, kernel.name
-        early = [each for each in kernel.instructions[: waits[0]] if re.match(r"LDG|LD\.|STG?\b|RED|ATOM", each)]
+        early = [code for code in kernel.instructions[: waits[0]] if re.match(r"LDG|LD\.|STG?\b|RED|ATOM", code)]
         assert not early, (kernel.name, early)
 
 
-# What a grid barrier consists of: all warps of a block are there (B); what they wrote is released (M); one adds to the
-# word (T) and looks at it (W) until all blocks have; then all warps go on. No other load or store (x) is in between.
+# A grid barrier: all warps of a block arrive (B), what they wrote is released (M), one thread adds to the word (T) and
+# polls it (W) until all blocks have arrived, then all warps continue (B). No other load or store (x) is in between.
 MEANING = {
     "B": r"BAR\.SYNC\.DEFER_BLOCKING 0x0",
     "M": r"MEMBAR\.\w+\.GPU",
@@ -176,8 +176,8 @@ ROUND = "BMTW+B"
 
 
 def letters(instructions: list[str]) -> Iterator[str]:
-    for each in instructions:
-        yield next((letter for letter, pattern in MEANING.items() if re.match(pattern, each)), "")
+    for instruction in instructions:
+        yield next((letter for letter, pattern in MEANING.items() if re.match(pattern, instruction)), "")
 
 
 def test_blocks_wait_for_each_other_as_a_whole(kernels: list[Kernel]) -> None:
@@ -187,12 +187,12 @@ def test_blocks_wait_for_each_other_as_a_whole(kernels: list[Kernel]) -> None:
 
 
 def test_copies_see_what_other_blocks_wrote(sm_90a: list[Kernel]) -> None:
-    """Rows in fp32 are written by plain stores: a fence after those, and one before the copies."""
+    """Rows in fp32 are written by generic stores, with a proxy fence after the stores and one before the copies."""
     for kernel in sm_90a:
         if not kernel.on_tensor_cores:
-            fences = [i for i, each in enumerate(kernel.instructions) if each.startswith("FENCE.VIEW.ASYNC.G")]
-            tickets = [i for i, each in enumerate(kernel.instructions) if re.match(MEANING["T"], each)]
-            assert min(fences) < tickets[2] < max(fences), kernel.name
+            fences = [i for i, code in enumerate(kernel.instructions) if code.startswith("FENCE.VIEW.ASYNC.G")]
+            arrivals = [i for i, code in enumerate(kernel.instructions) if re.match(MEANING["T"], code)]
+            assert min(fences) < arrivals[2] < max(fences), kernel.name
 
 
 def test_the_text_for_later_gpus_is_that_for_sm_90(ptx: dict[str, str]) -> None:
@@ -218,7 +218,7 @@ def test_exports_what_the_header_declares_and_nothing_else(library: Path) -> Non
 
 
 def run_python(library: Path, code: str) -> str:
-    """What a program prints that has the path of the library as its argument, and no GPU."""
+    """Run a program without a GPU, with the path of the library as its argument; return what it prints."""
     environment = os.environ | {"DSPA_CUDA_EMULATED": "", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", code, str(library)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -230,20 +230,20 @@ LOAD = """
 import ctypes, sys
 library = ctypes.CDLL(sys.argv[1])
 library.dspa_error_name.restype = library.dspa_error_text.restype = ctypes.c_char_p
-def tell(code):
+def report(code):
     print(code, library.dspa_error_name(code).decode(), library.dspa_error_text(code).decode(), sep="|")
 """
 
 
 def test_an_empty_launch_is_refused(library: Path) -> None:
-    code = LOAD + "tell(library.dspa_steer(bytes(library.dspa_steer_arguments_size()), None))"
+    code = LOAD + "report(library.dspa_steer(bytes(library.dspa_steer_arguments_size()), None))"
     assert run_python(library, code) == "10001|DSPA_BAD_SIZE|a size is negative or does not fit the others"
 
 
 def test_every_error_has_a_name_and_a_text(library: Path) -> None:
     own = {int(code): name for name, code in re.findall(r"(DSPA_\w+) = (1\d{4})", HEADER.read_text())}
     assert len(own) == 4
-    lines = run_python(library, f"{LOAD}for code in (0, 100, *{list(own)}, 12345): tell(code)").splitlines()
+    lines = run_python(library, f"{LOAD}for code in (0, 100, *{list(own)}, 12345): report(code)").splitlines()
     for code, name, text in (line.split("|") for line in lines):
         assert name == (own | {0: "cudaSuccess", 100: "cudaErrorNoDevice"}).get(int(code), "unrecognized error code")
         assert text, name
@@ -268,15 +268,15 @@ for counts in (None, 16):
 
 def test_a_launch_that_fails_says_what_and_why(library: Path) -> None:
     plain, looked_up = run_python(library, LAUNCH).splitlines()
-    # Without a driver, or with one that has no device.
+    # There is no driver, or it has no device.
     why = r" with n_rows 3, d_in 256, d_sae 512, n_slots 4 cannot be launched: cudaError(\w+) \([\w ,-]{10,}\)"
     for kernel, message in (("steer", plain), ("lookup_and_steer", looked_up)):
-        found = re.fullmatch(kernel + why, message)
-        assert found and found[1] in ("InsufficientDriver", "NoDevice"), message
+        match = re.fullmatch(kernel + why, message)
+        assert match and match[1] in ("InsufficientDriver", "NoDevice"), message
 
 
 def run_c(folder: Path, source: str) -> list[list[str]]:
-    """The words of each line that a C program prints, which is compiled strictly."""
+    """Compile a C program with strict flags and run it; return the words of each line that it prints."""
     (folder / "program.c").write_text(source)
     command = ["cc", *shlex.split("-std=c99 -pedantic -Wall -Wextra -Werror"), "-I", str(HEADER.parent), "program.c"]
     done = subprocess.run([*command, "-o", "program"], cwd=folder, capture_output=True, text=True)
@@ -299,7 +299,7 @@ def test_numbers_in_python_are_those_of_the_header(tmp_path: Path) -> None:
 
 
 def fields_of_header() -> list[tuple[str, type]]:
-    """Names and types of dspa_steer_arguments, in order."""
+    """Return the names and types of the fields of dspa_steer_arguments, in order."""
     text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
     structure = re.search(r"typedef struct {(.*?)} dspa_steer_arguments;", text, flags=re.DOTALL)
     assert structure

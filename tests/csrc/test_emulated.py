@@ -1,4 +1,4 @@
-"""The CPU's version of the device primitives, csrc/emulated: right kernels run, and wrong ones are found out."""
+"""csrc/emulated, the device primitives on the CPU: correct kernels run, and faulty ones fail."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ MISTAKES = {
     "copy never awaited": r"nobody waited for copies by the mbarrier at 0",
     "write under copy": r"wrote to 128 of shared memory, where a copy was about to arrive",
     "copies overlap": r"wrote to 128 of shared memory, where a copy was about to arrive",
-    "copy by one lane": r"which lanes \w{8} of its warp never reach|wait for the others at: (warp barrier|copy_rows)",
+    "copy by one lane": (
+        r"which lanes \w{8} of its warp never reach|wait for the others at: (warp barrier|async_copy_rows)"
+    ),
     "too many arrivals": r"more than 1 arrivals in a phase|deadlock",
     "too many bytes": r"8 bytes more than expected came in a phase",
     "too few bytes": r"deadlock(.|\n)*phase 0 of the mbarrier at 0, which lacks 0 of 1 arrivals and 16 bytes",
@@ -77,19 +79,19 @@ MISTAKES = {
     "lanes ended": r"warp barrier, which lanes \w{8} of its warp never reach|wait for the others at: warp barrier",
     "warp ended": r"deadlock(.|\n)*ffffffff at barrier 0 of 96 threads, as are warps 6(.|\n)*ended; warps 0",
     "other operation": r"while lanes \w+ of its warp are at: (ballot|warp barrier)",
-    "matrix out of range": r"load_matrices: 16 bytes at \d+ of shared memory, which has 1024",
+    "matrix out of range": r"ldmatrix: 16 bytes at \d+ of shared memory, which has 1024",
     "load misaligned": r"load of 16 bytes at 0x\w+, which is not aligned to 16",
     "write beyond": r"block 0 wrote outside its 1024 bytes of shared memory",
     "wait for nobody": r"deadlock(.|\n)*lanes 00000020 wait for phase 0 of the mbarrier at 0, which lacks 2 of 3",
     "stack too small": r"needs more than the 192 KB of its stack",
 }
-# What happens, or not, while a copy is under way.
+# These go wrong only if a copy happens to be in flight.
 RACES = {"write under copy", "copies overlap"}
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The toy kernels, compiled for the CPU."""
+    """Compile the toy kernels for the CPU."""
     path = tmp_path_factory.mktemp("toy") / "libtoy.so"
     sources = [HERE / "toy_kernels.cu", *sorted(CSRC.glob("emulated/*.cpp"))]
     command = [*shlex.split(COMPILER), *FLAGS.split(), "-I", CSRC / "emulated", *sources, "-o", path]
@@ -103,7 +105,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture
 def toy(built: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
-    """The same with its counters at 0, so that tests do not depend on each other."""
+    """Reset the library's counters, so that tests do not depend on each other."""
     monkeypatch.delenv("DSPA_EMULATED_SEED", raising=False)
     built.dspa_emulated_reset()
     return built
@@ -117,7 +119,7 @@ def error_of(toy: ctypes.CDLL, code: int) -> str:
 
 
 def small_integers(*shape: int) -> torch.Tensor:
-    """Numbers whose sums are exact in any order."""
+    """Return numbers whose sums are exact in any order."""
     return torch.randint(-9, 10, shape, generator=torch.Generator().manual_seed(0)).float()
 
 
@@ -139,13 +141,13 @@ def make_mistake(toy: ctypes.CDLL, which: int) -> str:
     return error_of(toy, toy.toy_mistake(MistakeArguments(source.data_ptr(), out.data_ptr(), which)))
 
 
-def over_seeds(monkeypatch: pytest.MonkeyPatch, toy: ctypes.CDLL, found: Callable[[], bool]) -> float:
-    """How often `found` is true."""
+def over_seeds(monkeypatch: pytest.MonkeyPatch, toy: ctypes.CDLL, condition: Callable[[], bool]) -> float:
+    """Return the share of seeds for which `condition` is true."""
     count = 0
     for seed in SEEDS:
         monkeypatch.setenv("DSPA_EMULATED_SEED", str(seed))
         toy.dspa_emulated_reset()
-        count += found()
+        count += condition()
     return count / len(SEEDS)
 
 
@@ -165,36 +167,36 @@ def test_missing_barriers_give_wrong_sums(toy: ctypes.CDLL, monkeypatch: pytest.
 def test_ring(toy: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, n_rows: int, width: int, blocks: int) -> None:
     x = small_integers(n_rows, width)
 
-    def right() -> bool:
+    def is_right() -> bool:
         sums, error = ring_sums(toy, x, blocks)
         assert not error and torch.equal(sums, x.sum(0))
         return toy.dspa_emulated_bytes_copied() == x.nbytes and toy.dspa_emulated_launches() == 1
 
-    assert over_seeds(monkeypatch, toy, right) == 1
+    assert over_seeds(monkeypatch, toy, is_right) == 1
 
 
 @pytest.mark.parametrize("bug", range(1, len(RING_BUGS)), ids=RING_BUGS[1:])
-def test_ring_bugs_are_found(toy: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, bug: int) -> None:
+def test_ring_bugs_are_detected(toy: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, bug: int) -> None:
     x = small_integers(200, 128)
 
-    def found() -> bool:
+    def is_detected() -> bool:
         sums, error = ring_sums(toy, x, bug=bug)
         return bool(error) or not torch.equal(sums, x.sum(0))
 
-    assert over_seeds(monkeypatch, toy, found) > 0.8
+    assert over_seeds(monkeypatch, toy, is_detected) > 0.8
 
 
 @pytest.mark.parametrize("which", range(len(MISTAKES)), ids=list(MISTAKES))
-def test_mistakes_are_told(toy: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, which: int) -> None:
+def test_mistakes_are_reported(toy: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, which: int) -> None:
     name, message = list(MISTAKES.items())[which]
 
-    def told() -> bool:
+    def is_reported() -> bool:
         error = make_mistake(toy, which)
         assert re.search(message, error) or (name in RACES and not error), error
         return bool(error)
 
-    assert over_seeds(monkeypatch, toy, told) > 0.3
-    # What a failed launch leaves behind is in nobody's way.
+    assert over_seeds(monkeypatch, toy, is_reported) > 0.3
+    # A failed launch does not affect the next.
     x = small_integers(100, 64)
     sums, error = ring_sums(toy, x)
     assert not error and torch.equal(sums, x.sum(0))
@@ -219,7 +221,7 @@ def test_product(toy: ctypes.CDLL, dtype: torch.dtype, depth: int) -> None:
 
 
 def grid_rounds(toy: ctypes.CDLL, blocks: int, wait: bool) -> torch.Tensor:
-    rounds = 7  # an even number of barriers, which leaves the word as it was
+    rounds = 7  # an even number of barriers, which restores the word
     word, values = torch.zeros(1, dtype=torch.int32), torch.zeros(rounds, blocks, dtype=torch.int32)
     values[0] = 1 + torch.arange(blocks)
     code = toy.toy_add_in_rounds(RoundsArguments(word.data_ptr(), values.data_ptr(), rounds, wait), blocks)
@@ -269,7 +271,7 @@ def test_launches_from_threads_take_turns(toy: ctypes.CDLL) -> None:
 
 
 def test_rounding(toy: ctypes.CDLL) -> None:
-    # All numbers of 16 bits, what lies halfway between them and beside that, and what is small or large.
+    # All 16-bit numbers, the midpoints between them and their neighbours, and very small and large numbers.
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     halves = numbers.view(torch.float16)[numbers.view(torch.float16).isfinite()].float().sort().values
     ties = torch.stack(
@@ -301,7 +303,7 @@ def test_rounding(toy: ctypes.CDLL) -> None:
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 def test_toy_kernels_are_cuda(tmp_path: Path, architecture: str) -> None:
-    """What the emulator takes, the header that it stands for takes too."""
+    """The same kernels compile with the device primitives."""
     flags = ["-std=c++17", f"-arch={architecture}", "-I", CSRC / "device"]
     done = subprocess.run(
         ["nvcc", *flags, "-c", HERE / "toy_kernels.cu", "-o", tmp_path / "toy.o"], capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""The index arithmetic that kernels and host share, csrc/schedule.h, over every supported shape."""
+"""csrc/schedule.h, the index arithmetic that kernels and host share, for every supported shape."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# An overflow of an index ends the program, without a library for it.
+# The program traps if an index overflows, without a sanitizer library.
 FLAGS = "-std=c++17 -O1 -Wall -Wextra -Werror -fsanitize=undefined -fsanitize-undefined-trap-on-error"
 
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """schedule_test.cpp; that it compiles is what csrc/supported.h asserts."""
+    """Compile schedule_test.cpp, which also checks the assertions of csrc/supported.h."""
     path = tmp_path_factory.mktemp("schedule") / "schedule_test"
     compiler = shlex.split(os.environ.get("CXX") or "g++")
     source = Path(__file__).with_name("schedule_test.cpp")
@@ -24,7 +24,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("check", ["tiles", "order", "ring", "layout", "stages", "grid_barrier"])
+@pytest.mark.parametrize("check", ["tiles", "order", "pipeline", "layout", "stages", "grid_barrier"])
 def test_schedule(check: str, program: Path) -> None:
     done = subprocess.run([str(program), check], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

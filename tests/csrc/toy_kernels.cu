@@ -1,4 +1,4 @@
-// Small kernels in the primitives, right and wrong ones, by which test_emulated.py looks at csrc/emulated.
+// Small kernels, correct and faulty, with which test_emulated.py tests csrc/emulated.
 #include "primitives.cuh"
 
 namespace dspa {
@@ -6,10 +6,10 @@ namespace dspa {
 namespace {
 
 template <class A> int start(void (*kernel)(A), A arguments, int blocks, int threads, int shared) {
-  return launch_together(kernel, arguments, Device{blocks, shared, 90}, threads, shared, nullptr, false);
+  return launch_cooperative(kernel, arguments, Device{blocks, shared, 90}, threads, shared, nullptr, false);
 }
 
-// Sums of the columns of a matrix: by shuffles within a warp, through shared memory among all.
+// Column sums of a matrix: by shuffles within a warp, through shared memory within a block.
 enum SumBug { SUM_RIGHT, NO_WARP_BARRIER, NO_BARRIER_BEFORE_READING, NO_BARRIER_BEFORE_WRITING };
 
 struct SumArguments {
@@ -36,7 +36,7 @@ __device__ float sum_of_block(float mine, int bug) {
   float all = 0;
   for (int w = 0; w < n_threads() / 32; ++w) all += partial[w];
   if (bug != NO_BARRIER_BEFORE_WRITING) named_barrier(2, n_threads());
-  return count_bits(ballot(shuffle(all, 31) == all)) == 32 ? all : NAN;
+  return popcount(ballot(shuffle(all, 31) == all)) == 32 ? all : NAN;
 }
 
 __global__ void __launch_bounds__(1024) sum(SumArguments p) {
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(1024) sum(SumArguments p) {
   }
 }
 
-// Sums of a matrix's columns: one warp copies rows into a ring of stages, four warps add them up.
+// Column sums of a matrix: a producer warp copies rows into a ring of stages, four consumer warps add them up.
 enum RingBug { RING_RIGHT, NO_WAIT_FOR_FULL, NO_WAIT_FOR_EMPTY, ARRIVE_EARLY, FORGETS_A_ROW, NO_FIRST_PARITY };
 
 constexpr int STAGES = 3, ROWS = 8, CONSUMERS = 4;
@@ -70,11 +70,12 @@ __device__ void fill_ring(const RingArguments &p, Ring *ring, char *stages) {
     const int stage = i % STAGES, n = p.n_rows - first < ROWS ? p.n_rows - first : ROWS;
     const int parity = i / STAGES % 2 ^ (p.bug == NO_FIRST_PARITY ? 0 : 1);
     if (p.bug != NO_WAIT_FOR_EMPTY) mbarrier_wait(&ring->empty[stage], parity);
-    if (lane() == 0) expect_copies(&ring->full[stage], n * bytes);
+    if (lane() == 0) mbarrier_expect_tx(&ring->full[stage], n * bytes);
     warp_barrier();
-    copy_rows<true>(stages + stage * ROWS * bytes, bytes, reinterpret_cast<const char *>(p.x) + int64_t(first) * bytes,
-                    bytes, p.bug == FORGETS_A_ROW ? n - 1 : n, bytes, &ring->full[stage]);
-    arrive_with_copies(&ring->full[stage]);
+    async_copy_rows<true>(stages + stage * ROWS * bytes, bytes,
+                          reinterpret_cast<const char *>(p.x) + int64_t(first) * bytes, bytes,
+                          p.bug == FORGETS_A_ROW ? n - 1 : n, bytes, &ring->full[stage]);
+    mbarrier_arrive_on_copies(&ring->full[stage]);
   }
 }
 
@@ -120,16 +121,16 @@ template <class T> __global__ void multiply(ProductArguments<T> p) {
   float acc[4] = {};
   for (int k = 0; k < p.depth; k += 32) {
     uint32_t a0[4], a1[4], b01[4];
-    load_matrices(a0, a + lane() % 16 * stride + k + lane() / 16 * 8);
-    load_matrices(a1, a + lane() % 16 * stride + k + 16 + lane() / 16 * 8);
-    load_matrices(b01, b + lane() % 8 * stride + k + lane() / 8 * 8);
-    multiply_add<T>(acc, a0, b01[0], b01[1]);
-    multiply_add<T>(acc, a1, b01[2], b01[3]);
+    ldmatrix(a0, a + lane() % 16 * stride + k + lane() / 16 * 8);
+    ldmatrix(a1, a + lane() % 16 * stride + k + 16 + lane() / 16 * 8);
+    ldmatrix(b01, b + lane() % 8 * stride + k + lane() / 8 * 8);
+    mma_16x8x16<T>(acc, a0, b01[0], b01[1]);
+    mma_16x8x16<T>(acc, a1, b01[2], b01[3]);
   }
   for (int i = 0; i < 4; ++i) p.c[(lane() / 4 + i / 2 * 8) * 8 + lane() % 4 * 2 + i % 2] = acc[i];
 }
 
-// Rounds of a grid barrier: each block adds up what all blocks wrote in the round before.
+// Rounds of a grid barrier: each block adds up what all blocks wrote in the previous round.
 struct RoundsArguments {
   int *word, *values;  // values [rounds, n_blocks], the first round given
   int rounds;
@@ -139,20 +140,21 @@ struct RoundsArguments {
 __device__ void grid_barrier(int *word, bool wait) {
   block_barrier();
   if (thread() == 0) {
-    const int ticket = arrive_at(word, block() == 0 ? int(0x80000000u - unsigned(n_blocks() - 1)) : 1);
-    if (wait) wait_for_sign(word, ticket);
+    const int token = atomic_add_release(word, block() == 0 ? int(0x80000000u - unsigned(n_blocks() - 1)) : 1);
+    if (wait) wait_for_sign_flip(word, token);
   }
   block_barrier();
 }
 
 __global__ void add_in_rounds(RoundsArguments p) {
   for (int i = 1; i < p.rounds; ++i) {
-    if (thread() < n_blocks()) add(&p.values[i * n_blocks() + block()], p.values[(i - 1) * n_blocks() + thread()]);
+    if (thread() < n_blocks())
+      atomic_add(&p.values[i * n_blocks() + block()], p.values[(i - 1) * n_blocks() + thread()]);
     grid_barrier(p.word, p.wait);
   }
 }
 
-// One mistake each.
+// Kernels with one mistake each.
 enum Mistake {
   COPY_OUT_OF_RANGE,
   COPY_MISALIGNED,
@@ -199,11 +201,11 @@ __device__ void mistake_with_copies(int which, const char *from, char *out) {
   if (which == COPY_MISALIGNED) ++from;
   if (which == COPY_BY_ONE_LANE && lane()) return;
   if (lane() == 0)
-    expect_copies(bar, which == TOO_MANY_BYTES ? 8 : which == TOO_FEW_BYTES || which == COPIES_OVERLAP ? 32 : 16);
+    mbarrier_expect_tx(bar, which == TOO_MANY_BYTES ? 8 : which == TOO_FEW_BYTES || which == COPIES_OVERLAP ? 32 : 16);
   if (lane() == 0 && which == OVERWRITTEN_MBARRIER) *bar = 0;
   warp_barrier();
-  copy_rows<false>(to, 0, from, 0, 1, 16, bar);
-  if (which == COPIES_OVERLAP) copy_rows<false>(to, 0, from + 16, 0, 1, 16, bar);
+  async_copy_rows<false>(to, 0, from, 0, 1, 16, bar);
+  if (which == COPIES_OVERLAP) async_copy_rows<false>(to, 0, from + 16, 0, 1, 16, bar);
   warp_barrier();
   if (which == COPY_NEVER_AWAITED || lane()) return;
   if (which == WRITE_UNDER_COPY) to[3] = 0;
@@ -236,10 +238,10 @@ __device__ void mistake_at_barriers(int which) {
 }
 
 __device__ int recurse(volatile int *p, int depth) {
-  volatile char room[1024];
-  room[depth % 1024] = char(*p);
+  volatile char buffer[1024];
+  buffer[depth % 1024] = char(*p);
   if (!depth) warp_barrier();
-  return depth ? recurse(p, depth - 1) + room[depth % 1024] : 0;
+  return depth ? recurse(p, depth - 1) + buffer[depth % 1024] : 0;
 }
 
 __device__ void mistake_with_memory(int which, const char *from, char *out) {
@@ -247,7 +249,7 @@ __device__ void mistake_with_memory(int which, const char *from, char *out) {
   Mbarrier *bar = reinterpret_cast<Mbarrier *>(shared_memory());
   switch (which) {
     case NO_MBARRIER: return mbarrier_wait(bar, 0);
-    case MATRIX_OUT_OF_RANGE: load_matrices(r, shared_memory() + (thread() + 40) * 16); break;
+    case MATRIX_OUT_OF_RANGE: ldmatrix(r, shared_memory() + (thread() + 40) * 16); break;
     case LOAD_MISALIGNED: r[0] = load16(from + 8).x; break;
     case WRITE_BEYOND: shared_memory()[MISTAKE_SHARED] = 0; break;
     case STACK_TOO_SMALL: r[0] = recurse(reinterpret_cast<int *>(out), 205); break;
@@ -264,7 +266,7 @@ __global__ void mistake(MistakeArguments p) {
   mistake_with_memory(p.which, p.from, p.out);
 }
 
-// Numbers in 16 bits and back.
+// Conversion to 16 bits and back.
 struct RoundArguments {
   const float *x;
   bf16 *to_bf16;

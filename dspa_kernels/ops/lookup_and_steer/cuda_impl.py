@@ -21,7 +21,7 @@ def lookup_and_steer(
     lookup = {
         "counts": counts.contiguous(),
         "values": values.contiguous(),
-        "found": counts.new_empty(n_prompts, 2 * k_prompt + k_diff + n_columns),
+        "lookup_scratch": counts.new_empty(n_prompts, 2 * k_prompt + k_diff + n_columns),
         "d_sae_in": d_sae_in,
         "k_prompt": k_prompt,
         "k_diff": k_diff,

@@ -62,7 +62,7 @@ def steer(
         "start": None if start is None else start.contiguous(),
         "before": before if record else None,
         "after": after if record else None,
-        "most": maximum if record else None,
+        "maximum": maximum if record else None,
         "barrier": barrier_of(barriers),
     }
     entry = entry_of(h, encoder_rows, k, normalize, screen_rows)
@@ -91,10 +91,10 @@ def steer(
         "x": library().dspa_steer_x_rows(arguments) * d_in,
         "scale": n_rows if normalize != "none" else 0,
         "norms": 0 if screen_rows is None else 2 * n_rows,
-        "value": n_rows * (n_slots + n_large),
+        "latent_values": n_rows * (n_slots + n_large),
         "finite": n_rows,
-        "maximum": n_rows,
-        "beaten": n_rows * n_slots if k else 0,
+        "running_max": n_rows,
+        "rank": n_rows * n_slots if k else 0,
     }
     scratch = torch.empty(sum(map(padded, numbers.values())), dtype=torch.int32, device=h.device)
     starts = itertools.accumulate(map(padded, numbers.values()), initial=0)
