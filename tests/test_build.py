@@ -1,4 +1,4 @@
-"""The build of csrc/ and the wheels that hold it, with a stand-in for nvcc; nvcc itself compiles one small kernel."""
+"""The build of csrc/ and of the wheels, mostly with a stand-in for nvcc; nvcc itself compiles one small kernel."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load_build() -> ModuleType:
     spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -33,7 +33,7 @@ build = load_build()
 VARIABLES = ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CXX", "DSPA_BUILD_CUDA")
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
-# Tells of itself what nvcc does, takes any source without "broken" in it, and writes what it was called with.
+# Answers like nvcc, accepts any source without "broken" in it, and writes its arguments as the output.
 STAND_IN = f"""#!{sys.executable} -IS
 import sys
 arguments = sys.argv[1:]
@@ -69,7 +69,7 @@ def make_toolkit(folder: Path) -> Path:
 
 @pytest.fixture
 def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The stand-in, as CUDA_HOME."""
+    """Return the folder of the stand-in, which is CUDA_HOME."""
     folder = make_toolkit(tmp_path / "toolkit")
     monkeypatch.setenv("CUDA_HOME", str(folder))
     return folder
@@ -77,7 +77,7 @@ def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def csrc(tmp_path: Path) -> Path:
-    """Two sources and their header, in a folder whose name has to be quoted."""
+    """Create two sources and their header, in a folder whose name has to be quoted."""
     folder = tmp_path / "kernel sources"
     for name in ("device", "emulated"):
         (folder / name).mkdir(parents=True)
@@ -88,7 +88,7 @@ def csrc(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("asked", "names"),
+    ("arch_list", "names"),
     [
         (None, "sm_80 sm_90a compute_90"),
         ("", "sm_80 sm_90a compute_90"),
@@ -102,9 +102,9 @@ def csrc(tmp_path: Path) -> Path:
         ("7.0 7.5+PTX 8.0 9.0", "sm_80 sm_90"),
     ],
 )
-def test_architectures(asked: str | None, names: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if asked is not None:
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+def test_architectures(arch_list: str | None, names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if arch_list is not None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", arch_list)
     assert build.architectures() == tuple(names.split())
 
 
@@ -226,7 +226,7 @@ def test_a_folder_without_kernels(tmp_path: Path) -> None:
 
 
 def build_thrice(emulated: bool, csrc: Path, out: Path, capfd: pytest.CaptureFixture[str]) -> ctypes.CDLL:
-    """Build, build again, and once more with a changed header; returns the last library."""
+    """Build, build again, and build once more with a changed header; return the last library."""
     compiled = []
     for one in (1, 1, 11):
         header = csrc / ("emulated" if emulated else "device") / "primitives.cuh"
@@ -274,7 +274,7 @@ def test_nvcc(csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
 
 @pytest.fixture
 def project(csrc: Path, tmp_path: Path) -> Path:
-    """A small source tree with this project's build."""
+    """Create a small source tree with this project's build."""
     pytest.importorskip("setuptools", minversion="77")
     folder = tmp_path / "project"
     shutil.copytree(csrc, folder / "csrc")
@@ -288,7 +288,7 @@ def project(csrc: Path, tmp_path: Path) -> Path:
 
 
 def call_backend(project: Path, hook: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """What pip does for a wheel, an editable installation or a source distribution, in the folder dist."""
+    """Build a wheel, an editable wheel or a source distribution in the folder dist, as pip does."""
     code = f"from setuptools.build_meta import {hook} as hook; print(hook('dist'))"
     environment = os.environ | variables
     (project / "dist").mkdir(exist_ok=True)
@@ -297,7 +297,7 @@ def call_backend(project: Path, hook: str, **variables: str) -> subprocess.Compl
 
 
 def make_wheel(project: Path, **variables: str) -> tuple[str, set[str], dict[str, object]]:
-    """Of a wheel: its tag, the library and the record if they are in it, and what is recorded."""
+    """Build a wheel; return its tag, its libraries and records, and the contents of the record."""
     done = call_backend(project, "build_wheel", **variables)
     assert done.returncode == 0, done.stderr
     name = done.stdout.splitlines()[-1]
@@ -370,7 +370,7 @@ def test_editable_installations_and_source_distributions(project: Path) -> None:
 
 
 def test_the_installation_that_is_tested() -> None:
-    """Where there is a toolkit, kernels that do not compile fail here, not in somebody's installation."""
+    """With a toolkit, kernels that do not compile fail here rather than in a user's installation."""
     if not (ROOT / RECORD).exists():
         pytest.skip("dspa_kernels was not installed from this source tree")
     record = json.loads((ROOT / RECORD).read_text())
