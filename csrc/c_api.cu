@@ -40,7 +40,7 @@ DSPA_EXPORT int dspa_steer(const dspa_steer_arguments *arguments, void *stream) 
   if (int error = current_device(&device)) return error;
   if (device.capability < MIN_CAPABILITY) return DSPA_OLD_DEVICE;
   if (!is_native(a) && !dspa_steer_x_rows(&a)) a.x = static_cast<float *>(const_cast<void *>(a.h));
-  return a.screen_W_enc ? launch_int8(a, device, stream) : launch_plain(a, device, stream);
+  return a.screen_rows ? launch_int8(a, device, stream) : launch_plain(a, device, stream);
 }
 
 DSPA_EXPORT int dspa_steer_arguments_size(void) { return sizeof(dspa_steer_arguments); }

@@ -29,17 +29,17 @@ typedef struct {
   const void *h;
   void *out;
   /* the encoder's rows [d_sae, d_in] in W_dtype, in the order in which they are read; for top-k the latent of each */
-  const void *W_enc;
+  const void *encoder_rows;
   const float *b_enc;
   const float *threshold;
   const int32_t *order;
   /* the int8 screen: rows [d_sae, d_in]; per row scale, offset, error and norm [4, d_sae]; the mean row [d_in] */
-  const int8_t *screen_W_enc;
+  const int8_t *screen_rows;
   const float *screen_latents;
   const float *screen_mean;
   /* the latents that can be steered, with rows [n_columns, d_in] in W_dtype */
   const int32_t *columns;
-  const void *columns_W_enc;
+  const void *columns_encoder_rows;
   const float *columns_b_enc;
   const float *columns_threshold;
   const void *columns_W_dec;
@@ -56,9 +56,9 @@ typedef struct {
   float *before;
   float *after;
   float *maximum;
-  /* scratch: normalised rows in fp32 [n_rows, d_in], for dspa_steer_x_rows rows; their scale [n_rows]; norms [n_rows, 2]
-   * with a screen; values of the selected and the large latents [n_rows, n_slots + n_large]; finite [n_rows]; bits of
-   * the running maximum [n_rows]; for top-k the number of latents ahead of each selected one [n_rows, n_slots] */
+  /* scratch: normalised rows in fp32 [dspa_steer_x_rows, d_in]; their scale [n_rows]; norms [n_rows, 2] with a screen;
+   * values of the selected and the large latents [n_rows, n_slots + n_large]; finite [n_rows]; bits of the running
+   * maximum [n_rows]; for top-k the number of latents ahead of each selected one [n_rows, n_slots] */
   float *x;
   float *scale;
   float *norms;

@@ -109,9 +109,9 @@ template <class T> __device__ inline T warp_min(T x) { return -warp_max(-x); }
 
 // True if all rows can be loaded and copied 16 bytes at a time.
 __device__ inline bool is_aligned(const Arguments &a) {
-  const auto bits = reinterpret_cast<uintptr_t>(a.h) | reinterpret_cast<uintptr_t>(a.W_enc) |
-                   reinterpret_cast<uintptr_t>(a.columns_W_enc) | reinterpret_cast<uintptr_t>(a.x) |
-                   reinterpret_cast<uintptr_t>(a.screen_W_enc) | reinterpret_cast<uintptr_t>(a.screen_mean);
+  const auto bits = reinterpret_cast<uintptr_t>(a.h) | reinterpret_cast<uintptr_t>(a.encoder_rows) |
+                   reinterpret_cast<uintptr_t>(a.columns_encoder_rows) | reinterpret_cast<uintptr_t>(a.x) |
+                   reinterpret_cast<uintptr_t>(a.screen_rows) | reinterpret_cast<uintptr_t>(a.screen_mean);
   return bits % 16 == 0 && a.d_in % MMA_K == 0;
 }
 

@@ -58,17 +58,16 @@ template <class T, class S, bool FEW_ROWS> struct TensorCoreMma {
     }
   }
 
-  // Adds the products of the latents in the bits m_latent, counted from row `first` of W_enc, with the n_rows rows at
-  // p.
-  __device__ void multiply_gathered(const T *W_enc, int64_t first, const uint32_t (&m_latent)[M_TILES], const T *p,
-                                    int d_in, int n_rows, int i_slice, bool aligned) {
+  // Adds the products of the n_rows rows at p with the latents in the bits m_latent, counted from encoder row `first`.
+  __device__ void multiply_gathered(const T *encoder_rows, int64_t first, const uint32_t (&m_latent)[M_TILES],
+                                    const T *p, int d_in, int n_rows, int i_slice, bool aligned) {
     const int g = lane() / 4, n_steps = 2 * ceil_div(d_in, ROUND);
     for (int begin = 0; begin < n_steps; begin += STEPS_IN_FLIGHT) {
       uint32_t a[STEPS_IN_FLIGHT][M_TILES][4];
 #pragma unroll
       for (int i = 0; i < STEPS_IN_FLIGHT; i++) {
         const int o_k = k_step_offset(begin + i, i_slice) + 2 * (lane() % 4);
-        const T *weights = W_enc + (first + g) * d_in;
+        const T *weights = encoder_rows + (first + g) * d_in;
 #pragma unroll
         for (int m = 0; m < M_TILES; m++)
 #pragma unroll
@@ -222,11 +221,11 @@ template <class W, class S> struct SimtMma {
     }
   }
 
-  __device__ void multiply_gathered(const W *W_enc, int64_t first, const uint32_t (&m_latent)[M_TILES], const float *p,
-                                    int d_in, int n_rows, int i_slice, bool) {
+  __device__ void multiply_gathered(const W *encoder_rows, int64_t first, const uint32_t (&m_latent)[M_TILES],
+                                    const float *p, int d_in, int n_rows, int i_slice, bool) {
     const int l = lane() / 2;
     if (!(m_latent[0] >> l & 1)) return;
-    const W *weights = W_enc + (first + l) * d_in;
+    const W *weights = encoder_rows + (first + l) * d_in;
     for (int o_slice = SLICE * i_slice; o_slice < d_in; o_slice += ROUND)
       for (int i = 0; i < MMA_K; i++) {
         const int o_k = o_slice + MMA_K * (lane() % 2) + i;

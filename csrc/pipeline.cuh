@@ -91,7 +91,7 @@ __device__ void load_k_tile(const Arguments &a, const SharedStorage<Mma> &storag
   constexpr KernelTraits traits = Mma::TRAITS;
   Mbarrier *full_barrier = storage.full_barriers + state.index;
   const int width = k_tile_width(a.d_in, traits.block_k, k_tile.index), o_k = k_tile.index * traits.block_k;
-  const void *base = Mma::SCREENED ? static_cast<const void *>(a.screen_W_enc) : a.W_enc;
+  const void *base = Mma::SCREENED ? static_cast<const void *>(a.screen_rows) : a.encoder_rows;
   const Stored *weights = static_cast<const Stored *>(base) + int64_t(k_tile.tile.first) * a.d_in + o_k;
   char *to_weights = storage.stage(state), *to_rows = to_weights + traits.tile_latents() * traits.weight_stride();
   if (traits.rows_resident) n_rows = 0;

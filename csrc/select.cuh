@@ -50,7 +50,7 @@ template <class H, bool ALIGNED> __device__ void prepare_row(const Arguments &a,
 
 // Encoder rows with their biases and thresholds.
 template <class W> struct Encoder {
-  const W *W_enc;
+  const W *encoder_rows;
   const float *b_enc, *threshold;
 };
 
@@ -60,7 +60,7 @@ __device__ float latent_value(const Arguments &a, int i_row, Encoder<W> encoder,
   using Residual = ResidualRow<H, ALIGNED>;
   constexpr int N_VECS = Residual::N_VECS;
   const Residual row(a, i_row);
-  const W *weights = encoder.W_enc + int64_t(i) * a.d_in;
+  const W *weights = encoder.encoder_rows + int64_t(i) * a.d_in;
   const Norm<H> norm = norm_of(row, a);
   const float bias = encoder.b_enc[i], threshold = encoder.threshold[i];
   float sum = 0.f;
@@ -91,8 +91,8 @@ template <class H, class W, bool ALIGNED> __device__ void select_one(const Argum
   const int slot = is_slot ? a.slots[int64_t(plan) * a.n_slots + i_task] : i_task - a.n_slots;
   if (!is_past_start(a, i_row, plan)) return;
   if (i_task < 0) return prepare_row<H, ALIGNED>(a, i_row);
-  const Encoder<W> columns = {static_cast<const W *>(a.columns_W_enc), a.columns_b_enc, a.columns_threshold};
-  const Encoder<W> large = {static_cast<const W *>(a.W_enc), a.b_enc, a.threshold};
+  const Encoder<W> columns = {static_cast<const W *>(a.columns_encoder_rows), a.columns_b_enc, a.columns_threshold};
+  const Encoder<W> large = {static_cast<const W *>(a.encoder_rows), a.b_enc, a.threshold};
   const float f = slot < 0 ? 0.f : latent_value<H, W, ALIGNED>(a, i_row, is_slot ? columns : large, slot);
   if (lane() == 0) latent_values_of(a, i_row)[i_task] = f;
   // The tail will read its decoder row.

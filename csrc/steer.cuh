@@ -24,8 +24,8 @@ struct Launch {
 template <class W> __device__ void prefetch_weights(const Arguments &a) {
   const int64_t row_bytes = int64_t(a.d_in) * sizeof(W);
   const int i = block() * n_threads() + thread(), n = n_blocks() * n_threads();
-  prefetch_lines(a.columns_W_enc, a.n_columns * row_bytes, i, n);
-  prefetch_lines(a.W_enc, a.n_large * row_bytes, i, n);
+  prefetch_lines(a.columns_encoder_rows, a.n_columns * row_bytes, i, n);
+  prefetch_lines(a.encoder_rows, a.n_large * row_bytes, i, n);
 }
 
 template <class Mma, class H> __global__ void __launch_bounds__(Mma::TRAITS.threads(), 1) steer_kernel(Launch launch) {

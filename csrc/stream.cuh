@@ -240,7 +240,7 @@ template <class Mma> struct Epilogue {
       using Weight = typename Mma::ElementWeight;
       const int64_t first = tile.first + MMA_M * i_warpgroup * Mma::M_TILES;
       mma.clear();
-      mma.multiply_gathered(static_cast<const Weight *>(row_tile.a.W_enc), first, m_latent, row_tile.rows(),
+      mma.multiply_gathered(static_cast<const Weight *>(row_tile.a.encoder_rows), first, m_latent, row_tile.rows(),
                             row_tile.a.d_in, row_tile.n_rows, i_slice, is_aligned(row_tile.a));
     }
     update_maxima(mma, tile, m_latent);

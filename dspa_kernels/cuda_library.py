@@ -27,8 +27,8 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 POINTERS = _words(
-    "h out W_enc b_enc threshold order screen_W_enc screen_latents screen_mean"
-    " columns columns_W_enc columns_b_enc columns_threshold columns_W_dec slots signs rows positions start paths"
+    "h out encoder_rows b_enc threshold order screen_rows screen_latents screen_mean"
+    " columns columns_encoder_rows columns_b_enc columns_threshold columns_W_dec slots signs rows positions start paths"
     " before after maximum x scale norms latent_values finite running_max rank barrier counts values lookup_scratch"
 )
 INTEGERS = _words(
