@@ -1,6 +1,6 @@
-"""`activation_counts` in Triton: the GEMM of `sparse_encode` with a count as epilogue, so that no latent is stored.
+"""`activation_counts` in Triton: the GEMM of `sparse_encode` with an epilogue that counts, so no latent is stored.
 
-A rank needs whole rows: top-k SAEs go through the keys of some rows at a time, and a program a row counts.
+Top-k needs whole rows. It stores the keys of a block of rows, which are then counted by one program per row.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from torch import Tensor
 
 from dspa_kernels.launch import precision
 from dspa_kernels.ops.shared.triton_encode import BLOCK, launch_encode, normalised_rows, row_keys
-from dspa_kernels.ops.shared.triton_ranks import active_block, rank_cut
+from dspa_kernels.ops.shared.triton_ranks import active_keys, top_k_pivot
 
 
 @triton.jit(do_not_specialize=["d_sae", "n_sequences", "k"])
 def count_row_kernel(p_key, p_sequences, p_counts, d_sae, width, n_sequences, k, BLOCK: tl.constexpr):
-    """counts_sj += 1 where latent j is among the k largest of a row of sequence s, and positive. A program a row."""
+    """counts_sj += 1 if latent j of a row of sequence s is positive and among its k largest. One program per row."""
     i_row = tl.program_id(0).to(tl.int64)
     i_sequence = tl.load(p_sequences + i_row)
     if (i_sequence >= 0) & (i_sequence < n_sequences):
         p_row, p_count = p_key + i_row * width, p_counts + i_sequence.to(tl.int64) * d_sae
-        b_level, b_room = rank_cut(p_row, width, k, True, BLOCK)
-        b_ties = tl.zeros([], dtype=tl.int32)
+        b_pivot, b_n_ties = top_k_pivot(p_row, width, k, True, BLOCK)
+        b_ties_seen = tl.zeros([], dtype=tl.int32)
         o_latent = tl.arange(0, BLOCK)
         for i in range(0, width, BLOCK):
-            _, m_active, b_ties = active_block(p_row, i, width, b_level, b_room, b_ties, True, BLOCK)
+            _, m_active, b_ties_seen = active_keys(p_row, i, width, b_pivot, b_n_ties, b_ties_seen, True, BLOCK)
             tl.atomic_add(p_count + i + o_latent, 1, mask=m_active, sem="relaxed")
 
 
@@ -40,7 +40,7 @@ def activation_counts(
     sequences: Tensor,
     n_sequences: int,
 ) -> Tensor:
-    """counts [S, d_sae]."""
+    """Return counts [S, d_sae]."""
     d_sae = len(encoder_rows)
     counts = torch.zeros(n_sequences, d_sae, dtype=torch.int32, device=h.device)
     sequences = sequences.contiguous()

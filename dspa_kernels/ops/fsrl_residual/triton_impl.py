@@ -32,7 +32,7 @@ from dspa_kernels.ops.fsrl_residual.triton_kernel import (
 )
 from dspa_kernels.ops.shared.triton_encode import ALIGN, BLOCK, row_keys
 from dspa_kernels.ops.shared.triton_grid import n_programs
-from dspa_kernels.ops.shared.triton_tiles import GROUP, INTERPRETED
+from dspa_kernels.ops.shared.triton_tiles import GROUP_SIZE, INTERPRETED
 
 # Rows that one launch of a decoding step serves.
 MAX_STEP = 64
@@ -230,7 +230,7 @@ def _changes(
         width=width,
         SIZE=size,
         LATENTS=NOWHERE if size else operands.latents,
-        GROUP=GROUP,
+        GROUP_SIZE=GROUP_SIZE,
     )
     return c if size else c[:, :d_sae], l1.sum(dim=0), l0.sum(dim=0, dtype=torch.int32)
 
@@ -364,7 +364,7 @@ def _gradients(
         n_programs=programs,
         JUMPS=jumps,
         DECODER=multiply,
-        GROUP=GROUP,
+        GROUP_SIZE=GROUP_SIZE,
         **launch.kernel_options(),
     )
     return d_u[:, :d_sae], None if d_f is None else d_f[:, :d_sae], sums[0].sum(dim=0), sums[-1].sum(dim=0)

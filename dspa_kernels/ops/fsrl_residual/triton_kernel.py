@@ -5,7 +5,7 @@ import triton.language as tl
 
 from dspa_kernels.ops.fsrl_residual.codes import DOWN, IDLE, NEAR, OFF, UP
 from dspa_kernels.ops.shared.triton_grid import grid_arrive, grid_wait
-from dspa_kernels.ops.shared.triton_ranks import count_above, level_of
+from dspa_kernels.ops.shared.triton_ranks import count_above, kth_largest
 from dspa_kernels.ops.shared.triton_tiles import dot_tile, grouped_tile, product_tile, rounded
 
 # Where the latents of the encoder are needed: nowhere, where v < 0, and where a threshold is near as well.
@@ -154,13 +154,13 @@ def change_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
 ):
     """c_nj = ReLU(f_nj + v_nj) - f_nj, or with SIZE |v_nj|, 0 in columns beyond d_sae; and for each tile of latents the
     sums over it of |v_nj| and of v_nj != 0. Codes for the backward where there is a place for them."""
     n_row_tiles, n_latent_tiles = tl.cdiv(n_rows, BLOCK_N), tl.cdiv(d_sae, BLOCK_L)
     for i in range(tl.program_id(0), n_row_tiles * n_latent_tiles, n_programs):
-        i_row_tile, i_latent_tile = grouped_tile(i, n_row_tiles, n_latent_tiles, GROUP)
+        i_row_tile, i_latent_tile = grouped_tile(i, n_row_tiles, n_latent_tiles, GROUP_SIZE)
         i_row, i_latent = i_row_tile * BLOCK_N, i_latent_tile * BLOCK_L
         o_row, o_latent = i_row + tl.arange(0, BLOCK_N), i_latent + tl.arange(0, BLOCK_L)
         m_row = o_row < n_rows
@@ -225,7 +225,7 @@ def gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
 ):
     """With g the gradient of h': dc = g W_dec^T; dv = dc [f + v > 0] + dl1 sign(v); du = dv where v is not 0; df = -dc
     where f > 0 and f + v <= 0.
@@ -235,7 +235,7 @@ def gradient_kernel(
     """
     n_row_tiles, n_latent_tiles = tl.cdiv(n_rows, BLOCK_N), tl.cdiv(d_sae, BLOCK_L)
     for i in range(tl.program_id(0), n_row_tiles * n_latent_tiles, n_programs):
-        i_row_tile, i_latent_tile = grouped_tile(i, n_row_tiles, n_latent_tiles, GROUP)
+        i_row_tile, i_latent_tile = grouped_tile(i, n_row_tiles, n_latent_tiles, GROUP_SIZE)
         i_row, i_latent = i_row_tile * BLOCK_N, i_latent_tile * BLOCK_L
         o_row, o_latent = i_row + tl.arange(0, BLOCK_N), i_latent + tl.arange(0, BLOCK_L)
         m_row, m_latent = o_row < n_rows, o_latent < d_sae
@@ -278,7 +278,7 @@ def cut_kernel(p_value, p_keep, p_cut, width, n_rows, BLOCK: tl.constexpr):
     that are among them, ties to the smaller index; -1 where there is none. A program a row."""
     i_row = tl.program_id(0).to(tl.int64)
     p_key, b_keep = p_value + i_row * width, tl.load(p_keep + i_row)
-    b_level = level_of(p_key, width, b_keep, BLOCK)
+    b_level = kth_largest(p_key, width, b_keep, BLOCK)
     b_room = b_keep - count_above(p_key, width, b_level, BLOCK)
     b_ties, b_last = tl.zeros([], dtype=tl.int32), tl.full([], -1, dtype=tl.int32)
     o = tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""`map_lookup` in Triton: one program a prompt, no sort of the latents, the reference's order of summation."""
+"""`map_lookup` in Triton: one program per prompt, with the reference's order of summation and without a sort."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dspa_kernels.ops.shared.triton_ranks import largest, selection_blocks
+from dspa_kernels.ops.shared.triton_ranks import selection_blocks, top_k
 
 BLOCK = 1024
 SIDES = {"augment": (True, False), "ablate": (False, True), "both": (True, True)}
@@ -17,7 +17,7 @@ SIDES = {"augment": (True, False), "ablate": (False, True), "both": (True, True)
 def lookup_prompt(
     p_counts,
     p_values,
-    p_prompt,
+    p_latents,
     p_key,
     p_slots,
     p_signs,
@@ -33,19 +33,20 @@ def lookup_prompt(
     BLOCK_DIFF: tl.constexpr,
     CHUNK_DIFF: tl.constexpr,
 ):
-    """s = sum of values[i] over the k_prompt largest counts (> 0), largest first; the k_diff extremes of s.
+    """score_c = sum of values[i, c] over the k_prompt largest counts i (> 0), largest first.
 
-    Scratch of the prompt: prompt [k_prompt], key [n_columns] int32. A positive fp32 number orders like its bits.
+    slots = the k_diff columns of largest score > 0 (augment, sign 1), then those of smallest score < 0 (ablate, sign
+    -1). Scratch per prompt: latents [k_prompt] and key [n_columns], int32. Positive floats order like their bits.
     """
-    b_present = largest(p_counts, p_prompt, d_sae, k_prompt, BLOCK, BLOCK_PROMPT, CHUNK_PROMPT)
+    b_n_latents = top_k(p_counts, p_latents, d_sae, k_prompt, BLOCK, BLOCK_PROMPT, CHUNK_PROMPT)
     o_column = tl.arange(0, BLOCK)
     for i_side in tl.static_range(2):
         if AUGMENT if i_side == 0 else ABLATE:
             for i in range(0, n_columns, BLOCK):
                 m_column = o_column < n_columns - i
                 b_score = tl.zeros([BLOCK], dtype=tl.float32)
-                for i_place in range(b_present):
-                    i_latent = tl.load(p_prompt + i_place)
+                for i_rank in range(b_n_latents):
+                    i_latent = tl.load(p_latents + i_rank)
                     p_row = p_values + i_latent.to(tl.int64) * n_columns + i
                     b_score += tl.load(p_row + o_column, mask=m_column, other=0.0)
                 b_score = b_score if i_side == 0 else -b_score
@@ -53,7 +54,7 @@ def lookup_prompt(
                 tl.store(p_key + i + o_column, b_key, mask=m_column)
             tl.debug_barrier()
             i_first = k_diff if AUGMENT and i_side == 1 else 0
-            largest(p_key, p_slots + i_first, n_columns, k_diff, BLOCK, BLOCK_DIFF, CHUNK_DIFF)
+            top_k(p_key, p_slots + i_first, n_columns, k_diff, BLOCK, BLOCK_DIFF, CHUNK_DIFF)
             o_slot = tl.arange(0, BLOCK_DIFF)
             b_slot = tl.load(p_slots + i_first + o_slot, mask=o_slot < k_diff, other=-1)
             b_sign = tl.where(b_slot < 0, 0, 1 - 2 * i_side).to(tl.int8)
@@ -65,7 +66,7 @@ def lookup_prompt(
 def lookup_kernel(
     p_counts,
     p_values,
-    p_prompt,
+    p_latents,
     p_key,
     p_slots,
     p_signs,
@@ -82,12 +83,12 @@ def lookup_kernel(
     BLOCK_DIFF: tl.constexpr,
     CHUNK_DIFF: tl.constexpr,
 ):
-    """One program a prompt of `lookup_prompt`."""
+    """Call `lookup_prompt` with one program per prompt."""
     i_prompt = tl.program_id(0).to(tl.int64)
     lookup_prompt(
         p_counts + i_prompt * d_sae,
         p_values,
-        p_prompt + i_prompt * k_prompt,
+        p_latents + i_prompt * k_prompt,
         p_key + i_prompt * n_columns,
         p_slots + i_prompt * n_slots,
         p_signs + i_prompt * n_slots,
@@ -106,14 +107,14 @@ def lookup_kernel(
 
 
 def lookup_constants(k_prompt: int, k_diff: int, mode: str) -> dict[str, int | bool]:
-    """Constants of `lookup_prompt`."""
+    """Return the constants of `lookup_prompt`."""
     augment, ablate = SIDES[mode]
     blocks = selection_blocks("PROMPT", k_prompt) | selection_blocks("DIFF", k_diff)
     return {"AUGMENT": augment, "ABLATE": ablate, "BLOCK": BLOCK, **blocks}
 
 
 def map_lookup(counts: Tensor, values: Tensor, k_prompt: int, k_diff: int, mode: str) -> tuple[Tensor, Tensor]:
-    """Slots and signs [B, S] of a plan."""
+    """Return the slots and signs [B, S] of a plan."""
     n_prompts, d_sae = counts.shape
     n_columns, n_slots = values.shape[1], k_diff * sum(SIDES[mode])
     slots = counts.new_empty(n_prompts, n_slots, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""A GEMM of rows and an encoder that keeps or counts what is active: `sparse_encode` and `activation_counts`."""
+"""A GEMM of rows and an encoder that stores or counts active latents, for `sparse_encode` and `activation_counts`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from dspa_kernels.formulas import row_blocks
 from dspa_kernels.launch import launch_parameters, precision
 from dspa_kernels.ops.shared.triton_grid import n_programs
-from dspa_kernels.ops.shared.triton_tiles import GROUP, grouped_tile, product_tile, row_chunk, row_scale
+from dspa_kernels.ops.shared.triton_tiles import GROUP_SIZE, grouped_tile, product_tile, row_chunk, row_scale
 
-# Rows of keys start on addresses from which a thread reads and writes 16 bytes.
+# Rows of keys have a multiple of this many numbers, so that threads can read and write 16 bytes at a time.
 ALIGN = 16
-# What a program of a row reads of it at a time.
+# Number of keys that the program of a row reads at a time.
 BLOCK = 2048
 
 
 @triton.jit
 def normalise_kernel(p_h, p_out, d_in, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """out = n(h) in fp32, a program a row."""
+    """out = n(h) in fp32. One program per row."""
     i_row = tl.program_id(0).to(tl.int64)
     p_row = p_h + i_row * d_in
     b_mean, b_divisor, _ = row_scale(p_row, d_in, NORMALIZE, BLOCK)
@@ -65,19 +65,21 @@ def encode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
 ):
-    """f_nj = pre_nj where pre_nj > threshold_j and pre_nj > 0 (top-k: where pre_nj > 0), else 0, of rows that
-    have a sequence; or, instead of f, counts_sj = number of rows n with sequence_n = s and f_nj > 0."""
+    """f_nj = pre_nj if pre_nj > 0 and pre_nj > threshold_j, else 0; top-k: if pre_nj > 0.
+
+    With sequences, counts_sj += number of rows n with sequence_n = s and f_nj > 0, and f is not stored.
+    """
     n_row_tiles, n_latent_tiles = tl.cdiv(n_rows, BLOCK_N), tl.cdiv(d_sae, BLOCK_L)
     for i in range(tl.program_id(0), n_row_tiles * n_latent_tiles, n_programs):
-        i_row_tile, i_latent_tile = grouped_tile(i, n_row_tiles, n_latent_tiles, GROUP)
+        i_row_tile, i_latent_tile = grouped_tile(i, n_row_tiles, n_latent_tiles, GROUP_SIZE)
         i_row, i_latent = i_row_tile * BLOCK_N, i_latent_tile * BLOCK_L
         o_row, o_latent = i_row + tl.arange(0, BLOCK_N), i_latent + tl.arange(0, BLOCK_L)
         m_row, m_latent = o_row < n_rows, o_latent < d_sae
         if p_sequences is not None:
             b_sequence = tl.load(p_sequences + o_row, mask=m_row, other=-1)
-            # A sequence that does not exist has no counts to write to.
+            # Rows of a sequence that does not exist are not counted.
             b_sequence = tl.where(b_sequence < n_sequences, b_sequence, -1)
             m_row = b_sequence >= 0
         if tl.max(m_row.to(tl.int32), axis=0) > 0:
@@ -92,13 +94,13 @@ def encode_kernel(
             if p_counts is not None:
                 count_tile(p_counts, m_active, b_sequence, o_latent, d_sae)
             else:
-                p_place = p_f + o_row.to(tl.int64)[None, :] * width + o_latent[:, None]
-                m_place = m_row[None, :] & (o_latent < width)[:, None]
-                tl.store(p_place, tl.where(m_active, b_pre, 0.0), mask=m_place)
+                p_f_tile = p_f + o_row.to(tl.int64)[None, :] * width + o_latent[:, None]
+                m_store = m_row[None, :] & (o_latent < width)[:, None]
+                tl.store(p_f_tile, tl.where(m_active, b_pre, 0.0), mask=m_store)
 
 
 def normalised_rows(h: Tensor, normalize: str) -> Tensor:
-    """n(h) [N, d_in], contiguous: h itself where nothing is normalised, else in fp32."""
+    """Return n(h) [N, d_in], contiguous: in fp32, or h itself if nothing is normalised."""
     h = h.contiguous()
     if normalize == "none" or not len(h):
         return h
@@ -120,7 +122,7 @@ def launch_encode(
     counts: Tensor | None = None,
     f: Tensor | None = None,
 ) -> None:
-    """Add to counts [S, d_sae], or write f [N, d_sae], of (normalised) rows x [N, d_in]."""
+    """Add to counts [S, d_sae], or write f [N, width], for the (normalised) rows x [N, d_in]."""
     (n_rows, d_in), d_sae = x.shape, len(encoder_rows)
     launch = launch_parameters("encode", n_rows, d_in, d_sae, multiply, x.device)
     programs = n_programs(x.device, launch.programs)
@@ -140,7 +142,7 @@ def launch_encode(
         programs,
         TOP_K=k > 0,
         PRECISION=multiply,
-        GROUP=GROUP,
+        GROUP_SIZE=GROUP_SIZE,
         **launch.kernel_options(),
     )
 
@@ -148,8 +150,11 @@ def launch_encode(
 def row_keys(
     h: Tensor, encoder_rows: Tensor, b_enc: Tensor, threshold: Tensor, k: int, normalize: str
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows at a time, the keys [rows, width] of their latents, int32: positive where a latent is active (for
-    top-k: may be) and ordered like its value, whose bits they are. The next rows overwrite them."""
+    """Yield blocks of rows with the keys of their latents, int32 [rows, width]; each block overwrites the last.
+
+    Keys are the bits of the values, and order like them. They are positive where a latent is active or, for top-k,
+    where it could be.
+    """
     x, multiply = normalised_rows(h, normalize), precision(h, encoder_rows, normalize)
     width = triton.cdiv(len(encoder_rows), ALIGN) * ALIGN
     scratch = h.new_empty(0, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""One grid of programs: how many run at once, and how they wait for each other."""
+"""Persistent grids: their number of programs, and a barrier between these."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dspa_kernels.ops.shared.triton_tiles import INTERPRETED
 
 
 def n_programs(device: torch.device, per_multiprocessor: int) -> int:
-    """Programs of a persistent grid: as many as run at one time; three in the interpreter."""
+    """Return the number of programs that run at the same time, or 3 in the interpreter."""
     if INTERPRETED:
         return 3
     return per_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count
@@ -18,23 +18,23 @@ def n_programs(device: torch.device, per_multiprocessor: int) -> int:
 
 @triton.jit
 def grid_arrive(p_barrier, n_programs):
-    """Announce, after everything this program wrote, that it came this far; returns what to wait on.
+    """Arrive at the barrier, release everything that this program has written, and return the token to wait with.
 
-    The first program adds what turns the word's sign once all have come, and leaves its other bits as they
-    were: two arrivals leave the word as it was found, and nothing has to be reset.
+    word += 2^31 - (n_programs - 1) in the first program, 1 in the others. The sign of the word flips once all programs
+    have arrived, and its other bits are as before. Two rounds restore the word, so that nothing has to be reset.
     """
-    # Without it a warp's stores could still be on their way when another warp's atomic tells of them.
+    # Without this a warp's stores could still be in flight when another warp's atomic releases them.
     tl.debug_barrier()
-    b_step = tl.where(tl.program_id(0) == 0, -2147483648 - (n_programs - 1), 1)
-    return tl.atomic_add(p_barrier, b_step.to(tl.int32), sem="acq_rel", scope="gpu")
+    b_increment = tl.where(tl.program_id(0) == 0, -2147483648 - (n_programs - 1), 1)
+    return tl.atomic_add(p_barrier, b_increment.to(tl.int32), sem="acq_rel", scope="gpu")
 
 
 @triton.jit
-def grid_wait(p_barrier, b_ticket):
-    """Wait until all programs have arrived. The launch has to be cooperative."""
-    # Plain loads look for the sign to turn; one atomic then makes what the others wrote visible. It compares with
-    # and stores the same value, since to add 0 is optimised away, and the acquire with it.
-    while (tl.load(p_barrier, volatile=True) ^ b_ticket) >= 0:
+def grid_wait(p_barrier, b_token):
+    """Wait until all programs have arrived and acquire what they wrote. The launch has to be cooperative."""
+    # Volatile loads poll the sign, and one atomic then acquires. It compares with and stores the same value, because
+    # the compiler removes an atomic that adds 0, together with its acquire.
+    while (tl.load(p_barrier, volatile=True) ^ b_token) >= 0:
         pass
-    tl.atomic_cas(p_barrier, b_ticket, b_ticket, sem="acquire", scope="gpu")
+    tl.atomic_cas(p_barrier, b_token, b_token, sem="acquire", scope="gpu")
     tl.debug_barrier()

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: normalised rows, one tile of products, the grid barrier."""
+"""Shared by the Triton kernels: normalised rows, tiles of products, the order of tiles."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import triton.language as tl
 
 from dspa_kernels.launch import NATIVE, SPLIT
 
-# Latent tiles for which all rows pass before the next come.
-GROUP = 16
+# Number of latent tiles that all row tiles pass through before the next ones.
+GROUP_SIZE = 16
 
-# Under TRITON_INTERPRET=1 kernels run on CPU tensors, program after program. Its bf16 products are wrong, so
-# operands are widened there; the GPU multiplies them as they are and sums in fp32 too.
+# Under TRITON_INTERPRET=1 kernels run on CPU tensors, one program after the other. The interpreter's bf16 products are
+# wrong, so operands are converted to fp32 there. The GPU multiplies them in bf16 and accumulates in fp32.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 UPCAST = tl.constexpr(INTERPRETED)
 
@@ -20,7 +20,7 @@ _NATIVE, _SPLIT = tl.constexpr(NATIVE), tl.constexpr(SPLIT)
 
 @triton.jit
 def rounded(b_x, dtype: tl.constexpr):
-    """b_x fp32 in `dtype`, to the nearest, ties to even; the interpreter would cut bf16 off."""
+    """Return fp32 values rounded to `dtype`, to nearest, ties to even. The interpreter would truncate to bf16."""
     if UPCAST and dtype == tl.bfloat16:
         b_bits = b_x.to(tl.int32, bitcast=True)
         b_bits = b_bits + 32767 + ((b_bits >> 16) & 1)
@@ -30,7 +30,7 @@ def rounded(b_x, dtype: tl.constexpr):
 
 @triton.jit
 def row_chunk(p_row, i_k, o_k, d_in, b_mean, b_divisor, NORMALIZE: tl.constexpr):
-    """n(h) at i_k + o_k of one row in fp32, 0 beyond its end: (h - mean) / divisor."""
+    """n(h) = (h - mean) / divisor at columns i_k + o_k of one row, in fp32, with 0 after its end."""
     m_k = o_k < d_in - i_k
     b_x = tl.load(p_row + i_k + o_k, mask=m_k, other=0.0).to(tl.float32)
     if NORMALIZE != "none":
@@ -40,9 +40,10 @@ def row_chunk(p_row, i_k, o_k, d_in, b_mean, b_divisor, NORMALIZE: tl.constexpr)
 
 @triton.jit
 def row_scale(p_row, d_in, NORMALIZE: tl.constexpr, BLOCK_K: tl.constexpr):
-    """mean, divisor and scale of one row: `n(h) = (h - mean) / divisor`, and an edit is multiplied by scale.
+    """Return mean, divisor and scale of one row: n(h) = (h - mean) / divisor, and an edit is multiplied by scale.
 
-    layer_norm: divisor std + 1e-5, scale std; constant_norm_rescale: both ||h|| / sqrt(d_in); none: both 1.
+    layer_norm: divisor = std + 1e-5, scale = std. constant_norm_rescale: divisor = scale = ||h|| / sqrt(d_in).
+    none: divisor = scale = 1.
     """
     o_k = tl.arange(0, BLOCK_K)
     b_mean = tl.zeros([], dtype=tl.float32)
@@ -70,17 +71,17 @@ def row_scale(p_row, d_in, NORMALIZE: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def dot_tile(b_w, b_x, b_acc, PRECISION: tl.constexpr):
-    """acc[l, n] + sum_k w[l, k] x[k, n], in fp32."""
+    """acc[l, n] += sum_k w[l, k] x[k, n], in fp32."""
     if PRECISION == _NATIVE:
         if UPCAST:
             b_w, b_x = b_w.to(tl.float32), b_x.to(tl.float32)
         b_acc = tl.dot(b_w.to(b_x.dtype), b_x, b_acc, input_precision="ieee")
     elif PRECISION == _SPLIT:
         b_w = b_w.to(tl.bfloat16)
-        b_rest = b_x.to(tl.float32)
+        b_remainder = b_x.to(tl.float32)
         for _ in tl.static_range(3):
-            b_part = b_rest.to(tl.bfloat16)
-            b_rest -= b_part.to(tl.float32)
+            b_part = b_remainder.to(tl.bfloat16)
+            b_remainder -= b_part.to(tl.float32)
             if UPCAST:
                 b_acc = tl.dot(b_w.to(tl.float32), b_part.to(tl.float32), b_acc, input_precision="ieee")
             else:
@@ -106,38 +107,38 @@ def product_tile(
 ):
     """acc[l, n] = sum_k W[i_latent + l, k] x[i_row + n, k], [BLOCK_L, BLOCK_N] fp32.
 
-    The weights are the first operand: sixteen rows fill a tensor-core tile whose other side is latents.
-    Whatever the blocks, an element is summed in the order of k, so its bits depend on its row and latent alone.
-    Latents outside of `m_latent` are not read.
+    The weights are the first operand, so that 16 rows fill the narrow side of a tensor-core tile. For any block sizes
+    an element is summed in the order of k, so its bits depend only on its row and latent. Latents outside of
+    `m_latent` are not read.
     """
     o_k = tl.arange(0, BLOCK_K)
-    # Offsets within a tile fit 32 bits, which halves the registers that addresses take.
-    p_w = p_W + tl.cast(i_latent, tl.int64) * d_in + (tl.arange(0, BLOCK_L)[:, None] * d_in + o_k[None, :])
-    p_r = p_x + tl.cast(i_row, tl.int64) * d_in + (tl.arange(0, BLOCK_N)[None, :] * d_in + o_k[:, None])
+    # Offsets within a tile fit into 32 bits, which halves the registers for addresses.
+    p_w_tile = p_W + tl.cast(i_latent, tl.int64) * d_in + (tl.arange(0, BLOCK_L)[:, None] * d_in + o_k[None, :])
+    p_x_tile = p_x + tl.cast(i_row, tl.int64) * d_in + (tl.arange(0, BLOCK_N)[None, :] * d_in + o_k[:, None])
     b_acc = tl.zeros([BLOCK_L, BLOCK_N], dtype=tl.float32)
     for i_k in range(0, d_in, BLOCK_K):
         m_k = o_k < d_in - i_k
-        b_w = tl.load(p_w + i_k, mask=m_latent[:, None] & m_k[None, :], other=0.0)
-        b_x = tl.load(p_r + i_k, mask=m_row[None, :] & m_k[:, None], other=0.0)
+        b_w = tl.load(p_w_tile + i_k, mask=m_latent[:, None] & m_k[None, :], other=0.0)
+        b_x = tl.load(p_x_tile + i_k, mask=m_row[None, :] & m_k[:, None], other=0.0)
         b_acc = dot_tile(b_w, b_x, b_acc, PRECISION)
     return b_acc
 
 
 @triton.jit
 def tree_sum(b, LOG_N: tl.constexpr):
-    """Sum over the first axis of b [2^LOG_N, M], halves with halves: the same bits whatever M and the layout are."""
+    """Sum b [2^LOG_N, M] over its first axis, halves with halves: the same bits for any M and any layout."""
     for _ in tl.static_range(LOG_N):
         b = tl.sum(tl.reshape(b, [2, b.shape[0] // 2, b.shape[1]]), axis=0)
     return tl.reshape(b, [b.shape[1]])
 
 
 @triton.jit
-def grouped_tile(i, n_row_tiles, n_latent_tiles, GROUP: tl.constexpr):
-    """Row tile and latent tile that come i-th: all rows for GROUP latent tiles, then for the next.
+def grouped_tile(i, n_row_tiles, n_latent_tiles, GROUP_SIZE: tl.constexpr):
+    """Return the i-th row tile and latent tile: all row tiles for GROUP_SIZE latent tiles, then for the next.
 
-    The weights of a group stay in cache while the rows pass.
+    The weights of a group stay in the cache while the rows pass.
     """
-    i_first = i // (GROUP * n_row_tiles) * GROUP
-    i_within = i % (GROUP * n_row_tiles)
-    n_latents = tl.minimum(n_latent_tiles - i_first, GROUP)
+    i_first = i // (GROUP_SIZE * n_row_tiles) * GROUP_SIZE
+    i_within = i % (GROUP_SIZE * n_row_tiles)
+    n_latents = tl.minimum(n_latent_tiles - i_first, GROUP_SIZE)
     return i_within // n_latents, i_first + i_within % n_latents

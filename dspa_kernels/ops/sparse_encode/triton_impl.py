@@ -1,6 +1,6 @@
-"""`sparse_encode` in Triton: a GEMM that keeps what may be active, some rows at a time, then a program a row.
+"""`sparse_encode` in Triton: a GEMM for a block of rows, then one program per row that compacts its active latents.
 
-GEMM and ranks are also those of `activation_counts`.
+`activation_counts` uses the same GEMM and the same top-k selection.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dspa_kernels.ops.shared.triton_encode import BLOCK, row_keys
-from dspa_kernels.ops.shared.triton_ranks import active_block, rank_cut
+from dspa_kernels.ops.shared.triton_ranks import active_keys, top_k_pivot
 
 
 @triton.jit(do_not_specialize=["k", "capacity"])
@@ -28,44 +28,44 @@ def compact_kernel(
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """indices, values = the active latents of a row in order of their index, then -1 and 0; counts = how many.
+    """Compact the active latents of a row: indices, values in order of index, padded with -1 and 0; counts.
 
-    All values are NaN where they do not fit or h is not finite. A program a row.
+    All values are NaN if there are more than `capacity` or if h is not finite. One program per row.
     """
     i_row = tl.program_id(0).to(tl.int64)
     p_row, p_index, p_value = p_key + i_row * width, p_indices + i_row * capacity, p_values + i_row * capacity
-    b_level, b_room = rank_cut(p_row, width, k, TOP_K, BLOCK)
-    b_taken, b_ties = tl.zeros([], dtype=tl.int32), tl.zeros([], dtype=tl.int32)
+    b_pivot, b_n_ties = top_k_pivot(p_row, width, k, TOP_K, BLOCK)
+    b_n_active, b_ties_seen = tl.zeros([], dtype=tl.int32), tl.zeros([], dtype=tl.int32)
     o = tl.arange(0, BLOCK)
     for i in range(0, width, BLOCK):
-        b_key, m_active, b_ties = active_block(p_row, i, width, b_level, b_room, b_ties, TOP_K, BLOCK)
-        b_place = tl.cumsum(m_active.to(tl.int32), axis=0) + b_taken - 1
-        m_fits = m_active & (b_place < capacity)
-        tl.store(p_index + b_place, i + o, mask=m_fits)
-        tl.store(p_value + b_place, b_key.to(tl.float32, bitcast=True), mask=m_fits)
-        b_taken += tl.sum(m_active.to(tl.int32), axis=0)
-    tl.store(p_counts + i_row, b_taken)
+        b_key, m_active, b_ties_seen = active_keys(p_row, i, width, b_pivot, b_n_ties, b_ties_seen, TOP_K, BLOCK)
+        b_position = tl.cumsum(m_active.to(tl.int32), axis=0) + b_n_active - 1
+        m_fits = m_active & (b_position < capacity)
+        tl.store(p_index + b_position, i + o, mask=m_fits)
+        tl.store(p_value + b_position, b_key.to(tl.float32, bitcast=True), mask=m_fits)
+        b_n_active += tl.sum(m_active.to(tl.int32), axis=0)
+    tl.store(p_counts + i_row, b_n_active)
 
     b_infinite = tl.zeros([BLOCK], dtype=tl.int32)
     for i in range(0, d_in, BLOCK):
         b_h = tl.load(p_h + i_row * d_in + i + o, mask=o < d_in - i, other=0.0).to(tl.float32)
-        # A NaN compares false.
+        # Comparisons with NaN are false.
         b_infinite |= tl.where(tl.abs(b_h) < float("inf"), 0, 1)
-    b_lost = (b_taken > capacity) | (tl.max(b_infinite, axis=0) > 0)
-    b_rest = tl.where(b_lost, float("nan"), 0.0)
-    b_kept = tl.where(b_lost, 0, b_taken)
-    # The values of a lost row were stored by other threads than those that now take them back.
+    b_is_invalid = (b_n_active > capacity) | (tl.max(b_infinite, axis=0) > 0)
+    b_fill = tl.where(b_is_invalid, float("nan"), 0.0)
+    b_n_kept = tl.where(b_is_invalid, 0, b_n_active)
+    # Other threads than those that now overwrite the values of an invalid row have stored them.
     tl.debug_barrier()
     for i in range(0, capacity, BLOCK):
-        m_place = o < capacity - i
-        tl.store(p_index + i + o, -1, mask=m_place & (i + o >= b_taken))
-        tl.store(p_value + i + o, b_rest, mask=m_place & (i + o >= b_kept))
+        m_entry = o < capacity - i
+        tl.store(p_index + i + o, -1, mask=m_entry & (i + o >= b_n_active))
+        tl.store(p_value + i + o, b_fill, mask=m_entry & (i + o >= b_n_kept))
 
 
 def sparse_encode(
     h: Tensor, encoder_rows: Tensor, b_enc: Tensor, threshold: Tensor, k: int, normalize: str, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """indices, values [N, capacity] and counts [N]."""
+    """Return indices and values [N, capacity] and counts [N]."""
     h = h.contiguous()
     indices = h.new_empty(len(h), capacity, dtype=torch.int32)
     values = h.new_empty(len(h), capacity, dtype=torch.float32)
