@@ -351,9 +351,9 @@ def test_the_last_of_a_rank_is_active_however_it_was_rounded(level: int, monkeyp
         pytest.skip("compares with the reference on the CPU")
     case = make_case("soft_threshold", "topk")
     wanted = fsrl_residual(**case.arguments(), backend="triton")
-    ranks = triton_impl._ranks
+    cutoffs = triton_impl._encoder_cutoffs
     offset = torch.tensor([[level], [0]], dtype=torch.int32)
-    monkeypatch.setattr(triton_impl, "_ranks", lambda *arguments: ranks(*arguments) + offset)
+    monkeypatch.setattr(triton_impl, "_encoder_cutoffs", lambda *arguments: cutoffs(*arguments) + offset)
     assert same_bits(fsrl_residual(**case.arguments(), backend="triton").h, wanted.h)
 
 

@@ -1,9 +1,8 @@
-"""`fsrl_residual` in Triton: a few rows (decoding) in one cooperative launch; many (training, prefill) in blocks.
+"""`fsrl_residual` in Triton: few rows (decoding) in one cooperative launch, many rows (training, prefill) in blocks.
 
-Of many rows, a kernel makes of two or three products what is left of them, for a block of latents at a time, and
-stores that in the dtype of the residual; the plain products with it are the library's. So the weights are read once,
-and the gradient of W_a is whole, block by block. For the backward a byte a latent is kept, so that it need not make
-the products of the forward again.
+With many rows, a kernel computes two or three products for a block of latents and stores only the result c in the dtype
+of the residual. PyTorch multiplies it with the weights. So weights are read once, and each block of the gradient of W_a
+is complete. For the backward, one byte per latent is kept, so that the forward's products are not computed again.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from dspa_kernels.launch import FULL, SPLIT, launch_parameters, precision
 from dspa_kernels.ops.fsrl_residual.triton_kernel import (
     ALL,
     BELOW,
-    MOVE,
     NEARBY,
     NOWHERE,
-    SUM,
+    PARTIALS,
+    REDUCE,
     change_kernel,
-    cut_kernel,
+    cutoff_kernel,
     gradient_kernel,
     step_kernel,
 )
@@ -34,16 +33,16 @@ from dspa_kernels.ops.shared.triton_encode import ALIGN, BLOCK, row_keys
 from dspa_kernels.ops.shared.triton_grid import n_programs
 from dspa_kernels.ops.shared.triton_tiles import GROUP_SIZE, INTERPRETED
 
-# Rows that one launch of a decoding step serves.
+# The most rows of a decoding step in one launch.
 MAX_STEP = 64
-# Columns that a program of a step writes at a time, and programs whose sums it adds at a time.
+# Columns that a program of a step writes at a time, and programs whose partials it adds at a time.
 BLOCK_D, BLOCK_P = 64, 32
-# Latents times rows that are held at once.
+# The most latents times rows that are stored at the same time.
 MAX_ELEMENTS = 1 << 26
 
 
 class Operands(NamedTuple):
-    """What the forward kernels read; keep: whether codes are made. rank, top: `cut_kernel`'s, [2, N] int32 or None."""
+    """Operands of the forward kernels. keep: store codes. Cutoffs: of `cutoff_kernel`, [2, N] int32, or None."""
 
     h: Tensor
     x: Tensor
@@ -58,8 +57,8 @@ class Operands(NamedTuple):
     activation: str
     bandwidth: float
     keep: bool
-    rank: Tensor | None = None
-    top: Tensor | None = None
+    encoder_cutoff: Tensor | None = None
+    adapter_cutoff: Tensor | None = None
 
     @property
     def d_sae(self) -> int:
@@ -67,28 +66,32 @@ class Operands(NamedTuple):
         return len(self.W_a)
 
     def blocks(self) -> Iterator[tuple[slice, Operands]]:
-        """Blocks of latents, so narrow that all rows of them stay small."""
+        """Yield blocks of latents with at most MAX_ELEMENTS numbers each."""
         for latents in _slices(len(self.h), self.d_sae):
             names = ("encoder_rows", "b_enc", "sae_threshold", "W_dec", "W_a", "b_a", "threshold", "mask")
             parts = {name: getattr(self, name)[latents] for name in names if getattr(self, name) is not None}
-            for name in ("rank", "top"):
+            for name in ("encoder_cutoff", "adapter_cutoff"):
                 if getattr(self, name) is not None:
-                    level, last = getattr(self, name)
-                    # The last latent at a level, counted from the first of the block.
-                    parts[name] = torch.stack([level, last - latents.start])
+                    pivot, last = getattr(self, name)
+                    # The last latent is counted from the first of the block.
+                    parts[name] = torch.stack([pivot, last - latents.start])
             yield latents, self._replace(**parts)
 
     @property
     def latents(self) -> int:
-        """Where the encoder's latents are needed, a value for `LATENTS`."""
+        """The value of `LATENTS`: where the encoder's latents are needed."""
         if self.activation == "soft_threshold":
             return BELOW
         return NEARBY if self.activation == "jumprelu" and self.keep else NOWHERE
 
     def launch(self, kernel: str, full: bool = False) -> dict[str, Any]:
-        """What all kernels are called with, launch parameters included; `full` where a product with W_dec is FULL.
+        """Return the arguments and launch parameters that all kernels share.
 
-        The parameters are those for the product that takes most of a tile, so that there is room for it.
+        The launch parameters are those of the product that needs most registers and shared memory.
+
+        Args:
+            kernel: name in the launch table.
+            full: the kernel also has a product with W_dec in FULL precision.
         """
         (n_rows, d_in), adapter = self.h.shape, precision(self.h, self.W_a, "none")
         encoder = precision(self.x, self.encoder_rows, "none")
@@ -100,12 +103,12 @@ class Operands(NamedTuple):
             "p_encoder_rows": self.encoder_rows,
             "p_b_enc": self.b_enc,
             "p_sae_threshold": self.sae_threshold,
-            "p_rank": self.rank,
+            "p_encoder_cutoff": self.encoder_cutoff,
             "p_W_a": self.W_a,
             "p_b_a": self.b_a,
             "p_threshold": self.threshold,
             "p_mask": self.mask,
-            "p_top": self.top,
+            "p_adapter_cutoff": self.adapter_cutoff,
             "d_in": d_in,
             "d_sae": self.d_sae,
             "n_rows": n_rows,
@@ -118,38 +121,40 @@ class Operands(NamedTuple):
         }
 
 
-def _ranks(operands: Operands, k: int) -> Tensor:
-    """[2, N] int32: what the k largest pre-activations of a row reach, as bits, and the last latent there."""
+def _encoder_cutoffs(operands: Operands, k: int) -> Tensor:
+    """Return the cutoffs [2, N] of the k largest pre-activations of each row: pivot (as bits) and last latent."""
     arguments = (operands.x, operands.encoder_rows, operands.b_enc, operands.sae_threshold, k, "none")
-    return torch.cat([_cut(keys, torch.full_like(keys[:, 0], k)) for _, keys in row_keys(*arguments)], dim=1)
+    return torch.cat([_cutoffs(keys, torch.full_like(keys[:, 0], k)) for _, keys in row_keys(*arguments)], dim=1)
 
 
-def _top(operands: Operands, fraction: float) -> Tensor:
-    """[2, N] int32: what the largest v of a row reach in size, as bits, and the last latent there."""
-    cuts = []
+def _adapter_cutoffs(operands: Operands, fraction: float) -> Tensor:
+    """Return the cutoffs [2, N] of the largest |v| of each row: pivot (as bits) and last latent."""
+    cutoffs = []
     for rows in row_blocks(len(operands.h), operands.d_sae):
-        some = operands._replace(h=operands.h[rows], x=operands.x[rows])
-        sizes, _, l0 = _changes(some, torch.float32, None, size=True)
-        cuts.append(_cut(sizes.view(torch.int32), n_kept(l0, fraction)))
-    return torch.cat(cuts, dim=1)
+        row_operands = operands._replace(h=operands.h[rows], x=operands.x[rows])
+        abs_v, _, l0 = _changes(row_operands, torch.float32, None, return_abs_v=True)
+        cutoffs.append(_cutoffs(abs_v.view(torch.int32), n_kept(l0, fraction)))
+    return torch.cat(cutoffs, dim=1)
 
 
-def _cut(keys: Tensor, keep: Tensor) -> Tensor:
+def _cutoffs(keys: Tensor, keep: Tensor) -> Tensor:
     n_rows, width = keys.shape
-    cut = keep.new_empty(2, n_rows)
-    cut_kernel[(n_rows,)](keys, keep.contiguous(), cut, width, n_rows, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=False)
-    return cut
+    cutoff = keep.new_empty(2, n_rows)
+    cutoff_kernel[(n_rows,)](
+        keys, keep.contiguous(), cutoff, width, n_rows, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=False
+    )
+    return cutoff
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b of one dtype, in fp32: as it is summed, and not rounded in between."""
+    """Return a b in fp32, without rounding to the operands' dtype."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 
 def _slices(n_rows: int, d_sae: int) -> Iterator[slice]:
-    """Slices of the latents, so narrow that all rows of them stay small; they begin on 16 bytes of a row of codes."""
+    """Yield slices of the latents with at most MAX_ELEMENTS numbers each, aligned to 16 bytes in a row of codes."""
     width = max(1, MAX_ELEMENTS // n_rows // ALIGN) * ALIGN
     return (slice(first, min(first + width, d_sae)) for first in range(0, d_sae, width))
 
@@ -172,7 +177,7 @@ def fsrl_residual(
     barriers: Tensor,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h' (with x, the change of h alone), l1, l0, and codes where they are kept."""
+    """Return h' (with x only the change of h), l1, l0, and codes, which are empty unless kept."""
     h = h.contiguous()
     operands = Operands(
         h=h,
@@ -189,11 +194,11 @@ def fsrl_residual(
         bandwidth=bandwidth,
         keep=keep,
     )
-    # Cuts need whole rows of latents, and come before what depends on them.
+    # Cutoffs need whole rows of latents, so they come first.
     if fraction < 1 and len(h):
-        operands = operands._replace(top=_top(operands, fraction))
+        operands = operands._replace(adapter_cutoff=_adapter_cutoffs(operands, fraction))
     if k and operands.latents != NOWHERE and len(h):
-        operands = operands._replace(rank=_ranks(operands, k))
+        operands = operands._replace(encoder_cutoff=_encoder_cutoffs(operands, k))
     codes = h.new_empty((len(h), len(W_a)) if keep else 0, dtype=torch.uint8)
     if len(h) <= MAX_STEP:
         return *_step(operands, barrier_of(barriers), codes, add=x is None), codes
@@ -201,20 +206,22 @@ def fsrl_residual(
     l1, l0 = h.new_zeros(len(h), dtype=torch.float32), h.new_zeros(len(h), dtype=torch.int32)
     dtype = torch.promote_types(h.dtype, W_dec.dtype)
     for latents, block in operands.blocks():
-        c, sizes, counts = _changes(block, dtype, codes[:, latents] if keep else None)
+        c, block_l1, block_l0 = _changes(block, dtype, codes[:, latents] if keep else None)
         delta += _product(c, block.W_dec.to(dtype))
-        l1 += sizes
-        l0 += counts
-    # A row of which nothing is moved stays as it came, a -0.0 as well.
+        l1 += block_l1
+        l0 += block_l0
+    # A row without changes keeps its bits, also of -0.0.
     out = delta if x is not None else (h + delta).to(h.dtype).where(l0[:, None] > 0, h)
     return out, l1, l0, codes
 
 
 def _changes(
-    operands: Operands, dtype: torch.dtype, codes: Tensor | None, size: bool = False
+    operands: Operands, dtype: torch.dtype, codes: Tensor | None, return_abs_v: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """c [N, d_sae] in `dtype`, or with `size` |v| [N, width] with columns of 0 at its end; l1 and l0 [N]. Fills codes
-    [N, d_sae]."""
+    """Return c [N, d_sae] in `dtype`, or |v| [N, width] padded with 0, and l1 and l0 [N].
+
+    Fills codes [N, d_sae].
+    """
     arguments, n_rows, d_sae = operands.launch("fsrl"), len(operands.h), operands.d_sae
     width, n_tiles = triton.cdiv(d_sae, ALIGN) * ALIGN, triton.cdiv(d_sae, arguments["BLOCK_L"])
     c = operands.h.new_empty(n_rows, width, dtype=dtype)
@@ -228,15 +235,15 @@ def _changes(
         p_codes=codes,
         d_codes=0 if codes is None else codes.stride(0),
         width=width,
-        SIZE=size,
-        LATENTS=NOWHERE if size else operands.latents,
+        ABS_V=return_abs_v,
+        LATENTS=NOWHERE if return_abs_v else operands.latents,
         GROUP_SIZE=GROUP_SIZE,
     )
-    return c if size else c[:, :d_sae], l1.sum(dim=0), l0.sum(dim=0, dtype=torch.int32)
+    return c if return_abs_v else c[:, :d_sae], l1.sum(dim=0), l0.sum(dim=0, dtype=torch.int32)
 
 
 def _step(operands: Operands, barrier: Tensor, codes: Tensor, add: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """h', or the change of h alone, of a few rows in one launch; l1, l0. Fills codes where they are kept."""
+    """Return h' or only the change of h, l1 and l0 of few rows, in one launch. Fills codes if they are kept."""
     h, n_rows = operands.h, len(operands.h)
     out = h.new_empty(h.shape, dtype=h.dtype if add else torch.float32)
     l1, l0 = h.new_empty(n_rows, dtype=torch.float32), h.new_empty(n_rows, dtype=torch.int32)
@@ -245,16 +252,16 @@ def _step(operands: Operands, barrier: Tensor, codes: Tensor, add: bool) -> tupl
     decoder = SPLIT if operands.W_dec.dtype == torch.bfloat16 else FULL
     arguments = operands.launch("fsrl_step", full=decoder == FULL)
     programs = arguments["n_programs"]
-    part = h.new_empty(programs, *h.shape, dtype=torch.float32)
-    part_l1 = h.new_empty(programs, n_rows, dtype=torch.float32)
-    part_l0 = h.new_empty(programs, n_rows, dtype=torch.int32)
-    for phase in (MOVE, SUM) if INTERPRETED else (ALL,):
+    partials = h.new_empty(programs, *h.shape, dtype=torch.float32)
+    partials_l1 = h.new_empty(programs, n_rows, dtype=torch.float32)
+    partials_l0 = h.new_empty(programs, n_rows, dtype=torch.int32)
+    for phase in (PARTIALS, REDUCE) if INTERPRETED else (ALL,):
         step_kernel[(programs,)](
             **arguments,
             p_W_dec=operands.W_dec,
-            p_part=part,
-            p_part_l1=part_l1,
-            p_part_l0=part_l0,
+            p_partials=partials,
+            p_partials_l1=partials_l1,
+            p_partials_l0=partials_l0,
             p_out=out,
             p_l1=l1,
             p_l0=l0,
@@ -288,16 +295,16 @@ def fsrl_residual_backward(
     needs_h: bool,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of h, x, W_a, b_a, threshold; empty where not needed."""
+    """Return the gradients of h, x, W_a, b_a and threshold; those that are not needed are empty."""
     grad, grad_l1 = grad.contiguous(), grad_l1.contiguous()
     dtype = torch.promote_types(h.dtype, W_a.dtype)
     b_h = h.to(dtype)
     d_W_a, d_b_a = W_a.new_zeros(W_a.shape), torch.zeros_like(b_a)
     d_threshold = b_a.new_zeros(0 if threshold is None else threshold.shape)
     d_h = torch.zeros_like(grad, dtype=torch.float32)
-    # Without x, a latent of the encoder is one of h.
+    # Without x, the encoder reads h.
     d_x = d_h if adds else torch.zeros_like(d_h)
-    # Only a soft threshold pushes down, and only then a latent's own gradient is left.
+    # f has a gradient only where v < 0, which only a soft threshold gives.
     pushes = activation == "soft_threshold" and (needs_h if adds else needs_x)
     latent_dtype = torch.promote_types(h.dtype, encoder_rows.dtype) if pushes else None
     for latents in _slices(len(h), len(W_a)) if len(h) else ():
@@ -337,7 +344,7 @@ def _gradients(
     dtype: torch.dtype,
     latent_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """du in `dtype`, df in `latent_dtype` if there is one [N, d_sae]; the gradients of b_a and threshold [d_sae]."""
+    """Return du and, if `latent_dtype` is given, df [N, d_sae], and the gradients of b_a and threshold [d_sae]."""
     (n_rows, d_in), d_sae, multiply = grad.shape, len(W_dec), precision(grad, W_dec, "none")
     launch = launch_parameters("fsrl_backward", n_rows, d_in, d_sae, multiply, grad.device)
     width, n_tiles = triton.cdiv(d_sae, ALIGN) * ALIGN, triton.cdiv(n_rows, launch.BLOCK_N)

@@ -14,14 +14,14 @@ from dspa_kernels.ops.steer.triton_impl import steer
 def lookup_and_steer(
     counts: Tensor, values: Tensor, k_prompt: int, k_diff: int, lookup_mode: str, **residual: Any
 ) -> tuple[Tensor, ...]:
-    """h', before, after, maximum, slots, signs."""
+    """Return h', before, after, maximum, slots and signs."""
     n_prompts, n_slots = len(counts), k_diff * sum(SIDES[lookup_mode])
     slots = counts.new_empty(n_prompts, n_slots, dtype=torch.int32)
     signs = counts.new_empty(n_prompts, n_slots, dtype=torch.int8)
     lookup = {
         "p_counts": counts.contiguous(),
         "p_values": values.contiguous(),
-        "p_prompt": counts.new_empty(n_prompts, k_prompt),
+        "p_latents": counts.new_empty(n_prompts, k_prompt),
         "p_key": counts.new_empty(n_prompts, values.shape[1]),
         "d_sae_in": counts.shape[1],
         "k_prompt": k_prompt,

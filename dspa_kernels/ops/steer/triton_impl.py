@@ -1,11 +1,11 @@
 """`steer` in Triton: one cooperative launch of select, stream and tail, with a grid barrier between them.
 
-- *lookup* (`lookup_and_steer` alone): a program a prompt chooses its slots.
+- *lookup* (only `lookup_and_steer`): one program per prompt chooses its slots.
 - *select*: the values of each row's selected latents, and of the large latents that bound its maximum.
-- *stream*: where some row still needs its maximum, the encoder, tile by tile, until every row is settled.
+- *stream*: the running maxima over the encoder, tile by tile, until every row is settled.
 - *tail*: `h + scale sum_j (f'_j - f_j) W_dec[j]`.
 
-What a phase leaves for the next lies in scratch that is written before it is read, so nothing is cleared.
+Phases hand results on in scratch that is written before it is read, so nothing is cleared.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from dspa_kernels.ops.shared.triton_tiles import INTERPRETED
 from dspa_kernels.ops.steer.contract import empty_results
 from dspa_kernels.ops.steer.triton_kernel import ALL, LOOKUP, SELECT, STREAM, TAIL, steer_kernel
 
-# Latents that one program of the select phase evaluates together, and how much of a row it reads at a time.
+# Latents that a program of the select phase evaluates together, and columns that it reads at a time.
 BLOCK_S, BLOCK_C = 8, 512
-# Slots that are looked at together, and columns that one program of the tail writes.
+# Slots that are processed together, and columns that a program of the tail writes.
 BLOCK_SLOTS, BLOCK_D = 16, 256
-NO_LOOKUP = dict.fromkeys(("p_counts", "p_values", "p_prompt", "p_key")) | dict.fromkeys(
+NO_LOOKUP = dict.fromkeys(("p_counts", "p_values", "p_latents", "p_key")) | dict.fromkeys(
     ("d_sae_in", "k_prompt", "k_diff"), 0
 )
 
@@ -60,7 +60,7 @@ def steer(
     record: bool,
     lookup: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h', before, after, maximum; with `lookup`, which first fills slots and signs, of `lookup_and_steer`."""
+    """Return h', before, after and maximum. With `lookup`, the launch first fills slots and signs."""
     (n_rows, d_in), d_sae = h.shape, len(encoder_rows)
     n_prompts, n_slots = slots.shape
     out, before, after, maximum = empty_results(h, encoder_rows, n_slots, record)
@@ -80,8 +80,8 @@ def steer(
         "p_threshold": threshold,
         "p_order": order if k else None,
         "p_screen_rows": screen_rows,
-        "p_screen": screen_latents,
-        "p_mean": screen_mean,
+        "p_screen_latents": screen_latents,
+        "p_screen_mean": screen_mean,
         "p_columns": columns,
         "p_columns_encoder_rows": columns_encoder_rows,
         "p_columns_b_enc": columns_b_enc,
@@ -100,10 +100,10 @@ def steer(
         "p_normalised": scratch(n_rows, d_in, dtype=torch.float32) if normalised else None,
         "p_scale": scratch(n_rows, dtype=torch.float32) if normalised else None,
         "p_norms": None if screen_rows is None else scratch(n_rows, 2, dtype=torch.float32),
-        "p_value": scratch(n_rows, n_slots + n_large, dtype=torch.float32),
+        "p_latent_values": scratch(n_rows, n_slots + n_large, dtype=torch.float32),
         "p_finite": scratch(n_rows),
         "p_running_max": scratch(triton.cdiv(n_rows, launch.BLOCK_N) * launch.BLOCK_N),
-        "p_beaten": scratch(n_rows, n_slots) if k else None,
+        "p_rank": scratch(n_rows, n_slots) if k else None,
         "p_barrier": barrier_of(barriers),
         "alpha": alpha,
         "k": k,
@@ -114,7 +114,7 @@ def steer(
         "n_columns": len(columns),
         "n_slots": n_slots,
         "n_large": n_large,
-        "MANY": n_rows > launch.BLOCK_N,
+        "MANY_ROWS": n_rows > launch.BLOCK_N,
         "RECORD": record,
         "NORMALIZE": normalize,
         "PRECISION": multiply,

@@ -1,4 +1,4 @@
-"""The select phase of `steer`: what is known of a row before the encoder is read."""
+"""The select phase of `steer`: everything about a row that does not need a pass over the encoder."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from dspa_kernels.ops.shared.triton_tiles import row_chunk, row_scale
 
 @triton.jit
 def plan_rows(p_rows, p_positions, p_start, o_row, m_row):
-    """Plan row of each residual row, -1 where it is not steered."""
+    """Return the plan row that steers each residual row, or -1."""
     b_plan = o_row
     if p_rows is not None:
         b_plan = tl.load(p_rows + o_row, mask=m_row, other=-1)
@@ -24,10 +24,10 @@ def prepare_row(
     p_normalised,
     p_scale,
     p_norms,
-    p_mean,
+    p_screen_mean,
     p_finite,
     p_running_max,
-    p_beaten,
+    p_rank,
     i_row,
     d_in,
     n_slots,
@@ -35,35 +35,38 @@ def prepare_row(
     BLOCK_C: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
 ):
-    """finite = all of h is; n(h), its scale, ||n(h) - mean|| and ||n(h)|| where needed; running_max and beaten 0."""
+    """finite = isfinite(h) everywhere, running_max = 0 and rank = 0.
+
+    Where needed also normalised = n(h), its scale, and norms = ||n(h) - mean||, ||n(h)||.
+    """
     b_mean, b_divisor, b_scale = row_scale(p_row, d_in, NORMALIZE, BLOCK_C)
     o_k = tl.arange(0, BLOCK_C)
     b_infinite = tl.zeros([BLOCK_C], dtype=tl.int32)
-    b_near, b_size = tl.zeros([BLOCK_C], dtype=tl.float32), tl.zeros([BLOCK_C], dtype=tl.float32)
+    b_centered_square, b_square = tl.zeros([BLOCK_C], dtype=tl.float32), tl.zeros([BLOCK_C], dtype=tl.float32)
     for i_k in range(0, d_in, BLOCK_C):
         m_k = o_k < d_in - i_k
         b_h = row_chunk(p_row, i_k, o_k, d_in, b_mean, b_divisor, "none")
-        # A NaN compares false.
+        # Comparisons with NaN are false.
         b_infinite |= tl.where(tl.abs(b_h) < float("inf"), 0, 1)
         if NORMALIZE != "none":
             b_h = row_chunk(p_row, i_k, o_k, d_in, b_mean, b_divisor, NORMALIZE)
             tl.store(p_normalised + i_row * d_in + i_k + o_k, b_h, mask=m_k)
         if p_norms is not None:
-            b_off = tl.where(m_k, b_h - tl.load(p_mean + i_k + o_k, mask=m_k, other=0.0), 0.0)
-            b_near += b_off * b_off
-            b_size += b_h * b_h
+            b_centered = tl.where(m_k, b_h - tl.load(p_screen_mean + i_k + o_k, mask=m_k, other=0.0), 0.0)
+            b_centered_square += b_centered * b_centered
+            b_square += b_h * b_h
     if NORMALIZE != "none":
         tl.store(p_scale + i_row, b_scale)
     if p_norms is not None:
-        # Upwards: the relative error of the sums, and what squares lose that are too small to be numbers.
-        tl.store(p_norms + 2 * i_row, tl.sqrt_rn(tl.sum(b_near, axis=0)) * 1.001 + 1e-17)
-        tl.store(p_norms + 2 * i_row + 1, tl.sqrt_rn(tl.sum(b_size, axis=0)) * 1.001 + 1e-17)
+        # Rounded up, for the relative error of the sums and for squares that underflow.
+        tl.store(p_norms + 2 * i_row, tl.sqrt_rn(tl.sum(b_centered_square, axis=0)) * 1.001 + 1e-17)
+        tl.store(p_norms + 2 * i_row + 1, tl.sqrt_rn(tl.sum(b_square, axis=0)) * 1.001 + 1e-17)
     tl.store(p_finite + i_row, 1 - tl.max(b_infinite, axis=0))
     tl.store(p_running_max + i_row, 0)
-    if p_beaten is not None:
+    if p_rank is not None:
         for i in range(0, n_slots, BLOCK_SLOTS):
             o_slot = i + tl.arange(0, BLOCK_SLOTS)
-            tl.store(p_beaten + i_row * n_slots + o_slot, tl.zeros([BLOCK_SLOTS], tl.int32), mask=o_slot < n_slots)
+            tl.store(p_rank + i_row * n_slots + o_slot, tl.zeros([BLOCK_SLOTS], tl.int32), mask=o_slot < n_slots)
 
 
 @triton.jit
@@ -80,7 +83,7 @@ def latent_values(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """f_j = pre_j where latent j of the row is active, else 0, [BLOCK_S]; for top-k where pre_j > 0."""
+    """f_j = pre_j if pre_j > 0 and pre_j > threshold_j, else 0, [BLOCK_S]; top-k: if pre_j > 0."""
     b_mean, b_divisor, _ = row_scale(p_row, d_in, NORMALIZE, BLOCK_C)
     o_k = tl.arange(0, BLOCK_C)
     p_w = p_encoder_rows + o_latent.to(tl.int64)[:, None] * d_in + o_k[None, :]
@@ -98,27 +101,38 @@ def latent_values(
 
 @triton.jit
 def summarise(
-    p_signs, p_finite, p_value, o_row, b_plan, n_slots, n_large, BLOCK_N: tl.constexpr, BLOCK_SLOTS: tl.constexpr
+    p_signs,
+    p_finite,
+    p_latent_values,
+    o_row,
+    b_plan,
+    n_slots,
+    n_large,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
 ):
-    """Of BLOCK_N rows: whether finite; need, the value that alpha M has to reach to send all their active
-    latents to 0 (inf where one augments, 0 where none is active); the least active value; a lower bound on M."""
+    """Return m_finite, required_shift, min_active and lower_bound of BLOCK_N rows.
+
+    required_shift: the smallest alpha M that sets all active selected latents to 0; infinite if one of them is
+    augmented, 0 if none is active. min_active: the smallest active selected value. lower_bound: a lower bound on M.
+    """
     o_slot = tl.arange(0, BLOCK_SLOTS)
     m_steered = b_plan >= 0
     m_finite = m_steered & (tl.load(p_finite + o_row, mask=m_steered, other=0) == 1)
-    p_f = p_value + o_row.to(tl.int64)[:, None] * (n_slots + n_large)
+    p_f = p_latent_values + o_row.to(tl.int64)[:, None] * (n_slots + n_large)
     p_sign = p_signs + b_plan.to(tl.int64)[:, None] * n_slots
-    b_need, b_bound = tl.zeros([BLOCK_N], dtype=tl.float32), tl.zeros([BLOCK_N], dtype=tl.float32)
-    b_least = b_need + float("inf")
+    b_required_shift, b_lower_bound = tl.zeros([BLOCK_N], dtype=tl.float32), tl.zeros([BLOCK_N], dtype=tl.float32)
+    b_min_active = b_required_shift + float("inf")
     for i in range(0, n_slots, BLOCK_SLOTS):
         m_slot = m_finite[:, None] & (o_slot < n_slots - i)[None, :]
         b_f = tl.load(p_f + i + o_slot[None, :], mask=m_slot, other=0.0)
         b_sign = tl.load(p_sign + i + o_slot[None, :], mask=m_slot, other=0)
-        b_reach = tl.where(b_f > 0, tl.where(b_sign > 0, float("inf"), b_f), 0.0)
-        b_need = tl.maximum(b_need, tl.max(b_reach, axis=1))
-        b_least = tl.minimum(b_least, tl.min(tl.where(b_f > 0, b_f, float("inf")), axis=1))
-        b_bound = tl.maximum(b_bound, tl.max(b_f, axis=1))
+        b_shift_to_0 = tl.where(b_f > 0, tl.where(b_sign > 0, float("inf"), b_f), 0.0)
+        b_required_shift = tl.maximum(b_required_shift, tl.max(b_shift_to_0, axis=1))
+        b_min_active = tl.minimum(b_min_active, tl.min(tl.where(b_f > 0, b_f, float("inf")), axis=1))
+        b_lower_bound = tl.maximum(b_lower_bound, tl.max(b_f, axis=1))
     for i in range(0, n_large, BLOCK_SLOTS):
         m_large = m_finite[:, None] & (o_slot < n_large - i)[None, :]
         b_f = tl.load(p_f + n_slots + i + o_slot[None, :], mask=m_large, other=0.0)
-        b_bound = tl.maximum(b_bound, tl.max(b_f, axis=1))
-    return m_finite, b_need, b_least, b_bound
+        b_lower_bound = tl.maximum(b_lower_bound, tl.max(b_f, axis=1))
+    return m_finite, b_required_shift, b_min_active, b_lower_bound
