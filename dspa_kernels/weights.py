@@ -68,13 +68,23 @@ class SAEWeights:
             raise refuse("k", self.k, f"0 (no top-k) to d_sae = {self.d_sae}")
         if self.normalize not in NORMALIZATIONS:
             raise refuse("normalize", repr(self.normalize), ", ".join(NORMALIZATIONS))
-        object.__setattr__(self, "_stream", EncoderStream.of(self))
 
     @property
     def stream(self) -> EncoderStream:
-        """The encoder as `steer` reads it: in its own order, unscreened."""
-        stream: EncoderStream = self._stream  # type: ignore[attr-defined]
-        return stream
+        """The encoder as `steer` reads it by default: in its own order, unscreened.
+
+        It is made on first use and kept. In a graph that is being traced or captured it belongs to the graph, and
+        is not kept: use it before, and the graph need not make it.
+        """
+        kept: EncoderStream | None = self.__dict__.get("_stream")
+        if kept is not None:
+            return kept
+        if torch.compiler.is_compiling() or (self.encoder_rows.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return EncoderStream.of(self)
+        with torch.inference_mode(False):
+            # One call, so that all threads get the same one.
+            made: EncoderStream = self.__dict__.setdefault("_stream", EncoderStream.of(self))
+        return made
 
     @property
     def d_in(self) -> int:
@@ -189,10 +199,13 @@ class EncoderStream:
         if hot is not None and len(hot):
             order = _led_by(hot.to(encoder_rows.device), sae.d_sae)
             encoder_rows, b_enc, threshold = (each[order.long()] for each in (encoder_rows, b_enc, threshold))
-        mean = torch.zeros(sae.d_in) if mean is None else mean
-        check_shape("mean", mean, (sae.d_in,))
-        mean = mean.to(sae.encoder_rows.device, torch.float32)
-        Q, latents = quantise_rows(encoder_rows, b_enc, mean) if screen == "int8" else (None, None)
+        if mean is not None:
+            check_shape("mean", mean, (sae.d_in,))
+        rows = latents = centre = None
+        if screen == "int8":
+            centre = torch.zeros(sae.d_in) if mean is None else mean
+            centre = centre.to(sae.encoder_rows.device, torch.float32)
+            rows, latents = quantise_rows(encoder_rows, b_enc, centre)
         barriers = torch.zeros(N_BARRIERS, BARRIER_INTS, dtype=torch.int32, device=sae.encoder_rows.device)
         return cls(
             encoder_rows=encoder_rows,
@@ -202,9 +215,9 @@ class EncoderStream:
             normalize=sae.normalize,
             order=order,
             n_large=n_large,
-            screen_rows=Q,
+            screen_rows=rows,
             screen_latents=latents,
-            screen_mean=mean if screen == "int8" else None,
+            screen_mean=centre,
             barriers=barriers,
         )
 
