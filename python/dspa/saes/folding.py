@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dspa.errors import SAEError, refusal
+from dspa.saes.formats import SourceSAE
 from dspa_kernels import SAEWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -61,12 +62,13 @@ def fold(
     return replace(weights, encoder_rows=encoder_rows, b_enc=b_enc.to(weights.b_enc.dtype), W_dec=W_dec)
 
 
-def ungated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def ungated(source: SourceSAE) -> SourceSAE:
     """Return the tensors of the jumprelu SAE that equals a gated one.
 
     With `z = h W_enc`, the gate `z + b_gate > 0` is `e^r_mag z + b_mag > b_mag - e^r_mag b_gate`, whose left side is
     the magnitude.
     """
+    tensors = source.tensors
     W_enc, b_mag, b_gate, r_mag = (tensors[name] for name in ("W_enc", "b_mag", "b_gate", "r_mag"))
     if W_enc.dim() != 2 or not b_mag.shape == b_gate.shape == r_mag.shape == W_enc.shape[1:]:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
@@ -74,13 +76,15 @@ def ungated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             SAEError, "the gated SAE", f"of shapes {shapes}", "b_mag, b_gate, r_mag [d_sae], W_enc [d_in, d_sae]"
         )
     scale = r_mag.double().exp()
-    return {
+    folded = {
+        # Contiguous rows of its own, so that they need not be copied again.
         "W_enc": _scaled(W_enc.T, scale).T,
         "b_enc": b_mag,
-        "W_dec": tensors["W_dec"],
+        "W_dec": tensors["W_dec"] if source.owned else tensors["W_dec"].clone(),
         "b_dec": tensors["b_dec"],
         "threshold": b_mag - scale * b_gate,
     }
+    return replace(source, arch="jumprelu", tensors=folded, owned=True)
 
 
 def _scaled(rows: Tensor, factors: Tensor) -> Tensor:

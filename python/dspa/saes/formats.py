@@ -61,6 +61,7 @@ class SourceSAE:
         arch: "standard", "jumprelu", "topk" or "gated".
         tensors: SAELens' names and shapes. A gated SAE has `b_gate`, `b_mag` and `r_mag` instead of `b_enc`.
         record: what `FrozenSAE.save` wrote about it.
+        owned: True if nothing else reads or writes the memory of `tensors`, unlike that of a mapped file.
     """
 
     name: str
@@ -73,6 +74,7 @@ class SourceSAE:
     normalize_activations: str = "none"
     rescale_acts_by_decoder_norm: bool = False
     record: dict[str, Any] | None = None
+    owned: bool = False
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,7 @@ def _read_gemma_scope(file: Path) -> SourceSAE:
 
     tensors = _read(file, arrays)
     _check_names(str(file), tensors, SAE_LENS_TENSORS["jumprelu"])
-    return SourceSAE(str(file), "jumprelu", tensors)
+    return SourceSAE(str(file), "jumprelu", tensors, owned=True)
 
 
 def _read_dictionary(file: Path, dict_class: str | None) -> SourceSAE:
@@ -279,6 +281,7 @@ def _read_dictionary(file: Path, dict_class: str | None) -> SourceSAE:
         layer=_dictionary_layer(config, trainer),
         model_name=trainer.get("lm_name"),
         apply_b_dec_to_input=kind.apply_b_dec_to_input,
+        owned=True,
     )
 
 

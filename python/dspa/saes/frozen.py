@@ -84,29 +84,49 @@ class FrozenSAE:
         normalize_activations: str = "none",
         rescale_acts_by_decoder_norm: bool = False,
     ) -> None:
-        check_arguments(arch, W_enc, threshold, k, layer)
+        tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "threshold": threshold}
+        self._take(
+            SourceSAE(
+                name="FrozenSAE",
+                arch=arch,
+                tensors={name: tensor for name, tensor in tensors.items() if tensor is not None},
+                k=k,
+                layer=layer,
+                model_name=model_name,
+                apply_b_dec_to_input=apply_b_dec_to_input,
+                normalize_activations=normalize_activations,
+                rescale_acts_by_decoder_norm=rescale_acts_by_decoder_norm,
+            )
+        )
+
+    def _take(self, source: SourceSAE) -> None:
+        """Check the tensors of `source`, copy those that are not its own, and fold them."""
+        tensors = {name: tensor.detach() for name, tensor in source.tensors.items()}
+        W_enc, b_enc, threshold = tensors["W_enc"], tensors["b_enc"], tensors.get("threshold")
+        check_arguments(source.arch, W_enc, threshold, source.k, source.layer)
         full = full_dtype(W_enc.dtype)
         threshold = torch.zeros_like(b_enc) if threshold is None else threshold
         weights = SAEWeights(
-            encoder_rows=W_enc.detach().T.clone(memory_format=torch.contiguous_format),
-            b_enc=b_enc.detach().to(full, copy=True),
-            threshold=threshold.detach().to(full, copy=True),
-            W_dec=W_dec.detach().clone(memory_format=torch.contiguous_format),
-            k=k or 0,
-            normalize=at_inference(normalize_activations),
+            encoder_rows=_rows(W_enc.T, source.owned),
+            b_enc=b_enc.to(full, copy=True),
+            threshold=threshold.to(full, copy=True),
+            W_dec=_rows(tensors["W_dec"], source.owned),
+            k=source.k or 0,
+            normalize=at_inference(source.normalize_activations),
         )
-        b_dec = W_enc.new_zeros(weights.d_in) if b_dec is None else b_dec.detach().clone()
+        b_dec = tensors.get("b_dec")
+        b_dec = W_enc.new_zeros(weights.d_in) if b_dec is None else b_dec.clone()
         check_values(weights, b_dec)
         folds = {
-            "apply_b_dec_to_input": apply_b_dec_to_input,
-            "rescale_acts_by_decoder_norm": rescale_acts_by_decoder_norm,
+            "apply_b_dec_to_input": source.apply_b_dec_to_input,
+            "rescale_acts_by_decoder_norm": source.rescale_acts_by_decoder_norm,
         }
-        self.arch, self.layer, self.model_name = arch, layer, model_name
+        self.arch, self.layer, self.model_name = source.arch, source.layer, source.model_name
         self.folded = tuple(name for name, folded in folds.items() if folded)
         self.weights = fold(weights, b_dec, **folds)
         self.b_dec = b_dec.to(weights.encoder_rows.dtype)
         self._fingerprint = ""
-        self._source: Content | None = content(arch, weights, b_dec, *folds.values())
+        self._source: Content | None = content(source.arch, weights, b_dec, *folds.values())
 
     @classmethod
     def load(
@@ -198,15 +218,13 @@ class FrozenSAE:
             raise refusal(SAEError, "`layer`", layer, f"{source.layer}, as {source.name} says", "Leave `layer` out.")
         gated = source.arch == "gated"
         try:
-            sae = cls(
-                "jumprelu" if gated else source.arch,
-                **(ungated(source.tensors) if gated else source.tensors),
-                k=source.k,
-                layer=source.layer if layer is None else layer,
-                model_name=model_name or source.model_name,
-                apply_b_dec_to_input=source.apply_b_dec_to_input,
-                normalize_activations=source.normalize_activations,
-                rescale_acts_by_decoder_norm=source.rescale_acts_by_decoder_norm,
+            sae = cls.__new__(cls)
+            sae._take(
+                replace(
+                    ungated(source) if gated else source,
+                    layer=source.layer if layer is None else layer,
+                    model_name=model_name or source.model_name,
+                )
             )
             if source.record is not None:
                 sae._restore_record(source.record)
@@ -389,6 +407,11 @@ class FrozenSAE:
             f"FrozenSAE({self.arch}{k}{normalize}, d_in={self.d_in}, d_sae={self.d_sae}, layer={self.layer}, "
             f"model={self.model_name}, {str(self.dtype).removeprefix('torch.')} on {self.device}{folded})"
         )
+
+
+def _rows(matrix: Tensor, owned: bool) -> Tensor:
+    """Return a matrix with contiguous rows; a copy, unless it has them already and is `owned`."""
+    return matrix.contiguous() if owned else matrix.clone(memory_format=torch.contiguous_format)
 
 
 def _check_width(name: str, x: Tensor, width: int) -> None:
