@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: cuda, triton or reference, and why the others cannot."""
+"""Choice of the implementation that runs an op: cuda, triton or reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dspa_kernels.checks import refuse
 from dspa_kernels.cuda_library import EMULATED, OLDEST_CAPABILITY
 from dspa_kernels.launch import capability_of
 
-# In order of preference; each is a module of the op's folder.
+# In order of preference, with the module in the op's folder.
 MODULES = {"cuda": "cuda_impl", "triton": "triton_impl", "reference": "reference"}
 OPS = (
     "activation_counts",
@@ -34,12 +34,18 @@ DEFAULT = os.environ.get("DSPA_BACKEND", "auto")
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for by name and cannot run; the message says why."""
+    """A backend that was named and cannot run; the message says why."""
 
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """Whether a backend can run here; if not, why not; and which ops it has."""
+    """Availability of a backend on this machine.
+
+    Attributes:
+        available: True if it can run.
+        reason: why it cannot run, empty if it can.
+        ops: the ops that it has.
+    """
 
     available: bool
     reason: str
@@ -55,12 +61,12 @@ IMPLEMENTED = frozenset(
 
 
 def _obstacle(backend: str, device: torch.device, dtype: torch.dtype = torch.float32, by_name: bool = False) -> str:
-    """Why `backend` cannot compute in `dtype` on `device`; empty if it can."""
+    """Return why `backend` cannot compute in `dtype` on `device`, empty if it can."""
     if backend == "reference":
         return ""
     if backend == "cuda" and cuda_library.OBSTACLE:
         return cuda_library.OBSTACLE
-    # Triton's interpreter and an emulated library run kernels on the CPU: to test them, never by themselves.
+    # Triton's interpreter and an emulated library run kernels on the CPU, for tests, and only if named.
     emulated = EMULATED if backend == "cuda" else os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not (by_name and emulated):
         return f"it runs on CUDA devices and the tensors are on {device}"
@@ -73,17 +79,26 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype = torch.flo
     return ""
 
 
-def is_unasked(requested: str) -> bool:
-    """Whether neither the call nor the environment names a backend."""
+def is_auto(requested: str) -> bool:
+    """Return True if neither the call nor the environment names a backend."""
     return (requested, DEFAULT) == ("auto", "auto")
 
 
 def choose(op: str, device: torch.device, requested: str = "auto", dtype: torch.dtype = torch.float32) -> str:
-    """The backend that runs `op` on `device`, computing in `dtype` (fp32 or fp64).
+    """Return the backend that runs an op.
 
-    `requested="auto"` (or the environment variable DSPA_BACKEND, read once) takes the first of triton and
-    reference that has the op and can run; an op may know when cuda is faster than triton. A backend asked for by
-    name runs or raises `BackendError`; that of the environment is only for the ops that it has.
+    "auto" takes the first of triton and reference that has the op and can run. An op may know when cuda is faster than
+    triton. The environment variable DSPA_BACKEND, read once, replaces "auto" for the ops that its backend has.
+
+    Args:
+        op: name of the op.
+        device: device of the tensors.
+        requested: "auto", or the name of a backend.
+        dtype: dtype to compute in, fp32 or fp64.
+
+    Raises:
+        InputError: an unknown name.
+        BackendError: the named backend cannot run.
     """
     argument = "backend" if requested != "auto" else "DSPA_BACKEND"
     requested = DEFAULT if requested == "auto" else requested
@@ -104,14 +119,14 @@ def choose(op: str, device: torch.device, requested: str = "auto", dtype: torch.
 
 
 def implementation(op: str, backend: str) -> Callable[..., Any]:
-    """The function that computes `op` on `backend`, a name that `choose` gave. A backward lives beside its op."""
+    """Return the function that computes `op` on `backend`. A backward is in the module of its op."""
     module = f"dspa_kernels.ops.{op.removesuffix(BACKWARD)}.{MODULES[backend]}"
     function: Callable[..., Any] = getattr(importlib.import_module(module), op)
     return function
 
 
-def _as_specified(device: torch.device) -> AbstractContextManager[object]:
-    """Without autocast, which would reach the products inside of an op and compute them in less."""
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context without autocast, which would compute the products inside of an op in a narrower dtype."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -126,13 +141,16 @@ def define_op(
 ) -> Any:
     """Register the custom op `dspa::<op>` and return it, a `CustomOpDef` to be called with keywords.
 
-    `schema` is "(arguments) -> results" without the last argument, `str backend`, which names the module
-    that computes. Implementations and `fake` (shapes and dtypes of the results) get the arguments by name.
-    `mutates` names the arguments that the schema marks as written to. `fastest` gets the arguments, too, and says
-    which backend "auto" is for them: at each launch, since a compiled graph serves many shapes.
+    Args:
+        op: name of the op, and of the function in each backend's module.
+        schema: "(arguments) -> results" without the last argument, `str backend`.
+        fake: function of the arguments, by name, that returns empty results of the right shapes and dtypes.
+        mutates: the arguments that the schema marks as written to.
+        fastest: function of the arguments, by name, that returns the backend of "auto". It runs at each launch,
+            because a compiled graph serves many shapes.
     """
     parameters, results = schema.split(" -> ")
-    names = [each.split()[-1] for each in parameters.strip("()").split(", ")]
+    names = [parameter.split()[-1] for parameter in parameters.strip("()").split(", ")]
 
     def run(*values: Any) -> Any:
         *inputs, backend = values
@@ -140,8 +158,8 @@ def define_op(
         if fastest and backend == "auto":
             backend = fastest(**arguments)
         device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
-        # Kernels are launched on the current device, which need not be that of the tensors.
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), _as_specified(device):
+        # Kernels are launched on the current device, which may not be that of the tensors.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), _without_autocast(device):
             return implementation(op, backend)(**arguments)
 
     def infer(*values: Any) -> Any:
@@ -154,7 +172,7 @@ def define_op(
 
 
 def _load_error() -> str:
-    """Why the CUDA library does not load; empty if it does."""
+    """Return why the CUDA library does not load, empty if it does."""
     try:
         cuda_library.library()
     except cuda_library.CudaError as error:
@@ -163,9 +181,9 @@ def _load_error() -> str:
 
 
 def available_backends() -> dict[str, BackendStatus]:
-    """Every backend by name: whether it can run on this machine, why not, and the ops that it has."""
+    """Return every backend by name: if it can run on this machine, why not, and its ops."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = {}
+    statuses = {}
     for backend in MODULES:
         ops = tuple(op for op in OPS if (op, backend) in IMPLEMENTED)
         reason = "" if ops else f"this version has no {backend} kernels"
@@ -173,5 +191,5 @@ def available_backends() -> dict[str, BackendStatus]:
             reason = cuda_library.OBSTACLE or _load_error()
         if not reason and _obstacle(backend, device):
             reason = "no CUDA device was found" if device.type == "cpu" else _obstacle(backend, device)
-        found[backend] = BackendStatus(available=not reason, reason=reason, ops=ops)
-    return found
+        statuses[backend] = BackendStatus(available=not reason, reason=reason, ops=ops)
+    return statuses

@@ -1,4 +1,4 @@
-"""The word on which the blocks of a cooperative launch wait for each other."""
+"""The barrier word on which the blocks of a cooperative launch wait for each other."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _lock = threading.Lock()
 
 
 def barrier_of(barriers: Tensor) -> Tensor:
-    """The word of this launch, one of `EncoderStream.barriers`.
+    """Return the barrier word of this launch, one of `EncoderStream.barriers`.
 
-    One a stream, since launches of two streams may run at the same time; one a captured launch, since a graph
-    may be replayed on any stream. Where all are taken, a new one.
+    Each stream has its own, because launches on two streams may run at the same time. Each captured launch has its own,
+    because a graph may be replayed on any stream. If all are taken, a new one is allocated.
     """
     half = N_BARRIERS // 2
     if barriers.device.type != "cuda":

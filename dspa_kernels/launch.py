@@ -1,11 +1,12 @@
-"""Launch parameters of the kernels, from a fixed table; nothing is tuned at run time.
+"""Launch parameters of the kernels, from a fixed table. Nothing is tuned at run time.
 
-`launch_table.json` holds one entry a line: kernel, how its tiles multiply (0 operands of one 16-bit dtype, 1
-fp32 rows with bf16 weights, 2 fp32), compute capability (null: any), the number of rows up to which it serves
-(null: any), the shape for which it was measured (null: any), and the parameters. The first entry that fits is
-taken. Those for any capability fit into 96 KB of shared memory a multiprocessor. `cuda_table.json` holds, in the
-same way, where the CUDA backend was measured to be faster than Triton: there, and nowhere else, it is chosen
-unasked. `bench/tuning/triton.py` and `bench/tuning/cuda.py` measure and write entries.
+`launch_table.json` holds one entry per line: kernel, precision (0 for operands of one 16-bit dtype, 1 for fp32 rows
+with bf16 weights, 2 for fp32), compute capability, largest number of rows, the shape for which it was measured, and the
+parameters. null stands for any. The first entry that fits is taken. Entries for any capability need at most 96 KB of
+shared memory per multiprocessor.
+
+`cuda_table.json` lists in the same way where the CUDA backend was measured to be faster than Triton. Only there is it
+chosen by default. `bench/tuning/triton.py` and `bench/tuning/cuda.py` measure and write entries.
 """
 
 from __future__ import annotations
@@ -19,33 +20,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# How a tile multiplies: operands of one 16-bit dtype as they are; fp32 rows with bf16 weights, each row split
-# into three bf16 parts, which lose nothing; everything else in fp32.
+# How a tile multiplies: NATIVE takes operands of one 16-bit dtype as they are. SPLIT takes fp32 rows with bf16 weights,
+# and splits rows into three bf16 parts, which is exact. FULL computes everything else in fp32.
 NATIVE, SPLIT, FULL = 0, 1, 2
-# The sums of `steer` that are not products follow the layout of a block, so that all of its entries have as many
-# warps: else the bits of a row would depend on which entry served it.
+# The sums of `steer` that are not products follow the layout of a block. With the same number of warps in all its
+# entries, the bits of a row do not depend on the entry.
 STEER_WARPS = 8
-# Of a multiprocessor, on every supported GPU.
+# Registers of a multiprocessor, on every supported GPU.
 REGISTERS = 65536
 TABLE = Path(__file__).parent / "launch_table.json"
 CUDA_TABLE = Path(__file__).parent / "cuda_table.json"
 
 
 def precision(h: Tensor, W: Tensor, normalize: str) -> int:
-    """How `h W^T` is multiplied, a value for `PRECISION`."""
+    """Return how `h W^T` is multiplied, a value for `PRECISION`."""
     if h.dtype == W.dtype and W.dtype != torch.float32 and normalize == "none":
         return NATIVE
     return SPLIT if W.dtype == torch.bfloat16 else FULL
 
 
 def steer_variant(k: int, screen_rows: Tensor | None) -> str:
-    """The name under which the tables know a launch of `steer`."""
+    """Return the name of a launch of `steer` in the tables."""
     return "steer" + ("_topk" if k else "") + ("" if screen_rows is None else "_int8")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: tile sizes in rows, latents and d_in, warps a program, pipeline stages, programs a multiprocessor."""
+    """Parameters of a launch.
+
+    Attributes:
+        BLOCK_N: rows of a tile.
+        BLOCK_L: latents of a tile.
+        BLOCK_K: step along d_in.
+        num_warps: warps per program.
+        num_stages: pipeline stages.
+        programs: programs per multiprocessor.
+    """
 
     BLOCK_N: int
     BLOCK_L: int
@@ -55,17 +65,17 @@ class Launch:
     programs: int
 
     def kernel_options(self) -> dict[str, Any]:
-        """What a kernel is launched with."""
+        """Return the keyword arguments of the kernel's launch."""
         options = {name: value for name, value in vars(self).items() if name != "programs"}
-        # All registers that the programs of a multiprocessor can share; so they do fit on it together.
+        # Per thread, as many as let all programs of a multiprocessor fit on it together.
         registers = min(255, REGISTERS // (32 * self.num_warps * self.programs) // 8 * 8)
-        # Fused where a product is meant, never where a comparison depends on the rounding.
+        # Only products are fused, never arithmetic on whose rounding a comparison depends.
         return options | {"maxnreg": registers, "enable_fp_fusion": False}
 
 
 @dataclass(frozen=True)
 class Served:
-    """The launches that a line of a table is for."""
+    """The launches to which a line of a table applies."""
 
     kernel: str
     precision: int
@@ -75,7 +85,7 @@ class Served:
     d_sae: int | None
 
     def fits(self, kernel: str, rows: int, d_in: int, d_sae: int, precision: int, capability: int) -> bool:
-        """Whether such a launch is among them."""
+        """Return True if the line applies to such a launch."""
         return (
             (self.kernel, self.precision) == (kernel, precision)
             and self.capability in (None, capability)
@@ -94,10 +104,11 @@ class Entry(Served):
 
 @dataclass(frozen=True)
 class CudaEntry(Served):
-    """A line of the CUDA table: launches that are faster than Triton's, and how.
+    """A line of the CUDA table: launches that are faster than those of Triton, and their options.
 
-    programmatic: they may begin before the launch ahead of them on the stream has ended. ahead: they read the first
-    of the encoder before it is known whether a row needs it.
+    Attributes:
+        programmatic: the launch may begin before the previous one on the stream has ended.
+        ahead: the kernel starts to read the encoder before it knows whether a row needs it.
     """
 
     programmatic: bool
@@ -106,14 +117,14 @@ class CudaEntry(Served):
 
 @functools.cache
 def table() -> tuple[Entry, ...]:
-    """All entries, in their order."""
+    """Return all entries of the launch table, in order."""
     lines = json.loads(TABLE.read_text())
     return tuple(Entry(**{**line, "launch": Launch(**line["launch"])}) for line in lines)
 
 
 @functools.cache
 def capability_of(device: torch.device) -> int:
-    """Compute capability, 90 for Hopper; 0 where there is no GPU."""
+    """Return the compute capability, 90 for Hopper, 0 without a GPU."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -122,14 +133,14 @@ def capability_of(device: torch.device) -> int:
 
 @functools.cache
 def launch_parameters(kernel: str, n_rows: int, d_in: int, d_sae: int, precision: int, device: torch.device) -> Launch:
-    """The parameters of a kernel's launch on `device`."""
+    """Return the parameters of a kernel's launch on `device`."""
     capability = capability_of(device)
-    return next(e.launch for e in table() if e.fits(kernel, n_rows, d_in, d_sae, precision, capability))
+    return next(entry.launch for entry in table() if entry.fits(kernel, n_rows, d_in, d_sae, precision, capability))
 
 
 @functools.cache
 def cuda_table() -> tuple[CudaEntry, ...]:
-    """All entries, in their order."""
+    """Return all entries of the CUDA table, in order."""
     return tuple(CudaEntry(**line) for line in json.loads(CUDA_TABLE.read_text()))
 
 
@@ -137,6 +148,8 @@ def cuda_table() -> tuple[CudaEntry, ...]:
 def cuda_entry(
     kernel: str, n_rows: int, d_in: int, d_sae: int, precision: int, device: torch.device
 ) -> CudaEntry | None:
-    """Where the CUDA backend is faster than Triton on `device`; None where it is not, or was not measured."""
+    """Return the entry if the CUDA backend is faster than Triton; None if it is not, or was not measured."""
     capability = capability_of(device)
-    return next((e for e in cuda_table() if e.fits(kernel, n_rows, d_in, d_sae, precision, capability)), None)
+    return next(
+        (entry for entry in cuda_table() if entry.fits(kernel, n_rows, d_in, d_sae, precision, capability)), None
+    )

@@ -1,4 +1,4 @@
-"""Modules over the ops: an SAE for inference that takes the place of a SAELens one."""
+"""Modules over the ops: an SAE for inference that can replace one of SAELens."""
 
 from __future__ import annotations
 
@@ -16,25 +16,30 @@ from dspa_kernels.weights import FLOATS, SAEWeights, SparseLatents, check_k
 
 
 class FusedSAE(nn.Module):
-    """An SAE whose `encode`, `decode` and call return what those of a `sae_lens.SAE` do, in the SAE's dtype.
+    """An SAE whose `encode`, `decode` and call return the same as those of a `sae_lens.SAE`, in the SAE's dtype.
 
-    `x [..., d_in]` may have any leading dimensions. A call goes through sparse latents, without a dense
-    `[..., d_sae]`, where their number is bounded: for a top-k SAE, or with a `capacity`. Inputs are rounded to
-    the SAE's dtype, as SAELens does; sums are in fp32. Not differentiable.
-
-    Attributes: `weights`, the `SAEWeights`; buffers encoder_rows and W_dec `[d_sae, d_in]`, one contiguous row per
-    latent, b_enc and threshold `[d_sae]`, which stay in fp32 whatever `.to` is given, and b_dec `[d_in]`; W_enc
-    `[d_in, d_sae]`, a transposed view of encoder_rows.
+    `x [..., d_in]` may have any leading dimensions. If the number of active latents is bounded, by k of a top-k SAE or
+    by `capacity`, a call uses sparse latents and makes no dense `[..., d_sae]`. Inputs are rounded to the SAE's dtype,
+    as in SAELens. Sums are in fp32. Not differentiable.
 
     Args:
-        weights: the SAE, as `dspa.FrozenSAE.weights`; what has to be folded is folded there.
-        b_dec: decoder bias [d_in], as `dspa.FrozenSAE.b_dec`; zeros if None.
-        capacity: places for active latents of a row, by default k of a top-k SAE, else unbounded. A row with
-            more of them comes out as NaN, never as a part of itself.
+        weights: the SAE, for instance `dspa.FrozenSAE.weights`, where everything is folded.
+        b_dec: [d_in] decoder bias, for instance `dspa.FrozenSAE.b_dec`; zeros if None.
+        capacity: places per row for active latents, by default k of a top-k SAE, else unbounded. A row with more
+            active latents becomes NaN as a whole.
         backend: "auto", "reference", "triton" or "cuda".
 
+    Attributes:
+        weights: the buffers as `SAEWeights`.
+        encoder_rows: buffer [d_sae, d_in], one contiguous row per latent.
+        W_enc: [d_in, d_sae], a transposed view of encoder_rows.
+        b_enc: buffer [d_sae], which stays fp32 whatever `.to` is given.
+        threshold: buffer [d_sae], which stays fp32 as well.
+        W_dec: buffer [d_sae, d_in].
+        b_dec: buffer [d_in].
+
     Raises:
-        InputError: a shape, dtype, device or capacity that does not fit.
+        InputError: an invalid shape, dtype, device or capacity.
     """
 
     encoder_rows: Tensor
@@ -64,52 +69,56 @@ class FusedSAE(nn.Module):
         self.capacity = capacity or weights.k or None
         self.backend = backend
         self._weights = weights
-        self._taken_out: tuple[Tensor, Tensor] | None = None
+        self._removed: tuple[Tensor, Tensor] | None = None
 
     @property
     def weights(self) -> SAEWeights:
-        """The buffers as the ops take them."""
+        """The buffers, as the ops take them."""
         if any(getattr(self._weights, name) is not getattr(self, name) for name in ROWS):
             self._weights = replace(self._weights, **{name: getattr(self, name) for name in ROWS})
         return self._weights
 
     @property
     def W_enc(self) -> Tensor:
-        """Encoder, [d_in, d_sae]: a transposed view of `encoder_rows`."""
+        """Encoder [d_in, d_sae], a transposed view of `encoder_rows`."""
         return self.encoder_rows.T
 
     def encode(self, x: Tensor) -> Tensor:
-        """Latents [..., d_sae] of x [..., d_in], dense."""
+        """Return the latents [..., d_sae] of x [..., d_in], dense."""
         rows = self._rows(x)
         width = self.weights.d_sae
         f = rows.new_zeros(len(rows), width)
-        for some in row_blocks(len(rows), width):
-            latents = self._sparse(rows[some], self.capacity or width)
-            # Empty places are added to latent 0, as 0; rows that did not fit are NaN as a whole.
+        for block in row_blocks(len(rows), width):
+            latents = self._sparse(rows[block], self.capacity or width)
+            # Empty places add 0 to latent 0. Rows that exceed the capacity become NaN as a whole.
             values = latents.values.to(f.dtype)
-            f[some].scatter_add_(1, latents.indices.clamp(min=0).long(), values)
-            f[some].masked_fill_(values.isnan().any(dim=1, keepdim=True), float("nan"))
-        self._taken_out = self._statistics(rows, x.shape)
+            f[block].scatter_add_(1, latents.indices.clamp(min=0).long(), values)
+            f[block].masked_fill_(values.isnan().any(dim=1, keepdim=True), float("nan"))
+        self._removed = self._statistics(rows, x.shape)
         return f.view(*x.shape[:-1], width)
 
     def encode_sparse(self, x: Tensor, capacity: int | None = None) -> SparseLatents:
-        """Latents of x [..., d_in]: indices and values [..., capacity], counts [...].
+        """Return the active latents of x [..., d_in]: indices and values [..., capacity], counts [...].
 
-        `capacity` instead of the module's; a JumpReLU or ReLU SAE needs one of the two.
+        Args:
+            x: [..., d_in].
+            capacity: replaces that of the module. A JumpReLU or ReLU SAE needs one of the two.
         """
         rows = self._rows(x)
         latents = self._sparse(rows, self.capacity if capacity is None else capacity)
-        self._taken_out = self._statistics(rows, x.shape)
+        self._removed = self._statistics(rows, x.shape)
         shape, places = x.shape[:-1], latents.indices.shape[1]
         return SparseLatents(
             latents.indices.view(*shape, places), latents.values.view(*shape, places), latents.counts.view(shape)
         )
 
     def decode(self, latents: Tensor | SparseLatents, like: Tensor | None = None) -> Tensor:
-        """Reconstruction [..., d_in] of latents that are dense, [..., d_sae], or sparse.
+        """Return the reconstruction [..., d_in] of latents.
 
-        An SAE that normalises its input undoes that with what it took out of `like [..., d_in]`, the rows that
-        were encoded; without `like`, out of those encoded last, once, as SAELens does.
+        Args:
+            latents: dense [..., d_sae], or sparse.
+            like: the rows that were encoded [..., d_in]. An SAE that normalises its input undoes that with their mean
+                and scale. By default it takes the rows that were encoded last, once, as SAELens does.
         """
         if isinstance(latents, SparseLatents):
             out = self._decoded(latents)
@@ -118,25 +127,25 @@ class FusedSAE(nn.Module):
             out = latents.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
         if self.weights.normalize == "none":
             return out
-        taken_out = self._taken_out if like is None else self._statistics(self._rows(like), like.shape)
-        self._taken_out = None
-        if taken_out is None:
+        removed = self._removed if like is None else self._statistics(self._rows(like), like.shape)
+        self._removed = None
+        if removed is None:
             raise refuse(
                 "like",
                 None,
                 f"the rows that were encoded, [..., {self.weights.d_in}]",
                 f"This SAE normalises them ({self.weights.normalize}), and none were encoded since the last decode.",
             )
-        mean, scale = taken_out
-        check_shape("latents", out[..., :1], tuple(scale.shape), "Decode what was encoded last, or give `like`.")
+        mean, scale = removed
+        check_shape("latents", out[..., :1], tuple(scale.shape), "Decode what was encoded last, or pass `like`.")
         return (out * scale + mean).to(out.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction [..., d_in] of x [..., d_in]."""
+        """Return the reconstruction [..., d_in] of x [..., d_in]."""
         return self.decode(self.encode(x) if self.capacity is None else self.encode_sparse(x))
 
     def extra_repr(self) -> str:
-        """What the SAE is, for `print`."""
+        """Return one line for `print`."""
         sae = self.weights
         return f"d_in={sae.d_in}, d_sae={sae.d_sae}, k={sae.k}, normalize={sae.normalize}, capacity={self.capacity}"
 
@@ -156,14 +165,14 @@ class FusedSAE(nn.Module):
         return sparse_decode(rows, self.W_dec, self.b_dec, backend=self.backend).view(*shape, self.weights.d_in)
 
     def _statistics(self, rows: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
-        """Mean and scale [..., 1] that normalisation takes out of rows."""
+        """Return the mean and scale [..., 1] that normalising removes from rows, None if it removes nothing."""
         if self.weights.normalize == "none":
             return None
         _, mean, scale = self.weights.normalise(rows)
         return mean.view(*shape[:-1], 1), scale.view(*shape[:-1], 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedSAE:
-        """As any module's; but rounding biases and thresholds would change which latents are active."""
+        """Convert the buffers but b_enc and threshold, whose rounding would change which latents are active."""
         kept = {name: getattr(self, name) for name in ("b_enc", "threshold")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in kept.items():
@@ -171,5 +180,5 @@ class FusedSAE(nn.Module):
         return self
 
 
-# The buffers that are also fields of `SAEWeights`.
+# Buffers that are also fields of `SAEWeights`.
 ROWS = ("encoder_rows", "b_enc", "threshold", "W_dec")

@@ -1,4 +1,4 @@
-"""What tests/ and bench/ share: random weights, maps and plans, running an op on a backend, comparing results."""
+"""Random weights, maps and plans, runs of an op on a backend, and comparisons, for tests/ and bench/."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspa_kernels.checks import refuse
 from dspa_kernels.cuda_library import EMULATED
 from dspa_kernels.weights import EncoderStream, MapWeights, SAEWeights, SteeringPlan
 
-# The backends that the tests of every op run on, all but "reference" on a GPU, in Triton's interpreter or in a library
-# that emulates one.
+# The backends on which the tests of every op run: all but "reference" on a GPU, or emulated by Triton's interpreter or
+# a library.
 BACKENDS = ("reference", "triton", "cuda")
 KINDS = ("relu", "jumprelu", "topk")
 
@@ -30,18 +31,26 @@ def random_sae(
     k: int | None = None,
     integers: bool = False,
 ) -> SAEWeights:
-    """An SAE of `kind` in KINDS: unit decoder rows, and encoder rows near them.
+    """Draw an SAE with unit decoder rows, and encoder rows near them.
 
-    On standard normal rows about half (relu), a quarter (jumprelu) or `k`, by default `d_sae / 8` (topk), of
-    the latents are active.
+    On standard normal rows about half of the latents (relu), a quarter (jumprelu) or k of them (topk) are active.
 
-    `integers` draws small integers for all weights instead: on small integer rows every sum is exact, in any
-    order and dtype, and ties and `pre = threshold` abound, so that results have to be equal bit for bit.
+    Args:
+        kind: one of KINDS.
+        d_in: width of the residual stream.
+        d_sae: number of latents.
+        dtype: dtype of encoder_rows and W_dec. b_enc and threshold are fp32, or fp64 for fp64.
+        seed: seed of the generator.
+        normalize: as in `SAEWeights`.
+        k: active latents per row of a topk SAE, by default `d_sae / 8`.
+        integers: draw small integers for all weights. On small integer rows every sum is then exact, in any order and
+            dtype, and there are many ties and many `pre = threshold`, so that results must be equal bit for bit.
 
-    Shapes: encoder_rows, W_dec [d_sae, d_in] in `dtype`; b_enc, threshold [d_sae] fp32 (fp64 for fp64).
+    Raises:
+        ValueError: an unknown kind.
     """
     if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; accepted: {', '.join(KINDS)}")
+        raise refuse("kind", repr(kind), ", ".join(KINDS))
     g = torch.Generator().manual_seed(seed)
     if integers:
         encoder_rows, W_dec = torch.randint(-2, 3, (2, d_sae, d_in), generator=g).double()
@@ -65,14 +74,14 @@ def random_sae(
 
 
 def random_map(sae: SAEWeights, d_sae_in: int, n_columns: int, seed: int = 0) -> MapWeights:
-    """A map from `d_sae_in` latents to `n_columns` random latents of `sae`, with values [d_sae_in, C]."""
+    """Draw a map from `d_sae_in` latents to `n_columns` random latents of `sae`, with values [d_sae_in, C]."""
     g = torch.Generator().manual_seed(seed)
     columns = torch.randperm(sae.d_sae, generator=g)[:n_columns].sort().values
     return MapWeights.gather(columns, torch.randn(d_sae_in, n_columns, generator=g), sae)
 
 
 def random_plan(n_prompts: int, n_slots: int, n_columns: int, *, mode: str = "both", seed: int = 0) -> SteeringPlan:
-    """A plan of slots and signs [n_prompts, n_slots]: distinct columns a row, about a quarter left empty."""
+    """Draw a plan [n_prompts, n_slots] with distinct columns per row, and about a quarter of the slots empty."""
     g = torch.Generator().manual_seed(seed)
     order = torch.rand(n_prompts, max(n_columns, n_slots), generator=g).argsort(dim=1)[:, :n_slots]
     empty = (order >= n_columns) | (torch.rand(order.shape, generator=g) < 0.25)
@@ -85,45 +94,48 @@ def random_plan(n_prompts: int, n_slots: int, n_columns: int, *, mode: str = "bo
 
 
 def run_on(backend: str, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`op(*args, **kwargs)` on `backend`: inputs go to its device (views stay views), results come back.
+    """Run `op(*args, **kwargs, backend=backend)` on the backend's device and return the results on the CPU.
 
-    Raises if the op changed an input.
+    Views stay views on their way.
+
+    Raises:
+        AssertionError: the op changed an input.
     """
     emulated = EMULATED if backend == "cuda" else os.environ.get("TRITON_INTERPRET") == "1"
     device = "cpu" if backend == "reference" or emulated else "cuda"
-    args, kwargs = _moved(args, device), {name: _moved(value, device) for name, value in kwargs.items()}
+    args, kwargs = _to_device(args, device), {name: _to_device(value, device) for name, value in kwargs.items()}
     inputs = tensors((args, kwargs))
-    before = [each.clone() for each in inputs]
+    before = [tensor.clone() for tensor in inputs]
     result = op(*args, **kwargs, backend=backend)
     assert all(same_bits(now, then) for now, then in zip(inputs, before, strict=True)), "an input changed"
-    return _moved(result, "cpu")
+    return _to_device(result, "cpu")
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """All tensors in arguments or results, in order."""
+    """Return all tensors in arguments or results, in order."""
     if isinstance(value, Tensor):
         return [value]
     if is_dataclass(value):
-        value = [getattr(value, each.name) for each in fields(value)]
+        value = [getattr(value, field.name) for field in fields(value)]
     if isinstance(value, dict):
         value = list(value.values())
-    return [each for item in value for each in tensors(item)] if isinstance(value, (list, tuple)) else []
+    return [tensor for item in value for tensor in tensors(item)] if isinstance(value, (list, tuple)) else []
 
 
-def _moved(value: Any, device: str) -> Any:
+def _to_device(value: Any, device: str) -> Any:
     if isinstance(value, Tensor):
         # `.to` alone would make a strided view contiguous on its way.
         storage = value.as_strided((value.untyped_storage().nbytes() // value.element_size(),), (1,), 0)
         return storage.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
     if isinstance(value, tuple):
-        return tuple(_moved(each, device) for each in value)
+        return tuple(_to_device(item, device) for item in value)
     if is_dataclass(value) and not isinstance(value, type):
-        return type(value)(*(_moved(getattr(value, each.name), device) for each in fields(value)))
+        return type(value)(*(_to_device(getattr(value, field.name), device) for field in fields(value)))
     return value
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal to the last bit: a NaN equals itself, -0.0 differs from 0.0."""
+    """Return True if two tensors are equal to the last bit: a NaN equals itself, -0.0 differs from 0.0."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
 
 
@@ -134,36 +146,41 @@ def _bits(values: Tensor) -> Tensor:
 def assert_as_accurate(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
     """Raise unless `actual` is about as near to `exact` (fp64) as `plain`, a plain computation in its dtype.
 
-    About: at most twice its largest error, and 16 units in the last place of the largest value, in which the
-    order of a sum of few terms may show. NaNs have to be at the same places.
+    Its largest error may be twice that of `plain`, plus 16 units in the last place of the largest value, for the order
+    of a sum of few terms. NaNs must be in the same places.
     """
     assert actual.dtype == plain.dtype and actual.shape == exact.shape
     assert torch.equal(actual.isnan(), exact.isnan())
     if not actual.numel():
         return
     exact = exact.nan_to_num()
-    error, allowed = ((each.double().nan_to_num() - exact).abs().max() for each in (actual, plain))
+    error, allowed = ((values.double().nan_to_num() - exact).abs().max() for values in (actual, plain))
     unit = torch.finfo(torch.promote_types(actual.dtype, torch.float32)).eps * exact.abs().max()
     assert error <= 2 * allowed + 16 * unit, f"error {error:.3g}, of a plain computation {allowed:.3g}"
 
 
-# Activity as of a trained SAE at about the middle of a language model. Norms are in units of a latent's median value.
+# Activity like that of a trained SAE near the middle of a language model. The unit of norms is a latent's median value.
 L0, FALL, MOST_FREQUENT = 70.0, 0.7, 0.9
 WITHIN, BETWEEN, ENCODER_NORMS = 0.7, 0.5, 0.25
 CLUSTER, ENCODER_NOISE = 0.4, 0.3
 MEAN_NORM, NOISE_NORM, NOISE_FALL = 10.0, 5.0, 0.5
 N_MASSIVE, MASSIVE, MASSIVE_SPREAD = 4, 40.0, 0.1
-# Which latents are ablated, by their place among the most frequent.
+# The latents that are ablated, by their rank among the most frequent.
 CASES = {"hard": (0, 160), "easy": (160, 1600)}
 MAX_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
 class Activity:
-    """An SAE, rows of a residual stream, and what was measured on other rows of that stream.
+    """An SAE, rows of a residual stream, and statistics of other rows of that stream.
 
-    h [N, d_in]; frequencies [d_sae], how often each latent fires; by_frequency [d_sae], latents, the most
-    frequent first; hot [H], latents, the one that holds the maximum most often first; mean [d_in] fp32.
+    Attributes:
+        sae: the SAE.
+        h: [N, d_in] rows.
+        frequencies: [d_sae], share of the rows on which each latent is active.
+        by_frequency: [d_sae] latents, the most frequent first.
+        hot: [H] latents, beginning with the one that holds the maximum most often.
+        mean: [d_in] fp32, the mean row.
     """
 
     sae: SAEWeights
@@ -174,11 +191,11 @@ class Activity:
     mean: Tensor
 
     def stream(self, *, screen: str = "none") -> EncoderStream:
-        """The encoder as a calibrated `steer` reads it."""
+        """Return the encoder as a calibrated `steer` reads it."""
         return EncoderStream.of(self.sae, hot=self.hot, n_large=len(self.hot), screen=screen, mean=self.mean)
 
     def steered(self, case: str, n_prompts: int, *, seed: int = 0) -> tuple[MapWeights, SteeringPlan]:
-        """A map of 160 columns from among the latents of `CASES[case]`, and 16 of them for each prompt to ablate."""
+        """Draw a map of 160 columns among the latents of `CASES[case]`, and for each prompt 16 of them to ablate."""
         g = torch.Generator().manual_seed(seed)
         eligible = self.by_frequency.cpu()[slice(*CASES[case])]
         columns = eligible[torch.randperm(len(eligible), generator=g)[:160]].sort().values
@@ -228,14 +245,14 @@ def realistic_activity(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Activity:
-    """A JumpReLU SAE and rows on which it is about as active as trained ones are, for want of a real model.
+    """Draw a JumpReLU SAE and rows on which it is about as active as a trained one, in place of a real model.
 
-    Unit decoder rows in mild clusters; encoder rows along them, with noise and log-normal norms. A latent
-    fires with a frequency that falls with its rank, `L0` of them a row, with a log-normal magnitude. A row is
-    the sum of its firing latents, a mean vector (which the encoder's bias takes out), noise of power-law
-    spectrum and a few massive dimensions. Thresholds are such that each latent is active at its frequency.
+    Decoder rows are unit vectors in mild clusters. Encoder rows follow them, with noise and log-normal norms. Latents
+    fire with frequencies that fall with their rank, `L0` per row, and with log-normal magnitudes. A row is the sum of
+    its firing latents, a mean vector that the encoder's bias removes, noise with a power-law spectrum, and a few
+    massive dimensions. Thresholds are such that each latent is active at its frequency.
 
-    The same arguments give the same tensors on the same kind of device. Shapes: see `Activity`.
+    The same arguments give the same tensors on the same kind of device.
     """
     g = torch.Generator(device).manual_seed(seed)
     draw: dict[str, Any] = {"generator": g, "device": g.device}
@@ -263,7 +280,7 @@ def realistic_activity(
 
 
 def _falling(d_sae: int) -> Tensor:
-    """Frequencies by rank: rank^-FALL, at most MOST_FREQUENT, of sum L0."""
+    """Return frequencies by rank: proportional to rank^-FALL, at most MOST_FREQUENT, with sum L0."""
     power = torch.arange(1, d_sae + 1, dtype=torch.float64) ** -FALL
     low, high = 0.0, float(d_sae)
     for _ in range(100):
@@ -273,7 +290,7 @@ def _falling(d_sae: int) -> Tensor:
 
 
 def _rows_in_clusters(d_in: int, d_sae: int, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """encoder_rows and W_dec [d_sae, d_in], in blocks of latents."""
+    """Draw encoder_rows and W_dec [d_sae, d_in], in blocks of latents."""
     draw: dict[str, Any] = {"generator": g, "device": g.device}
     centres = torch.nn.functional.normalize(torch.randn(max(1, d_sae // 64), d_in, **draw))
     encoder_rows, W_dec = (torch.empty(d_sae, d_in, dtype=dtype, device=g.device) for _ in range(2))
@@ -290,8 +307,7 @@ def _rows_in_clusters(d_in: int, d_sae: int, dtype: torch.dtype, g: torch.Genera
 def _calibrated(
     h: Tensor, encoder_rows: Tensor, frequencies: Tensor, constant: Tensor, g: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """b_enc and threshold [d_sae] with which latents are active at their frequency, and the latent that holds
-    the maximum of each row."""
+    """Return b_enc and threshold [d_sae] for the given frequencies, and the latent that holds each row's maximum."""
     n, d_sae = len(h), len(encoder_rows)
     b_enc, threshold = torch.empty(2, d_sae, device=g.device)
     maximum, holder = torch.zeros(n, device=g.device), torch.zeros(n, dtype=torch.int64, device=g.device)

@@ -1,4 +1,4 @@
-"""What the ops read: SAE weights, map weights, plans. Plain dataclasses of tensors, checked once when made."""
+"""The tensors that ops take and return, in plain dataclasses that are checked once when they are made."""
 
 from __future__ import annotations
 
@@ -16,42 +16,50 @@ FULL = (torch.float32, torch.float64)
 SCREENS = ("none", "int8")
 NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
 
-# How an op's schema spells an encoder and the map's columns.
+# Arguments of an op's schema for an encoder, and for the columns of a map.
 ENCODER = "Tensor encoder_rows, Tensor b_enc, Tensor threshold, int k, str normalize"
 COLUMNS = (
     "Tensor columns, Tensor columns_encoder_rows, Tensor columns_b_enc, Tensor columns_threshold, Tensor columns_W_dec"
 )
 
-# How `steer` spells the encoder that it streams.
+# The same for the encoder that `steer` streams.
 STREAM = (
     "Tensor encoder_rows, Tensor b_enc, Tensor threshold, int k, str normalize, Tensor? order, int n_large,"
     " Tensor? screen_rows, Tensor? screen_latents, Tensor? screen_mean, Tensor barriers"
 )
-# What becomes of a residual row, in the order of the first numbers of `paths`.
+# What can happen to a residual row, in the order of the first numbers of `paths`.
 PATHS = ("unsteered", "not_finite", "inactive", "settled", "streamed")
-# Words of `EncoderStream.barriers`: one a stream of the device, and as many for captured graphs, each in a
-# cache line of its own.
+# Words of `EncoderStream.barriers`: half for streams of the device and half for captured graphs, each in a cache line
+# of its own.
 N_BARRIERS, BARRIER_INTS = 64, 32
 
 T = TypeVar("T", "SAEWeights", "MapWeights", "SteeringPlan", "EncoderStream")
 
 
-def _moved(weights: T, device: torch.device | str) -> T:
-    tensors: Any = {f.name: v.to(device) for f in fields(weights) if isinstance(v := getattr(weights, f.name), Tensor)}
-    return replace(weights, **tensors)
+def _move_tensors(weights: T, device: torch.device | str) -> T:
+    values = {field.name: getattr(weights, field.name) for field in fields(weights)}
+    moved: Any = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(weights, **moved)
 
 
 @dataclass(frozen=True, eq=False)
 class SAEWeights:
-    """A residual-stream SAE as the kernels read it: one contiguous row a latent.
+    """A residual-stream SAE as the kernels read it, with one contiguous row per latent.
 
-    `pre = n(h) encoder_rows^T + b_enc`; latent j is active where `pre_j > threshold_j` and `pre_j > 0` (a ReLU
-    SAE has `threshold = 0`), or, with `k > 0`, where it is among the k largest of its row and `pre_j > 0`.
-    `n` is the normalisation of a row; the edit of a latent reaches the residual through `W_dec`, times the
-    scale that `n` took out.
+    `pre = n(h) encoder_rows^T + b_enc`, where n normalises a row. Latent j is active if `pre_j > 0` and, with `k = 0`,
+    `pre_j > threshold_j` (a ReLU SAE has `threshold = 0`), or with `k > 0` if it is among the k largest of its row. The
+    edit of a latent reaches the residual through `W_dec`, times the scale that n removed.
 
-    Shapes: encoder_rows, W_dec [d_sae, d_in] of one floating dtype; b_enc, threshold [d_sae], fp32 or
-    fp64. Errors: `InputError` for any other shape, dtype, device, layout.
+    Attributes:
+        encoder_rows: [d_sae, d_in], any floating dtype.
+        b_enc: [d_sae], fp32, or fp64 if encoder_rows is fp64.
+        threshold: [d_sae], in the dtype of b_enc.
+        W_dec: [d_sae, d_in], in the dtype of encoder_rows.
+        k: active latents per row of a top-k SAE, 0 for others.
+        normalize: "none", "layer_norm" or "constant_norm_rescale".
+
+    Raises:
+        InputError: another shape, dtype, device or layout.
     """
 
     encoder_rows: Tensor
@@ -71,10 +79,10 @@ class SAEWeights:
 
     @property
     def stream(self) -> EncoderStream:
-        """The encoder as `steer` reads it by default: in its own order, unscreened.
+        """The encoder as `steer` reads it by default: in its own order, without a screen.
 
-        It is made on first use and kept. In a graph that is being traced or captured it belongs to the graph, and
-        is not kept: use it before, and the graph need not make it.
+        It is made on first use and kept. If the first use is in a graph that is being traced or captured, the graph
+        makes it each time. Use it once before to avoid that.
         """
         kept: EncoderStream | None = self.__dict__.get("_stream")
         if kept is not None:
@@ -82,7 +90,7 @@ class SAEWeights:
         if torch.compiler.is_compiling() or (self.encoder_rows.is_cuda and torch.cuda.is_current_stream_capturing()):
             return EncoderStream.of(self)
         with torch.inference_mode(False):
-            # One call, so that all threads get the same one.
+            # `setdefault` is atomic, so that all threads get the same one.
             made: EncoderStream = self.__dict__.setdefault("_stream", EncoderStream.of(self))
         return made
 
@@ -98,7 +106,7 @@ class SAEWeights:
 
     @property
     def W_enc(self) -> Tensor:
-        """Encoder, [d_in, d_sae], as SAELens names it: a transposed view of `encoder_rows`."""
+        """Encoder [d_in, d_sae] as in SAELens, a transposed view of `encoder_rows`."""
         return self.encoder_rows.T
 
     def normalise(self, h: Tensor) -> Normalised:
@@ -133,29 +141,36 @@ class SAEWeights:
         return latents(rows, self.encoder_rows, self.b_enc, self.threshold, self.k)
 
     def encoder(self) -> dict[str, Any]:
-        """The arguments `ENCODER` of an op's schema."""
+        """Return the arguments `ENCODER` of an op's schema."""
         names = ("encoder_rows", "b_enc", "threshold", "k", "normalize")
         return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device | str) -> SAEWeights:
-        """The same weights on another device."""
-        return _moved(self, device)
+        """Return the weights on `device`."""
+        return _move_tensors(self, device)
 
 
 @dataclass(frozen=True, eq=False)
 class EncoderStream:
-    """The encoder in the form in which `steer` reads it when a row's maximum is needed.
+    """The encoder as `steer` reads it for the maximum of a row. Make it with `EncoderStream.of`.
 
-    Rows stand in the order of how often their latents hold the maximum, so that a stream can stop early; the
-    first `n_large` of them are evaluated before it and often settle a row without it. With a screen, an int8
-    copy is read instead, and of the rows themselves only those that could hold a maximum. Neither order nor
-    screen changes a bit; the large latents, evaluated apart, may change the rounding of M. Make one with
-    `EncoderStream.of`.
+    Rows are sorted by how often their latents hold the maximum, so that reading can stop early. The first `n_large` of
+    them are evaluated before the others and often settle a row alone. With a screen, steer reads an int8 copy, and of
+    the rows themselves only those that could hold a maximum. Neither order nor screen changes a bit of the result. The
+    large latents, which are evaluated apart, may change the rounding of M.
 
-    Shapes: encoder_rows [d_sae, d_in]; b_enc, threshold [d_sae] fp32 (fp64 for fp64); order [d_sae] int32, the latent
-    of each row, None for their own order; screen_rows [d_sae, d_in] int8; screen_latents [4, d_sae] fp32:
-    scale, offset, error and size of each row; screen_mean [d_in] fp32; barriers, zeros that every launch
-    leaves as it found them.
+    Attributes:
+        encoder_rows: [d_sae, d_in], any floating dtype.
+        b_enc: [d_sae], fp32, or fp64 if encoder_rows is fp64.
+        threshold: [d_sae], in the dtype of b_enc.
+        k: as in `SAEWeights`.
+        normalize: as in `SAEWeights`.
+        order: [d_sae] int32, the latent of each row; None if row j is latent j.
+        n_large: number of rows that are evaluated first.
+        screen_rows: [d_sae, d_in] int8, or None without a screen.
+        screen_latents: [4, d_sae] fp32, scale, offset, error and size of each row.
+        screen_mean: [d_in] fp32.
+        barriers: [N_BARRIERS, BARRIER_INTS] int32, zeros before and after every launch.
     """
 
     encoder_rows: Tensor
@@ -180,14 +195,14 @@ class EncoderStream:
         screen: str = "none",
         mean: Tensor | None = None,
     ) -> EncoderStream:
-        """The stream of `sae`.
+        """Make the stream of `sae`.
 
         Args:
             sae: the SAE. Its rows are copied if `hot` is given.
-            hot: latents [H], the one that holds a row's maximum most often first. They lead the stream.
-            n_large: how many of them are evaluated before it.
-            screen: "none" or "int8", which adds one byte for each number of the encoder.
-            mean: [d_in], about the mean of the (normalised) rows; a good one makes a screen tighter.
+            hot: [H] latents that come first, beginning with the one that holds the maximum of a row most often.
+            n_large: number of them that are evaluated before the others.
+            screen: "none" or "int8". The latter adds one byte per number of the encoder.
+            mean: [d_in], roughly the mean of the normalised rows. The closer it is, the tighter is the screen.
 
         Raises:
             InputError: latents that are not distinct or do not exist, another screen, another shape.
@@ -197,8 +212,8 @@ class EncoderStream:
         encoder_rows, b_enc, threshold, order = sae.encoder_rows, sae.b_enc, sae.threshold, None
         n_large = min(n_large, 0 if hot is None else len(hot))
         if hot is not None and len(hot):
-            order = _led_by(hot.to(encoder_rows.device), sae.d_sae)
-            encoder_rows, b_enc, threshold = (each[order.long()] for each in (encoder_rows, b_enc, threshold))
+            order = _order_led_by(hot.to(encoder_rows.device), sae.d_sae)
+            encoder_rows, b_enc, threshold = (tensor[order.long()] for tensor in (encoder_rows, b_enc, threshold))
         if mean is not None:
             check_shape("mean", mean, (sae.d_in,))
         rows = latents = centre = None
@@ -222,22 +237,22 @@ class EncoderStream:
         )
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments `STREAM` of an op's schema."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
+        """Return the arguments `STREAM` of an op's schema."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def added_bytes(self, sae: SAEWeights) -> int:
-        """Memory that this takes beside `sae`, in bytes."""
-        ours = [v for v in self.arguments().values() if isinstance(v, Tensor)]
-        theirs = {sae.encoder_rows.data_ptr(), sae.b_enc.data_ptr(), sae.threshold.data_ptr()}
-        return sum(each.nbytes for each in ours if each.data_ptr() not in theirs)
+        """Return the memory of the tensors that are not shared with `sae`, in bytes."""
+        tensors = [value for value in self.arguments().values() if isinstance(value, Tensor)]
+        shared = {sae.encoder_rows.data_ptr(), sae.b_enc.data_ptr(), sae.threshold.data_ptr()}
+        return sum(tensor.nbytes for tensor in tensors if tensor.data_ptr() not in shared)
 
     def to(self, device: torch.device | str) -> EncoderStream:
-        """The same stream on another device."""
-        return _moved(self, device)
+        """Return the stream on `device`."""
+        return _move_tensors(self, device)
 
 
-def _led_by(hot: Tensor, d_sae: int) -> Tensor:
-    """All latents [d_sae] int32, those of `hot` first and the rest by their index."""
+def _order_led_by(hot: Tensor, d_sae: int) -> Tensor:
+    """Return all latents [d_sae] int32, those of `hot` first and the others by index."""
     first = torch.zeros(d_sae, dtype=torch.bool, device=hot.device)
     inside = bool(((hot >= 0) & (hot < d_sae)).all())
     if inside:
@@ -248,18 +263,19 @@ def _led_by(hot: Tensor, d_sae: int) -> Tensor:
 
 
 def quantise_rows(encoder_rows: Tensor, b_enc: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """An int8 copy Q of encoder rows, and per row what bounds the error of `z = scale (h . Q) + offset`.
+    """Return an int8 copy Q of encoder rows, and scale, offset, error and size of each row [4, n_rows] fp32.
 
-    With the residual r = W - scale Q: offset = b + <mean, r> and a little more than both sums can lose,
-    error >= ||r||, size >= ||W|| + scale ||Q||. Then `h . W + b <= z + ||h - mean|| error + g ||h|| size`, where g
-    bounds the relative rounding error of a sum of d_in products. Computed in fp64, in blocks.
+    They bound a pre-activation from above: with `z = scale (h . Q) + offset`,
+    `h . W + b <= z + ||h - mean|| error + g ||h|| size`, where g bounds the relative rounding error of a sum of d_in
+    products. With the remainder r = W - scale Q: offset = b + <mean, r>, plus slightly more than both sums can lose;
+    error >= ||r||; size >= ||W|| + scale ||Q||. They are computed in fp64, in blocks.
     """
     Q = torch.empty(encoder_rows.shape, dtype=torch.int8, device=encoder_rows.device)
     latents = torch.empty(4, len(encoder_rows), dtype=torch.float32, device=encoder_rows.device)
-    up = 1 + 2.0**-20  # fp64 to fp32, upwards
+    up = 1 + 2.0**-20  # more than rounding fp64 to fp32 can lose
     for rows in torch.arange(len(encoder_rows), device=encoder_rows.device).split(4096):
         W = encoder_rows[rows].double()
-        # A scale below this would leave the normal numbers, where products are not as exact.
+        # A smaller scale would make products subnormal, and less exact.
         scale = (W.abs().amax(dim=1) / 127).clamp(min=2.0**-100).float()
         q = (W / scale[:, None].double()).round().clamp(-127, 127)
         r = W - q * scale[:, None].double()
@@ -274,12 +290,17 @@ def quantise_rows(encoder_rows: Tensor, b_enc: Tensor, mean: Tensor) -> tuple[Te
 
 @dataclass(frozen=True, eq=False)
 class MapWeights:
-    """The non-empty columns of a conditional-difference map, and compact copies of their latents.
+    """The non-empty columns of a conditional-difference map, with compact copies of their latents.
 
-    Everything that can be steered lies in these C latents of the output SAE, so that their rows fit in a
-    cache. Shapes: columns [C] int32, latents of the output SAE, strictly increasing (`gather` checks it);
-    values [d_sae_in, C] fp32, `A[:, columns]`; encoder_rows, W_dec [C, d_in] and b_enc, threshold [C], rows
-    `columns` of the output SAE.
+    Only these C latents of the output SAE can be steered. Their rows are copied, so that they fit in a cache.
+
+    Attributes:
+        columns: [C] int32, latents of the output SAE, strictly increasing, which `gather` checks.
+        values: [d_sae_in, C] fp32, `A[:, columns]`.
+        encoder_rows: [C, d_in], rows `columns` of the output SAE, like the next three.
+        b_enc: [C].
+        threshold: [C].
+        W_dec: [C, d_in].
     """
 
     columns: Tensor
@@ -302,7 +323,16 @@ class MapWeights:
 
     @classmethod
     def gather(cls, columns: Tensor, values: Tensor, sae: SAEWeights) -> MapWeights:
-        """The map of `values [d_sae_in, C]` at latents `columns [C]` of the output SAE `sae`."""
+        """Gather the rows of an SAE that a map needs.
+
+        Args:
+            columns: [C] latents of the output SAE, strictly increasing.
+            values: [d_sae_in, C], the map at these columns.
+            sae: the output SAE.
+
+        Raises:
+            InputError: columns that are not increasing or do not exist, or another shape.
+        """
         i = columns.to(sae.encoder_rows.device, torch.int64)
         if i.numel() and (bool((i.diff() <= 0).any()) or int(i[0]) < 0 or int(i[-1]) >= sae.d_sae):
             raise refuse("columns", i.tolist(), f"strictly increasing latents below d_sae = {sae.d_sae}")
@@ -316,7 +346,7 @@ class MapWeights:
         )
 
     def latents(self) -> dict[str, Tensor]:
-        """The arguments `COLUMNS` of an op's schema."""
+        """Return the arguments `COLUMNS` of an op's schema."""
         return {
             "columns": self.columns,
             "columns_encoder_rows": self.encoder_rows,
@@ -326,14 +356,18 @@ class MapWeights:
         }
 
     def to(self, device: torch.device | str) -> MapWeights:
-        """The same map on another device."""
-        return _moved(self, device)
+        """Return the map on `device`."""
+        return _move_tensors(self, device)
 
 
 @dataclass(frozen=True, eq=False)
 class SteeringPlan:
-    """What each prompt steers. slots [B, S] int32: places in `MapWeights.columns`, -1 where there is none;
-    signs [B, S] int8: +1 augment, -1 ablate, 0 where there is none."""
+    """The latents that each prompt steers.
+
+    Attributes:
+        slots: [B, S] int32, indices into `MapWeights.columns`, -1 for an empty slot.
+        signs: [B, S] int8, +1 to augment, -1 to ablate, 0 for an empty slot.
+    """
 
     slots: Tensor
     signs: Tensor
@@ -346,23 +380,26 @@ class SteeringPlan:
         check_device("signs", self.signs, self.slots, "slots")
 
     def latents(self, columns: Tensor) -> Tensor:
-        """Latents of the output SAE, [B, S] int32, -1 where there is none; `columns [C]` are the map's."""
+        """Return latents of the output SAE [B, S] int32, -1 for an empty slot; `columns` [C] are those of the map."""
         if not columns.numel():
             return self.slots
         return torch.where(self.slots < 0, -1, columns[self.slots.clamp(min=0).long()])
 
     def to(self, device: torch.device | str) -> SteeringPlan:
-        """The same plan on another device."""
-        return _moved(self, device)
+        """Return the plan on `device`."""
+        return _move_tensors(self, device)
 
 
 @dataclass(frozen=True, eq=False)
 class Edits:
-    """What `steer` did, by row and plan slot, in the precision it computed in (at least fp32).
+    """The edits of `steer`, in the dtype in which it computes (at least fp32).
 
-    before, after [N, S]: value of the selected latent, 0 where it is inactive, absent or not looked at.
-    maximum [N]: `M_t`, the largest latent of the row, 0 on rows without an active selected latent, NaN on a
-    steered row whose residual is not finite (it was left as it came).
+    Attributes:
+        before: [N, S] values of the selected latents before the edit. 0 if the latent is inactive, the slot empty, or
+            the row unsteered or not finite.
+        after: [N, S] the same after the edit.
+        maximum: [N] `M_t`, the largest latent of the row. 0 on rows without an active selected latent. NaN on steered
+            rows whose residual is not finite, which are not changed.
     """
 
     before: Tensor
@@ -372,9 +409,14 @@ class Edits:
 
 @dataclass(frozen=True, eq=False)
 class SparseLatents:
-    """Active latents of N rows. indices [N, K] int32, increasing along a row, then -1; values [N, K], 0 where
-    the index is -1; counts [N] int32, how many latents are active. A row with `counts > K` did not fit: all
-    its values are NaN, so that it cannot be taken for the whole; so are those of a row that was not finite."""
+    """Active latents of N rows, in K places per row.
+
+    Attributes:
+        indices: [N, K] int32, increasing along a row, then -1.
+        values: [N, K], 0 where the index is -1. All are NaN in a row with more than K active latents, so that a part
+            cannot pass for the whole, and in a row that was not finite.
+        counts: [N] int32, number of active latents.
+    """
 
     indices: Tensor
     values: Tensor
@@ -382,7 +424,7 @@ class SparseLatents:
 
 
 def check_rows(encoder_rows: Tensor, b_enc: Tensor, threshold: Tensor, W_dec: Tensor) -> None:
-    """Raise unless the four tensors are contiguous rows of the same latents, on one device."""
+    """Raise `InputError` unless the four tensors are contiguous rows of the same latents, on one device."""
     n, d_in = encoder_rows.shape
     check_dtype("encoder_rows", encoder_rows, FLOATS)
     check_shape("b_enc", b_enc, (n,))
@@ -395,11 +437,11 @@ def check_rows(encoder_rows: Tensor, b_enc: Tensor, threshold: Tensor, W_dec: Te
         check_device(name, tensor, encoder_rows, "encoder_rows")
     for name, tensor in (("encoder_rows", encoder_rows), ("W_dec", W_dec)):
         if not tensor.is_contiguous():
-            raise refuse(name, "not contiguous", "one contiguous row a latent", f"Pass {name}.contiguous().")
+            raise refuse(name, "not contiguous", "one contiguous row per latent", f"Pass {name}.contiguous().")
 
 
 def check_k(argument: str, k: int, width: int) -> None:
-    """Raise unless `k` picks at least one and at most `width` of something."""
+    """Raise `InputError` unless `k` is from 1 to `width`."""
     check_at_least(argument, k, 1)
     if k > width:
         raise refuse(argument, k, f"1 to the width, {width}")

@@ -1,1 +1,1 @@
-"""One folder an op: the public function, its reference, and its kernels."""
+"""The ops, one folder each: the public function, its reference and its kernels."""

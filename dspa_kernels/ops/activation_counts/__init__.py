@@ -1,4 +1,4 @@
-"""`activation_counts`: how many rows of each sequence activate each latent."""
+"""`activation_counts`: the number of rows of each sequence on which each latent is active."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ def activation_counts(
     Args:
         h: residual rows [N, d_in], any floating dtype; N may be 0.
         sae: the SAE that reads them.
-        sequences: [N] int32, the sequence of each row, below `n_sequences`; a negative row is not counted.
+        sequences: [N] int32, the sequence of each row, below `n_sequences`. A row with a negative one is not counted.
         n_sequences: number of sequences S.
         backend: "auto", "reference", "triton" or "cuda".
 
@@ -25,7 +25,8 @@ def activation_counts(
         counts [S, d_sae] int32. Not differentiable.
 
     Raises:
-        InputError: a shape, dtype or device that does not fit. BackendError: see `choose`.
+        InputError: an invalid shape, dtype or device.
+        BackendError: the named backend cannot run.
     """
     check_shape("h", h, ("N", sae.d_in), "Flatten batch and sequence into one dimension.")
     check_dtype("h", h, FLOATS)

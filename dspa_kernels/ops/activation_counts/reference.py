@@ -23,14 +23,14 @@ def activation_counts(
     sequences: Tensor,
     n_sequences: int,
 ) -> Tensor:
-    """counts[s, j] = number of rows n with sequences[n] = s on which latent j is active."""
+    """Return counts[s, j], the number of rows n with sequences[n] = s on which latent j is active."""
     d_sae = encoder_rows.shape[0]
     counts = torch.zeros(n_sequences, d_sae, dtype=torch.int32, device=h.device)
     counted = (sequences >= 0).nonzero().flatten()
     hn = normalise(h[counted], normalize, compute_dtype(h, encoder_rows)).rows
     sequence = sequences[counted].long()
     everything = slice(0, d_sae)
-    # A rank needs whole rows; a threshold does not, and then each block of the encoder is read once.
+    # A rank needs whole rows. A threshold does not, so that each block of the encoder is read once.
     tiles = (
         ((rows, everything) for rows in row_blocks(len(counted), d_sae))
         if k

@@ -1,4 +1,4 @@
-"""`fsrl_residual`: residual rows with their latents moved by an adapter, differentiable (FSRL)."""
+"""`fsrl_residual`: move the latents of residual rows by an adapter, differentiably (FSRL)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from dspa_kernels.formulas import compute_dtype, normalise
 from dspa_kernels.weights import FLOATS, FULL, SAEWeights
 
 ACTIVATIONS = ("soft_threshold", "relu", "jumprelu")
-# How the schemas of forward and backward spell an adapter.
+# Arguments of an adapter, in the schemas of forward and backward.
 ADAPTER = "Tensor W_a, Tensor b_a, Tensor? threshold, str activation, float bandwidth"
 
 
 class FSRLOutput(NamedTuple):
-    """What `fsrl_residual` returns.
+    """The result of `fsrl_residual`.
 
-    h [N, d_in]: the residual rows, in the dtype they came in. l1 [N] fp32 (fp64 for fp64): sum of |v| over latents,
-    differentiable. l0 [N] int32: how many latents v moves.
+    Attributes:
+        h: [N, d_in] residual rows, in their dtype.
+        l1: [N] fp32, or fp64 if an operand is fp64, sum of |v| over the latents, differentiable.
+        l0: [N] int32, number of latents that v moves.
     """
 
     h: Tensor
@@ -44,33 +46,36 @@ def fsrl_residual(
 ) -> FSRLOutput:
     """Move the latents f of an SAE by an adapter: `h' = h + (ReLU(f + v) - f) W_dec` with `v = act(h W_a^T + b_a)`.
 
-    The same as to decode ReLU(f + v) and to add the SAE's reconstruction error (arXiv 2509.12934). `act` is
+    This equals decoding ReLU(f + v) and adding the SAE's reconstruction error (arXiv 2509.12934). `act` is
     `sign(u) max(|u| - threshold, 0)` (soft_threshold), `max(u, 0)` (relu), or u where u > threshold (jumprelu).
-    Where v >= 0 the change of a latent is v itself, so that the encoder matters only where v < 0. For an SAE that
-    normalises rows, f is of the normalised row, v of h itself, and the change is multiplied by the row's scale.
+    Where v >= 0 the change of a latent is v itself, so that the encoder matters only where v < 0. If the SAE normalises
+    rows, f is computed from the normalised row and v from h itself, and the change is multiplied by the row's scale.
 
-    Differentiable in h, W_a, b_a and threshold; the SAE has no gradient. A JumpReLU's threshold gets the
-    straight-through estimate with a rectangle of width `bandwidth`. Which v a fraction keeps is taken as given.
-    For the backward a byte a latent is kept beside the inputs, and nothing where no gradient is asked for.
+    Differentiable in h, W_a, b_a and threshold. The SAE gets no gradient. The threshold of a JumpReLU gets the
+    straight-through estimate with a rectangle of width `bandwidth`. The choice of the v that a fraction keeps is not
+    differentiated. The backward needs the inputs and one byte per latent and row, which is kept only if a gradient is
+    needed.
 
     Args:
         h: residual rows [N, d_in], any floating dtype; N may be 0.
         sae: the SAE.
-        W_a: the adapter's matrix [d_sae, d_in], one contiguous row a latent, any floating dtype. On a GPU the products
-            are fast where it has the 16-bit dtype of h.
-        b_a: [d_sae] fp32 (fp64 with an fp64 W_a).
-        threshold: [d_sae], dtype of b_a, >= 0; None for "relu".
+        W_a: matrix of the adapter [d_sae, d_in], one contiguous row per latent, any floating dtype. On a GPU, products
+            are fast if it has the 16-bit dtype of h.
+        b_a: [d_sae] fp32, or fp64 with an fp64 W_a.
+        threshold: [d_sae] in the dtype of b_a, >= 0; None for "relu".
         activation: "soft_threshold", "relu" or "jumprelu".
-        bandwidth: of the straight-through estimate.
-        mask: [d_sae] bool, True where a latent may be moved; None for all.
-        fraction: of the v of a row that are not 0, the part to keep: the largest by size, rounded up in number.
+        bandwidth: width of the straight-through estimate, > 0.
+        mask: [d_sae] bool, True for latents that may be moved; None for all.
+        fraction: share of the v of a row that are kept, among those that are not 0: the largest by size. Their number
+            is rounded up.
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
-        `FSRLOutput(h, l1, l0)`, l1 and l0 of v as it is applied.
+        `FSRLOutput(h, l1, l0)`, with l1 and l0 of v as it is applied.
 
     Raises:
-        InputError: a shape, dtype, device, activation or number that does not fit. BackendError: see `choose`.
+        InputError: an invalid shape, dtype, device, activation or number.
+        BackendError: the named backend cannot run.
     """
     _check(h, sae, W_a, b_a, threshold, activation, bandwidth, mask, fraction)
     dtype = compute_dtype(h, sae.encoder_rows, W_a)
@@ -94,7 +99,7 @@ def fsrl_residual(
         mask=mask,
         fraction=fraction,
         barriers=sae.stream.barriers,
-        keep=torch.is_grad_enabled() and any(each.requires_grad for each in differentiable),
+        keep=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable),
         backend=choose("fsrl_residual", h.device, backend, dtype),
     )
     return FSRLOutput(out if scale is None else (h + scale * out).to(h.dtype), l1, l0)
@@ -170,7 +175,7 @@ _fsrl_residual_backward = define_op(
 )
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     h, x, encoder_rows, _, _, _, W_dec, W_a, b_a, threshold, activation, bandwidth, *_others, backend = inputs
     ctx.save_for_backward(output[3], h, encoder_rows, W_dec, W_a, b_a, threshold)
     ctx.settings = {"activation": activation, "bandwidth": bandwidth, "adds": x is None, "backend": backend}
@@ -183,9 +188,9 @@ def _backward(ctx: Any, grad: Tensor, grad_l1: Tensor, *_: Tensor | None) -> tup
     d_h, d_x, *adapter = _fsrl_residual_backward(
         grad=grad, grad_l1=grad_l1, **saved, **ctx.settings, needs_h=needs_h, needs_x=needs_x
     )
-    # Between stand the five arguments that are frozen, and behind the seven that are no tensors or have no gradient.
-    found = (d_h, d_x, *[None] * 5, *adapter, *[None] * 7)
-    return tuple(each if needed else None for each, needed in zip(found, needs, strict=True))
+    # Schema order: h, x, five frozen arguments, the adapter's three tensors, then seven arguments without gradient.
+    gradients = (d_h, d_x, *[None] * 5, *adapter, *[None] * 7)
+    return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
 
 
-_fsrl_residual.register_autograd(_backward, setup_context=_keep)
+_fsrl_residual.register_autograd(_backward, setup_context=_save_for_backward)

@@ -6,13 +6,13 @@ from torch import Tensor
 from dspa_kernels.formulas import compute_dtype, latents, n_kept, pre_activations, row_blocks
 from dspa_kernels.ops.fsrl_residual.codes import DOWN, IDLE, NEAR, OFF, UP
 
-# Of a block of rows many tensors of all latents are held at once, so that it is shorter than where there is one; yet
-# not so short that a product is but a read of the weights.
+# Many tensors of all latents are held per block of rows, so that blocks are shorter than with a single one. They keep
+# at least this many rows, because a product of fewer mostly reads the weights.
 TENSORS, LEAST = 16, 64
 
 
 def activate(u: Tensor, threshold: Tensor | None, activation: str) -> Tensor:
-    """v = act(u): sign(u) max(|u| - threshold, 0), max(u, 0), or u where u > threshold; NaN of NaN."""
+    """Return v = act(u): sign(u) max(|u| - threshold, 0), max(u, 0), or u where u > threshold. A NaN stays NaN."""
     if threshold is None:
         return u.clamp(min=0)
     if activation == "soft_threshold":
@@ -21,7 +21,7 @@ def activate(u: Tensor, threshold: Tensor | None, activation: str) -> Tensor:
 
 
 def top_of_row(v: Tensor, fraction: float) -> Tensor:
-    """Where v is among the largest |v| of its row: the fraction of those that are not 0, ties to the smaller index."""
+    """Return where |v| is in the largest `fraction` of its row's v that are not 0, ties to the smaller index."""
     keep = n_kept((v != 0).sum(dim=-1), fraction)
     order = v.abs().argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(v.shape[-1], device=v.device).expand_as(order))
@@ -29,7 +29,7 @@ def top_of_row(v: Tensor, fraction: float) -> Tensor:
 
 
 def codes_of(v: Tensor, f: Tensor | None, near: Tensor | None) -> Tensor:
-    """What became of each latent, uint8; `near` is where the threshold of a JumpReLU is."""
+    """Return the code of each latent, uint8. `near` is where the threshold of a JumpReLU is near."""
     codes = torch.zeros_like(v, dtype=torch.uint8).masked_fill_(v > 0, UP)
     if f is None:
         return codes
@@ -56,10 +56,11 @@ def fsrl_residual(
     barriers: Tensor,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h' = h + (ReLU(f + v) - f) W_dec with v = act(h W_a^T + b_a); l1 = sum_j |v_j|; l0 = number of v_j not 0.
+    """Return h' = h + (ReLU(f + v) - f) W_dec with v = act(h W_a^T + b_a), l1, l0 and codes.
 
-    ReLU(f + v) - f is max(v, -f), and so v where v >= 0. With x, the rows as a normalising encoder reads them, the
-    change of h alone, in the precision it is computed in. With `keep`, what the backward needs: a byte a latent.
+    l1 = sum_j |v_j|; l0 = number of v_j that are not 0. ReLU(f + v) - f is max(v, -f), so that it is v where v >= 0.
+    With x, the rows as a normalising encoder reads them, h' is the change alone, in the dtype in which it is computed.
+    The codes, one byte per latent and row, are what the backward needs. They are empty unless `keep`.
     """
     del barriers
     dtype = compute_dtype(h, encoder_rows, W_a)
@@ -84,7 +85,7 @@ def fsrl_residual(
         delta = (v if f is None else torch.maximum(v, -f)) @ W_dec
         l1[rows] = v.abs().sum(dim=1)
         l0[rows] = (v != 0).sum(dim=1, dtype=torch.int32)
-        # A row of which nothing is moved stays as it came, a -0.0 as well.
+        # A row without a moved latent is returned bit for bit, -0.0 included.
         out[rows] = (delta + b_h).where(l0[rows, None] > 0, b_h) if x is None else delta
         if keep:
             near = ((u - threshold).abs() <= bandwidth / 2) & kept if jumps and threshold is not None else None
@@ -108,10 +109,11 @@ def fsrl_residual_backward(
     needs_h: bool,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of h, x, W_a, b_a and threshold; empty where not needed. `adds`: h' was returned, and there was no x.
+    """Return the gradients of h, x, W_a, b_a and threshold, empty if not needed.
 
-    With g the gradient of h': dc = g W_dec^T; dv = dc [f + v > 0] + dl1 sign(v); du = dv where v is not 0; df = -dc
-    where f > 0 and f + v <= 0. A soft threshold gets -sign(v) du; a JumpReLU's gets -(threshold / bandwidth) dv where
+    `adds` is True if the forward returned h' and not its change alone, so that there was no x. With g the gradient of
+    h': dc = g W_dec^T; dv = dc [f + v > 0] + dl1 sign(v); du = dv where v is not 0; df = -dc where f > 0 and
+    f + v <= 0. A soft threshold gets -sign(v) du. That of a JumpReLU gets -(threshold / bandwidth) dv where
     |u - threshold| <= bandwidth / 2, the straight-through estimate of its jump.
     """
     dtype = compute_dtype(h, encoder_rows, W_a)

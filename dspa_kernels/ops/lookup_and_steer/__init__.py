@@ -1,4 +1,4 @@
-"""`lookup_and_steer`: choose each prompt's latents and steer with them, in one call."""
+"""`lookup_and_steer`: choose the latents of each prompt and steer with them, in one call."""
 
 import torch
 from torch import Tensor
@@ -27,21 +27,32 @@ def lookup_and_steer(
     paths: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, SteeringPlan, Edits]:
-    """`map_lookup` and `steer` in one: the step at which the last prompt token passes (DSPA, 1 to 5).
+    """Choose the latents of each prompt and steer with them, at the step of the last prompt token (DSPA, 1 to 5).
 
     Args:
         h: residual rows [N, d_in], any floating dtype.
         counts: [B, d_sae_in] int32, activation counts of the prompts at the input SAE.
-        sae, cdmap, rows, alpha, record, stream, positions, start, paths: as for `steer`; `rows` index the B
-            prompts.
-        k_prompt, k_diff, mode: as for `map_lookup`.
+        sae: as for `steer`.
+        cdmap: as for `steer`.
+        rows: as for `steer`, indices of the B prompts.
+        k_prompt: as for `map_lookup`.
+        k_diff: as for `map_lookup`.
+        mode: as for `map_lookup`.
+        alpha: as for `steer`.
+        record: as for `steer`.
+        stream: as for `steer`.
+        positions: as for `steer`.
+        start: as for `steer`.
+        paths: as for `steer`.
+        backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
-        h' [N, d_in], the plan for `steer` at later tokens, and the `Edits`, of no rows unless
-        recorded. Not differentiable.
+        h' [N, d_in], the plan for `steer` at later tokens, and the `Edits`, which have no rows unless recorded. Not
+        differentiable.
 
     Raises:
-        InputError: a shape, dtype, device or value that does not fit. BackendError: see `choose`.
+        InputError: an invalid shape, dtype, device or value.
+        BackendError: the named backend cannot run.
     """
     check_lookup(counts, cdmap.values, k_prompt, k_diff, mode)
     gate = {"rows": rows, "positions": positions, "start": start, "paths": paths}

@@ -14,7 +14,7 @@ from dspa_kernels.ops.steer.cuda_impl import steer
 def lookup_and_steer(
     counts: Tensor, values: Tensor, k_prompt: int, k_diff: int, lookup_mode: str, **residual: Any
 ) -> tuple[Tensor, ...]:
-    """h', before, after, maximum, slots, signs."""
+    """Return h', before, after, maximum, slots and signs."""
     (n_prompts, d_sae_in), n_columns = counts.shape, values.shape[1]
     slots = counts.new_empty(n_prompts, n_slots(k_diff, lookup_mode))
     signs = torch.empty_like(slots, dtype=torch.int8)

@@ -1,4 +1,4 @@
-"""The specification of `lookup_and_steer`: the two references, one after the other."""
+"""The specification of `lookup_and_steer`: the reference of `map_lookup`, then that of `steer`."""
 
 from typing import Any
 
@@ -11,6 +11,6 @@ from dspa_kernels.ops.steer.reference import steer
 def lookup_and_steer(
     counts: Tensor, values: Tensor, k_prompt: int, k_diff: int, lookup_mode: str, **residual: Any
 ) -> tuple[Tensor, ...]:
-    """(slots, signs) = map_lookup(counts, ...); h' = steer(h, slots, signs, ...)."""
+    """Return steer(h, slots, signs, ...), slots and signs, with (slots, signs) = map_lookup(counts, ...)."""
     slots, signs = map_lookup(counts, values, k_prompt, k_diff, lookup_mode)
     return (*steer(slots=slots, signs=signs, **residual), slots, signs)

@@ -1,4 +1,4 @@
-"""`map_lookup`: from a prompt's active latents to the output latents that it steers."""
+"""`map_lookup`: the output latents that each prompt steers, from its active latents."""
 
 import torch
 from torch import Tensor
@@ -19,20 +19,26 @@ def map_lookup(
     mode: str = "ablate",
     backend: str = "auto",
 ) -> SteeringPlan:
-    """Choose what each prompt steers (DSPA, online steps 1 to 3).
+    """Choose the latents that each prompt steers (DSPA, online steps 1 to 3).
 
-    The `k_prompt` most frequent prompt latents (ties to the smaller index; a count of 0 never enters) sum
-    their rows of the map; the `k_diff` largest scores, if positive, augment and the `k_diff` smallest, if
-    negative, ablate.
+    Scores are the sum of the map's rows for the `k_prompt` most frequent prompt latents. Among equal counts the smaller
+    index comes first, and a count of 0 never enters. The `k_diff` largest scores augment, if positive, and the
+    `k_diff` smallest ablate, if negative.
 
     Args:
-        counts: [B, d_sae_in] int32, as `activation_counts` gives them for the prompts.
+        counts: [B, d_sae_in] int32, the `activation_counts` of the prompts.
         values: [d_sae_in, C] fp32, the map at its columns.
-        k_prompt, k_diff: as published 32 and 16.
+        k_prompt: number of prompt latents (published: 32).
+        k_diff: number of latents to augment, and to ablate (published: 16).
         mode: "ablate", "augment" or "both".
+        backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
-        A plan of B rows and `k_diff` slots, twice as many for "both" (augment first). Not differentiable.
+        A plan of B rows and `k_diff` slots, or `2 k_diff` for "both", augmenting ones first. Not differentiable.
+
+    Raises:
+        InputError: an invalid shape, dtype, device or value.
+        BackendError: the named backend cannot run.
     """
     check_lookup(counts, values, k_prompt, k_diff, mode)
     slots, signs = _map_lookup(
@@ -60,7 +66,7 @@ def check_lookup(counts: Tensor, values: Tensor, k_prompt: int, k_diff: int, mod
 
 
 def n_slots(k_diff: int, mode: str) -> int:
-    """Slots in a row of a plan."""
+    """Return the number of slots in a row of a plan."""
     return 2 * k_diff if mode == "both" else k_diff
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def _extremes(score: Tensor, n: int, sign: int) -> Tensor:
-    """Slots [B, n] of the n largest `sign * score` that are positive, ties to the smaller slot, else -1."""
+    """Return slots [B, n] of the n largest positive `sign * score`, ties to the smaller slot, then -1."""
     value, slot = (sign * score).sort(dim=1, descending=True, stable=True)
     slots = torch.full((score.shape[0], n), -1, dtype=torch.int32, device=score.device)
     width = min(n, score.shape[1])
@@ -14,9 +14,10 @@ def _extremes(score: Tensor, n: int, sign: int) -> Tensor:
 
 
 def map_lookup(counts: Tensor, values: Tensor, k_prompt: int, k_diff: int, mode: str) -> tuple[Tensor, Tensor]:
-    """s = sum of values[i] over the k_prompt largest counts (> 0); the k_diff extremes of s on each side.
+    """Return the slots and signs of the k_diff extremes of s on each side.
 
-    The sum runs from the largest count to the smallest, in fp32, so that its rounding is defined too.
+    s = sum of values[i] over the latents i of the k_prompt largest counts that are not 0. The sum runs from the largest
+    count to the smallest, in fp32, so that its rounding is defined, too.
     """
     n_prompts, d_sae = counts.shape
     # One integer orders by count and then by the smaller index, with no ties left.
@@ -24,9 +25,9 @@ def map_lookup(counts: Tensor, values: Tensor, k_prompt: int, k_diff: int, mode:
     prompt_latents = key.topk(k_prompt, dim=1).indices
     present = counts.gather(1, prompt_latents) > 0
     score = values.new_zeros(n_prompts, values.shape[1])
-    for latent, here in zip(prompt_latents.unbind(1), present.unbind(1), strict=True):
-        score = torch.where(here[:, None], score + values[latent], score)
-    wanted = {"augment": (1,), "ablate": (-1,), "both": (1, -1)}[mode]
-    slots = torch.cat([_extremes(score, k_diff, sign) for sign in wanted], dim=1)
-    signs = torch.tensor(wanted, dtype=torch.int8, device=counts.device).repeat_interleave(k_diff)
+    for latent, counted in zip(prompt_latents.unbind(1), present.unbind(1), strict=True):
+        score = torch.where(counted[:, None], score + values[latent], score)
+    sides = {"augment": (1,), "ablate": (-1,), "both": (1, -1)}[mode]
+    slots = torch.cat([_extremes(score, k_diff, sign) for sign in sides], dim=1)
+    signs = torch.tensor(sides, dtype=torch.int8, device=counts.device).repeat_interleave(k_diff)
     return slots, torch.where(slots < 0, 0, signs).to(torch.int8)

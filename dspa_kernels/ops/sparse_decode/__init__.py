@@ -15,17 +15,18 @@ def sparse_decode(
     """Decode sparse latents: `b_dec + sum_j f_j W_dec[j]`.
 
     Args:
-        latents: N rows of at most K active latents; an index of -1 is an empty place.
-        W_dec: [d_sae, d_in], one contiguous row a latent.
+        latents: N rows of at most K active latents; an index of -1 marks an empty place.
+        W_dec: [d_sae, d_in], one contiguous row per latent.
         b_dec: [d_in] or None.
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
-        [N, d_in] in W_dec's dtype, summed in at least fp32; NaN on a row that overflowed when it was
-        encoded. The normalisation of an SAE is not undone here. Not differentiable.
+        [N, d_in] in the dtype of W_dec, summed in at least fp32. Rows that exceeded their capacity when they were
+        encoded are NaN. The normalisation of an SAE is not undone. Not differentiable.
 
     Raises:
-        InputError: a shape, dtype or device that does not fit. BackendError: see `choose`.
+        InputError: an invalid shape, dtype or device.
+        BackendError: the named backend cannot run.
     """
     check_shape("W_dec", W_dec, ("d_sae", "d_in"))
     check_dtype("W_dec", W_dec, FLOATS)

@@ -6,7 +6,7 @@ from dspa_kernels.formulas import compute_dtype
 
 
 def sparse_decode(indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
-    """out_n = b_dec + sum_s values[n, s] W_dec[indices[n, s]], from the first place to the last."""
+    """Return b_dec + sum_s values[n, s] W_dec[indices[n, s]], summed from the first place to the last."""
     dtype = compute_dtype(values, W_dec)
     out = values.new_zeros(len(indices), W_dec.shape[1], dtype=dtype)
     if b_dec is not None:

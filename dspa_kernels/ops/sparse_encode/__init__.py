@@ -10,19 +10,21 @@ from dspa_kernels.weights import ENCODER, FLOATS, SAEWeights, SparseLatents, che
 
 
 def sparse_encode(h: Tensor, sae: SAEWeights, *, capacity: int | None = None, backend: str = "auto") -> SparseLatents:
-    """Encode rows into their active latents.
+    """Encode residual rows to their active latents.
 
     Args:
         h: residual rows [N, d_in], any floating dtype; N may be 0.
-        sae: the SAE. For a top-k SAE `capacity` is k unless given.
-        capacity: places a row, 1 to d_sae. A row with more active latents is all NaN and its count tells.
+        sae: the SAE.
+        capacity: places per row, 1 to d_sae, by default k of a top-k SAE. The values of a row with more active latents
+            are all NaN, and its count shows how many there are.
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
-        `SparseLatents` of `capacity` places, values in at least fp32. Not differentiable.
+        `SparseLatents` of `capacity` places per row, with values in at least fp32. Not differentiable.
 
     Raises:
-        InputError: a shape, dtype, device or capacity that does not fit. BackendError: see `choose`.
+        InputError: an invalid shape, dtype, device or capacity.
+        BackendError: the named backend cannot run.
     """
     check_shape("h", h, ("N", sae.d_in), "Flatten batch and sequence into one dimension.")
     check_dtype("h", h, FLOATS)

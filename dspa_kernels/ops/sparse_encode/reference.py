@@ -9,8 +9,10 @@ from dspa_kernels.formulas import active_latents, compute_dtype, normalise, pre_
 def sparse_encode(
     h: Tensor, encoder_rows: Tensor, b_enc: Tensor, threshold: Tensor, k: int, normalize: str, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The active latents of each row, in order of their index; NaN values where they do not fit or
-    the row is not finite."""
+    """Return indices, values and counts of the active latents of each row, in order of index.
+
+    The values are NaN where the latents exceed the capacity, or the row is not finite.
+    """
     dtype = compute_dtype(h, encoder_rows)
     hn = normalise(h, normalize, dtype).rows
     indices = torch.full((len(h), capacity), -1, dtype=torch.int32, device=h.device)

@@ -1,4 +1,4 @@
-"""`steer`: edit the residual where the latents of its plan are active."""
+"""`steer`: edit residual rows on which latents of their plan are active."""
 
 from typing import Any, Literal, overload
 
@@ -71,32 +71,36 @@ def steer(
 ) -> Tensor | tuple[Tensor, Edits]:
     """Apply prompt-conditional, token-conditional edits (DSPA, online steps 4 and 5).
 
-    On each row, a selected latent that is active moves by `alpha M`, M being the row's largest latent: up if
-    it augments, down to 0 at most if it ablates. The residual follows through `W_dec` alone, so a row
-    without an edit comes back bit for bit.
+    On each row, each selected latent that is active moves by `alpha M`, where M is the largest latent of the row: up if
+    it augments, and down to 0 at most if it ablates. The residual changes through `W_dec` alone, so that a row without
+    an edit is returned bit for bit.
 
     Args:
         h: residual rows [N, d_in], any floating dtype; N may be 0.
         sae: the output SAE.
-        cdmap: the map whose columns the plan points into, gathered from the same SAE.
-        plan: what each of B prompts steers.
-        rows: [N] int32, the plan row of each residual row; a negative row is not steered. None: N = B, each
-            its own. Kernels check neither these nor the plan's slots: what is out of range reads other memory.
+        cdmap: the map to whose columns the plan refers, gathered from the same SAE.
+        plan: the latents that each of B prompts steers.
+        rows: [N] int32, the plan row of each residual row. A negative one is not steered. By default N = B and row n
+            has plan row n. Kernels check neither these nor the plan's slots, and read other memory if one is out of
+            range.
         alpha: strength, a finite number >= 0 (published: 0.2).
-        record: also return the `Edits`. They tell M, so that every row with an active selected latent needs it.
-        stream: how the encoder is read where M is needed, made from `sae`; by default `sae.stream`.
-        positions, start: [N] and [B] int64, or neither: a row before `start` of its plan row is not steered.
-        paths: [6] int64, to which is added how many rows were unsteered, not finite, inactive (no selected
-            latent was), settled (all ended at 0 by a bound on M) and streamed, and how many rows of the
-            encoder were read for it in full. The last depends on timing where rows settle early.
+        record: also return the `Edits`. They contain M, so that it is needed for every row with an active selected
+            latent.
+        stream: the encoder as it is read where M is needed, made from `sae`; by default `sae.stream`.
+        positions: [N] int64, position of each row, or None.
+        start: [B] int64, or None. A row whose position is below that of its plan row is not steered.
+        paths: [6] int64, counters that are added to: the rows that were unsteered, not finite, inactive (without an
+            active selected latent), settled (all selected latents went to 0, by a bound on M) and streamed, and the
+            encoder rows that were read in full for them. The last depends on timing where rows settle early.
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
-        h' [N, d_in] in h's dtype, contiguous; with `record` also `Edits`. Computed in fp32 (fp64 if an
-        operand is). Not differentiable: backward through it raises.
+        h' [N, d_in] in the dtype of h, contiguous, and with `record` also the `Edits`. Computed in fp32, or in fp64 if
+        an operand is fp64. Not differentiable: backward through it raises.
 
     Raises:
-        InputError: a shape, dtype, device or value that does not fit. BackendError: see `choose`.
+        InputError: an invalid shape, dtype, device or value.
+        BackendError: the named backend cannot run.
     """
     gate = {"rows": rows, "positions": positions, "start": start, "paths": paths}
     check_residual(h, sae, cdmap, alpha, len(plan.slots), **gate)

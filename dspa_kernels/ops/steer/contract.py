@@ -1,4 +1,4 @@
-"""What every backend of `steer` and `lookup_and_steer` agrees on: inputs, entries, empty results."""
+"""Input checks, choice of the backend and empty results, shared by `steer` and `lookup_and_steer`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dspa_kernels import cuda_library
-from dspa_kernels.backends import choose, is_unasked
+from dspa_kernels.backends import choose, is_auto
 from dspa_kernels.checks import check_at_least, check_device, check_dtype, check_shape, refuse
 from dspa_kernels.formulas import compute_dtype
 from dspa_kernels.launch import CudaEntry, cuda_entry, precision, steer_variant
@@ -18,7 +18,7 @@ GATE = "Tensor? rows, Tensor? positions, Tensor? start, Tensor(a!)? paths"
 
 
 def stream_of(sae: SAEWeights, stream: EncoderStream | None) -> EncoderStream:
-    """`stream` if it was made from an SAE like `sae`, by default the SAE's own."""
+    """Return `stream`, by default that of the SAE; raise `InputError` if it was made from an SAE that differs."""
     if stream is None:
         return sae.stream
     check_shape(
@@ -32,22 +32,22 @@ def stream_of(sae: SAEWeights, stream: EncoderStream | None) -> EncoderStream:
 
 
 def choose_steer(op: str, h: Tensor, sae: SAEWeights, requested: str) -> str:
-    """The backend of `steer` or `lookup_and_steer`; "auto" where it is between Triton and CUDA."""
+    """Return the backend of `steer` or `lookup_and_steer`, "auto" if the launch chooses between Triton and CUDA."""
     chosen = choose(op, h.device, requested, compute_dtype(h, sae.encoder_rows))
-    return "auto" if chosen == "triton" and is_unasked(requested) else chosen
+    return "auto" if chosen == "triton" and is_auto(requested) else chosen
 
 
 def entry_of(
     h: Tensor, encoder_rows: Tensor, k: int, normalize: str, screen_rows: Tensor | None, **_: Any
 ) -> CudaEntry | None:
-    """What the CUDA table has for a launch."""
+    """Return the entry of the CUDA table for a launch, None if there is none."""
     d_sae, d_in = encoder_rows.shape
     variant, multiply = steer_variant(k, screen_rows), precision(h, encoder_rows, normalize)
     return cuda_entry(variant, len(h), d_in, d_sae, multiply, h.device)
 
 
 def fastest(**arguments: Any) -> Literal["cuda", "triton"]:
-    """CUDA where it is there and was measured to be faster, else Triton."""
+    """Return "cuda" if it is compiled and was measured to be faster for these arguments, else "triton"."""
     return "triton" if cuda_library.OBSTACLE or entry_of(**arguments) is None else "cuda"
 
 
@@ -87,7 +87,7 @@ def check_residual(
 
 
 def empty_results(h: Tensor, encoder_rows: Tensor, n_slots: int, record: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Room for h', before, after and maximum; nothing is kept of the edits unless recorded."""
+    """Allocate h', before, after and maximum; those of the edits have no rows unless recorded."""
     dtype, n_rows = compute_dtype(h, encoder_rows), h.shape[0] if record else 0
     slots = h.new_empty(n_rows, n_slots, dtype=dtype)
     out = torch.empty_like(h, memory_format=torch.contiguous_format)

@@ -14,7 +14,7 @@ from dspa_kernels.ops.steer.contract import empty_results, entry_of
 
 
 def padded(n: int) -> int:
-    """Numbers of four bytes up to the next whole line of a cache."""
+    """Round a number of 4-byte words up to whole cache lines."""
     return -(-n // 32) * 32
 
 
@@ -37,17 +37,17 @@ def steer(
     alpha: float,
     record: bool,
     lookup: dict[str, Any] | None = None,
-    **as_they_are: Tensor | None,
+    **unchanged: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h', before, after, maximum; with `lookup`, which first fills slots and signs, of `lookup_and_steer`."""
+    """Return h', before, after and maximum. With `lookup`, the launch first fills slots and signs."""
     (n_rows, d_in), (n_prompts, n_slots) = h.shape, slots.shape
     out, before, after, maximum = empty_results(h, encoder_rows, n_slots, record)
     if not n_rows and lookup is None:
         return out, before, after, maximum
 
-    # Tensors are named here for as long as the launch is being made: an address alone does not keep one.
+    # References keep the tensors alive until the launch is made. Addresses would not.
     tensors: dict[str, Tensor | None] = {
-        **as_they_are,
+        **unchanged,
         "h": h.contiguous(),
         "out": out,
         "encoder_rows": encoder_rows,
@@ -98,7 +98,7 @@ def steer(
     }
     scratch = torch.empty(sum(map(padded, numbers.values())), dtype=torch.int32, device=h.device)
     starts = itertools.accumulate(map(padded, numbers.values()), initial=0)
-    places = zip(numbers.items(), starts, strict=False)
-    fill(arguments, **{name: scratch.data_ptr() + 4 * start for (name, n), start in places if n})
+    parts = zip(numbers.items(), starts, strict=False)
+    fill(arguments, **{name: scratch.data_ptr() + 4 * start for (name, n), start in parts if n})
     launch_steer(arguments, h.device)
     return out, before, after, maximum

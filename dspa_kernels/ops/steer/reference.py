@@ -18,9 +18,9 @@ def _stream(
     picked: Tensor,
     latents: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The largest latent of each row [N], and by how many others each picked latent is beaten [N, S].
+    """Return the largest latent of each row [N], and the number of latents that beat each picked one [N, S].
 
-    Reads the encoder once, block by block. Only a top-k SAE needs the second answer.
+    The encoder is read once, block by block. Only a top-k SAE needs the second result.
     """
     running_max = hn.new_zeros(len(hn))
     beaten = torch.zeros_like(latents)
@@ -38,13 +38,14 @@ def _stream(
 
 
 def steered_rows(n_rows: int, rows: Tensor | None, positions: Tensor | None, start: Tensor | None) -> Tensor:
-    """Plan row of each residual row [N] int64, -1 where it is not steered."""
+    """Return the plan row of each residual row [N] int64, -1 where it is not steered."""
     device = None if start is None else start.device
     prompt = torch.arange(n_rows, device=device) if rows is None else rows.long()
     if positions is None or start is None:
         return prompt
-    began = torch.cat([start, start.new_zeros(1)])[prompt]  # a negative row takes the last, whatever it is
-    return torch.where(positions >= began, prompt, -1)
+    # A negative row takes the last one, which is arbitrary.
+    first = torch.cat([start, start.new_zeros(1)])[prompt]
+    return torch.where(positions >= first, prompt, -1)
 
 
 def steer(
@@ -71,12 +72,12 @@ def steer(
     record: bool,
     **_screen: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h'_n = h_n + scale_n sum_j (f'_j - f_j) W_dec[j] over the active latents j of plan row rows[n].
+    """Return h'_n = h_n + scale_n sum_j (f'_j - f_j) W_dec[j], over the active latents j of plan row rows[n].
 
-    f'_j = f_j + alpha M (sign +1) or max(f_j - alpha M, 0) (sign -1), M = max over all latents of f.
-    A row with rows[n] < 0, without an active selected latent, or without a change is copied. A steered row
-    that is not finite is copied too, and its maximum is NaN. Unless recorded, the encoder is not read for a
-    row whose active latents a lower bound on M, the selected and the first `n_large` latents, already sends to 0.
+    f'_j = f_j + alpha M (sign +1) or max(f_j - alpha M, 0) (sign -1), with M the maximum of all latents of the row.
+    A row with rows[n] < 0, without an active selected latent, or without a change is copied. So is a steered row that
+    is not finite, and its maximum is NaN. The selected and the first `n_large` latents give a lower bound on M. Unless
+    recorded, the encoder is not read for a row whose active selected latents all go to 0 by that bound.
     """
     dtype = compute_dtype(h, encoder_rows)
     out = h.clone(memory_format=torch.contiguous_format)
@@ -102,7 +103,7 @@ def steer(
         f = hn.new_zeros(slot.shape)
         active = torch.zeros_like(chosen)
 
-    # Only rows with an active selected latent need the maximum, and of those only some read the encoder.
+    # Only rows with an active selected latent need the maximum, and only some of those read the encoder.
     open_rows = active.any(dim=1)
     large = pre_activations(hn, encoder_rows[:n_large], b_enc[:n_large])
     large = large.clamp(min=0) if k else torch.where(is_active(large, threshold[:n_large]), large, 0)
@@ -110,7 +111,7 @@ def steer(
     gone = ~active | ((sign < 0) & (f <= alpha * bound[:, None]))
     settled = open_rows & gone.all(dim=1) & (not record and not k)
     streamed = open_rows & ~settled
-    counts += [int(each.sum()) for each in (~open_rows, settled, streamed)]
+    counts += [int(path.sum()) for path in (~open_rows, settled, streamed)]
     if paths is not None:
         read = len(encoder_rows) if counts[-1] else 0
         paths += torch.tensor([*counts, read], device=paths.device)

@@ -99,7 +99,7 @@ def at_inference(normalize: str) -> str:
     warnings.warn(
         f"normalize_activations={normalize!r} does nothing at inference, here as in SAELens. That is right only if "
         "its scale was folded into these weights: check how well they reconstruct residuals of the model.",
-        stacklevel=3,
+        stacklevel=4,
     )
     return "none"
 
