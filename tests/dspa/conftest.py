@@ -1,4 +1,4 @@
-"""SAEs, a map of them and models, made on the spot."""
+"""Small SAEs, maps and models with random weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cdmap(sae_in: FrozenSAE, sae_out: FrozenSAE) -> ConditionalDifferenceMap:
 
 @pytest.fixture(scope="session")
 def calibrated(cdmap: ConditionalDifferenceMap) -> ConditionalDifferenceMap:
-    """The map with hot latents, more of them than are evaluated first, and a mean."""
+    """A map with a mean and more hot latents than are evaluated first."""
     g = torch.Generator().manual_seed(4)
     return with_tensors(
         cdmap,

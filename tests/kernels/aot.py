@@ -1,7 +1,7 @@
-"""Compiling the kernels for GPUs that are not here, through their own launchers.
+"""Compilation of the Triton kernels ahead of time, through their own launchers.
 
-A stand-in for Triton's driver names the target; a launch then compiles and returns instead of running. So what
-is compiled is what the launcher would launch: the same specialisation, constants and options.
+A stand-in for Triton's driver names the target, and a launch compiles instead of running. So the specialisation,
+constants and options are those that the launcher would launch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 class Driver:
-    """What Triton asks its driver before it compiles."""
+    """The part of a Triton driver that is read before a compilation."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
@@ -55,7 +55,7 @@ class Driver:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel as it was launched, and what the compiler made of it."""
+    """A launch of a kernel and the compiler's output."""
 
     name: str
     options: dict[str, Any]
@@ -64,7 +64,7 @@ class Compiled:
     shared: int
 
     def dump(self, option: str) -> str:
-        """The answer of cuobjdump about the machine code."""
+        """Return what cuobjdump prints of the machine code."""
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.asm["cubin"])
             file.flush()
@@ -72,14 +72,14 @@ class Compiled:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def resources(self) -> dict[str, int]:
-        """Registers, stack and local memory of a thread in bytes, from the machine code."""
+        """Return registers, and bytes of stack and local memory, per thread."""
         line = next(line for line in self.dump("--dump-resource-usage").splitlines() if "REG:" in line)
         return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
 
 
 @contextmanager
 def compiling(capability: int) -> Iterator[list[Compiled]]:
-    """Launches of Triton kernels compile for `capability` and are listed, in order."""
+    """Compile launches of Triton kernels for `capability`, and list them in order."""
     compiled: list[Compiled] = []
     run = JITFunction.run
 
@@ -101,7 +101,7 @@ def compiling(capability: int) -> Iterator[list[Compiled]]:
 
 
 def unguarded_tickets(ptx: str) -> int:
-    """Tickets (atomics that release) before which a warp of the block may still be storing."""
+    """Count tickets (atomics that release) before which a warp of the block may still be storing."""
     unguarded = 0
     guarded = False
     for line in ptx.splitlines():
@@ -115,13 +115,13 @@ def unguarded_tickets(ptx: str) -> int:
 
 
 def unfinished_waits(ptx: str) -> int:
-    """Loops that look for other programs' arrival, after which nothing makes visible what those wrote."""
+    """Count loops that wait for other programs without an acquire after them, which makes visible what those wrote."""
     spins = [match.end() for match in re.finditer(r"ld\.volatile\.global", ptx)]
     return sum("acquire" not in ptx[spin:].partition("ld.volatile.global")[0][:2000] for spin in spins)
 
 
 def facts(kernel: Compiled) -> dict[str, Any]:
-    """What the tests ask about a compiled kernel."""
+    """Return what the tests check of a compiled kernel."""
     sass = kernel.dump("--dump-sass")
     return {
         "name": kernel.name,
@@ -143,7 +143,7 @@ def facts(kernel: Compiled) -> dict[str, Any]:
 def plain_steering(
     kind: str, dtypes: tuple[torch.dtype, torch.dtype], n: int, normalize: str, screen: str, record: bool
 ) -> dict[str, Any]:
-    """Arguments of the custom op `steer` at a shape as wide as real ones, of few latents."""
+    """Return arguments of the custom op `steer` with rows of 256 numbers and few latents."""
     h_dtype, W_dtype = dtypes
     sae = random_sae(kind, 256, 512, dtype=W_dtype, normalize=normalize)
     plan = random_plan(n, 16, 40)
@@ -163,7 +163,7 @@ def plain_steering(
     }
 
 
-# One representative of each way to multiply, and what it normalises: the value of PRECISION is the place.
+# One pair of dtypes per way to multiply, in the order of PRECISION's values, and its normalisation.
 DTYPES = (
     ((torch.bfloat16, torch.bfloat16), "none"),
     ((torch.bfloat16, torch.bfloat16), "layer_norm"),
@@ -173,7 +173,7 @@ ROWS = (1, 32, 64, 640)
 
 
 def adapting(activation: str, kind: str, dtypes: tuple[torch.dtype, torch.dtype], n: int, x: bool) -> dict[str, Any]:
-    """Arguments that `fsrl_residual` and its backward share; with x, rows as a normalising encoder reads them."""
+    """Return arguments that `fsrl_residual` and its backward share, with `x` for an encoder that normalises."""
     h_dtype, W_dtype = dtypes
     sae = random_sae(kind, 256, 512, dtype=W_dtype)
     encoder = sae.encoder()
@@ -195,7 +195,7 @@ def adapting(activation: str, kind: str, dtypes: tuple[torch.dtype, torch.dtype]
 
 
 def calls() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Ops and arguments that launch every entry of the table, and every kernel that has none."""
+    """Yield ops and arguments that launch every entry of the table, and every kernel without an entry."""
     for (i, (dtypes, normalize)), kind, screen, (j, n) in itertools.product(
         enumerate(DTYPES), ("jumprelu", "topk"), SCREENS, enumerate(ROWS)
     ):
@@ -231,7 +231,7 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
         arguments = adapting(activation, kind, DTYPES[i][0], n, x=i == 1)
         yield "fsrl_residual", {**arguments, "barriers": barriers, "keep": n % 2 == 0}
         if n > 1:
-            # What is changed of normalised rows is returned in fp32, and so is its gradient.
+            # The change of normalised rows is returned in fp32, and so is its gradient.
             gradients = {"grad": torch.zeros(n, 256, dtype=torch.float32 if i == 1 else DTYPES[i][0][0])}
             gradients |= {"grad_l1": torch.zeros(n), "codes": torch.zeros(n, 512, dtype=torch.uint8)}
             names = ("h", "encoder_rows", "W_dec", "W_a", "b_a", "threshold", "activation", "bandwidth")
@@ -240,17 +240,17 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def main(capability: int, output: str) -> None:
-    """Write a JSON list: op, number of launches and their facts, for each of `calls`."""
-    found: list[dict[str, Any]] = []
+    """Write a JSON list of the op, whether it ranks latents, and the facts of its launches, per call."""
+    results: list[dict[str, Any]] = []
     for op, arguments in calls():
         if (op.removesuffix(BACKWARD), "triton") not in IMPLEMENTED:
             continue
         with compiling(capability) as compiled:
             implementation(op, "triton")(**arguments)
-        # Ranks need whole rows of latents, in launches that come first.
+        # Ranking needs whole rows of latents, from launches that come first.
         ranked = bool(arguments.get("k")) or arguments.get("fraction", 1) < 1
-        found.append({"op": op, "ranked": ranked, "launches": [facts(kernel) for kernel in compiled]})
-    Path(output).write_text(json.dumps(found))
+        results.append({"op": op, "ranked": ranked, "launches": [facts(kernel) for kernel in compiled]})
+    Path(output).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

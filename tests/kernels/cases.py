@@ -1,4 +1,4 @@
-"""Inputs of the ops, in odd sizes."""
+"""Inputs of the ops in odd sizes, and how far rounding may move their results."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def make_case(
     k: int | None = None,
     seed: int = 0,
 ) -> Case:
-    """Rows of three prompts and unsteered rows in turn; the last prompt steers nothing."""
+    """Return rows of three prompts and unsteered rows in turn. The last prompt steers nothing."""
     h_dtype, W_dtype = dtypes
     sae = random_sae(kind, D_IN, D_SAE, dtype=W_dtype, seed=seed, normalize=normalize, integers=integers, k=k)
     plan = random_plan(N_PROMPTS, N_SLOTS, n_columns, mode=mode, seed=seed)
@@ -84,7 +84,7 @@ def make_case(
     )
 
 
-# Each is the same rows [N, d] in another layout.
+# The same rows [N, d] in other layouts.
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda h: h.T.contiguous().T,
     "every second row": lambda h: h.repeat_interleave(2, dim=0)[::2],

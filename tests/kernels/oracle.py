@@ -1,6 +1,6 @@
-"""SPEC.md, sections 1 and 3, in loops over rows and latents: what every op is held against.
+"""SPEC.md, sections 1 and 3, in loops over rows and latents: the oracle of every op's tests.
 
-Shares nothing with the package's references. In fp64 it is the exact answer, in fp32 the plain computation
+It shares nothing with the package's references. In fp64 it gives the exact answer, and in fp32 the plain computation
 whose error an op may have.
 """
 
@@ -24,12 +24,12 @@ def array(tensor: Tensor, dtype: Any = EXACT) -> Array:
 
 
 def plain_dtype(h: Tensor, sae: SAEWeights) -> Any:
-    """The dtype that an op computes in."""
+    """Return the dtype that an op computes in."""
     return np.float64 if torch.float64 in (h.dtype, sae.encoder_rows.dtype) else np.float32
 
 
 def pre_activations(row: Array, sae: SAEWeights, dtype: Any = EXACT) -> tuple[Array, float]:
-    """pre [d_sae] of one row, and the scale that its normalisation took out."""
+    """Return the pre-activations [d_sae] of one row, and the scale that normalising it took out."""
     scale = dtype(1)
     if sae.normalize == "layer_norm":
         row = row - row.mean()
@@ -43,7 +43,7 @@ def pre_activations(row: Array, sae: SAEWeights, dtype: Any = EXACT) -> tuple[Ar
 
 
 def active(pre: Array, sae: SAEWeights) -> Latents:
-    """The active latents of one row and their values, by index."""
+    """Return the values of the active latents of one row, by index."""
     if sae.k:
         ranked = sorted(range(len(pre)), key=lambda j: (-pre[j], j))
         return {j: pre[j] for j in sorted(ranked[: sae.k]) if pre[j] > 0}
@@ -52,7 +52,7 @@ def active(pre: Array, sae: SAEWeights) -> Latents:
 
 
 def margin(h: Tensor, sae: SAEWeights) -> float:
-    """How near any latent of any row is to the other side of its threshold: within this, rounding decides."""
+    """Return the least distance of a latent from the other side of its threshold, over all rows."""
     nearest = np.inf
     for row in array(h):
         pre, _ = pre_activations(row, sae)
@@ -81,7 +81,7 @@ def counts(h: Tensor, sae: SAEWeights, sequences: Tensor, n_sequences: int) -> T
 def lookup(
     counts: Tensor, values: Tensor, k_prompt: int, k_diff: int, mode: str
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Slots and signs of a plan; scores are summed in fp32 from the largest count to the smallest."""
+    """Return slots and signs of a plan. Scores are summed in fp32 from the largest count to the smallest."""
     A = values.numpy()
     slots, signs = [], []
     for prompt in counts.tolist():
@@ -110,7 +110,7 @@ def steer(
     alpha: float,
     dtype: Any = EXACT,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h', before, after and maximum in `dtype`; an unedited row of h' is the row of h."""
+    """Return h', before, after and maximum in `dtype`. An unedited row of h' is the row of h."""
     out, W_dec, columns = array(h, dtype), array(sae.W_dec, dtype), cdmap.columns.tolist()
     before = np.zeros((len(h), plan.slots.shape[1]), dtype)
     after, maximum = np.zeros_like(before), np.zeros(len(h), dtype)
@@ -130,7 +130,7 @@ def steer(
             edited = f + dtype(alpha) * maximum[n] * sign
             before[n, s], after[n, s] = f, max(edited, 0)
             out[n] += scale * (after[n, s] - f) * W_dec[columns[slot]]
-    return tuple(torch.from_numpy(each) for each in (out, before, after, maximum))
+    return tuple(torch.from_numpy(result) for result in (out, before, after, maximum))
 
 
 def decode(indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor | None, dtype: Any = EXACT) -> Tensor:

@@ -57,5 +57,5 @@ def has_parameters(case: Case, parameters: Mapping[str, Hashable]) -> bool:
 
 
 def values_of(cases: Sequence[Case]) -> set[tuple[str, Hashable]]:
-    """Return each parameter's name with each of its values."""
+    """Return pairs of a parameter's name and one of its values."""
     return {pair for case in cases for pair in case.parameters.items()}
