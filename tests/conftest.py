@@ -14,8 +14,9 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 EMULATED = ROOT / "build" / "emulated"
-# The files that take longest, mostly to compile, and print nothing meanwhile.
-SLOWEST = ("kernels/test_compiled.py", "csrc/test_compiled.py")
+# Files that compile for minutes and print nothing meanwhile, and their places in the order in which files are started.
+# Of two processes, the other one shows progress from the start, and compiles before the end.
+COMPILING = {"kernels/test_compiled.py": 0, "csrc/test_compiled.py": 2}
 
 # Without a GPU, Triton kernels run in Triton's interpreter, and those of csrc/ in a library that emulates one. Both
 # have to be chosen before they are imported.
@@ -40,15 +41,22 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the slowest files, then those of most tests.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Order the files for several processes: those that compile at their places, the others by their number of tests.
 
-    `--dist loadfile` hands out files in this order. One of few slow tests that came last would leave all processes
-    but one without work, and the screen still, until it is done.
+    `--dist loadfile` hands out files in this order. A file of few but slow tests that came last would leave all
+    processes but one without work, and the screen still, until it is done.
     """
+    if not hasattr(config, "workerinput"):
+        return
     n_tests = collections.Counter(item.path for item in items)
-    places = {ROOT / "tests" / name: place for place, name in enumerate(SLOWEST)}
-    items.sort(key=lambda item: (places.get(item.path, len(places)), -n_tests[item.path]))
+    files = [path for path, _ in n_tests.most_common()]
+    for name, place in COMPILING.items():
+        path = ROOT / "tests" / name
+        if path in n_tests:
+            files.remove(path)
+            files.insert(place, path)
+    items.sort(key=lambda item: files.index(item.path))
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
