@@ -101,21 +101,21 @@ def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_available_backends() -> None:
-    found = available_backends()
-    assert list(found) == list(MODULES)
-    assert found["reference"].available and found["reference"].ops == OPS
-    for status in found.values():
+    statuses = available_backends()
+    assert list(statuses) == list(MODULES)
+    assert statuses["reference"].available and statuses["reference"].ops == OPS
+    for status in statuses.values():
         assert status.available == (not status.reason) and set(status.ops) <= set(OPS)
     if not torch.cuda.is_available():
-        assert not found["cuda"].available and not found["triton"].available
+        assert not statuses["cuda"].available and not statuses["triton"].available
 
 
 def test_available_backends_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     implement(monkeypatch, "triton", "reference")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = available_backends()
-    assert found["cuda"].reason == "this version has no cuda kernels" and found["cuda"].ops == ()
-    assert found["triton"].reason == "no CUDA device was found" and found["triton"].ops == ("steer",)
+    statuses = available_backends()
+    assert statuses["cuda"].reason == "this version has no cuda kernels" and statuses["cuda"].ops == ()
+    assert statuses["triton"].reason == "no CUDA device was found" and statuses["triton"].ops == ("steer",)
 
 
 def test_the_environment_variable_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,8 +175,8 @@ def with_gradients(case: Case, function: Any) -> dict[str, Tensor]:
     leaves = {name: getattr(case, name).requires_grad_() for name in LEAVES if getattr(case, name) is not None}
     out, l1, l0 = function(case)
     gradients = torch.autograd.grad((out, l1), tuple(leaves.values()), (case.grad, case.grad_l1))
-    found = {"out": out.detach(), "l1": l1.detach(), "l0": l0}
-    return found | {f"d_{name}": d for name, d in zip(leaves, gradients, strict=True)}
+    actual = {"out": out.detach(), "l1": l1.detach(), "l0": l0}
+    return actual | {f"d_{name}": d for name, d in zip(leaves, gradients, strict=True)}
 
 
 def apart(result: Tensor) -> float:
@@ -187,8 +187,8 @@ def apart(result: Tensor) -> float:
 def ours(case: Case, backend: str) -> dict[str, Tensor]:
     device = "cuda" if backend != "reference" and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
     on_device = {n: v.to(device) for n, v in vars(case).items() if isinstance(v, (Tensor, SAEWeights))}
-    found = with_gradients(replace(case, **on_device), lambda c: fsrl_residual(**c.arguments(), backend=backend))
-    return {name: value.cpu() for name, value in found.items()}
+    actual = with_gradients(replace(case, **on_device), lambda c: fsrl_residual(**c.arguments(), backend=backend))
+    return {name: value.cpu() for name, value in actual.items()}
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
@@ -197,10 +197,10 @@ def ours(case: Case, backend: str) -> dict[str, Tensor]:
 def test_exact_on_integers(backend: str, activation: str, kind: str, dtypes: tuple[torch.dtype, ...]) -> None:
     """Sums of small integers are exact in any order: results and gradients are equal, ties and all."""
     case = make_case(activation, kind, dtypes, integers=True)
-    found, wanted = ours(case, backend), with_gradients(case.in_dtype(torch.float64), dense)
-    for name, value in found.items():
+    actual, wanted = ours(case, backend), with_gradients(case.in_dtype(torch.float64), dense)
+    for name, value in actual.items():
         assert torch.equal(value, wanted[name].to(value.dtype)), name
-    assert 0 < int(found["l0"].sum()) < found["l0"].numel() * D_SAE and bool((found["out"] != case.h).any())
+    assert 0 < int(actual["l0"].sum()) < actual["l0"].numel() * D_SAE and bool((actual["out"] != case.h).any())
 
 
 @pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
@@ -209,9 +209,9 @@ def test_exact_on_integers(backend: str, activation: str, kind: str, dtypes: tup
 def test_accuracy(backend: str, activation: str, normalize: str) -> None:
     """As near to fp64 as the same formula in fp32."""
     case = make_case(activation, normalize=normalize)
-    found, plain, exact = ours(case, backend), with_gradients(case, dense), with_gradients(case.in_dtype(FP64), dense)
-    for name in found:
-        assert_as_accurate(found[name], plain[name].to(found[name].dtype), exact[name])
+    actual, plain, exact = ours(case, backend), with_gradients(case, dense), with_gradients(case.in_dtype(FP64), dense)
+    for name in actual:
+        assert_as_accurate(actual[name], plain[name].to(actual[name].dtype), exact[name])
 
 
 FP64 = torch.float64
@@ -221,15 +221,15 @@ FP64 = torch.float64
 @pytest.mark.usefixtures("blocks")
 def test_accuracy_in_sixteen_bits(backend: str, dtype: torch.dtype) -> None:
     case = make_case("soft_threshold", dtypes=(dtype, dtype, dtype))
-    found = ours(case, backend)
+    actual = ours(case, backend)
     plain = with_gradients(case.in_dtype(torch.float32), lambda c: dense(c, stored=dtype))
     exact = with_gradients(case.in_dtype(FP64), dense)
     for name in ("out", "d_h", "d_W_a"):
-        assert found[name].dtype == dtype
-        assert_as_accurate(found[name], plain[name].to(found[name].dtype), exact[name])
+        assert actual[name].dtype == dtype
+        assert_as_accurate(actual[name], plain[name].to(actual[name].dtype), exact[name])
     for name in ("l1", "d_b_a", "d_threshold"):
-        assert found[name].dtype == torch.float32
-        assert_as_accurate(found[name], plain[name].to(found[name].dtype), exact[name])
+        assert actual[name].dtype == torch.float32
+        assert_as_accurate(actual[name], plain[name].to(actual[name].dtype), exact[name])
 
 
 @pytest.mark.parametrize(
@@ -248,11 +248,11 @@ def test_accuracy_in_sixteen_bits(backend: str, dtype: torch.dtype) -> None:
 def test_masks_and_fractions(backend: str, activation: str, others: dict[str, Any]) -> None:
     """Integers make ties of |v| at the edge of a fraction; the smaller index is kept."""
     case = make_case(activation, "topk", integers=True, n=4, **others)
-    found, wanted = ours(case, backend), with_gradients(case.in_dtype(FP64), dense)
-    for name, value in found.items():
+    actual, wanted = ours(case, backend), with_gradients(case.in_dtype(FP64), dense)
+    for name, value in actual.items():
         assert torch.equal(value, wanted[name].to(value.dtype)), name
     if others.get("fraction") == 0 or not others.get("mask", torch.ones(1)).any():
-        assert same_bits(found["out"], case.h) and not found["l0"].any() and not found["d_W_a"].any()
+        assert same_bits(actual["out"], case.h) and not actual["l0"].any() and not actual["d_W_a"].any()
 
 
 @pytest.mark.parametrize("kind", ["jumprelu", "topk"])
@@ -262,16 +262,16 @@ def test_what_is_not_positive_is_not_active(backend: str, kind: str) -> None:
     case = make_case("soft_threshold", kind, integers=True, n=4)
     sae = replace(case.sae, threshold=case.sae.threshold - 8, k=60 if kind == "topk" else 0)
     case = replace(case, sae=sae)
-    found, wanted = ours(case, backend), with_gradients(case.in_dtype(FP64), dense)
-    for name, value in found.items():
+    actual, wanted = ours(case, backend), with_gradients(case.in_dtype(FP64), dense)
+    for name, value in actual.items():
         assert torch.equal(value, wanted[name].to(value.dtype)), name
 
 
 @pytest.mark.parametrize("n", [0, 1, 64, 65, 130])
 def test_numbers_of_rows(backend: str, n: int) -> None:
     case = make_case("soft_threshold", integers=True, n=n)
-    found, wanted = ours(case, backend), with_gradients(case.in_dtype(FP64), dense)
-    for name, value in found.items():
+    actual, wanted = ours(case, backend), with_gradients(case.in_dtype(FP64), dense)
+    for name, value in actual.items():
         assert value.shape == wanted[name].shape and torch.equal(value, wanted[name].to(value.dtype)), name
 
 
@@ -288,20 +288,20 @@ def test_an_adapter_of_zeros_changes_nothing(backend: str, activation: str) -> N
 @pytest.mark.usefixtures("blocks")
 def test_accuracy_of_normalised_rows_in_sixteen_bits(backend: str, normalize: str) -> None:
     case = make_case("soft_threshold", dtypes=(torch.bfloat16,) * 3, normalize=normalize)
-    found = ours(case, backend)
+    actual = ours(case, backend)
     plain = with_gradients(case.in_dtype(torch.float32), lambda c: dense(c, stored=torch.bfloat16))
     exact = with_gradients(case.in_dtype(FP64), dense)
     # Three parts of the gradient of h are each rounded before autograd adds them up.
-    for name in found.keys() - {"d_h", "l0"}:
-        assert_as_accurate(found[name], plain[name].to(found[name].dtype), exact[name])
+    for name in actual.keys() - {"d_h", "l0"}:
+        assert_as_accurate(actual[name], plain[name].to(actual[name].dtype), exact[name])
 
 
 @pytest.mark.usefixtures("blocks")
 def test_ranks_are_those_of_normalised_rows(backend: str) -> None:
     case = make_case("soft_threshold", "topk", normalize="layer_norm")
-    found, plain, exact = ours(case, backend), with_gradients(case, dense), with_gradients(case.in_dtype(FP64), dense)
-    for name in found:
-        assert_as_accurate(found[name], plain[name].to(found[name].dtype), exact[name])
+    actual, plain, exact = ours(case, backend), with_gradients(case, dense), with_gradients(case.in_dtype(FP64), dense)
+    for name in actual:
+        assert_as_accurate(actual[name], plain[name].to(actual[name].dtype), exact[name])
 
 
 @pytest.mark.usefixtures("blocks")
@@ -326,10 +326,10 @@ def test_a_row_that_is_not_finite_spoils_no_other(backend: str, activation: str)
     case = make_case(activation, n=5)
     h = case.h.clone()
     h[1, 3], h[3, 4] = float("nan"), float("inf")
-    found = run_on(backend, fsrl_residual, **(case.arguments() | {"h": h}))
-    for value, finite in zip(found, run_on(backend, fsrl_residual, **case.arguments()), strict=True):
+    actual = run_on(backend, fsrl_residual, **(case.arguments() | {"h": h}))
+    for value, finite in zip(actual, run_on(backend, fsrl_residual, **case.arguments()), strict=True):
         assert torch.equal(value[::2], finite[::2])
-    out, l1, _ = found
+    out, l1, _ = actual
     assert out[1].isnan().all() and l1[1].isnan()
     assert not out[3].isfinite().any() and not l1[3].isfinite()
 
@@ -364,8 +364,8 @@ def test_more_programs_than_are_added_at_a_time(n: int, monkeypatch: pytest.Monk
     case = make_case("soft_threshold", integers=True, n=n)
     monkeypatch.setattr(triton_impl, "BLOCK_P", 2)
     monkeypatch.setattr(triton_impl, "BLOCK_D", 16)
-    found = fsrl_residual(**case.arguments(), backend="triton")
-    for value, wanted in zip(found, dense(case.in_dtype(FP64)), strict=True):
+    actual = fsrl_residual(**case.arguments(), backend="triton")
+    for value, wanted in zip(actual, dense(case.in_dtype(FP64)), strict=True):
         assert torch.equal(value, wanted.to(value.dtype))
 
 
@@ -397,8 +397,8 @@ def test_a_loss_of_one_result_alone(backend: str, activation: str, result: str) 
     nothing = {"grad": torch.zeros_like(case.grad)} if result == "l1" else {"grad_l1": torch.zeros_like(case.grad_l1)}
     wanted = with_gradients(replace(case, **nothing).in_dtype(FP64), dense)["d_W_a"]
     W_a = case.W_a.clone().requires_grad_()
-    found = fsrl_residual(**(case.arguments() | {"W_a": W_a}), backend=backend)
-    (found.h * case.grad if result == "out" else found.l1 * case.grad_l1).sum().backward()
+    actual = fsrl_residual(**(case.arguments() | {"W_a": W_a}), backend=backend)
+    (actual.h * case.grad if result == "out" else actual.l1 * case.grad_l1).sum().backward()
     assert torch.equal(W_a.grad.double(), wanted)
 
 
@@ -406,8 +406,8 @@ def test_autocast_changes_nothing() -> None:
     case = make_case("soft_threshold", normalize="layer_norm")
     plain = with_gradients(case, lambda c: fsrl_residual(**c.arguments()))
     with torch.autocast("cpu", torch.bfloat16):
-        found = with_gradients(case, lambda c: fsrl_residual(**c.arguments()))
-    for name, value in found.items():
+        actual = with_gradients(case, lambda c: fsrl_residual(**c.arguments()))
+    for name, value in actual.items():
         assert same_bits(value, plain[name]), name
 
 
@@ -452,21 +452,23 @@ def test_a_byte_a_latent_is_kept_for_the_backward_and_nothing_else(activation: s
     kept: list[Tensor] = []
     case = make_case(activation, n=200)
     case.W_a.requires_grad_()
-    inputs = {each.data_ptr() for each in (*vars(case).values(), *vars(case.sae).values()) if isinstance(each, Tensor)}
+    inputs = {
+        tensor.data_ptr() for tensor in (*vars(case).values(), *vars(case.sae).values()) if isinstance(tensor, Tensor)
+    }
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         fsrl_residual(**case.arguments())
-    added = [each for each in kept if each.data_ptr() not in inputs]
-    assert [(each.shape, each.dtype) for each in added] == [((200, D_SAE), torch.uint8)]
+    added = [tensor for tensor in kept if tensor.data_ptr() not in inputs]
+    assert [(tensor.shape, tensor.dtype) for tensor in added] == [((200, D_SAE), torch.uint8)]
 
 
 def test_nothing_is_kept_without_gradients() -> None:
     class Outputs(TorchDispatchMode):
-        found: tuple[Tensor, ...] = ()
+        results: tuple[Tensor, ...] = ()
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             results = func(*args, **(kwargs or {}))
             if func is torch.ops.dspa.fsrl_residual.default:
-                Outputs.found = results
+                Outputs.results = results
             return results
 
     case = make_case("jumprelu")
@@ -474,7 +476,7 @@ def test_nothing_is_kept_without_gradients() -> None:
         case.W_a.requires_grad_(requires_grad)
         with Outputs(), torch.set_grad_enabled(grad):
             fsrl_residual(**case.arguments())
-        assert Outputs.found[3].numel() == n_kept
+        assert Outputs.results[3].numel() == n_kept
 
 
 @pytest.mark.parametrize(("activation", "normalised"), [*((a, False) for a in ACTIVATIONS), ("soft_threshold", True)])
@@ -499,17 +501,17 @@ def test_compiled_forward_and_backward() -> None:
         return tuple(fsrl_residual(**c.arguments()))
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    found, wanted = with_gradients(case, compiled), with_gradients(case, call)
-    for name in found:
-        assert torch.allclose(found[name], wanted[name], rtol=0, atol=apart(wanted[name])), name
+    actual, wanted = with_gradients(case, compiled), with_gradients(case, call)
+    for name in actual:
+        assert torch.allclose(actual[name], wanted[name], rtol=0, atol=apart(wanted[name])), name
 
 
 @contextmanager
 def loads() -> Iterator[Any]:
     from .test_steer_bytes import counted
 
-    with counted() as found:
-        yield found
+    with counted() as meter:
+        yield meter
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="loads are counted in Triton's interpreter")
@@ -525,14 +527,14 @@ def test_a_step_reads_the_encoder_only_where_it_pushes_down(activation: str, n: 
     sae = replace(case.sae, b_enc=b_enc, threshold=torch.zeros(D_SAE))
     arguments = case.arguments() | {"sae": sae, "W_a": W_a, "b_a": b_a}
     row = D_IN * 4
-    with loads() as found:
+    with loads() as meter:
         _, _, l0 = fsrl_residual(**arguments, backend="triton")
     down = 5 if activation == "soft_threshold" else 0
     changed = 12 if activation == "soft_threshold" else 10
     assert l0.tolist() == [10 + down] * n
-    assert found.of(sae.encoder_rows) == down * row
-    assert found.of(sae.W_dec) == changed * row
-    assert found.of(W_a) == D_SAE * row
+    assert meter.of(sae.encoder_rows) == down * row
+    assert meter.of(sae.W_dec) == changed * row
+    assert meter.of(W_a) == D_SAE * row
 
 
 @pytest.mark.parametrize(
@@ -606,29 +608,29 @@ def test_gradients_of_views_are_as_good(backend: str, normalize: str) -> None:
     device = "cpu" if backend == "reference" or os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
     moved = {n: v.to(device) for n, v in vars(case).items() if isinstance(v, (Tensor, SAEWeights))}
     moved |= {name: moved[name][:1].expand(moved[name].shape) for name in first}
-    found = with_gradients(replace(case, **moved), call)
-    for name, value in found.items():
+    actual = with_gradients(replace(case, **moved), call)
+    for name, value in actual.items():
         assert torch.allclose(value.cpu(), wanted[name], rtol=0, atol=apart(wanted[name])), name
 
 
 @pytest.mark.usefixtures("blocks")
 def test_weights_of_sixteen_bits_round_no_fp32_residual(backend: str) -> None:
     case = make_case("soft_threshold", dtypes=(torch.float32, torch.bfloat16, torch.bfloat16))
-    found = ours(case, backend)
+    actual = ours(case, backend)
     plain, exact = with_gradients(case.in_dtype(torch.float32), dense), with_gradients(case.in_dtype(FP64), dense)
     for name in ("out", "l1", "d_h", "d_b_a", "d_threshold"):
-        assert_as_accurate(found[name], plain[name].to(found[name].dtype), exact[name])
+        assert_as_accurate(actual[name], plain[name].to(actual[name].dtype), exact[name])
 
 
 @pytest.mark.usefixtures("blocks")
 def test_gradients_are_kept_in_the_dtype_of_the_adapter(backend: str) -> None:
     """A bf16 residual does not round what an fp32 adapter gets."""
     case = make_case("soft_threshold", dtypes=(torch.bfloat16, torch.bfloat16, torch.float32))
-    found = ours(case, backend)
+    actual = ours(case, backend)
     plain = with_gradients(case.in_dtype(torch.float32), dense)
     exact = with_gradients(case.in_dtype(FP64), dense)
     for name in ("l1", "d_W_a", "d_b_a", "d_threshold"):
-        assert_as_accurate(found[name], plain[name].to(found[name].dtype), exact[name])
+        assert_as_accurate(actual[name], plain[name].to(actual[name].dtype), exact[name])
 
 
 def test_an_unused_mock_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -637,5 +639,5 @@ def test_an_unused_mock_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
     case = make_case("soft_threshold", integers=True)
     with mock.patch.object(reference, "activate", lambda u, threshold, _: (u - threshold).clamp(min=0)):
-        found = ours(case, "reference")
-    assert not torch.equal(found["out"].double(), dense(case.in_dtype(FP64))[0])
+        actual = ours(case, "reference")
+    assert not torch.equal(actual["out"].double(), dense(case.in_dtype(FP64))[0])

@@ -34,7 +34,7 @@ def calls(case: Case) -> dict[str, Call]:
     lookup = {"counts": counts, "k_prompt": 5, "k_diff": 3}
     residual = case.arguments()
     del residual["plan"]
-    found: dict[str, Call] = {
+    of_op: dict[str, Call] = {
         "activation_counts": (
             activation_counts,
             {"h": case.h, "sae": case.sae, "sequences": case.rows, "n_sequences": N_PROMPTS},
@@ -56,8 +56,8 @@ def calls(case: Case) -> dict[str, Call]:
             },
         ),
     }
-    assert tuple(found) == OPS
-    return found
+    assert tuple(of_op) == OPS
+    return of_op
 
 
 class Recorded(TorchDispatchMode):
@@ -73,8 +73,8 @@ class Recorded(TorchDispatchMode):
             self.call = (func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         # A view of an input is no memory.
-        made = [each for each in tensors(result) if not each._is_view()]
-        self.largest = max([self.largest, *(each.numel() for each in made)])
+        made = [tensor for tensor in tensors(result) if not tensor._is_view()]
+        self.largest = max([self.largest, *(tensor.numel() for tensor in made)])
         return result
 
 
@@ -170,8 +170,8 @@ def test_autocast_changes_nothing(op: str) -> None:
 def test_inputs_stay_and_outputs_are_new(backend: str, op: str, kind: str) -> None:
     function, arguments = calls(make_case(kind))[op]
     outputs = tensors(run_on(backend, function, **arguments))  # raises if an input changed
-    ours = {each.untyped_storage().data_ptr() for each in tensors(arguments)}
-    assert outputs and not ours & {each.untyped_storage().data_ptr() for each in outputs}
+    ours = {tensor.untyped_storage().data_ptr() for tensor in tensors(arguments)}
+    assert outputs and not ours & {tensor.untyped_storage().data_ptr() for tensor in outputs}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -186,7 +186,7 @@ def test_no_dense_latents(monkeypatch: pytest.MonkeyPatch, op: str, kind: str) -
     whole = tensors(function(**arguments, backend="reference"))
     run = recorded(function, **arguments, backend="reference")
     assert run.call is not None
-    names = [each.name for each in run.call[0]._schema.arguments]
+    names = [argument.name for argument in run.call[0]._schema.arguments]
     inner = dict(zip(names, run.call[1], strict=False)) | run.call[2]
     del inner["backend"]
 

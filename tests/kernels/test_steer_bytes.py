@@ -1,4 +1,4 @@
-"""What `steer` reads on each path, counted load by load in the interpreter, against what it should cost."""
+"""Bytes that `steer` reads on each path, counted load by load in the interpreter, compared with what it should read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Loads:
     def of(self, tensor: Tensor) -> int:
         """Bytes loaded from a tensor."""
         first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        inside = sum(int(((each >= first) & (each < last)).sum()) for each in self.seen)
+        inside = sum(int(((addresses >= first) & (addresses < last)).sum()) for addresses in self.seen)
         return inside * tensor.element_size()
 
 

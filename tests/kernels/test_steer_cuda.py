@@ -58,9 +58,9 @@ def make_arguments(
 @pytest.mark.parametrize("d_in", [16, 272, 1552, 130, 24])
 def test_exact_on_integers(d_in: int, n: int, dtypes: Any, kind: str, screen: str) -> None:
     arguments = make_arguments(d_in, n, kind=kind, dtypes=dtypes, screen=screen)
-    found = tensors(run_on("cuda", steer, **arguments, record=True))
+    actual = tensors(run_on("cuda", steer, **arguments, record=True))
     expected = tensors(run_on("reference", steer, **arguments, record=True))
-    assert all(same_bits(*pair) for pair in zip(found, expected, strict=True))
+    assert all(same_bits(*pair) for pair in zip(actual, expected, strict=True))
     assert same_bits(run_on("cuda", steer, **arguments), expected[0])
 
 
@@ -90,8 +90,8 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(d_in: int, dtypes: Any, kind: 
     h, rows = arguments.pop("h"), arguments.pop("rows")
     whole, edits = run_on("cuda", steer, h, rows=rows, **arguments, record=True)
     for part in (slice(5, 6), slice(1, 9), slice(2, 40)):
-        out, found = run_on("cuda", steer, h[part], rows=rows[part], **arguments, record=True)
-        assert same_bits(out, whole[part]) and same_bits(found.maximum, edits.maximum[part])
+        out, part_edits = run_on("cuda", steer, h[part], rows=rows[part], **arguments, record=True)
+        assert same_bits(out, whole[part]) and same_bits(part_edits.maximum, edits.maximum[part])
 
 
 @pytest.mark.parametrize("n", [1, 20])
@@ -99,8 +99,8 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(d_in: int, dtypes: Any, kind: 
 def test_a_screen_changes_no_bit(dtypes: Any, n: int) -> None:
     plain, edits = run_on("cuda", steer, **make_arguments(1552, n, dtypes=dtypes, integers=False), record=True)
     screened = make_arguments(1552, n, dtypes=dtypes, integers=False, screen="int8")
-    out, found = run_on("cuda", steer, **screened, record=True)
-    assert same_bits(out, plain) and same_bits(found.maximum, edits.maximum)
+    out, screened_edits = run_on("cuda", steer, **screened, record=True)
+    assert same_bits(out, plain) and same_bits(screened_edits.maximum, edits.maximum)
 
 
 @pytest.mark.skipif(not EMULATED, reason="a GPU has its own order")
@@ -154,8 +154,8 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_exact_where_the_first_is_read_ahead(d_in: int, n: int, kind: str, screen: str) -> None:
     arguments = make_arguments(d_in, n, kind=kind, screen=screen)
     for rows in (arguments["rows"], torch.full((n,), -1, dtype=torch.int32)):
-        found = run_on("cuda", steer, **{**arguments, "rows": rows})
-        assert same_bits(found, run_on("reference", steer, **{**arguments, "rows": rows}))
+        actual = run_on("cuda", steer, **{**arguments, "rows": rows})
+        assert same_bits(actual, run_on("reference", steer, **{**arguments, "rows": rows}))
 
 
 # What is read of the encoder, counted by the library that emulates a GPU.

@@ -1,4 +1,4 @@
-"""How `steer` avoids reading the encoder: each path taken, counted, and of the same bits as the plain stream."""
+"""The ways in which `steer` avoids reading the encoder: each is taken, counted, and changes no bit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def steered(backend: str, **arguments: Any) -> tuple[Tensor, dict[str, int]]:
     paths = torch.zeros(len(PATHS) + 1, dtype=torch.int64)
     device = "cpu" if backend == "reference" or INTERPRETED else "cuda"
     tally = paths.to(device)
-    moved = {name: each.to(device) if hasattr(each, "to") else each for name, each in arguments.items()}
+    moved = {name: value.to(device) if hasattr(value, "to") else value for name, value in arguments.items()}
     out = steer(**moved, paths=tally, backend=backend)
     return out.cpu(), dict(zip((*PATHS, "read"), tally.tolist(), strict=True))
 
@@ -98,7 +98,7 @@ def test_paths_add_up_over_calls(backend: str) -> None:
     arguments = one_row([1.5, 5.0, 2.0], {0: ABLATE})
     paths = torch.full((6,), 7, dtype=torch.int64)
     device = "cpu" if backend == "reference" or INTERPRETED else "cuda"
-    arguments, paths = {name: each.to(device) for name, each in arguments.items()}, paths.to(device)
+    arguments, paths = {name: value.to(device) for name, value in arguments.items()}, paths.to(device)
     for _ in range(2):
         steer(**arguments, paths=paths, backend=backend)
     assert paths.tolist() == [7, 7, 7, 7, 9, 7 + 2 * 3]
@@ -142,8 +142,12 @@ def test_no_stream_changes_a_bit(
     same = same_bits if INTERPRETED or (backend == "triton" and not n_large) else close
     for screen in ("none", "int8"):
         stream = EncoderStream.of(case.sae, hot=hot, n_large=n_large, screen=screen, mean=mean)
-        out, found = run_on(backend, steer, **case.arguments(record=True, stream=stream))
-        assert same(out, plain) and same(found.maximum, edits.maximum) and same_bits(found.before, edits.before)
+        out, stream_edits = run_on(backend, steer, **case.arguments(record=True, stream=stream))
+        assert (
+            same(out, plain)
+            and same(stream_edits.maximum, edits.maximum)
+            and same_bits(stream_edits.before, edits.before)
+        )
         settled = run_on(backend, steer, **case.arguments(stream=stream))
         assert same_bits(settled, out) if backend == "triton" else close(settled, out)
 

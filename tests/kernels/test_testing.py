@@ -46,7 +46,7 @@ def test_frequencies_fall_with_the_rank(activity: Activity) -> None:
 def test_latents_are_active_at_their_frequency(activity: Activity) -> None:
     active = (latents(activity) > 0).float()
     assert float(active.sum(dim=1).mean()) == pytest.approx(L0, rel=0.08)
-    often, wanted = (each[activity.by_frequency] for each in (active.mean(dim=0), activity.frequencies))
+    often, wanted = (shares[activity.by_frequency] for shares in (active.mean(dim=0), activity.frequencies))
     for band in (slice(0, 20), slice(20, 160), slice(160, 1600)):
         assert float(often[band].mean()) == pytest.approx(float(wanted[band].mean()), rel=0.1)
 
@@ -86,7 +86,7 @@ def test_every_path_is_taken(activity: Activity) -> None:
 
 def test_the_seed_decides_everything() -> None:
     first, again, other = (realistic_activity(32, 300, 20, n_calibration=64, seed=seed) for seed in (1, 1, 2))
-    names = [each.name for each in fields(Activity) if each.name != "sae"]
+    names = [field.name for field in fields(Activity) if field.name != "sae"]
     assert all(same_bits(getattr(first, name), getattr(again, name)) for name in names)
     assert all(same_bits(*pair) for pair in zip(tensors(first.sae), tensors(again.sae), strict=True))
     assert not same_bits(first.h, other.h)

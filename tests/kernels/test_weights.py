@@ -24,7 +24,7 @@ PLAN = SteeringPlan(
 
 
 def remade(weights: Any, change: dict[str, Any]) -> Any:
-    arguments = {each.name: getattr(weights, each.name) for each in fields(weights)}
+    arguments = {field.name: getattr(weights, field.name) for field in fields(weights)}
     return type(weights)(**(arguments | change))
 
 
@@ -59,8 +59,8 @@ def test_plan_names_latents() -> None:
 @pytest.mark.parametrize("weights", [SAE, CDMAP, PLAN], ids=lambda weights: type(weights).__name__)
 def test_to_moves_every_tensor_and_nothing_changes(weights: Any) -> None:
     moved = weights.to("meta")
-    for each in fields(weights):
-        before, after = getattr(weights, each.name), getattr(moved, each.name)
+    for field in fields(weights):
+        before, after = getattr(weights, field.name), getattr(moved, field.name)
         if isinstance(before, torch.Tensor):
             assert after.device.type == "meta" and (after.shape, after.dtype) == (before.shape, before.dtype)
         else:
