@@ -182,7 +182,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     launch = Launch(BLOCK_N=16, BLOCK_L=16, BLOCK_K=16, num_warps=4, num_stages=2, programs=1)
     monkeypatch.setattr(triton_encode, "launch_parameters", lambda *_: launch)
-    monkeypatch.setattr(triton_encode, "GROUP", 2)
+    monkeypatch.setattr(triton_encode, "GROUP_SIZE", 2)
     monkeypatch.setattr(formulas, "MAX_ELEMENTS", 1300)
     for module in (counts, sparse):
         monkeypatch.setattr(module, "BLOCK", 32)

@@ -122,7 +122,7 @@ def test_runs_are_alike(n: int) -> None:
 
 
 def test_the_barrier_is_left_as_it_was_found() -> None:
-    """Whether a stream was waited for or not."""
+    """A stream that was waited for, or was not."""
     for rows in (torch.tensor([1], dtype=torch.int32), torch.tensor([-1], dtype=torch.int32)):
         arguments = {**make_arguments(272, 1), "rows": rows}
         barriers = arguments["stream"].barriers
