@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dspa.data.triples import Triple
     from dspa.evaluate.responses import Response
     from dspa.fsrl.adapter import FSRLAdapter
+    from dspa.fsrl.usage import Usage
     from dspa.saes.labels import Labels
 
 NOT_MEASURED = "NOT MEASURED (--hand FILE compares them with labels by hand)"
@@ -79,18 +80,11 @@ def usage(
 ) -> None:
     """Show which latents the adapter moves, by rank of their use, and how fast their use decays."""
     from dspa.fsrl.plots import plot_usage
-    from dspa.fsrl.usage import fit_decay, latent_usage
+    from dspa.fsrl.usage import fit_decay
 
     held_out = _start(out, triples, data.first)
     model, tokenizer, loaded = _load(on, _adapter(adapter, on.device))
-    measured = latent_usage(
-        model,
-        loaded,
-        _responses(model, tokenizer, held_out, data.max_length),
-        batch_tokens=data.batch_tokens,
-        layers=on.layers,
-        model_name=on.model_name,
-    )
+    measured = _usage(model, loaded, _responses(model, tokenizer, held_out, data.max_length), data, on)
     names = ("rank", "latent", "share", "mean_abs")
     rows = [dict(zip(names, row, strict=True)) for row in measured.rows()]
     _write(out / "usage.csv", rows, names)
@@ -156,7 +150,6 @@ def mask(
     """Measure what masking some latents costs, compared with random sets of as many that the adapter moves."""
     from dspa.fsrl.ablations import METRICS, check_latents, mask_effect
     from dspa.fsrl.plots import plot_masks
-    from dspa.fsrl.usage import latent_usage
     from dspa.saes.labels import read_labels
 
     if bool(latent) == bool(labels) or bool(labels) != bool(category):
@@ -174,12 +167,7 @@ def mask(
             loaded,
             responses,
             latent or [],
-            latent_usage(
-                *(model, loaded, responses),
-                batch_tokens=data.batch_tokens,
-                layers=on.layers,
-                model_name=on.model_name,
-            ),
+            _usage(model, loaded, responses, data, on),
             n_random=n_random,
             seed=seed,
             beta=loss.beta,
@@ -214,7 +202,6 @@ def categories(
     """Show how the adapter's use is shared among categories of latents, and how good the labels are."""
     from dspa.fsrl.categories import category_shares
     from dspa.fsrl.plots import plot_categories
-    from dspa.fsrl.usage import latent_usage
     from dspa.saes.labels import read_labels
 
     held_out = _start(out, triples, data.first)
@@ -222,14 +209,7 @@ def categories(
     labelled = read_labels(labels, loaded.sae, rules=rules, explainer=explainer)
     quality = NOT_MEASURED if hand is None else _agreement(labelled, read_labels(hand, loaded.sae), out)
     model, tokenizer, loaded = _load(on, loaded)
-    measured = latent_usage(
-        model,
-        loaded,
-        _responses(model, tokenizer, held_out, data.max_length),
-        batch_tokens=data.batch_tokens,
-        layers=on.layers,
-        model_name=on.model_name,
-    )
+    measured = _usage(model, loaded, _responses(model, tokenizer, held_out, data.max_length), data, on)
     shares = category_shares(measured, labelled)
     rows = [asdict(share) | {"label_quality": quality} for share in shares]
     _write(out / "categories.csv", rows)
@@ -337,6 +317,16 @@ def _responses(model: Any, tokenizer: Any, triples: Sequence[Triple], max_length
     from dspa.evaluate.responses import responses_of
 
     return responses_of(model, tokenizer, triples, max_length)
+
+
+def _usage(
+    model: Any, adapter: FSRLAdapter, responses: Sequence[Response], data: DataOptions, on: ModelOptions
+) -> Usage:
+    from dspa.fsrl.usage import latent_usage
+
+    return latent_usage(
+        *(model, adapter, responses), batch_tokens=data.batch_tokens, layers=on.layers, model_name=on.model_name
+    )
 
 
 def _agreement(labels: Labels, hand: Labels, out: Path) -> str:
