@@ -6,12 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import dspa
+from dspa.evaluate.responses import Response
+from dspa.fsrl import FSRLAdapter, Usage, latent_usage, responses_of
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.saes.frozen import FrozenSAE
 from dspa.testing import D_IN, D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_map, make_model, make_sae, with_tensors
+
+from .support.adapters import TRIPLES, acting_adapter, ending_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +60,27 @@ def steering(sae_in: FrozenSAE, sae_out: FrozenSAE, cdmap: ConditionalDifference
     steering = dspa.Steering(sae_in, sae_out, cdmap, dspa.SteeringConfig(alpha=0.6, mode="both"))
     yield steering
     steering.detach()
+
+
+# Responses with an adapter that acts on them, for the `model` of a test file, which names a single one.
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return ending_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def responses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[Response]:
+    return responses_of(model, tokenizer, TRIPLES)
+
+
+@pytest.fixture
+def adapter(model: PreTrainedModel, responses: list[Response]) -> Iterator[FSRLAdapter]:
+    with acting_adapter(model, responses) as made:
+        yield made.attach(model)
+
+
+@pytest.fixture
+def used(model: PreTrainedModel, adapter: FSRLAdapter, responses: list[Response]) -> Usage:
+    return latent_usage(model, adapter, responses, progress=False)

@@ -10,36 +10,15 @@ import pytest
 
 from dspa.cli import main
 from dspa.evaluate.coherence import METRICS
-from dspa.fsrl import fit_decay, fraction_curve, latent_usage, mask_effect, responses_of
+from dspa.fsrl import fit_decay, fraction_curve, mask_effect
 from dspa.testing import D_SAE_OUT, L_OUT, make_model, make_sae
 
-from ..support.adapters import TRIPLES, acting_adapter, ending_tokenizer
+from ..support.adapters import TRIPLES, acting_adapter
 
 
 @pytest.fixture(scope="module")
 def model():
     return make_model("gemma2")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return ending_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def responses(model, tokenizer):
-    return responses_of(model, tokenizer, TRIPLES)
-
-
-@pytest.fixture
-def adapter(model, responses):
-    with acting_adapter(model, responses) as made:
-        yield made.attach(model)
-
-
-@pytest.fixture
-def used(model, adapter, responses):
-    return latent_usage(model, adapter, responses, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from dspa.fsrl import FSRLAdapter, compare_texts, responses_of
 from dspa.testing import D_SAE_OUT, L_OUT, make_model, make_sae
 
 from ...rounding import PASS, rounding
-from ..support.adapters import TRIPLES, acting_adapter, ending_tokenizer
+from ..support.adapters import TRIPLES, acting_adapter
 
 PROMPTS = [[1, 5, 9], [1, 7], [1, 12, 13, 14, 20], [1, 30, 4], [1, 8, 40, 41, 42, 43, 44, 9], [1, 33]]
 
@@ -21,22 +21,6 @@ PROMPTS = [[1, 5, 9], [1, 7], [1, 12, 13, 14, 20], [1, 30, 4], [1, 8, 40, 41, 42
 @pytest.fixture(scope="module")
 def model():
     return make_model("gemma2")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return ending_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def responses(model, tokenizer):
-    return responses_of(model, tokenizer, TRIPLES)
-
-
-@pytest.fixture
-def adapter(model, responses):
-    with acting_adapter(model, responses) as made:
-        yield made.attach(model)
 
 
 def test_n_grams_by_hand():

@@ -14,41 +14,18 @@ from dspa.fsrl import (
     ablations,
     compare_texts,
     fraction_curve,
-    latent_usage,
     mask_effect,
-    responses_of,
     score_responses,
 )
 from dspa.fsrl.ablations import MaskEffect
 from dspa.testing import D_SAE_OUT, make_model
 
-from ..support.adapters import TRIPLES, UNUSED, acting_adapter, ending_tokenizer
+from ..support.adapters import UNUSED, acting_adapter
 
 
 @pytest.fixture(scope="module")
 def model():
     return make_model("gemma2")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return ending_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def responses(model, tokenizer):
-    return responses_of(model, tokenizer, TRIPLES)
-
-
-@pytest.fixture
-def adapter(model, responses):
-    with acting_adapter(model, responses) as made:
-        yield made.attach(model)
-
-
-@pytest.fixture
-def used(model, adapter, responses):
-    return latent_usage(model, adapter, responses, progress=False)
 
 
 # Fractions

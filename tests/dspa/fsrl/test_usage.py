@@ -7,37 +7,16 @@ import pytest
 import torch
 
 from dspa.errors import ModelError
-from dspa.fsrl import FSRLAdapter, Usage, fit_decay, latent_usage, responses_of
+from dspa.fsrl import FSRLAdapter, Usage, fit_decay, latent_usage
 from dspa.testing import D_SAE_OUT, L_OUT, make_model, make_sae
 
 from ...rounding import PASS, rounding
-from ..support.adapters import TRIPLES, UNUSED, acting_adapter, ending_tokenizer, hidden_states
+from ..support.adapters import UNUSED, hidden_states
 
 
 @pytest.fixture(scope="module")
 def model():
     return make_model("gemma2")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return ending_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def responses(model, tokenizer):
-    return responses_of(model, tokenizer, TRIPLES)
-
-
-@pytest.fixture
-def adapter(model, responses):
-    with acting_adapter(model, responses) as made:
-        yield made.attach(model)
-
-
-@pytest.fixture
-def used(model, adapter, responses):
-    return latent_usage(model, adapter, responses, progress=False)
 
 
 def test_usage_counts_the_tokens_of_responses(model, adapter, responses):
