@@ -92,7 +92,7 @@ def commit_of(run: Result) -> str:
 
 
 def name_of(result: Result) -> tuple[Any, ...]:
-    """What tells a result from others: op, shape, rows, case and backend."""
+    """Return the identity of a result: op, shape, rows, case and backend."""
     return result["op"], tuple(result["shape"]), result["rows"], result["case"], result["backend"]
 
 

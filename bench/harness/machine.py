@@ -16,7 +16,7 @@ CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.limit,temperat
 
 
 def output_of(*command: str) -> str:
-    """What a command prints; empty if it does not exist or fails."""
+    """Return the output of a command, empty if it does not exist or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -184,7 +184,7 @@ def adapting(h: Tensor, setting: Setting, adapter: Adapter, backward: bool) -> C
 
 
 def agree(place: Place, ours: Tensor, wanted: Tensor) -> bool:
-    """Whether bits are equal; for an adapter, whose sums over latents follow the tiles, up to rounding."""
+    """Compare bits; for an adapter, whose sums over latents follow the tiles, up to rounding."""
     if not place.kernel.startswith("fsrl") or not wanted.is_floating_point():
         return same_bits(ours, wanted)
     most = float(wanted.float().abs().max())

@@ -1,4 +1,4 @@
-"""What `bench.report` writes to README.md, docs/benchmarks.md and the package."""
+"""The parts that `bench.report` writes to README.md, docs/benchmarks.md and the package."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def latents(activity: Activity) -> Tensor:
 
 
 def shares(activity: Activity, case: str) -> dict[str, float]:
-    """Of rows, by what became of them."""
+    """Shares of rows, by what became of them."""
     cdmap, plan = activity.steered(case, N)
     paths = torch.zeros(len(PATHS) + 1, dtype=torch.int64)
     steer(activity.h, activity.sae, cdmap, plan, stream=activity.stream(), paths=paths, backend="reference")

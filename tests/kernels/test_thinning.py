@@ -1,4 +1,4 @@
-"""What is run of large grids where Triton's kernels are interpreted.
+"""The cases of large grids that run where Triton's kernels are interpreted.
 
 Run as a program, it writes the parameters of all tests of this folder, and which of them are deselected.
 """
@@ -101,7 +101,7 @@ def test_no_period_decides(n: int) -> None:
 
 
 def test_a_value_of_one_case_is_run() -> None:
-    """What the rank alone would lose: of 41 values that stand in one case each, it keeps a quarter."""
+    """Values that the rank alone would lose: of 41 values that stand in one case each, it keeps a quarter."""
     cases = [*grid_of(a=[0], b=list(range(41)))]
     assert thinned(cases) == {case.name for case in cases}
 

@@ -1,1 +1,1 @@
-"""What several ops share: tiles, ranks and grids of the Triton kernels."""
+"""Tiles, ranks and grids of the Triton kernels, shared by several ops."""

@@ -38,7 +38,7 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How much is read of the triples, and how much at once."""
+    """Amount of triples to read, in all and per pass."""
 
     first: int | None = field(default=None, metadata={"help": "Use only the first N triples.", "min": 1})
     max_length: int | None = field(

@@ -25,7 +25,7 @@ SCREENS = ("none", "int8")
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """How steering is computed, with the same results."""
+    """Settings of computing, which do not change the result."""
 
     backend: str = field(default="auto", metadata={"help": "Backend of the ops; see dspa info.", "choices": BACKENDS})
     screen: str = field(

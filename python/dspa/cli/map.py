@@ -42,7 +42,7 @@ for command, function in map_reports.COMMANDS.items():
 
 @dataclass(frozen=True)
 class CountingOptions:
-    """How triples are read and batched."""
+    """Reading and batching of triples."""
 
     stream: bool = field(default=False, metadata={"help": "Read a data set while it is downloaded."})
     max_length: int | None = field(default=None, metadata={"help": "Largest length of a prompt with its response."})

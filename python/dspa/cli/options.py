@@ -22,7 +22,7 @@ from dspa.errors import refusal
 
 @dataclass(frozen=True)
 class Options:
-    """How the fields of a dataclass become options.
+    """Rules that turn the fields of a dataclass into options.
 
     Attributes:
         panel: title above the options in the help.
@@ -184,7 +184,7 @@ class SAEPairOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How text is generated."""
+    """Settings of generation."""
 
     max_new_tokens: int = field(default=200, metadata={"help": "Largest number of tokens per text.", "min": 1})
     temperature: float = field(default=0.0, metadata={"help": "Temperature of the sampling; 0 is greedy.", "min": 0})
@@ -198,7 +198,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class MapOptions:
-    """How counts become a map: the settings of `reduce`."""
+    """Settings of `reduce`, which turns counts into a map."""
 
     percentile: float = field(
         default=90.0, metadata={"help": "Percentile of a prompt latent's density from which its gate opens."}

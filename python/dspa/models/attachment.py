@@ -1,4 +1,4 @@
-"""What is attached to a model, and the keyword tensors that carry each prompt's plan through `generate()`.
+"""Attaching to a model, and the keyword tensors that carry each prompt's plan through `generate()`.
 
 Nothing here guesses what a call of the model is. A row's plan is made from its whole prompt before generation starts.
 It reaches the layers as keyword tensors with one row per sequence, which `generate()` itself repeats for beams and
@@ -152,7 +152,7 @@ class Attachable(ABC):
 
     @property
     def unsaved(self) -> str:
-        """What `save_pretrained` would lose, and what to do about it; empty if nothing."""
+        """Warning of what `save_pretrained` would lose, and what to do about it; empty if nothing."""
         return ""
 
     def _register_hooks(self, model: CausalLM, layer: nn.Module) -> list[RemovableHandle]:

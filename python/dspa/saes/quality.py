@@ -1,4 +1,4 @@
-"""How well an SAE reconstructs residuals."""
+"""The quality of an SAE: how well it reconstructs residuals."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def same_weights(one: FSRLAdapter, other: FSRLAdapter) -> bool:
 
 
 def save_inputs(folder: Path, tokenizer) -> None:
-    """What a user starts from: a model with its tokenizer, and triples. 16 triples are four batches."""
+    """A user's files: a model with its tokenizer, and triples. 16 triples are four batches."""
     make_model("qwen3").save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     for name, triples in (("train", [*TRIPLES, HELD_OUT[0]]), ("held", HELD_OUT[1:])):
