@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import warnings
@@ -17,6 +16,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from dspa.data.tokens import TokenizedTriple, tokenize_triple
 from dspa.data.triples import Triple
 from dspa.errors import ModelError, refusal
+from dspa.maps.batches import Group, Rows, batch_size, copy_rows
 from dspa.maps.pieces import Piece, key_of
 from dspa.maps.shards import ROW_QUANTUM, CollectSettings, Counts, Shard
 from dspa.models.layers import (
@@ -38,8 +38,6 @@ TOKENS_PER_RESPONSE = 16
 LATENTS_PER_BLOCK = 1 << 24
 # Residuals are clamped to this, in multiples of ROW_QUANTUM, so that sums of 2^23 of them stay exact integers.
 ROW_BOUND = 2.0**24
-# A batch of at least one SMALL_BATCH-th of the budget has at most MOST_PADDED times as many places as tokens.
-MOST_PADDED, SMALL_BATCH = 1.1, 8
 # Texts on which different tokenizers differ.
 PROBE = ("The quick brown fox, it's 42 years old!\n\n\tdef f(x): return x**2", "Über naïve cafés — 日本語 и русский 🙂")
 
@@ -52,15 +50,6 @@ class _Item:
     key: int
     name: str
     triple: TokenizedTriple
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Responses that run together, longest first: rows in the batch, token ids, and which of these are text."""
-
-    rows: list[int]
-    ids: list[list[int]]
-    text: list[list[bool]]
 
 
 class TripleCounter:
@@ -127,7 +116,7 @@ class TripleCounter:
         waiting.sort(key=lambda item: len(item.triple.prompt), reverse=True)
         shards = []
         while waiting:
-            batch = waiting[: _batch_size([len(item.triple.prompt) for item in waiting], 0, self.batch_tokens)]
+            batch = waiting[: batch_size([len(item.triple.prompt) for item in waiting], 0, self.batch_tokens)]
             shard = self._count_or_shrink(batch)
             if shard is not None:
                 shards.append(shard)
@@ -160,7 +149,7 @@ class TripleCounter:
         )
         return None
 
-    def _group_responses(self, batch: Sequence[_Item]) -> list[_Group]:
+    def _group_responses(self, batch: Sequence[_Item]) -> list[Group]:
         """Return groups of responses of similar length. Of B triples, rows below B are chosen, the others rejected."""
         triples = [item.triple for item in batch]
         ids = [t.chosen for t in triples] + [t.rejected for t in triples]
@@ -168,20 +157,20 @@ class TripleCounter:
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
         groups = []
         while order:
-            n = _batch_size([len(ids[row]) for row in order], len(triples[0].prompt), self.batch_tokens)
+            n = batch_size([len(ids[row]) for row in order], len(triples[0].prompt), self.batch_tokens)
             rows, order = order[:n], order[n:]
-            groups.append(_Group(rows, [ids[row] for row in rows], [text[row] for row in rows]))
+            groups.append(Group(rows, [ids[row] for row in rows], [text[row] for row in rows]))
         return groups
 
     @torch.no_grad()
-    def _count(self, batch: Sequence[_Item], groups: Sequence[_Group]) -> Shard:
+    def _count(self, batch: Sequence[_Item], groups: Sequence[Group]) -> Shard:
         """Count a batch: run its prompts, then the groups of its responses from copies of the prompts' cache.
 
         Prompts are padded on the left, so that a sliding window of attention reaches back over tokens alone. Responses
         are padded on the right.
         """
         triples, n = [item.triple for item in batch], len(batch)
-        prompts = _Rows.padded([t.prompt for t in triples], [t.prompt_text for t in triples], left=True)
+        prompts = Rows.padded([t.prompt for t in triples], [t.prompt_text for t in triples], left=True)
         cache = DynamicCache(config=self.model.config)
         positions = (prompts.mask.cumsum(dim=1) - 1).clamp(min=0)
         h = self._read_layers(prompts.tokens, prompts.mask, positions, cache)
@@ -195,16 +184,16 @@ class TripleCounter:
         lengths = torch.zeros(2, 2 * n, dtype=torch.int64)
         samples = []
         for group in groups:
-            answers = _Rows.padded(group.ids, group.text)
+            answers = Rows.padded(group.ids, group.text)
             rows = torch.tensor(group.rows)
             before = prompts.mask[rows % n]
             positions = before.sum(dim=1, keepdim=True) + answers.mask.cumsum(dim=1) - 1
             mask = torch.cat((before, answers.mask), dim=1)
-            h = self._read_layers(answers.tokens, mask, positions, _copy_rows(cache, rows % n))
+            h = self._read_layers(answers.tokens, mask, positions, copy_rows(cache, rows % n))
             h_out = h[required_layer(self.sae_out)]
             counts[:, rows] = _counts_at(h_out, self.sae_out, answers)
             lengths[:, rows] = answers.lengths
-            samples.append(_sample_statistics(h_out, self.sae_out, answers.sample()))
+            samples.append(_sample_statistics(h_out, self.sae_out, _sampled(answers.mask)))
         sparse_counts = {}
         for kind, suffix in enumerate(("", "_special")):
             sparse_counts[f"prompt{suffix}"] = Counts.of(prompt_counts[kind], prompts.lengths[kind])
@@ -236,81 +225,7 @@ class TripleCounter:
         )
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """N padded rows of token ids.
-
-    Attributes:
-        tokens: ids [N, T] int64.
-        mask: 1 for tokens and 0 for padding, [N, T] int64.
-        special: True for special tokens, [N, T] bool.
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    special: Tensor
-
-    @classmethod
-    def padded(cls, rows: Sequence[list[int]], text: Sequence[list[bool]], *, left: bool = False) -> _Rows:
-        """Pad rows of ids to one length.
-
-        Args:
-            rows: ids of each row.
-            text: for each id, True where it is not a special token.
-            left: pad on the left, not on the right.
-        """
-        width = max(map(len, rows))
-        tokens, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
-        special = torch.zeros(len(rows), width, dtype=torch.bool)
-        for n, (ids, is_text) in enumerate(zip(rows, text, strict=True)):
-            columns = slice(width - len(ids), width) if left else slice(len(ids))
-            tokens[n, columns], mask[n, columns], special[n, columns] = torch.tensor(ids), 1, ~torch.tensor(is_text)
-        return cls(tokens, mask, special)
-
-    @property
-    def lengths(self) -> Tensor:
-        """Numbers of tokens, and of special tokens, per row, [2, N]."""
-        return torch.stack((self.mask.sum(dim=1), self.special.sum(dim=1)))
-
-    def sample(self) -> Tensor:
-        """Return a mask of every n-th token of each row, from the first on.
-
-        Returns:
-            [N, T] bool, with n as small as leaves at most TOKENS_PER_RESPONSE tokens per row.
-        """
-        step = -(-self.mask.sum(dim=1, keepdim=True) // TOKENS_PER_RESPONSE)
-        return (self.mask > 0) & ((self.mask.cumsum(dim=1) - 1) % step == 0)
-
-
-def _batch_size(lengths: Sequence[int], before: int, budget: int) -> int:
-    """Return how many of the first texts make a batch, at least one.
-
-    A batch fits the budget. Once it is large enough to be worth a pass, it also has little padding.
-
-    Args:
-        lengths: tokens of the texts, longest first.
-        before: tokens in the cache before each text.
-        budget: tokens per batch, padding included.
-    """
-    n, tokens = 1, lengths[0]
-    while n < len(lengths):
-        tokens += lengths[n]
-        padding = (n + 1) * lengths[0] > MOST_PADDED * tokens
-        if (n + 1) * (before + lengths[0]) > budget or (padding and tokens - lengths[n] >= budget // SMALL_BATCH):
-            break
-        n += 1
-    return n
-
-
-def _copy_rows(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """Return a cache of some rows of another, which stays as it is."""
-    new = copy.copy(cache)
-    new.layers = [copy.copy(layer) for layer in cache.layers]
-    new.batch_select_indices(rows)
-    return new
-
-
-def _counts_at(h: Tensor, sae: FrozenSAE, rows: _Rows) -> Tensor:
+def _counts_at(h: Tensor, sae: FrozenSAE, rows: Rows) -> Tensor:
     """Return the counts [2, N, d_sae] of N rows, on all their tokens and on their special tokens."""
     n_rows = len(rows.tokens)
     # Each token counts once: for the text of its row, or for the special tokens of its row.
@@ -320,6 +235,19 @@ def _counts_at(h: Tensor, sae: FrozenSAE, rows: _Rows) -> Tensor:
     check_finite(h[sequences >= 0], required_layer(sae))
     text, special = activation_counts(h, sae.weights, sequences, 2 * n_rows).chunk(2)
     return torch.stack((text + special, special))
+
+
+def _sampled(mask: Tensor) -> Tensor:
+    """Return a mask of every n-th token of each row, from the first on.
+
+    Args:
+        mask: 1 for tokens and 0 for padding, [N, T] int64.
+
+    Returns:
+        [N, T] bool, with n as small as leaves at most TOKENS_PER_RESPONSE tokens per row.
+    """
+    step = -(-mask.sum(dim=1, keepdim=True) // TOKENS_PER_RESPONSE)
+    return (mask > 0) & ((mask.cumsum(dim=1) - 1) % step == 0)
 
 
 def _sample_statistics(h: Tensor, sae: FrozenSAE, sample: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from dspa import FrozenSAE, ModelError
-from dspa.maps import counting, pieces
-from dspa.maps.counting import _Rows
+from dspa.maps import batches, counting, pieces
+from dspa.maps.batches import Rows
 from dspa.maps.reduce import _calibration
 from dspa.maps.shards import PARTS, ROW_QUANTUM, Collection
 from dspa.models.layers import decoder_layers
@@ -170,8 +170,8 @@ def test_batches_keep_to_their_size(case: Case, batch_tokens: int) -> None:
 @pytest.mark.parametrize("most", [1.0, 1.1, 1.5])
 def test_batches_are_of_texts_of_like_length(family_case: Case, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = family_case.collect()
-    monkeypatch.setattr(counting, "MOST_PADDED", most)
-    monkeypatch.setattr(counting, "SMALL_BATCH", 1 << 40)
+    monkeypatch.setattr(batches, "MOST_PADDED", most)
+    monkeypatch.setattr(batches, "SMALL_BATCH", 1 << 40)
     seen: list[tuple[int, int, int, int]] = []
     with ran(family_case.model, seen):
         check_same(family_case.collect(), at_once, batched_alike=False)
@@ -425,8 +425,8 @@ def test_blocks_change_nothing(case: Case, elements: int, monkeypatch: pytest.Mo
 def test_sample_is_of_every_nth_token(most: int, left: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counting, "TOKENS_PER_RESPONSE", most)
     rows = [list(range(1, n + 1)) for n in (1, 2, 3, 4, 7, 16, 17, 33)]
-    padded = _Rows.padded(rows, [[True] * len(row) for row in rows], left=left)
-    for row, tokens, at in zip(rows, padded.tokens, padded.sample(), strict=True):
+    padded = Rows.padded(rows, [[True] * len(row) for row in rows], left=left)
+    for row, tokens, at in zip(rows, padded.tokens, counting._sampled(padded.mask), strict=True):
         step = next(n for n in range(1, 100) if len(row[::n]) <= most)
         assert tokens[at].tolist() == row[::step]
 
