@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -230,3 +231,24 @@ Sampling = Annotated[SamplingOptions, Options("Sampling")]
 Triples = Annotated[str, typer.Argument(help="Preference triples in a format of TRL: JSON Lines, or a data set.")]
 Split = Annotated[str, typer.Option(help="Split of a data set.")]
 First = Annotated[int | None, typer.Option(help="Use only the first N triples.", min=1)]
+
+
+def _parse_kwargs(text: str) -> dict[str, Any]:
+    """Return the JSON object of --chat-template-kwargs."""
+    try:
+        kwargs = json.loads(text)
+    except json.JSONDecodeError as error:
+        kwargs, text = None, f"{text} ({error})"
+    if not isinstance(kwargs, dict):
+        raise typer.BadParameter(f"{text} is not a JSON object such as '{{\"enable_thinking\": false}}'.")
+    return kwargs
+
+
+ChatTemplateKwargs = Annotated[
+    dict[str, Any] | None,
+    typer.Option(
+        parser=_parse_kwargs,
+        metavar="JSON",
+        help="Values of the chat template's variables, such as '{\"enable_thinking\": false}'.",
+    ),
+]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dspa.data.templates import check_template_kwargs
 from dspa.errors import refusal
 
 
@@ -68,16 +69,30 @@ def _read_input() -> Iterator[str]:
             yield text
 
 
-def tokenize_prompt(tokenizer: Any, text: str, chat: bool) -> Any:
+def tokenize_prompt(
+    tokenizer: Any, text: str, chat: bool, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> Any:
     """Tokenize one prompt to a batch [1, T] of tensors.
 
     Args:
         tokenizer: the model's tokenizer.
         text: the prompt.
         chat: put the prompt into the tokenizer's chat template, as a user's turn.
+        chat_template_kwargs: values of the chat template's variables by name.
+
+    Raises:
+        ValueError: `chat_template_kwargs` without `chat`, or that `check_template_kwargs` refuses.
     """
     if not chat:
+        if chat_template_kwargs:
+            got, accepted = f"{dict(chat_template_kwargs)} for a prompt without the chat template", "none without chat"
+            raise refusal(ValueError, "`chat_template_kwargs`", got, accepted, "Put prompts into the template: --chat.")
         return tokenizer(text, return_tensors="pt")
+    check_template_kwargs(tokenizer, chat_template_kwargs)
     return tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": text}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+        **chat_template_kwargs or {},
     )
