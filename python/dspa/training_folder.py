@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from dspa.errors import TrainingError, refusal
@@ -54,12 +56,15 @@ class TrainingFolder:
         if self.finished and not finished:
             raise refusal(TrainingError, what, f"{path}, which holds a finished training", ACCEPTED, advice)
 
-    def claim(self, settings: dict[str, Any], *, finished: bool = False) -> None:
+    def claim(
+        self, settings: dict[str, Any], *, finished: bool = False, earlier: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         """Begin a training here, or check that the one begun here has the same settings.
 
         Args:
             settings: all that the training depends on.
             finished: also accept the folder of a finished training.
+            earlier: values of settings that a folder of an earlier version does not record.
 
         Raises:
             TrainingError: the folder holds something else, or a training of other settings.
@@ -69,7 +74,7 @@ class TrainingFolder:
         if not self.finished and not self.checkpoints():
             self.path.mkdir(exist_ok=True)
             self.write({"settings": settings})
-        recorded = self.read()["settings"]
+        recorded = {**earlier, **self.read()["settings"]}
         differences = [
             f"{key}: {recorded.get(key)!r} there, {value!r} now"
             for key, value in settings.items()

@@ -113,6 +113,7 @@ def sae_finetune(
 def _print_qualities(out: Path) -> None:
     """Print the quality of an SAE on held-out tokens before and after its training."""
     from dspa.saes.training import read_qualities
+    from dspa.training_folder import TrainingFolder
 
     before, after = read_qualities(out).values()
     table = Table("", "before", "after", title=f"On {after.n_tokens} held-out tokens")
@@ -124,4 +125,6 @@ def _print_qualities(out: Path) -> None:
     ):
         table.add_row(label, *(format(getattr(quality, name), form) for quality in (before, after)))
     console.print(table)
+    n_left_out = TrainingFolder(out).read()["n_left_out"]
+    console.print(f"Left out for their norm: {n_left_out} tokens of the training, {after.n_left_out} held-out tokens.")
     console.print(f"Written to {out}.")

@@ -21,6 +21,7 @@ from dspa.data.triples import Triple
 from dspa.errors import TextError
 from dspa.models.layers import base_model, check_finite, device_of
 from dspa.models.reading import read_layers
+from dspa.saes.outliers import typical_rows
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class Position:
         block: number of the block.
         entry: entry of the file with which the block begins.
         batch: batches of the block before this place.
+        n_left_out: rows of outlying norm that were left out up to the end of the block.
     """
 
     block: int = 0
     entry: int = 0
     batch: int = 0
+    n_left_out: int = 0
 
 
 class Activations:
@@ -51,6 +54,8 @@ class Activations:
         max_length: tokens per document.
         exclude_special_tokens: leave special tokens out of the rows.
         batch_tokens: padded tokens per forward pass.
+        max_norm_ratio: leave rows with more than this many times the median norm of their block out of the batches; 0
+            keeps all.
         layers: dotted path of the list of decoder layers, for an unknown architecture.
     """
 
@@ -64,14 +69,17 @@ class Activations:
         max_length: int,
         exclude_special_tokens: bool,
         batch_tokens: int,
+        max_norm_ratio: float = 0.0,
         layers: str | None = None,
     ) -> None:
         self.model, self.tokenizer, self.texts, self.layer, self.layers = model, tokenizer, texts, layer, layers
-        self.max_length, self.batch_tokens = max_length, batch_tokens
+        self.max_length, self.batch_tokens, self.max_norm_ratio = max_length, batch_tokens, max_norm_ratio
         self.left_out = set(tokenizer.all_special_ids) if exclude_special_tokens else set()
 
     def held_out(self, n_tokens: int) -> tuple[Tensor, int]:
         """Return the rows [N, d_in] of the first entries of the file, N >= n_tokens, and the number of these entries.
+
+        Rows of any norm are among them: `evaluate_sae` leaves out and counts those of outlying norm.
 
         Raises:
             TextError: nothing would be left to train on.
@@ -90,8 +98,8 @@ class Activations:
         """Yield batches [batch_size, d_in] fp32 without end, each with the place right after it.
 
         They are rows of the entries after the first `n_held_out`, which are read over and over. A block is as many
-        whole entries as give `buffer_tokens` rows, and is shuffled by itself. Rows at its end that fill no batch are
-        left out.
+        whole entries as give `buffer_tokens` rows. It is shuffled by itself, without its rows of outlying norm. Rows at
+        its end that fill no batch are left out.
 
         Args:
             n_held_out: entries at the start of the file to leave out.
@@ -102,16 +110,22 @@ class Activations:
         """
         at = start or Position(entry=n_held_out)
         entries = self._entries(at.entry, n_held_out)
+        # At least half of the rows have a typical norm, so that a block always gives a batch.
+        n_tokens = max(buffer_tokens, 2 * batch_size if self.max_norm_ratio else batch_size)
         while True:
-            documents, end = self._block(entries, max(buffer_tokens, batch_size))
+            documents, end = self._block(entries, n_tokens)
             rows = self.rows(documents)
+            typical = typical_rows(rows, self.max_norm_ratio)
+            # A place within a block has counted the block.
+            n_left_out = at.n_left_out + (0 if at.batch else int((~typical).sum()))
+            rows = rows[typical]
             # torch would use only a part of a number beyond 32 bits.
             shuffle = torch.Generator().manual_seed(random.Random(f"{seed}/{at.block}").getrandbits(32))
             order = torch.randperm(len(rows), generator=shuffle).to(rows.device)
             for i in range(at.batch, len(rows) // batch_size):
                 batch = rows[order[i * batch_size : (i + 1) * batch_size]].float()
-                yield Position(at.block, at.entry, i + 1), batch
-            at = Position(at.block + 1, end)
+                yield Position(at.block, at.entry, i + 1, n_left_out), batch
+            at = Position(at.block + 1, end, n_left_out=n_left_out)
 
     def rows(self, documents: Sequence[list[int]]) -> Tensor:
         """Return the residuals [N, d_in] of documents' tokens, in the model's dtype.

@@ -7,17 +7,21 @@ from dataclasses import asdict, dataclass, field
 
 from dspa.errors import refusal
 
+# Training and reports leave out tokens with more than this many times the median norm, by default.
+MAX_NORM_RATIO = 10.0
+
 
 @dataclass(frozen=True)
 class SAETrainingConfig:
     """Settings of training an SAE; the metadata of each field hold its help.
 
-    Special tokens are left out by default: the first token, in Gemma models and others, is a massive outlier that would
-    rule loss and explained variance. SAELens keeps it by default. The file is read in its order, so a sorted file
-    should be shuffled first.
+    The first token of a text is a massive outlier that would rule loss and explained variance. In Gemma models and
+    others it is a special token, and these are left out by default. In models without a BOS token, as Qwen's, it is any
+    token, which its norm shows. SAELens keeps both by default. The file is read in its order, so a sorted file should
+    be shuffled first.
 
     Raises:
-        ValueError: a number that is too small, or fewer tokens than a batch.
+        ValueError: a number that is out of range, or fewer tokens than a batch.
     """
 
     n_tokens: int = field(
@@ -39,6 +43,13 @@ class SAETrainingConfig:
     exclude_special_tokens: bool = field(
         default=True, metadata={"help": "Leave special tokens out of the training and of the reports."}
     )
+    max_norm_ratio: float = field(
+        default=MAX_NORM_RATIO,
+        metadata={
+            "help": "Leave out tokens with more than this many times the median norm, of the training and of the "
+            "reports; 0 keeps all."
+        },
+    )
     held_out_tokens: int = field(
         default=16_384,
         metadata={"help": "Number of tokens to report on, in the first documents of the file, never trained on."},
@@ -53,6 +64,10 @@ class SAETrainingConfig:
             if name == "seed":
                 if not 0 <= value < 2**63:
                     raise refusal(ValueError, "`seed`", repr(value), "a whole number from 0 to 2**63 - 1")
+            elif name == "max_norm_ratio":
+                # Below 1, most rows or all of them would be left out.
+                if value and not 1 <= value < math.inf:
+                    raise refusal(ValueError, "`max_norm_ratio`", repr(value), "a finite number >= 1, or 0")
             elif name != "exclude_special_tokens" and not 0 < value < math.inf:
                 raise refusal(ValueError, f"`{name}`", repr(value), "a finite number > 0")
         if self.n_tokens < self.batch_size:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dspa.saes.config import MAX_NORM_RATIO
 from dspa.saes.frozen import FrozenSAE
+from dspa.saes.outliers import typical_rows
 
 # Latents that are held at once while an SAE is evaluated.
 LATENTS_PER_BLOCK = 1 << 24
@@ -23,6 +25,7 @@ class Quality:
         dead: number of latents that are active on none of these rows.
         mse: `(x - x')^2`, summed over d_in, mean over rows, as SAELens' loss.
         n_tokens: number of rows.
+        n_left_out: number of rows of outlying norm that are not among these.
     """
 
     explained_variance: float
@@ -30,16 +33,19 @@ class Quality:
     dead: int
     mse: float
     n_tokens: int
+    n_left_out: int = 0
 
 
 @torch.no_grad()
-def evaluate_sae(sae: FrozenSAE, rows: Tensor) -> Quality:
+def evaluate_sae(sae: FrozenSAE, rows: Tensor, *, max_norm_ratio: float = MAX_NORM_RATIO) -> Quality:
     """Return the quality of `sae` on residuals.
 
     Args:
         sae: the SAE.
         rows: residuals [N, d_in], not all the same, of any float dtype, on the SAE's device.
+        max_norm_ratio: leave out rows with more than this many times the median norm; 0 keeps all.
     """
+    n_given, rows = len(rows), rows[typical_rows(rows, max_norm_ratio)]
     active = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.device)
     mean = rows.double().mean(dim=0)
     error = variance = 0.0
@@ -54,4 +60,5 @@ def evaluate_sae(sae: FrozenSAE, rows: Tensor) -> Quality:
         dead=int((active == 0).sum()),
         mse=error / len(rows),
         n_tokens=len(rows),
+        n_left_out=n_given - len(rows),
     )

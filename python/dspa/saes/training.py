@@ -35,6 +35,8 @@ from dspa.training_folder import History, TrainingFolder
 
 # Entries in the history of a training.
 REPORTS = 100
+# What a folder means in which a setting is not recorded, because it was made before there was this setting.
+EARLIER = {"max_norm_ratio": 0.0}
 
 
 def train_sae(
@@ -123,9 +125,9 @@ def finetune_sae(
         model, tokenizer, texts, required_layer(sae), out, config, layers, model_name, d_sae=sae.d_sae, k=k, start=sae
     )
     start = sae.to(job.held_out.device, torch.float32)
-    k = evaluate_sae(start, job.sample).l0 if k is None else k
+    k = evaluate_sae(start, job.sample, max_norm_ratio=0).l0 if k is None else k
     _check_k(k, sae.d_sae, "It is the L0 of `sae` on these tokens: is it the SAE of this layer? Or pass k.")
-    before = evaluate_sae(start, job.held_out)
+    before = job.evaluate(start)
     return _fit(job, started_sae(start, k, scale=job.scale, **job.shared()), before, progress)
 
 
@@ -146,7 +148,7 @@ class _Job:
 
     Attributes:
         batches: batches of residuals [batch_size, d_in] from a place in the stream on.
-        held_out: residuals to report on [N, d_in].
+        held_out: residuals to report on [N, d_in], those of outlying norm among them.
         sample: some of the residuals that are trained on [N, d_in].
         normalize: normalisation of the input at inference.
         read: function that gives what the SAE encodes of residuals [N, d_in], fp32.
@@ -172,6 +174,10 @@ class _Job:
     def frozen(self, sae: Any) -> FrozenSAE:
         """Return a training SAE as it is at inference."""
         return FrozenSAE.from_sae_lens(self.inference(sae)).to(self.held_out.device)
+
+    def evaluate(self, sae: FrozenSAE) -> Quality:
+        """Return the quality of an SAE on the held-out residuals."""
+        return evaluate_sae(sae, self.held_out, max_norm_ratio=self.config.max_norm_ratio)
 
     def inference(self, sae: Any) -> Any:
         """Return a training SAE as SAELens saves it."""
@@ -210,7 +216,7 @@ def _prepare(
         "k": k,
         "data": file.digest,
     }
-    folder.claim({**settings, **asdict(config), "max_length": max_length})
+    folder.claim({**settings, **asdict(config), "max_length": max_length}, earlier=EARLIER)
     activations = Activations(
         inner,
         tokenizer,
@@ -219,6 +225,7 @@ def _prepare(
         max_length=max_length,
         exclude_special_tokens=config.exclude_special_tokens,
         batch_tokens=config.batch_tokens,
+        max_norm_ratio=config.max_norm_ratio,
         layers=layers,
     )
     held_out, n_held_out = activations.held_out(config.held_out_tokens)
@@ -233,6 +240,7 @@ def _prepare(
         "context_size": max_length,
         "prepend_bos": tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id],
         "exclude_special_tokens": config.exclude_special_tokens,
+        "max_norm_ratio": config.max_norm_ratio,
         "dataset_path": file.path.name,
     }
     return _Job(
@@ -262,7 +270,7 @@ def _fit(job: _Job, sae: Any, before: Quality | None, progress: bool) -> FrozenS
     config, total = job.config, job.config.n_steps * job.config.batch_size
     sae.to(job.held_out.device)
     begin_threshold(sae, job.read(job.sample[: config.batch_size]) * job.scale)
-    before = before or evaluate_sae(job.frozen(sae), job.held_out)
+    before = before or job.evaluate(job.frozen(sae))
     trainer = _trainer(config, sae)
     trainer.activation_scaler.scaling_factor = job.scale
     position, history = restore_checkpoint(job.folder, trainer)
@@ -279,11 +287,20 @@ def _fit(job: _Job, sae: Any, before: Quality | None, progress: bool) -> FrozenS
                 bar.set_postfix({name: f"{value:.4g}" for name, value in history[-1].items() if name != "tokens"})
             if trainer.n_training_steps % config.checkpoint_every == 0:
                 save_checkpoint(job.folder, trainer, position, history)
-    after = evaluate_sae(job.frozen(sae), job.held_out)
-    inference = job.inference(sae)
-    inference.cfg.metadata.l0, inference.cfg.metadata.num_dead_features = after.l0, after.dead
+    return _finish(job, sae, before, history, position.n_left_out if position else 0)
+
+
+def _finish(job: _Job, sae: Any, before: Quality, history: History, n_left_out: int) -> FrozenSAE:
+    """Save what a trained SAE is at inference, with its quality and the number of rows left out of the training."""
+    after, inference = job.evaluate(job.frozen(sae)), job.inference(sae)
+    metadata = inference.cfg.metadata
+    metadata.explained_variance, metadata.l0, metadata.num_dead_features = (
+        after.explained_variance,
+        after.l0,
+        after.dead,
+    )
     inference.save_model(job.folder.path)
-    job.folder.finish({"before": asdict(before), "after": asdict(after), "history": history})
+    job.folder.finish({"before": asdict(before), "after": asdict(after), "n_left_out": n_left_out, "history": history})
     return FrozenSAE.load(job.folder.path, device=job.held_out.device)
 
 
