@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dspa.data.triples import Triple
 from dspa.evaluate.responses import Response, batches, responses_of
-from dspa.evaluate.scores import score_responses
-from dspa.fsrl.adapter import FSRLAdapter, Moves
+from dspa.evaluate.scores import Scores, score_responses
+from dspa.fsrl.adapter import FSRLAdapter
 from dspa.models.layers import CausalLM
 
 # Fixed here, because the recorded passes are matched with the batches of responses.
@@ -57,23 +58,29 @@ def held_out(
     if adapter is not None:
         adapter.check_attached(model)
     responses = responses_of(model, tokenizer, triples, max_length)
-    with nullcontext(Moves()) if adapter is None else adapter.recording() as moves:
-        scores = score_responses(model, responses, batch_tokens=BATCH_TOKENS, **scoring)
-    l0, l1 = (0.0, 0.0) if adapter is None else _mean_moves(responses, moves)
+    scores, moved = score_moves(model, responses, adapter, **scoring)
+    l0, l1 = (moved.sum(dim=0) / sum(len(response.ids) for response in responses)).tolist()
     return HeldOut(len(scores.margins), scores.loss, scores.accuracy, scores.margin, l0, l1)
 
 
-def _mean_moves(responses: Sequence[Response], moves: Moves) -> tuple[float, float]:
-    """Return L0 and L1 per response token over the passes that scored `responses`."""
-    l0 = l1 = 0.0
-    for n, batch in enumerate(batches(responses, BATCH_TOKENS)):
+def score_moves(
+    model: CausalLM, responses: Sequence[Response], adapter: FSRLAdapter | None, **scoring: Any
+) -> tuple[Scores, Tensor]:
+    """Score responses as `score_responses` does, and return with the scores how far `adapter` moves latents.
+
+    The movement is that on the response tokens: the sums of L0 and of L1 per response, [R, 2] fp64; 0 without an
+    adapter.
+    """
+    moved = torch.zeros(len(responses), 2, dtype=torch.float64)
+    if adapter is None:
+        return score_responses(model, responses, batch_tokens=BATCH_TOKENS, **scoring), moved
+    with adapter.recording() as moves:
+        scores = score_responses(model, responses, batch_tokens=BATCH_TOKENS, **scoring)
+    for batch, l0, l1 in zip(batches(responses, BATCH_TOKENS), moves.l0, moves.l1, strict=True):
         for row, number in enumerate(batch):
-            response = responses[number]
-            places = slice(len(response.prompt), len(response))
-            l0 += float(moves.l0[n][row, places].sum())
-            l1 += float(moves.l1[n][row, places].sum())
-    n_tokens = sum(len(response.ids) for response in responses)
-    return l0 / n_tokens, l1 / n_tokens
+            places = slice(len(responses[number].prompt), len(responses[number]))
+            moved[number] = torch.stack([values[row, places].double().sum() for values in (l0, l1)])
+    return scores, moved
 
 
 @dataclass(frozen=True)

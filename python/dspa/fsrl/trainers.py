@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.functional import softplus
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -20,8 +22,11 @@ from trl.experimental.utils import DPODataCollatorWithPadding
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dspa.errors import ModelError
+from dspa.evaluate.responses import Response
+from dspa.evaluate.scores import Scores
 from dspa.fsrl.adapter import FSRLAdapter, Moves
 from dspa.fsrl.config import TrainingConfig
+from dspa.fsrl.results import score_moves
 from dspa.models.layers import NOT_FINITE
 from dspa.training_folder import TrainingFolder
 
@@ -59,14 +64,20 @@ class Rows(Dataset):  # type: ignore[misc]
 
 
 class AdapterTrainer:
-    """Changes to a trainer of an adapter: the L1 term, what is logged, and what a checkpoint holds."""
+    """Changes to a trainer of an adapter: the L1 term, the evaluation, what is logged, and what a checkpoint holds."""
 
     args: Any
+    model: Any
     accelerator: Any
     state: Any
+    control: Any
+    callback_handler: Any
+    eval_dataset: Any
+    log: Callable[[dict[str, float]], None]
+    beta: float
 
-    def __init__(self, adapter: FSRLAdapter, folder: TrainingFolder, **options: Any) -> None:
-        self.adapter, self.folder = adapter, folder
+    def __init__(self, adapter: FSRLAdapter, folder: TrainingFolder, *, progress: bool, **options: Any) -> None:
+        self.adapter, self.folder, self.progress = adapter, folder, progress
         super().__init__(**options)
 
     def penalised(self, loss: Tensor, moves: Moves, response: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -90,6 +101,51 @@ class AdapterTrainer:
             raise ModelError(f"The loss of a batch is {total.item()}. {NOT_FINITE} Or lower the learning rate.")
         logged = {"preference_loss": loss, "l1": l1, "l0": l0}
         return total, {name: self._mean_over_processes(value) for name, value in logged.items()}
+
+    def rewards(self, responses: Sequence[Response], logps: Tensor) -> Tensor:
+        """Return the rewards of responses, [R], from their mean log-probabilities per token, [R], with the adapter."""
+        raise NotImplementedError
+
+    def losses(self, margins: Tensor) -> Tensor:
+        """Return the preference losses of triples, [N], from the margins of their rewards, [N]."""
+        raise NotImplementedError
+
+    def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
+        """Measure the adapter on the held-out triples, and log the figures with the prefix eval_.
+
+        They are means over all triples, L0 and L1 over all response tokens. TRL would take a mean over batches, which
+        have to be of one size in all processes.
+        """
+        self.model.eval()
+        rewards, n_tokens, l0, l1 = self._measure_held_out().T
+        chosen, rejected = rewards[0::2], rewards[1::2]
+        figures = {
+            "preference_loss": self.losses(chosen - rejected).mean(),
+            "rewards/chosen": chosen.mean(),
+            "rewards/rejected": rejected.mean(),
+            "rewards/accuracies": (chosen > rejected).double().mean(),
+            "rewards/margins": (chosen - rejected).mean(),
+            "l0": l0.sum() / n_tokens.sum(),
+            "l1": l1.sum() / n_tokens.sum(),
+        }
+        figures["loss"] = figures["preference_loss"] + self.adapter.config.l1 * figures["l1"]
+        metrics = {f"eval_{name}": float(value) for name, value in figures.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _measure_held_out(self) -> Tensor:
+        """Return reward, number of tokens, L0 and L1 of each held-out response, [R, 4] fp64: chosen, rejected, ...
+
+        The processes share the triples out.
+        """
+        own = range(self.args.process_index, len(self.eval_dataset), self.args.world_size)
+        rows = [self.eval_dataset[number] for number in own]
+        responses = [Response(row["prompt_ids"], row[f"{name}_ids"]) for row in rows for name in ("chosen", "rejected")]
+        scores, moved = score_moves(self.model, responses, self.adapter, progress=self.progress)
+        columns = self.rewards(responses, _by_response(scores)), _lengths(responses), *moved.T
+        table = torch.stack([column.double() for column in columns], dim=1)
+        return torch.tensor(gather_object(table.tolist()), dtype=torch.float64)
 
     def _mean_over_processes(self, value: Tensor) -> float:
         return float(self.accelerator.gather(value.detach()).mean())
@@ -120,6 +176,7 @@ class AdapterTrainer:
 class AdapterSimPOTrainer(AdapterTrainer, CPOTrainer):  # type: ignore[misc]
     """SimPO (arXiv 2405.14734) by TRL's CPOTrainer."""
 
+    simpo_gamma: float
     # TRL would add these tags to the model.
     _tag_names: list[str] = []  # noqa: RUF012
 
@@ -141,8 +198,15 @@ class AdapterSimPOTrainer(AdapterTrainer, CPOTrainer):  # type: ignore[misc]
             loss, metrics = super().get_batch_loss_metrics(model, batch, train_eval)
         response = self.concatenated_inputs(batch)["concatenated_labels"] != -100
         loss, logged = self.penalised(loss, moves, response)
-        prefix = "eval_" if train_eval == "eval" else ""
-        return loss, metrics | {f"{prefix}{name}": value for name, value in logged.items()}
+        return loss, metrics | logged
+
+    def rewards(self, responses: Sequence[Response], logps: Tensor) -> Tensor:
+        """Return beta times the mean log-probabilities."""
+        return self.beta * logps
+
+    def losses(self, margins: Tensor) -> Tensor:
+        """Return `-log sigmoid(margin - gamma)`."""
+        return softplus(self.simpo_gamma - margins)
 
 
 class AdapterDPOTrainer(AdapterTrainer, DPOTrainer):  # type: ignore[misc]
@@ -164,12 +228,22 @@ class AdapterDPOTrainer(AdapterTrainer, DPOTrainer):  # type: ignore[misc]
         with self.adapter.recording() as moves:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, logged = self.penalised(loss, moves, inputs["completion_mask"])
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics = self._metrics["train"]
         for name, value in logged.items():
             metrics[name].append(value)
         # TRL counts from 0 again when a training is resumed.
         metrics.pop("num_tokens", None)
         return loss
+
+    def rewards(self, responses: Sequence[Response], logps: Tensor) -> Tensor:
+        """Return beta times the difference to the reference's log-probabilities of whole responses."""
+        with self.adapter.disabled():
+            reference, _ = score_moves(self.model, responses, None, progress=self.progress)
+        return self.beta * _lengths(responses) * (logps - _by_response(reference))
+
+    def losses(self, margins: Tensor) -> Tensor:
+        """Return `-log sigmoid(margin)`."""
+        return softplus(-margins)
 
     @torch.no_grad()
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> tuple[Tensor, ...]:
@@ -190,6 +264,15 @@ class AdapterDPOTrainer(AdapterTrainer, DPOTrainer):  # type: ignore[misc]
     def _precompute_ref_logps(self, dataset: Any, *_args: Any) -> Any:
         """Do nothing: `compute_loss` does it per batch. Since TRL believes it done, it loads no reference model."""
         return dataset
+
+
+def _by_response(scores: Scores) -> Tensor:
+    """Return the scores of N triples as [2 N]: chosen and rejected in turn."""
+    return torch.stack([scores.chosen, scores.rejected], dim=1).flatten()
+
+
+def _lengths(responses: Sequence[Response]) -> Tensor:
+    return torch.tensor([len(response.ids) for response in responses])
 
 
 def _labelled(row: Mapping[str, list[int]]) -> dict[str, list[int]]:
@@ -261,7 +344,6 @@ def arguments(config: TrainingConfig, out: Path, *, on_cpu: bool, evaluated: boo
         "learning_rate": config.lr,
         "warmup_steps": config.warmup,
         "per_device_train_batch_size": config.micro_batch_size,
-        "per_device_eval_batch_size": config.micro_batch_size,
         "num_train_epochs": config.epochs,
         "max_steps": config.max_steps or -1,
         "max_grad_norm": config.max_grad_norm,
@@ -300,6 +382,7 @@ def trainer_of(
     trainer = kind(
         adapter,
         folder,
+        progress=not bar.disable,
         model=model,
         args=args,
         processing_class=tokenizer,

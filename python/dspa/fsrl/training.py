@@ -63,8 +63,9 @@ def train(
         adapter: the adapter, whose weights are the start. They change in place, and stay if the training fails.
         out: the folder to write. It gets the adapter, as by `save`, and `training.json` with the settings, the figures
             on the held-out triples (`HeldOut`) and what was logged: loss, preference_loss, rewards/accuracies,
-            rewards/margins, l0 and l1, and the same on `eval_triples` with the prefix eval_. Logged values are means
-            over batches, as in TRL. A training that was stopped resumes in its folder, and a finished one is loaded.
+            rewards/margins, l0 and l1, and the same on `eval_triples` with the prefix eval_. Those of the training are
+            means over batches, as in TRL; those with eval_ are means over all triples, l0 and l1 over all response
+            tokens. A training that was stopped resumes in its folder, and a finished one is loaded.
         config: the published settings by default.
         eval_triples: held-out triples, to report on.
         progress: show bars.

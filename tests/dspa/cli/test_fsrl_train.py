@@ -37,8 +37,8 @@ def test_commands(tmp_path_factory, tmp_path, monkeypatch, capsys):
     data = (here / "train.jsonl", "--model", here / "model", "--held-out", here / "held.jsonl", "--device", "cpu")
     small = ("--lr", 5e-3, "--batch-size", 4, "--max-steps", 3, "--max-length", 64)
     code, told = command(monkeypatch, capsys, "train", *data, *small, *saes[:2], "--out", tmp_path / "one")
-    assert code == 0 and "On 4 held-out triples" in told and "base model" in told
-    assert read_held_out(tmp_path / "one").n_triples == 4
+    assert code == 0 and "On 3 held-out triples" in told and "base model" in told
+    assert read_held_out(tmp_path / "one").n_triples == 3
     code, told = command(monkeypatch, capsys, "train", *data, *small, *saes[:2], "--out", tmp_path / "one", "--l1", 0.3)
     assert code == 2 and "training of other settings (adapter_l1: 0.02 there, 0.3 now)" in told
     code, told = command(monkeypatch, capsys, "train", *data, *saes[:2], "--out", tmp_path / "two", "--l1", -1)

@@ -117,7 +117,15 @@ def test_two_processes_are_one_with_twice_the_accumulation(here, tmp_path, token
     gradient = rounding(2 * PASS, (60 * D_IN) ** 0.5)
     # Log-probabilities per token are above -7, and a margin is 10 times the difference of two.
     terms = 10 * (7.0 + 7.0)
-    for name in ("loss", "preference_loss", "l1", "rewards/margins", "eval_preference_loss", "eval_l1"):
+    for name in (
+        "loss",
+        "preference_loss",
+        "l1",
+        "rewards/margins",
+        "eval_preference_loss",
+        "eval_rewards/margins",
+        "eval_l1",
+    ):
         apart = {"rel": gradient} if "l1" in name else {"rel": 0, "abs": 2 * rounding(PASS, terms)}
         assert logged(record, name) == pytest.approx(logged(alone, name), **apart), name
     for a, b in zip(one.parameters(), two.parameters(), strict=True):

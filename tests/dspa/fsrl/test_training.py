@@ -111,6 +111,27 @@ def test_the_loss_is_the_formula(model, tokenizer, tmp_path, loss):
         )
 
 
+@pytest.mark.parametrize("loss", ["simpo", "dpo"])
+@pytest.mark.parametrize("n_held_out", [1, 5])
+def test_every_held_out_triple_counts_once_in_the_log(model, tokenizer, tmp_path, loss, n_held_out):
+    """Held-out triples that do not fill a micro-batch count like any other, and L1 is per token of all of them."""
+    held = HELD_OUT[:n_held_out]
+    adapter = new_adapter(FSRLConfig(l1=0.3))
+    config = replace(TINY, loss=loss, lr=1e-3, max_steps=3, eval_every=3)
+    _, record = run(model, tokenizer, tmp_path / "out", config, adapter, eval_triples=held)
+    with adapter.attach(model):
+        preference, l1, l0 = by_hand(model, tokenizer, adapter, held, loss)
+        terms = margin_terms(model, tokenizer, held) * (10 if loss == "simpo" else 0.1 * 13 * 2)
+    assert logged(record, "eval_preference_loss") == pytest.approx([preference], abs=rounding(PASS, terms))
+    apart = rounding(PASS, terms) + L1_ROUNDING * 0.3 * l1
+    assert logged(record, "eval_loss") == pytest.approx([preference + 0.3 * l1], abs=apart)
+    assert logged(record, "eval_l1") == pytest.approx([l1], rel=L1_ROUNDING)
+    n_near = N_AT_THRESHOLD / n_response_tokens(tokenizer, held)
+    assert logged(record, "eval_l0") == pytest.approx([l0], abs=n_near)
+    (accuracy,) = logged(record, "eval_rewards/accuracies")
+    assert accuracy * n_held_out == pytest.approx(round(accuracy * n_held_out))
+
+
 def test_the_penalty_has_a_gradient(model, tokenizer, tmp_path):
     weights = {}
     for l1 in (0.0, 5.0):
@@ -158,8 +179,8 @@ def test_what_is_written(model, tokenizer, tmp_path):
 
 
 def test_held_out_figures(model, tokenizer, tmp_path):
-    """They are means over all tokens of all batches, whatever their length."""
-    adapter, record = run(model, tokenizer, tmp_path / "out", replace(TINY, micro_batch_size=1, eval_every=6))
+    """They are means over all tokens of all triples, whatever their length, and the last in the log."""
+    adapter, record = run(model, tokenizer, tmp_path / "out", replace(TINY, eval_every=6))
     figures = read_held_out(tmp_path / "out")
     with adapter.attach(model):
         loss, l1, l0 = by_hand(model, tokenizer, adapter, HELD_OUT, "simpo")
@@ -168,7 +189,6 @@ def test_held_out_figures(model, tokenizer, tmp_path):
     assert figures.simpo_loss == pytest.approx(loss, abs=apart)
     assert figures.l1 == pytest.approx(l1, rel=L1_ROUNDING)
     assert figures.l0 == pytest.approx(l0, abs=N_AT_THRESHOLD / n_response_tokens(tokenizer, HELD_OUT))
-    # TRL's own evaluation is a mean over batches, here of one triple each.
     assert figures.simpo_loss == pytest.approx(logged(record, "eval_preference_loss")[-1], abs=apart)
     assert figures.accuracy == pytest.approx(logged(record, "eval_rewards/accuracies")[-1])
     assert 10 * figures.margin == pytest.approx(logged(record, "eval_rewards/margins")[-1], abs=apart)

@@ -63,9 +63,9 @@ def same_weights(one: FSRLAdapter, other: FSRLAdapter) -> bool:
 
 
 def save_inputs(folder: Path, tokenizer) -> None:
-    """A user's files: a model with its tokenizer, and triples. 16 triples are four batches."""
+    """A user's files: a model with its tokenizer, and triples: 16 are four batches, and two processes share 3."""
     make_model("qwen3").save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    for name, triples in (("train", [*TRIPLES, HELD_OUT[0]]), ("held", HELD_OUT[1:])):
+    for name, triples in (("train", [*TRIPLES, HELD_OUT[0]]), ("held", HELD_OUT[2:])):
         rows = [{"prompt": t.prompt, "chosen": t.chosen, "rejected": t.rejected} for t in triples]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
