@@ -293,5 +293,6 @@ def _check_same_sae(recorded: dict[str, Any], sae: FrozenSAE, path: str | Path) 
             raise AdapterError(
                 f"The adapter in {path} was trained with an SAE of {name} {recorded.get(name)!r} (layer "
                 f"{recorded.get('layer')!r}, fingerprint {recorded.get('fingerprint')!r}) and `sae` has "
-                f"{getattr(sae, name)!r} ({sae!r}, fingerprint {sae.fingerprint!r}). Load that SAE."
+                f"{getattr(sae, name)!r} ({sae!r}, fingerprint {sae.fingerprint!r}). "
+                f"{sae.fingerprint_advice(str(recorded.get('fingerprint'))) or 'Load that SAE.'}"
             )

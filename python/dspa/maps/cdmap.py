@@ -172,9 +172,10 @@ class ConditionalDifferenceMap:
             if sae.fingerprint != fingerprint:
                 swapped = sae.fingerprint in (self.meta.sae_in, self.meta.sae_out)
                 hint = "Are the two SAEs swapped? " if swapped else ""
+                advice = f"{hint}Load the SAE that the map was made with, or make a map with this one."
                 raise MapError(
                     f"`{name}` has fingerprint {sae.fingerprint}, and the map was made with {fingerprint} (layer "
-                    f"{layer}). {hint}Load the SAE that the map was made with, or make a map with this one."
+                    f"{layer}). {sae.fingerprint_advice(fingerprint) or advice}"
                 )
             if sae.layer != layer:
                 raise MapError(f"`{name}` sits at layer {sae.layer}, and the map was made at layer {layer}.")

@@ -268,7 +268,7 @@ def _sample_statistics(h: Tensor, sae: FrozenSAE, sample: Tensor) -> tuple[Tenso
         largest, latent = sae.encode(block).max(dim=1)
         max_counts += torch.bincount(latent[largest > 0], minlength=sae.d_sae).cpu()
     # An SAE that divides by the norm turns a row of zeros into NaN.
-    units = (sae.normalise(rows).double().nan_to_num().clamp(-ROW_BOUND, ROW_BOUND) / ROW_QUANTUM).round()
+    units = (sae.weights.normalise(rows).rows.double().nan_to_num().clamp(-ROW_BOUND, ROW_BOUND) / ROW_QUANTUM).round()
     return max_counts, torch.tensor([len(rows)]), units.long().sum(dim=0).cpu()
 
 

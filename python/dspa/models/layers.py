@@ -90,6 +90,12 @@ def hidden_size(model: nn.Module) -> int:
     return int(base_model(model).config.get_text_config().hidden_size)
 
 
+def has_layer_norm(model: nn.Module) -> bool:
+    """Return True if the decoder normalises with LayerNorm, which ignores the mean of a residual, unlike RMSNorm."""
+    modules = base_model(model).get_decoder().modules()
+    return any(isinstance(m, nn.LayerNorm) or type(m).__name__.endswith("LayerNorm") for m in modules)
+
+
 def loaded_name(model: nn.Module) -> str:
     """Return the name by which `model` was loaded.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dspa.saes.frozen import FrozenSAE
+from dspa.saes.metadata import without_model_advice
 
 # Thresholds more than FAR times the median, or less than 1 / FAR of it, do not become units.
 FAR = 16.0
@@ -46,6 +47,7 @@ def started_sae(start: FrozenSAE, k: float, *, scale: float, threshold_lr: float
     return sae
 
 
+@without_model_advice()
 def _training_sae(
     d_in: int, d_sae: int, k: float, threshold_lr: float, metadata: dict[str, Any], **settings: bool
 ) -> Any:
@@ -65,6 +67,7 @@ def begin_threshold(sae: Any, rows: Tensor) -> None:
 
 
 @torch.no_grad()
+@without_model_advice()
 def jumprelu(sae: Any, *, scale: float, normalize_activations: str) -> Any:
     """Return the `JumpReLUSAE`, on the CPU, that a `BatchTopKTrainingSAE` is at inference.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dspa.errors import SAEError, refusal
 from dspa.saes.formats import SourceSAE
+from dspa.saes.metadata import CENTERED
 from dspa_kernels import SAEWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -47,10 +48,24 @@ def weights_digest(content: Content) -> str:
     return sha.hexdigest()[:16]
 
 
+def centered_fingerprint(fingerprint: str) -> str:
+    """Return the fingerprint of a centred SAE, given that of the same weights without centring."""
+    return hashlib.sha256(f"{fingerprint} {CENTERED}".encode()).hexdigest()[:16]
+
+
 def fold(
-    weights: SAEWeights, b_dec: Tensor, apply_b_dec_to_input: bool, rescale_acts_by_decoder_norm: bool
+    weights: SAEWeights,
+    b_dec: Tensor,
+    *,
+    apply_b_dec_to_input: bool,
+    rescale_acts_by_decoder_norm: bool,
+    center_writing_weights: bool,
 ) -> SAEWeights:
-    """Return weights with the same latents without these settings, except for the scale of the rows of `W_dec`."""
+    """Return weights with the same latents without these settings, except for the scale of the rows of `W_dec`.
+
+    The model is centred before the SAE reads it, so `b_dec` is taken from a centred residual and is not centred itself.
+    A row of `W_dec` is not centred either: what reads the residual is a LayerNorm, which ignores its mean.
+    """
     encoder_rows, b_enc, W_dec = weights.encoder_rows, weights.b_enc.double(), weights.W_dec
     if apply_b_dec_to_input:
         b_enc = b_enc - torch.cat([rows.double() @ b_dec.double() for rows in encoder_rows.split(ROWS)])
@@ -59,6 +74,8 @@ def fold(
         encoder_rows, b_enc = _scaled(encoder_rows, norm), b_enc * norm
         # A latent without a direction never fires, since its encoder row and bias are zero now.
         W_dec = _scaled(W_dec, torch.where(norm > 0, 1 / norm, 0))
+    if center_writing_weights:
+        encoder_rows = torch.cat([_centred(rows.double()).to(rows.dtype) for rows in encoder_rows.split(ROWS)])
     return replace(weights, encoder_rows=encoder_rows, b_enc=b_enc.to(weights.b_enc.dtype), W_dec=W_dec)
 
 
@@ -85,6 +102,10 @@ def ungated(source: SourceSAE) -> SourceSAE:
         "threshold": b_mag - scale * b_gate,
     }
     return replace(source, arch="jumprelu", tensors=folded, owned=True)
+
+
+def _centred(rows: Tensor) -> Tensor:
+    return rows - rows.mean(dim=1, keepdim=True)
 
 
 def _scaled(rows: Tensor, factors: Tensor) -> Tensor:
@@ -125,6 +146,43 @@ def check_arguments(arch: str, W_enc: Tensor, threshold: Tensor | None, k: int |
     if W_enc.dtype not in DTYPES:
         accepted, advice = ", ".join(map(str, DTYPES)), f"Convert it: W_enc.to({DTYPES[0]})."
         raise refusal(SAEError, "`W_enc`", f"of dtype {W_enc.dtype}", accepted, advice)
+
+
+def to_center(source: SourceSAE, stated: bool | None) -> bool:
+    """Return True if the encoder of `source` still has to be centred.
+
+    Args:
+        source: the SAE as stored.
+        stated: what the caller says, in place of the file; None if nothing.
+
+    Raises:
+        SAEError: the caller says that a saved SAE, in which centring is folded already, is not centred.
+    """
+    if CENTERED in (source.record or {}).get("folded", ()):
+        if stated is False:
+            accepted, advice = "True or None", "Load the SAE from where it came from."
+            raise refusal(SAEError, f"`{CENTERED}`", "False, and it is folded into this copy", accepted, advice)
+        return False
+    if stated is None and source.center_writing_weights is None:
+        warnings.warn(
+            f"{source.name} does not say whether its SAE was trained on residuals less their mean, as SAELens did by "
+            f"default until 2024. It is read as not, like SAELens reads it. If its model has LayerNorm (GPT-2, "
+            f"Pythia), find out and pass {CENTERED}=True or False. That of gpt2-small-res-jb is True.",
+            stacklevel=4,
+        )
+    return bool(source.center_writing_weights if stated is None else stated)
+
+
+def check_centering(normalize: str) -> None:
+    """Raise `SAEError` for a centred SAE whose normalisation at inference needs the centred residual itself."""
+    if normalize == "constant_norm_rescale":
+        raise refusal(
+            SAEError,
+            f"`normalize_activations` of an SAE with {CENTERED}",
+            f"{normalize!r}, whose scale is the norm of the residual less its mean",
+            "none, layer_norm",
+            f"For a model without LayerNorm, {CENTERED} does nothing: load the SAE with {CENTERED}=False.",
+        )
 
 
 def check_values(weights: SAEWeights, b_dec: Tensor) -> None:

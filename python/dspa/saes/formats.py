@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dspa.errors import SAEError, refusal
+from dspa.saes.metadata import CENTERED, LOADED_WITH, is_centered, layer_of_hook
 
 SAE_LENS_CONFIG = "cfg.json"
 SAE_LENS_WEIGHTS = "sae_weights.safetensors"
@@ -45,11 +46,6 @@ RENAMED = {
     "gate_bias": ("b_gate", False),
     "mag_bias": ("b_mag", False),
 }
-RESIDUAL_HOOKS = (
-    r"blocks\.(\d+)\.hook_resid_(?:post|pre)",
-    r"(?:\w+\.)*(?:layers|h)\.(\d+)",
-    r"resid_post_layer_(\d+)",
-)
 
 
 @dataclass(frozen=True)
@@ -60,6 +56,8 @@ class SourceSAE:
         name: where it came from, for messages.
         arch: "standard", "jumprelu", "topk" or "gated".
         tensors: SAELens' names and shapes. A gated SAE has `b_gate`, `b_mag` and `r_mag` instead of `b_enc`.
+        center_writing_weights: True if it was trained on residuals less their mean over d_in; None if an old file does
+            not say.
         record: what `FrozenSAE.save` wrote about it.
         owned: True if nothing else reads or writes the memory of `tensors`, unlike that of a mapped file.
     """
@@ -73,6 +71,7 @@ class SourceSAE:
     apply_b_dec_to_input: bool = False
     normalize_activations: str = "none"
     rescale_acts_by_decoder_norm: bool = False
+    center_writing_weights: bool | None = False
     record: dict[str, Any] | None = None
     owned: bool = False
 
@@ -124,6 +123,8 @@ def write_sae_lens(folder: Path, sae: SourceSAE) -> None:
     metadata = {"sae_lens_version": "6.0.0", "model_name": sae.model_name, RECORD: sae.record}
     if sae.layer is not None:
         metadata["hook_name"] = f"blocks.{sae.layer}.hook_resid_post"
+    if sae.center_writing_weights:
+        metadata[LOADED_WITH] = {CENTERED: True}
     d_in, d_sae = sae.tensors["W_enc"].shape
     cfg = {
         "architecture": sae.arch,
@@ -143,32 +144,6 @@ def write_sae_lens(folder: Path, sae: SourceSAE) -> None:
     tensors = {name: tensor.cpu().contiguous() for name, tensor in sae.tensors.items()}
     save_file(tensors, folder / SAE_LENS_WEIGHTS)
     (folder / SAE_LENS_CONFIG).write_text(json.dumps(cfg, indent=2) + "\n", encoding="utf-8")
-
-
-def layer_of_hook(name: str, hook: str) -> int:
-    """Return the decoder layer whose output is the residual stream at a hook.
-
-    `hook_resid_pre` of a block is the output of the layer before it.
-
-    Args:
-        name: name of the SAE in messages.
-        hook: its place in the model, as the SAE calls it.
-
-    Raises:
-        SAEError: any other place.
-    """
-    match = next(filter(None, (re.fullmatch(pattern, hook) for pattern in RESIDUAL_HOOKS)), None)
-    layer = -1 if match is None else int(match[1]) - hook.endswith("hook_resid_pre")
-    if layer < 0:
-        raise refusal(
-            SAEError,
-            f"{name}: the place of this SAE",
-            repr(hook),
-            "the output of a decoder layer: blocks.{i}.hook_resid_post, blocks.{i}.hook_resid_pre (i >= 1), "
-            "model.layers.{i}, layers.{i}, transformer.h.{i}, gpt_neox.layers.{i}, resid_post_layer_{i}",
-            "Choose an SAE of the residual stream.",
-        )
-    return layer
 
 
 def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SourceSAE:
@@ -218,8 +193,15 @@ def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Ten
         apply_b_dec_to_input=bool(cfg.get("apply_b_dec_to_input", True)),
         normalize_activations="expected_average_only_in" if normalize is True else normalize,
         rescale_acts_by_decoder_norm=bool(cfg.get("rescale_acts_by_decoder_norm", False)),
+        center_writing_weights=_centered(name, metadata),
         record=_section(name, metadata, RECORD) if RECORD in metadata else None,
     )
+
+
+def _centered(name: str, metadata: Mapping[str, Any]) -> bool | None:
+    if LOADED_WITH not in metadata and "metadata" not in metadata:
+        return None
+    return is_centered(name, _section(name, metadata, LOADED_WITH, {}))
 
 
 def _weights_file(path: Path) -> Path:

@@ -15,15 +15,19 @@ from dspa.saes.folding import (
     DTYPES,
     Content,
     at_inference,
+    centered_fingerprint,
     check_arguments,
+    check_centering,
     check_values,
     content,
     fold,
     full_dtype,
+    to_center,
     ungated,
     weights_digest,
 )
 from dspa.saes.formats import RECORD, SourceSAE, read_sae, sae_lens_source, write_sae_lens
+from dspa.saes.metadata import CENTERED, without_model_advice
 from dspa_kernels import SAEWeights
 
 
@@ -39,9 +43,14 @@ class FrozenSAE:
 
     BatchTopK, Matryoshka and gated SAEs are jumprelu SAEs at inference, and are converted when they are loaded.
 
-    Two settings are folded into the weights here, in fp64, and named in `folded`: `apply_b_dec_to_input`
-    (`pre = (n(h) - b_dec) W_enc + b_enc`) and `rescale_acts_by_decoder_norm` (selection and value are
-    `pre ||W_dec_j||`, which is compared with `threshold`). The tensors are copied, and use does not change them.
+    Three settings are folded into the weights here, in fp64, and named in `folded`:
+
+    - `apply_b_dec_to_input`: `pre = (n(h) - b_dec) W_enc + b_enc`.
+    - `rescale_acts_by_decoder_norm`: selection and value are `pre ||W_dec_j||`, which is compared with `threshold`.
+    - `center_writing_weights`: the SAE was trained on residuals less their mean over d_in, and `h` stands for these.
+      That is the residual of a model with LayerNorm that TransformerLens loaded with this setting.
+
+    The tensors are copied, and use does not change them.
 
     Args:
         arch: "standard", "jumprelu" or "topk".
@@ -57,6 +66,7 @@ class FrozenSAE:
         normalize_activations: "none", "layer_norm" or "constant_norm_rescale". "expected_average_only_in" and
             "covariance_whitening" do nothing at inference, here as in SAELens, and warn.
         rescale_acts_by_decoder_norm: multiply latents by the norms of their decoder rows.
+        center_writing_weights: take the mean over d_in out of the residual. Not for "constant_norm_rescale".
 
     Attributes:
         weights: the tensors that the kernels read.
@@ -83,6 +93,7 @@ class FrozenSAE:
         apply_b_dec_to_input: bool = False,
         normalize_activations: str = "none",
         rescale_acts_by_decoder_norm: bool = False,
+        center_writing_weights: bool = False,
     ) -> None:
         tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "threshold": threshold}
         self._take(
@@ -96,6 +107,7 @@ class FrozenSAE:
                 apply_b_dec_to_input=apply_b_dec_to_input,
                 normalize_activations=normalize_activations,
                 rescale_acts_by_decoder_norm=rescale_acts_by_decoder_norm,
+                center_writing_weights=center_writing_weights,
             )
         )
 
@@ -120,13 +132,18 @@ class FrozenSAE:
         folds = {
             "apply_b_dec_to_input": source.apply_b_dec_to_input,
             "rescale_acts_by_decoder_norm": source.rescale_acts_by_decoder_norm,
+            "center_writing_weights": bool(source.center_writing_weights),
         }
+        if source.center_writing_weights:
+            check_centering(weights.normalize)
         self.arch, self.layer, self.model_name = source.arch, source.layer, source.model_name
         self.folded = tuple(name for name, folded in folds.items() if folded)
         self.weights = fold(weights, b_dec, **folds)
         self.b_dec = b_dec.to(weights.encoder_rows.dtype)
         self._fingerprint = ""
-        self._source: Content | None = content(source.arch, weights, b_dec, *folds.values())
+        self._source: Content | None = content(
+            source.arch, weights, b_dec, source.apply_b_dec_to_input, source.rescale_acts_by_decoder_norm
+        )
 
     @classmethod
     def load(
@@ -138,6 +155,7 @@ class FrozenSAE:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         dict_class: str | None = None,
+        center_writing_weights: bool | None = None,
     ) -> FrozenSAE:
         """Load the SAE in a folder or file.
 
@@ -151,13 +169,14 @@ class FrozenSAE:
             device: device of the SAE.
             dtype: dtype of `W_enc`, `W_dec` and `b_dec`, by default as stored.
             dict_class: class of an `ae.pt` without `config.json`, if its tensors do not show it.
+            center_writing_weights: as in the constructor, in place of what the file says.
 
         Raises:
             SAEError: a path or format that is not one of these, damaged files, missing or unknown tensors, an SAE that
                 does not read the residual stream, and everything that the constructor refuses.
         """
         source = read_sae(Path(path), dict_class)
-        return cls._from_source(source, layer, model_name).to(device, dtype)
+        return cls._from_source(source, layer, model_name, center_writing_weights).to(device, dtype)
 
     @classmethod
     def from_pretrained(
@@ -169,6 +188,7 @@ class FrozenSAE:
         dtype: torch.dtype | None = None,
         layer: int | None = None,
         model_name: str | None = None,
+        center_writing_weights: bool | None = None,
     ) -> FrozenSAE:
         """Download and load an SAE of SAELens' catalogue or of a Hugging Face repository.
 
@@ -179,6 +199,7 @@ class FrozenSAE:
             dtype: dtype of `W_enc`, `W_dec` and `b_dec`, by default fp32.
             layer: as for `from_sae_lens`.
             model_name: as for `from_sae_lens`.
+            center_writing_weights: as for `from_sae_lens`.
 
         Raises:
             RuntimeError: sae-lens is not installed.
@@ -191,18 +212,28 @@ class FrozenSAE:
                 f'FrozenSAE.from_pretrained needs sae-lens ({error}): pip install "dspa-kernels[saelens]". '
                 "Without it, download the SAE and use FrozenSAE.load(path)."
             ) from error
-        return cls.from_sae_lens(SAE.from_pretrained(release, sae_id), layer=layer, model_name=model_name).to(
-            device, dtype
-        )
+        with without_model_advice():
+            sae = SAE.from_pretrained(release, sae_id)
+        return cls.from_sae_lens(
+            sae, layer=layer, model_name=model_name, center_writing_weights=center_writing_weights
+        ).to(device, dtype)
 
     @classmethod
-    def from_sae_lens(cls, sae: Any, *, layer: int | None = None, model_name: str | None = None) -> FrozenSAE:
+    def from_sae_lens(
+        cls,
+        sae: Any,
+        *,
+        layer: int | None = None,
+        model_name: str | None = None,
+        center_writing_weights: bool | None = None,
+    ) -> FrozenSAE:
         """Copy a `sae_lens.SAE` object, on its device and in its dtype.
 
         Args:
             sae: the object.
             layer: the decoder layer, if the metadata of `sae` do not say it.
             model_name: name of the model, if the metadata of `sae` do not say it.
+            center_writing_weights: as in the constructor, in place of what the metadata say.
 
         Raises:
             SAEError: not one of standard, jumprelu, topk, gated, or not an SAE of the residual stream.
@@ -210,10 +241,12 @@ class FrozenSAE:
         # Folding on the CPU gives the same bits wherever the SAE came from.
         tensors = {name: tensor.detach().cpu() for name, tensor in sae.state_dict().items()}
         source = sae_lens_source(type(sae).__name__, sae.cfg.to_dict(), tensors)
-        return cls._from_source(source, layer, model_name).to(sae.W_enc.device)
+        return cls._from_source(source, layer, model_name, center_writing_weights).to(sae.W_enc.device)
 
     @classmethod
-    def _from_source(cls, source: SourceSAE, layer: int | None, model_name: str | None) -> FrozenSAE:
+    def _from_source(
+        cls, source: SourceSAE, layer: int | None, model_name: str | None, centered: bool | None
+    ) -> FrozenSAE:
         if None not in (layer, source.layer) and layer != source.layer:
             raise refusal(SAEError, "`layer`", layer, f"{source.layer}, as {source.name} says", "Leave `layer` out.")
         gated = source.arch == "gated"
@@ -224,6 +257,7 @@ class FrozenSAE:
                     ungated(source) if gated else source,
                     layer=source.layer if layer is None else layer,
                     model_name=model_name or source.model_name,
+                    center_writing_weights=to_center(source, centered),
                 )
             )
             if source.record is not None:
@@ -266,6 +300,7 @@ class FrozenSAE:
             layer=self.layer,
             model_name=self.model_name,
             normalize_activations=self.weights.normalize,
+            center_writing_weights=self.centered,
             record={
                 "fingerprint": self.fingerprint,
                 "weights": weights_digest(content(self.arch, self.weights, self.b_dec)),
@@ -313,17 +348,21 @@ class FrozenSAE:
         return self.weights.latents(h)
 
     def normalise(self, h: Tensor) -> Tensor:
-        """Return n(h) [..., d_in], which the encoder reads, of residuals h [..., d_in], in the dtype of `encode`."""
+        """Return n(h) [..., d_in], which the encoder reads, of residuals h [..., d_in], in the dtype of `encode`.
+
+        For a centred SAE, h less its mean, normalised.
+        """
         _check_width("h", h, self.d_in)
-        return self.weights.normalise(h).rows
+        rows = self.weights.normalise(h).rows
+        return rows - rows.mean(dim=-1, keepdim=True) if self.centered else rows
 
     def decode(self, f: Tensor, like: Tensor | None = None) -> Tensor:
         """Return the reconstruction [..., d_in] of latents, with `b_dec`, in the dtype of `encode`.
 
         Args:
             f: latents [..., d_sae].
-            like: residuals that f was encoded from [..., d_in]. An SAE that normalises its input undoes that with
-                their mean and scale. Others ignore them.
+            like: residuals that f was encoded from [..., d_in]. An SAE that normalises or centres its input undoes
+                that with their mean and scale. Others ignore them.
 
         Raises:
             SAEError: `like` is needed and not given.
@@ -331,7 +370,7 @@ class FrozenSAE:
         _check_width("f", f, self.d_sae)
         f = f.to(self._compute_dtype(f))
         out = f @ self.W_dec.to(f.dtype) + self.b_dec.to(f.dtype)
-        if self.weights.normalize == "none":
+        if self.weights.normalize == "none" and not self.centered:
             return out
         if like is None:
             raise refusal(
@@ -339,11 +378,13 @@ class FrozenSAE:
                 "`like`",
                 "None",
                 "the residuals that `f` was encoded from, [..., d_in]",
-                f"This SAE normalises its input ({self.weights.normalize}): decode(f, like=h).",
+                f"This SAE normalises its input ({CENTERED if self.centered else self.weights.normalize}): "
+                "decode(f, like=h).",
             )
         _check_width("like", like, self.d_in)
-        _, mean, scale = self.weights.normalise(like.to(f.dtype))
-        return out * scale + mean
+        like = like.to(f.dtype)
+        _, mean, scale = self.weights.normalise(like)
+        return out * scale + (like.mean(dim=-1, keepdim=True) if self.centered else mean)
 
     @property
     def fingerprint(self) -> str:
@@ -353,8 +394,23 @@ class FrozenSAE:
         folded or converted. It is computed on first use.
         """
         if self._source is not None:
-            self._fingerprint, self._source = weights_digest(self._source), None
+            digest = weights_digest(self._source)
+            self._fingerprint, self._source = centered_fingerprint(digest) if self.centered else digest, None
         return self._fingerprint
+
+    @property
+    def centered(self) -> bool:
+        """True if the SAE was trained on residuals less their mean over d_in (`center_writing_weights`)."""
+        return CENTERED in self.folded
+
+    def fingerprint_advice(self, other: str) -> str:
+        """Return why a thing made with an SAE of fingerprint `other` does not fit this one, or "" if unknown."""
+        if not self.centered or centered_fingerprint(other) != self.fingerprint:
+            return ""
+        return (
+            f"It is the same SAE, but an earlier version of dspa-kernels read it without its {CENTERED}, so that most "
+            "of its activities were wrong, and what was made with it is too. Make that again."
+        )
 
     @property
     def W_enc(self) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from dspa.errors import ModelError
-from dspa.models.layers import check_model_name, hidden_size, loaded_name
+from dspa.models.layers import base_model, check_model_name, has_layer_norm, hidden_size, loaded_name
 from dspa.saes.frozen import FrozenSAE
+from dspa.saes.metadata import CENTERED
 
 
 def check_saes(
@@ -45,10 +46,16 @@ def check_sae(name: str, sae: FrozenSAE, model: nn.Module, n_layers: int, model_
 
 
 def check_made_for(name: str, sae: FrozenSAE, model: nn.Module, model_name: str | None) -> None:
-    """Raise `ModelError` unless `sae` has the width of `model` and was not made for another one."""
+    """Raise `ModelError` unless `sae` has the width of `model` and can read it, and was not made for another one."""
     if sae.d_in != hidden_size(model):
         raise ModelError(
             f"`{name}` reads {sae.d_in} dimensions and the model's hidden size is {hidden_size(model)}: it is an SAE "
             "of another model."
+        )
+    if sae.centered and not has_layer_norm(model):
+        raise ModelError(
+            f"`{name}` is an SAE of residuals less their mean ({CENTERED}), and {type(base_model(model)).__name__} has "
+            "no LayerNorm. TransformerLens does not centre such a model, so the setting meant nothing: load the SAE "
+            f"with FrozenSAE.load(path, {CENTERED}=False). For the command line, save that and name its folder."
         )
     check_model_name(f"`{name}` was made for", sae.model_name or "", model_name or loaded_name(model))

@@ -19,6 +19,8 @@ LATENTS_PER_BLOCK = 1 << 24
 class Quality:
     """Quality of an SAE on N rows x [N, d_in] with its reconstructions x'.
 
+    For a centred SAE, x are the residuals less their mean over d_in, in which it has no part.
+
     Attributes:
         explained_variance: `1 - sum (x - x')^2 / sum (x - mean x)^2`.
         l0: mean number of active latents per row.
@@ -47,6 +49,8 @@ def evaluate_sae(sae: FrozenSAE, rows: Tensor, *, max_norm_ratio: float = MAX_NO
     """
     n_given, rows = len(rows), rows[typical_rows(rows, max_norm_ratio)]
     active = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.device)
+    if sae.centered:
+        rows = rows.float() - rows.float().mean(dim=1, keepdim=True)
     mean = rows.double().mean(dim=0)
     error = variance = 0.0
     for block in rows.split(max(1, LATENTS_PER_BLOCK // sae.d_sae)):

@@ -29,6 +29,7 @@ from dspa.saes.activations import Activations, Position
 from dspa.saes.batchtopk import begin_threshold, jumprelu, new_sae, started_sae
 from dspa.saes.config import SAETrainingConfig
 from dspa.saes.frozen import FrozenSAE
+from dspa.saes.metadata import CENTERED, LOADED_WITH
 from dspa.saes.placement import check_made_for, required_layer
 from dspa.saes.quality import Quality, evaluate_sae
 from dspa.training_folder import History, TrainingFolder
@@ -98,7 +99,7 @@ def finetune_sae(
     """Continue to train `sae`, of any architecture, on the residuals at its layer.
 
     It becomes a BatchTopK SAE. Thresholds that differ between latents are kept, as the scale of each latent. An SAE
-    that normalises its input is trained on the normalised input.
+    that normalises its input is trained on the normalised input, and a centred one on residuals less their mean.
 
     Args:
         model: as for `train_sae`.
@@ -243,6 +244,8 @@ def _prepare(
         "max_norm_ratio": config.max_norm_ratio,
         "dataset_path": file.path.name,
     }
+    if start and start.centered:
+        metadata[LOADED_WITH] = {CENTERED: True}
     return _Job(
         config=config,
         folder=folder,

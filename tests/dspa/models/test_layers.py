@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 import dspa
-from dspa.models.layers import decoder_layers, same_model
-from dspa.testing import make_model
+from dspa.models.layers import decoder_layers, has_layer_norm, same_model
+from dspa.testing import COMMON, make_model
 
 PROMPT = torch.tensor([[1, 5, 9, 33, 20, 7]])
 
@@ -19,6 +19,15 @@ def test_names_of_the_same_model():
     assert same_model("Qwen3-8B", "/models/qwen3-8b/")
     assert not same_model("gemma-2-2b", "google/gemma-2-27b")
     assert not same_model("gemma-2-2b", "gemma-2-2b2")
+
+
+def test_layer_norm_of_the_decoder():
+    """The vision tower of Gemma-3 has LayerNorm, and its decoder has RMSNorm."""
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    images = Gemma3ForConditionalGeneration(Gemma3Config(text_config=COMMON, vision_config=vision))
+    assert any(isinstance(module, nn.LayerNorm) for module in images.modules()) and not has_layer_norm(images)
+    norms = {family: has_layer_norm(make_model(family)) for family in ("gpt2", "gpt_neox", "gemma2", "llama")}
+    assert norms == {"gpt2": True, "gpt_neox": True, "gemma2": False, "llama": False}
 
 
 def test_unknown_architecture(steering):
