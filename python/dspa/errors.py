@@ -1,5 +1,7 @@
 """Errors of the package, and the one form of a message about bad input."""
 
+import re
+from importlib.metadata import PackageNotFoundError, requires
 from typing import TypeVar
 
 
@@ -49,3 +51,23 @@ def refusal(kind: type[E], what: str, got: object, accepted: str, advice: str = 
         advice: what to do, as a whole sentence.
     """
     return kind(f"{what} is {got}; accepted: {accepted}. {advice}".rstrip())
+
+
+def missing_package(what: str, package: str) -> RuntimeError:
+    """Return the error for an optional package that is not installed, to be raised by the caller.
+
+    Args:
+        what: what needs the package, as the subject of a sentence.
+        package: its name in the package index.
+    """
+    return RuntimeError(f'{what} needs the package {package}, which is not installed: pip install "{_wanted(package)}"')
+
+
+def _wanted(package: str) -> str:
+    """Return the name of a package with the versions that this one takes."""
+    try:
+        wanted = [line.partition(";")[0].strip() for line in requires("dspa-kernels") or []]
+    except PackageNotFoundError:
+        # Run from a folder that is on the path and not installed.
+        return package
+    return next((line for line in wanted if re.split(r"[^\w.-]", line)[0] == package), package)

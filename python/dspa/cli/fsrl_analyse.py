@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from dspa.cli.loading import device_named, load_model, load_sae
-from dspa.cli.options import SAE_HELP, ModelOptions, OnModel, Options, Sampling, with_options
+from dspa.cli.options import FILES, SAE_HELP, ModelOptions, OnModel, Options, Sampling, with_options
 from dspa.cli.tables import cell, column_table, console, print_table
 from dspa.errors import refusal
 from dspa.fsrl.config import LOSSES, TrainingConfig
@@ -60,7 +60,7 @@ class LossOptions:
 Adapter = Annotated[AdapterOptions, Options("Adapter")]
 Data = Annotated[DataOptions, Options("Data")]
 Loss = Annotated[LossOptions, Options("Loss")]
-Triples = Annotated[Path, typer.Argument(help="Preference triples, held out from training: JSON Lines.")]
+Triples = Annotated[Path, typer.Argument(help=f"Preference triples, held out from training: {FILES}.")]
 Out = Annotated[Path, typer.Option(help="Folder for CSV and PNG, made if there is none.")]
 LabelFile = Annotated[Path, typer.Option(help="Labels of latents: a Neuronpedia export, or latents and categories.")]
 Rules = Annotated[
@@ -225,7 +225,7 @@ def categories(
 def coherence(
     on: OnModel,
     adapter: Adapter,
-    file: Annotated[Path, typer.Option(help="Prompts, one per line or JSON Lines with `prompt`.")],
+    file: Annotated[Path, typer.Option(help=f"Prompts: text, one per line, or {FILES} with `prompt`.")],
     out: Out,
     sampling: Sampling,
     data: Annotated[DataOptions, Options("Data", without=["first", "max_length"])],

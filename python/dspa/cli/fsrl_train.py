@@ -14,6 +14,7 @@ from rich.table import Table
 
 from dspa.cli.loading import check_writable, device_named, load_model, load_sae, triple_source
 from dspa.cli.options import (
+    FILES,
     SAE_HELP,
     First,
     OnModel,
@@ -45,7 +46,7 @@ def train(
     on: OnModel,
     config: Annotated[TrainingConfig, Options("Training", without=FIXED)],
     adapter: Annotated[FSRLConfig, Options("Adapter", without=UNUSUAL)],
-    held_out: Annotated[Path | None, typer.Option(help="Triples to report on, never trained on: JSON Lines.")] = None,
+    held_out: Annotated[Path | None, typer.Option(help=f"Triples to report on, never trained on: {FILES}.")] = None,
     first: First = None,
     split: Split = "train",
     layer: Annotated[int | None, typer.Option(help="Layer of the SAE, if its files do not contain it.")] = None,
@@ -82,7 +83,7 @@ def train(
 def layers(
     triples: Triples,
     sae: Annotated[list[str], typer.Option(help=f"SAE of a layer; may be given several times. {SAE_HELP}")],
-    held_out: Annotated[Path, typer.Option(help="Triples to compare on, never trained on: JSON Lines.")],
+    held_out: Annotated[Path, typer.Option(help=f"Triples to compare on, never trained on: {FILES}.")],
     out: Out,
     on: OnModel,
     config: Annotated[

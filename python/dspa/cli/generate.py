@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dspa.cli.loading import check_writable, load_all
-from dspa.cli.options import OnModel, Options, SAEPair, Sampling, with_options
+from dspa.cli.options import FILES, OnModel, Options, SAEPair, Sampling, with_options
 from dspa.config import SteeringConfig
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def generate(
         str | None, typer.Option(help="One prompt; without it and --file, prompts are read from the terminal.")
     ] = None,
     file: Annotated[
-        Path | None, typer.Option(help="Prompts, one per line or JSON Lines with `prompt`, answered in JSON Lines.")
+        Path | None,
+        typer.Option(help=f"Prompts: text, one per line, or {FILES} with `prompt`. Answers are JSON Lines."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write answers here, as JSON Lines, instead of printing.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write every edited token here, as JSON Lines.")] = None,

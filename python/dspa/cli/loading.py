@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspa.cli.options import ModelOptions, SAEPairOptions, errors_of_options
+from dspa.data.records import ENDINGS, ending_of
 from dspa.distributed import local_rank
-from dspa.errors import refusal
+from dspa.errors import missing_package, refusal
 
 if TYPE_CHECKING:
     from dspa.saes.frozen import FrozenSAE
@@ -77,21 +78,26 @@ def load_all(options: ModelOptions, pair: SAEPairOptions) -> tuple[Any, Any, Fro
 def triple_source(triples: str, split: str, stream: bool) -> Any:
     """Return a file of triples, or a data set from the Hub or a folder."""
     if not triples.strip():
-        raise refusal(ValueError, "TRIPLES", "an empty name", "a JSON Lines file, a folder, or the name of a data set")
+        raise refusal(ValueError, "TRIPLES", "an empty name", "a file, a folder, or the name of a data set")
     path = Path(triples)
-    if path.is_file() or path.suffix in (".json", ".jsonl") or not (path.is_dir() or "/" in triples):
+    if path.is_file() or ending_of(path) in ENDINGS or not (path.is_dir() or "/" in triples):
         return path
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset, load_from_disk
         from datasets.exceptions import DatasetsError
     except ModuleNotFoundError as error:
-        raise RuntimeError(
-            f'{triples} is a data set, which needs datasets ({error}): pip install "datasets>=4".'
-        ) from error
+        raise missing_package(f"Reading the data set {triples}", "datasets") from error
+    if (path / "dataset_dict.json").is_file():
+        splits = load_from_disk(triples)
+        if split not in splits:
+            raise refusal(ValueError, "--split", repr(split), ", ".join(splits))
+        return splits[split]
+    if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
+        return load_from_disk(triples)
     try:
         return load_dataset(triples, split=split, streaming=stream)
     except DatasetsError as error:
         raise ValueError(
-            f"{triples} cannot be read as a data set ({error}); accepted: a JSON Lines file, a folder of JSON Lines or "
+            f"{triples} cannot be read as a data set ({error}); accepted: a file of triples, a folder of JSON Lines or "
             "Parquet files of triples, or the name of a data set."
         ) from error

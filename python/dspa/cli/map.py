@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -195,11 +196,14 @@ def _subset(
         return random.Random(seed).sample(range(n_triples), at_random)
     if only is None:
         return None
+    from dspa.data.lines import read_lines
+
     accepted = f"a file of numbers from 1 to {n_triples}, one per line"
-    try:
-        numbers = [int(line) for line in only.read_text(encoding="utf-8").split()]
-    except (OSError, ValueError) as error:
-        raise refusal(ValueError, "--only", f"{only} ({error})", accepted) from error
+    numbers = []
+    for name, line in read_lines(only, ValueError):
+        if not re.fullmatch(r"\s*[0-9]+\s*", line):
+            raise refusal(ValueError, f"--only: {name}", repr(line[:60]), accepted)
+        numbers.append(int(line))
     if not numbers or min(numbers) < 1 or max(numbers) > n_triples:
         held = f"holds numbers from {min(numbers)} to {max(numbers)}" if numbers else "holds none"
         raise refusal(ValueError, "--only", f"{only}, which {held}", accepted)

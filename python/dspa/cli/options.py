@@ -228,7 +228,10 @@ OnModel = Annotated[ModelOptions, Options("Model and device")]
 SAEPair = Annotated[SAEPairOptions, Options("SAEs")]
 Sampling = Annotated[SamplingOptions, Options("Sampling")]
 
-Triples = Annotated[str, typer.Argument(help="Preference triples in a format of TRL: JSON Lines, or a data set.")]
+FILES = "a file of JSON Lines, CSV or Parquet"
+Triples = Annotated[
+    str, typer.Argument(help=f"Preference triples in a format of TRL: {FILES}, a folder, or a data set of the Hub.")
+]
 Split = Annotated[str, typer.Option(help="Split of a data set.")]
 First = Annotated[int | None, typer.Option(help="Use only the first N triples.", min=1)]
 

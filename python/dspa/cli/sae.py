@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from dspa.cli.loading import load_model, load_sae
-from dspa.cli.options import SAE_HELP, OnModel, Options, errors_of_options, with_options
+from dspa.cli.options import FILES, SAE_HELP, OnModel, Options, errors_of_options, with_options
 from dspa.cli.tables import console, print_table
 from dspa.saes.config import SAETrainingConfig
 
@@ -18,7 +18,7 @@ app = typer.Typer(help="Look at sparse autoencoders, train and fine-tune them.",
 Texts = Annotated[
     Path,
     typer.Argument(
-        help="Plain text, one document per line, JSON Lines with `text`, or preference triples. The start is held out."
+        help=f"Text, one document per line; {FILES} with `text`; or preference triples. The start is held out."
     ),
 ]
 Layer = Annotated[int | None, typer.Option(help="Layer of the SAE, if its files do not contain it.")]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dspa.data.lines import read_lines, split_lines
+from dspa.data.records import ACCEPTED as RECORDS
+from dspa.data.records import is_plain_text, read_records
 from dspa.data.templates import check_template_kwargs
 from dspa.errors import refusal
+
+ACCEPTED = f"plain text, one prompt per line; or {RECORDS}, with `prompt`"
+RECORD = "an object with `prompt`"
 
 
 def read_prompts(prompt: str | None, file: Path | None) -> Iterator[str]:
@@ -17,8 +22,8 @@ def read_prompts(prompt: str | None, file: Path | None) -> Iterator[str]:
 
     Args:
         prompt: the one of --prompt.
-        file: the path of --file, with one prompt per line, or JSON Lines with `prompt`. Without either, prompts are
-            read from standard input.
+        file: the path of --file: plain text, one prompt per line, or records with `prompt`. Without either, prompts
+            are read from standard input, one per line.
 
     Raises:
         ValueError: both are given, or what is given holds no prompt.
@@ -35,24 +40,24 @@ def read_prompts(prompt: str | None, file: Path | None) -> Iterator[str]:
 
 
 def _read_file(file: Path) -> list[str]:
-    accepted = "one prompt per line, or JSON Lines with `prompt`"
     if not file.is_file():
-        raise refusal(ValueError, "--file", f"{file}, which is not a file", accepted)
-    lines = list(enumerate(file.read_text(encoding="utf-8").splitlines(), start=1))
-    prompts = [_parse_prompt(f"{file} line {n}", line, file.suffix) for n, line in lines if line.strip()]
+        raise refusal(ValueError, "--file", f"{file}, which is not a file", ACCEPTED)
+    if is_plain_text(file, ValueError):
+        prompts = [line for _, line in read_lines(file, ValueError)]
+    else:
+        prompts = [_prompt_of(name, record) for name, record in read_records(file, ValueError)]
     if not prompts:
-        raise refusal(ValueError, "--file", f"{file}, which holds no prompt", accepted)
+        raise refusal(ValueError, "--file", f"{file}, which holds no prompt", ACCEPTED)
     return prompts
 
 
-def _parse_prompt(name: str, line: str, suffix: str) -> str:
-    if suffix != ".jsonl":
-        return line
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise refusal(ValueError, name, f"not JSON ({error})", "one JSON object per line") from error
-    prompt = row.get("prompt") if isinstance(row, dict) else None
+def _prompt_of(name: str, record: object) -> str:
+    if not isinstance(record, Mapping):
+        raise refusal(ValueError, name, f"a JSON {type(record).__name__}", RECORD)
+    if "prompt" not in record:
+        got, advice = f"without `prompt`, with only the keys {sorted(record)}", "Rename or add the key."
+        raise refusal(ValueError, name, got, RECORD, advice)
+    prompt = record["prompt"]
     if not isinstance(prompt, str) or not prompt.strip():
         raise refusal(ValueError, f"{name}: `prompt`", repr(prompt), "a text that is not empty")
     return prompt
@@ -60,9 +65,15 @@ def _parse_prompt(name: str, line: str, suffix: str) -> str:
 
 def _read_input() -> Iterator[str]:
     """Yield the lines that are typed or piped in, one prompt per line."""
+    if not sys.stdin.isatty():
+        return (line for _, line in split_lines("standard input", sys.stdin.buffer, ValueError))
+    return _read_terminal()
+
+
+def _read_terminal() -> Iterator[str]:
     while True:
         try:
-            text = input("> ") if sys.stdin.isatty() else input()
+            text = input("> ")
         except EOFError:
             return
         if text.strip():

@@ -6,12 +6,13 @@ explicit or an implicit prompt.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+from dspa.data.records import ACCEPTED as RECORDS
+from dspa.data.records import read_records
 from dspa.errors import PreferenceError, refusal
 
 Message: TypeAlias = dict[str, str]
@@ -57,14 +58,15 @@ def load_triples(source: str | Path | Iterable[Mapping[str, Any] | Triple]) -> I
     Every triple is named by its file and line, or by its number counted from 1. A `Triple` that has a name keeps it.
 
     Args:
-        source: a path to a UTF-8 JSON Lines file (blank lines are skipped), a `datasets.Dataset` or `IterableDataset`,
-            or any iterable of mappings or `Triple`s.
+        source: a path to a file of JSON Lines, a JSON list, CSV or Parquet (`dspa.data.records`), a `datasets.Dataset`
+            or `IterableDataset`, or any iterable of mappings or `Triple`s.
 
     Yields:
         The triples. All those before an invalid one are yielded before it raises.
 
     Raises:
         PreferenceError: a path that is not a file, an invalid triple, or a source without a triple.
+        RuntimeError: Parquet without the package datasets.
     """
     empty = True
     for name, entry in _entries(source):
@@ -79,9 +81,9 @@ def load_triples(source: str | Path | Iterable[Mapping[str, Any] | Triple]) -> I
 
 def _entries(source: object) -> Iterator[tuple[str, object]]:
     """Yield the name and the raw content of every entry of `source`."""
-    accepted = "a path to a JSON Lines file, a datasets.Dataset, an iterable of dicts or Triples"
+    accepted = "the path of a file, a datasets.Dataset, an iterable of dicts or Triples"
     if isinstance(source, (str, Path)):
-        yield from _json_lines(source)
+        yield from _records(source)
     elif isinstance(source, Mapping):
         got = f"a {type(source).__name__} with keys {sorted(map(str, source))}"
         advice = "Choose one split, or put a single triple in a list."
@@ -94,29 +96,18 @@ def _entries(source: object) -> Iterator[tuple[str, object]]:
         raise refusal(PreferenceError, "`source`", got, accepted, "Convert it to one of these.")
 
 
-def _json_lines(path: str | Path) -> Iterator[tuple[str, object]]:
-    """Yield the name and the content of every line that is not blank."""
-    label, accepted = repr(str(path)), "a JSON Lines file"
+def _records(path: str | Path) -> Iterator[tuple[str, object]]:
+    label, accepted = repr(str(path)), f"the path of a file: {RECORDS}"
     if not Path(path).exists():
         call = f"datasets.load_dataset({label}, split='train')"
         advice = f"If it names a data set of the Hugging Face Hub, load that first and pass it: {call}."
         raise refusal(PreferenceError, label, "a path that does not exist", accepted, advice)
     if Path(path).is_dir():
-        raise refusal(PreferenceError, label, "a directory", accepted, "Give the path of a file in it.")
-    # Bytes, because text is decoded in blocks: a bad line would take the good ones before it along.
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                name = f"{path} line {number}"
-                yield name, _parse_line(name, line)
-
-
-def _parse_line(name: str, line: bytes) -> object:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except ValueError as error:
-        got, accepted = f"not JSON in UTF-8 ({error}): {line[:60]!r}", "one JSON object per line"
-        raise refusal(PreferenceError, name, got, accepted, "Correct or remove the line.") from error
+        advice = (
+            "Give the path of a file in it, or load it by `datasets.load_dataset` or `load_from_disk` and pass that."
+        )
+        raise refusal(PreferenceError, label, "a directory", accepted, advice)
+    return read_records(path, PreferenceError)
 
 
 def _make_triple(name: str, entry: object) -> Triple:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from dspa.baselines.static_sae import static_map
 from dspa.config import SteeringConfig
+from dspa.data.records import read_records
 from dspa.data.triples import load_triples
 from dspa.demo import language
 from dspa.demo.train import MODEL_NAME
@@ -46,8 +46,7 @@ class World:
         self.model: Any = AutoModelForCausalLM.from_pretrained(assets / MODEL_NAME, dtype=torch.float32).eval()
         self.sae_in = FrozenSAE.load(assets / "sae_in", dtype=torch.float32)
         self.sae_out = FrozenSAE.load(assets / "sae_out", dtype=torch.float32)
-        lines = (assets / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-        self.held_out: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.held_out: list[Any] = [row for _, row in read_records(assets / "heldout.jsonl", ValueError)]
         self.wanted = [language.preferred_style(row["register"]) for row in self.held_out]
 
     def build_map(self, *, progress: bool = True) -> ConditionalDifferenceMap:

@@ -14,7 +14,6 @@ or `label`. `modelId` and `layer` are allowed in them.
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +22,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeAlias
 
+from dspa.data.lines import read_lines, read_text
+from dspa.data.records import JSON, ending_of
 from dspa.errors import LabelError, refusal
 from dspa.models.layers import same_model
 from dspa.saes.frozen import FrozenSAE
@@ -30,8 +31,6 @@ from dspa.saes.frozen import FrozenSAE
 Rules: TypeAlias = dict[str, list[re.Pattern[str]]]
 
 OTHER, UNLABELLED = "other", "unlabelled"
-GZIP = b"\x1f\x8b"
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 # Latents that a message lists.
 SHOWN = 10
 ACCEPTED = (
@@ -103,9 +102,9 @@ def read_labels(
 
 def read_rules(path: str | Path) -> Rules:
     """Read rules, in their order; raise `LabelError` for another file or an invalid expression."""
-    accepted = 'a JSON object {"category": ["regular expression", ...]}'
+    text, accepted = read_text(path, LabelError), 'a JSON object {"category": ["regular expression", ...]}'
     try:
-        given = json.loads(_content(Path(path)), object_pairs_hook=_once)
+        given = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise LabelError(f"{path} holds no rules ({error}); accepted: {accepted}.") from error
     if not isinstance(given, dict) or not given:
@@ -121,24 +120,13 @@ def read_rules(path: str | Path) -> Rules:
     return rules
 
 
-def _content(path: Path) -> str:
-    """Return the text of a file, gzipped or not."""
-    if not path.is_file():
-        raise refusal(LabelError, str(path), "not a file", "a file that exists")
-    content = path.read_bytes()
-    try:
-        return (gzip.decompress(content) if content.startswith(GZIP) else content).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise LabelError(f"{path} is damaged, or not UTF-8 ({error}).") from error
-
-
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the objects with `index`, each with its name in messages."""
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
+        files = sorted(file for file in path.iterdir() if ending_of(file) in JSON)
         if not files:
-            raise LabelError(f"{path} holds no file of labels; accepted: {', '.join(SUFFIXES)}.")
+            raise LabelError(f"{path} holds no file of labels; accepted: {', '.join(JSON)}, also as .gz.")
     for file in files:
         for number, row in enumerate(_entries(file), start=1):
             name = f"{file} entry {number}"
@@ -148,24 +136,23 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _entries(file: Path) -> list[Any]:
-    text = _content(file)
+    text = read_text(file, LabelError)
     try:
         given = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError:
-        return _lines(file, text)
+        return _lines(file)
     if isinstance(given, dict) and "index" not in given:
         return [{"index": latent, "category": category} for latent, category in given.items()]
     return given if isinstance(given, list) else [given]
 
 
-def _lines(path: Path, text: str) -> list[Any]:
+def _lines(path: Path) -> list[Any]:
     entries = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                entries.append(json.loads(line, object_pairs_hook=_once))
-            except json.JSONDecodeError as error:
-                raise refusal(LabelError, f"{path} line {number}", f"not JSON ({error})", ACCEPTED) from error
+    for name, line in read_lines(path, LabelError):
+        try:
+            entries.append(json.loads(line, object_pairs_hook=_once))
+        except json.JSONDecodeError as error:
+            raise refusal(LabelError, name, f"not JSON ({error})", ACCEPTED) from error
     return entries
 
 

@@ -59,7 +59,7 @@ def train_sae(
     Args:
         model: a transformers model, or one in a PEFT wrapper, in evaluation mode.
         tokenizer: its tokenizer.
-        texts: a `TextFile`, or the path of one: plain text, JSON Lines with `text`, or preference triples.
+        texts: a `TextFile`, or the path of one: plain text, records with `text`, or preference triples.
         layer: the decoder layer, from 0.
         out: the folder to write, a new one or one in which the same training was stopped. It gets the SAE and
             `training.json`, with the settings, the quality on held-out tokens before and after, and the history.

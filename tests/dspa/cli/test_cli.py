@@ -138,6 +138,23 @@ def test_a_data_set(run, folder, built, tmp_path, stream):
     assert same_map(tmp_path / "m", built)
 
 
+def test_a_data_set_that_was_saved_to_disk(folder, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    rows = [json.loads(line) for line in (folder / "triples.jsonl").read_text().splitlines()]
+    data = datasets.Dataset.from_list(rows)
+    data.save_to_disk(tmp_path / "data")
+    datasets.DatasetDict(test=data).save_to_disk(tmp_path / "splits")
+    for name, split in (("data", "train"), ("splits", "test")):
+        assert list(triple_source(str(tmp_path / name), split, stream=False)) == rows
+    with pytest.raises(ValueError, match="--split is 'train'; accepted: test"):
+        triple_source(str(tmp_path / "splits"), "train", stream=False)
+
+
+def test_a_file_is_a_file_whether_it_exists_or_not(tmp_path):
+    for name in ("a.jsonl", "a.jsonl.gz", "a.PARQUET", "a.csv", "a.ndjson", "a.zip"):
+        assert triple_source(str(tmp_path / name), "train", stream=False) == tmp_path / name
+
+
 def test_diff(run, counts, built, tmp_path):
     assert run("map", "reduce", counts, "--out", tmp_path / "m", "--percentile", 50)[0] == 0
     code, text = run("map", "diff", built, tmp_path / "m", "--plot", tmp_path / "d.png")
@@ -178,6 +195,7 @@ def test_interactive(run, folder, built, monkeypatch):
         except StopIteration:
             raise EOFError from None
 
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("builtins.input", typed)
     code, _ = run("generate", *common(folder), "--map", built, "--max-new-tokens", 2)
     assert code == 0
@@ -214,9 +232,9 @@ def test_errors(run, folder, counts, built, tmp_path):
         (["map", "reduce", folder, "--out", tmp_path / "m"], "holds no counts"),
         (["map", "reduce", counts, "--out", tmp_path / "m", "--first", 13], "--first is 13; accepted: 1 to 12"),
         (["map", "reduce", counts, "--out", tmp_path / "m", "--first", 3, "--random", 3], "--first and --random"),
-        (["map", "reduce", counts, "--out", tmp_path / "m", "--only", tmp_path / "bad.jsonl"], "numbers from 1"),
+        (["map", "reduce", counts, "--out", tmp_path / "m", "--only", tmp_path / "bad.jsonl"], "bad.jsonl line 1 is"),
         (["map", "reduce", counts, "--out", tmp_path / "m", "--only", tmp_path / "far.txt"], "from 3 to 13; accepted"),
-        (["map", "collect", " ", *common(folder)], "accepted: a JSON Lines file"),
+        (["map", "collect", " ", *common(folder)], "accepted: a file, a folder, or the name"),
         (["map", "show", counts], "dspa map reduce"),
         (["map", "merge", tmp_path / "m", counts, counts], "would count twice"),
         (
@@ -243,7 +261,7 @@ def test_a_folder_without_a_data_set_is_refused(tmp_path):
     pytest.importorskip("datasets")
     (tmp_path / "a.jsonl").write_text('{"prompt": 1}\n')
     (tmp_path / "b.jsonl").write_text("[1, 2\n")
-    with pytest.raises(ValueError, match=r"cannot be read as a data set .*accepted: a JSON Lines file, a folder of"):
+    with pytest.raises(ValueError, match=r"cannot be read as a data set .*accepted: a file of triples, a folder of"):
         triple_source(str(tmp_path), "train", stream=False)
 
 

@@ -15,8 +15,8 @@ def test_kinds_of_text(tmp_path: Path) -> None:
     sentences = ["the cat is", "a dog of my own", "and we see it"]
     for name, rows, kind in (
         ("a.txt", [sentences[0], "", *sentences[1:]], "text"),
-        ("a.jsonl", [{"text": text, "other": 1} for text in sentences], "json"),
-        ("b.txt", [{"text": text} for text in sentences], "json"),
+        ("a.jsonl", [{"text": text, "other": 1} for text in sentences], "records"),
+        ("b.txt", [{"text": text} for text in sentences], "records"),
     ):
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
         (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))

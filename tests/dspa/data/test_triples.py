@@ -123,8 +123,8 @@ def test_triples_keep_their_name_or_get_one() -> None:
 @pytest.mark.parametrize(
     ("bad", "problem"),
     [
-        (b'{"prompt": "x", ', "is not JSON in UTF-8 (Expecting property name"),
-        (b'{"prompt": "\xff"}', "is not JSON in UTF-8 ('utf-8' codec can't decode byte 0xff"),
+        (b'{"prompt": "x", ', "is not JSON (Expecting property name"),
+        (b'{"prompt": "\xff"}', "is not UTF-8 ('utf-8' codec can't decode byte 0xff"),
         (b'["x", "y"]', "is of type list; accepted: an object with 'chosen', 'rejected'"),
     ],
 )
@@ -142,12 +142,14 @@ def test_missing_path_points_to_the_hub() -> None:
     with pytest.raises(PreferenceError) as raised:
         next(load_triples("some/dataset"))
     message = str(raised.value)
-    assert message.startswith("'some/dataset' is a path that does not exist; accepted: a JSON Lines file. ")
+    assert message.startswith(
+        "'some/dataset' is a path that does not exist; accepted: the path of a file: JSON Lines ("
+    )
     assert "datasets.load_dataset('some/dataset', split='train')" in message
 
 
 def test_directory(tmp_path: Path) -> None:
-    with pytest.raises(PreferenceError, match="is a directory; accepted: a JSON Lines file"):
+    with pytest.raises(PreferenceError, match="is a directory; accepted: the path of a file"):
         next(load_triples(tmp_path))
 
 
@@ -169,7 +171,7 @@ def test_several_splits() -> None:
 
 
 def test_source_of_another_type() -> None:
-    with pytest.raises(PreferenceError, match="`source` is of type int; accepted: a path to a JSON Lines file"):
+    with pytest.raises(PreferenceError, match="`source` is of type int; accepted: the path of a file"):
         next(load_triples(3))  # type: ignore[arg-type]
 
 

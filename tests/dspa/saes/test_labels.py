@@ -136,7 +136,7 @@ def test_files_that_cannot_be_used(tmp_path, sae, rules):
         (plain, rules, "holds categories and no descriptions"),
         (tmp_path / "twice.json", None, "'3' is given twice, as 'a' and as 'b'"),
         (tmp_path / "broken.jsonl", None, "broken.jsonl line 2 is not JSON"),
-        (tmp_path / "cut.json.gz", None, "is damaged"),
+        (tmp_path / "cut.json.gz", None, "is a damaged gzip file"),
         (tmp_path / "empty", None, "holds no file of labels"),
         (tmp_path / "none", None, "is not a file"),
         (plain, written(tmp_path / "r1.json", []), "holds no rules"),

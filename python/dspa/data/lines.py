@@ -1,0 +1,105 @@
+"""Text files of the user: UTF-8 with or without a byte order mark, gzipped or not."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeAlias, TypeVar
+
+from dspa.errors import refusal
+
+E = TypeVar("E", bound=Exception)
+Stream: TypeAlias = io.BufferedReader | gzip.GzipFile
+
+GZIP = b"\x1f\x8b"
+BOM = "\ufeff"
+# The mark of UTF-16 in little-endian order is also the beginning of that of UTF-32.
+WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+ACCEPTED = "text in UTF-8"
+
+
+def read_lines(path: str | Path, kind: type[E]) -> Iterator[tuple[str, str]]:
+    """Yield the name ("prompts.txt line 3") and the text of every line of a file that is not blank.
+
+    Args:
+        path: the file.
+        kind: class of the errors.
+
+    Raises:
+        E: a path that is not a file, a damaged gzip file, or a line that is not text in UTF-8. The lines before it are
+            yielded first.
+    """
+    with open_text(path, kind) as file:
+        yield from split_lines(str(path), file, kind)
+
+
+def split_lines(label: str, blocks: Iterable[bytes], kind: type[E]) -> Iterator[tuple[str, str]]:
+    """Yield the name and the text of every line that is not blank, as `read_lines` does.
+
+    Args:
+        label: name of the file.
+        blocks: bytes of the file, cut after every line feed.
+        kind: class of the errors.
+
+    Raises:
+        E: a line that is not text in UTF-8.
+    """
+    return ((name, line) for name, line in _all_lines(label, blocks, kind) if line.strip())
+
+
+def read_text(path: str | Path, kind: type[E]) -> str:
+    """Return the text of a whole file, with line feeds for all ends of lines; raise `kind` as `read_lines` does."""
+    with open_text(path, kind) as file:
+        return "\n".join(line for _, line in _all_lines(str(path), file, kind))
+
+
+@contextmanager
+def open_text(path: str | Path, kind: type[E]) -> Iterator[Stream]:
+    """Open a file of text for reading its bytes, unpacked where it is gzipped.
+
+    Raises:
+        E: a path that is not a file, a damaged gzip file, or UTF-16.
+    """
+    if not Path(path).is_file():
+        raise refusal(kind, str(path), "not a file", "a file that exists")
+    with open(path, "rb") as file:
+        stream: Stream = gzip.GzipFile(fileobj=file) if file.peek(2).startswith(GZIP) else file
+        try:
+            if stream.peek(4).startswith(WIDE_MARKS):
+                raise refusal(kind, str(path), "text in UTF-16 or UTF-32", ACCEPTED, _conversion("UTF-16"))
+            yield stream
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            got, advice = f"a damaged gzip file ({error})", "Copy or download it again."
+            raise refusal(kind, str(path), got, "a whole one", advice) from error
+
+
+def decode(name: str, line: bytes, kind: type[E]) -> str:
+    """Return the text of a line without a byte order mark; raise `kind`, with the name of the line, for other bytes."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise refusal(kind, name, f"not UTF-8 ({error})", ACCEPTED, _conversion("LATIN1")) from error
+    if "\0" in text:
+        raise refusal(kind, name, "not text: it has a NUL byte", ACCEPTED, "Check what kind of file this is.")
+    # Files that were joined bring one mark each.
+    return text.removeprefix(BOM)
+
+
+def _all_lines(label: str, blocks: Iterable[bytes], kind: type[E]) -> Iterator[tuple[str, str]]:
+    r"""Yield every line. It ends with \n, \r\n or \r; U+2028 and others that Unicode counts as ends are text."""
+    number = 0
+    # Bytes, because text is decoded in blocks: a bad line would take the good ones before it along.
+    for block in blocks:
+        for line in block.removesuffix(b"\n").removesuffix(b"\r").split(b"\r"):
+            number += 1
+            name = f"{label} line {number}"
+            yield name, decode(name, line, kind)
+
+
+def _conversion(encoding: str) -> str:
+    return f"Convert a text to UTF-8 first, such as by iconv -f {encoding} -t UTF-8."
