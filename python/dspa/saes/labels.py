@@ -83,21 +83,74 @@ def read_labels(
             outside.append(latent)
         elif category is not None and categories.setdefault(latent, category) != category:
             twice[latent] = f"{latent} ({categories[latent]!r} and {category!r})"
-    if outside:
-        raise LabelError(f"{path} labels latents {_listed(outside)}; accepted: 0 to {sae.d_sae - 1}, those of {sae!r}.")
+    _check_latents(path, outside, sae)
     if twice:
         raise LabelError(
             f"{path} gives two categories to latents {_listed(twice.values())}; accepted: one. Keep one label of each, "
             "or of an export the descriptions of one `explanationModelName`."
         )
     if not categories:
-        by = "" if explainer is None else f" by {explainer!r}"
-        raise LabelError(f"{path} labels no latent{by}; accepted: {ACCEPTED}.")
+        raise LabelError(f"{path} labels no latent{_by(explainer)}; accepted: {ACCEPTED}.")
     if patterns is not None and not described:
         raise LabelError(
             f"{path} holds categories and no descriptions, and rules are for descriptions. Leave the rules out."
         )
     return Labels(categories, sae.d_sae)
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """What labels of an SAE's latents have to agree with, where the SAE itself is not loaded."""
+
+    layer: int | None
+    d_sae: int
+    model_name: str | None
+
+    def __str__(self) -> str:
+        return f"an SAE of {self.d_sae} latents at layer {self.layer}"
+
+
+def read_descriptions(
+    path: str | Path, sae: FrozenSAE | LatentSpace, *, explainer: str | None = None
+) -> dict[int, str]:
+    """Read what a file or folder says of the latents of `sae`: descriptions, or categories. Empty texts say nothing.
+
+    Args:
+        path: the file or folder.
+        sae: the SAE whose latents are described.
+        explainer: read only the descriptions of this `explanationModelName`.
+
+    Returns:
+        Text by latent. Several texts on a latent are joined.
+
+    Raises:
+        LabelError: files that describe no latent, latents that the SAE does not have, or labels of another layer or
+            model.
+    """
+    path = Path(path)
+    texts: dict[int, dict[str, None]] = {}
+    for name, row in _rows(path):
+        _check_origin(name, row, sae)
+        if explainer is None or row.get("explanationModelName") == explainer:
+            text = row.get("category") or row.get("label") or row.get("description") or ""
+            if not isinstance(text, str):
+                raise refusal(LabelError, f"{name}: its label", repr(text), "text")
+            if text.strip():
+                texts.setdefault(_latent(name, row["index"]), {})[text.strip()] = None
+    _check_latents(path, [latent for latent in texts if not 0 <= latent < sae.d_sae], sae)
+    if not texts:
+        raise LabelError(f"{path} labels no latent{_by(explainer)}; accepted: {ACCEPTED}.")
+    return {latent: "; ".join(several) for latent, several in texts.items()}
+
+
+def _check_latents(path: Path, outside: list[int], sae: FrozenSAE | LatentSpace) -> None:
+    """Raise `LabelError` for latents that the SAE does not have."""
+    if outside:
+        raise LabelError(f"{path} labels latents {_listed(outside)}; accepted: 0 to {sae.d_sae - 1}, those of {sae}.")
+
+
+def _by(explainer: str | None) -> str:
+    return "" if explainer is None else f" by {explainer!r}"
 
 
 def read_rules(path: str | Path) -> Rules:
@@ -193,16 +246,16 @@ def _category(name: str, row: Mapping[str, Any], rules: Rules | None) -> str | N
     return next(matching, OTHER)
 
 
-def _check_origin(name: str, row: Mapping[str, Any], sae: FrozenSAE) -> None:
+def _check_origin(name: str, row: Mapping[str, Any], sae: FrozenSAE | LatentSpace) -> None:
     """Raise `LabelError` if a row names another layer or model than those of `sae`."""
     if "layer" in row:
         # Neuronpedia's are "12-gemmascope-res-65k".
         layer = re.match(r"[0-9]+", str(row["layer"]))
         if layer is None or int(layer[0]) != sae.layer:
-            raise refusal(LabelError, name, f"of layer {row['layer']!r}", f"{sae.layer}, that of {sae!r}")
+            raise refusal(LabelError, name, f"of layer {row['layer']!r}", f"{sae.layer}, that of {sae}")
     model = row.get("modelId")
     if model is not None and sae.model_name and not same_model(str(model), sae.model_name):
-        raise refusal(LabelError, name, f"of the model {model!r}", f"{sae.model_name!r}, that of {sae!r}")
+        raise refusal(LabelError, name, f"of the model {model!r}", f"{sae.model_name!r}, that of {sae}")
 
 
 def _listed(values: Iterable[object]) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from dspa.fsrl import LabelError, Labels, read_labels
+from dspa.saes.labels import LatentSpace, read_descriptions
 from dspa.testing import make_sae
 
 D_SAE = 40
@@ -153,3 +155,36 @@ def test_files_that_cannot_be_used(tmp_path, sae, rules):
 def test_a_category_that_no_latent_has():
     with pytest.raises(LabelError, match="'c'; accepted: a, b"):
         Labels({1: "b", 2: "a"}, 4).of("c")
+
+
+# Descriptions
+
+SPACE = LatentSpace(12, D_SAE, "google/gemma-2-2b-it")
+
+
+def test_descriptions(tmp_path, sae):
+    rows = [exported(str(latent), text) for latent, text in DESCRIPTIONS.items()]
+    rows += [exported("3", "FORMATTING of lists"), exported("3", "bullets", explanationModelName="claude")]
+    (tmp_path / "lines.jsonl").write_bytes(as_lines(rows))
+    said = {3: "FORMATTING of lists; bullets", 7: "mentions of kindness", 20: "bullet trains"}
+    assert read_descriptions(tmp_path, SPACE) == read_descriptions(tmp_path, sae) == said
+    assert read_descriptions(tmp_path, SPACE, explainer="claude") == {3: "bullets"}
+    file = written(tmp_path / "categories.json", {"5": "style"})
+    assert read_descriptions(file, SPACE) == {5: "style"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([exported(40, "a")], "labels latents 40; accepted: 0 to 39, those of an SAE of 40 latents at layer 12"),
+        ([exported(1, "a", layer="13-x")], "of layer '13-x'; accepted: 12, that of an SAE of 40 latents"),
+        ([exported(1, "a", modelId="gpt2")], "of the model 'gpt2'"),
+        ([exported(1, " ")], "labels no latent"),
+        ([exported(1, ["a"])], "is ['a']; accepted: text"),
+        ([exported("one", "a")], "`index` is 'one'"),
+    ],
+    ids=str,
+)
+def test_descriptions_that_are_refused(tmp_path, rows, message):
+    with pytest.raises(LabelError, match=re.escape(message)):
+        read_descriptions(written(tmp_path / "l.json", rows), SPACE)
