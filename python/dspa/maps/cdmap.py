@@ -35,6 +35,8 @@ class MapMeta:
         count_tokens, percentile, gate_rule, k_diff, sparsify: as for `reduce`.
         max_length: as for `collect`.
         package: version of the package.
+        n_inactive: number of input latents that are active on no prompt, None in maps that do not record it.
+        n_zero_percentile: number of input latents whose percentile is 0, None in maps that do not record it.
     """
 
     sae_in: str
@@ -53,6 +55,8 @@ class MapMeta:
     k_diff: int
     sparsify: bool
     package: str
+    n_inactive: int | None = None
+    n_zero_percentile: int | None = None
 
 
 def confidence_radius(n_open: Tensor, d_sae_out: int, delta: float) -> Tensor:
@@ -66,6 +70,18 @@ def confidence_radius(n_open: Tensor, d_sae_out: int, delta: float) -> Tensor:
         delta: level.
     """
     return (2 * math.log(2 * d_sae_out / delta) / n_open.float()).sqrt()
+
+
+def prompt_latents(counts: Tensor, k_prompt: int) -> list[Tensor]:
+    """Return the latents that each prompt looks up: those of its largest counts, ties to the smaller latent.
+
+    Args:
+        counts: activation counts of the prompts, [B, d_sae_in].
+        k_prompt: number of latents, fewer where fewer are active.
+    """
+    order = counts.long() * counts.shape[1] + torch.arange(counts.shape[1] - 1, -1, -1, device=counts.device)
+    largest = order.topk(k_prompt, dim=1).indices
+    return [latents[count[latents] > 0] for latents, count in zip(largest, counts, strict=True)]
 
 
 class ConditionalDifferenceMap:
@@ -129,7 +145,9 @@ class ConditionalDifferenceMap:
                 got, accepted = f"{tensor.dtype} {list(tensor.shape)}", f"{dtype} {list(shape)}"
                 raise refusal(MapError, f"The map is damaged: `{name}`", got, accepted)
         within = (self.columns >= 0) & (self.columns < meta.d_sae_out)
-        if not n_columns or not bool(within.all()) or bool((self.columns.diff() <= 0).any()):
+        if not n_columns:
+            raise MapError("The map has no columns: it would steer nothing. Make it again: dspa map reduce.")
+        if not bool(within.all()) or bool((self.columns.diff() <= 0).any()):
             raise MapError("`columns` are not increasing latents of the output SAE. The map is damaged.")
         within = (self.hot >= 0) & (self.hot < meta.d_sae_out)
         if not bool(within.all()) or len(self.hot.unique()) != len(self.hot):
@@ -233,10 +251,8 @@ class ConditionalDifferenceMap:
 
     def _demixed_values(self, counts: Tensor, config: SteeringConfig) -> Tensor:
         """Return `A_S^T (M_S + ridge I)^-1 g_S` [B, C], with S the prompt's k_prompt latents and M = E[g g^T]."""
-        order = counts.long() * counts.shape[1] + torch.arange(counts.shape[1] - 1, -1, -1, device=counts.device)
         scores = []
-        for row, count in zip(order.topk(config.k_prompt, dim=1).indices, counts, strict=True):
-            latents = row[count[row] > 0]
+        for latents in prompt_latents(counts, config.k_prompt):
             gates = self._gates_of(latents)
             gram = gates @ gates.T / self.meta.n_triples
             gram += config.ridge * torch.eye(len(latents), dtype=gram.dtype, device=gram.device)

@@ -104,12 +104,16 @@ class Gates:
         n_open: number of triples on which each gate is open, [d_sae_in] int64.
         latents: latents whose gate is open on some triples and not on all, [R] int64.
         open: the triples on which those gates are open, [R, N].
+        n_inactive: number of latents that are active on no prompt.
+        n_zero_percentile: number of latents whose percentile is 0.
     """
 
     n_triples: int
     n_open: Array
     latents: Array
     open: Matrix
+    n_inactive: int
+    n_zero_percentile: int
 
     def packed(self) -> Tensor:
         """Return `open` as bits, [R, ceil(N / 8)] uint8, with the triples sorted by their gates.
@@ -141,12 +145,13 @@ def find_gates(table: DensityTable, percentile: float, gate_rule: str) -> Gates:
     entries = table.entries("prompt")
     # As published, a gate is always open where its latent is active on so few prompts that the percentile is 0.
     n_open = np.full(len(entries), n if gate_rule == "published" else 0, dtype=np.int64)
-    latents, triples_of_latent = [], []
+    latents, triples_of_latent, n_above_zero = [], [], 0
     for block in _split_by_entries(np.arange(len(entries)), entries):
         columns = table.densities("prompt", block).tocsc()
         for latent, start, end in zip(block, columns.indptr, columns.indptr[1:], strict=False):
             rho = columns.data[start:end]
             tau = _percentile(rho, n - len(rho), percentile)
+            n_above_zero += tau > 0
             if tau > 0 or gate_rule == "active":
                 triples = columns.indices[start:end][rho >= tau]
                 n_open[latent] = len(triples)
@@ -156,7 +161,14 @@ def find_gates(table: DensityTable, percentile: float, gate_rule: str) -> Gates:
     starts = np.cumsum([0, *map(len, triples_of_latent)])
     indices = np.concatenate(triples_of_latent) if triples_of_latent else np.zeros(0, dtype=np.int32)
     is_open = sparse.csr_array((np.ones(len(indices), dtype=np.uint8), indices, starts), shape=(len(latents), n))
-    return Gates(n, n_open, np.array(latents, dtype=np.int64), is_open)
+    return Gates(
+        n_triples=n,
+        n_open=n_open,
+        latents=np.array(latents, dtype=np.int64),
+        open=is_open,
+        n_inactive=int((entries == 0).sum()),
+        n_zero_percentile=len(entries) - n_above_zero,
+    )
 
 
 def _percentile(values: Array, n_zeros: int, percentile: float) -> float:
@@ -323,6 +335,8 @@ def reduce_table(
         k_diff=k_diff,
         sparsify=sparsify,
         package=__version__,
+        n_inactive=gates.n_inactive,
+        n_zero_percentile=gates.n_zero_percentile,
     )
     hot, hot_counts, mean = _calibration(table.collection)
     return ConditionalDifferenceMap(

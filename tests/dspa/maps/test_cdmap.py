@@ -387,6 +387,18 @@ def test_gates_of_other_latents(made: Any, saved: Path, change: str) -> None:
     assert "`gate_latents` are not the latents whose gates are partly open" in refusal(saved)
 
 
+def test_a_map_without_columns(made: Any, saved: Path) -> None:
+    rewrite(saved, tensors={name: getattr(made[0], name)[..., :0] for name in ("columns", "values", "variance")})
+    assert "The map has no columns: it would steer nothing" in refusal(saved)
+
+
+def test_a_map_that_counts_no_inactive_latents(made: Any, saved: Path) -> None:
+    """As earlier versions wrote it."""
+    rewrite(saved, meta={"n_inactive": None, "n_zero_percentile": None})
+    loaded = ConditionalDifferenceMap.load(saved).meta
+    assert loaded == dataclasses.replace(made[0].meta, n_inactive=None, n_zero_percentile=None)
+
+
 @pytest.mark.parametrize("change", ["repeated", "descending", "negative", "beyond"])
 def test_columns_that_are_no_columns(made: Any, saved: Path, change: str) -> None:
     columns = made[0].columns.clone()

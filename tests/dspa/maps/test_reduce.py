@@ -257,6 +257,9 @@ def test_meta_says_how_it_was_made() -> None:
         "k_diff": 3,
         "sparsify": False,
         "package": __version__,
+        # Latent 0 is never active.
+        "n_inactive": 1,
+        "n_zero_percentile": int((np.percentile(data[0], 80.0, axis=0) == 0).sum()),
     }
     assert meta.n_cut > 0
 
