@@ -2,44 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from dspa.cli.loading import check_writable
 from dspa.cli.options import MapOptions, Options, with_options
-from dspa.cli.tables import console, print_table
+from dspa.cli.tables import console, print_figures
 from dspa.config import SteeringConfig
 from dspa.errors import refusal
+
+if TYPE_CHECKING:
+    from dspa.maps.cdmap import MapMeta
+    from dspa.maps.reports import Column
 
 Plot = Annotated[Path | None, typer.Option(help="Write a plot here, as PNG.")]
 
 
 def map_show(
     path: Annotated[Path, typer.Argument(help="Map to show.")],
-    top: Annotated[int, typer.Option(help="Number of latents to list at each end.", min=0)] = 10,
+    top: Annotated[int, typer.Option(help="Number of output latents to list at each end.", min=0)] = 10,
     delta: Annotated[float, typer.Option(help="Level of the confidence radius of rows.")] = 0.05,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="Labels of the output SAE's latents: a Neuronpedia export, or categories in JSON."),
+    ] = None,
+    explainer: Annotated[
+        str | None, typer.Option(help="Use only the descriptions of this `explanationModelName`.")
+    ] = None,
     plot: Plot = None,
 ) -> None:
-    """Show what a map was made from, how sure its rows are, and which output latents it moves most."""
+    """Show what a map was made from, how sure its rows are, and which output latents it moves most.
+
+    Each line says what its figure means. Warnings say what to do.
+    """
     from dspa.maps.cdmap import ConditionalDifferenceMap
-    from dspa.maps.reports import summary, top_columns
+    from dspa.maps.reports import origin, summary, top_columns, warnings
 
     check_writable("--plot", plot)
     if not 0 < delta < 1:
         raise refusal(ValueError, "--delta", delta, "a number between 0 and 1")
     cdmap = ConditionalDifferenceMap.load(path)
-    print_table(f"{path}", vars(cdmap.meta) | summary(cdmap, delta))
-    table = Table(title="Output latents by column sum of A, and in how many rows they are")
-    for name in ("augmented", "sum", "rows", "ablated", "sum", "rows"):
-        table.add_column(name, justify="right")
-    for pair in zip(*top_columns(cdmap, top), strict=True):
-        table.add_row(*(cell for c in pair for cell in (str(c.latent), f"{c.total:+.4g}", str(c.n_rows))))
-    console.print(table)
+    described = _descriptions(labels, cdmap.meta, explainer)
+    print_figures(f"{path}", origin(cdmap.meta))
+    print_figures("What it holds", summary(cdmap, delta))
+    for title, columns in zip(("most augmented", "most ablated"), top_columns(cdmap, top), strict=True):
+        _print_columns(title, columns, described)
+    for text in warnings(cdmap):
+        console.print(f"[yellow]Warning:[/yellow] {escape(text)}")
     if plot is not None:
         from dspa.maps.plots import plot_map
 
@@ -47,35 +62,66 @@ def map_show(
         console.print(f"Plot: {plot}")
 
 
+def _descriptions(labels: Path | None, meta: MapMeta, explainer: str | None) -> dict[int, str]:
+    """Read what is known of output latents; nothing without a file."""
+    if labels is None:
+        if explainer is not None:
+            raise refusal(ValueError, "--explainer", f"{explainer!r} without --labels", "both, or neither")
+        return {}
+    from dspa.saes.labels import LatentSpace, read_descriptions
+
+    return read_descriptions(labels, LatentSpace(meta.layer_out, meta.d_sae_out, meta.model_name), explainer=explainer)
+
+
+def _print_columns(title: str, columns: Sequence[Column], described: Mapping[int, str]) -> None:
+    """Print some columns of a map, with what is known of their latents."""
+    table = Table(title=f"Output latents that are {title}, by column sum of A")
+    for name in ("latent", "column sum", "rows"):
+        table.add_column(name, justify="right")
+    if described:
+        table.add_column("label")
+    for column in columns:
+        label = (described.get(column.latent, ""),) if described else ()
+        table.add_row(*map(escape, (str(column.latent), f"{column.total:+.4g}", str(column.n_rows), *label)))
+    console.print(table)
+
+
 def map_diff(
     first: Annotated[Path, typer.Argument(help="One map.")],
     second: Annotated[Path, typer.Argument(help="Another map, of the same SAEs.")],
     plot: Plot = None,
 ) -> None:
-    """Compare two maps: settings, columns, entries, and what their rows ablate."""
+    """Compare two maps of the same SAEs: settings, columns, entries, and what their rows ablate."""
     from dspa.maps.cdmap import ConditionalDifferenceMap
-    from dspa.maps.reports import difference
+    from dspa.maps.difference import difference
 
     check_writable("--plot", plot)
     a, b = (ConditionalDifferenceMap.load(path) for path in (first, second))
     compared = difference(a, b)
-    settings: dict[str, Any] = {name: f"{one!r} and {other!r}" for name, (one, other) in compared.settings.items()}
     only_first, shared, only_second = compared.columns
-    print_table(
+    print_figures(
         f"{first} and {second}",
-        settings
-        | {
-            "columns": f"{only_first} in the first only, {shared} in both, {only_second} in the second only",
-            "correlation of entries": f"{compared.correlation:.4f}",
-            "entries of the same sign": f"{compared.same_sign:.2%} of those that both have",
-            f"{compared.k} lowest latents per row": f"Jaccard index {compared.rows:.3f}, mean over rows",
-        },
+        [
+            *((name, f"{one!r} and {other!r}", "") for name, (one, other) in compared.settings.items()),
+            ("columns", f"{only_first} in the first only, {shared} in both, {only_second} in the second only", ""),
+            ("correlation of entries", _number(compared.correlation, ".4f"), "of those that are not 0 in both or one"),
+            ("entries of the same sign", _number(compared.same_sign, ".2%"), "of those that are not 0 in both"),
+            (
+                f"{compared.k} lowest latents per row",
+                f"Jaccard index {_number(compared.rows, '.3f')}",
+                "mean over rows that ablate in both or one; 1: the same latents, 0: none in common",
+            ),
+        ],
     )
     if plot is not None:
         from dspa.maps.plots import plot_difference
 
         plot_difference(a, b, plot)
         console.print(f"Plot: {plot}")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not defined" if value is None else format(value, form)
 
 
 @with_options
@@ -112,28 +158,35 @@ def map_stability(
         progress=True,
     )
     table = Table(title=f"Agreement with the map of all triples (Jaccard index), {draws} draws")
-    for name in ("triples", "latents steered per prompt", "lowest, highest", "columns", "columns kept"):
+    for name in ("triples", "latents steered per prompt", "lowest, highest", "columns", "columns kept", "always open"):
         table.add_column(name, justify="right")
     for report in reports:
-        span = f"{min(report.selected):.3f}, {max(report.selected):.3f}"
-        means = (
+        table.add_row(
+            str(report.n_triples),
             f"{fmean(report.selected):.3f}",
-            span,
+            f"{min(report.selected):.3f}, {max(report.selected):.3f}",
             f"{fmean(report.columns):.3f}",
             f"{fmean(report.n_columns):.0f}",
+            f"{fmean(report.always_open):.1f}",
         )
-        table.add_row(str(report.n_triples), *means)
     console.print(table)
+    prevented = "; --gate-rule active prevents that" if settings.gate_rule == "published" else ""
+    console.print(
+        "Jaccard index: 1 for the same latents, 0 for none in common. The last line stays below 1, because a draw "
+        "repeats triples. If the lines before it come near it, more triples of this kind would change little.\n"
+        f"always open: number of the {config.k_prompt} latents that a held-out prompt looks up whose gate is open on "
+        f"every triple. Each adds the mean difference, the same for all prompts{prevented}."
+    )
     if csv_path is not None:
         from dspa.files import write_csv
 
-        names = ("triples", "selected", "columns", "n_columns")
+        names = ("selected", "columns", "n_columns", "always_open")
         rows = [
-            dict(zip(names, (report.n_triples, *draw), strict=True))
+            {"triples": report.n_triples} | dict(zip(names, draw, strict=True))
             for report in reports
-            for draw in zip(report.selected, report.columns, report.n_columns, strict=True)
+            for draw in zip(*(getattr(report, name) for name in names), strict=True)
         ]
-        write_csv(csv_path, rows, names)
+        write_csv(csv_path, rows, ("triples", *names))
     if plot is not None:
         from dspa.maps.plots import plot_stability
 

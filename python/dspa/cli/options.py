@@ -207,7 +207,8 @@ class MapOptions:
     gate_rule: str = field(
         default="published",
         metadata={
-            "help": "Rule of the gates: as published, or open only where the latent is active.",
+            "help": "published: a gate whose percentile is 0 is open on every prompt; active: a gate opens only where "
+            "its latent is active.",
             "choices": ("published", "active"),
         },
     )

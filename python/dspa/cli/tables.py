@@ -20,6 +20,14 @@ def print_table(title: str, rows: dict[str, Any]) -> None:
     console.print(table)
 
 
+def print_figures(title: str, figures: Sequence[tuple[str, str, str]]) -> None:
+    """Print figures, one per line: the name, the value, and what it means or asks for."""
+    table = Table(title=title, show_header=False)
+    for figure in figures:
+        table.add_row(*map(escape, figure))
+    console.print(table)
+
+
 def column_table(title: str, rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> Table:
     """Return a table of some columns of rows."""
     table = Table(*(name.replace("_", " ") for name in names), title=title)

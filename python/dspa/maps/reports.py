@@ -1,44 +1,157 @@
-"""Reports on a map, for judging it before it is used, and comparisons of two maps."""
+"""Reports on a map, for judging it before it is used."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dspa.errors import MapError
-from dspa.intervals import jaccard
-from dspa.maps.cdmap import N_LARGE, ConditionalDifferenceMap
+from dspa.maps.cdmap import N_LARGE, ConditionalDifferenceMap, MapMeta
+
+# Share of the gates or latents from which on a map is warned of.
+MANY = 0.5
 
 
-def summary(cdmap: ConditionalDifferenceMap, delta: float = 0.05) -> dict[str, str]:
-    """Describe the gates, rows and columns of a map in words.
+class Figure(NamedTuple):
+    """One line of a report: a name, its value, and what it means or asks for."""
+
+    name: str
+    value: str
+    meaning: str
+
+
+def origin(meta: MapMeta) -> list[Figure]:
+    """Describe what a map was made from.
+
+    Args:
+        meta: metadata of the map.
+    """
+    cut = f"from the {meta.k_diff} entries at each end of a row" if meta.sparsify else "none: every entry is kept"
+    longest = "" if meta.max_length is None else f" to {meta.max_length} tokens with their prompt"
+    tokens = {"all": "all tokens", "text": "tokens that are not special"}[meta.count_tokens]
+    return [
+        Figure("model", meta.model_name or "not named", "steer this model with it"),
+        Figure("input SAE", _describe_sae(meta.layer_in, meta.d_sae_in, meta.sae_in), "one row of A per latent"),
+        Figure("output SAE", _describe_sae(meta.layer_out, meta.d_sae_out, meta.sae_out), "edits are made here"),
+        Figure("triples", str(meta.n_triples), f"{meta.n_cut} of their responses were cut{longest}"),
+        Figure("gates", f"{meta.gate_rule}, percentile {meta.percentile:g}", f"of densities over {tokens}"),
+        Figure("cut", cut, "smaller entries of A are 0"),
+        Figure("package", meta.package, "the version that made the map"),
+    ]
+
+
+def _describe_sae(layer: int, width: int, fingerprint: str) -> str:
+    return f"layer {layer}, {width} latents, {fingerprint}"
+
+
+def summary(cdmap: ConditionalDifferenceMap, delta: float = 0.05) -> list[Figure]:
+    """Describe the gates, rows and columns of a map.
 
     Args:
         cdmap: the map.
         delta: level of the confidence radius.
     """
-    n, n_open = cdmap.meta.n_triples, cdmap.n_open
-    partly = n_open[cdmap.gate_latents.long()]
-    counts = {"ever": int((n_open > 0).sum()), "always": int((n_open == n).sum())}
-    beyond = (largest_means(cdmap) > cdmap.radius(delta)) & (n_open > 0)
-    entries = int((cdmap.values != 0).sum())
-    return {
-        "gates ever open": f"{counts['ever']} of {len(n_open)}, {counts['always']} of them on every prompt",
-        "prompts of a partly open gate": _describe_quartiles(partly),
-        f"radius of their rows (delta {delta:g})": _describe_quartiles(cdmap.radius(delta)[cdmap.gate_latents.long()]),
-        "rows with an entry beyond it": f"{int(beyond.sum())} of {counts['ever']}",
-        "columns kept": f"{len(cdmap.columns)} of {cdmap.meta.d_sae_out}",
-        "entries kept": f"{entries} ({entries / (cdmap.meta.d_sae_in * cdmap.meta.d_sae_out):.3%} of all)",
-        "hot latents": _describe_calibration(cdmap),
-    }
+    return [*_gate_figures(cdmap), *_row_figures(cdmap, delta), *_size_figures(cdmap)]
+
+
+def _gate_figures(cdmap: ConditionalDifferenceMap) -> list[Figure]:
+    meta, n_gates = cdmap.meta, len(cdmap.n_open)
+    always = _describe_share(n_always_open(cdmap), n_gates)
+    if meta.gate_rule == "published" and meta.n_zero_percentile is not None:
+        always += f", {meta.n_zero_percentile} because their percentile is 0"
+    if meta.n_inactive is None:
+        inactive, advice = "not recorded", "make the map again (dspa map reduce) to count them"
+    else:
+        inactive, advice = _describe_share(meta.n_inactive, n_gates), "prompts like these never look up their rows"
+    return [
+        Figure(
+            "gates ever open",
+            _describe_share(int((cdmap.n_open > 0).sum()), n_gates),
+            "the rows of A that hold anything",
+        ),
+        Figure("gates open on every prompt", always, "their rows are all the same, the mean difference of all triples"),
+        Figure("input latents active on no prompt", inactive, advice),
+    ]
+
+
+def _row_figures(cdmap: ConditionalDifferenceMap, delta: float) -> list[Figure]:
+    partly = cdmap.gate_latents.long()
+    radius = cdmap.radius(delta)[partly]
+    n_beyond = int((largest_means(cdmap)[partly] > radius).sum())
+    return [
+        Figure("prompts per partly open gate", _describe_quartiles(cdmap.n_open[partly]), "a row is a mean over these"),
+        Figure(
+            "confidence radius of those rows",
+            _describe_quartiles(radius),
+            f"a smaller conditional mean may be chance (level {delta:g}); it falls as 1 / sqrt(prompts)",
+        ),
+        Figure(
+            "those rows with an entry beyond it",
+            f"{n_beyond} of {len(partly)}",
+            "--scoring confident steers by such entries alone"
+            if n_beyond
+            else "usual: judge the sums of rows, which steer, by dspa map stability. --scoring confident would steer "
+            "nothing by these rows",
+        ),
+    ]
+
+
+def _size_figures(cdmap: ConditionalDifferenceMap) -> list[Figure]:
+    meta, n_entries = cdmap.meta, int((cdmap.values != 0).sum())
+    return [
+        Figure(
+            "columns kept",
+            _describe_share(len(cdmap.columns), meta.d_sae_out),
+            f"the output latents that can be edited; {4e-6 * cdmap.values.numel():.1f} MB in memory",
+        ),
+        Figure(
+            "entries kept",
+            f"{n_entries} ({n_entries / (meta.d_sae_in * meta.d_sae_out):.3%} of all)",
+            "published: about 0.2% at 16384 latents; a smaller --k-diff keeps fewer",
+        ),
+        Figure("hot latents", _describe_calibration(cdmap), "for speed alone: results do not depend on them"),
+    ]
+
+
+def warnings(cdmap: ConditionalDifferenceMap) -> list[str]:
+    """Return what is unusual about the gates of a map, each with what to do about it."""
+    meta, n_always = cdmap.meta, n_always_open(cdmap)
+    texts = []
+    if not len(cdmap.gate_latents):
+        texts.append(
+            "No gate is open on some prompts and closed on others, so that every prompt is steered alike. Use more "
+            "triples, of different prompts, and check that the input SAE is of this model and layer."
+        )
+    if meta.n_inactive is not None and meta.n_inactive > MANY * meta.d_sae_in:
+        texts.append(
+            f"{meta.n_inactive} of {meta.d_sae_in} input latents are active on no prompt. Check that the input SAE is "
+            "of this model and layer. Fine-tune it on texts like these (dspa sae finetune), or use more and longer "
+            "prompts."
+        )
+    if meta.gate_rule == "published" and n_always > MANY * meta.d_sae_in:
+        texts.append(
+            f"{n_always} of {meta.d_sae_in} rows are one and the same, the mean difference: most of the entries kept, "
+            "and most of the column sums, from which Static-SAE chooses. Prompts that look up several of them are all "
+            "steered alike; dspa map stability COUNTS shows how many they look up. Where that is more than one or two, "
+            "make the map with --gate-rule active."
+        )
+    return texts
+
+
+def n_always_open(cdmap: ConditionalDifferenceMap) -> int:
+    """Return the number of gates that are open on every prompt."""
+    return int((cdmap.n_open == cdmap.meta.n_triples).sum())
 
 
 def largest_means(cdmap: ConditionalDifferenceMap) -> Tensor:
     """Return the largest absolute value per row [d_sae_in], as a mean over the prompts on which its gate is open."""
     return cdmap.values.abs().amax(dim=1) * cdmap.meta.n_triples / cdmap.n_open.clamp(min=1)
+
+
+def _describe_share(part: int, whole: int) -> str:
+    return f"{part} of {whole} ({part / whole:.1%})"
 
 
 def _describe_quartiles(values: Tensor) -> str:
@@ -49,9 +162,10 @@ def _describe_quartiles(values: Tensor) -> str:
 
 
 def _describe_calibration(cdmap: ConditionalDifferenceMap) -> str:
-    if not len(cdmap.hot):
+    n_hot = len(cdmap.hot)
+    if not n_hot:
         return "none: the map has no calibration"
-    return f"{len(cdmap.hot)}; the first {N_LARGE} held {cdmap.hot_share():.1%} of the tokens' maxima"
+    return f"{n_hot}; the first {min(n_hot, N_LARGE)} are the largest on {cdmap.hot_share():.1%} of sampled tokens"
 
 
 @dataclass(frozen=True)
@@ -64,11 +178,11 @@ class Column:
 
 
 def top_columns(cdmap: ConditionalDifferenceMap, n: int) -> tuple[list[Column], list[Column]]:
-    """Return the latents that are augmented and those that are ablated most, by column sum.
+    """Return the columns with the largest positive sums and those with the smallest negative ones.
 
     Args:
         cdmap: the map.
-        n: number of latents at each end.
+        n: largest number of columns at each end.
     """
     sums = cdmap.values.double().sum(dim=0)
     order = sums.argsort(descending=True, stable=True)
@@ -78,72 +192,5 @@ def top_columns(cdmap: ConditionalDifferenceMap, n: int) -> tuple[list[Column], 
             Column(int(cdmap.columns[j]), float(sums[j]), int((cdmap.values[:, j] != 0).sum())) for j in places.tolist()
         ]
 
-    return columns_at(order[:n]), columns_at(order.flip(0)[:n])
-
-
-@dataclass(frozen=True)
-class MapDifference:
-    """Difference of two maps of the same SAEs.
-
-    Attributes:
-        settings: metadata that differ, each with the values of both maps.
-        columns: number of columns in the first map alone, in both, and in the second alone.
-        correlation: Pearson's, over entries that are not 0 in at least one map.
-        same_sign: fraction of equal signs, over entries that are not 0 in both maps.
-        rows: mean Jaccard index of the `k` lowest latents, over rows that are not empty in at least one map.
-        k: number of latents that `rows` compares.
-    """
-
-    settings: dict[str, tuple[Any, Any]]
-    columns: tuple[int, int, int]
-    correlation: float
-    same_sign: float
-    rows: float
-    k: int
-
-
-def difference(a: ConditionalDifferenceMap, b: ConditionalDifferenceMap) -> MapDifference:
-    """Compare two maps.
-
-    Args:
-        a: the first map.
-        b: the second map.
-
-    Raises:
-        MapError: the maps are of different SAEs, so that their latents have nothing in common.
-    """
-    for name in ("sae_in", "sae_out"):
-        if getattr(a.meta, name) != getattr(b.meta, name):
-            raise MapError(
-                f"The maps are of different SAEs: {name} is {getattr(a.meta, name)} and {getattr(b.meta, name)}; "
-                "accepted: two maps of the same SAEs."
-            )
-    one, other = asdict(a.meta), asdict(b.meta)
-    mine, theirs = set(a.columns.tolist()), set(b.columns.tolist())
-    union = torch.tensor(sorted(mine | theirs))
-    x, y = _values_on(a, union), _values_on(b, union)
-    either, both = (x != 0) | (y != 0), (x != 0) & (y != 0)
-    k = min(a.meta.k_diff, b.meta.k_diff)
-    rows = either.any(dim=1)
-    return MapDifference(
-        settings={name: (one[name], other[name]) for name in one if one[name] != other[name]},
-        columns=(len(mine - theirs), len(mine & theirs), len(theirs - mine)),
-        correlation=float(torch.corrcoef(torch.stack((x[either], y[either])))[0, 1]),
-        same_sign=float((x[both].sign() == y[both].sign()).double().mean()),
-        rows=sum(jaccard(p, q) for p, q in zip(_lowest_places(x[rows], k), _lowest_places(y[rows], k), strict=True))
-        / max(1, int(rows.sum())),
-        k=k,
-    )
-
-
-def _values_on(cdmap: ConditionalDifferenceMap, latents: Tensor) -> Tensor:
-    """Return `A[:, latents]` [d_sae_in, len(latents)] fp64, of latents that include all columns of the map."""
-    values = torch.zeros(cdmap.meta.d_sae_in, len(latents), dtype=torch.float64)
-    values[:, torch.searchsorted(latents, cdmap.columns.long())] = cdmap.values.double()
-    return values
-
-
-def _lowest_places(rows: Tensor, k: int) -> list[set[int]]:
-    """Return the places of the k lowest entries of each row, negative ones only."""
-    values, places = rows.topk(min(k, rows.shape[1]), dim=1, largest=False)
-    return [set(place[value < 0].tolist()) for value, place in zip(values, places, strict=True)]
+    positive, negative = order[sums[order] > 0], order.flip(0)
+    return columns_at(positive[:n]), columns_at(negative[sums[negative] < 0][:n])

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dspa.config import SteeringConfig
 from dspa.errors import MapError
 from dspa.intervals import jaccard
-from dspa.maps.cdmap import ConditionalDifferenceMap
+from dspa.maps.cdmap import ConditionalDifferenceMap, prompt_latents
 from dspa.maps.reduce import check_settings, reduce_table
 from dspa.maps.shards import Collection
 from dspa.maps.table import DensityTable
@@ -31,12 +31,15 @@ class Stability:
         selected: Jaccard index of the latents that a prompt steers by either map, mean over held-out prompts.
         columns: Jaccard index of the columns of the two maps.
         n_columns: number of columns of the drawn map.
+        always_open: number of latents that a prompt looks up and whose gate is open on every triple of the draw, mean
+            over held-out prompts. Each adds the mean difference to the prompt's score.
     """
 
     n_triples: int
     selected: list[float]
     columns: list[float]
     n_columns: list[int]
+    always_open: list[float]
 
 
 def stability(
@@ -89,22 +92,27 @@ def stability(
         )
     prompts = DensityTable(collection, count_tokens, held_out.tolist()).prompt_counts()
 
-    def select(subset: Sequence[int]) -> tuple[list[set[int]], set[int]]:
-        """Return the latents that each prompt steers by the map of a subset, and the columns of that map."""
-        cdmap = reduce_table(DensityTable(collection, count_tokens, subset), percentile, gate_rule, config.k_diff, True)
-        return selected_latents(cdmap, prompts, config), set(cdmap.columns.tolist())
+    looked_up = prompt_latents(prompts, config.k_prompt)
 
-    latents_of_all, columns_of_all = select(rest.tolist())
+    def make_map(subset: Sequence[int]) -> ConditionalDifferenceMap:
+        table = DensityTable(collection, count_tokens, subset)
+        return reduce_table(table, percentile, gate_rule, config.k_diff, True)
+
+    map_of_all = make_map(rest.tolist())
+    latents_of_all, columns_of_all = selected_latents(map_of_all, prompts, config), set(map_of_all.columns.tolist())
     results = []
     with tqdm(total=len(sizes) * draws, unit="map", desc="stability", disable=not progress) as bar:
         for n in sizes:
-            result = Stability(n, [], [], [])
+            result = Stability(n, [], [], [], [])
             for _ in range(draws):
-                latents, columns = select(rng.choice(rest, size=n).tolist())
+                cdmap = make_map(rng.choice(rest, size=n).tolist())
+                latents, columns = selected_latents(cdmap, prompts, config), set(cdmap.columns.tolist())
+                always = cdmap.n_open == n
                 agreement = [jaccard(a, b) for a, b in zip(latents, latents_of_all, strict=True)]
                 result.selected.append(float(np.mean(agreement)))
                 result.columns.append(jaccard(columns, columns_of_all))
                 result.n_columns.append(len(columns))
+                result.always_open.append(float(np.mean([int(always[some].sum()) for some in looked_up])))
                 bar.update()
             results.append(result)
     return results

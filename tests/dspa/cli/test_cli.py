@@ -161,15 +161,25 @@ def test_diff(run, counts, built, tmp_path):
     assert code == 0 and "90.0 and 50.0" in text and "correlation" in text and (tmp_path / "d.png").is_file()
 
 
-def test_map_show(run, built, tmp_path):
+def test_map_show(run, built, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # No cell of a table is broken into lines.
     code, text = run("map", "show", built, "--top", 3)
     assert code == 0 and "percentile" in text and "column sum" in text and "gates ever open" in text
     assert run("map", "show", built, "--plot", tmp_path / "m.png")[0] == 0 and (tmp_path / "m.png").is_file()
     cdmap = ConditionalDifferenceMap.load(built)
-    assert f"{len(cdmap.hot)}; the first 64 held {cdmap.hot_share():.1%} of the" in text
+    assert f"{len(cdmap.hot)}; the first" in text and f"{cdmap.meta.n_inactive} of 96" in text
     cdmap.hot, cdmap.hot_counts = cdmap.hot[:0], cdmap.hot_counts[:0]
     cdmap.save(built.parent / "uncalibrated")
     assert "the map has no calibration" in run("map", "show", built.parent / "uncalibrated")[1]
+
+
+def test_map_show_with_labels(run, built, tmp_path):
+    cdmap = ConditionalDifferenceMap.load(built)
+    latent = int(cdmap.columns[cdmap.values.double().sum(dim=0).argmax()])
+    (tmp_path / "labels.json").write_text(json.dumps({latent: "letters [to] friends"}))
+    code, text = run("map", "show", built, "--top", 1, "--labels", tmp_path / "labels.json")
+    assert code == 0 and "letters [to] friends" in text
+    assert run("map", "show", built, "--explainer", "x")[0] == 2
 
 
 def test_generate(run, folder, built, tmp_path):

@@ -3,52 +3,144 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from dspa import ConditionalDifferenceMap, FrozenSAE, MapError, reduce
+from dspa import ConditionalDifferenceMap, reduce
 from dspa.maps.plots import plot_difference, plot_map, plot_stability
-from dspa.maps.reports import difference, summary, top_columns
+from dspa.maps.reports import origin, summary, top_columns, warnings
 from dspa.maps.shards import Collection
 from dspa.maps.stability import Stability
-from dspa.testing import L_OUT, make_map, make_sae, with_tensors
+from dspa.testing import with_tensors
+
+from ..support.counts import Table, as_collection, draw, fractions, naive
 
 PNG = b"\x89PNG"
 
 
-# One map
+def values_of(cdmap: ConditionalDifferenceMap, delta: float = 0.05) -> dict[str, str]:
+    return {figure.name: figure.value for figure in summary(cdmap, delta)}
 
 
-def test_summary(calibrated: ConditionalDifferenceMap) -> None:
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"[0-9.]+(?:e-?[0-9]+)?", text)]
+
+
+def rare(n: int) -> Table:
+    """Counts with dead, rarely and often active input latents."""
+    data = draw(n, seed=3, active=0.5)
+    data[0][:, 2:5] = 0
+    data[0][3:, 5:8] = 0
+    return data
+
+
+@pytest.mark.parametrize("rule", ["published", "active"])
+def test_figures_are_those_of_numpy(rule: str) -> None:
+    n, data = 60, rare(60)
+    figures = values_of(reduce(as_collection(data), gate_rule=rule, k_diff=3), delta=0.5)
+    gates, A = naive(data, rule=rule, k=3)
+    n_open, A = gates.sum(axis=0), A.astype(float)
+    rho = fractions(data[0], data[3][0]).astype(float)
+    d_in, d_out = A.shape
+    assert numbers(figures["gates ever open"])[:2] == [(n_open > 0).sum(), d_in]
+    always = [(n_open == n).sum(), d_in]
+    assert numbers(figures["gates open on every prompt"])[:2] == always
+    if rule == "published":
+        zero = (np.percentile(rho, 90, axis=0) == 0).sum()
+        assert zero >= 6 and f", {zero} because their percentile is 0" in figures["gates open on every prompt"]
+    # Latent 0 is never active either.
+    assert figures["input latents active on no prompt"] == f"4 of {d_in} ({4 / d_in:.1%})"
+    partly = (n_open > 0) & (n_open < n)
+    quartiles = pytest.approx(np.percentile(n_open[partly], [50, 25, 75]), rel=1e-3)
+    assert numbers(figures["prompts per partly open gate"]) == quartiles
+    radius = np.sqrt(2 * math.log(2 * d_out / 0.5) / n_open[partly])
+    assert numbers(figures["confidence radius of those rows"]) == pytest.approx(
+        np.percentile(radius, [50, 25, 75]), rel=1e-3
+    )
+    beyond = (np.abs(A[partly]).max(axis=1) * n / n_open[partly] > radius).sum()
+    assert figures["those rows with an entry beyond it"] == f"{beyond} of {partly.sum()}"
+    assert numbers(figures["columns kept"])[:2] == [A.any(axis=0).sum(), d_out]
+    assert figures["entries kept"] == f"{(A != 0).sum()} ({(A != 0).mean():.3%} of all)"
+
+
+def test_rows_beyond_their_radius(calibrated: ConditionalDifferenceMap) -> None:
     n = calibrated.meta.n_triples
     n_open = calibrated.n_open.clone()
     n_open[0], n_open[1], n_open[2:6] = 0, n, n // 5
     values = calibrated.values.clone() * 0.01
-    values[3, 5] = 0.9
+    values[3, 5] = values[1, 5] = 0.9
     partly = ((n_open > 0) & (n_open < n)).nonzero().flatten().to(torch.int32)
     cdmap = with_tensors(
         calibrated, n_open=n_open, values=values, gate_latents=partly, gates=calibrated.gates[: len(partly)]
     )
-    described = summary(cdmap, delta=0.5)
-    assert described["gates ever open"] == "95 of 96, 1 of them on every prompt"
-    assert described["prompts of a partly open gate"] == "median 25, half of them 25 to 25"
-    radius = math.sqrt(2 * math.log(2 * 128 / 0.5) / 25)
-    assert (
-        described["radius of their rows (delta 0.5)"]
-        == f"median {radius:.4g}, half of them {radius:.4g} to {radius:.4g}"
-    )
-    # 0.9 of all prompts is 4.5 of those on which the gate of row 3 is open.
-    assert described["rows with an entry beyond it"] == "1 of 95"
-    assert described["columns kept"] == "40 of 128"
-    assert described["entries kept"].startswith(f"{96 * 40} (31.250%")
-    assert described["hot latents"].startswith("90; the first 64 held")
+    figures = values_of(cdmap, delta=0.5)
+    # 0.9 of all prompts is 4.5 of those on which the gate of row 3 is open. Row 1 is open on all.
+    assert figures["those rows with an entry beyond it"] == "1 of 94"
+    share = float(calibrated.hot_counts[:64].sum() / calibrated.hot_counts.sum())
+    assert figures["hot latents"] == f"90; the first 64 are the largest on {share:.1%} of sampled tokens"
 
 
-def test_summary_of_a_map_without_calibration(cdmap: ConditionalDifferenceMap) -> None:
-    assert summary(cdmap)["hot latents"] == "none: the map has no calibration"
+def test_what_a_map_does_not_record(cdmap: ConditionalDifferenceMap) -> None:
+    """Maps of earlier versions have no count of latents without a prompt, and may have no calibration."""
+    figures = values_of(cdmap)
+    assert figures["hot latents"] == "none: the map has no calibration"
+    assert figures["input latents active on no prompt"] == "not recorded"
+    assert "percentile" not in figures["gates open on every prompt"]
+
+
+def test_origin(cdmap: ConditionalDifferenceMap) -> None:
+    figures = {figure.name: (figure.value, figure.meaning) for figure in origin(cdmap.meta)}
+    assert figures["input SAE"][0] == f"layer 1, 96 latents, {cdmap.meta.sae_in}"
+    assert figures["triples"] == ("50", "0 of their responses were cut to 128 tokens with their prompt")
+    assert figures["gates"] == ("published, percentile 90", "of densities over all tokens")
+    text = origin(replace(cdmap.meta, sparsify=False, count_tokens="text", max_length=None, n_cut=3))
+    assert {"none: every entry is kept", "not named"} <= {figure.value for figure in text}
+    assert "3 of their responses were cut" in {figure.meaning for figure in text}
+
+
+# Warnings
+
+
+def test_an_ordinary_map_has_no_warning(cdmap: ConditionalDifferenceMap) -> None:
+    assert warnings(cdmap) == [] and warnings(reduce(as_collection(draw(40, seed=1)))) == []
+
+
+def test_one_triple_tells_no_prompts_apart() -> None:
+    """Every gate is open on the only prompt."""
+    few = warnings(reduce(as_collection(draw(1, seed=1)), k_diff=2))
+    assert "every prompt is steered alike" in few[0]
+
+
+def test_equal_prompts_tell_no_prompts_apart() -> None:
+    data = draw(20, seed=1)
+    data[0][:], data[3][0] = data[0][0], data[3][0][0]
+    assert "every prompt is steered alike" in warnings(reduce(as_collection(data), k_diff=2))[0]
+
+
+@pytest.mark.parametrize("rule", ["published", "active"])
+def test_many_dead_latents(rule: str) -> None:
+    data = draw(40, seed=1)
+    data[0][:, 4:] = 0
+    texts = warnings(reduce(as_collection(data), gate_rule=rule))
+    assert texts[0].startswith("11 of 14 input latents are active on no prompt.")
+    assert [("--gate-rule active" in text) for text in texts[1:]] == [True] * (rule == "published")
+
+
+def test_rarely_active_latents_are_not_dead() -> None:
+    data = draw(40, seed=1)
+    data[0][2:, 4:] = 0
+    data[0][:2, 4:] = data[3][0][:2, None]
+    # Latent 0 is never active and latent 1 on all tokens.
+    (text,) = warnings(reduce(as_collection(data)))
+    assert text.startswith("12 of 14 rows are one and the same") and "--gate-rule active" in text
+
+
+# Columns
 
 
 def test_top_columns(cdmap: ConditionalDifferenceMap) -> None:
@@ -57,38 +149,17 @@ def test_top_columns(cdmap: ConditionalDifferenceMap) -> None:
     up, down = top_columns(with_tensors(cdmap, values=values), 2)
     latents = cdmap.columns.tolist()
     assert [(c.latent, c.total, c.n_rows) for c in up] == [(latents[7], 1.5, 2), (latents[9], 1.25, 1)]
-    assert (down[0].latent, down[0].n_rows) == (latents[3], 96) and down[0].total == pytest.approx(-9.6)
+    # The sums of all other columns are 0 or positive.
+    assert [(c.latent, c.n_rows) for c in down] == [(latents[3], 96)] and down[0].total == pytest.approx(-9.6)
     assert top_columns(cdmap, 0) == ([], [])
-    assert len(top_columns(cdmap, 1000)[0]) == 40
 
 
-# Two maps
-
-
-def test_a_map_differs_from_itself_in_nothing(cdmap: ConditionalDifferenceMap) -> None:
-    same = difference(cdmap, cdmap)
-    assert same.settings == {} and same.columns == (0, 40, 0)
-    assert same.correlation == pytest.approx(1) and same.same_sign == same.rows == 1
-
-
-def test_differences(cdmap: ConditionalDifferenceMap) -> None:
-    other = with_tensors(
-        cdmap,
-        columns=cdmap.columns[5:],
-        values=-cdmap.values[:, 5:].contiguous(),
-        variance=cdmap.variance[5:],
-    )
-    other.meta = replace(cdmap.meta, percentile=50.0)
-    changed = difference(cdmap, other)
-    assert changed.settings == {"percentile": (90.0, 50.0)}
-    assert changed.columns == (5, 35, 0)
-    assert -1 < changed.correlation < -0.8 and changed.same_sign == 0 and changed.rows < 0.2
-
-
-def test_maps_of_other_saes(cdmap: ConditionalDifferenceMap, sae_in: FrozenSAE) -> None:
-    other = make_map(sae_in, make_sae(L_OUT, 128, seed=9))
-    with pytest.raises(MapError, match="different SAEs: sae_out is"):
-        difference(cdmap, other)
+def test_each_column_is_at_one_end(cdmap: ConditionalDifferenceMap) -> None:
+    up, down = top_columns(cdmap, 1000)
+    sums = dict(zip(cdmap.columns.tolist(), cdmap.values.double().sum(dim=0).tolist(), strict=True))
+    assert {c.latent for c in up} == {j for j, total in sums.items() if total > 0}
+    assert {c.latent for c in down} == {j for j, total in sums.items() if total < 0}
+    assert [c.total for c in (*up, *down[::-1])] == sorted(sums.values(), reverse=True)
 
 
 # Plots
@@ -98,8 +169,10 @@ def test_plots(counts: Collection, tmp_path: Path, cdmap: ConditionalDifferenceM
     made = reduce(counts)
     plot_map(made, tmp_path / "map.png")
     plot_map(cdmap, tmp_path / "one.png")
+    # No gate is partly open, and every column is at the same end.
+    plot_map(reduce(counts, subset=[0]), tmp_path / "single.png")
     plot_difference(made, reduce(counts, subset=range(20)), tmp_path / "diff.png")
-    plot_stability([Stability(5, [0.1, 0.2], [0.3, 0.4], [7, 8])], tmp_path / "stability.png")
+    plot_stability([Stability(5, [0.1, 0.2], [0.3, 0.4], [7, 8], [0, 1])], tmp_path / "stability.png")
     for path in tmp_path.iterdir():
         assert path.read_bytes().startswith(PNG) and path.stat().st_size > 5000
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,8 @@ from dspa import ConditionalDifferenceMap, MapError, SteeringConfig
 from dspa.intervals import jaccard
 from dspa.maps.shards import Collection
 from dspa.maps.stability import SIZES, selected_latents, stability
+
+from ..support.counts import as_collection, draw, naive
 
 PNG = b"\x89PNG"
 
@@ -38,7 +41,7 @@ def test_stability_grows_with_the_number_of_triples(counts: Collection) -> None:
     results = stability(counts, sizes=[4, 48], draws=6, n_prompts=12, seed=1)
     assert [result.n_triples for result in results] == [4, 48]
     few, all_of_them = results
-    assert len(few.selected) == len(few.columns) == len(few.n_columns) == 6
+    assert len(few.selected) == len(few.columns) == len(few.n_columns) == len(few.always_open) == 6
     mean = {id(result): sum(result.selected) / 6 for result in results}
     assert 0 < mean[id(few)] < mean[id(all_of_them)] < 1
     again = stability(counts, sizes=[4, 48], draws=6, n_prompts=12, seed=1)
@@ -59,6 +62,32 @@ def test_held_out_prompts_take_part_in_no_map(counts: Collection, monkeypatch: p
     held_out, whole, *drawn = seen
     assert len(held_out) == 12 and len(whole) == 48 and set(held_out).isdisjoint(whole)
     assert len(drawn) == 3 and all(len(subset) == 10 and set(subset) <= set(whole) for subset in drawn)
+
+
+@pytest.mark.parametrize("rule", ["published", "active"])
+def test_latents_of_a_prompt_that_are_always_open(rule: str) -> None:
+    """Latents 2 to 9 are active on one prompt in twelve, so that their percentile is 0, and densest there."""
+    data = draw(60, seed=4, active=0.9)
+    data[0][:, 2:10] = 0
+    for n in range(60):
+        if n % 12 < 8:
+            data[0][n, 2 + n % 12] = data[3][0, n]
+    config = SteeringConfig(k_prompt=2, k_diff=2)
+    (result,) = stability(as_collection(data), sizes=[48], draws=1, n_prompts=12, config=config, gate_rule=rule)
+    # The draw and the held-out prompts, as the seed makes them.
+    rng = np.random.default_rng(0)
+    order = rng.permutation(60)
+    held_out, drawn = order[:12], rng.choice(order[12:], size=48)
+    gates = naive([*(table[drawn] for table in data[:3]), data[3][:, drawn]], rule=rule, sparsify=False)[0]
+    looked_up = [sorted(range(14), key=lambda i: (-data[0][n, i], i))[:2] for n in held_out]
+    expected = np.mean(
+        [
+            sum(gates[:, i].all() and data[0][n, i] > 0 for i in some)
+            for n, some in zip(held_out, looked_up, strict=True)
+        ]
+    )
+    assert result.always_open == [pytest.approx(expected)]
+    assert (expected > 1) == (rule == "published")
 
 
 def test_default_sizes(counts: Collection) -> None:
