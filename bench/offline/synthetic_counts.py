@@ -33,13 +33,14 @@ def frequencies(width: int) -> Array:
 
 
 class Texts:
-    """Draws counts of texts for the latents of one SAE."""
+    """Draws counts of texts for the latents of one SAE, the rarest `n_dead` of which never fire."""
 
-    def __init__(self, width: int, middle: int, rng: np.random.Generator) -> None:
-        expected = frequencies(width)[rng.permutation(width)] * LENGTHS[:, None]
+    def __init__(self, width: int, middle: int, rng: np.random.Generator, n_dead: int = 0) -> None:
+        frequency = frequencies(width) * (np.arange(width) < width - n_dead)
+        expected = frequency[rng.permutation(width)] * LENGTHS[:, None]
         self.middle, self.rng = middle, rng
         self.active = (1 - (1 + expected / BURST) ** -BURST).astype(np.float32)
-        self.more = np.maximum(expected / self.active - 1, 1e-3).astype(np.float32)
+        self.more = np.maximum(expected / np.maximum(self.active, 1e-12) - 1, 1e-3).astype(np.float32)
 
     def draw(self, n_texts: int) -> Counts:
         """Counts of `n_texts` texts."""
@@ -57,10 +58,22 @@ class Texts:
         )
 
 
-def write_counts(folder: Path, n_triples: int, d_sae_in: int, d_sae_out: int, seed: int = 0) -> Collection:
-    """A collection of `n_triples` triples, whose responses differ by chance alone."""
+def write_counts(
+    folder: Path,
+    n_triples: int,
+    d_sae_in: int,
+    d_sae_out: int,
+    seed: int = 0,
+    *,
+    prompt_tokens: int = PROMPT,
+    n_dead: int = 0,
+) -> Collection:
+    """A collection of `n_triples` triples, whose responses differ by chance alone.
+
+    Prompts have `prompt_tokens` tokens, and `n_dead` latents of the input SAE are active on none of them.
+    """
     rng = np.random.default_rng(seed)
-    prompts, responses = Texts(d_sae_in, PROMPT, rng), Texts(d_sae_out, RESPONSE, rng)
+    prompts, responses = Texts(d_sae_in, prompt_tokens, rng, n_dead), Texts(d_sae_out, RESPONSE, rng)
     settings = CollectSettings("synthetic", "a" * 16, "b" * 16, 0, 1, d_sae_in, d_sae_out, "", None, "")
     collection = Collection.start(folder, settings)
     starts = range(0, n_triples, TRIPLES_PER_SHARD)
