@@ -13,6 +13,7 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dspa.data.texts import TextFile
@@ -57,6 +58,7 @@ class Activations:
         max_norm_ratio: leave rows with more than this many times the median norm of their block out of the batches; 0
             keeps all.
         layers: dotted path of the list of decoder layers, for an unknown architecture.
+        progress: show a bar while the model reads, with the tokens read.
     """
 
     def __init__(
@@ -71,9 +73,11 @@ class Activations:
         batch_tokens: int,
         max_norm_ratio: float = 0.0,
         layers: str | None = None,
+        progress: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.texts, self.layer, self.layers = model, tokenizer, texts, layer, layers
         self.max_length, self.batch_tokens, self.max_norm_ratio = max_length, batch_tokens, max_norm_ratio
+        self.progress = progress
         self.left_out = set(tokenizer.all_special_ids) if exclude_special_tokens else set()
 
     def held_out(self, n_tokens: int) -> tuple[Tensor, int]:
@@ -90,7 +94,7 @@ class Activations:
                 f"{self.texts.path} has {self.texts.n_entries} entries, and {n_tokens} held-out tokens take them all; "
                 "accepted: more text than is held out. Add text, or lower held_out_tokens."
             )
-        return self.rows(documents), end
+        return self.rows(documents, "reading held-out text"), end
 
     def batches(
         self, n_held_out: int, batch_size: int, buffer_tokens: int, seed: int, start: Position | None = None
@@ -114,7 +118,7 @@ class Activations:
         n_tokens = max(buffer_tokens, 2 * batch_size if self.max_norm_ratio else batch_size)
         while True:
             documents, end = self._block(entries, n_tokens)
-            rows = self.rows(documents)
+            rows = self.rows(documents, "filling shuffle buffer")
             typical = typical_rows(rows, self.max_norm_ratio)
             # A place within a block has counted the block.
             n_left_out = at.n_left_out + (0 if at.batch else int((~typical).sum()))
@@ -127,13 +131,22 @@ class Activations:
                 yield Position(at.block, at.entry, i + 1, n_left_out), batch
             at = Position(at.block + 1, end, n_left_out=n_left_out)
 
-    def rows(self, documents: Sequence[list[int]]) -> Tensor:
+    def rows(self, documents: Sequence[list[int]], purpose: str = "reading") -> Tensor:
         """Return the residuals [N, d_in] of documents' tokens, in the model's dtype.
+
+        Args:
+            documents: token ids of each document.
+            purpose: description in front of the bar.
 
         Raises:
             ModelError: residuals that are not finite.
         """
-        return torch.cat([self._read(batch) for batch in _batches(documents, self.batch_tokens)])
+        rows, shown = [], {"unit": "token", "unit_scale": True, "leave": False, "disable": not self.progress}
+        with tqdm(total=sum(map(len, documents)), desc=purpose, **shown) as bar:
+            for batch in _batches(documents, self.batch_tokens):
+                rows.append(self._read(batch))
+                bar.update(sum(map(len, batch)))
+        return torch.cat(rows)
 
     def _read(self, documents: Sequence[list[int]]) -> Tensor:
         tokens = torch.zeros(len(documents), max(map(len, documents)), dtype=torch.long)

@@ -7,17 +7,14 @@ stopped goes on from its last checkpoint to the result that it would have had.
 from __future__ import annotations
 
 import functools
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +24,7 @@ from dspa.errors import ModelError, TrainingError, refusal
 from dspa.models.layers import base_model, check_eval, context_length, decoder_layers, loaded_name
 from dspa.saes.activations import Activations, Position
 from dspa.saes.batchtopk import begin_threshold, jumprelu, new_sae, started_sae
+from dspa.saes.checkpoints import restore_checkpoint, save_checkpoint
 from dspa.saes.config import SAETrainingConfig
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.metadata import CENTERED, LOADED_WITH
@@ -66,7 +64,8 @@ def train_sae(
         d_sae: number of latents.
         k: active latents per token, on average over a batch.
         config: settings of the training.
-        progress: show a bar with loss, explained variance, L0 and dead latents of the latest reported batch.
+        progress: show a bar with loss, explained variance, L0 and dead latents of the latest reported batch, and one
+            with the tokens read wherever the model reads.
         layers: dotted path of the list of decoder layers, for an unknown architecture.
         model_name: name of the model, if its own name or path does not give it.
 
@@ -78,9 +77,8 @@ def train_sae(
         TrainingError: an `out` with something else, or a `k` out of range.
     """
     _check_k(k, d_sae)
-    job = _prepare(model, tokenizer, texts, layer, out, config, layers, model_name, d_sae=d_sae, k=k)
-    sae = new_sae(job.held_out.shape[1], d_sae, k, seed=job.config.seed, **job.shared())
-    return _fit(job, sae, None, progress)
+    job = _prepare(model, tokenizer, texts, layer, out, config, layers, model_name, progress, d_sae=d_sae, k=k)
+    return _fit(job, progress)
 
 
 def finetune_sae(
@@ -122,14 +120,8 @@ def finetune_sae(
     """
     if k is not None:
         _check_k(k, sae.d_sae)
-    job = _prepare(
-        model, tokenizer, texts, required_layer(sae), out, config, layers, model_name, d_sae=sae.d_sae, k=k, start=sae
-    )
-    start = sae.to(job.held_out.device, torch.float32)
-    k = evaluate_sae(start, job.sample, max_norm_ratio=0).l0 if k is None else k
-    _check_k(k, sae.d_sae, "It is the L0 of `sae` on these tokens: is it the SAE of this layer? Or pass k.")
-    before = job.evaluate(start)
-    return _fit(job, started_sae(start, k, scale=job.scale, **job.shared()), before, progress)
+    given = (model, tokenizer, texts, required_layer(sae), out, config, layers, model_name, progress)
+    return _fit(_prepare(*given, d_sae=sae.d_sae, k=k, start=sae), progress)
 
 
 def read_qualities(out: str | Path) -> dict[str, Quality]:
@@ -150,10 +142,9 @@ class _Job:
     Attributes:
         batches: batches of residuals [batch_size, d_in] from a place in the stream on.
         held_out: residuals to report on [N, d_in], those of outlying norm among them.
-        sample: some of the residuals that are trained on [N, d_in].
-        normalize: normalisation of the input at inference.
-        read: function that gives what the SAE encodes of residuals [N, d_in], fp32.
-        scale: factor to a mean norm of sqrt(d_in), at which a learning rate means the same for any model.
+        d_sae: number of latents.
+        k: active latents per token; None for as many as `start` has.
+        start: the SAE to continue, in fp32, or None for a new one.
         metadata: metadata of the saved SAE.
     """
 
@@ -161,28 +152,54 @@ class _Job:
     folder: TrainingFolder
     batches: Callable[[Position | None], Iterator[tuple[Position, Tensor]]]
     held_out: Tensor
-    sample: Tensor
-    normalize: str
-    read: Callable[[Tensor], Tensor]
-    scale: float
+    d_sae: int
+    k: float | None
+    start: FrozenSAE | None
     metadata: dict[str, Any]
 
-    def shared(self) -> dict[str, Any]:
-        """Return the arguments that new and started SAEs share."""
-        # The threshold is a running mean. A short training should not keep its beginning.
-        return {"threshold_lr": min(1.0, max(0.01, 10 / self.config.n_steps)), "metadata": self.metadata}
+    def read(self, rows: Tensor) -> Tensor:
+        """Return what the SAE encodes of residuals [N, d_in], fp32."""
+        return self.start.normalise(rows) if self.start else rows.float()
 
-    def frozen(self, sae: Any) -> FrozenSAE:
-        """Return a training SAE as it is at inference."""
-        return FrozenSAE.from_sae_lens(self.inference(sae)).to(self.held_out.device)
+    def new_sae(self, k: float, scale: float) -> Any:
+        """Return the training SAE before its first step."""
+        # The threshold is a running mean. A short training should not keep its beginning.
+        shared: dict[str, Any] = {
+            "threshold_lr": min(1.0, max(0.01, 10 / self.config.n_steps)),
+            "metadata": self.metadata,
+        }
+        if self.start is None:
+            sae = new_sae(self.held_out.shape[1], self.d_sae, k, seed=self.config.seed, **shared)
+        else:
+            sae = started_sae(self.start, k, scale=scale, **shared)
+        return sae.to(self.held_out.device)
 
     def evaluate(self, sae: FrozenSAE) -> Quality:
         """Return the quality of an SAE on the held-out residuals."""
         return evaluate_sae(sae, self.held_out, max_norm_ratio=self.config.max_norm_ratio)
 
-    def inference(self, sae: Any) -> Any:
+    def inference(self, sae: Any, scale: float) -> Any:
         """Return a training SAE as SAELens saves it."""
-        return jumprelu(sae, scale=self.scale, normalize_activations=self.normalize)
+        return jumprelu(sae, scale=scale, normalize_activations=self.start.weights.normalize if self.start else "none")
+
+    def evaluate_training(self, sae: Any, scale: float) -> Quality:
+        """Return the quality of a training SAE, at inference."""
+        return self.evaluate(FrozenSAE.from_sae_lens(self.inference(sae, scale)).to(self.held_out.device))
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """What the first batches decide. `training.json` keeps it, so that a resumed training need not read them again.
+
+    Attributes:
+        k: active latents per token.
+        scale: factor to a mean norm of sqrt(d_in), at which a learning rate means the same for any model.
+        before: quality of the SAE before its first step.
+    """
+
+    k: float
+    scale: float
+    before: Quality
 
 
 def _prepare(
@@ -194,12 +211,13 @@ def _prepare(
     config: SAETrainingConfig | None,
     layers: str | None,
     model_name: str | None,
+    progress: bool,
     *,
     d_sae: int,
     k: float | None,
     start: FrozenSAE | None = None,
 ) -> _Job:
-    """Check the arguments, claim the folder, and read the first rows."""
+    """Check the arguments, claim the folder, and read the held-out text."""
     if find_spec("sae_lens") is None:
         raise RuntimeError('Training an SAE needs sae-lens: pip install "dspa-kernels[saelens]".')
     config, inner, folder = config or SAETrainingConfig(), base_model(model), TrainingFolder(Path(out))
@@ -228,13 +246,10 @@ def _prepare(
         batch_tokens=config.batch_tokens,
         max_norm_ratio=config.max_norm_ratio,
         layers=layers,
+        progress=progress,
     )
     held_out, n_held_out = activations.held_out(config.held_out_tokens)
     buffer_tokens = min(config.buffer_tokens, config.n_tokens)
-    batches = functools.partial(activations.batches, n_held_out, config.batch_size, buffer_tokens, config.seed)
-    n_sampled = max(1, config.held_out_tokens // config.batch_size)
-    sample = torch.cat([rows for _, rows in islice(batches(None), n_sampled)])
-    read = start.to(sample.device, torch.float32).normalise if start else Tensor.float
     metadata = {
         "model_name": model_name or None,
         "hook_name": f"blocks.{layer}.hook_resid_post",
@@ -249,12 +264,11 @@ def _prepare(
     return _Job(
         config=config,
         folder=folder,
-        batches=batches,
+        batches=functools.partial(activations.batches, n_held_out, config.batch_size, buffer_tokens, config.seed),
         held_out=held_out,
-        sample=sample,
-        normalize=start.weights.normalize if start else "none",
-        read=read,
-        scale=float(sample.shape[1] ** 0.5 / read(sample).norm(dim=-1).mean()),
+        d_sae=d_sae,
+        k=k,
+        start=start.to(held_out.device, torch.float32) if start else None,
         metadata=metadata,
     )
 
@@ -268,16 +282,37 @@ def _check_model(model: nn.Module, layer: int, layers: str | None, start: Frozen
         check_made_for("sae", start, model, model_name)
 
 
-def _fit(job: _Job, sae: Any, before: Quality | None, progress: bool) -> FrozenSAE:
-    """Train `sae` from its start or its checkpoint, and save what it is at inference."""
+def _begin(job: _Job, first: list[Tensor]) -> tuple[Any, _Beginning]:
+    """Return the SAE before its first step, and what its first batches [batch_size, d_in] decided."""
+    sample, k = torch.cat(first), job.k
+    if k is None:
+        assert job.start is not None
+        # Outliers have left the batches already.
+        k = evaluate_sae(job.start, sample, max_norm_ratio=0).l0
+        _check_k(k, job.d_sae, "It is the L0 of `sae` on these tokens: is it the SAE of this layer? Or pass k.")
+    scale = float(sample.shape[1] ** 0.5 / job.read(sample).norm(dim=-1).mean())
+    sae = job.new_sae(k, scale)
+    begin_threshold(sae, job.read(first[0]) * scale)
+    before = job.evaluate(job.start) if job.start else job.evaluate_training(sae, scale)
+    return sae, _Beginning(k, scale, before)
+
+
+def _fit(job: _Job, progress: bool) -> FrozenSAE:
+    """Train an SAE from its start or its checkpoint, and save what it is at inference."""
     config, total = job.config, job.config.n_steps * job.config.batch_size
-    sae.to(job.held_out.device)
-    begin_threshold(sae, job.read(job.sample[: config.batch_size]) * job.scale)
-    before = before or job.evaluate(job.frozen(sae))
+    record, stream = job.folder.read(), job.batches(None)
+    first: list[tuple[Position, Tensor]] = []
+    if "before" in record:
+        begun = _Beginning(record["k"], record["scale"], Quality(**record["before"]))
+        sae = job.new_sae(begun.k, begun.scale)
+    else:
+        first = list(islice(stream, max(1, config.held_out_tokens // config.batch_size)))
+        sae, begun = _begin(job, [rows for _, rows in first])
+        job.folder.write(record | asdict(begun))
     trainer = _trainer(config, sae)
-    trainer.activation_scaler.scaling_factor = job.scale
+    trainer.activation_scaler.scaling_factor = begun.scale
     position, history = restore_checkpoint(job.folder, trainer)
-    batches = job.batches(position)
+    batches = job.batches(position) if position else chain(first, stream)
     done, every = trainer.n_training_samples, max(1, config.n_steps // REPORTS)
     with tqdm(total=total, initial=done, unit="token", unit_scale=True, disable=not progress, desc="train") as bar:
         while trainer.n_training_steps < config.n_steps:
@@ -290,12 +325,12 @@ def _fit(job: _Job, sae: Any, before: Quality | None, progress: bool) -> FrozenS
                 bar.set_postfix({name: f"{value:.4g}" for name, value in history[-1].items() if name != "tokens"})
             if trainer.n_training_steps % config.checkpoint_every == 0:
                 save_checkpoint(job.folder, trainer, position, history)
-    return _finish(job, sae, before, history, position.n_left_out if position else 0)
+    return _finish(job, sae, begun.scale, history, position.n_left_out if position else 0)
 
 
-def _finish(job: _Job, sae: Any, before: Quality, history: History, n_left_out: int) -> FrozenSAE:
+def _finish(job: _Job, sae: Any, scale: float, history: History, n_left_out: int) -> FrozenSAE:
     """Save what a trained SAE is at inference, with its quality and the number of rows left out of the training."""
-    after, inference = job.evaluate(job.frozen(sae)), job.inference(sae)
+    after, inference = job.evaluate_training(sae, scale), job.inference(sae, scale)
     metadata = inference.cfg.metadata
     metadata.explained_variance, metadata.l0, metadata.num_dead_features = (
         after.explained_variance,
@@ -303,7 +338,7 @@ def _finish(job: _Job, sae: Any, before: Quality, history: History, n_left_out: 
         after.dead,
     )
     inference.save_model(job.folder.path)
-    job.folder.finish({"before": asdict(before), "after": asdict(after), "n_left_out": n_left_out, "history": history})
+    job.folder.finish({"after": asdict(after), "n_left_out": n_left_out, "history": history})
     return FrozenSAE.load(job.folder.path, device=job.held_out.device)
 
 
@@ -335,37 +370,3 @@ def _report(trainer: Any, output: Any) -> dict[str, float]:
         "l0": log["metrics/l0"],
         "dead": log["sparsity/dead_features"],
     }
-
-
-def save_checkpoint(folder: TrainingFolder, trainer: Any, position: Position, history: History) -> None:
-    """Save the state of an `SAETrainer`, its place in the stream and its history, in place of the checkpoint before."""
-    partial = folder.partial
-    shutil.rmtree(partial, ignore_errors=True)
-    trainer.save_trainer_state(partial)
-    save_file(trainer.sae.state_dict(), partial / "sae.safetensors")
-    stream = {"position": asdict(position), "history": history}
-    (partial / "stream.json").write_text(json.dumps(stream), encoding="utf-8")
-    folder.keep(partial, trainer.n_training_steps)
-
-
-def restore_checkpoint(folder: TrainingFolder, trainer: Any) -> tuple[Position | None, History]:
-    """Set `trainer` back to the newest checkpoint, if there is one. Returns its place in the stream and its history.
-
-    Raises:
-        TrainingError: a damaged checkpoint.
-    """
-    checkpoints = folder.checkpoints()
-    if not checkpoints:
-        return None, []
-    newest = checkpoints[-1]
-    try:
-        # SAELens reads its state with torch.load's default, weights_only.
-        trainer.load_trainer_state(newest)
-        trainer.sae.load_state_dict(load_file(newest / "sae.safetensors"))
-        stream = json.loads((newest / "stream.json").read_text(encoding="utf-8"))
-        return Position(**stream["position"]), stream["history"]
-    # Each of the three formats has its own errors, and torch's would advise to unpickle what is not trusted.
-    except Exception as error:
-        raise TrainingError(
-            f"The checkpoint {newest} is damaged ({type(error).__name__}). Delete it, then the training begins again."
-        ) from error

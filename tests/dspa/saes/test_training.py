@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from dspa.cli import main
 from dspa.data.texts import TextFile
@@ -22,7 +23,7 @@ from dspa.saes.training import finetune_sae, read_qualities, train_sae
 from dspa.testing import D_IN, ENGLISH, make_model, make_sae, word_tokenizer
 
 from ...rounding import PASS, rounding
-from ..support.saes import close_but_at_thresholds, decoded_rounding, latent_rounding
+from ..support.saes import Stopped, close_but_at_thresholds, decoded_rounding, latent_rounding, stop_after
 
 pytest.importorskip("sae_lens")
 
@@ -271,24 +272,6 @@ def test_k_is_the_starts_own_l0(tmp_path, model, tokenizer, texts, start):
     assert own * 1.01 != pytest.approx(details["k"], rel=0.001) and details["k"] == pytest.approx(own, rel=0.1)
 
 
-class Stopped(Exception):
-    pass
-
-
-def stop_after(monkeypatch, steps: int) -> None:
-    from sae_lens.training.sae_trainer import SAETrainer
-
-    step, taken = SAETrainer.step, []
-
-    def counted(self, batch):
-        if len(taken) == steps:
-            raise Stopped
-        taken.append(batch)
-        return step(self, batch)
-
-    monkeypatch.setattr(SAETrainer, "step", counted)
-
-
 @pytest.mark.parametrize("kind", ["train", "finetune"])
 def test_a_stopped_run_goes_on_to_the_same_sae(tmp_path, monkeypatch, model, tokenizer, texts, start, kind):
     def run(out: Path) -> FrozenSAE:
@@ -309,6 +292,90 @@ def test_a_stopped_run_goes_on_to_the_same_sae(tmp_path, monkeypatch, model, tok
         assert torch.equal(getattr(got, name), getattr(wanted, name)), name
     records = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("whole", "stopped")]
     assert records[0] == records[1]
+
+
+def documents_read(monkeypatch, model) -> list[int]:
+    """List that gets the number of documents of every forward pass from now on, by their BOS tokens."""
+    forward, read = type(model.model).forward, []
+
+    def counted(self, input_ids, **kwargs):
+        read.append(int((input_ids == 1).sum()))
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model.model), "forward", counted)
+    return read
+
+
+@pytest.mark.parametrize("kind", ["train", "finetune"])
+def test_nothing_is_read_twice(tmp_path, monkeypatch, model, tokenizer, texts, start, kind):
+    """A training reads the held-out text and its one block, and when it is resumed the same once more."""
+    config = replace(TINY, n_tokens=256, checkpoint_every=2, max_norm_ratio=0)
+    read = documents_read(monkeypatch, model)
+
+    def run() -> None:
+        if kind == "train":
+            train_sae(model, tokenizer, texts, LAYER, tmp_path / kind, d_sae=D_SAE, k=6, config=config, progress=False)
+        else:
+            finetune_sae(model, tokenizer, texts, start, tmp_path / kind, config=config, progress=False)
+
+    # Documents until these numbers of tokens without BOS are reached.
+    ends = torch.tensor([len(sentence(n).split()) for n in range(60)]).cumsum(0)
+    n_held_out = int((ends < 200).sum()) + 1
+    n_documents = int((ends - ends[n_held_out - 1] < 256).sum()) + 1
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 3)
+        run()
+    assert sum(read) == n_documents < 60
+    read.clear()
+    run()
+    assert sum(read) == n_documents
+
+
+def test_bars_move_with_the_tokens_read(tmp_path, monkeypatch, capsys, model, tokenizer, texts):
+    from dspa.saes import activations, training
+
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.moves = []
+            bars.append(self)
+
+        def update(self, n=1):
+            self.moves.append(n)
+            return super().update(n)
+
+    for module in (activations, training):
+        monkeypatch.setattr(module, "tqdm", Bar)
+
+    def run(progress: bool) -> None:
+        train_sae(
+            *(model, tokenizer, texts, LAYER, tmp_path / f"sae-{progress}"),
+            d_sae=D_SAE,
+            k=6,
+            config=TINY,
+            progress=progress,
+        )
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 6)
+        run(True)
+    names = [bar.desc.rstrip(": ") for bar in bars]
+    assert names[:3] == ["reading held-out text", "filling shuffle buffer", "train"]
+    for bar in bars[:2]:
+        assert len(bar.moves) > 1 and sum(bar.moves) == bar.total > 200
+    shown = capsys.readouterr().err
+    assert (
+        shown.index("reading held-out text:   0%") < shown.index("filling shuffle buffer:   0%") < shown.index("train:")
+    )
+    bars.clear()
+    run(True)
+    names = [bar.desc.rstrip(": ") for bar in bars]
+    assert names[:3] == ["reading held-out text", "train", "filling shuffle buffer"] and bars[1].initial == 256
+    capsys.readouterr()
+    run(False)
+    assert not capsys.readouterr().err
 
 
 @pytest.fixture

@@ -75,3 +75,22 @@ def close_but_at_thresholds(actual: Tensor, expected: Tensor, threshold: Tensor)
     apart = latent_rounding(expected, D_IN_MODEL)
     at_threshold = ((actual == 0) != (expected == 0)) & ((actual + expected - threshold).abs() <= apart)
     assert ((actual - expected).abs() <= apart).logical_or(at_threshold).all()
+
+
+class Stopped(Exception):
+    """Ends a training."""
+
+
+def stop_after(monkeypatch, steps: int) -> None:
+    """Let the training of an SAE end with `Stopped` after its first steps."""
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    step, taken = SAETrainer.step, []
+
+    def counted(self, batch):
+        if len(taken) == steps:
+            raise Stopped
+        taken.append(batch)
+        return step(self, batch)
+
+    monkeypatch.setattr(SAETrainer, "step", counted)
