@@ -59,7 +59,7 @@ def _kind_of(path: Path) -> str:
     if is_plain_text(path, TextError):
         return "text"
     _, first = next(read_records(path, TextError), ("", None))
-    return "triples" if isinstance(first, Mapping) and "chosen" in first else "records"
+    return "triples" if isinstance(first, Mapping) and first.get("chosen") is not None else "records"
 
 
 def _text_of(name: str, record: object) -> str:

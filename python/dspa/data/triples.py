@@ -54,6 +54,7 @@ def load_triples(source: str | Path | Iterable[Mapping[str, Any] | Triple]) -> I
     A mapping has the keys "chosen" and "rejected", and usually "prompt"; other keys are ignored. Without "prompt", the
     prompt is the shared beginning of the two responses, as in TRL's `extract_prompt`. The same holds where "prompt" is
     text while "chosen" and "rejected" are conversations that carry it as a user message (UltraFeedback binarized).
+    A key whose value is None counts as absent, at any depth, because Arrow fills what is absent from a row so.
 
     Every triple is named by its file and line, or by its number counted from 1. A `Triple` that has a name keeps it.
 
@@ -110,7 +111,7 @@ def _records(path: str | Path) -> Iterator[tuple[str, object]]:
     return read_records(path, PreferenceError)
 
 
-def _make_triple(name: str, entry: object) -> Triple:
+def _make_triple(name: str, entry: Any) -> Triple:
     """Return the validated triple of a raw entry."""
     if isinstance(entry, Triple):
         return replace(entry, name=name) if entry.name == UNNAMED else entry
@@ -118,6 +119,7 @@ def _make_triple(name: str, entry: object) -> Triple:
     if not isinstance(entry, Mapping):
         got = f"of type {_type_name(entry)}"
         raise refusal(PreferenceError, name, got, accepted, "Give every triple as such an object.")
+    entry = _without_none(entry)
     missing = [key for key in ("chosen", "rejected") if key not in entry]
     if missing:
         got = f"without {' and '.join(map(repr, missing))}, with only the keys {sorted(map(str, entry))}"
@@ -129,6 +131,13 @@ def _make_triple(name: str, entry: object) -> Triple:
     if isinstance(prompt, str) and isinstance(chosen, list) and isinstance(rejected, list):
         return _split_off_prompt(name, chosen, rejected, prompt)
     return Triple(prompt, chosen, rejected, name)
+
+
+def _without_none(value: Any) -> Any:
+    """Return a value without the entries of its mappings that are None, at any depth, as TRL's `remove_none_values`."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _split_off_prompt(name: str, chosen: object, rejected: object, expected: str | None = None) -> Triple:

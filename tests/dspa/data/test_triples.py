@@ -114,6 +114,42 @@ def test_dataset() -> None:
         assert [triple.name for triple in triples] == ["triple 1", "triple 2"]
 
 
+@pytest.mark.parametrize("kind", ["data set", "stream", "list", "parquet", "json"])
+def test_what_arrow_fills_counts_as_absent(tmp_path: Path, kind: str) -> None:
+    """Each row lacks something that another has: the prompt, a key of a message, one deep in it, or another column."""
+    shared = [user("what"), {**assistant("is"), "reasoning": "so"}]
+    entries: list[dict[str, Any]] = [
+        {"chosen": [*shared, assistant("blue")], "rejected": [*shared, assistant("green")], "note": "x"},
+        {"prompt": [user("what")], "chosen": [assistant("blue")], "rejected": [assistant("green")]},
+    ]
+    # `from_list` takes its columns from the first row.
+    data = Dataset.from_list([{"prompt": None, "note": None, **entry} for entry in entries])
+    assert data[1]["note"] is None and data[0]["prompt"] is None and "reasoning" in data[0]["chosen"][0]
+    if kind == "parquet":
+        data.to_parquet(tmp_path / "a.parquet")
+    elif kind == "json":
+        data.to_json(tmp_path / "a.jsonl")
+    sources = {
+        "data set": data,
+        "stream": data.to_iterable_dataset(),
+        "list": data.to_list(),
+        "parquet": tmp_path / "a.parquet",
+        "json": tmp_path / "a.jsonl",
+    }
+    assert list(load_triples(sources[kind])) == list(load_triples(entries))
+
+
+def test_none_is_removed_as_trl_does() -> None:
+    remove_none_values = pytest.importorskip("trl.trainer.utils").remove_none_values
+    calls = [{"function": {"name": "f", "arguments": {"x": None, "y": [1, None, {"z": None}]}}, "id": None}]
+    filled: dict[str, Any] = {
+        "prompt": [{**user("what"), "tool_calls": None, "name": None}],
+        "chosen": [{**assistant("blue"), "tool_calls": calls}],
+        "rejected": [{**assistant("green"), "tool_calls": None}],
+    }
+    assert load_one(filled) == Triple(**remove_none_values(filled))
+
+
 def test_triples_keep_their_name_or_get_one() -> None:
     named, unnamed = Triple(**PLAIN, name="mine"), Triple(**PLAIN)
     assert [triple.name for triple in load_triples([named, unnamed])] == ["mine", "triple 2"]
@@ -188,8 +224,8 @@ def test_source_of_another_type() -> None:
         ),
         ({"prompt": "x", "chosen": "y"}, "is without 'rejected', with only the keys ['chosen', 'prompt']"),
         ({**PLAIN, "chosen": 3}, "`chosen` is of type int"),
-        ({**PLAIN, "prompt": None}, "`prompt` is of type NoneType"),
-        ({"chosen": "x", "rejected": None}, "`rejected` is of type NoneType"),
+        ({**PLAIN, "prompt": None}, "is without 'prompt', and 'chosen' and 'rejected' have no beginning in common"),
+        ({"prompt": None, "chosen": "x", "rejected": None}, "is without 'rejected', with only the keys ['chosen']"),
         ({**TURNS, "prompt": ["what"]}, "`prompt[0]` is of type str"),
         ({**TURNS, "prompt": [{"from": "human"}]}, "`prompt[0]` is without 'role', with only the keys ['from']"),
         (
