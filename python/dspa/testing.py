@@ -45,6 +45,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
     "gpt_neox": {n: v for n, v in COMMON.items() if n not in ("num_key_value_heads", "head_dim")},
 }
+_HYBRID: dict[str, Any] = {name: value for name, value in COMMON.items() if name != "head_dim"}
+# Families with recurrent layers or convolutions, alone or beside attention.
+RECURRENT: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": COMMON
+    | {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 12, "linear_value_head_dim": 12}
+    | {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "lfm2": _HYBRID | {"layer_types": ["conv", "full_attention"] * 2},
+    "jamba": _HYBRID | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2},
+    "falcon_h1": COMMON | {"mamba_d_ssm": 96, "mamba_n_heads": 8, "mamba_d_head": 12, "mamba_d_state": 8},
+    "recurrent_gemma": COMMON | {"lru_width": D_IN, "attention_window_size": 16},
+    "mamba": {name: COMMON[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id")},
+}
 BOS, EOS = 1, 2
 _WORDS = (
     "the cat is a dog of my own and we see it run to home by an old red tree near his big house with some more good "
@@ -63,14 +75,14 @@ def make_model(family: str, seed: int = 0, *, dtype: torch.dtype = torch.float32
     """Return a model with random weights, by default so large that logits differ by a wide margin.
 
     Args:
-        family: a name in `FAMILIES`.
+        family: a name in `FAMILIES` or `RECURRENT`.
         seed: seed of the weights.
         dtype: dtype of the weights.
-        config: settings of the family's configuration that differ from those in `FAMILIES`.
+        config: settings of the family's configuration that differ from those there.
     """
     torch.manual_seed(seed)
     kind: Any = CONFIG_MAPPING[family]
-    settings = FAMILIES[family] | {"initializer_range": 0.2} | config
+    settings = (FAMILIES | RECURRENT)[family] | {"initializer_range": 0.2} | config
     model: PreTrainedModel = AutoModelForCausalLM.from_config(kind(**settings), dtype=dtype)
     model.eval()
     return model

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 # A batch of at least one SMALL_BATCH-th of the budget has at most MOST_PADDED times as many places as tokens.
 MOST_PADDED, SMALL_BATCH = 1.1, 8
@@ -78,11 +76,3 @@ def batch_size(lengths: Sequence[int], before: int, budget: int) -> int:
             break
         n += 1
     return n
-
-
-def copy_rows(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """Return a cache of some rows of another, which stays as it is."""
-    new = copy.copy(cache)
-    new.layers = [copy.copy(layer) for layer in cache.layers]
-    new.batch_select_indices(rows)
-    return new

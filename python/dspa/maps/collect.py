@@ -41,7 +41,8 @@ def collect(
 ) -> Collection:
     """Count active latents on every triple, teacher-forced (DSPA, activation densities).
 
-    Each prompt runs once, and both responses continue from its key/value cache. Nothing runs above the output layer.
+    Each prompt runs once, and both responses continue from its key/value cache. Where a model keeps another state, as
+    recurrent layers do, each response runs with its prompt instead. Nothing runs above the output layer.
     Where a launcher started several processes (torchrun, accelerate), they share the work, and each returns when all
     of it is done.
 
@@ -76,6 +77,12 @@ def collect(
         got, accepted = f"None for {team.size} processes", "a folder that all of them share"
         raise refusal(ValueError, "`work_dir`", got, accepted, "Their counts are joined there.")
     counter = TripleCounter(model, tokenizer, sae_in, sae_out, max_length, batch_tokens, layers, model_name)
+    if not counter.shares_prompts and team.rank == 0:
+        warnings.warn(
+            f"{type(counter.model).__name__} keeps more of a prompt than keys and values per token, such as the state "
+            "of recurrent layers. Each response is therefore read in a whole pass with its prompt, which takes longer.",
+            stacklevel=2,
+        )
     settings = counter.settings()
     collection = team.in_turn("manifest", lambda: Collection.start(work_dir, settings))
     source = TripleSource(triples, first)

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dspa.data.tokens import TokenizedTriple, tokenize_triple
 from dspa.data.triples import Triple
 from dspa.errors import ModelError, refusal
-from dspa.maps.batches import Group, Rows, batch_size, copy_rows
+from dspa.maps.batches import Group, Rows, batch_size
+from dspa.maps.passes import SharedPrompts, WholePasses, shares_prompts
 from dspa.maps.pieces import Piece, key_of
 from dspa.maps.shards import ROW_QUANTUM, CollectSettings, Counts, Shard
 from dspa.models.layers import (
@@ -28,7 +29,6 @@ from dspa.models.layers import (
     device_of,
     loaded_name,
 )
-from dspa.models.reading import read_layers
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_saes, required_layer
 from dspa_kernels import activation_counts
@@ -72,6 +72,7 @@ class TripleCounter:
         stack = decoder_layers(self.model, layers)
         check_saes(sae_in, sae_out, self.model, len(stack), model_name)
         self.sae_in, self.sae_out = (sae.to(device_of(stack[required_layer(sae)])) for sae in (sae_in, sae_out))
+        self.shares_prompts = shares_prompts(self.model)
         context = context_length(self.model)
         self.limit = context if max_length is None else max_length
         if self.limit is not None and not 2 <= self.limit <= (context or self.limit):
@@ -109,8 +110,8 @@ class TripleCounter:
             Their counts, in an order that depends on their lengths.
 
         Raises:
-            ModelError: hidden states that are not finite, a model without a key/value cache, or not enough memory for
-                one triple alone.
+            ModelError: hidden states that are not finite, a model that cannot be read, or not enough memory for one
+                triple alone.
         """
         waiting = [_Item(index, key_of(triple), triple.name, self.tokenize(triple)) for index, triple in piece.triples]
         waiting.sort(key=lambda item: len(item.triple.prompt), reverse=True)
@@ -164,36 +165,22 @@ class TripleCounter:
 
     @torch.no_grad()
     def _count(self, batch: Sequence[_Item], groups: Sequence[Group]) -> Shard:
-        """Count a batch: run its prompts, then the groups of its responses from copies of the prompts' cache.
-
-        Prompts are padded on the left, so that a sliding window of attention reaches back over tokens alone. Responses
-        are padded on the right.
-        """
+        """Count a batch: run its prompts, then the groups of its responses."""
         triples, n = [item.triple for item in batch], len(batch)
-        prompts = Rows.padded([t.prompt for t in triples], [t.prompt_text for t in triples], left=True)
-        cache = DynamicCache(config=self.model.config)
-        positions = (prompts.mask.cumsum(dim=1) - 1).clamp(min=0)
-        h = self._read_layers(prompts.tokens, prompts.mask, positions, cache)
-        prompt_counts = _counts_at(h[required_layer(self.sae_in)], self.sae_in, prompts)
-        if cache.get_seq_length() != prompts.tokens.shape[1]:
-            got = "a model that keeps no key/value cache of a prompt, from which its responses could continue"
-            accepted = "models of attention layers that take a cache"
-            raise refusal(ModelError, type(self.model).__name__, got, accepted)
+        layer_in, layer_out = required_layer(self.sae_in), required_layer(self.sae_out)
+        way = SharedPrompts if self.shares_prompts else WholePasses
+        passes = way(self.model, triples, layer_in, layer_out, self.layers)
+        h, prompts = passes.read_prompts()
+        prompt_counts = _counts_at(h, self.sae_in, prompts)
         del h
         counts = torch.zeros(2, 2 * n, self.sae_out.d_sae, dtype=torch.int32, device=self.sae_out.device)
         lengths = torch.zeros(2, 2 * n, dtype=torch.int64)
         samples = []
         for group in groups:
-            answers = Rows.padded(group.ids, group.text)
-            rows = torch.tensor(group.rows)
-            before = prompts.mask[rows % n]
-            positions = before.sum(dim=1, keepdim=True) + answers.mask.cumsum(dim=1) - 1
-            mask = torch.cat((before, answers.mask), dim=1)
-            h = self._read_layers(answers.tokens, mask, positions, copy_rows(cache, rows % n))
-            h_out = h[required_layer(self.sae_out)]
-            counts[:, rows] = _counts_at(h_out, self.sae_out, answers)
-            lengths[:, rows] = answers.lengths
-            samples.append(_sample_statistics(h_out, self.sae_out, _sampled(answers.mask)))
+            h, answers = passes.read_responses(group)
+            counts[:, group.rows] = _counts_at(h, self.sae_out, answers)
+            lengths[:, group.rows] = answers.lengths
+            samples.append(_sample_statistics(h, self.sae_out, _sampled(answers.mask)))
         sparse_counts = {}
         for kind, suffix in enumerate(("", "_special")):
             sparse_counts[f"prompt{suffix}"] = Counts.of(prompt_counts[kind], prompts.lengths[kind])
@@ -210,18 +197,6 @@ class TripleCounter:
             max_counts=max_counts,
             n_sampled=n_sampled,
             residual_sum=residual_sum,
-        )
-
-    def _read_layers(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> dict[int, Tensor]:
-        """Run the model up to the output layer, and return the hidden states that the SAEs read, by layer."""
-        device = device_of(self.model.get_input_embeddings())
-        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
-        return read_layers(
-            self.model,
-            [required_layer(self.sae_in), required_layer(self.sae_out)],
-            self.layers,
-            cache,
-            **{name: tensor.to(device) for name, tensor in inputs.items()},
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from dspa.errors import ModelError
-from dspa.models.layers import base_model, decoder_layers
+from dspa.models.layers import CausalLM, base_model, decoder_layers
 
 # What models call a key/value cache: since transformers 5.24, and before.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -51,23 +52,19 @@ def read_layers(
     inner, wanted = base_model(model), sorted(set(indices))
     stack, read = decoder_layers(model, layers), {}
 
-    # Another thread may be in the same layers: only this pass carries this mark.
-    mark = object()
+    # Another thread may be in the same layers: only the pass of this one is read.
+    thread = threading.get_ident()
 
-    def keep(
-        index: int, _module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Tensor | tuple[Tensor, ...]
-    ) -> None:
-        if kwargs.get(READING) is not mark:
+    def keep(index: int, _module: nn.Module, _args: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+        if threading.get_ident() != thread:
             return
         read[index] = hidden(output)
         if index == wanted[-1]:
             raise _Stop
 
-    handles = [
-        stack[i].register_forward_hook(functools.partial(keep, i), prepend=True, with_kwargs=True) for i in wanted
-    ]
+    handles = [stack[i].register_forward_hook(functools.partial(keep, i), prepend=True) for i in wanted]
     try:
-        inner.base_model(**inputs, **_cached(inner.base_model, cache), **{READING: mark})
+        inner.base_model(**inputs, **_cached(inner, cache), **_marked(inner))
     except _Stop:
         return read
     finally:
@@ -75,17 +72,30 @@ def read_layers(
             handle.remove()
     raise ModelError(
         f"Layer {wanted[-1]} of {type(inner).__name__} did not run its hooks. A model or layer that was compiled "
-        "before cannot be read: call torch.compiler.reset(), or compile it afterwards. Nor can an architecture that "
-        "keeps the model's keywords from its layers."
+        "before cannot be read: call torch.compiler.reset(), or compile it afterwards."
     )
 
 
-def _cached(model: nn.Module, cache: Cache | None) -> dict[str, Any]:
+def takes_cache(model: CausalLM) -> bool:
+    """Return True if a forward pass of the model takes a cache of transformers."""
+    return any(name in _parameters(model) for name in CACHE_NAMES)
+
+
+def _cached(model: CausalLM, cache: Cache | None) -> dict[str, Any]:
     """Return the keywords by which a forward pass takes `cache`, or uses none."""
     if cache is None:
         return {"use_cache": False}
-    takes = inspect.signature(model.forward).parameters
-    return {"use_cache": True, next(name for name in CACHE_NAMES if name in takes): cache}
+    return {"use_cache": True, next(name for name in CACHE_NAMES if name in _parameters(model)): cache}
+
+
+def _marked(model: CausalLM) -> dict[str, bool]:
+    """Return the mark of a pass that only reads. A model without room for it cannot be steered either."""
+    kinds = {parameter.kind for parameter in _parameters(model).values()}
+    return {READING: True} if inspect.Parameter.VAR_KEYWORD in kinds else {}
+
+
+def _parameters(model: CausalLM) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.base_model.forward).parameters
 
 
 def cache_in(kwargs: Mapping[str, Any]) -> Any:

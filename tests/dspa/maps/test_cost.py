@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dspa import Triple, collect
 from dspa.cli import main
-from dspa.maps import counting
+from dspa.maps import passes
 from dspa.maps.cost import PUBLISHED, Geometry, Tokens, rahf_scit, shared_prompt, three_passes
 from dspa.testing import ENGLISH, make_sae, word_tokenizer
 
@@ -85,7 +85,7 @@ def test_the_account_is_what_pytorch_counts(
             model(input_ids=torch.tensor([sequence]), use_cache=False)
     assert published.get_total_flops() == exactly(three_passes(g, t).total)
 
-    total, read = 0, counting.read_layers
+    total, read = 0, passes.read_layers
 
     def counted(*args: Any, **kwargs: Any) -> dict[int, Tensor]:
         nonlocal total
@@ -94,7 +94,7 @@ def test_the_account_is_what_pytorch_counts(
         total += counter.get_total_flops()
         return layers
 
-    monkeypatch.setattr(counting, "read_layers", counted)
+    monkeypatch.setattr(passes, "read_layers", counted)
     saes = [make_sae(layer, 32, d_in=g.d_model) for layer in (1, g.layer_out)]
     collect(model, tokenizer, [triple], *saes, progress=False)
     # Responses are padded to the longer one.

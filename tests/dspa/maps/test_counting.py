@@ -19,79 +19,36 @@ from dspa import FrozenSAE, ModelError
 from dspa.maps import batches, counting, pieces
 from dspa.maps.batches import Rows
 from dspa.maps.reduce import _calibration
-from dspa.maps.shards import PARTS, ROW_QUANTUM, Collection
+from dspa.maps.shards import PARTS, ROW_QUANTUM
 from dspa.models.layers import decoder_layers
 from dspa.testing import BOS, D_IN, D_SAE_OUT, L_IN, L_OUT, make_model, make_sae, make_tokenizer
 
 from ...rounding import PASS, rounding
 from ..support.counts import (
     LARGEST,
+    MARGIN,
     PASSES,
-    SPECIAL,
     Calls,
     Case,
-    Ids,
+    check_plain,
     check_same,
     handled,
     hooked,
     make_case,
     make_ids,
+    passes,
     ran,
     shards,
     tables,
     whole,
 )
 
-# No pre-activation may be nearer to its threshold, so that rounding, measured to be 1.2e-5 at most, decides no count.
-MARGIN = 3e-5
 LONG_SEED = 0
 
 
 @pytest.fixture(scope="module", params=["gemma2", "qwen3", "gpt2"])
 def family_case(request: pytest.FixtureRequest) -> Case:
     return make_case(request.param)
-
-
-def distances(model: PreTrainedModel, sae: FrozenSAE, ids: list[int], start: int = 0) -> Tensor:
-    """Return how far each latent is above its threshold [T - start, d_sae], from one full pass over `ids`."""
-    out = model(input_ids=torch.tensor([ids]), output_hidden_states=True, use_cache=False)
-    h = out.hidden_states[sae.layer + 1][0, start:]
-    pre = h.double() @ sae.W_enc.double() + sae.b_enc.double()
-    return pre - sae.threshold.clamp(min=0)
-
-
-def passes(case: Case, triple: Ids) -> list[Tensor]:
-    """Return the distances of the three parts, each from a separate pass."""
-    prompt, *answers = triple
-    return [
-        distances(case.model, case.sae_in, prompt),
-        *(distances(case.model, case.sae_out, prompt + answer, len(prompt)) for answer in answers),
-    ]
-
-
-@torch.no_grad()
-def plain(case: Case, ids: list[Ids]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return counts [N, width] and lengths [N] of each part, on all and on special tokens, triple by triple."""
-    counts_of: dict[str, list[tuple[Tensor, int]]] = {}
-    for triple in ids:
-        for part, tokens, above in zip(PARTS, triple, passes(case, triple), strict=True):
-            assert above.abs().min() > MARGIN
-            for name, counted in ((part, range(len(tokens))), (f"{part}_special", None)):
-                rows = [t for t, token in enumerate(tokens) if token in SPECIAL] if counted is None else list(counted)
-                counts_of.setdefault(name, []).append(((above[rows] > 0).sum(dim=0), len(rows)))
-    return {
-        name: (torch.stack([c for c, _ in rows]), torch.tensor([n for _, n in rows]))
-        for name, rows in counts_of.items()
-    }
-
-
-def check_plain(case: Case, got: Collection, ids: list[Ids]) -> None:
-    mine = tables(got)
-    for name, (counts, lengths) in plain(case, ids).items():
-        assert torch.equal(mine[name][1], lengths), name
-        assert torch.equal(mine[name][0], counts), name
-        # The data can show errors: latents active on some tokens, and on none.
-        assert ((counts == 0).any() and ((counts > 0) & (counts < lengths.max())).any()) or "special" in name
 
 
 class InTuples:

@@ -22,12 +22,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dspa import ConditionalDifferenceMap, FrozenSAE, Triple
-from dspa.maps import counting
 from dspa.maps.cdmap import TENSORS
 from dspa.maps.collect import collect
 from dspa.maps.pieces import DataRecord
 from dspa.maps.shards import COUNTED, PARTS, ROW_QUANTUM, Collection, CollectSettings, Counts, Shard
 from dspa.models.layers import decoder_layers
+from dspa.models.reading import read_layers
 from dspa.testing import BOS, D_SAE_IN, D_SAE_OUT, EOS, L_IN, L_OUT, VOCAB, make_model, make_sae, make_tokenizer
 
 from ...rounding import PASS, rounding
@@ -39,6 +39,8 @@ PASSES = 3
 SEED = 1
 # No number in a residual of these models is larger.
 LARGEST = 20.0
+# No pre-activation may be nearer to its threshold, so that rounding, measured to be 1.2e-5 at most, decides no count.
+MARGIN = 3e-5
 Ids = tuple[list[int], list[int], list[int]]
 Table = list[np.ndarray]
 
@@ -85,10 +87,13 @@ class Case:
     sae_out: FrozenSAE
     tokenizer: PreTrainedTokenizerFast
     ids: list[Ids]
+    # Dotted path of the layers, and place of the first layer's output among the hidden states that the model returns.
+    layers: str | None = None
+    first_state: int = 1
 
     def collect(self, ids: list[Ids] | None = None, **options: Any) -> Collection:
         triples = options.pop("triples", None)
-        options = {"sae_in": self.sae_in, "sae_out": self.sae_out, "progress": False} | options
+        options = {"sae_in": self.sae_in, "sae_out": self.sae_out, "layers": self.layers, "progress": False} | options
         return collect(
             self.model,
             options.pop("tokenizer", self.tokenizer),
@@ -132,12 +137,55 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@torch.no_grad()
+def distances(case: Case, sae: FrozenSAE, ids: list[int], start: int = 0) -> Tensor:
+    """Return how far each latent is above its threshold [T - start, d_sae], from one full pass over `ids`."""
+    out = case.model(input_ids=torch.tensor([ids]), output_hidden_states=True, use_cache=False)
+    h = out.hidden_states[sae.layer + case.first_state][0, start:]
+    pre = h.double() @ sae.W_enc.double() + sae.b_enc.double()
+    return pre - sae.threshold.clamp(min=0)
+
+
+def passes(case: Case, triple: Ids) -> list[Tensor]:
+    """Return the distances of the three parts, each from a separate pass."""
+    prompt, *answers = triple
+    return [
+        distances(case, case.sae_in, prompt),
+        *(distances(case, case.sae_out, prompt + answer, len(prompt)) for answer in answers),
+    ]
+
+
+@torch.no_grad()
+def plain(case: Case, ids: list[Ids]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return counts [N, width] and lengths [N] of each part, on all and on special tokens, triple by triple."""
+    counts_of: dict[str, list[tuple[Tensor, int]]] = {}
+    for triple in ids:
+        for part, tokens, above in zip(PARTS, triple, passes(case, triple), strict=True):
+            assert above.abs().min() > MARGIN
+            for name, counted in ((part, range(len(tokens))), (f"{part}_special", None)):
+                rows = [t for t, token in enumerate(tokens) if token in SPECIAL] if counted is None else list(counted)
+                counts_of.setdefault(name, []).append(((above[rows] > 0).sum(dim=0), len(rows)))
+    return {
+        name: (torch.stack([c for c, _ in rows]), torch.tensor([n for _, n in rows]))
+        for name, rows in counts_of.items()
+    }
+
+
+def check_plain(case: Case, got: Collection, ids: list[Ids]) -> None:
+    mine = tables(got)
+    for name, (counts, lengths) in plain(case, ids).items():
+        assert torch.equal(mine[name][1], lengths), name
+        assert torch.equal(mine[name][0], counts), name
+        # The data can show errors: latents active on some tokens, and on none.
+        assert ((counts == 0).any() and ((counts > 0) & (counts < lengths.max())).any()) or "special" in name
+
+
 class Calls:
     """Counter of the passes of the model, which fails at the pass `fail_at`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> None:
-        self.n, self.fail_at, self.real = 0, fail_at, counting.read_layers
-        monkeypatch.setattr(counting, "read_layers", self)
+        self.n, self.fail_at, self.real = 0, fail_at, read_layers
+        monkeypatch.setattr("dspa.maps.passes.read_layers", self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[int, Tensor]:
         if self.n == self.fail_at:
