@@ -18,6 +18,7 @@ from dspa.files import checksum, read_tensors, write_atomically, write_tensors
 from dspa.fsrl.config import FSRLConfig
 from dspa.models.attachment import Attachable
 from dspa.models.layers import CausalLM, device_of
+from dspa.models.sources import Source
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_sae, required_layer
 from dspa_kernels import fsrl_residual
@@ -57,6 +58,8 @@ class FSRLAdapter(Attachable, nn.Module):
     Attributes:
         mask: [d_sae] bool, True for latents that may be moved; None for all.
         fraction: share of a token's nonzero v_j that is kept, the largest by size.
+        trained_on: where the model was loaded from that it was trained on, None if that is not known. It is saved with
+            the adapter, and so is where the SAE was loaded from.
 
     Raises:
         AdapterError: a `sae` or `config` of another type.
@@ -71,6 +74,7 @@ class FSRLAdapter(Attachable, nn.Module):
                 raise refusal(AdapterError, f"`{name}`", f"a {type(value).__name__}", f"a {kind.__name__}")
         required_layer(sae)
         self.sae, self.config, self.backend = sae, config, backend
+        self.trained_on: Source | None = None
         self._mask: Tensor | None = None
         self._fraction = 1.0
         start = self.config.initial_threshold
@@ -227,10 +231,12 @@ class FSRLAdapter(Attachable, nn.Module):
             raise refusal(AdapterError, "The adapter's folder", path, "a folder in one that exists")
         path.mkdir(exist_ok=True)
         tensors = {name: parameter.detach().cpu() for name, parameter in self.named_parameters()}
+        sources = {"model": self.trained_on, "sae": self.sae.source}
         record = {
             "format": FORMAT,
             "config": asdict(self.config),
             "sae": {name: getattr(self.sae, name) for name in ("fingerprint", "layer", "model_name", "d_in", "d_sae")},
+            "sources": {name: asdict(source) for name, source in sources.items() if source is not None},
             "sha256": checksum(tensors),
             "package": version("dspa-kernels"),
         }
@@ -256,6 +262,7 @@ class FSRLAdapter(Attachable, nn.Module):
             names = [name for name, _ in adapter.named_parameters()]
             tensors = read_tensors(Path(path) / TENSORS, names)
             adapter.load_state_dict(tensors)
+            adapter.trained_on = record["sources"].get("model")
         except OSError as error:
             raise AdapterError(f"{path} cannot be read ({error}).") from error
         except (TypeError, ValueError, RuntimeError) as error:
@@ -280,8 +287,14 @@ def read_record(path: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads((path / RECORD).read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
             raise AdapterError(f"{path} is of format {record['format']!r}; this version reads {FORMAT!r}.")
-        return record | {"config": dict(record["config"]), "sae": dict(record["sae"]), "sha256": str(record["sha256"])}
-    except (KeyError, TypeError, ValueError) as error:
+        return record | {
+            "config": dict(record["config"]),
+            "sae": dict(record["sae"]),
+            # Folders of earlier versions have none.
+            "sources": {name: Source(**source) for name, source in record.get("sources", {}).items()},
+            "sha256": str(record["sha256"]),
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(f"{path / RECORD} is damaged ({type(error).__name__}: {error}).") from error

@@ -29,6 +29,7 @@ from dspa.fsrl.config import TrainingConfig
 from dspa.fsrl.lending import trainable
 from dspa.fsrl.results import HeldOut, held_out
 from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of, loaded_name
+from dspa.models.sources import model_source
 from dspa.training_folder import TrainingFolder
 
 
@@ -97,6 +98,7 @@ def train(
             accepted = f"a batch ({config.batch_size}) or more"
             raise refusal(TrainingError, "The number of triples", len(data.rows), accepted, "Lower batch_size.")
         settings = _settings(inner, adapter, config, data, held_data, model_name)
+        adapter.trained_on = model_source(inner)
         with args.main_process_first(local=False):
             folder.claim(settings, finished=True)
         if not folder.finished:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from dspa.config import SteeringConfig
 from dspa.errors import MapError, refusal
 from dspa.files import read_header, read_tensors, write_tensors
+from dspa.models.sources import Source
 from dspa.saes.frozen import FrozenSAE
 from dspa_kernels import SteeringPlan, map_lookup
 
@@ -102,6 +104,9 @@ class ConditionalDifferenceMap:
         hot_counts: number of tokens for each of `hot`, [H] int64.
         mean: mean residual as the output SAE normalises it, [d_in] fp32.
         meta: origin and settings.
+        sources: where "model", "sae_in" and "sae_out" were loaded from, as far as that is known. They are written with
+            the map, so that it can be used without naming them again, and are no part of its identity. Before
+            publishing a map that was made with local files, remove their paths: `cdmap.sources.clear()`.
     """
 
     def __init__(
@@ -117,8 +122,10 @@ class ConditionalDifferenceMap:
         hot: Tensor | None = None,
         hot_counts: Tensor | None = None,
         mean: Tensor | None = None,
+        sources: Mapping[str, Source] | None = None,
     ) -> None:
         self.columns, self.values, self.meta = columns, values, meta
+        self.sources = dict(sources or {})
         self.n_open, self.variance = n_open, variance
         self.gate_latents, self.gates = gate_latents, gates
         self.hot = columns.new_empty(0, dtype=torch.int32) if hot is None else hot
@@ -170,7 +177,7 @@ class ConditionalDifferenceMap:
         if torch.device(device) == self.values.device:
             return self
         tensors = {name: getattr(self, name).to(device) for name in TENSORS}
-        return ConditionalDifferenceMap(**tensors, meta=self.meta)
+        return ConditionalDifferenceMap(**tensors, meta=self.meta, sources=self.sources)
 
     def hot_share(self) -> float:
         """Return the fraction of the sampled maxima that the first N_LARGE latents of `hot` hold."""
@@ -291,7 +298,10 @@ class ConditionalDifferenceMap:
         if not Path(path).parent.is_dir() or Path(path).is_dir():
             raise refusal(MapError, "The path of the map", str(path), "a file in a folder that exists")
         tensors = {name: getattr(self, name).cpu() for name in TENSORS}
-        write_tensors(Path(path), tensors, {"format": FORMAT, "meta": asdict(self.meta)})
+        header = {"format": FORMAT, "meta": asdict(self.meta)}
+        if self.sources:
+            header["sources"] = {name: asdict(source) for name, source in self.sources.items()}
+        write_tensors(Path(path), tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> ConditionalDifferenceMap:
@@ -317,10 +327,11 @@ class ConditionalDifferenceMap:
         tensors = read_tensors(path, names)
         try:
             meta = MapMeta(**header["meta"])
+            sources = {name: Source(**source) for name, source in header.get("sources", {}).items()}
             if header["format"] in EARLIER:
                 tensors["gate_latents"] = _partly_open(tensors["n_open"], meta.n_triples)
                 tensors["gates"] = tensors["gates"][tensors["gate_latents"].long()]
-            return cls(**tensors, meta=meta)
+            return cls(**tensors, meta=meta, sources=sources)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise MapError(f"{path} is damaged ({error}). Copy it again from where it was made.") from error
 

@@ -84,7 +84,7 @@ def collect(
             stacklevel=2,
         )
     settings = counter.settings()
-    collection = team.in_turn("manifest", lambda: Collection.start(work_dir, settings))
+    collection = team.in_turn("manifest", lambda: Collection.start(work_dir, settings, counter.sources()))
     source = TripleSource(triples, first)
     if source.rereadable:
         expected = _check_triples(source, counter, team, progress)

@@ -29,6 +29,7 @@ from dspa.models.layers import (
     device_of,
     loaded_name,
 )
+from dspa.models.sources import Source, model_source
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_saes, required_layer
 from dspa_kernels import activation_counts
@@ -95,6 +96,11 @@ class TripleCounter:
             max_length=self.limit,
             tokenizer=hashlib.sha256(json.dumps(behaviour).encode()).hexdigest()[:16],
         )
+
+    def sources(self) -> dict[str, Source]:
+        """Return where the model and the SAEs were loaded from, as far as that is known."""
+        sources = {"model": model_source(self.model), "sae_in": self.sae_in.source, "sae_out": self.sae_out.source}
+        return {name: source for name, source in sources.items() if source is not None}
 
     def tokenize(self, triple: Triple) -> TokenizedTriple:
         """Return the tokens of a triple as the model reads them, cut to its limit."""

@@ -38,7 +38,7 @@ def merge(out: str | Path, folders: Sequence[str | Path], *, progress: bool = Tr
         part.check_settings(parts[0].settings)
     _check_disjoint(parts)
     # Under another name until it is complete.
-    merged = Collection.start(Path(out).with_name(f"{Path(out).name}.partial"), parts[0].settings)
+    merged = Collection.start(Path(out).with_name(f"{Path(out).name}.partial"), parts[0].settings, parts[0].sources)
     try:
         _copy_shards(parts, merged, progress)
         merged.folder.rename(out)

@@ -347,6 +347,7 @@ def reduce_table(
         gate_latents=torch.from_numpy(gates.latents).to(torch.int32),
         gates=gates.packed(),
         meta=meta,
+        sources=table.collection.sources,
         hot=hot,
         hot_counts=hot_counts,
         mean=mean,

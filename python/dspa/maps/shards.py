@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -17,11 +17,12 @@ from torch import Tensor
 from dspa.errors import MapError, refusal
 from dspa.files import read_header, read_tensors, write_atomically, write_tensors
 from dspa.maps.pieces import DataRecord
+from dspa.models.sources import Source
 
 FORMAT = "dspa.counts.3"
 # Unit of sums of residuals, which are integers so that the order of summation does not matter.
 ROW_QUANTUM = 2.0**-16
-MANIFEST, DATA = "manifest.json", "data.json"
+MANIFEST, DATA, SOURCES = "manifest.json", "data.json", "sources.json"
 # Parts of a triple: input latents are counted on the prompt, output latents on the responses.
 PARTS = ("prompt", "chosen", "rejected")
 # Counts on all tokens of each part, and on those of them that are special tokens.
@@ -171,12 +172,15 @@ class Collection:
     settings: CollectSettings
 
     @classmethod
-    def start(cls, folder: str | Path | None, settings: CollectSettings) -> Collection:
+    def start(
+        cls, folder: str | Path | None, settings: CollectSettings, sources: Mapping[str, Source] | None = None
+    ) -> Collection:
         """Open a folder to collect in, new or begun with the same settings.
 
         Args:
             folder: its path. None makes a temporary folder, which is removed with the collection.
             settings: all that the counts of given triples depend on.
+            sources: where model and SAEs were loaded from, on which the counts do not depend.
 
         Raises:
             MapError: the folder cannot be made, or holds shards of other settings.
@@ -194,6 +198,9 @@ class Collection:
         if not path.exists() or not self._has_shards():
             write_atomically(path, json.dumps(asdict(settings), indent=2).encode())
         self.check_settings(settings)
+        if sources and sources != self.sources:
+            record = {name: asdict(source) for name, source in sources.items()}
+            write_atomically(self.folder / SOURCES, json.dumps(record, indent=2).encode())
         return self
 
     def _has_shards(self) -> bool:
@@ -226,6 +233,15 @@ class Collection:
             return cls(Path(folder), CollectSettings(**manifest))
         except TypeError as error:
             raise MapError(f"{path} is not what collect wrote ({error}). Collect into another folder.") from error
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Where model and SAEs were last loaded from, as far as that is known; as for `ConditionalDifferenceMap`."""
+        path = self.folder / SOURCES
+        try:
+            return {name: Source(**source) for name, source in _read_json(path).items()} if path.is_file() else {}
+        except TypeError as error:
+            raise MapError(f"{path} is not what collect wrote ({error}). Delete it.") from error
 
     @property
     def data(self) -> DataRecord | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dspa.errors import SAEError, refusal
+from dspa.models.sources import Source, absolute
 from dspa.saes.folding import (
     DTYPES,
     Content,
@@ -72,6 +73,7 @@ class FrozenSAE:
         weights: the tensors that the kernels read.
         b_dec: [d_in], in the dtype of `W_enc`.
         folded: names of the settings that were folded, and "gated" for a gated SAE.
+        loaded_from: absolute path, or RELEASE:SAE_ID, from which it was loaded; None if it was not.
 
     Raises:
         ValueError: wrong shapes, dtypes or devices, NaN or infinite weights, or an argument that does not belong to
@@ -140,6 +142,7 @@ class FrozenSAE:
         self.folded = tuple(name for name, folded in folds.items() if folded)
         self.weights = fold(weights, b_dec, **folds)
         self.b_dec = b_dec.to(weights.encoder_rows.dtype)
+        self.loaded_from: str | None = None
         self._fingerprint = ""
         self._source: Content | None = content(
             source.arch, weights, b_dec, source.apply_b_dec_to_input, source.rescale_acts_by_decoder_norm
@@ -175,8 +178,9 @@ class FrozenSAE:
             SAEError: a path or format that is not one of these, damaged files, missing or unknown tensors, an SAE that
                 does not read the residual stream, and everything that the constructor refuses.
         """
-        source = read_sae(Path(path), dict_class)
-        return cls._from_source(source, layer, model_name, center_writing_weights).to(device, dtype)
+        sae = cls._from_source(read_sae(Path(path), dict_class), layer, model_name, center_writing_weights)
+        sae.loaded_from = absolute(str(path))
+        return sae.to(device, dtype)
 
     @classmethod
     def from_pretrained(
@@ -213,10 +217,12 @@ class FrozenSAE:
                 "Without it, download the SAE and use FrozenSAE.load(path)."
             ) from error
         with without_model_advice():
-            sae = SAE.from_pretrained(release, sae_id)
-        return cls.from_sae_lens(
-            sae, layer=layer, model_name=model_name, center_writing_weights=center_writing_weights
-        ).to(device, dtype)
+            theirs = SAE.from_pretrained(release, sae_id)
+        sae = cls.from_sae_lens(
+            theirs, layer=layer, model_name=model_name, center_writing_weights=center_writing_weights
+        )
+        sae.loaded_from = f"{release}:{sae_id}"
+        return sae.to(device, dtype)
 
     @classmethod
     def from_sae_lens(
@@ -411,6 +417,11 @@ class FrozenSAE:
             f"It is the same SAE, but an earlier version of dspa-kernels read it without its {CENTERED}, so that most "
             "of its activities were wrong, and what was made with it is too. Make that again."
         )
+
+    @property
+    def source(self) -> Source | None:
+        """Where the SAE was loaded from, None if it was not loaded."""
+        return None if self.loaded_from is None else Source(self.loaded_from, self.fingerprint)
 
     @property
     def W_enc(self) -> Tensor:
