@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from dspa.cli.loading import device_named, load_model, load_sae
-from dspa.cli.options import FILES, SAE_HELP, ModelOptions, OnModel, Options, Sampling, with_options
+from dspa.cli.loading import device_named, load_adapter, load_model
+from dspa.cli.options import (
+    FILES,
+    AdapterOptions,
+    OnRecordedModel,
+    Options,
+    RecordedModelOptions,
+    Sampling,
+    with_options,
+)
 from dspa.cli.tables import cell, column_table, console, print_table
 from dspa.errors import refusal
 from dspa.fsrl.config import LOSSES, TrainingConfig
@@ -25,15 +33,6 @@ if TYPE_CHECKING:
     from dspa.saes.labels import Labels
 
 NOT_MEASURED = "NOT MEASURED (--hand FILE compares them with labels by hand)"
-
-
-@dataclass(frozen=True)
-class AdapterOptions:
-    """The adapter, and the SAE that it was trained with."""
-
-    sae: str = field(metadata={"help": f"SAE that the adapter was trained with. {SAE_HELP}"})
-    adapter: Path = field(metadata={"help": "Folder of the adapter."})
-    layer: int | None = field(default=None, metadata={"help": "Layer of the SAE, if its files do not contain it."})
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ Explainer = Annotated[str | None, typer.Option(help="Use only the descriptions o
 @with_options
 def usage(
     triples: Triples,
-    on: OnModel,
+    on: OnRecordedModel,
     adapter: Adapter,
     data: Data,
     out: Out,
@@ -99,7 +98,7 @@ def usage(
 @with_options
 def fraction(
     triples: Triples,
-    on: OnModel,
+    on: OnRecordedModel,
     adapter: Adapter,
     data: Data,
     loss: Loss,
@@ -134,7 +133,7 @@ def fraction(
 @with_options
 def mask(
     triples: Triples,
-    on: OnModel,
+    on: OnRecordedModel,
     adapter: Adapter,
     data: Data,
     loss: Loss,
@@ -188,7 +187,7 @@ def mask(
 @with_options
 def categories(
     triples: Triples,
-    on: OnModel,
+    on: OnRecordedModel,
     adapter: Adapter,
     data: Data,
     labels: LabelFile,
@@ -223,7 +222,7 @@ def categories(
 
 @with_options
 def coherence(
-    on: OnModel,
+    on: OnRecordedModel,
     adapter: Adapter,
     file: Annotated[Path, typer.Option(help=f"Prompts: text, one per line, or {FILES} with `prompt`.")],
     out: Out,
@@ -301,14 +300,12 @@ def _start(out: Path, triples: Path, first: int | None) -> list[Triple]:
 
 def _adapter(options: AdapterOptions, device: str) -> FSRLAdapter:
     """Load an adapter and its SAE."""
-    from dspa.fsrl import FSRLAdapter
-
-    return FSRLAdapter.load(options.adapter, load_sae(options.sae, options.layer, device_named(device)))
+    return load_adapter(options.adapter, options, device_named(device))
 
 
-def _load(options: ModelOptions, adapter: FSRLAdapter) -> tuple[Any, Any, FSRLAdapter]:
+def _load(options: RecordedModelOptions, adapter: FSRLAdapter) -> tuple[Any, Any, FSRLAdapter]:
     """Load model and tokenizer, and bring the adapter's SAE to the model's dtype."""
-    model, tokenizer = load_model(options)
+    model, tokenizer = load_model(options, adapter.trained_on)
     adapter.sae = adapter.sae.to(dtype=model.dtype)
     return model, tokenizer, adapter
 
@@ -320,7 +317,7 @@ def _responses(model: Any, tokenizer: Any, triples: Sequence[Triple], max_length
 
 
 def _usage(
-    model: Any, adapter: FSRLAdapter, responses: Sequence[Response], data: DataOptions, on: ModelOptions
+    model: Any, adapter: FSRLAdapter, responses: Sequence[Response], data: DataOptions, on: RecordedModelOptions
 ) -> Usage:
     from dspa.fsrl.usage import latent_usage
 

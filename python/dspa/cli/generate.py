@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dspa.cli.loading import check_writable, load_all
-from dspa.cli.options import FILES, OnModel, Options, SAEPair, Sampling, with_options
+from dspa.cli.options import FILES, OnRecordedModel, Options, RecordedSAEPair, Sampling, with_options
 from dspa.config import SteeringConfig
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ class BackendOptions:
 @with_options
 def generate(
     map_path: Annotated[Path, typer.Option("--map", help="Map that was made with the same SAEs.")],
-    on: OnModel,
-    pair: SAEPair,
+    on: OnRecordedModel,
+    pair: RecordedSAEPair,
     config: Annotated[SteeringConfig, Options("Steering", without=["ridge", "delta"])],
     ops: Annotated[BackendOptions, Options("Steering")],
     sampling: Sampling,
@@ -63,7 +63,7 @@ def generate(
     check_writable("--trace", trace)
     prompts = read_prompts(prompt, file)
     cdmap = ConditionalDifferenceMap.load(map_path)
-    model, tokenizer, sae_in, sae_out = load_all(on, pair)
+    model, tokenizer, sae_in, sae_out = load_all(on, pair, cdmap)
     steering = Steering(
         sae_in, sae_out, cdmap, config, backend=ops.backend, screen=ops.screen, record=trace is not None
     )

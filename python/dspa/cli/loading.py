@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from dspa.cli.options import ModelOptions, SAEPairOptions, errors_of_options
+from dspa.cli.options import AdapterSAEOptions, RecordedModelOptions, RecordedSAEPairOptions, errors_of_options
 from dspa.data.records import ENDINGS, ending_of
 from dspa.distributed import local_rank
 from dspa.errors import missing_package, refusal
 
 if TYPE_CHECKING:
+    from dspa.fsrl.adapter import FSRLAdapter
+    from dspa.maps.cdmap import ConditionalDifferenceMap
+    from dspa.models.sources import Source
     from dspa.saes.frozen import FrozenSAE
+
+T = TypeVar("T")
 
 
 def check_writable(option: str, path: Path | None) -> None:
@@ -55,23 +61,96 @@ def load_sae(spec: str, layer: int | None, device: str, layer_option: str = "--l
         return FrozenSAE.load(spec, layer=layer, device=device)
 
 
-def load_model(options: ModelOptions) -> tuple[Any, Any]:
-    """Load a model, in evaluation mode, and its tokenizer."""
+def load_recorded(option: str, source: Source | None, load: Callable[[str], T], digest: Callable[[T], str | None]) -> T:
+    """Load what a map or an adapter was made with, from where it was loaded then.
+
+    Args:
+        option: the option that gives another place.
+        source: the recorded place.
+        load: loads what is at a path.
+        digest: identifies what was loaded. A place is no evidence of what is there now.
+
+    Raises:
+        ValueError: nothing is recorded, nothing can be loaded from there any more, or it is something else.
+    """
+    from safetensors import SafetensorError
+
+    advice = f"Pass {option}."
+    if source is None:
+        raise ValueError(f"{option} was not given, and what was made with it does not record its place. {advice}")
+    what, accepted = f"{option}, as recorded,", "what the map or adapter was made with"
+    if Path(source.path).is_absolute() and not Path(source.path).exists():
+        raise refusal(ValueError, what, f"{source.path}, which is not there any more", accepted, advice)
+    try:
+        loaded = load(source.path)
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+        raise refusal(ValueError, what, f"{source.path}, which cannot be loaded ({error})", accepted, advice) from error
+    if (now := digest(loaded)) != source.digest:
+        got = f"{source.path}, where there is another one now (digest {now}, and {source.digest} was recorded)"
+        raise refusal(ValueError, what, got, accepted, advice)
+    return loaded
+
+
+def load_model(options: RecordedModelOptions, recorded: Source | None = None) -> tuple[Any, Any]:
+    """Load a model, in evaluation mode, and its tokenizer; without --model, from the place that is recorded."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from dspa.models.sources import model_digest
+
     device = device_named(options.device)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    load: Any = AutoModelForCausalLM.from_pretrained
-    return load(options.model, dtype=options.dtype).to(device).eval(), tokenizer
+
+    def load(name: str) -> tuple[Any, Any]:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        from_pretrained: Any = AutoModelForCausalLM.from_pretrained
+        return from_pretrained(name, dtype=options.dtype).to(device).eval(), tokenizer
+
+    if options.model is not None:
+        return load(options.model)
+    return load_recorded("--model", recorded, load, lambda loaded: model_digest(loaded[0]))
 
 
-def load_all(options: ModelOptions, pair: SAEPairOptions) -> tuple[Any, Any, FrozenSAE, FrozenSAE]:
-    """Load a model, its tokenizer, and the two SAEs in the model's dtype."""
+def load_recorded_sae(
+    option: str, spec: str | None, layer: int | None, device: str, recorded: Source | None, recorded_layer: int | None
+) -> FrozenSAE:
+    """Load the SAE that `option` names, or without it from the place and for the layer that are recorded."""
+    layer_option = option.replace("sae", "layer")
+    if spec is not None:
+        return load_sae(spec, layer, device, layer_option)
+    layer = recorded_layer if layer is None else layer
+    return load_recorded(
+        option, recorded, lambda path: load_sae(path, layer, device, layer_option), lambda sae: sae.fingerprint
+    )
+
+
+def load_pair(
+    pair: RecordedSAEPairOptions, device: str, cdmap: ConditionalDifferenceMap | None = None
+) -> tuple[FrozenSAE, FrozenSAE]:
+    """Load the two SAEs of DSPA; without their options, those of the map."""
+    sources, meta = (cdmap.sources, cdmap.meta) if cdmap else ({}, None)
+    in_layer, out_layer = (meta.layer_in, meta.layer_out) if meta else (None, None)
+    return (
+        load_recorded_sae("--sae-in", pair.sae_in, pair.layer_in, device, sources.get("sae_in"), in_layer),
+        load_recorded_sae("--sae-out", pair.sae_out, pair.layer_out, device, sources.get("sae_out"), out_layer),
+    )
+
+
+def load_adapter(path: Path, options: AdapterSAEOptions, device: str, backend: str = "auto") -> FSRLAdapter:
+    """Load an FSRL adapter and its SAE; without --sae, the one that the adapter records."""
+    from dspa.fsrl.adapter import FSRLAdapter, read_record
+
+    record = read_record(path)
+    source, layer = record["sources"].get("sae"), record["sae"].get("layer")
+    sae = load_recorded_sae("--sae", options.sae, options.layer, device, source, layer)
+    return FSRLAdapter.load(path, sae, backend=backend)
+
+
+def load_all(
+    options: RecordedModelOptions, pair: RecordedSAEPairOptions, cdmap: ConditionalDifferenceMap | None = None
+) -> tuple[Any, Any, FrozenSAE, FrozenSAE]:
+    """Load a model, its tokenizer, and the two SAEs in the model's dtype; without their options, those of the map."""
     # SAEs first: they are quick to load, and wrong more often.
-    device = device_named(options.device)
-    sae_in = load_sae(pair.sae_in, pair.layer_in, device, "--layer-in")
-    sae_out = load_sae(pair.sae_out, pair.layer_out, device, "--layer-out")
-    model, tokenizer = load_model(options)
+    sae_in, sae_out = load_pair(pair, device_named(options.device), cdmap)
+    model, tokenizer = load_model(options, cdmap.sources.get("model") if cdmap else None)
     return model, tokenizer, sae_in.to(dtype=model.dtype), sae_out.to(dtype=model.dtype)
 
 

@@ -42,14 +42,14 @@ def map_show(
     Each line says what its figure means. Warnings say what to do.
     """
     from dspa.maps.cdmap import ConditionalDifferenceMap
-    from dspa.maps.reports import origin, summary, top_columns, warnings
+    from dspa.maps.reports import origin, places, summary, top_columns, warnings
 
     check_writable("--plot", plot)
     if not 0 < delta < 1:
         raise refusal(ValueError, "--delta", delta, "a number between 0 and 1")
     cdmap = ConditionalDifferenceMap.load(path)
     described = _descriptions(labels, cdmap.meta, explainer)
-    print_figures(f"{path}", origin(cdmap.meta))
+    print_figures(f"{path}", [*origin(cdmap.meta), *places(cdmap)])
     print_figures("What it holds", summary(cdmap, delta))
     for title, columns in zip(("most augmented", "most ablated"), top_columns(cdmap, top), strict=True):
         _print_columns(title, columns, described)

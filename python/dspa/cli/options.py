@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
@@ -152,11 +153,17 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 SAE_HELP = "A folder or file of an SAE, or RELEASE:SAE_ID of SAELens' catalogue."
 
 
-@dataclass(frozen=True)
-class ModelOptions:
-    """The model, and where and in which dtype it computes."""
+MODEL_HELP = "Hugging Face model: a folder, or a name on the Hub."
+SAE_IN_HELP = f"Input SAE, which reads the prompt. {SAE_HELP}"
+SAE_OUT_HELP = f"Output SAE, whose latents are edited. {SAE_HELP}"
+RECORDED = "By default the one that the map or adapter was made with, if it is still where it was."
 
-    model: str = field(metadata={"help": "Hugging Face model: a folder, or a name on the Hub."})
+
+@dataclass(frozen=True)
+class RecordedModelOptions:
+    """The model, by default the one that a map or adapter records, and where and in which dtype it computes."""
+
+    model: str | None = field(default=None, metadata={"help": f"{MODEL_HELP} {RECORDED}"})
     device: str = field(
         default="auto", metadata={"help": "Device, such as cuda, cuda:1 or cpu; auto is cuda where there is one."}
     )
@@ -170,17 +177,49 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class SAEPairOptions:
-    """The two SAEs of DSPA."""
+class ModelOptions(RecordedModelOptions):
+    """The model, and where and in which dtype it computes."""
 
-    sae_in: str = field(metadata={"help": f"Input SAE, which reads the prompt. {SAE_HELP}"})
-    sae_out: str = field(metadata={"help": f"Output SAE, whose latents are edited. {SAE_HELP}"})
+    model: str = field(metadata={"help": MODEL_HELP})
+
+
+@dataclass(frozen=True)
+class RecordedSAEPairOptions:
+    """The two SAEs of DSPA, by default those that a map records."""
+
+    sae_in: str | None = field(default=None, metadata={"help": f"{SAE_IN_HELP} {RECORDED}"})
+    sae_out: str | None = field(default=None, metadata={"help": f"{SAE_OUT_HELP} {RECORDED}"})
     layer_in: int | None = field(
         default=None, metadata={"help": "Layer of the input SAE, if its files do not contain it."}
     )
     layer_out: int | None = field(
         default=None, metadata={"help": "Layer of the output SAE, if its files do not contain it."}
     )
+
+
+@dataclass(frozen=True)
+class SAEPairOptions(RecordedSAEPairOptions):
+    """The two SAEs of DSPA."""
+
+    sae_in: str = field(metadata={"help": SAE_IN_HELP})
+    sae_out: str = field(metadata={"help": SAE_OUT_HELP})
+
+
+@dataclass(frozen=True)
+class AdapterSAEOptions:
+    """The SAE of an adapter, by default the one that the adapter records."""
+
+    sae: str | None = field(
+        default=None, metadata={"help": f"SAE that the adapter was trained with. {SAE_HELP} {RECORDED}"}
+    )
+    layer: int | None = field(default=None, metadata={"help": "Layer of this SAE, if its files do not contain it."})
+
+
+@dataclass(frozen=True)
+class AdapterOptions(AdapterSAEOptions):
+    """The adapter, and the SAE that it was trained with."""
+
+    adapter: Path = field(kw_only=True, metadata={"help": "Folder of the adapter."})
 
 
 @dataclass(frozen=True)
@@ -226,7 +265,9 @@ class MapOptions:
 
 
 OnModel = Annotated[ModelOptions, Options("Model and device")]
+OnRecordedModel = Annotated[RecordedModelOptions, Options("Model and device")]
 SAEPair = Annotated[SAEPairOptions, Options("SAEs")]
+RecordedSAEPair = Annotated[RecordedSAEPairOptions, Options("SAEs")]
 Sampling = Annotated[SamplingOptions, Options("Sampling")]
 
 FILES = "a file of JSON Lines, CSV or Parquet"

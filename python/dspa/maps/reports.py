@@ -42,6 +42,15 @@ def origin(meta: MapMeta) -> list[Figure]:
     ]
 
 
+PLACES = {"model": "model from", "sae_in": "input SAE from", "sae_out": "output SAE from"}
+
+
+def places(cdmap: ConditionalDifferenceMap) -> list[Figure]:
+    """Describe where the model and the SAEs of a map were loaded from, as far as it records that."""
+    sources = ((PLACES[name], source) for name, source in cdmap.sources.items() if name in PLACES)
+    return [Figure(name, source.path, "used where no option names another") for name, source in sources]
+
+
 def _describe_sae(layer: int, width: int, fingerprint: str) -> str:
     return f"layer {layer}, {width} latents, {fingerprint}"
 

@@ -14,7 +14,16 @@ from typer.testing import CliRunner
 
 from dspa.cli import app, main
 from dspa.cli.generate import BACKENDS
-from dspa.cli.options import MapOptions, ModelOptions, Options, SAEPairOptions, with_options
+from dspa.cli.options import (
+    AdapterOptions,
+    MapOptions,
+    ModelOptions,
+    Options,
+    RecordedModelOptions,
+    RecordedSAEPairOptions,
+    SAEPairOptions,
+    with_options,
+)
 from dspa.config import SteeringConfig
 from dspa.fsrl.config import FSRLConfig, TrainingConfig
 from dspa.saes.config import SAETrainingConfig
@@ -62,12 +71,12 @@ def test_a_boolean_has_both_forms(path):
 
 
 COMMON = [
-    ("generate",),
     *(("map", name) for name in ("collect", "build")),
     *(("sae", name) for name in ("train", "finetune")),
     ("fsrl", "train"),
-    *(("fsrl", "analyse", name) for name in ("usage", "fraction", "mask", "categories", "coherence", "layers")),
+    ("fsrl", "analyse", "layers"),
 ]
+ON_ADAPTER = [("fsrl", "analyse", name) for name in ("usage", "fraction", "mask", "categories", "coherence")]
 RENAMED = {"n_tokens": "--tokens", "held_out_tokens": "--held-out", "exclude_special_tokens": "--no-special-tokens"}
 SWEPT = {"beta", "gamma_beta_ratio", "eval_every", "log_every", "report_to"}
 
@@ -76,7 +85,10 @@ SWEPT = {"beta", "gamma_beta_ratio", "eval_every", "log_every", "report_to"}
     ("path", "kind", "without"),
     [
         *((path, ModelOptions, set()) for path in COMMON),
-        *((path, SAEPairOptions, set()) for path in COMMON[:3]),
+        *((path, SAEPairOptions, set()) for path in COMMON[:2]),
+        *((path, RecordedModelOptions, set()) for path in [("generate",), *ON_ADAPTER]),
+        (("generate",), RecordedSAEPairOptions, set()),
+        *((path, AdapterOptions, set()) for path in ON_ADAPTER),
         (("generate",), SteeringConfig, {"ridge", "delta"}),
         (("map", "stability"), SteeringConfig, {"alpha", "mode", "positions", "scoring", "ridge", "delta"}),
         (("map", "stability"), MapOptions, {"count_tokens", "sparsify"}),
