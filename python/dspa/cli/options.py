@@ -169,7 +169,7 @@ class RecordedModelOptions:
     )
     dtype: str = field(default="auto", metadata={"help": "Data type of the model and the SAEs.", "choices": DTYPES})
     model_name: str | None = field(
-        default=None, metadata={"help": "Name of the model, if its own name or its path does not show it."}
+        default=None, metadata={"help": "Name of the model, if it is in a folder that does not record it."}
     )
     layers: str | None = field(
         default=None, metadata={"help": "Dotted path of the decoder layers, for an unknown architecture."}

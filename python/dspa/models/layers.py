@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -99,18 +101,35 @@ def has_layer_norm(model: nn.Module) -> bool:
 def loaded_name(model: nn.Module) -> str:
     """Return the name by which `model` was loaded.
 
-    It is the last part of a local folder's path, and empty for a model made from a configuration.
+    A local folder has the name that the hub's cache or its `config.json` records. Otherwise it is "./" and the name of
+    the folder, which is not a model's name. Empty for a model made from a configuration.
     """
     name = str(base_model(model).config.name_or_path or "")
-    return Path(name).resolve().name if name and Path(name).is_dir() else name
+    path = Path(name).expanduser()
+    if not name or not path.exists():
+        return name
+    path = path.resolve()
+    if cached := re.search(r"/models--([^/]+)/snapshots/", path.as_posix()):
+        return cached[1].replace("--", "/")
+    config = path / "config.json"
+    recorded = json.loads(config.read_text(encoding="utf-8")).get("_name_or_path") if config.is_file() else None
+    return recorded if recorded and is_model_name(recorded) else f"./{path.name}"
+
+
+def is_model_name(name: str) -> bool:
+    """Return True for a name of a model; False for a path, a snapshot's hash or an empty name, which name none."""
+    is_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
+    return bool(name) and not is_path and not re.fullmatch(r"[0-9a-f]{40}", name)
 
 
 def same_model(one: str, other: str) -> bool:
-    """Return True if two names can mean the same model.
+    """Return True if two names can mean the same model, as they can if one of them names none.
 
     "google/gemma-2-2b-it" and "gemma-2-2b" can, since an SAE of a base model is used with the models tuned from it.
     """
-    shorter, longer = sorted((name.rstrip("/").rsplit("/", 1)[-1].lower() for name in (one, other)), key=len)
+    if not (is_model_name(one) and is_model_name(other)):
+        return True
+    shorter, longer = sorted((name.rsplit("/", 1)[-1].lower() for name in (one, other)), key=len)
     return longer == shorter or longer.startswith(f"{shorter}-")
 
 
@@ -127,14 +146,14 @@ def check_finite(h: Tensor, layer: int, what: str = "Hidden states") -> None:
 
 
 def check_model_name(made: str, name: str, mine: str) -> None:
-    """Raise `ModelError` if two names cannot mean the same model. An empty name is unknown.
+    """Raise `ModelError` if two names cannot mean the same model.
 
     Args:
         made: start of the message, such as "The map was made with".
         name: model that the thing was made with.
         mine: model that it is used with.
     """
-    if name and mine and not same_model(name, mine):
+    if not same_model(name, mine):
         raise ModelError(f"{made} {name!r} and the model is {mine!r}. If they are the same, pass model_name={name!r}.")
 
 

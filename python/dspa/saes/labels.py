@@ -254,7 +254,7 @@ def _check_origin(name: str, row: Mapping[str, Any], sae: FrozenSAE | LatentSpac
         if layer is None or int(layer[0]) != sae.layer:
             raise refusal(LabelError, name, f"of layer {row['layer']!r}", f"{sae.layer}, that of {sae}")
     model = row.get("modelId")
-    if model is not None and sae.model_name and not same_model(str(model), sae.model_name):
+    if model is not None and not same_model(str(model), sae.model_name or ""):
         raise refusal(LabelError, name, f"of the model {model!r}", f"{sae.model_name!r}, that of {sae}")
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dspa.data.texts import TextFile
 from dspa.errors import ModelError, TrainingError, refusal
-from dspa.models.layers import base_model, check_eval, context_length, decoder_layers, loaded_name
+from dspa.models.layers import base_model, check_eval, context_length, decoder_layers, is_model_name, loaded_name
 from dspa.saes.activations import Activations, Position
 from dspa.saes.batchtopk import begin_threshold, jumprelu, new_sae, started_sae
 from dspa.saes.checkpoints import restore_checkpoint, save_checkpoint
@@ -251,7 +251,7 @@ def _prepare(
     held_out, n_held_out = activations.held_out(config.held_out_tokens)
     buffer_tokens = min(config.buffer_tokens, config.n_tokens)
     metadata = {
-        "model_name": model_name or None,
+        "model_name": model_name if is_model_name(model_name) else start and start.model_name,
         "hook_name": f"blocks.{layer}.hook_resid_post",
         "context_size": max_length,
         "prepend_bos": tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id],

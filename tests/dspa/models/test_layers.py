@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import dspa
-from dspa.models.layers import decoder_layers, has_layer_norm, same_model
+from dspa.models.layers import decoder_layers, has_layer_norm, is_model_name, loaded_name, same_model
 from dspa.testing import COMMON, make_model
 
 PROMPT = torch.tensor([[1, 5, 9, 33, 20, 7]])
@@ -16,9 +24,57 @@ PROMPT = torch.tensor([[1, 5, 9, 33, 20, 7]])
 
 def test_names_of_the_same_model():
     assert same_model("google/gemma-2-2b-it", "gemma-2-2b")
-    assert same_model("Qwen3-8B", "/models/qwen3-8b/")
+    assert same_model("Qwen3-8B", "qwen/qwen3-8b")
     assert not same_model("gemma-2-2b", "google/gemma-2-27b")
     assert not same_model("gemma-2-2b", "gemma-2-2b2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "./model", "/models/qwen", "~/model", "out/model/", "a/b/c", r"C:\model", "c5ebcd40d208330abc" + 22 * "0"],
+)
+def test_what_names_no_model(name):
+    assert not is_model_name(name) and same_model(name, "gemma-2-2b") and same_model("gemma-2-2b", name)
+
+
+REPOSITORY = "models--google--gemma-2-2b/snapshots/c5ebcd40d208330abc697524c919956e692655cf"
+
+
+@pytest.mark.parametrize(
+    ("folder", "recorded", "name"),
+    [
+        ("model", None, "./model"),
+        ("model", "google/gemma-2-2b", "google/gemma-2-2b"),
+        ("gemma-2-9b", "gpt2", "gpt2"),
+        ("model", "/scratch/run/7", "./model"),
+        (f"hub/{REPOSITORY}", None, "google/gemma-2-2b"),
+        (f"hub/{REPOSITORY}", "other", "google/gemma-2-2b"),
+    ],
+)
+def test_name_of_a_local_folder(tmp_path, monkeypatch, folder, recorded, name):
+    """Earlier versions of transformers recorded the name in config.json, which this one leaves as it is."""
+    path = tmp_path / folder
+    make_model("gemma2").save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | ({"_name_or_path": recorded} if recorded else {})))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(path)
+    for given in (path, f"{path}/", folder, f"./{folder}"):
+        assert loaded_name(AutoModelForCausalLM.from_pretrained(given)) == name
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in ("link", "~/link"):
+        model = make_model("gemma2")
+        model.config.name_or_path = given
+        assert loaded_name(model) == name
+
+
+def test_name_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = make_model("gemma2")
+    assert loaded_name(model) == ""
+    for name in ("google/gemma-2-2b", "/gone/gemma-2-2b"):
+        model.config.name_or_path = name
+        assert loaded_name(model) == name
 
 
 def test_layer_norm_of_the_decoder():

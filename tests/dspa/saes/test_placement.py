@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import dspa
-from dspa.testing import D_IN, L_OUT, make_map, make_model, make_sae
+from dspa.testing import D_IN, L_IN, L_OUT, make_map, make_model, make_sae
 
 PROMPT = torch.tensor([[1, 5, 9, 33, 20, 7]])
 
@@ -47,3 +50,26 @@ def test_sae_of_another_model(sae_in):
         steering.attach(model)
     with steering.attach(model, model_name="gemma-2-2b"):
         model.generate(PROMPT, max_new_tokens=1)
+
+
+def test_the_name_of_a_folder_is_no_evidence(tmp_path):
+    """A model in a folder fits an SAE of any name, unless the caller or the hub's cache names the model."""
+    sae_in = make_sae(L_IN, 64, model_name="google/gemma-2-2b")
+    sae_out = make_sae(L_OUT, 64, model_name="/data/gemma/2b")
+    cdmap = make_map(sae_in, sae_out)
+    cdmap.meta = dataclasses.replace(cdmap.meta, model_name="google/gemma-2-2b")
+    steering = dspa.Steering(sae_in, sae_out, cdmap)
+    for folder in ("model", "models--google--gemma-2-2b/snapshots/1a", "c5ebcd40d208330abc697524c919956e692655cf"):
+        make_model("gemma2").save_pretrained(tmp_path / folder)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        steering.attach(model).detach()
+        with pytest.raises(dspa.ModelError, match="made for 'google/gemma-2-2b' and the model is 'qwen3'"):
+            steering.attach(model, model_name="qwen3")
+    other = tmp_path / "models--google--gemma-2-9b/snapshots/1a"
+    make_model("gemma2").save_pretrained(other)
+    with pytest.raises(dspa.ModelError, match="made for 'google/gemma-2-2b' and the model is 'google/gemma-2-9b'"):
+        steering.attach(AutoModelForCausalLM.from_pretrained(other))
+    narrow = make_model("gemma2", hidden_size=24, head_dim=6)
+    narrow.save_pretrained(tmp_path / "narrow")
+    with pytest.raises(dspa.ModelError, match="`sae_in` reads 48 dimensions"):
+        steering.attach(AutoModelForCausalLM.from_pretrained(tmp_path / "narrow"))

@@ -522,6 +522,7 @@ def test_commands(tmp_path, monkeypatch, capsys, model, tokenizer, texts):
     assert code == 0 and "explained variance" in text and "dead latents" in text
     settings = json.loads((tmp_path / "sae" / "training.json").read_text())["settings"]
     assert settings["n_tokens"] == 640 and not settings["exclude_special_tokens"]
+    assert settings["model_name"] == "./tiny" and FrozenSAE.load(tmp_path / "sae").model_name is None
     finetune = ["finetune", texts, *shared, "--sae", tmp_path / "sae"]
     code, text = dspa(*finetune, "--out", tmp_path / "tuned")
     assert code == 0 and "before" in text and FrozenSAE.load(tmp_path / "tuned").layer == LAYER
