@@ -56,7 +56,7 @@ def find_obstacle() -> str:
     if EMULATED or LIBRARY.is_file():
         return ""
     if not RECORD.is_file():
-        return "the CUDA kernels are not compiled: install the package (pip install .) where a CUDA toolkit is"
+        return "the CUDA kernels are not compiled: run pip install . in the package's sources, where a CUDA toolkit is"
     try:
         reason = json.loads(RECORD.read_text())["reason"]
     except (ValueError, LookupError, TypeError):

@@ -2,6 +2,7 @@
 
 import re
 from importlib.metadata import PackageNotFoundError, requires
+from importlib.util import find_spec
 from typing import TypeVar
 
 
@@ -53,14 +54,17 @@ def refusal(kind: type[E], what: str, got: object, accepted: str, advice: str = 
     return kind(f"{what} is {got}; accepted: {accepted}. {advice}".rstrip())
 
 
-def missing_package(what: str, package: str) -> RuntimeError:
-    """Return the error for an optional package that is not installed, to be raised by the caller.
+def require_package(package: str, what: str, advice: str = "") -> None:
+    """Raise `RuntimeError`, with the command that installs it, unless an optional package is installed.
 
     Args:
-        what: what needs the package, as the subject of a sentence.
         package: its name in the package index.
+        what: what needs it, as the subject of a sentence.
+        advice: another way out, as a whole sentence.
     """
-    return RuntimeError(f'{what} needs the package {package}, which is not installed: pip install "{_wanted(package)}"')
+    if find_spec(package.replace("-", "_")) is None:
+        command = f'pip install "{_wanted(package)}"'
+        raise RuntimeError(f"{what} needs the package {package}, which is not installed: {command}. {advice}".rstrip())
 
 
 def _wanted(package: str) -> str:

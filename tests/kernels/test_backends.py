@@ -141,7 +141,7 @@ def no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_why_there_is_no_cuda_library(no_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "install the package (pip install .) where a CUDA toolkit is" in cuda_library.find_obstacle()
+    assert "run pip install . in the package's sources, where a CUDA toolkit is" in cuda_library.find_obstacle()
     no_library.write_text(json.dumps({"built": False, "reason": "no CUDA toolkit: nvcc is not on PATH"}))
     monkeypatch.setattr(cuda_library, "OBSTACLE", cuda_library.find_obstacle())
     with pytest.raises(BackendError, match="cuda cannot run steer: the CUDA kernels are not compiled: no CUDA toolkit"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dspa.cli.options import AdapterSAEOptions, RecordedModelOptions, RecordedSAEPairOptions, errors_of_options
 from dspa.data.records import ENDINGS, ending_of
 from dspa.distributed import local_rank
-from dspa.errors import missing_package, refusal
+from dspa.errors import refusal, require_package
 
 if TYPE_CHECKING:
     from dspa.fsrl.adapter import FSRLAdapter
@@ -161,11 +161,10 @@ def triple_source(triples: str, split: str, stream: bool) -> Any:
     path = Path(triples)
     if path.is_file() or ending_of(path) in ENDINGS or not (path.is_dir() or "/" in triples):
         return path
-    try:
-        from datasets import load_dataset, load_from_disk
-        from datasets.exceptions import DatasetsError
-    except ModuleNotFoundError as error:
-        raise missing_package(f"Reading the data set {triples}", "datasets") from error
+    require_package("datasets", f"Reading the data set {triples}")
+    from datasets import load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
+
     if (path / "dataset_dict.json").is_file():
         splits = load_from_disk(triples)
         if split not in splits:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from typing import Literal, TypeAlias, TypeVar
 
 from dspa.data.lines import decode, open_text, read_lines, read_text
-from dspa.errors import missing_package, refusal
+from dspa.errors import refusal, require_package
 
 E = TypeVar("E", bound=Exception)
 Layout: TypeAlias = Literal["text", "lines", "list", "csv", "parquet"]
@@ -137,12 +137,11 @@ def _csv_record(name: str, columns: list[str], values: list[str], kind: type[E])
 def _read_parquet(path: str | Path, kind: type[E]) -> Iterator[tuple[str, object]]:
     if not Path(path).is_file():
         raise refusal(kind, str(path), "not a file", "a file that exists")
-    try:
-        from datasets import Features
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ModuleNotFoundError as error:
-        raise missing_package(f"Reading {path}", "datasets") from error
+    require_package("datasets", f"Reading {path}")
+    from datasets import Features
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
     try:
         table = ParquetFile(path)
         # Columns that hold JSON are known to datasets alone.

@@ -1,7 +1,6 @@
 """Training of the demo's model and its two SAEs, and generation of its preference data."""
 
 import random
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from dspa.demo import language
+from dspa.errors import require_package
 from dspa.saes.config import SAETrainingConfig
 from dspa.saes.training import train_sae
 
@@ -164,8 +164,7 @@ def train(out: Path, progress: bool = True) -> None:
     Raises:
         RuntimeError: sae-lens, whose trainer makes the SAEs, is not installed.
     """
-    if find_spec("sae_lens") is None:
-        raise RuntimeError('Training the demo\'s SAEs needs sae-lens: pip install "dspa-kernels[saelens]".')
+    require_package("sae-lens", "Training the demo's SAEs")
     torch.manual_seed(SEED)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()

@@ -9,7 +9,6 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from dspa.data.tokens import response_tokens
 from dspa.data.triples import Triple, load_triples
 from dspa.distributed import warn_if_alone
-from dspa.errors import TrainingError, refusal
+from dspa.errors import TrainingError, refusal, require_package
 from dspa.files import checksum
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.config import TrainingConfig
@@ -81,8 +80,7 @@ def train(
         PreferenceError: a bad triple.
         ValueError: a batch that the processes do not divide.
     """
-    if find_spec("trl") is None:
-        raise RuntimeError('Training an adapter needs TRL: pip install "dspa-kernels[train]".')
+    require_package("trl", "Training an adapter")
     config, inner, folder = config or TrainingConfig(), base_model(model), TrainingFolder(Path(out))
     folder.check(finished=True)
     check_eval(inner)

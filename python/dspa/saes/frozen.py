@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspa.errors import SAEError, refusal
+from dspa.errors import SAEError, refusal, require_package
 from dspa.models.sources import Source, absolute
 from dspa.saes.folding import (
     DTYPES,
@@ -209,13 +209,10 @@ class FrozenSAE:
             RuntimeError: sae-lens is not installed.
             SAEError: as for `from_sae_lens`.
         """
-        try:
-            from sae_lens import SAE
-        except ModuleNotFoundError as error:
-            raise RuntimeError(
-                f'FrozenSAE.from_pretrained needs sae-lens ({error}): pip install "dspa-kernels[saelens]". '
-                "Without it, download the SAE and use FrozenSAE.load(path)."
-            ) from error
+        advice = "Or download the SAE and use FrozenSAE.load(path)."
+        require_package("sae-lens", "FrozenSAE.from_pretrained", advice)
+        from sae_lens import SAE
+
         with without_model_advice():
             theirs = SAE.from_pretrained(release, sae_id)
         sae = cls.from_sae_lens(

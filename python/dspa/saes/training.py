@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dspa.data.texts import TextFile
-from dspa.errors import ModelError, TrainingError, refusal
+from dspa.errors import ModelError, TrainingError, refusal, require_package
 from dspa.models.layers import base_model, check_eval, context_length, decoder_layers, is_model_name, loaded_name
 from dspa.saes.activations import Activations, Position
 from dspa.saes.batchtopk import begin_threshold, jumprelu, new_sae, started_sae
@@ -218,8 +217,7 @@ def _prepare(
     start: FrozenSAE | None = None,
 ) -> _Job:
     """Check the arguments, claim the folder, and read the held-out text."""
-    if find_spec("sae_lens") is None:
-        raise RuntimeError('Training an SAE needs sae-lens: pip install "dspa-kernels[saelens]".')
+    require_package("sae-lens", "Training an SAE")
     config, inner, folder = config or SAETrainingConfig(), base_model(model), TrainingFolder(Path(out))
     model_name = model_name or loaded_name(inner)
     _check_model(inner, layer, layers, start, model_name)

@@ -418,7 +418,7 @@ def test_refusals(model, tokenizer, tmp_path, monkeypatch):
         read_held_out(tmp_path)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "trl", None)
-        with pytest.raises(RuntimeError, match=r'pip install "dspa-kernels\[train\]"'):
+        with pytest.raises(RuntimeError, match="Training an adapter needs the package trl"):
             run(model, tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
