@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -37,15 +39,35 @@ Training = Annotated[
 ]
 # Arguments that errors name, in addition to the settings of the config.
 NAMES = {"k": "--k", "layer": "--layer"}
+# Label and format of each figure of a training.
+FIGURES = {
+    "explained_variance": ("explained variance", ".4f"),
+    "l0": ("L0", ".2f"),
+    "dead": ("dead latents", ".0f"),
+    "mse": ("squared error per token", ".4g"),
+    "n_tokens": ("held-out tokens", ".0f"),
+    "n_left_out": ("held-out tokens left out for their norm", ".0f"),
+    "n_left_out_training": ("training tokens left out for their norm", ".0f"),
+}
 
 
 @app.command("show")
 def sae_show(sae: Annotated[str, typer.Argument(help=SAE_HELP)], layer: Layer = None) -> None:
-    """Show an SAE: architecture, widths, layer, model, what was folded into its weights, fingerprint."""
+    """Show an SAE: architecture, widths, layer, model, fingerprint, and its quality where a training recorded it."""
     loaded = load_sae(sae, layer, "cpu")
     names = ("arch", "d_in", "d_sae", "layer", "model_name", "dtype", "folded", "fingerprint")
     details = {name: getattr(loaded, name) for name in names}
-    print_table(sae, details | {"k": loaded.weights.k or "-", "normalize": loaded.weights.normalize})
+    details |= {"k": loaded.weights.k or "-", "normalize": loaded.weights.normalize}
+    print_table(sae, details | _quality(Path(sae), loaded.figures))
+
+
+def _quality(path: Path, figures: Mapping[str, float]) -> dict[str, str]:
+    """Return the figures of an SAE's training, from its folder or else those in the SAE's metadata."""
+    from dspa.saes.quality import read_figures
+
+    if path.exists():
+        figures = read_figures(path if path.is_dir() else path.parent) or figures
+    return {label: format(figures[name], form) for name, (label, form) in FIGURES.items() if name in figures}
 
 
 @app.command("train")
@@ -112,19 +134,13 @@ def sae_finetune(
 
 def _print_qualities(out: Path) -> None:
     """Print the quality of an SAE on held-out tokens before and after its training."""
+    from dspa.saes.quality import read_figures
     from dspa.saes.training import read_qualities
-    from dspa.training_folder import TrainingFolder
 
-    before, after = read_qualities(out).values()
-    table = Table("", "before", "after", title=f"On {after.n_tokens} held-out tokens")
-    for name, label, form in (
-        ("explained_variance", "explained variance", ".4f"),
-        ("l0", "L0", ".2f"),
-        ("dead", "dead latents", "d"),
-        ("mse", "squared error per token", ".4g"),
-    ):
-        table.add_row(label, *(format(getattr(quality, name), form) for quality in (before, after)))
+    table = Table("", "before", "after", title="On held-out tokens")
+    before = asdict(read_qualities(out)["before"])
+    for name, after in read_figures(out).items():
+        label, form = FIGURES[name]
+        table.add_row(label, format(before[name], form) if name in before else "", format(after, form))
     console.print(table)
-    n_left_out = TrainingFolder(out).read()["n_left_out"]
-    console.print(f"Left out for their norm: {n_left_out} tokens of the training, {after.n_left_out} held-out tokens.")
     console.print(f"Written to {out}.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ DICTIONARY_WEIGHTS = "ae.pt"
 DICTIONARY_CONFIG = "config.json"
 # The entry of a SAELens folder's metadata in which `FrozenSAE.save` records what it wrote.
 RECORD = "dspa"
+# Figures of quality in a SAELens folder's metadata, and as `Quality` names them.
+FIGURES = {"explained_variance": "explained_variance", "l0": "l0", "num_dead_features": "dead"}
 
 COMMON = frozenset({"W_enc", "W_dec", "b_dec"})
 SAE_LENS_TENSORS = {
@@ -59,6 +61,7 @@ class SourceSAE:
         center_writing_weights: True if it was trained on residuals less their mean over d_in; None if an old file does
             not say.
         record: what `FrozenSAE.save` wrote about it.
+        figures: those of `FIGURES` that its training recorded.
         owned: True if nothing else reads or writes the memory of `tensors`, unlike that of a mapped file.
     """
 
@@ -73,6 +76,7 @@ class SourceSAE:
     rescale_acts_by_decoder_norm: bool = False
     center_writing_weights: bool | None = False
     record: dict[str, Any] | None = None
+    figures: dict[str, float] = field(default_factory=dict)
     owned: bool = False
 
 
@@ -195,6 +199,7 @@ def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Ten
         rescale_acts_by_decoder_norm=bool(cfg.get("rescale_acts_by_decoder_norm", False)),
         center_writing_weights=_centered(name, metadata),
         record=_section(name, metadata, RECORD) if RECORD in metadata else None,
+        figures={ours: metadata[key] for key, ours in FIGURES.items() if isinstance(metadata.get(key), int | float)},
     )
 
 

@@ -74,6 +74,7 @@ class FrozenSAE:
         b_dec: [d_in], in the dtype of `W_enc`.
         folded: names of the settings that were folded, and "gated" for a gated SAE.
         loaded_from: absolute path, or RELEASE:SAE_ID, from which it was loaded; None if it was not.
+        figures: explained variance, l0 and dead latents, those that its training recorded in a SAELens folder.
 
     Raises:
         ValueError: wrong shapes, dtypes or devices, NaN or infinite weights, or an argument that does not belong to
@@ -139,6 +140,7 @@ class FrozenSAE:
         if source.center_writing_weights:
             check_centering(weights.normalize)
         self.arch, self.layer, self.model_name = source.arch, source.layer, source.model_name
+        self.figures = source.figures
         self.folded = tuple(name for name, folded in folds.items() if folded)
         self.weights = fold(weights, b_dec, **folds)
         self.b_dec = b_dec.to(weights.encoder_rows.dtype)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dspa.errors import TrainingError
 from dspa.saes.config import MAX_NORM_RATIO
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.outliers import typical_rows
+from dspa.training_folder import TrainingFolder
 
 # Latents that are held at once while an SAE is evaluated.
 LATENTS_PER_BLOCK = 1 << 24
@@ -36,6 +39,20 @@ class Quality:
     mse: float
     n_tokens: int
     n_left_out: int = 0
+
+
+def read_figures(folder: Path) -> dict[str, float]:
+    """Return the figures that a finished training recorded in its folder; none where no training did.
+
+    They are the fields of `Quality` after the training, and `n_left_out_training`, if it is recorded.
+    """
+    try:
+        record = TrainingFolder(folder).read()
+        figures = asdict(Quality(**record["after"]))
+    # A file of this name may be another program's.
+    except (FileNotFoundError, KeyError, TypeError, TrainingError):
+        return {}
+    return figures | ({"n_left_out_training": record["n_left_out"]} if "n_left_out" in record else {})
 
 
 @torch.no_grad()

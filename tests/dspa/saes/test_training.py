@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -506,6 +507,37 @@ def test_finetuning_beats_its_start(tmp_path):
 # The command line
 
 
+def shows_what_was_recorded(dspa, folder: Path, quality) -> None:
+    """`dspa sae show` on a trained SAE, on one without the training's folder, and on one of an earlier version."""
+    figures = f"explained variance │ {quality.explained_variance:.4f} │", f"L0 │ {quality.l0:.2f} │", "dead latents │"
+    left_out = "training tokens left out for their norm │ 0 │"
+
+    def shown(path: Path) -> str:
+        code, text = dspa("show", path)
+        assert code == 0
+        return " ".join(text.split())
+
+    for path in (folder, folder / "sae_weights.safetensors"):
+        assert all(figure in shown(path) for figure in (*figures, left_out))
+    alone = folder.with_name("alone")
+    shutil.copytree(folder, alone)
+    (alone / "training.json").write_text('{"lr": 1}')
+    text = shown(alone)
+    assert all(figure in text for figure in figures) and left_out not in text
+    # An earlier version recorded the explained variance in training.json alone, and left nothing out.
+    record, cfg = json.loads((folder / "training.json").read_text()), json.loads((alone / "cfg.json").read_text())
+    del record["n_left_out"], record["after"]["n_left_out"], cfg["metadata"]["explained_variance"]
+    (alone / "cfg.json").write_text(json.dumps(cfg))
+    (alone / "training.json").write_text(json.dumps(record))
+    text = shown(alone)
+    assert all(figure in text for figure in figures) and left_out not in text
+    (alone / "training.json").unlink()
+    text = shown(alone)
+    assert figures[0] not in text and "explained" not in text and figures[1] in text
+    FrozenSAE.load(folder).save(alone / "saved")
+    assert "L0" not in shown(alone / "saved")
+
+
 def test_commands(tmp_path, monkeypatch, capsys, model, tokenizer, texts):
     model.save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
@@ -524,6 +556,7 @@ def test_commands(tmp_path, monkeypatch, capsys, model, tokenizer, texts):
     settings = json.loads((tmp_path / "sae" / "training.json").read_text())["settings"]
     assert settings["n_tokens"] == 640 and not settings["exclude_special_tokens"]
     assert settings["model_name"] == "./tiny" and FrozenSAE.load(tmp_path / "sae").model_name is None
+    shows_what_was_recorded(dspa, tmp_path / "sae", read_qualities(tmp_path / "sae")["after"])
     finetune = ["finetune", texts, *shared, "--sae", tmp_path / "sae"]
     code, text = dspa(*finetune, "--out", tmp_path / "tuned")
     assert code == 0 and "before" in text and FrozenSAE.load(tmp_path / "tuned").layer == LAYER
