@@ -83,7 +83,7 @@ def write_four_layers(folder: Path, n_triples: int) -> Case:
 
     def text(middle: int) -> str:
         n = max(4, min(700, int(rng.lognormvariate(np.log(middle), SPREAD))))
-        return " ".join(f"w{rng.randrange(3, n_words)}" for _ in range(n))
+        return "".join(f" w{rng.randrange(3, n_words)}" for _ in range(n))
 
     rows = [{"prompt": text(PROMPT), "chosen": text(RESPONSE), "rejected": text(RESPONSE)} for _ in range(n_triples)]
     (folder / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

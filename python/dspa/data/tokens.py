@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TypeAlias, cast
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeAlias, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from dspa.data.triples import Message, Text, Triple, shared_length
+from dspa.data.templates import unread_names
+from dspa.data.triples import Message, Triple, shared_length
 from dspa.errors import PreferenceError, refusal
+
+# Rule of the place where a text's prompt ends. Earlier versions tokenized prompt and response "apart".
+BOUNDARY = "joint"
 
 TokenLists: TypeAlias = tuple[list[int], list[int], list[int]]
 
@@ -36,26 +42,35 @@ class TokenizedTriple:
 
 
 def tokenize_triple(
-    triple: Triple, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None
+    triple: Triple,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> TokenizedTriple:
     """Tokenize one triple, and cut its responses at their end so that each fits `max_length` with the prompt.
 
-    Text becomes `tokenizer(prompt)` and `tokenizer(response, add_special_tokens=False)`, without an end token. Of
-    messages, the prompt is what the chat template gives with its generation prompt, and a response is what the
-    template of the whole conversation adds after that.
+    The ids are those of TRL's `DPOTrainer`, without the end token that it adds to text (`response_tokens` adds it).
+    Prompt and response are tokenized as one text, `tokenizer(prompt + response)`, so that the tokens are those of the
+    text. Messages are tokenized as the chat template renders them: the prompt with its generation prompt, the whole
+    conversation without.
+
+    The prompt is the longest beginning that its own tokens share with those of both wholes. It ends where the prompt's
+    text ends, except where a token reaches across that place. Such a token begins the response, and what it replaces
+    is no part of the prompt. So both responses continue the same prompt.
 
     Args:
         triple: text or messages.
         tokenizer: the model's tokenizer, with a chat template where triples are messages.
         max_length: tokens of prompt and response together. The prompt is never shortened. Default: no limit.
+        chat_template_kwargs: values of the chat template's variables by name. Those of the triple come first.
 
     Raises:
-        PreferenceError: the tokenizer ends prompts with a special token or lacks a chat template; the template refuses
-            the conversation, or its prompt is not the beginning of the whole; a part has no tokens; the prompt leaves
-            no room for a response. The message names the triple.
+        PreferenceError: the tokenizer lacks a chat template; the template refuses the conversation, or its prompt is
+            not the beginning of the whole; a part has no tokens; the prompt leaves no room for a response. The message
+            names the triple.
     """
-    encode = _encode_text if isinstance(triple.prompt, str) else _encode_messages
-    prompt, chosen, rejected = encode(triple, tokenizer)
+    prompt, chosen, rejected = _encode(triple, tokenizer, chat_template_kwargs or {})
     for field_name, ids in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
         if not ids:
             what, advice = f"{triple.name}: `{field_name}`", "Remove the triple or check the tokenizer."
@@ -78,86 +93,100 @@ def tokenize_triple(
     return TokenizedTriple(*kept, cut, *([token not in special for token in ids] for ids in kept))
 
 
-def _encode_text(triple: Triple, tokenizer: PreTrainedTokenizerBase) -> TokenLists:
-    """Return the ids of prompt, chosen and rejected text."""
-
-    def ids(text: Text, special: bool) -> list[int]:
-        return cast(list[int], tokenizer(text, add_special_tokens=special)["input_ids"])
-
-    prompt, bare = ids(triple.prompt, True), ids(triple.prompt, False)
-    if prompt[len(prompt) - len(bare) :] != bare:
-        got = f"one that ends the prompt with {tokenizer.convert_ids_to_tokens(prompt[-1])!r}"
-        accepted = "tokenizers that add special tokens only before a text"
-        advice = "Load the tokenizer with add_eos_token=False."
-        raise refusal(PreferenceError, f"{triple.name}: the tokenizer", got, accepted, advice)
-    return prompt, ids(triple.chosen, False), ids(triple.rejected, False)
+def _encode(triple: Triple, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> TokenLists:
+    """Return the ids of prompt, chosen and rejected response."""
+    if isinstance(triple.prompt, str):
+        texts = (triple.prompt, triple.prompt + cast(str, triple.chosen), triple.prompt + cast(str, triple.rejected))
+        prompt, *wholes = (cast(list[int], tokenizer(text)["input_ids"]) for text in texts)
+    else:
+        prompt, *wholes = _encode_messages(triple, tokenizer, kwargs)
+    boundary = min(shared_length(prompt, whole) for whole in wholes)
+    return prompt[:boundary], wholes[0][boundary:], wholes[1][boundary:]
 
 
-def _encode_messages(triple: Triple, tokenizer: PreTrainedTokenizerBase) -> TokenLists:
-    """Return the ids of prompt, chosen and rejected messages."""
+def _encode_messages(triple: Triple, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> TokenLists:
+    """Return the ids of the prompt, and those of the conversation with either response."""
     if not tokenizer.chat_template:
         got, accepted = "a conversation, and the tokenizer has no chat template", "text, or a tokenizer that has one"
         advice = "Set tokenizer.chat_template, use the instruction-tuned model, or write the triple as text."
         raise refusal(PreferenceError, triple.name, got, accepted, advice)
+    if unread := unread_names(tokenizer, triple.chat_template_kwargs):
+        warnings.warn(
+            f"`chat_template_kwargs` of the data set {', '.join(unread)}, which the chat template does not read.",
+            stacklevel=2,
+        )
+    render = partial(_apply_template, triple, tokenizer, {**kwargs, **triple.chat_template_kwargs})
     messages = cast(list[Message], triple.prompt)
-    prompt = _apply_template(triple.name, tokenizer, messages, generation_prompt=True)
-
-    def continuation(field_name: str, response: Text) -> list[int]:
+    prompt, wholes = render(messages, add_generation_prompt=True), []
+    for field_name, response in (("chosen", triple.chosen), ("rejected", triple.rejected)):
         conversation = messages + cast(list[Message], response)
-        whole = _apply_template(triple.name, tokenizer, conversation, generation_prompt=False)
+        whole = render(conversation)
         shared = shared_length(prompt, whole)
-        if shared < len(prompt):
+        # Other tokens are no other text where a token reaches from the prompt into the response.
+        if shared < len(prompt) and not render(conversation, tokenize=False).startswith(
+            render(messages, add_generation_prompt=True, tokenize=False)
+        ):
             token = tokenizer.convert_ids_to_tokens(prompt[shared])
             got = (
                 f"not a prefix of prompt and `{field_name}`: they part at token {shared + 1} of the prompt's "
                 f"{len(prompt)}, {token!r}"
             )
             accepted = "conversations and templates where a response only adds to the prompt"
-            advice = "End the prompt with the user's turn, correct the template, or remove the triple."
+            advice = "End the prompt with the user's turn, set the template's variables, or remove the triple."
             what = f"{triple.name}: under the chat template, its prompt"
             raise refusal(PreferenceError, what, got, accepted, advice)
-        return whole[shared:]
-
-    return prompt, continuation("chosen", triple.chosen), continuation("rejected", triple.rejected)
+        wholes.append(whole)
+    return prompt, wholes[0], wholes[1]
 
 
 def _apply_template(
-    name: str, tokenizer: PreTrainedTokenizerBase, messages: list[Message], generation_prompt: bool
-) -> list[int]:
-    """Return the ids of messages under the chat template; errors call them `name`."""
+    triple: Triple,
+    tokenizer: PreTrainedTokenizerBase,
+    kwargs: Mapping[str, Any],
+    messages: list[Message],
+    *,
+    tokenize: bool = True,
+    add_generation_prompt: bool = False,
+) -> Any:
+    """Return the ids of messages of a triple under the chat template, or their text without `tokenize`."""
+    options: dict[str, Any] = {"tokenize": tokenize, "add_generation_prompt": add_generation_prompt, **kwargs}
     try:
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=generation_prompt, tokenize=True, return_dict=True
-        )
-    except TemplateError as error:
+        encoded = tokenizer.apply_chat_template(messages, tools=cast(Any, triple.tools), return_dict=True, **options)
+    # A template that does not expect a message raises what its expressions do.
+    except (TemplateError, TypeError) as error:
         roles = [message["role"] for message in messages]
         got = f"a conversation of roles {roles}, which the chat template refuses ({error})"
         advice = "Change the messages or the template, or remove the triple."
-        raise refusal(PreferenceError, name, got, "what the template accepts", advice) from error
-    return cast(list[int], cast(Mapping[str, object], encoded)["input_ids"])
+        raise refusal(PreferenceError, triple.name, got, "what the template accepts", advice) from error
+    return cast(Mapping[str, object], encoded)["input_ids"] if tokenize else encoded
 
 
 def response_tokens(
-    triple: Triple, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None
-) -> tuple[list[int], list[int], list[int]]:
+    triple: Triple,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> TokenLists:
     """Return the token ids of prompt, chosen and rejected response to train a model on.
 
-    They are those of `tokenize_triple`. A response that is plain text and was not cut also gets the tokenizer's end
-    token, where there is room, so that a model learns where an answer ends. A chat template ends its turns itself.
+    They are those of `tokenize_triple`. Before that, text responses get the tokenizer's end token, as in TRL, so that a
+    model learns where an answer ends. A chat template ends its turns itself.
 
     Args:
         triple: as for `tokenize_triple`.
         tokenizer: as for `tokenize_triple`.
         max_length: as for `tokenize_triple`.
+        chat_template_kwargs: as for `tokenize_triple`.
 
     Raises:
         PreferenceError: as `tokenize_triple` does.
     """
-    tokens = tokenize_triple(triple, tokenizer, max_length=max_length)
-    end = tokenizer.eos_token_id if isinstance(triple.prompt, str) else None
-
-    def with_end(ids: list[int]) -> list[int]:
-        full = max_length is not None and len(tokens.prompt) + len(ids) >= max_length
-        return ids if end is None or full or ids[-1] == end else [*ids, end]
-
-    return tokens.prompt, with_end(tokens.chosen), with_end(tokens.rejected)
+    end = tokenizer.eos_token
+    if isinstance(triple.prompt, str) and end:
+        chosen, rejected = (
+            text if text.endswith(end) else text + end for text in cast(list[str], [triple.chosen, triple.rejected])
+        )
+        triple = replace(triple, chosen=chosen, rejected=rejected)
+    tokens = tokenize_triple(triple, tokenizer, max_length=max_length, chat_template_kwargs=chat_template_kwargs)
+    return tokens.prompt, tokens.chosen, tokens.rejected

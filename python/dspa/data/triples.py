@@ -6,6 +6,7 @@ explicit or an implicit prompt.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,12 +14,14 @@ from typing import Any, TypeAlias, cast
 
 from dspa.data.records import ACCEPTED as RECORDS
 from dspa.data.records import read_records
+from dspa.data.templates import check_names
 from dspa.errors import PreferenceError, refusal
 
-Message: TypeAlias = dict[str, str]
+Message: TypeAlias = dict[str, Any]
 Text: TypeAlias = str | list[Message]
 
-MESSAGES = "messages that are dicts with text `role` and `content`"
+MESSAGES = "messages that are dicts with text `role` and `content`, or `tool_calls` in place of `content`"
+TOOLS = "a list of JSON schemas of functions, or its JSON"
 UNNAMED = "triple"
 
 
@@ -30,30 +33,37 @@ class Triple:
         prompt, chosen, rejected: all text, or all lists of messages `{"role": ..., "content": ...}`. The responses
             hold only what follows the prompt.
         name: what errors call the triple, such as "prefs.jsonl line 12". Comparisons ignore it.
+        tools: JSON schemas of functions, for the chat template. None without tools.
+        chat_template_kwargs: values of the chat template's variables by name.
 
     Raises:
         PreferenceError: another type, text mixed with messages, an empty field, a conversational response that does
-            not begin with the assistant's turn, or equal responses.
+            not begin with the assistant's turn, equal responses, or a reserved name in `chat_template_kwargs`.
     """
 
     prompt: Text
     chosen: Text
     rejected: Text
     name: str = field(default=UNNAMED, compare=False)
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise `PreferenceError` for invalid fields."""
         _check_fields(self.name, {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected})
         for field_name, response in (("chosen", self.chosen), ("rejected", self.rejected)):
             _check_assistant_first(self.name, field_name, response)
+        check_names(PreferenceError, f"{self.name}: `chat_template_kwargs`", self.chat_template_kwargs)
+        _check_tools(self.name, self.tools)
 
 
 def load_triples(source: str | Path | Iterable[Mapping[str, Any] | Triple]) -> Iterator[Triple]:
     """Read triples one at a time, and validate each as it is read.
 
-    A mapping has the keys "chosen" and "rejected", and usually "prompt"; other keys are ignored. Without "prompt", the
-    prompt is the shared beginning of the two responses, as in TRL's `extract_prompt`. The same holds where "prompt" is
-    text while "chosen" and "rejected" are conversations that carry it as a user message (UltraFeedback binarized).
+    A mapping has the keys "chosen" and "rejected", and usually "prompt". Conversations may have "tools" (a list of JSON
+    schemas, or its JSON) and "chat_template_kwargs". Other keys are ignored. Without "prompt", the prompt is the shared
+    beginning of the two responses, as in TRL's `extract_prompt`. The same holds where "prompt" is text while "chosen"
+    and "rejected" are conversations that carry it as a user message (UltraFeedback binarized).
     A key whose value is None counts as absent, at any depth, because Arrow fills what is absent from a row so.
 
     Every triple is named by its file and line, or by its number counted from 1. A `Triple` that has a name keeps it.
@@ -124,13 +134,15 @@ def _make_triple(name: str, entry: Any) -> Triple:
     if missing:
         got = f"without {' and '.join(map(repr, missing))}, with only the keys {sorted(map(str, entry))}"
         raise refusal(PreferenceError, name, got, accepted, "Rename or add the keys.")
+    prompt: Any = entry.get("prompt")
     chosen, rejected = entry["chosen"], entry["rejected"]
-    if "prompt" not in entry:
-        return _split_off_prompt(name, chosen, rejected)
-    prompt = entry["prompt"]
-    if isinstance(prompt, str) and isinstance(chosen, list) and isinstance(rejected, list):
-        return _split_off_prompt(name, chosen, rejected, prompt)
-    return Triple(prompt, chosen, rejected, name)
+    conversational = isinstance(chosen, list) and isinstance(rejected, list)
+    if "prompt" not in entry or (conversational and isinstance(prompt, str)):
+        prompt, chosen, rejected = _split_off_prompt(name, chosen, rejected, prompt)
+    if not conversational:
+        return Triple(prompt, chosen, rejected, name)
+    tools = _parse_tools(name, entry.get("tools"))
+    return Triple(prompt, chosen, rejected, name, tools, entry.get("chat_template_kwargs", {}))
 
 
 def _without_none(value: Any) -> Any:
@@ -140,8 +152,19 @@ def _without_none(value: Any) -> Any:
     return [_without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _split_off_prompt(name: str, chosen: object, rejected: object, expected: str | None = None) -> Triple:
-    """Return the triple whose prompt is the shared beginning, in which a user message has to say `expected`."""
+def _parse_tools(name: str, tools: Any) -> Any:
+    """Return the tools of a row, which may be JSON because Arrow has no type for lists of different schemas."""
+    if not isinstance(tools, str):
+        return tools
+    try:
+        return json.loads(tools)
+    except ValueError as error:
+        got = f"text that is not JSON ({error})"
+        raise refusal(PreferenceError, f"{name}: `tools`", got, TOOLS, "Correct or remove it.") from error
+
+
+def _split_off_prompt(name: str, chosen: object, rejected: object, expected: str | None) -> tuple[Text, Text, Text]:
+    """Return the shared beginning, in which a user message has to say `expected`, and what follows it in both."""
     _check_fields(name, {"chosen": chosen, "rejected": rejected})
     chosen, rejected = cast(Text, chosen), cast(Text, rejected)
     length = _prompt_length(chosen, rejected)
@@ -154,7 +177,7 @@ def _split_off_prompt(name: str, chosen: object, rejected: object, expected: str
         got = "without 'prompt', and 'chosen' and 'rejected' have no beginning in common that could be it"
         accepted = "an explicit 'prompt', or an implicit one with which both begin"
         raise refusal(PreferenceError, name, got, accepted, "Add the prompt or remove the triple.")
-    return Triple(prompt, chosen[length:], rejected[length:], name)
+    return prompt, chosen[length:], rejected[length:]
 
 
 def _prompt_length(chosen: Text, rejected: Text) -> int:
@@ -176,7 +199,12 @@ def shared_length(first: Sequence[object], second: Sequence[object]) -> int:
 
 
 def _user_says(messages: list[Message], text: str) -> bool:
-    return any(message["role"] == "user" and message["content"].strip() == text.strip() for message in messages)
+    return any(message["role"] == "user" and content_of(message).strip() == text.strip() for message in messages)
+
+
+def content_of(message: Message) -> str:
+    """Return the text of a message, empty where it only calls tools."""
+    return message.get("content") or ""
 
 
 def _type_name(value: object) -> str:
@@ -192,7 +220,9 @@ def _check_fields(name: str, fields: Mapping[str, object]) -> None:
         got = f"mixed: {'; '.join(f'`{key}` is {kind}' for key, kind in kinds.items())}"
         raise refusal(PreferenceError, name, got, "all text, or all messages", "Write the text as messages.")
     for field_name, value in fields.items():
-        if not value or (isinstance(value, list) and not any(message["content"] for message in value)):
+        if not value or (
+            isinstance(value, list) and not any(content_of(message) or message.get("tool_calls") for message in value)
+        ):
             what, accepted = f"{name}: `{field_name}`", "text or messages with content"
             raise refusal(PreferenceError, what, "empty", accepted, "Remove the triple.")
     if fields["chosen"] == fields["rejected"]:
@@ -215,7 +245,7 @@ def _check_type(name: str, field_name: str, value: object) -> None:
 def _check_message(name: str, where: str, message: object) -> None:
     if not isinstance(message, dict):
         raise refusal(PreferenceError, f"{name}: {where}", f"of type {_type_name(message)}", MESSAGES, "Convert it.")
-    for key in ("role", "content"):
+    for key in ("role",) if message.get("tool_calls") and not content_of(message) else ("role", "content"):
         if key not in message:
             got = f"without {key!r}, with only the keys {sorted(map(str, message))}"
             raise refusal(PreferenceError, f"{name}: {where}", got, MESSAGES, "Rename or add the key.")
@@ -224,6 +254,11 @@ def _check_message(name: str, where: str, message: object) -> None:
             got, advice = f"of type {_type_name(message[key])}", "Keep only text, or remove the triple."
             raise refusal(PreferenceError, what, got, MESSAGES, advice)
         _check_encodable(what, message[key])
+
+
+def _check_tools(name: str, tools: object) -> None:
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise refusal(PreferenceError, f"{name}: `tools`", repr(tools)[:60], TOOLS, "Convert it.")
 
 
 def _check_encodable(what: str, text: str) -> None:

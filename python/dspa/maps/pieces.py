@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from dspa.data.triples import Triple, load_triples
+from dspa.data.triples import Triple, content_of, load_triples
 
 # Triples that are held at once and sorted by length.
 TRIPLES_PER_WINDOW = 2048
@@ -104,7 +105,11 @@ class Tally:
 
 def key_of(triple: Triple) -> int:
     """Return 64 bits of the digest of a triple's content, by which it is recognised."""
-    content = json.dumps([triple.prompt, triple.chosen, triple.rejected]).encode()
+    parts: list[Any] = [triple.prompt, triple.chosen, triple.rejected]
+    # Left out where there is none, so that keys are those of earlier versions.
+    if triple.tools is not None or triple.chat_template_kwargs:
+        parts += [triple.tools, triple.chat_template_kwargs]
+    content = json.dumps(parts).encode()
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
 
 
@@ -130,4 +135,4 @@ def _cut_window(window: list[tuple[int, Triple]]) -> Iterator[list[tuple[int, Tr
 def _n_characters(triple: Triple) -> int:
     """Return the characters of a triple, an estimate of its tokens."""
     texts = (triple.prompt, triple.chosen, triple.rejected)
-    return sum(len(t) if isinstance(t, str) else sum(len(m["content"]) for m in t) for t in texts)
+    return sum(len(t) if isinstance(t, str) else sum(len(content_of(m)) for m in t) for t in texts)

@@ -33,7 +33,7 @@ def prefs(tmp_path: Path) -> Path:
     def text() -> str:
         return " ".join(f"w{g.randrange(1, VOCAB)}" for _ in range(g.randrange(3, 10)))
 
-    lines = [json.dumps({"prompt": text(), "chosen": text(), "rejected": text()}) for _ in range(12)]
+    lines = [json.dumps({"prompt": text(), "chosen": f" {text()}", "rejected": f" {text()}"}) for _ in range(12)]
     path.write_text("\n".join(lines))
     return path
 

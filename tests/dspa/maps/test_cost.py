@@ -71,7 +71,7 @@ def test_the_account_is_what_pytorch_counts(
     g, model = tiny(g)
     t = Tokens(*lengths)
     n_prompt = t.prompt - 1  # and <bos>
-    triple = Triple(words(n_prompt, 0), words(t.chosen, 3), words(t.rejected, 9))
+    triple = Triple(words(n_prompt, 0), f" {words(t.chosen, 3)}", f" {words(t.rejected, 9)}")
     tokenizer = word_tokenizer()
 
     ids = [tokenizer(triple.prompt)["input_ids"]]

@@ -51,7 +51,7 @@ def sentence(n: int) -> str:
     return " ".join(ENGLISH[i] for i in torch.randint(len(ENGLISH), (length,), generator=g).tolist())
 
 
-TRIPLES = [{"prompt": sentence(n), "chosen": "the cat", "rejected": sentence(n + 500)} for n in range(30)]
+TRIPLES = [{"prompt": sentence(n), "chosen": " the cat", "rejected": f" {sentence(n + 500)}"} for n in range(30)]
 MESSAGES = [
     {
         "prompt": [{"role": "user", "content": row["prompt"]}],
@@ -114,7 +114,7 @@ def same_rows(a: torch.Tensor, b: torch.Tensor) -> bool:
 def test_triples_are_prompt_and_response(tmp_path, model, tokenizer):
     activations = stream(model, tokenizer, lines(tmp_path / "t.jsonl", TRIPLES), exclude_special_tokens=False)
     rows, n_held_out = activations.held_out(1)
-    texts = [f"{TRIPLES[0]['prompt']} {TRIPLES[0][part]}" for part in ("chosen", "rejected")]
+    texts = [TRIPLES[0]["prompt"] + TRIPLES[0][part] for part in ("chosen", "rejected")]
     wanted = torch.cat([residuals(model, tokenizer(text)["input_ids"]) for text in texts])
     assert n_held_out == 1 and same_rows(rows, wanted)
 

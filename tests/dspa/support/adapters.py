@@ -24,8 +24,8 @@ def words(n: int, length: int) -> str:
 TRIPLES = [
     {
         "prompt": words(n, 2 + n * 5 % 13),
-        "chosen": words(n + 100, 2 + n * 7 % 17),
-        "rejected": words(n + 200, 2 + n * 3 % 11),
+        "chosen": f" {words(n + 100, 2 + n * 7 % 17)}",
+        "rejected": f" {words(n + 200, 2 + n * 3 % 11)}",
     }
     for n in range(14)
 ]
@@ -34,7 +34,7 @@ TRIPLES = [
 def ending_tokenizer() -> PreTrainedTokenizerFast:
     """A `word_tokenizer` with an end token, the last word of its vocabulary."""
     tokenizer = word_tokenizer()
-    tokenizer.eos_token = END
+    tokenizer.add_special_tokens({"eos_token": END})
     return tokenizer
 
 

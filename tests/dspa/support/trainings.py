@@ -32,8 +32,20 @@ def sentence(n: int, least: int = 3) -> str:
     return " ".join(ENGLISH[i] for i in torch.randint(len(ENGLISH), (length,), generator=g).tolist())
 
 
-TRIPLES = [Triple(sentence(n), f"{sentence(n + 100)} cat", f"{sentence(n + 200)} dog") for n in range(15)]
-HELD_OUT = [Triple(sentence(n), f"{sentence(n + 100)} cat", f"{sentence(n + 200)} dog") for n in range(15, 20)]
+TRIPLES = [Triple(sentence(n), f" {sentence(n + 100)} cat", f" {sentence(n + 200)} dog") for n in range(15)]
+HELD_OUT = [Triple(sentence(n), f" {sentence(n + 100)} cat", f" {sentence(n + 200)} dog") for n in range(15, 20)]
+
+
+# Of words of `word_tokenizer`.
+TEMPLATE = "{% for m in messages %}we {{ m.content }} {% endfor %}{% if add_generation_prompt %}we {% endif %}"
+
+
+def conversations(triples: list[Triple]) -> list[dict[str, Any]]:
+    """The triples as messages."""
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    return [
+        {name: [{"role": role, "content": getattr(triple, name)}] for name, role in roles.items()} for triple in triples
+    ]
 
 
 class Stopped(Exception):
