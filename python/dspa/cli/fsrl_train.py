@@ -16,6 +16,7 @@ from dspa.cli.loading import check_writable, device_named, load_model, load_sae,
 from dspa.cli.options import (
     FILES,
     SAE_HELP,
+    ChatTemplateKwargs,
     First,
     OnModel,
     Options,
@@ -50,6 +51,7 @@ def train(
     first: First = None,
     split: Split = "train",
     layer: Annotated[int | None, typer.Option(help="Layer of the SAE, if its files do not contain it.")] = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
     """Train an adapter; the model and the SAE stay as they are.
 
@@ -68,12 +70,14 @@ def train(
         eval_triples=held_out_triples,
         layers=on.layers,
         model_name=on.model_name,
+        chat_template_kwargs=chat_template_kwargs,
     )
     if rank() > 0:
         return
     figures = fsrl.read_held_out(out)
     if held_out_triples is not None and figures is not None:
-        base = fsrl.held_out(model, tokenizer, held_out_triples, **scoring(base_model(model), config))
+        options = {**scoring(base_model(model), config), "chat_template_kwargs": chat_template_kwargs}
+        base = fsrl.held_out(model, tokenizer, held_out_triples, **options)
         title = f"On {len(held_out_triples)} held-out triples"
         console.print(_table(title, [("base model", base), ("adapter", figures)]))
     console.print(f"Written to {escape(str(out))}.")
@@ -97,6 +101,7 @@ def layers(
     ] = None,
     first: First = None,
     split: Split = "train",
+    chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
     """Train an adapter at each of several layers, and compare them to find the layer to steer."""
     from dspa import fsrl
@@ -112,6 +117,7 @@ def layers(
         config=config,
         layers=on.layers,
         model_name=on.model_name,
+        chat_template_kwargs=chat_template_kwargs,
     )
     if rank() > 0:
         return

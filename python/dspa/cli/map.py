@@ -15,6 +15,7 @@ from rich.markup import escape
 from dspa.cli import map_reports
 from dspa.cli.loading import check_writable, load_all, triple_source
 from dspa.cli.options import (
+    ChatTemplateKwargs,
     First,
     MapOptions,
     ModelOptions,
@@ -71,6 +72,7 @@ def map_collect(
     ] = Path("counts"),
     split: Split = "train",
     first: First = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
     """Count active latents on preference triples, once for maps of any settings.
 
@@ -78,7 +80,8 @@ def map_collect(
     """
     from dspa.maps.collect import collect
 
-    counts = _call_on_triples(collect, triples, split, on, pair, counting, first=first, work_dir=out)
+    options: dict[str, Any] = {"first": first, "work_dir": out, "chat_template_kwargs": chat_template_kwargs}
+    counts = _call_on_triples(collect, triples, split, on, pair, counting, **options)
     if rank() == 0:
         console.print(
             f"{counts.n_triples} triples counted in {escape(str(out))}. Next: dspa map reduce {escape(str(out))}"
@@ -122,12 +125,13 @@ def map_build(
     work_dir: Annotated[
         Path | None, typer.Option(help="Folder for the counts; the same command continues a stopped run in it.")
     ] = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
     """Make a map from preference triples: collect and reduce in one step."""
     check_writable("--out", out)
     from dspa.maps.build import build_map
 
-    options = {"first": first, "work_dir": work_dir, **asdict(settings)}
+    options = {"first": first, "work_dir": work_dir, "chat_template_kwargs": chat_template_kwargs, **asdict(settings)}
     cdmap = _call_on_triples(build_map, triples, split, on, pair, counting, **options)
     if cdmap is not None:
         _save(cdmap, out)

@@ -35,8 +35,11 @@ def responses_of(
     tokenizer: PreTrainedTokenizerBase,
     triples: Iterable[Triple | Mapping[str, Any]] | str | Path,
     max_length: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Response]:
     """Return both responses of every triple as the model reads them, chosen and rejected in turn.
+
+    The triples are tokenized by `response_tokens`, which `chat_template_kwargs` are for.
 
     Raises:
         PreferenceError: a bad triple.
@@ -48,7 +51,9 @@ def responses_of(
         raise refusal(ValueError, "`max_length`", repr(limit), f"2 to {context or 'any'}, the model's positions")
     responses = []
     for triple in load_triples(triples):
-        prompt, chosen, rejected = response_tokens(triple, tokenizer, max_length=limit)
+        prompt, chosen, rejected = response_tokens(
+            triple, tokenizer, max_length=limit, chat_template_kwargs=chat_template_kwargs
+        )
         responses += [Response(prompt, chosen), Response(prompt, rejected)]
     return responses
 

@@ -112,6 +112,7 @@ def score_triples(
     max_length: int | None = None,
     batch_tokens: int = 8192,
     progress: bool = True,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Scores:
     """Score triples under the model as it is now, an attached adapter included.
 
@@ -125,13 +126,14 @@ def score_triples(
             positions.
         batch_tokens: tokens per batch, padding included. A longer response runs alone.
         progress: show a bar.
+        chat_template_kwargs: values of the chat template's variables by name, for conversations.
 
     Raises:
         PreferenceError: a bad triple.
         ModelError: a model in training mode, or log-probabilities that are not finite.
         ValueError: an invalid setting.
     """
-    responses = responses_of(model, tokenizer, triples, max_length)
+    responses = responses_of(model, tokenizer, triples, max_length, chat_template_kwargs)
     return score_responses(
         model,
         responses,

@@ -49,6 +49,7 @@ def held_out(
     adapter: FSRLAdapter | None = None,
     *,
     max_length: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     **scoring: Any,
 ) -> HeldOut:
     """Measure a model in evaluation mode on held-out triples, with `adapter` if it is given.
@@ -57,7 +58,7 @@ def held_out(
     """
     if adapter is not None:
         adapter.check_attached(model)
-    responses = responses_of(model, tokenizer, triples, max_length)
+    responses = responses_of(model, tokenizer, triples, max_length, chat_template_kwargs)
     scores, moved = score_moves(model, responses, adapter, **scoring)
     l0, l1 = (moved.sum(dim=0) / sum(len(response.ids) for response in responses)).tolist()
     return HeldOut(len(scores.margins), scores.loss, scores.accuracy, scores.margin, l0, l1)

@@ -37,6 +37,7 @@ def train_sweep(
     progress: bool = True,
     layers: str | None = None,
     model_name: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Sweep:
     """Train an adapter for each pair of SAE and setting, and compare them on `eval_triples`.
 
@@ -55,6 +56,7 @@ def train_sweep(
         progress: show bars.
         layers: dotted path of the decoder layers, as for `FSRLAdapter.attach`.
         model_name: name of the model, as for `FSRLAdapter.attach`.
+        chat_template_kwargs: as for `train`.
 
     Raises:
         TrainingError: two SAEs of one layer, two settings alike, or whatever `train` raises.
@@ -77,12 +79,14 @@ def train_sweep(
     trained = []
     for name, (sae, settings) in grid.items():
         options: dict[str, Any] = {"progress": progress, "layers": layers, "model_name": model_name}
+        options["chat_template_kwargs"] = chat_template_kwargs
         adapter = FSRLAdapter(sae, settings)
         train(model, tokenizer, data, adapter, path / name, config=config, eval_triples=held, **options)
         figures = read_held_out(path / name)
         assert figures is not None
         trained.append(Trained(required_layer(sae), settings.activation, settings.l1, path / name, figures))
-    result = Sweep(held_out(inner, tokenizer, held, **scoring(inner, config), progress=progress), trained)
+    options = {**scoring(inner, config), "progress": progress, "chat_template_kwargs": chat_template_kwargs}
+    result = Sweep(held_out(inner, tokenizer, held, **options), trained)
     if rank() == 0:
         _write(result, path)
     return result

@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dspa.data.templates import check_template_kwargs
 from dspa.data.tokens import response_tokens
 from dspa.data.triples import Triple, load_triples
 from dspa.distributed import warn_if_alone
@@ -44,6 +45,7 @@ def train(
     progress: bool = True,
     layers: str | None = None,
     model_name: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> FSRLAdapter:
     """Train `adapter` on the preferences in `triples`.
 
@@ -71,6 +73,7 @@ def train(
         progress: show bars.
         layers: dotted path of the decoder layers, as for `FSRLAdapter.attach`.
         model_name: name of the model, as for `FSRLAdapter.attach`.
+        chat_template_kwargs: values of the chat template's variables by name, as for `dspa.collect`.
 
     Raises:
         RuntimeError: TRL is not installed.
@@ -78,24 +81,26 @@ def train(
             or processes that training cannot use.
         ModelError: what `attach` refuses, before any triple is read, or a loss that is not finite.
         PreferenceError: a bad triple.
-        ValueError: a batch that the processes do not divide.
+        ValueError: a batch that the processes do not divide, or invalid `chat_template_kwargs`.
     """
     require_package("trl", "Training an adapter")
     config, inner, folder = config or TrainingConfig(), base_model(model), TrainingFolder(Path(out))
     folder.check(finished=True)
     check_eval(inner)
     _check_padding(tokenizer)
+    check_template_kwargs(tokenizer, chat_template_kwargs)
     with adapter.attach(model, layers=layers, model_name=model_name):
         args = _arguments(inner, config, folder, evaluated=eval_triples is not None)
         progress = progress and args.process_index == 0
         config = replace(config, max_length=_max_length(inner, config))
-        data = Data.read(triples, tokenizer, config, progress)
+        data = Data.read(triples, tokenizer, config, progress, chat_template_kwargs)
         held = None if eval_triples is None else list(load_triples(eval_triples))
-        held_data = None if held is None else Data.read(held, tokenizer, config, progress)
+        held_data = None if held is None else Data.read(held, tokenizer, config, progress, chat_template_kwargs)
         if len(data.rows) < config.batch_size:
             accepted = f"a batch ({config.batch_size}) or more"
             raise refusal(TrainingError, "The number of triples", len(data.rows), accepted, "Lower batch_size.")
         settings = _settings(inner, adapter, config, data, held_data, model_name)
+        settings["chat_template_kwargs"] = dict(chat_template_kwargs) if chat_template_kwargs else None
         adapter.trained_on = model_source(inner)
         with args.main_process_first(local=False):
             folder.claim(settings, finished=True)
@@ -103,7 +108,8 @@ def train(
             history = _fit(inner, tokenizer, adapter, folder, config, args, data, held_data, progress)
             figures = None
             if held is not None:
-                figures = asdict(held_out(inner, tokenizer, held, adapter, **scoring(inner, config), progress=progress))
+                options = {**scoring(inner, config), "chat_template_kwargs": chat_template_kwargs}
+                figures = asdict(held_out(inner, tokenizer, held, adapter, **options, progress=progress))
             with args.main_process_first(local=False):
                 if args.process_index == 0:
                     adapter.save(folder.path)
@@ -141,7 +147,14 @@ class Data:
     n_full: int
 
     @classmethod
-    def read(cls, source: Any, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, progress: bool) -> Data:
+    def read(
+        cls,
+        source: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        config: TrainingConfig,
+        progress: bool,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Data:
         """Read and tokenise triples.
 
         Raises:
@@ -152,7 +165,9 @@ class Data:
         sha, n_full = hashlib.sha256(), 0
         columns: dict[str, list[Any]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
         for triple in tqdm(load_triples(source), unit="triple", desc="tokenise", disable=not progress):
-            parts = response_tokens(triple, tokenizer, max_length=config.max_length)
+            parts = response_tokens(
+                triple, tokenizer, max_length=config.max_length, chat_template_kwargs=chat_template_kwargs
+            )
             n_full += sum(len(parts[0]) + len(response) == config.max_length for response in parts[1:])
             for column, ids in zip(columns.values(), parts, strict=True):
                 column.append(np.array(ids, dtype=np.int32))

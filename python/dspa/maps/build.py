@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -35,6 +36,7 @@ def build_map(
     progress: bool = True,
     layers: str | None = None,
     model_name: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> ConditionalDifferenceMap | None:
     """Make the conditional-difference map of a model from preference triples (DSPA, offline).
 
@@ -58,6 +60,7 @@ def build_map(
         progress: show bars.
         layers: as for `Steering.attach`.
         model_name: as for `Steering.attach`.
+        chat_template_kwargs: as for `collect`.
 
     Returns:
         The map. Where several processes run, the map on rank 0 and None on the others.
@@ -83,6 +86,7 @@ def build_map(
         progress=progress,
         layers=layers,
         model_name=model_name,
+        chat_template_kwargs=chat_template_kwargs,
     )
     if rank() > 0:
         return None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class MapMeta:
         package: version of the package.
         n_inactive: number of input latents that are active on no prompt, None in maps that do not record it.
         n_zero_percentile: number of input latents whose percentile is 0, None in maps that do not record it.
+        boundary, chat_template_kwargs: as for `CollectSettings`. The defaults are those of earlier versions.
     """
 
     sae_in: str
@@ -59,6 +61,8 @@ class MapMeta:
     package: str
     n_inactive: int | None = None
     n_zero_percentile: int | None = None
+    boundary: str = "apart"
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 def confidence_radius(n_open: Tensor, d_sae_out: int, delta: float) -> Tensor:

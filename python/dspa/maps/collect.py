@@ -8,8 +8,9 @@ mean residual is. With these, steering reads less of the encoder; its results do
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from tqdm import tqdm
@@ -38,6 +39,7 @@ def collect(
     progress: bool = True,
     layers: str | None = None,
     model_name: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Collection:
     """Count active latents on every triple, teacher-forced (DSPA, activation densities).
 
@@ -63,6 +65,8 @@ def collect(
         progress: show a bar with the rate and the remaining time.
         layers: as for `Steering.attach`.
         model_name: as for `Steering.attach`.
+        chat_template_kwargs: values of the chat template's variables by name, such as `{"enable_thinking": False}`,
+            for conversations. Those of a triple come first.
 
     Raises:
         PreferenceError: an invalid triple.
@@ -70,13 +74,16 @@ def collect(
             enough memory for one triple alone.
         MapError: a `work_dir` of other settings or data, or a damaged one.
         OSError: a file that cannot be written.
-        ValueError: an invalid `max_length`, or several processes without a `work_dir`.
+        ValueError: an invalid `max_length`, several processes without a `work_dir`, or `chat_template_kwargs` that
+            are reserved or that the template does not read.
     """
     team = Team()
     if team.size > 1 and work_dir is None:
         got, accepted = f"None for {team.size} processes", "a folder that all of them share"
         raise refusal(ValueError, "`work_dir`", got, accepted, "Their counts are joined there.")
-    counter = TripleCounter(model, tokenizer, sae_in, sae_out, max_length, batch_tokens, layers, model_name)
+    counter = TripleCounter(
+        *(model, tokenizer, sae_in, sae_out, max_length, batch_tokens, layers, model_name, chat_template_kwargs)
+    )
     if not counter.shares_prompts and team.rank == 0:
         warnings.warn(
             f"{type(counter.model).__name__} keeps more of a prompt than keys and values per token, such as the state "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dspa.data.tokens import TokenizedTriple, tokenize_triple
+from dspa.data.templates import check_template_kwargs
+from dspa.data.tokens import BOUNDARY, TokenizedTriple, tokenize_triple
 from dspa.data.triples import Triple
 from dspa.errors import ModelError, refusal
 from dspa.maps.batches import Group, Rows, batch_size
@@ -66,7 +67,10 @@ class TripleCounter:
         batch_tokens: int,
         layers: str | None,
         model_name: str | None,
+        chat_template_kwargs: Mapping[str, Any] | None,
     ) -> None:
+        check_template_kwargs(tokenizer, chat_template_kwargs)
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.model, self.tokenizer, self.layers = base_model(model), tokenizer, layers
         self.name, self.batch_tokens = model_name or loaded_name(self.model), batch_tokens
         check_eval(self.model)
@@ -95,6 +99,8 @@ class TripleCounter:
             dtypes=", ".join(str(part.dtype) for part in (self.model, self.sae_in, self.sae_out)),
             max_length=self.limit,
             tokenizer=hashlib.sha256(json.dumps(behaviour).encode()).hexdigest()[:16],
+            boundary=BOUNDARY,
+            chat_template_kwargs=self.chat_template_kwargs or None,
         )
 
     def sources(self) -> dict[str, Source]:
@@ -104,7 +110,9 @@ class TripleCounter:
 
     def tokenize(self, triple: Triple) -> TokenizedTriple:
         """Return the tokens of a triple as the model reads them, cut to its limit."""
-        return tokenize_triple(triple, self.tokenizer, max_length=self.limit)
+        return tokenize_triple(
+            triple, self.tokenizer, max_length=self.limit, chat_template_kwargs=self.chat_template_kwargs
+        )
 
     def count(self, piece: Piece) -> Shard:
         """Count one piece.

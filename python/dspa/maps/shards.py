@@ -23,6 +23,8 @@ FORMAT = "dspa.counts.3"
 # Unit of sums of residuals, which are integers so that the order of summation does not matter.
 ROW_QUANTUM = 2.0**-16
 MANIFEST, DATA, SOURCES = "manifest.json", "data.json", "sources.json"
+# Settings of folders whose manifest does not name them.
+EARLIER = {"boundary": "apart"}
 # Parts of a triple: input latents are counted on the prompt, output latents on the responses.
 PARTS = ("prompt", "chosen", "rejected")
 # Counts on all tokens of each part, and on those of them that are special tokens.
@@ -41,6 +43,8 @@ class CollectSettings:
         dtypes: of the model and the two SAEs.
         max_length: tokens to which prompt and response together are cut.
         tokenizer: digest of the tokenizer's behaviour.
+        boundary: rule of the place where a text's prompt ends, as `tokens.BOUNDARY`.
+        chat_template_kwargs: values of the chat template's variables by name, or None.
         format: format of the shards.
     """
 
@@ -54,6 +58,8 @@ class CollectSettings:
     dtypes: str
     max_length: int | None
     tokenizer: str
+    boundary: str = "apart"
+    chat_template_kwargs: dict[str, Any] | None = None
     format: str = FORMAT
 
 
@@ -208,7 +214,7 @@ class Collection:
 
     def check_settings(self, settings: CollectSettings) -> None:
         """Raise `MapError` unless the manifest of the folder holds these settings."""
-        mine, theirs = asdict(settings), _read_json(self.folder / MANIFEST)
+        mine, theirs = asdict(settings), EARLIER | _read_json(self.folder / MANIFEST)
         if differing := [name for name in mine if theirs.get(name) != mine[name]]:
             differences = "; ".join(f"{name}: {theirs.get(name)!r} there, {mine[name]!r} now" for name in differing)
             raise MapError(f"{self.folder} holds shards of other settings ({differences}). Use another folder.")

@@ -24,8 +24,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [
         {
             "prompt": " ".join(ENGLISH[n : n + 5]),
-            "chosen": " ".join(ENGLISH[n + 9 : n + 14]),
-            "rejected": ENGLISH[n + 3],
+            "chosen": " " + " ".join(ENGLISH[n + 9 : n + 14]),
+            "rejected": " " + ENGLISH[n + 3],
         }
         for n in range(12)
     ]
@@ -229,12 +229,20 @@ def test_each_process_has_its_gpu(monkeypatch):
         device_named("auto")
 
 
+@pytest.mark.parametrize("command", [("map", "collect"), ("map", "build"), ("fsrl", "train")])
+@pytest.mark.parametrize("value", ["polite", "[1]", "{polite: true}"])
+def test_settings_of_the_chat_template_that_are_no_object(run, command, value):
+    code, text = run(*command, "prefs.jsonl", "--chat-template-kwargs", value)
+    assert code == 2 and f"'--chat-template-kwargs': {value}" in text and "Traceback" not in text
+
+
 def test_errors(run, folder, counts, built, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": \n')
     (tmp_path / "far.txt").write_text("13\n3\n")
     (tmp_path / "messages.jsonl").write_text('{"prompt": "the cat"}\n{"prompt": [{"role": "user"}]}\n')
     other = ["--model", folder / "tiny", "--sae-in", folder / "sae_in", "--device", "cpu"]
     make_sae(L_OUT, 128, seed=9).save(tmp_path / "other")
+    data, template = folder / "triples.jsonl", ["--out", tmp_path / "t", "--chat-template-kwargs"]
     for arguments, message in (
         (["map", "show", tmp_path / "none"], "There is no map file at"),
         (["map", "build", tmp_path / "bad.jsonl", *common(folder)], "bad.jsonl line 2"),
@@ -252,6 +260,7 @@ def test_errors(run, folder, counts, built, tmp_path):
             "cannot be made",
         ),
         (["map", "collect", tmp_path / "none.jsonl", *common(folder)], "does not exist"),
+        (["map", "collect", data, *common(folder), *template, '{"polite": true}'], "tokenizer has no chat template"),
         (["map", "stability", counts, "--size", 99], "accepted: sizes from 1 to"),
         (["sae", "show", tmp_path / "nothing"], "nothing"),
         (["map", "build", folder / "triples.jsonl", *common(folder), "--out", tmp_path / "no" / "x"], "--out is"),

@@ -9,11 +9,21 @@ import pytest
 import torch
 
 from dspa.errors import TrainingError
-from dspa.fsrl import FSRLAdapter, FSRLConfig
+from dspa.fsrl import FSRLAdapter, FSRLConfig, train
 from dspa.testing import D_SAE_OUT, L_OUT, make_model, make_sae, word_tokenizer
 from dspa.training_folder import TrainingFolder
 
-from ..support.trainings import ADAPTER, TINY, TRIPLES, Stopped, new_adapter, run, same_weights
+from ..support.trainings import (
+    ADAPTER,
+    TEMPLATE,
+    TINY,
+    TRIPLES,
+    Stopped,
+    conversations,
+    new_adapter,
+    run,
+    same_weights,
+)
 
 pytest.importorskip("trl")
 
@@ -128,6 +138,24 @@ def test_another_training_is_refused(model, tokenizer, tmp_path, monkeypatch, ch
     message = message.removeprefix("; ")
     with pytest.raises(TrainingError, match=f"training of other settings .*{message}"):
         run(model, tokenizer, tmp_path / "out", changed.pop("config", TINY), adapter, **changed)
+
+
+def test_settings_of_the_chat_template(model, tmp_path):
+    tokenizer, triples = word_tokenizer(), conversations(TRIPLES)
+    tokenizer.chat_template = "{% if polite %}good sir {% endif %}" + TEMPLATE
+    short, record = tmp_path / "plain", tmp_path / "polite"
+    options = {"config": replace(TINY, max_steps=2), "eval_triples": triples[:4], "progress": False}
+    train(model, tokenizer, triples, new_adapter(), short, **options)
+    train(model, tokenizer, triples, new_adapter(), record, **options, chat_template_kwargs={"polite": True})
+    plain, polite = (TrainingFolder(folder).read() for folder in (short, record))
+    assert plain["settings"].pop("chat_template_kwargs") is None
+    assert polite["settings"].pop("chat_template_kwargs") == {"polite": True}
+    differing = {name for name, value in polite["settings"].items() if plain["settings"][name] != value}
+    assert differing == {"data", "eval_data"} and plain["held_out"] != polite["held_out"]
+    with pytest.raises(TrainingError, match=r"chat_template_kwargs: \{'polite': True\} there, None now"):
+        train(model, tokenizer, triples, new_adapter(), record, **options)
+    with pytest.raises(ValueError, match=r"with polit, which the chat template does not read"):
+        train(model, tokenizer, triples, new_adapter(), short, **options, chat_template_kwargs={"polit": True})
 
 
 def test_what_never_came_to_a_checkpoint_may_begin_otherwise(model, tokenizer, tmp_path, monkeypatch):

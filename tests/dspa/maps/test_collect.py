@@ -9,20 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from dspa import ModelError, PreferenceError, Triple
+from dspa import ConditionalDifferenceMap, MapError, ModelError, PreferenceError, Triple
 from dspa.maps import pieces
 from dspa.maps.pieces import TripleSource
+from dspa.maps.reduce import reduce
 from dspa.testing import BOS, D_IN, D_SAE_IN, L_IN, L_OUT, make_sae
 
 from ..support.counts import (
     PASSES,
+    TEMPLATE,
     Calls,
     Case,
+    as_conversations,
     as_rows,
     check_same,
     hooked,
     shards,
+    with_template,
     write_lines,
 )
 
@@ -32,6 +37,50 @@ def test_first(case: Case) -> None:
     check_same(got, case.collect(case.ids[:3]))
     with pytest.warns(UserWarning, match="`first` is 100 and the data hold 8 triples: all were counted"):
         check_same(case.collect(first=100), case.collect())
+
+
+# Chat templates
+
+
+def test_settings_of_the_chat_template(case: Case, tmp_path: Path) -> None:
+    tokenizer, rows = with_template(TEMPLATE), as_conversations(case.ids)
+    own: list[dict[str, Any]] = [
+        {"chat_template_kwargs": {"polite": False}},
+        {"tools": [{"name": "w9"}, {"name": "w9"}]},
+        {"tools": '[{"name": "w9"}]', "chat_template_kwargs": None},
+    ]
+    mixed = [row | settings for row, settings in zip(rows, own, strict=False)] + rows[len(own) :]
+    plain, polite = (
+        case.collect(triples=mixed, tokenizer=tokenizer, work_dir=tmp_path / str(kwargs), chat_template_kwargs=kwargs)
+        for kwargs in (None, {"polite": True})
+    )
+    # <s> is no part of the template: two words open the user's and the assistant's turn.
+    words = torch.tensor([len(prompt) - 1 + 2 for prompt, *_ in case.ids])
+    words[1:3] += torch.tensor([4, 2])
+    assert torch.equal(plain.triples()["prompt"], words)
+    words[1:] += 2
+    assert torch.equal(polite.triples()["prompt"], words)
+    assert torch.equal(polite.triples()["chosen"], plain.triples()["chosen"])
+    assert (plain.settings.chat_template_kwargs, polite.settings.chat_template_kwargs) == (None, {"polite": True})
+    cdmap = reduce(polite, sparsify=False)
+    cdmap.save(tmp_path / "map")
+    assert ConditionalDifferenceMap.load(tmp_path / "map").meta.chat_template_kwargs == {"polite": True}
+    with pytest.raises(MapError, match=r"other settings \(chat_template_kwargs: \{'polite': True\} there, None now\)"):
+        case.collect(triples=mixed, tokenizer=tokenizer, work_dir=polite.folder)
+    with pytest.raises(MapError, match=r"other data"):
+        case.collect(triples=rows, tokenizer=tokenizer, work_dir=plain.folder)
+
+
+def test_settings_that_the_chat_template_does_not_read(case: Case) -> None:
+    tokenizer, rows = with_template(TEMPLATE), as_conversations(case.ids)
+    with pytest.raises(ValueError, match=r"with polit, which the chat template does not read"):
+        case.collect(triples=rows, tokenizer=tokenizer, chat_template_kwargs={"polit": True})
+    rows[3]["chat_template_kwargs"] = {"polit": True}
+    with pytest.warns(UserWarning, match=r"`chat_template_kwargs` of the data set polit, which .* does not read"):
+        case.collect(triples=rows, tokenizer=tokenizer)
+    rows[3]["chat_template_kwargs"] = {"tokenize": True}
+    with pytest.raises(PreferenceError, match=r"triple 4: `chat_template_kwargs` is with tokenize, reserved"):
+        case.collect(triples=rows, tokenizer=tokenizer)
 
 
 # Sources of triples
@@ -84,12 +133,12 @@ def test_a_triple_that_only_the_tokenizer_refuses_is_found_as_early(
 ) -> None:
     calls = Calls(monkeypatch)
     with pytest.raises(PreferenceError, match="triple 9: `chosen` is equal to `rejected` after tokenization"):
-        case.collect(triples=[*as_rows(case.ids), {"prompt": "w3", "chosen": "w4", "rejected": "w4 "}])
+        case.collect(triples=[*as_rows(case.ids), {"prompt": "w3", "chosen": " w4", "rejected": " w4 "}])
     assert calls.n == 0
 
 
 def test_all_triples_that_cannot_be_tokenized_are_named(case: Case, small_windows: None) -> None:
-    same = {"prompt": "w3", "chosen": "w4", "rejected": "w4 "}
+    same = {"prompt": "w3", "chosen": " w4", "rejected": " w4 "}
     rows = [*as_rows(case.ids), same, Triple(**same, name="C: mine"), same]
     with pytest.raises(PreferenceError, match="equal to `rejected`") as raised:
         case.collect(triples=rows)

@@ -232,6 +232,18 @@ def test_a_folder_of_another_dtype_is_refused(case: Case, tmp_path: Path) -> Non
     assert "(dtypes: 'torch.float32, torch.float32, torch.float32' there, 'torch.bfloat16, " in refusal(case, tmp_path)
 
 
+def test_a_folder_of_an_earlier_version(case: Case, tmp_path: Path) -> None:
+    """It makes a map, and does not go on, because its texts were tokenized otherwise."""
+    case.collect(work_dir=tmp_path)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    assert manifest.pop("boundary") == "joint" and manifest.pop("chat_template_kwargs") is None
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    assert refusal(case, tmp_path).startswith(
+        f"{tmp_path} holds shards of other settings (boundary: 'apart' there, 'joint' now)."
+    )
+    assert reduce(tmp_path).meta.boundary == "apart"
+
+
 def edited(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     return [*rows[:-1], rows[-1] | {"chosen": "w3 w4 w5"}]
 

@@ -68,11 +68,28 @@ def make_ids(seed: int, lengths: Iterable[tuple[int, int, int]] = ()) -> list[Id
 def as_triples(ids: list[Ids]) -> list[Triple]:
     names = {EOS: "</s>"}
     texts = ([" ".join(names.get(i, f"w{i}") for i in part) for part in (p[1:], *answers)] for p, *answers in ids)
-    return [Triple(*parts) for parts in texts]
+    return [Triple(prompt, f" {chosen}", f" {rejected}") for prompt, chosen, rejected in texts]
 
 
 def as_rows(ids: list[Ids]) -> list[dict[str, str]]:
     return [{"prompt": t.prompt, "chosen": t.chosen, "rejected": t.rejected} for t in as_triples(ids)]
+
+
+TEMPLATE = (
+    "{% if polite %}w5 w6 {% endif %}{% for tool in tools or [] %}w7 {{ tool.name }} {% endfor %}"
+    "{% for m in messages %}w8 {{ m.content }} {% endfor %}{% if add_generation_prompt %}w8 {% endif %}"
+)
+
+
+def as_conversations(ids: list[Ids]) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "chosen": [{"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+        for row in as_rows(ids)
+    ]
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, str]]) -> Path:
@@ -112,9 +129,9 @@ def make_case(family: str, ids: list[Ids] | None = None) -> Case:
     )
 
 
-def with_template() -> Any:
+def with_template(template: str = "{{ messages }}") -> Any:
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.chat_template = template
     return tokenizer
 
 
