@@ -21,9 +21,11 @@ from dspa.cli import fsrl, sae
 from dspa.cli import map as maps
 from dspa.cli.generate import generate
 from dspa.cli.loading import check_writable
+from dspa.cli.stopping import StoppableCommands
 from dspa.cli.tables import console, print_table
 
 app = typer.Typer(
+    cls=StoppableCommands,
     help="Steer language models with sparse autoencoders (SAEs): DSPA, preference alignment at inference time.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -156,8 +156,6 @@ def _call_on_triples(
     on: ModelOptions,
     pair: SAEPairOptions,
     counting: CountingOptions,
-    *,
-    work_dir: Path | None,
     **options: Any,
 ) -> T:
     """Call `collect` or `build_map` on triples, the first of which is checked before a model is loaded."""
@@ -166,20 +164,14 @@ def _call_on_triples(
     source = triple_source(triples, split, counting.stream)
     next(load_triples(source))
     model, tokenizer, sae_in, sae_out = load_all(on, pair)
-    try:
-        return function(
-            *(model, tokenizer, source, sae_in, sae_out),
-            max_length=counting.max_length,
-            batch_tokens=counting.batch_tokens,
-            work_dir=work_dir,
-            layers=on.layers,
-            model_name=on.model_name,
-            **options,
-        )
-    except KeyboardInterrupt:
-        if work_dir is not None:
-            console.print(f"\nStopped. The counts are kept in {work_dir}: the same command continues from there.")
-        raise
+    return function(
+        *(model, tokenizer, source, sae_in, sae_out),
+        max_length=counting.max_length,
+        batch_tokens=counting.batch_tokens,
+        layers=on.layers,
+        model_name=on.model_name,
+        **options,
+    )
 
 
 def _subset(

@@ -1,0 +1,76 @@
+"""The end of a command that is stopped: it says whether the same command continues, or what is lost."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from dspa.distributed import rank
+
+COUNTS = "The counts so far are kept"
+CHECKPOINT = "The last checkpoint is kept"
+# What commands leave for the same command to continue from.
+KEPT = {
+    "map collect": COUNTS,
+    "map build": COUNTS,
+    "sae train": CHECKPOINT,
+    "sae finetune": CHECKPOINT,
+    "fsrl train": CHECKPOINT,
+    "fsrl analyse layers": "Finished adapters and the last checkpoint are kept",
+}
+
+
+class Terminated(KeyboardInterrupt):
+    """A request to stop by SIGTERM, as from a scheduler, which ends a command as Ctrl-C does."""
+
+
+class StoppableCommands(TyperGroup):
+    """Commands that end with a message and the exit code of the signal when they are stopped."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the arguments name."""
+        # Of several processes, one may wait in a collective operation, where only the default action ends it.
+        before = signal.signal(signal.SIGTERM, _terminate) if _is_alone() else None
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            if rank() == 0:
+                text = farewell(sys.argv[1:], alone=_is_alone())
+                Console(stderr=True).print(f"\n{text}", markup=False, highlight=False, soft_wrap=True)
+            number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+            raise typer.Exit(128 + number) from stop
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
+
+
+def farewell(arguments: list[str], *, alone: bool) -> str:
+    """Return what to say when a command is stopped.
+
+    Args:
+        arguments: the command and its arguments, as typed.
+        alone: True without other processes. Those were started by a launcher, whose command is not known.
+    """
+    words = " ".join(argument for argument in arguments if not argument.startswith("-"))
+    kept = next((kept for command, kept in KEPT.items() if words.startswith(f"{command} ")), None)
+    if kept is None:
+        return "Stopped. The same command would begin from the start."
+    if words.startswith("map build ") and not any(argument.startswith("--work-dir") for argument in arguments):
+        return "Stopped. No counts are kept: the same command would begin from the start. --work-dir FOLDER keeps them."
+    line = f":\n  {shlex.join(['dspa', *arguments])}" if alone else "."
+    return f"Stopped. {kept}, and the same command continues from there{line}"
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
+
+
+def _is_alone() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") == "1"
