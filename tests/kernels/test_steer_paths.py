@@ -182,6 +182,9 @@ def adversarial(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     h, W = torch.randn(3, 48, generator=g), torch.randn(150, 48, generator=g)
     if name == "massive activations":
         h[:, [5, 17]] = torch.tensor([3000.0, -2000.0])
+    elif name == "a row of outlying norm":
+        h[1] = 100 * h[1]
+        h[1, 5] = 10000
     elif name == "near ties":
         W = W[:1] * (1 + torch.randn(150, 48, generator=g) * torch.finfo(dtype).eps)
         h = h.abs() * W[0].sign()
@@ -195,7 +198,14 @@ def adversarial(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return h.to(dtype), W.to(dtype)
 
 
-ADVERSARIAL = ["massive activations", "near ties", "all rows are candidates", "denormals", "a wide range in each row"]
+ADVERSARIAL = [
+    "massive activations",
+    "a row of outlying norm",
+    "near ties",
+    "all rows are candidates",
+    "denormals",
+    "a wide range in each row",
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -209,6 +219,27 @@ def test_the_screen_never_loses_a_maximum(backend: str, name: str, kind: str, dt
         stream = EncoderStream.of(arguments["sae"], screen="int8", mean=mean)
         out, edits = run_on(backend, steer, **arguments, record=True, stream=stream)
         assert same_bits(out, plain) and same_bits(edits.maximum, plain_edits.maximum)
+
+
+@pytest.mark.parametrize("screen", ["none", "int8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_row_of_outlying_norm_is_steered_by_its_own_maximum(backend: str, dtype: torch.dtype, screen: str) -> None:
+    """As the first token of a text in many models: it is edited by the formula, and so are the rows with it."""
+    h, W = adversarial("a row of outlying norm", dtype)
+    arguments = wide_case(h, W, kind="relu")
+    # The mean of rows of which one is an outlier is far from all of them.
+    stream = EncoderStream.of(arguments["sae"], screen=screen, mean=h.float().mean(dim=0))
+    out, edits = run_on(backend, steer, **arguments, record=True, stream=stream, alpha=0.2)
+    f = (h.double() @ W.double().T).clamp(min=0)
+    M, own = f.amax(dim=1), f[:, :3]
+    change = (own - 0.2 * M[:, None]).clamp(min=0) - own
+    wanted = h.double() + change @ arguments["sae"].W_dec[:3].double()
+    assert M[1] > 50 * M[[0, 2]].max() and (change != 0).any(dim=1).all()
+    for row in range(len(h)):
+        atol = rounding(h.shape[1], float((h[row].abs().double() @ W.abs().double().T).max()))
+        torch.testing.assert_close(edits.maximum[row].double(), M[row], atol=atol, rtol=0)
+        atol = 4 * atol + rounding(1, float(wanted[row].abs().max()), dtype)
+        torch.testing.assert_close(out[row].double(), wanted[row], atol=atol, rtol=0)
 
 
 def test_the_screen_reads_few_rows() -> None:
