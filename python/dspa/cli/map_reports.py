@@ -11,14 +11,22 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from dspa.cli.loading import check_writable
-from dspa.cli.options import MapOptions, Options, with_options
+from dspa.cli.loading import check_writable, load_pair
+from dspa.cli.options import (
+    MapOptions,
+    Options,
+    RecordedModelOptions,
+    RecordedSAEPair,
+    RecordedSAEPairOptions,
+    with_options,
+)
 from dspa.cli.tables import console, print_figures
 from dspa.config import SteeringConfig
 from dspa.errors import refusal
 
 if TYPE_CHECKING:
     from dspa.maps.cdmap import MapMeta
+    from dspa.maps.cost import Setup
     from dspa.maps.reports import Column
 
 Plot = Annotated[Path | None, typer.Option(help="Write a plot here, as PNG.")]
@@ -194,33 +202,68 @@ def map_stability(
         console.print(f"Plot: {plot}")
 
 
+@with_options
 def map_cost(
+    on: Annotated[RecordedModelOptions, Options("Model", without=["device", "model_name"])],
+    pair: RecordedSAEPair,
+    config: Annotated[SteeringConfig, Options("Steering", without=["alpha", "positions", "scoring", "ridge", "delta"])],
+    map_path: Annotated[
+        Path | None, typer.Option("--map", help="Map, whose SAEs, columns and recorded model are used.")
+    ] = None,
     prompt: Annotated[int, typer.Option(help="Tokens per prompt.", min=1)] = 1000,
     chosen: Annotated[int, typer.Option(help="Tokens per chosen response.", min=1)] = 1000,
     rejected: Annotated[int, typer.Option(help="Tokens per rejected response.", min=1)] = 1000,
 ) -> None:
-    """Show what collecting costs, in closed form, compared with the published three passes and RAHF-SCIT."""
-    from dspa.maps.cost import PUBLISHED, Tokens, rahf_scit, shared_prompt, three_passes
+    """Predict what a map and steering cost: for a --map, for a --model with two SAEs, or for the published models.
 
-    tokens = Tokens(prompt, chosen, rejected)
-    table = Table(title=f"TFLOP per triple of {prompt} + {chosen} and {rejected} tokens, in products with weights")
-    for name in ("model", "RAHF-SCIT", "DSPA, three passes", "collect", "fewer than these", "than RAHF-SCIT"):
-        table.add_column(name, justify="left" if name == "model" else "right")
-    for g in PUBLISHED:
-        rahf, three, ours = rahf_scit(g).weights, three_passes(g, tokens).weights, shared_prompt(g, tokens).weights
-        cells = (
-            *(f"{1e-12 * flop:.2f}" for flop in (rahf, three, ours)),
-            f"{three / ours:.2f}x",
-            f"{rahf / ours:.1f}x",
-        )
-        table.add_row(g.name, *cells)
+    Operations and bytes are counted from sizes. Nothing is run or timed, and no weights of the model are read.
+    """
+    from dspa.maps.cost import PUBLISHED, Tokens, figures
+
+    given = (map_path, on.model, pair.sae_in, pair.sae_out)
+    setups = PUBLISHED if not any(given) else [_setup(map_path, on, pair)]
+    columns = [figures(setup, Tokens(prompt, chosen, rejected), config) for setup in setups]
+    title = f"Predicted for triples of {prompt} + {chosen} and {rejected} tokens; nothing was measured"
+    table = Table("", *(escape(setup.model.name) for setup in setups), "what it is", title=title)
+    for line in zip(*columns, strict=True):
+        table.add_row(line[0].name, *(figure.value for figure in line), escape(line[0].meaning))
     console.print(table)
-    with_attention = (
-        f"{g.name} {three_passes(g, tokens).total / shared_prompt(g, tokens).total:.2f}x" for g in PUBLISHED
-    )
-    console.print(f"Fewer than three passes with the products of attention too: {', '.join(with_attention)}.")
-    console.print(
-        "A token takes 2 P, where P weights multiply it. RAHF-SCIT takes 44728 P per triple, whatever its length."
+
+
+def _setup(map_path: Path | None, on: RecordedModelOptions, pair: RecordedSAEPairOptions) -> Setup:
+    """Read the sizes of a model and its SAEs: those of a map, or of two SAEs."""
+    from dspa.maps.cdmap import ConditionalDifferenceMap
+    from dspa.maps.cost import Setup
+    from dspa.maps.passes import shares_prompts
+    from dspa.models.sizes import empty_model, sizes_of
+    from dspa.saes.placement import required_layer
+
+    if map_path is not None and (pair.sae_in or pair.sae_out):
+        raise ValueError("--map and SAEs were given; accepted: one of both. A map knows the sizes of its SAEs.")
+    cdmap = None if map_path is None else ConditionalDifferenceMap.load(map_path)
+    recorded = None if cdmap is None else cdmap.sources.get("model")
+    name = on.model or (recorded and recorded.path)
+    if not name:
+        raise refusal(ValueError, "--model", "not given, nor recorded in a map", "a folder, or a name on the Hub")
+    model = empty_model(name)
+    sizes, shares = sizes_of(model, on.dtype, on.layers), shares_prompts(model)
+    if cdmap is not None:
+        meta = cdmap.meta
+        places = {name: getattr(meta, name) for name in ("layer_in", "layer_out", "d_sae_in", "d_sae_out")}
+        return Setup(sizes, **places, n_columns=len(cdmap.columns), shares_prompts=shares)
+    if not (pair.sae_in and pair.sae_out):
+        raise refusal(ValueError, "--sae-in or --sae-out", "not given", "both of them, or --map")
+    sae_in, sae_out = load_pair(pair, "cpu")
+    for option, sae in (("--sae-in", sae_in), ("--sae-out", sae_out)):
+        if sae.d_in != sizes.d_model:
+            raise refusal(ValueError, option, f"an SAE of width {sae.d_in}", f"{sizes.d_model}, that of {name}")
+    return Setup(
+        model=sizes,
+        layer_in=required_layer(sae_in),
+        layer_out=required_layer(sae_out),
+        d_sae_in=sae_in.d_sae,
+        d_sae_out=sae_out.d_sae,
+        shares_prompts=shares,
     )
 
 
