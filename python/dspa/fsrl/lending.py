@@ -14,13 +14,18 @@ from dspa.models.layers import CausalLM
 MODULE = "fsrl_adapter"
 # Attributes with the probability of a dropout that is not a module. TRL switches off the modules.
 DROPOUTS = ("attention_dropout", "activation_dropout", "dropout")
+# Switch by which bitsandbytes' 4-bit layers change to a layout without a backward pass, in the first pass on a CPU that
+# needs no gradients.
+CPU_LAYOUT = "support_avx512bf16_for_cpu"
 
 
 @contextmanager
 def trainable(
     model: CausalLM, tokenizer: PreTrainedTokenizerBase, adapter: FSRLAdapter, *, gradient_checkpointing: bool
 ) -> Iterator[None]:
-    """Prepare `model` for a trainer: frozen, without dropout, and with `adapter` as its only trainable module.
+    """Prepare `model` for a trainer: frozen and without dropout, while `adapter` is trainable.
+
+    The model may be quantised: the trainer sees in it a frozen base of a trainable adapter, as of PEFT's.
 
     Afterwards everything is as it was, whatever the trainer did: attributes of all modules (training mode, hooks, state
     of gradient checkpointing), configurations, which parameters require gradients, and the tokenizer's padding token.
@@ -38,10 +43,14 @@ def trainable(
             for name in DROPOUTS:
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
+        for module in model.modules():
+            if hasattr(module, CPU_LAYOUT):
+                setattr(module, CPU_LAYOUT, False)
         if gradient_checkpointing:
             _checkpoint_gradients(model)
+        # The trainer takes a quantised model only with trainable adapters of PEFT on it, which set this attribute.
+        model._hf_peft_config_loaded = True
         stack.enter_context(_unfrozen(adapter))
-        model.add_module(MODULE, adapter)
         yield
 
 

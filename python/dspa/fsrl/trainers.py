@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import softplus
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainerState
@@ -26,6 +26,7 @@ from dspa.evaluate.responses import Response
 from dspa.evaluate.scores import Scores
 from dspa.fsrl.adapter import FSRLAdapter, Moves
 from dspa.fsrl.config import TrainingConfig
+from dspa.fsrl.lending import MODULE
 from dspa.fsrl.results import score_moves
 from dspa.models.layers import NOT_FINITE
 from dspa.training_folder import TrainingFolder
@@ -79,6 +80,7 @@ class AdapterTrainer:
     def __init__(self, adapter: FSRLAdapter, folder: TrainingFolder, *, progress: bool, **options: Any) -> None:
         self.adapter, self.folder, self.progress = adapter, folder, progress
         super().__init__(**options)
+        self.model.add_module(MODULE, adapter)
 
     def penalised(self, loss: Tensor, moves: Moves, response: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Return `loss + lambda mean sum_j |v_j|`, and what to log, as means over all processes.
@@ -209,10 +211,24 @@ class AdapterSimPOTrainer(AdapterTrainer, CPOTrainer):  # type: ignore[misc]
         return softplus(self.simpo_gamma - margins)
 
 
+class NoReference(nn.Module):
+    """The reference model that TRL is given. It is never run: `compute_loss` runs the model without its adapter.
+
+    TRL hashes all weights of the reference, which takes long for a large model and fails for a quantised one.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.config = model.config
+
+
 class AdapterDPOTrainer(AdapterTrainer, DPOTrainer):  # type: ignore[misc]
     """DPO by TRL's DPOTrainer. The reference is the same model without the adapter, not a copy of it."""
 
     _tag_names: list[str] = []  # noqa: RUF012
+
+    def __init__(self, *args: Any, model: Any, **options: Any) -> None:
+        super().__init__(*args, model=model, ref_model=NoReference(model), **options)
 
     @staticmethod
     def collator(padding: int) -> Any:

@@ -26,6 +26,7 @@ from dspa.errors import TrainingError, refusal, require_package
 from dspa.files import checksum
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.config import TrainingConfig
+from dspa.fsrl.gradients import check_gradients, check_output_layer
 from dspa.fsrl.lending import trainable
 from dspa.fsrl.results import HeldOut, held_out
 from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of, loaded_name
@@ -79,7 +80,8 @@ def train(
         RuntimeError: TRL is not installed.
         TrainingError: an `out` with other files or a training of other settings, fewer triples than a batch, or devices
             or processes that training cannot use.
-        ModelError: what `attach` refuses, before any triple is read, or a loss that is not finite.
+        ModelError: what `attach` refuses, a quantised model without gradients, or, for DPO, an output layer that is
+            quantised or adapted, before any triple is read; or a loss that is not finite.
         PreferenceError: a bad triple.
         ValueError: a batch that the processes do not divide, or invalid `chat_template_kwargs`.
     """
@@ -92,6 +94,10 @@ def train(
     with adapter.attach(model, layers=layers, model_name=model_name):
         args = _arguments(inner, config, folder, evaluated=eval_triples is not None)
         progress = progress and args.process_index == 0
+        if config.loss == "dpo":
+            check_output_layer(inner)
+        with trainable(inner, tokenizer, adapter, gradient_checkpointing=False):
+            check_gradients(inner)
         config = replace(config, max_length=_max_length(inner, config))
         data = Data.read(triples, tokenizer, config, progress, chat_template_kwargs)
         held = None if eval_triples is None else list(load_triples(eval_triples))
