@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dspa.errors import TrainingError
+from dspa.errors import TrainingError, refusal
 from dspa.saes.config import MAX_NORM_RATIO
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.outliers import typical_rows
@@ -61,8 +61,11 @@ def evaluate_sae(sae: FrozenSAE, rows: Tensor, *, max_norm_ratio: float = MAX_NO
 
     Args:
         sae: the SAE.
-        rows: residuals [N, d_in], not all the same, of any float dtype, on the SAE's device.
+        rows: residuals [N, d_in], of any float dtype, on the SAE's device.
         max_norm_ratio: leave out rows with more than this many times the median norm; 0 keeps all.
+
+    Raises:
+        ValueError: rows without variance.
     """
     n_given, rows = len(rows), rows[typical_rows(rows, max_norm_ratio)]
     active = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.device)
@@ -75,6 +78,11 @@ def evaluate_sae(sae: FrozenSAE, rows: Tensor, *, max_norm_ratio: float = MAX_NO
         error += float((sae.decode(f, like=block).double() - block.double()).square().sum())
         variance += float((block.double() - mean).square().sum())
         active += (f > 0).sum(dim=0)
+    if not variance:
+        advice = "Take more text, such as a larger `held_out_tokens`."
+        raise refusal(
+            ValueError, "The sample to report on", f"{len(rows)} tokens without variance", "tokens that differ", advice
+        )
     return Quality(
         explained_variance=1 - error / variance,
         l0=int(active.sum()) / len(rows),

@@ -74,6 +74,7 @@ def train_sae(
         RuntimeError: sae-lens is not installed.
         TextError: a file that cannot be used.
         TrainingError: an `out` with something else, or a `k` out of range.
+        ValueError: held-out tokens without variance.
     """
     _check_k(k, d_sae)
     job = _prepare(model, tokenizer, texts, layer, out, config, layers, model_name, progress, d_sae=d_sae, k=k)
@@ -116,6 +117,7 @@ def finetune_sae(
         RuntimeError: as for `train_sae`.
         TextError: as for `train_sae`.
         TrainingError: as for `train_sae`.
+        ValueError: as for `train_sae`.
     """
     if k is not None:
         _check_k(k, sae.d_sae)

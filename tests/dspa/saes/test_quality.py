@@ -21,3 +21,11 @@ def test_evaluate():
     assert quality.l0 == pytest.approx((f > 0).sum().item() / 50)
     assert 0 < quality.dead == ((f > 0).sum(0) == 0).sum().item()
     assert quality.mse == pytest.approx(error / 50)
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(0, D_IN), torch.ones(1, D_IN), torch.ones(3, D_IN)])
+def test_rows_without_variance(rows):
+    with pytest.raises(
+        ValueError, match=rf"sample to report on is {len(rows)} tokens without variance.*held_out_tokens"
+    ):
+        evaluate_sae(make_sae(2, 96), rows)
