@@ -63,15 +63,16 @@ def require_package(package: str, what: str, advice: str = "") -> None:
         advice: another way out, as a whole sentence.
     """
     if find_spec(package.replace("-", "_")) is None:
-        command = f'pip install "{_wanted(package)}"'
+        command = install_command(package)
         raise RuntimeError(f"{what} needs the package {package}, which is not installed: {command}. {advice}".rstrip())
 
 
-def _wanted(package: str) -> str:
-    """Return the name of a package with the versions that this one takes."""
+def install_command(package: str) -> str:
+    """Return the command that installs a package in the versions that this one takes."""
     try:
         wanted = [line.partition(";")[0].strip() for line in requires("dspa-kernels") or []]
     except PackageNotFoundError:
         # Run from a folder that is on the path and not installed.
-        return package
-    return next((line for line in wanted if re.split(r"[^\w.-]", line)[0] == package), package)
+        wanted = []
+    requirement = next((line for line in wanted if re.split(r"[^\w.-]", line)[0] == package), package)
+    return f'pip install "{requirement}"'

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,10 +23,32 @@ from dspa.cli.generate import generate
 from dspa.cli.loading import check_writable
 from dspa.cli.stopping import StoppableCommands
 from dspa.cli.tables import console, print_table
+from dspa.errors import install_command
+
+HELP = """Steer language models with sparse autoencoders (SAEs). No weight of the model changes.
+
+**DSPA**: preference data become a map, once (`dspa map`). With it, each prompt selects SAE latents, which are edited
+while the model generates (`dspa generate`).
+
+**FSRL**: a small adapter learns to move SAE latents (`dspa fsrl`).
+
+To begin, `dspa demo` and `dspa fsrl demo` show the two on a small model that comes with the package.
+"""
+# As a new user needs them.
+ORDER = ("demo", "map", "generate", "fsrl", "sae", "info")
+
+
+class Commands(StoppableCommands):
+    """The commands in their order."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the commands."""
+        return sorted(super().list_commands(ctx), key=ORDER.index)
+
 
 app = typer.Typer(
-    cls=StoppableCommands,
-    help="Steer language models with sparse autoencoders (SAEs): DSPA, preference alignment at inference time.",
+    cls=Commands,
+    help=HELP,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -36,7 +58,18 @@ app.add_typer(sae.app, name="sae")
 app.add_typer(fsrl.app, name="fsrl")
 app.command()(generate)
 
-PACKAGES = ("dspa-kernels", "torch", "triton", "transformers", "sae-lens", "safetensors", "numpy")
+PACKAGES = ("dspa-kernels", "torch", "triton", "transformers", "safetensors", "numpy")
+# Optional packages, and what they are for.
+EXTRAS = {
+    "sae-lens": "SAEs of its catalogue, and training SAEs",
+    "trl": "training FSRL adapters",
+    "datasets": "data sets of the Hub, and Parquet files",
+}
+BACKENDS = {
+    "reference": "plain PyTorch, on any device",
+    "triton": "Triton kernels, for GPUs",
+    "cuda": "CUDA C++ kernels of the decoding step",
+}
 
 
 def _show_version(wanted: bool) -> None:
@@ -50,7 +83,7 @@ def _options(
     show_version: Annotated[
         bool, typer.Option("--version", help="Show the version and stop.", is_eager=True, callback=_show_version)
     ] = False,
-    debug: Annotated[bool, typer.Option(help="Show where in the code an error comes from.")] = False,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
 ) -> None:
     # Nothing to do before a command: `main` looks for --debug when one fails.
     del debug, show_version
@@ -63,7 +96,7 @@ def demo(
         "dspa-demo.json"
     ),
 ) -> None:
-    """Steer a small language model, trained for this, and compare DSPA with the base model and a static set.
+    """Try DSPA on a small model that comes with the package, compared with the base model and fixed latents.
 
     Runs on two CPU cores in under two minutes, without a network.
     """
@@ -83,31 +116,42 @@ def demo(
 
 @app.command()
 def info() -> None:
-    """Show versions, devices and backends: which can run here, why others cannot, and which GPUs they have run on."""
+    """Show what is installed, which GPUs there are, and which backends run here or why not."""
     import torch
 
     from dspa_kernels import available_backends
 
     versions = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
+    versions |= {name: _version(name) or "not installed" for name in (*PACKAGES, *EXTRAS)}
     gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
-    print_table("dspa-kernels", versions | {"CUDA devices": ", ".join(gpus) or "none"})
+    none = "none" if torch.version.cuda else "none, and this build of torch is for CPUs"
+    print_table("dspa-kernels", versions | {"CUDA devices": ", ".join(gpus) or none})
+    for name, use in EXTRAS.items():
+        if not _version(name):
+            console.print(f"For {use}: {install_command(name)}", markup=False, highlight=False, soft_wrap=True)
     table = Table(
         "backend",
+        "what it is",
         "runs here",
         "has run on GPUs",
-        "ops or reason",
-        title="Backends; auto takes cuda where it was measured to be faster than triton",
+        "ops, or why not",
+        title="Backends",
+        caption="On a CUDA device, auto takes triton, or cuda where it was measured to be faster; elsewhere reference.",
     )
     gpu_runs: dict[str, list[str]] = json.loads(files("dspa_kernels").joinpath("gpu_runs.json").read_text())
     for name, status in available_backends().items():
         places = "; ".join(gpu_runs[name]) or "not yet" if name in gpu_runs else ""
-        table.add_row(name, "yes" if status.available else "no", places, status.reason or ", ".join(status.ops))
+        runs = "yes" if status.available else "no"
+        table.add_row(name, BACKENDS[name], runs, places, status.reason or ", ".join(status.ops))
     console.print(table)
+
+
+def _version(package: str) -> str:
+    """Return the version of an installed package, or nothing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import typer
 
 from dspa.cli import fsrl_analyse, fsrl_train
 
-app = typer.Typer(help="Train, run and analyse FSRL adapters on SAE features.", no_args_is_help=True)
+app = typer.Typer(help="FSRL: train adapters that move SAE latents, and analyse them.", no_args_is_help=True)
 analyse = typer.Typer(help="Show what an adapter does, with data as CSV and plots as PNG.", no_args_is_help=True)
 app.add_typer(analyse, name="analyse")
 app.command()(fsrl_train.train)

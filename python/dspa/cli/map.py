@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-app = typer.Typer(help="Make conditional-difference maps, and look at them.", no_args_is_help=True)
+app = typer.Typer(
+    help="DSPA: make maps from preference triples (prompt, chosen, rejected), and look at them.", no_args_is_help=True
+)
 for command, function in map_reports.COMMANDS.items():
     app.command(command)(function)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -215,7 +216,25 @@ def test_sae_show_and_info(run, folder):
     code, text = run("sae", "show", folder / "sae_out")
     assert code == 0 and "jumprelu" in text and make_sae(L_OUT, 128, seed=2).fingerprint in text
     code, text = run("info")
-    assert code == 0 and "reference" in text and "Backends; auto takes" in text and "has run on GPUs" in text
+    assert code == 0 and "plain PyTorch" in text and "auto takes triton" in text and "has run on GPUs" in text
+
+
+def test_info_says_how_to_get_what_is_missing(run, monkeypatch):
+    def version(package: str) -> str:
+        if package == "trl":
+            raise PackageNotFoundError
+        return "1.0"
+
+    monkeypatch.setattr("dspa.cli.version", version)
+    text = run("info")[1]
+    assert "trl │ not installed" in text and 'For training FSRL adapters: pip install "trl' in text
+    assert "sae-lens │ 1.0" in text and 'pip install "sae-lens' not in text
+
+
+def test_help_lists_the_commands_in_the_order_of_their_use(run):
+    text = run("--help")[1]
+    places = [text.index(f"│ {name} ") for name in ("demo", "map", "generate", "fsrl", "sae", "info")]
+    assert places == sorted(places)
 
 
 def test_each_process_has_its_gpu(monkeypatch):
