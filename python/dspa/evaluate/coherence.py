@@ -10,14 +10,15 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from scipy import stats
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dspa.errors import refusal
+from dspa.evaluate.generation import check_prompts, continue_prompts, decode, end_tokens
 from dspa.evaluate.responses import Response, batches, log_probabilities
 from dspa.models.attachment import Attachable
-from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of
+from dspa.models.layers import CausalLM, base_model, check_eval
 
 Values: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -129,14 +130,11 @@ def compare_texts(
         raise refusal(
             ValueError, "The number of `prompts` that are not empty", got, "all, and 2 or more for an interval"
         )
-    context, needed = context_length(inner), max(map(len, prompts)) + max_new_tokens
-    if context is not None and needed > context:
-        what, accepted = "The longest prompt plus `max_new_tokens`", f"up to {context}, the model's positions"
-        raise refusal(ValueError, what, f"{needed} tokens", accepted)
+    check_prompts(inner, prompts, max_new_tokens)
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    ends = _end_tokens(inner, tokenizer)
+    ends = end_tokens(inner, tokenizer)
     with tqdm(total=2 * len(prompts), unit="text", desc="generate", leave=False, disable=not progress) as bar:
 
         def generate() -> list[Response]:
@@ -144,7 +142,7 @@ def compare_texts(
             texts = []
             for start in range(0, len(prompts), batch_size):
                 batch = prompts[start : start + batch_size]
-                texts += _continue(inner, tokenizer, batch, ends, sampling)
+                texts += continue_prompts(inner, tokenizer, batch, ends, **sampling)
                 bar.update(len(batch))
             return texts
 
@@ -153,7 +151,8 @@ def compare_texts(
         steered = generate()
     with adapter.disabled():
         base_measures, steered_measures = (_measure(inner, texts, ends, batch_tokens) for texts in (base, steered))
-    return Coherence(_decode(tokenizer, base), _decode(tokenizer, steered), base_measures, steered_measures)
+    base_texts, steered_texts = ([decode(tokenizer, text.ids) for text in texts] for texts in (base, steered))
+    return Coherence(base_texts, steered_texts, base_measures, steered_measures)
 
 
 def distinct(tokens: Sequence[int], n: int) -> float:
@@ -165,31 +164,6 @@ def distinct(tokens: Sequence[int], n: int) -> float:
 def repetition(tokens: Sequence[int], n: int = REPEATED) -> float:
     """Return the share of n-grams of a text that stood in it before; NaN if it has none."""
     return 1 - distinct(tokens, n)
-
-
-def _continue(
-    model: CausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    ends: set[int],
-    sampling: dict[str, Any],
-) -> list[Response]:
-    """Return prompts with what the model writes next, up to and including the first end token."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
-    width = max(map(len, prompts))
-    rows = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    device = device_of(model.get_input_embeddings())
-    output: Tensor = model.generate(rows.to(device), attention_mask=mask.to(device), pad_token_id=pad, **sampling)
-    texts = []
-    for prompt, ids in zip(prompts, output[:, width:].tolist(), strict=True):
-        last = next((n for n, token in enumerate(ids, start=1) if token in ends), len(ids))
-        texts.append(Response(list(prompt), ids[:last]))
-    return texts
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Response]) -> list[str]:
-    return [str(tokenizer.decode(text.ids, skip_special_tokens=True)) for text in texts]
 
 
 def _measure(model: CausalLM, texts: Sequence[Response], ends: set[int], batch_tokens: int) -> dict[str, Values]:
@@ -204,11 +178,3 @@ def _measure(model: CausalLM, texts: Sequence[Response], ends: set[int], batch_t
     measures["ended"] = [float(text.ids[-1] in ends) for text in texts]
     measures["perplexity"] = perplexity.tolist()
     return {name: np.asarray(values) for name, values in measures.items()}
-
-
-def _end_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the tokens at which generation stops."""
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 from torch import Tensor
 
@@ -81,5 +82,9 @@ class Trace:
     def save(self, path: str | Path) -> None:
         """Write JSON Lines, one record per edited token."""
         with open(path, "w", encoding="utf-8") as file:
-            for edit in self:
-                file.write(json.dumps(asdict(edit)) + "\n")
+            self.write(file)
+
+    def write(self, file: TextIO) -> None:
+        """Write JSON Lines to an open file, one record per edited token, as to keep the traces of many calls."""
+        for edit in self:
+            file.write(json.dumps(asdict(edit)) + "\n")

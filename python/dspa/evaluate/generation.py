@@ -1,0 +1,247 @@
+"""What a model writes after prompts, in batches: steered, and without steering to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from dspa.data.triples import shared_length
+from dspa.errors import ModelError, refusal
+from dspa.evaluate.responses import Response
+from dspa.models.attachment import Attachable
+from dspa.models.layers import CausalLM, base_model, context_length, device_of
+from dspa.steering.dspa import Steering
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a steered model wrote after one prompt.
+
+    Attributes:
+        prompt: the prompt.
+        text: the text, without special tokens.
+        base: what the model wrote with nothing attached, if that was asked for.
+        edited: ranges of characters of `text` whose tokens were predicted from an edited residual, from the trace of a
+            `Steering`.
+    """
+
+    prompt: str
+    text: str
+    base: str | None = None
+    edited: tuple[tuple[int, int], ...] = ()
+
+
+def answer_prompts(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    attached: Sequence[Attachable],
+    prompts: Iterable[str],
+    encode: Callable[[str], Sequence[int]],
+    *,
+    max_new_tokens: int = 200,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    seed: int = 0,
+    batch_size: int = 1,
+    compare: bool = False,
+    stream: bool = False,
+) -> Iterator[list[Answer]]:
+    """Yield what a steered model writes after prompts, in their order, batch by batch.
+
+    Greedy texts are those of one prompt at a time, as far as rounding goes. Prompts are read as they are needed, and
+    one batch is held at a time.
+
+    Args:
+        model: a transformers causal language model in evaluation mode.
+        tokenizer: the model's tokenizer.
+        attached: all that steers, attached to the model. The trace of a `Steering` is cleared before each batch.
+        prompts: the prompts.
+        encode: returns the token ids of a prompt.
+        max_new_tokens: largest number of tokens per text.
+        temperature: 0 for greedy decoding. Otherwise the draws depend on `batch_size`.
+        top_p: as in a `GenerationConfig`; None for the model's own.
+        seed: seed of the draws. The n-th prompt, if it is the first of a batch, is drawn with `seed + n`.
+        batch_size: number of texts that are generated together.
+        compare: also return what the model writes with nothing attached, and which tokens were edited.
+        stream: print a text while it is generated. Needs a `batch_size` of 1.
+
+    Raises:
+        ModelError: something that is not attached, or a prompt for which nothing is steered.
+        ValueError: as `check_prompts`, a `batch_size` that is no whole number, or beams to compare.
+    """
+    inner = base_model(model)
+    for attachable in attached:
+        attachable.check_attached(inner)
+    if batch_size < 1 or (stream and batch_size > 1):
+        raise refusal(ValueError, "`batch_size`", batch_size, "1 to stream" if stream else "a whole number >= 1")
+    if compare and (beams := inner.generation_config.num_beams or 1) > 1:
+        raise refusal(ValueError, "`num_beams` of the model's generation config", beams, "1 to compare texts")
+    steerings = [attachable for attachable in attached if isinstance(attachable, Steering)]
+    arguments = {"max_new_tokens": max_new_tokens, **sampling_arguments(temperature, top_p)}
+    special = set(tokenizer.all_special_ids) if steerings else set()
+    ends, start, waiting = end_tokens(inner, tokenizer), 0, iter(prompts)
+    while batch_of_texts := list(islice(waiting, batch_size)):
+        batch = [encode(prompt) for prompt in batch_of_texts]
+        check_prompts(inner, batch, max_new_tokens, first=start, special=special)
+        for steering in steerings:
+            steering.trace.clear()
+        torch.manual_seed(seed + start)
+        streamer = _Streamer(tokenizer, steerings, start) if stream else None
+        texts = continue_prompts(inner, tokenizer, batch, ends, **arguments, streamer=streamer)
+        _check_steered(steerings, start)
+        base: list[Response | None] = [None] * len(batch)
+        if compare:
+            with ExitStack() as disabled:
+                for attachable in attached:
+                    disabled.enter_context(attachable.disabled())
+                torch.manual_seed(seed + start)
+                base = [*continue_prompts(inner, tokenizer, batch, ends, **arguments)]
+        yield [
+            Answer(
+                prompt=prompt,
+                text=decode(tokenizer, text.ids),
+                base=None if unsteered is None else decode(tokenizer, unsteered.ids),
+                edited=_edited_characters(tokenizer, text, steerings, row) if compare else (),
+            )
+            for row, (prompt, text, unsteered) in enumerate(zip(batch_of_texts, texts, base, strict=True))
+        ]
+        start += len(batch)
+
+
+def sampling_arguments(temperature: float, top_p: float | None = None) -> dict[str, Any]:
+    """Return the arguments of `generate()` that mean greedy decoding (a temperature of 0) or sampling."""
+    if temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature} | ({} if top_p is None else {"top_p": top_p})
+
+
+def check_prompts(
+    model: CausalLM,
+    prompts: Iterable[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    special: Collection[int] = (),
+    first: int = 0,
+) -> None:
+    """Raise `ValueError` for a prompt without text, or one that leaves no room for `max_new_tokens`.
+
+    Args:
+        model: the model.
+        prompts: token ids of each prompt.
+        max_new_tokens: largest number of tokens per text.
+        special: tokens that are no text.
+        first: number of the first prompt, from 0. Messages count from 1.
+    """
+    special, context, longest, length = set(special), context_length(model), 0, 0
+    for number, prompt in enumerate(prompts, start=first + 1):
+        if special.issuperset(prompt):
+            got = "nothing but special tokens" if prompt else "without tokens"
+            raise refusal(ValueError, f"Prompt {number}", got, "a prompt with text")
+        if len(prompt) > length:
+            longest, length = number, len(prompt)
+    if context is not None and length + max_new_tokens > context:
+        raise refusal(
+            ValueError,
+            f"Prompt {longest} with `max_new_tokens`, {length} + {max_new_tokens},",
+            f"{length + max_new_tokens} tokens",
+            f"up to {context}, the model's positions",
+            "Shorten the prompt or lower `max_new_tokens`.",
+        )
+
+
+def continue_prompts(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    ends: set[int],
+    **arguments: Any,
+) -> list[Response]:
+    """Return prompts with what the model writes next, up to and including the first end token.
+
+    Args:
+        model: the model.
+        tokenizer: the model's tokenizer.
+        prompts: token ids of each prompt, none empty. They run together, padded on the left.
+        ends: the `end_tokens`.
+        arguments: further arguments of `generate()`.
+    """
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    width = max(map(len, prompts))
+    rows = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    device = device_of(model.get_input_embeddings())
+    output: Tensor = model.generate(rows.to(device), attention_mask=mask.to(device), pad_token_id=pad, **arguments)
+    texts = []
+    for prompt, ids in zip(prompts, output[:, width:].tolist(), strict=True):
+        last = next((n for n, token in enumerate(ids, start=1) if token in ends), len(ids))
+        texts.append(Response(list(prompt), ids[:last]))
+    return texts
+
+
+def end_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokens at which generation stops."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Return the text of token ids, without special tokens."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class _Streamer(TextStreamer):
+    """A streamer that prints nothing of a text that is not steered."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, steerings: Sequence[Steering], number: int) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._steerings, self._number = steerings, number
+
+    def put(self, value: Tensor) -> None:
+        """Print what is new. The prompt comes first, after its plan was made."""
+        _check_steered(self._steerings, self._number)
+        super().put(value)  # type: ignore[no-untyped-call]
+
+
+def _check_steered(steerings: Sequence[Steering], start: int) -> None:
+    """Raise `ModelError` if a prompt selected nothing to edit, so that its text is the base model's."""
+    for steering in steerings:
+        empty = [] if steering.plan is None else (steering.plan.slots < 0).all(dim=1).nonzero().flatten().tolist()
+        if empty:
+            raise ModelError(
+                f"Prompt {start + empty[0] + 1} selects no latent to edit, so that its text would be unsteered: the "
+                "rows of the map for its latents are 0 where this mode and scoring look. Remove the prompt, or "
+                "change `mode`, `scoring` or the map."
+            )
+
+
+def _edited_characters(
+    tokenizer: PreTrainedTokenizerBase, response: Response, steerings: Sequence[Steering], row: int
+) -> tuple[tuple[int, int], ...]:
+    """Return the ranges of characters whose tokens were predicted from an edited residual, neighbours joined.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        response: prompt and response.
+        steerings: what steered it. Their traces hold its edits.
+        row: its row in the batch.
+    """
+    positions = {edit.position for steering in steerings for edit in steering.trace if edit.row == row}
+    text, ranges, end, edited = decode(tokenizer, response.ids), list[tuple[int, int]](), 0, False
+    for n in range(len(response.ids)):
+        start, end = end, shared_length(text, decode(tokenizer, response.ids[: n + 1]))
+        edited |= len(response.prompt) + n - 1 in positions
+        # The first tokens of a character that has several end in a replacement character.
+        if start < end:
+            if edited:
+                ranges.append((ranges.pop()[0] if ranges and ranges[-1][1] == start else start, end))
+            edited = False
+    return tuple(ranges)
