@@ -18,7 +18,7 @@ from dspa.cli.options import (
     OnRecordedModel,
     Options,
     RecordedModelOptions,
-    Sampling,
+    SamplingOptions,
     with_options,
 )
 from dspa.cli.tables import cell, column_table, console, print_table
@@ -226,7 +226,7 @@ def coherence(
     adapter: Adapter,
     file: Annotated[Path, typer.Option(help=f"Prompts: text, one per line, or {FILES} with `prompt`.")],
     out: Out,
-    sampling: Sampling,
+    sampling: Annotated[SamplingOptions, Options("Sampling", without=["top_p"])],
     data: Annotated[DataOptions, Options("Data", without=["first", "max_length"])],
     batch_size: Annotated[int, typer.Option(help="Number of texts to generate at once.", min=1)] = 16,
 ) -> None:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dspa.cli.loading import check_writable, load_all
-from dspa.cli.options import FILES, OnRecordedModel, Options, RecordedSAEPair, Sampling, with_options
+from dspa.cli.loading import check_writable, device_named, load_adapter, load_model, load_pair
+from dspa.cli.options import (
+    FILES,
+    AdapterSAE,
+    AdapterSAEOptions,
+    ChatTemplateKwargs,
+    OnRecordedModel,
+    Options,
+    RecordedModelOptions,
+    RecordedSAEPair,
+    RecordedSAEPairOptions,
+    Sampling,
+    with_options,
+)
+from dspa.cli.texts import as_record, print_comparison
 from dspa.config import SteeringConfig
 
 if TYPE_CHECKING:
+    from dspa.models.attachment import Attachable
     from dspa.steering.trace import Trace
 
 BACKENDS = ("auto", "reference", "triton", "cuda")
@@ -36,12 +49,16 @@ class BackendOptions:
 
 @with_options
 def generate(
-    map_path: Annotated[Path, typer.Option("--map", help="Map that was made with the same SAEs.")],
     on: OnRecordedModel,
     pair: RecordedSAEPair,
+    adapter_sae: AdapterSAE,
     config: Annotated[SteeringConfig, Options("Steering", without=["ridge", "delta"])],
     ops: Annotated[BackendOptions, Options("Steering")],
     sampling: Sampling,
+    map_path: Annotated[Path | None, typer.Option("--map", help="DSPA: a map, as dspa map build writes it.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="FSRL: the folder of an adapter, as dspa fsrl train writes it.")
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="One prompt; without it and --file, prompts are read from the terminal.")
     ] = None,
@@ -50,42 +67,146 @@ def generate(
         typer.Option(help=f"Prompts: text, one per line, or {FILES} with `prompt`. Answers are JSON Lines."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write answers here, as JSON Lines, instead of printing.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Number of prompts of a file to answer together.", min=1)] = 1,
+    stream: Annotated[bool, typer.Option(help="Print the text of a prompt while it is generated.")] = False,
+    compare: Annotated[
+        bool, typer.Option(help="Also generate without steering, and mark tokens that were predicted after an edit.")
+    ] = False,
     trace: Annotated[Path | None, typer.Option(help="Write every edited token here, as JSON Lines.")] = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
-    """Generate steered text: for one prompt, for a file of them, or for what you type."""
-    import torch
+    """Generate steered text: for one prompt, for a file of them, or for what you type.
+
+    Steering is by a map (DSPA), by an adapter (FSRL), or by both.
+    """
+    from tqdm import tqdm
 
     from dspa.data.prompts import read_prompts, tokenize_prompt
+    from dspa.evaluate.generation import answer_prompts, check_prompts
+
+    _check_given(map_path, adapter, pair, adapter_sae, config, ops, trace)
+    if stream and (file or out or compare):
+        raise ValueError("--stream prints one text as it grows; leave out --file, --out and --compare, or --stream.")
+    check_writable("--out", out)
+    check_writable("--trace", trace)
+    prompts: Iterable[str] = read_prompts(prompt, file)
+    model, tokenizer, attachables, edits = _load(
+        on, map_path, pair, config, ops, adapter, adapter_sae, record=compare or trace is not None
+    )
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenize_prompt(tokenizer, text, sampling.chat, chat_template_kwargs)["input_ids"][0].tolist()
+        return ids
+
+    if file is not None:
+        prompts = list(prompts)
+        # All of a file, before the first answer.
+        check_prompts(model, map(encode, prompts), sampling.max_new_tokens)
+    with ExitStack() as stack:
+        for attachable in attachables:
+            stack.enter_context(attachable.attach(model, layers=on.layers, model_name=on.model_name))
+        write_edits = stack.enter_context(_writing(edits, trace))
+        sink = stack.enter_context(out.open("w", encoding="utf-8")) if out else sys.stdout
+        total = len(prompts) if isinstance(prompts, list) else None
+        bar = stack.enter_context(tqdm(total=total, unit="prompt", desc="generate", disable=file is None))
+        batches = answer_prompts(
+            *(model, tokenizer, attachables, prompts, encode),
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            batch_size=batch_size if file is not None else 1,
+            compare=compare,
+            stream=stream,
+        )
+        for answers in batches:
+            write_edits()
+            for answer in answers:
+                if out is not None or file is not None:
+                    tqdm.write(as_record(answer), file=sink)
+                elif compare:
+                    print_comparison(answer)
+                elif not stream:
+                    print(answer.text, flush=True)
+            sink.flush()
+            bar.update(len(answers))
+
+
+def _check_given(
+    map_path: Path | None,
+    adapter: Path | None,
+    pair: RecordedSAEPairOptions,
+    adapter_sae: AdapterSAEOptions,
+    config: SteeringConfig,
+    ops: BackendOptions,
+    trace: Path | None,
+) -> None:
+    """Raise `ValueError` where nothing steers, or for an option of what is not used."""
+    if map_path is None and adapter is None:
+        raise ValueError("Neither --map (DSPA) nor --adapter (FSRL) was given; accepted: one of them, or both.")
+    of_maps = [*_changed(pair), *_changed(config), *_changed(ops, "backend"), *["--trace"] * (trace is not None)]
+    for option, path, given in (("--map", map_path, of_maps), ("--adapter", adapter, _changed(adapter_sae))):
+        if path is None and given:
+            raise ValueError(
+                f"Without {option} there is no use for {', '.join(given)}. Pass {option}, or leave it out."
+            )
+
+
+def _changed(options: Any, *but: str) -> list[str]:
+    """Return the options of a dataclass that differ from their defaults."""
+    names = (setting.name for setting in fields(options) if getattr(options, setting.name) != setting.default)
+    return [f"--{name.replace('_', '-')}" for name in names if name not in but]
+
+
+def _load(
+    on: RecordedModelOptions,
+    map_path: Path | None,
+    pair: RecordedSAEPairOptions,
+    config: SteeringConfig,
+    ops: BackendOptions,
+    adapter_path: Path | None,
+    adapter_sae: AdapterSAEOptions,
+    *,
+    record: bool,
+) -> tuple[Any, Any, list[Attachable], Trace | None]:
+    """Load a model, its tokenizer and what steers it; also return the trace of DSPA."""
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.steering.dspa import Steering
 
-    check_writable("--out", out)
-    check_writable("--trace", trace)
-    prompts = read_prompts(prompt, file)
-    cdmap = ConditionalDifferenceMap.load(map_path)
-    model, tokenizer, sae_in, sae_out = load_all(on, pair, cdmap)
-    steering = Steering(
-        sae_in, sae_out, cdmap, config, backend=ops.backend, screen=ops.screen, record=trace is not None
-    )
-    decoding: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0}
-    if sampling.temperature > 0:
-        decoding["temperature"] = sampling.temperature
-    torch.manual_seed(sampling.seed)
-    sink = out.open("w", encoding="utf-8") if out else sys.stdout
-    as_records = out is not None or file is not None
-    with steering.attach(model, layers=on.layers, model_name=on.model_name), _saving(steering.trace, trace):
-        for text in prompts:
-            inputs = tokenize_prompt(tokenizer, text, sampling.chat).to(model.device)
-            tokens = model.generate(**inputs, **decoding)[0]
-            answer = tokenizer.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            print(json.dumps({"prompt": text, "response": answer}) if as_records else answer, file=sink, flush=True)
+    # The model last: the others are quick to load, and wrong more often.
+    device = device_named(on.device)
+    cdmap = None if map_path is None else ConditionalDifferenceMap.load(map_path)
+    saes = None if cdmap is None else load_pair(pair, device, cdmap)
+    adapter = None if adapter_path is None else load_adapter(adapter_path, adapter_sae, device, ops.backend)
+    recorded = {cdmap.sources.get("model") if cdmap else None, adapter.trained_on if adapter else None} - {None}
+    if on.model is None and len({source.digest for source in recorded if source}) > 1:
+        raise ValueError("--map and --adapter were made with different models. Pass --model to choose one.")
+    model, tokenizer = load_model(on, next(iter(recorded), None))
+    attachables: list[Attachable] = []
+    steering = None
+    if cdmap is not None and saes is not None:
+        sae_in, sae_out = (sae.to(dtype=model.dtype) for sae in saes)
+        steering = Steering(sae_in, sae_out, cdmap, config, backend=ops.backend, screen=ops.screen, record=record)
+        attachables.append(steering)
+    if adapter is not None:
+        adapter.sae = adapter.sae.to(dtype=model.dtype)
+        attachables.append(adapter)
+    return model, tokenizer, attachables, None if steering is None else steering.trace
 
 
 @contextmanager
-def _saving(trace: Trace, path: Path | None) -> Iterator[None]:
-    """Write the trace at the end, an early one too."""
-    try:
-        yield
-    finally:
-        if path is not None:
-            trace.save(path)
+def _writing(edits: Trace | None, path: Path | None) -> Iterator[Callable[[], None]]:
+    """Open the file of --trace; yields what writes the edits of a batch. Those of a stopped one are written too."""
+    if edits is None or path is None:
+        yield lambda: None
+        return
+    with path.open("w", encoding="utf-8") as file:
+
+        def write() -> None:
+            edits.write(file)
+            edits.clear()
+
+        try:
+            yield write
+        finally:
+            write()

@@ -6,7 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dspa.cli.options import AdapterSAEOptions, RecordedModelOptions, RecordedSAEPairOptions, errors_of_options
+from dspa.cli.options import (
+    AdapterSAEOptions,
+    ModelOptions,
+    RecordedModelOptions,
+    RecordedSAEPairOptions,
+    SAEPairOptions,
+    errors_of_options,
+)
 from dspa.data.records import ENDINGS, ending_of
 from dspa.distributed import local_rank
 from dspa.errors import refusal, require_package
@@ -144,13 +151,11 @@ def load_adapter(path: Path, options: AdapterSAEOptions, device: str, backend: s
     return FSRLAdapter.load(path, sae, backend=backend)
 
 
-def load_all(
-    options: RecordedModelOptions, pair: RecordedSAEPairOptions, cdmap: ConditionalDifferenceMap | None = None
-) -> tuple[Any, Any, FrozenSAE, FrozenSAE]:
-    """Load a model, its tokenizer, and the two SAEs in the model's dtype; without their options, those of the map."""
+def load_all(options: ModelOptions, pair: SAEPairOptions) -> tuple[Any, Any, FrozenSAE, FrozenSAE]:
+    """Load a model, its tokenizer, and the two SAEs in the model's dtype."""
     # SAEs first: they are quick to load, and wrong more often.
-    sae_in, sae_out = load_pair(pair, device_named(options.device), cdmap)
-    model, tokenizer = load_model(options, cdmap.sources.get("model") if cdmap else None)
+    sae_in, sae_out = load_pair(pair, device_named(options.device))
+    model, tokenizer = load_model(options)
     return model, tokenizer, sae_in.to(dtype=model.dtype), sae_out.to(dtype=model.dtype)
 
 

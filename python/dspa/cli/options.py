@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -227,11 +228,30 @@ class SamplingOptions:
     """Settings of generation."""
 
     max_new_tokens: int = field(default=200, metadata={"help": "Largest number of tokens per text.", "min": 1})
-    temperature: float = field(default=0.0, metadata={"help": "Temperature of the sampling; 0 is greedy.", "min": 0})
+    temperature: float = field(
+        default=0.0, metadata={"help": "Temperature of the sampling; 0 is greedy decoding, without it.", "min": 0}
+    )
+    top_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "Sample from the likeliest tokens whose probabilities add up to this; by default, as the model's "
+            "generation config says."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
-    chat: bool = field(default=False, metadata={"help": "Put each prompt into the model's chat template."})
+    chat: bool = field(
+        default=False, metadata={"help": "Put each prompt into the model's chat template, as a user's turn."}
+    )
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.temperature):
+            raise refusal(ValueError, "`temperature`", self.temperature, "a finite number >= 0")
+        if self.top_p is not None:
+            if not 0 < self.top_p <= 1:
+                raise refusal(ValueError, "`top_p`", self.top_p, "a number above 0, up to 1")
+            if self.temperature == 0:
+                got, advice = f"{self.top_p} for greedy decoding", "Pass `temperature`, such as 1."
+                raise refusal(ValueError, "`top_p`", got, "none without sampling", advice)
         if not -(2**63) <= self.seed < 2**63:
             raise refusal(ValueError, "`seed`", self.seed, "a whole number of 64 bits")
 
@@ -269,6 +289,7 @@ OnRecordedModel = Annotated[RecordedModelOptions, Options("Model and device")]
 SAEPair = Annotated[SAEPairOptions, Options("SAEs")]
 RecordedSAEPair = Annotated[RecordedSAEPairOptions, Options("SAEs")]
 Sampling = Annotated[SamplingOptions, Options("Sampling")]
+AdapterSAE = Annotated[AdapterSAEOptions, Options("SAEs")]
 
 FILES = "a file of JSON Lines, CSV or Parquet"
 Triples = Annotated[

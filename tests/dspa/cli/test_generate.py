@@ -1,0 +1,188 @@
+"""`dspa generate`: files in batches, streams, comparisons, adapters, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dspa.cli import main
+from dspa.evaluate import generation
+from dspa.evaluate.responses import responses_of
+from dspa.maps.cdmap import ConditionalDifferenceMap
+from dspa.models.sources import model_source
+from dspa.saes.frozen import FrozenSAE
+from dspa.testing import ENGLISH, L_IN, L_OUT, make_map, make_model, make_sae, word_tokenizer
+
+from ..support.adapters import TRIPLES, acting_adapter
+
+PROMPTS = [" ".join(ENGLISH[n : n + 1 + n * 5 % 9]) for n in range(7)]
+SHORT = ["--max-new-tokens", 6, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A map and an adapter that know their model and SAEs, and prompts."""
+    folder = tmp_path_factory.mktemp("user")
+    make_model("gemma2").save_pretrained(folder / "tiny")
+    word_tokenizer().save_pretrained(folder / "tiny")
+    make_sae(L_IN, 96, seed=1).save(folder / "sae_in")
+    make_sae(L_OUT, 128, seed=2).save(folder / "sae_out")
+    model = AutoModelForCausalLM.from_pretrained(folder / "tiny").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tiny")
+    sae_in, sae_out = FrozenSAE.load(folder / "sae_in"), FrozenSAE.load(folder / "sae_out")
+    source = model_source(model)
+    assert source is not None and sae_in.source is not None and sae_out.source is not None
+    cdmap = make_map(sae_in, sae_out)
+    cdmap.sources = {"model": source, "sae_in": sae_in.source, "sae_out": sae_out.source}
+    cdmap.save(folder / "map")
+    adapter = acting_adapter(model, responses_of(model, tokenizer, TRIPLES), sae_out)
+    # Far enough that other tokens are the likeliest.
+    adapter.W_a.mul_(20)
+    adapter.trained_on = source
+    adapter.save(folder / "adapter")
+    (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
+    return folder
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run `dspa generate`, and return its exit code, standard output, and standard error with line breaks folded."""
+
+    def go(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["dspa", "generate", *map(str, [*arguments, *SHORT])])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, " ".join(captured.err.split())
+
+    return go
+
+
+def records(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_file_in_batches_is_its_prompts_one_by_one(run, folder, tmp_path):
+    alone = [run("--map", folder / "map", "--prompt", prompt)[1].rstrip("\n") for prompt in PROMPTS[:3]]
+    expected = [{"prompt": prompt, "response": text} for prompt, text in zip(PROMPTS, alone, strict=False)]
+    for size in (1, 3, 50):
+        code, out, err = run("--map", folder / "map", "--file", folder / "prompts.txt", "--batch-size", size)
+        assert code == 0 and records(out)[:3] == expected and len(records(out)) == len(PROMPTS)
+        assert "7/7" in err and "prompt" in err
+    code, out, _ = run("--map", folder / "map", "--file", folder / "prompts.txt", "--out", tmp_path / "o.jsonl")
+    assert (code, out) == (0, "") and records((tmp_path / "o.jsonl").read_text())[:3] == expected
+
+
+def test_a_stream_is_the_text(run, folder):
+    code, text, err = run("--map", folder / "map", "--prompt", PROMPTS[1])
+    assert run("--map", folder / "map", "--prompt", PROMPTS[1], "--stream")[:2] == (code, text)
+    assert "prompt/s" not in err
+
+
+def test_compare(run, folder, tmp_path):
+    arguments = ["--map", folder / "map", "--alpha", 1, "--mode", "both"]
+    code, text, _ = run(*arguments, "--prompt", PROMPTS[1], "--compare")
+    assert code == 0
+    steered = run(*arguments, "--prompt", PROMPTS[1])[1].strip()
+    # A strength of 0 leaves the model as it is.
+    base = run("--map", folder / "map", "--alpha", 0, "--prompt", PROMPTS[1])[1].strip()
+    lines = text.splitlines()
+    assert lines[0] == f"base: {base}" and lines[1].replace("**", "") == f"steered: {steered}" and "**" in lines[1]
+    code, _, _ = run(*arguments, "--file", folder / "prompts.txt", "--compare", "--out", tmp_path / "o.jsonl")
+    record = records((tmp_path / "o.jsonl").read_text())[1]
+    assert (record["base"], record["response"]) == (base, steered) and record["edited"] == [[0, len(steered)]]
+
+
+def test_a_comparison_on_a_terminal(run, folder, monkeypatch):
+    """A table whose edited words are bold."""
+    from rich.console import Console
+
+    monkeypatch.setattr("dspa.cli.texts.console", Console(force_terminal=True, width=100))
+    code, text, _ = run("--map", folder / "map", "--alpha", 1, "--mode", "both", "--prompt", PROMPTS[1], "--compare")
+    assert code == 0 and "steered" in text and "\x1b[1m" in text and "**" not in text
+
+
+def test_an_adapter_alone_and_with_a_map(run, folder, monkeypatch):
+    prompt = ["--prompt", PROMPTS[1]]
+    base = run("--map", folder / "map", "--alpha", 0, *prompt)[1]
+    code, text, err = run("--adapter", folder / "adapter", *prompt)
+    assert code == 0 and text != base, err
+    given = ["--model", folder / "tiny", "--sae", folder / "sae_out"]
+    assert run("--adapter", folder / "adapter", *given, *prompt)[1] == text
+    code, both, err = run("--adapter", folder / "adapter", "--map", folder / "map", "--alpha", 0, *prompt)
+    assert code == 0 and both == text, err
+    assert f"base: {base}" in run("--adapter", folder / "adapter", "--compare", *prompt)[1]
+
+
+def test_a_map_and_an_adapter_of_different_models(run, folder, tmp_path):
+    other = tmp_path / "other"
+    make_model("gemma2", seed=1).save_pretrained(other)
+    cdmap = ConditionalDifferenceMap.load(folder / "map")
+    source = model_source(AutoModelForCausalLM.from_pretrained(other))
+    assert source is not None
+    cdmap.sources["model"] = source
+    cdmap.save(tmp_path / "map")
+    code, _, err = run("--adapter", folder / "adapter", "--map", tmp_path / "map", "--prompt", "the cat")
+    assert code == 2 and "different models. Pass --model" in err
+    given = ["--model", folder / "tiny"]
+    assert run("--adapter", folder / "adapter", "--map", tmp_path / "map", "--prompt", "the cat", *given)[0] == 0
+
+
+def test_what_was_done_before_a_stop_is_kept(run, folder, tmp_path, monkeypatch):
+    continue_prompts, calls = generation.continue_prompts, []
+
+    def stop_at_third(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return continue_prompts(*args, **kwargs)
+
+    monkeypatch.setattr(generation, "continue_prompts", stop_at_third)
+    arguments = ["--map", folder / "map", "--alpha", 1, "--file", folder / "prompts.txt", "--batch-size", 2]
+    code, _, _ = run(*arguments, "--out", tmp_path / "o.jsonl", "--trace", tmp_path / "t.jsonl")
+    assert code != 0
+    assert [record["prompt"] for record in records((tmp_path / "o.jsonl").read_text())] == PROMPTS[:4]
+    assert {record["call"] for record in records((tmp_path / "t.jsonl").read_text())} == {0, 1}
+
+
+def test_typed_prompts_stream(run, folder, monkeypatch):
+    import io
+    import sys
+
+    stdin = io.TextIOWrapper(io.BytesIO(f"{PROMPTS[1]}\n\n{PROMPTS[3]}\n".encode()))
+    expected = [run("--map", folder / "map", "--prompt", PROMPTS[n])[1] for n in (1, 3)]
+    monkeypatch.setattr(sys, "stdin", stdin)
+    code, text, _ = run("--map", folder / "map", "--stream")
+    assert code == 0 and text == "".join(expected)
+
+
+def test_nothing_is_answered_where_a_prompt_of_a_file_cannot_be(run, folder, tmp_path):
+    (tmp_path / "p.txt").write_text("the cat\n" + " ".join(["cat"] * 200) + "\n")
+    code, out, err = run("--map", folder / "map", "--file", tmp_path / "p.txt", "--out", tmp_path / "o.jsonl")
+    assert code == 2 and "Prompt 2 with --max-new-tokens, 201 + 6, is 207 tokens; accepted: up to 128" in err
+    assert out == "" and not (tmp_path / "o.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Neither --map (DSPA) nor --adapter (FSRL) was given"),
+        (["--adapter", "a", "--alpha", "1"], "Without --map there is no use for --alpha."),
+        (["--adapter", "a", "--sae-in", "s", "--trace", "t"], "Without --map there is no use for --sae-in, --trace."),
+        (["--map", "m", "--sae", "s"], "Without --adapter there is no use for --sae."),
+        (["--map", "m", "--stream", "--file", "f"], "--stream prints one text"),
+        (["--map", "m", "--stream", "--compare", "--prompt", "p"], "--stream prints one text"),
+        (["--map", "m", "--top-p", "0.9"], "--top-p is 0.9 for greedy decoding"),
+        (["--map", "m", "--top-p", "0", "--temperature", "1"], "--top-p is 0.0; accepted: a number above 0, up to 1"),
+        (["--map", "m", "--top-p", "nan", "--temperature", "1"], "--top-p is nan; accepted"),
+        (["--map", "m", "--temperature", "inf"], "--temperature is inf; accepted: a finite number >= 0"),
+        (["--map", "m", "--batch-size", "0"], "Invalid value for '--batch-size'"),
+    ],
+)
+def test_refused_options(run, arguments, message):
+    code, _, err = run(*arguments)
+    assert code == 2 and message in err
