@@ -30,8 +30,10 @@ class SteeringConfig:
         ValueError: a setting outside its choices or its range.
     """
 
-    k_prompt: int = field(default=32, metadata={"help": "Number of prompt latents that choose what is edited."})
-    k_diff: int = field(default=16, metadata={"help": "Number of output latents to augment and to ablate, at most."})
+    k_prompt: int = field(
+        default=32, metadata={"help": "Number of input latents, a prompt's densest, whose rows of the map are summed."}
+    )
+    k_diff: int = field(default=16, metadata={"help": "Number of output latents to augment, and to ablate, at most."})
     alpha: float = field(
         default=0.2,
         metadata={"help": "Strength of the edit, in units of each token's largest latent (0: no edit)."},

@@ -37,19 +37,26 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-app = typer.Typer(
-    help="DSPA: make maps from preference triples (prompt, chosen, rejected), and look at them.", no_args_is_help=True
-)
-for command, function in map_reports.COMMANDS.items():
-    app.command(command)(function)
+HELP = """DSPA: make maps from preference triples (prompt, chosen, rejected), and judge them.
+
+The rows of a map are latents of the input SAE, which a prompt looks up. Its columns are latents of the output SAE,
+which are edited while the model answers.
+
+`build` makes a map in one step; `collect` and `reduce` make maps of several settings from one pass of the model.
+`show`, `diff` and `stability` help to judge a map, and `dspa generate --map` steers with it.
+"""
+app = typer.Typer(help=HELP, no_args_is_help=True)
 
 
 @dataclass(frozen=True)
 class CountingOptions:
     """Reading and batching of triples."""
 
-    stream: bool = field(default=False, metadata={"help": "Read a data set while it is downloaded."})
-    max_length: int | None = field(default=None, metadata={"help": "Largest length of a prompt with its response."})
+    stream: bool = field(default=False, metadata={"help": "Read a data set while it is downloaded, instead of after."})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of a prompt with its response, which is cut; by default the model's context."},
+    )
     batch_tokens: int = field(
         default=8192,
         metadata={"help": "Padded tokens per batch, lowered automatically where memory does not suffice.", "min": 1},
@@ -60,6 +67,38 @@ Counting = Annotated[CountingOptions, Options("Counting")]
 Settings = Annotated[MapOptions, Options("Map")]
 Out = Annotated[Path, typer.Option(help="File to write the map to.")]
 OUT = Path("map.dspa.safetensors")
+
+
+@app.command("build")
+@with_options
+def map_build(
+    triples: Triples,
+    on: OnModel,
+    pair: SAEPair,
+    counting: Counting,
+    settings: Settings,
+    out: Out = OUT,
+    split: Split = "train",
+    first: First = None,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder to keep the counts in; the same command continues a stopped run in it."),
+    ] = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+) -> None:
+    """Make a map from preference triples: collect and reduce in one step.
+
+    For example: `dspa map build preferences.jsonl --model google/gemma-2-2b --sae-in
+    gemma-scope-2b-pt-res-canonical:layer_7/width_16k/canonical --sae-out
+    gemma-scope-2b-pt-res-canonical:layer_24/width_16k/canonical`
+    """
+    check_writable("--out", out)
+    from dspa.maps.build import build_map
+
+    options = {"first": first, "work_dir": work_dir, "chat_template_kwargs": chat_template_kwargs, **asdict(settings)}
+    cdmap = _call_on_triples(build_map, triples, split, on, pair, counting, **options)
+    if cdmap is not None:
+        _save(cdmap, out)
 
 
 @app.command("collect")
@@ -76,9 +115,9 @@ def map_collect(
     first: First = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
-    """Count active latents on preference triples, once for maps of any settings.
+    """Run the model on preference triples and count active latents, once for maps of any settings.
 
-    For several processes: `torchrun --nproc-per-node K -m dspa map collect ...`, with the same folder for all.
+    For several processes, `torchrun --nproc-per-node K -m dspa map collect ...`, with the same folder for all.
     """
     from dspa.maps.collect import collect
 
@@ -103,7 +142,10 @@ def map_reduce(
         Path | None, typer.Option(help="Use the triples whose numbers, from 1, are in this file, one per line.")
     ] = None,
 ) -> None:
-    """Make a map from counts, without a model."""
+    """Make a map from counts, without a model, with any of these settings.
+
+    For example: `dspa map reduce counts --gate-rule active --out active.dspa.safetensors`
+    """
     check_writable("--out", out)
     from dspa.maps.reduce import reduce
     from dspa.maps.shards import Collection
@@ -113,42 +155,23 @@ def map_reduce(
     _save(reduce(collection, **asdict(settings), subset=subset, progress=True), out)
 
 
-@app.command("build")
-@with_options
-def map_build(
-    triples: Triples,
-    on: OnModel,
-    pair: SAEPair,
-    counting: Counting,
-    settings: Settings,
-    out: Out = OUT,
-    split: Split = "train",
-    first: First = None,
-    work_dir: Annotated[
-        Path | None, typer.Option(help="Folder for the counts; the same command continues a stopped run in it.")
-    ] = None,
-    chat_template_kwargs: ChatTemplateKwargs = None,
-) -> None:
-    """Make a map from preference triples: collect and reduce in one step."""
-    check_writable("--out", out)
-    from dspa.maps.build import build_map
-
-    options = {"first": first, "work_dir": work_dir, "chat_template_kwargs": chat_template_kwargs, **asdict(settings)}
-    cdmap = _call_on_triples(build_map, triples, split, on, pair, counting, **options)
-    if cdmap is not None:
-        _save(cdmap, out)
-
-
 @app.command("merge")
 def map_merge(
     out: Annotated[Path, typer.Argument(help="New folder to write.")],
     counts: Annotated[list[Path], typer.Argument(help="Folders that dspa map collect wrote, of different data.")],
 ) -> None:
-    """Join several folders of counts into one, as if their data had been one file."""
+    """Join several folders of counts into one, as if their data had been one file.
+
+    For example: `dspa map merge all counts more-counts`
+    """
     from dspa.maps.merge import merge
 
     merged = merge(out, counts)
     console.print(f"{merged.n_triples} triples in {escape(str(out))}. Next: dspa map reduce {escape(str(out))}")
+
+
+for command, function in map_reports.COMMANDS.items():
+    app.command(command)(function)
 
 
 def _call_on_triples(

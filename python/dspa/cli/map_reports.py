@@ -35,7 +35,9 @@ Plot = Annotated[Path | None, typer.Option(help="Write a plot here, as PNG.")]
 def map_show(
     path: Annotated[Path, typer.Argument(help="Map to show.")],
     top: Annotated[int, typer.Option(help="Number of output latents to list at each end.", min=0)] = 10,
-    delta: Annotated[float, typer.Option(help="Level of the confidence radius of rows.")] = 0.05,
+    delta: Annotated[
+        float, typer.Option(help="Level of the confidence radius of rows: 0.05 for 95 % confidence.")
+    ] = 0.05,
     labels: Annotated[
         Path | None,
         typer.Option(help="Labels of the output SAE's latents: a Neuronpedia export, or categories in JSON."),
@@ -47,7 +49,9 @@ def map_show(
 ) -> None:
     """Show what a map was made from, how sure its rows are, and which output latents it moves most.
 
-    Each line says what its figure means. Warnings say what to do.
+    Each line says what its figure means, and warnings say what to do.
+
+    For example: `dspa map show map.dspa.safetensors --plot map.png`
     """
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.maps.reports import origin, places, summary, top_columns, warnings
@@ -99,7 +103,10 @@ def map_diff(
     second: Annotated[Path, typer.Argument(help="Another map, of the same SAEs.")],
     plot: Plot = None,
 ) -> None:
-    """Compare two maps of the same SAEs: settings, columns, entries, and what their rows ablate."""
+    """Compare two maps of the same SAEs: settings, columns, entries, and what their rows ablate.
+
+    For example: `dspa map diff map.dspa.safetensors active.dspa.safetensors`
+    """
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.maps.difference import difference
 
@@ -139,16 +146,24 @@ def map_stability(
         SteeringConfig, Options("Steering", without=["alpha", "mode", "positions", "scoring", "ridge", "delta"])
     ],
     settings: Annotated[MapOptions, Options("Map", without=["count_tokens", "k_diff", "sparsify"])],
-    size: Annotated[list[int] | None, typer.Option(help="Triples per map; may be given several times.")] = None,
+    size: Annotated[
+        list[int] | None,
+        typer.Option(help="Triples per map; may be given several times. By default 25, 50, 100, ... and all."),
+    ] = None,
     draws: Annotated[int, typer.Option(help="Number of maps per size.", min=1)] = 5,
-    prompts: Annotated[int, typer.Option(help="Number of held-out prompts to select for.", min=1)] = 100,
+    prompts: Annotated[
+        int,
+        typer.Option(help="Number of prompts to hold out of the maps and to steer by them, at most a fifth.", min=1),
+    ] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the draws.", min=0)] = 0,
     plot: Plot = None,
-    csv_path: Annotated[Path | None, typer.Option("--csv", help="Write every draw here.")] = None,
+    csv_path: Annotated[Path | None, typer.Option("--csv", help="Write every draw here, as CSV.")] = None,
 ) -> None:
     """Show how few triples are enough: what maps of fewer triples steer, compared with the map of all.
 
     `--k-diff` is also the number of entries that set the cut of the maps.
+
+    For example: `dspa map stability counts --plot stability.png`
     """
     from dspa.maps.stability import stability
 
@@ -217,6 +232,8 @@ def map_cost(
     """Predict what a map and steering cost: for a --map, for a --model with two SAEs, or for the published models.
 
     Operations and bytes are counted from sizes. Nothing is run or timed, and no weights of the model are read.
+
+    For example: `dspa map cost --map map.dspa.safetensors`
     """
     from dspa.maps.cost import PUBLISHED, Tokens, figures
 

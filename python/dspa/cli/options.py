@@ -168,12 +168,16 @@ class RecordedModelOptions:
     device: str = field(
         default="auto", metadata={"help": "Device, such as cuda, cuda:1 or cpu; auto is cuda where there is one."}
     )
-    dtype: str = field(default="auto", metadata={"help": "Data type of the model and the SAEs.", "choices": DTYPES})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Data type of the model and the SAEs; auto is that of its files.", "choices": DTYPES},
+    )
     model_name: str | None = field(
         default=None, metadata={"help": "Name of the model, if it is in a folder that does not record it."}
     )
     layers: str | None = field(
-        default=None, metadata={"help": "Dotted path of the decoder layers, for an unknown architecture."}
+        default=None,
+        metadata={"help": "Dotted path of the decoder layers, such as model.layers, for an unknown architecture."},
     )
 
 
@@ -261,21 +265,31 @@ class MapOptions:
     """Settings of `reduce`, which turns counts into a map."""
 
     percentile: float = field(
-        default=90.0, metadata={"help": "Percentile of a prompt latent's density from which its gate opens."}
+        default=90.0,
+        metadata={
+            "help": "Percentile, over all prompts, of the share of a prompt's tokens on which a latent is active, "
+            "from which the latent's gate opens."
+        },
     )
     gate_rule: str = field(
         default="published",
         metadata={
-            "help": "published: a gate whose percentile is 0 is open on every prompt; active: a gate opens only where "
-            "its latent is active.",
+            "help": "With published, a gate whose percentile is 0 is open on every prompt; with active, it opens only "
+            "where its latent is active.",
             "choices": ("published", "active"),
         },
     )
     count_tokens: str = field(
         default="all",
-        metadata={"help": "Tokens that count: all, or text without special tokens.", "choices": ("all", "text")},
+        metadata={
+            "help": "Tokens that count: all, as published, or text without special tokens.",
+            "choices": ("all", "text"),
+        },
     )
-    k_diff: int = field(default=16, metadata={"help": "Number of entries at each end of a row that set the cut."})
+    k_diff: int = field(
+        default=16,
+        metadata={"help": "Number of entries at each end of a row that set the cut; fewer give a smaller map."},
+    )
     sparsify: bool = field(default=True, metadata={"help": "Set entries below the cut to 0, as published."})
 
     def __post_init__(self) -> None:
@@ -295,7 +309,7 @@ FILES = "a file of JSON Lines, CSV or Parquet"
 Triples = Annotated[
     str, typer.Argument(help=f"Preference triples in a format of TRL: {FILES}, a folder, or a data set of the Hub.")
 ]
-Split = Annotated[str, typer.Option(help="Split of a data set.")]
+Split = Annotated[str, typer.Option(help="Split of a data set, where TRIPLES is one.")]
 First = Annotated[int | None, typer.Option(help="Use only the first N triples.", min=1)]
 
 

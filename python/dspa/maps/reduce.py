@@ -54,7 +54,8 @@ def reduce(
 
     Args:
         counts: what `collect` returned, or its `work_dir`.
-        percentile: exact percentile of each prompt latent's density from which its gate opens (published: 90).
+        percentile: exact percentile of each prompt latent's density from which its gate opens. The
+            publication names none; 90 is the choice here.
         gate_rule: "published", or "active": a gate opens only where its latent is active at all.
         count_tokens: "all" tokens, as published, or "text": without special tokens.
         k_diff: entries at each end of a row that set the cut of the sparsification (published: 16).
@@ -85,7 +86,7 @@ def check_settings(percentile: float, gate_rule: str, k_diff: int, d_sae_out: in
         count_tokens: as for `reduce`.
     """
     if not 0 <= percentile <= 100:
-        raise refusal(ValueError, "`percentile`", repr(percentile), "0 to 100 (published: 90)")
+        raise refusal(ValueError, "`percentile`", repr(percentile), "0 to 100")
     if gate_rule not in GATE_RULES:
         raise refusal(ValueError, "`gate_rule`", repr(gate_rule), ", ".join(GATE_RULES))
     if count_tokens not in COUNT_TOKENS:

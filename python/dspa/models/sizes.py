@@ -79,7 +79,7 @@ def sizes_of(model: CausalLM, dtype: str = "auto", layers: str | None = None) ->
     share, n_heads = _used_experts(config), getattr(config, "num_attention_heads", 0)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(1, n_heads)
     return ModelSizes(
-        name=Path(model.config.name_or_path).name,
+        name=Path(model.config.name_or_path).absolute().name,
         d_model=config.hidden_size,
         layers=tuple(_multiplying_weights(layer, share) for layer in decoder_layers(model, layers)),
         head=model.get_output_embeddings().weight.numel(),

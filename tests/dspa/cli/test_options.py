@@ -13,6 +13,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from dspa.cli import app, main
+from dspa.cli import map as map_commands
 from dspa.cli.generate import BACKENDS
 from dspa.cli.options import (
     AdapterOptions,
@@ -229,11 +230,11 @@ INVALID = {
     ("map", "build", "triples.jsonl", *ON, *PAIR): [
         ("--gate-rule", "none", "--gate-rule is 'none'; accepted: published, active."),
         ("--count-tokens", "some", "--count-tokens is 'some'; accepted: all, text."),
-        ("--percentile", "-1", "--percentile is -1.0; accepted: 0 to 100 (published: 90)."),
+        ("--percentile", "-1", "--percentile is -1.0; accepted: 0 to 100."),
         ("--k-diff", "0", "--k-diff is 0; accepted: 1 to"),
     ],
     ("map", "reduce", "counts"): [
-        ("--percentile", "nan", "--percentile is nan; accepted: 0 to 100 (published: 90)."),
+        ("--percentile", "nan", "--percentile is nan; accepted: 0 to 100."),
         ("--random", "0", "Invalid value for '--random'"),
         ("--out", "/no/folder/map", "--out is /no/folder/map; accepted: a file in a folder that exists."),
     ],
@@ -313,3 +314,10 @@ def test_invalid_values(words, option, value, message, capsys, monkeypatch, tmp_
     text = " ".join((captured.out + captured.err).split())
     assert stop.value.code == 2 and message in text and "Traceback" not in text
     assert not list(tmp_path.iterdir())
+
+
+def test_commands_of_a_map_are_in_the_order_of_use() -> None:
+    assert [command.name for command in map_commands.app.registered_commands] == [
+        *("build", "collect", "reduce", "merge"),
+        *("show", "diff", "stability", "cost"),
+    ]
