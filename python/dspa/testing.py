@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma2Model, PreTrainedModel, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dspa.maps.cdmap import TENSORS, ConditionalDifferenceMap, MapMeta
+from dspa.models.attention import use_same_function
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import required_layer
 
@@ -84,6 +85,7 @@ def make_model(family: str, seed: int = 0, *, dtype: torch.dtype = torch.float32
     kind: Any = CONFIG_MAPPING[family]
     settings = (FAMILIES | RECURRENT)[family] | {"initializer_range": 0.2} | config
     model: PreTrainedModel = AutoModelForCausalLM.from_config(kind(**settings), dtype=dtype)
+    use_same_function(model)
     model.eval()
     return model
 
@@ -153,6 +155,7 @@ def make_map(
         k_diff=16,
         sparsify=True,
         package="0",
+        attention="eager",
     )
     return ConditionalDifferenceMap(
         columns,

@@ -102,6 +102,7 @@ def load_model(options: RecordedModelOptions, recorded: Source | None = None) ->
     """Load a model, in evaluation mode, and its tokenizer; without --model, from the place that is recorded."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from dspa.models.attention import use_same_function
     from dspa.models.sources import model_digest
 
     device = device_named(options.device)
@@ -109,7 +110,9 @@ def load_model(options: RecordedModelOptions, recorded: Source | None = None) ->
     def load(name: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(name)
         from_pretrained: Any = AutoModelForCausalLM.from_pretrained
-        return from_pretrained(name, dtype=options.dtype).to(device).eval(), tokenizer
+        model = from_pretrained(name, dtype=options.dtype).to(device).eval()
+        use_same_function(model)
+        return model, tokenizer
 
     if options.model is not None:
         return load(options.model)

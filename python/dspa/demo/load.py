@@ -20,6 +20,7 @@ from dspa.demo import language
 from dspa.demo.train import MODEL_NAME
 from dspa.maps.build import build_map
 from dspa.maps.cdmap import ConditionalDifferenceMap
+from dspa.models.attention import use_same_function
 from dspa.saes.frozen import FrozenSAE
 from dspa.steering.dspa import Steering
 
@@ -44,6 +45,7 @@ class World:
         self.triples = assets / "preferences.jsonl"
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(assets / MODEL_NAME)
         self.model: Any = AutoModelForCausalLM.from_pretrained(assets / MODEL_NAME, dtype=torch.float32).eval()
+        use_same_function(self.model)
         self.sae_in = FrozenSAE.load(assets / "sae_in", dtype=torch.float32)
         self.sae_out = FrozenSAE.load(assets / "sae_out", dtype=torch.float32)
         self.held_out: list[Any] = [row for _, row in read_records(assets / "heldout.jsonl", ValueError)]

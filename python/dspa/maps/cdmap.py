@@ -41,6 +41,7 @@ class MapMeta:
         n_inactive: number of input latents that are active on no prompt, None in maps that do not record it.
         n_zero_percentile: number of input latents whose percentile is 0, None in maps that do not record it.
         boundary, chat_template_kwargs: as for `CollectSettings`. The defaults are those of earlier versions.
+        attention: as for `CollectSettings`.
     """
 
     sae_in: str
@@ -63,6 +64,7 @@ class MapMeta:
     n_zero_percentile: int | None = None
     boundary: str = "apart"
     chat_template_kwargs: dict[str, Any] | None = None
+    attention: str = ""
 
 
 def confidence_radius(n_open: Tensor, d_sae_out: int, delta: float) -> Tensor:

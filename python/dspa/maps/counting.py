@@ -21,6 +21,7 @@ from dspa.maps.batches import Group, Rows, batch_size
 from dspa.maps.passes import SharedPrompts, WholePasses, shares_prompts
 from dspa.maps.pieces import Piece, key_of
 from dspa.maps.shards import ROW_QUANTUM, CollectSettings, Counts, Shard
+from dspa.models.attention import implementation
 from dspa.models.layers import (
     base_model,
     check_eval,
@@ -101,6 +102,7 @@ class TripleCounter:
             tokenizer=hashlib.sha256(json.dumps(behaviour).encode()).hexdigest()[:16],
             boundary=BOUNDARY,
             chat_template_kwargs=self.chat_template_kwargs or None,
+            attention=implementation(self.model),
         )
 
     def sources(self) -> dict[str, Source]:

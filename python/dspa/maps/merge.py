@@ -13,6 +13,7 @@ from tqdm import tqdm
 from dspa.errors import MapError, refusal
 from dspa.files import read_header
 from dspa.maps.pieces import DataRecord
+from dspa.maps.provenance import join_attention
 from dspa.maps.shards import Collection
 
 
@@ -37,8 +38,10 @@ def merge(out: str | Path, folders: Sequence[str | Path], *, progress: bool = Tr
         part.verify()
         part.check_settings(parts[0].settings)
     _check_disjoint(parts)
+    attention = join_attention({part.settings.attention for part in parts})
+    settings = dataclasses.replace(parts[0].settings, attention=attention)
     # Under another name until it is complete.
-    merged = Collection.start(Path(out).with_name(f"{Path(out).name}.partial"), parts[0].settings, parts[0].sources)
+    merged = Collection.start(Path(out).with_name(f"{Path(out).name}.partial"), settings, parts[0].sources)
     try:
         _copy_shards(parts, merged, progress)
         merged.folder.rename(out)

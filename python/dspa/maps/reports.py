@@ -38,6 +38,7 @@ def origin(meta: MapMeta) -> list[Figure]:
         Figure("triples", str(meta.n_triples), f"{meta.n_cut} of their responses were cut{longest}"),
         Figure("gates", f"{meta.gate_rule}, percentile {meta.percentile:g}", f"of densities over {tokens}"),
         Figure("cut", cut, "smaller entries of A are 0"),
+        Figure("attention", meta.attention or "not recorded", "the implementation that computed it"),
         Figure("package", meta.package, "the version that made the map"),
     ]
 

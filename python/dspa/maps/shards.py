@@ -46,6 +46,8 @@ class CollectSettings:
         boundary: rule of the place where a text's prompt ends, as `tokens.BOUNDARY`.
         chat_template_kwargs: values of the chat template's variables by name, or None.
         format: format of the shards.
+        attention: names of the implementations that computed attention, joined by commas; empty in folders of earlier
+            versions. Those of one function differ in rounding alone, so this is recorded and not compared.
     """
 
     model_name: str
@@ -61,6 +63,7 @@ class CollectSettings:
     boundary: str = "apart"
     chat_template_kwargs: dict[str, Any] | None = None
     format: str = FORMAT
+    attention: str = ""
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,8 @@ class Collection:
     def check_settings(self, settings: CollectSettings) -> None:
         """Raise `MapError` unless the manifest of the folder holds these settings."""
         mine, theirs = asdict(settings), EARLIER | _read_json(self.folder / MANIFEST)
-        if differing := [name for name in mine if theirs.get(name) != mine[name]]:
+        differing = [name for name in mine if name != "attention" and theirs.get(name) != mine[name]]
+        if differing:
             differences = "; ".join(f"{name}: {theirs.get(name)!r} there, {mine[name]!r} now" for name in differing)
             raise MapError(f"{self.folder} holds shards of other settings ({differences}). Use another folder.")
 

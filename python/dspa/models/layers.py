@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dspa.errors import ModelError, refusal
+from dspa.models.attention import check_attention
 
 # A PreTrainedModel that generates. Its methods come from a mixin that its type does not show.
 CausalLM: TypeAlias = Any
@@ -61,8 +62,15 @@ def decoder_layers(model: nn.Module, path: str | None = None) -> nn.ModuleList:
         path: dotted path of the list, for an unknown architecture.
 
     Raises:
-        ModelError: there is no such list.
+        ModelError: there is no such list, or the attention implementation leaves out what its layers compute.
     """
+    stack = find_layers(model, path)
+    check_attention(base_model(model), stack)
+    return stack
+
+
+def find_layers(model: nn.Module, path: str | None = None) -> nn.ModuleList:
+    """Return the list of `decoder_layers` without a check of what its layers compute."""
     inner = base_model(model)
     for dotted in (path,) if path else LAYER_PATHS:
         layers: Any = inner

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from dspa.errors import ModelError
-from dspa.models.layers import CausalLM, base_model, decoder_layers
+from dspa.models.layers import CausalLM, base_model, find_layers
 
 # What models call a key/value cache: since transformers 5.24, and before.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -50,7 +50,7 @@ def read_layers(
         ModelError: the hooks of the last layer did not run.
     """
     inner, wanted = base_model(model), sorted(set(indices))
-    stack, read = decoder_layers(model, layers), {}
+    stack, read = find_layers(model, layers), {}
 
     # Another thread may be in the same layers: only the pass of this one is read.
     thread = threading.get_ident()
