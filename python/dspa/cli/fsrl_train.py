@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from dspa.cli.loading import check_writable, device_named, load_model, load_sae, triple_source
 from dspa.cli.options import (
@@ -23,18 +23,19 @@ from dspa.cli.options import (
     Split,
     Triples,
     errors_of_options,
+    name_options,
     with_options,
 )
-from dspa.cli.tables import console
+from dspa.cli.tables import column_table, console, print_warning
 from dspa.distributed import rank
 from dspa.fsrl.config import FSRLConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from dspa.data.triples import Triple
+    from dspa.fsrl.adapter import FSRLAdapter
     from dspa.fsrl.results import HeldOut
 
 Out = Annotated[Path, typer.Option(help="Folder to write; the same command continues a stopped training in it.")]
-FIGURES = {"simpo_loss": "SimPO loss", "accuracy": "reward accuracy", "margin": "margin", "l0": "L0", "l1": "L1"}
 UNUSUAL = ("initial_threshold", "bandwidth")
 FIXED = ("warmup", "max_grad_norm")
 
@@ -58,13 +59,11 @@ def train(
     For several processes: `torchrun --nproc-per-node K -m dspa fsrl train ...`.
     """
     from dspa import fsrl
-    from dspa.fsrl.training import scoring
-    from dspa.models.layers import base_model
 
     data, held_out_triples = _triples(triples, split, first), _held_out(held_out)
     loaded = load_sae(sae, layer, device_named(on.device))
     model, tokenizer = load_model(on)
-    fsrl.train(
+    trained = fsrl.train(
         *(model, tokenizer, data, fsrl.FSRLAdapter(loaded.to(dtype=model.dtype), adapter), out),
         config=config,
         eval_triples=held_out_triples,
@@ -74,13 +73,14 @@ def train(
     )
     if rank() > 0:
         return
-    figures = fsrl.read_held_out(out)
-    if held_out_triples is not None and figures is not None:
-        options = {**scoring(base_model(model), config), "chat_template_kwargs": chat_template_kwargs}
-        base = fsrl.held_out(model, tokenizer, held_out_triples, **options)
-        title = f"On {len(held_out_triples)} held-out triples"
-        console.print(_table(title, [("base model", base), ("adapter", figures)]))
     console.print(f"Written to {escape(str(out))}.")
+    if held_out_triples is None:
+        console.print("Not measured: --held-out FILE compares the adapter with the base model.")
+    else:
+        with trained.attach(model, layers=on.layers, model_name=on.model_name):
+            _report(model, tokenizer, trained, held_out_triples, config, out, chat_template_kwargs)
+    command = ["dspa", "fsrl", "analyse", "usage", held_out or "HELD_OUT.jsonl", "--adapter", out]
+    console.print("Next:", shlex.join(map(str, [*command, "--out", f"{out}-usage"])), soft_wrap=True, markup=False)
 
 
 @with_options
@@ -121,12 +121,12 @@ def layers(
     )
     if rank() > 0:
         return
-    rows = [("base model", sweep.base)]
-    rows += [
-        (f"layer {trained.layer}, {trained.activation}, λ {trained.l1:g}", trained.held_out)
-        for trained in sweep.adapters
-    ]
-    console.print(_table(f"On {sweep.base.n_triples} held-out triples", rows))
+    d_sae = {loaded.layer: loaded.d_sae for loaded in saes}
+    rows = [_figures("base model", sweep.base, None)]
+    for trained in sweep.adapters:
+        name = f"layer {trained.layer}, {trained.activation}, λ {trained.l1:g}"
+        rows.append(_figures(name, trained.held_out, d_sae[trained.layer]))
+    console.print(column_table(f"On {sweep.base.n_triples} held-out triples", rows, tuple(rows[0])))
     console.print(f"CSV and PNG: {escape(str(out))}")
 
 
@@ -161,12 +161,51 @@ def _held_out(path: Path | None) -> list[Triple] | None:
     return None if path is None else list(load_triples(path))
 
 
-def _table(title: str, named: Sequence[tuple[str, HeldOut]]) -> Table:
-    """Return a table of figures on held-out triples, one row per model."""
-    table = Table(title=title)
-    for number, column in enumerate(("", *FIGURES.values())):
-        table.add_column(column, justify="right" if number else "left")
-    for name, figures in named:
-        values = asdict(figures)
-        table.add_row(name, *(f"{values[figure]:.4g}" for figure in FIGURES))
-    return table
+def _report(
+    model: Any,
+    tokenizer: Any,
+    adapter: FSRLAdapter,
+    triples: Sequence[Triple],
+    config: TrainingConfig,
+    out: Path,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> None:
+    """Compare an attached adapter with the base model, and warn where it is worse than its figures suggest."""
+    from dspa import fsrl
+    from dspa.fsrl.answers import ANSWER_TOKENS, N_ANSWERS, compare_answers, warnings_about
+    from dspa.fsrl.training import scoring
+    from dspa.models.layers import base_model
+
+    options = {**scoring(base_model(model), config), "chat_template_kwargs": chat_template_kwargs}
+    figures = fsrl.read_held_out(out)
+    assert figures is not None
+    with adapter.disabled():
+        base = fsrl.held_out(model, tokenizer, triples, **options)
+    responses = fsrl.responses_of(model, tokenizer, triples, options["max_length"], chat_template_kwargs)
+    answers = compare_answers(model, tokenizer, adapter, responses)
+    rows = [_figures("base model", base, None), _figures("adapter", figures, adapter.sae.d_sae)]
+    for row, answered in zip(rows, answers or (), strict=False):
+        row |= asdict(answered)
+    console.print(column_table(f"On {figures.n_triples} held-out triples", rows, tuple(rows[0])))
+    if answers is None:
+        console.print("No answers were generated: they need two different prompts that leave room for one.")
+    else:
+        console.print(
+            f"perplexity (under the base model), repetition (4-grams that stood in an answer before): of up to "
+            f"{N_ANSWERS} greedy answers of up to {ANSWER_TOKENS} tokens."
+        )
+    for text in warnings_about(figures.l0, adapter.sae.d_sae, answers):
+        print_warning(name_options(text, {"l1": "--l1", "lr": "--lr"}))
+
+
+def _figures(name: str, figures: HeldOut, d_sae: int | None) -> dict[str, object]:
+    """Return the row of a model in a table; `d_sae` is the size of its adapter's SAE, if it has one."""
+    return {
+        "": name,
+        "SimPO loss": figures.simpo_loss,
+        "reward accuracy": figures.accuracy,
+        "margin": figures.margin,
+        "L0": figures.l0,
+        "L0 share": None if d_sae is None else f"{figures.l0 / d_sae:.1%}",
+        "L1": figures.l1,
+    }

@@ -20,7 +20,7 @@ from dspa.cli.options import (
     RecordedSAEPairOptions,
     with_options,
 )
-from dspa.cli.tables import console, print_figures
+from dspa.cli.tables import console, print_figures, print_warning
 from dspa.config import SteeringConfig
 from dspa.errors import refusal
 
@@ -66,7 +66,7 @@ def map_show(
     for title, columns in zip(("most augmented", "most ablated"), top_columns(cdmap, top), strict=True):
         _print_columns(title, columns, described)
     for text in warnings(cdmap):
-        console.print(f"[yellow]Warning:[/yellow] {escape(text)}")
+        print_warning(text)
     if plot is not None:
         from dspa.maps.plots import plot_map
 

@@ -28,6 +28,11 @@ def print_figures(title: str, figures: Sequence[tuple[str, str, str]]) -> None:
     console.print(table)
 
 
+def print_warning(text: str) -> None:
+    """Print a warning."""
+    console.print(f"[yellow]Warning:[/yellow] {escape(text)}")
+
+
 def column_table(title: str, rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> Table:
     """Return a table of some columns of rows."""
     table = Table(*(name.replace("_", " ") for name in names), title=title)

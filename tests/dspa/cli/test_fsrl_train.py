@@ -39,6 +39,11 @@ def test_commands(tmp_path_factory, tmp_path, monkeypatch, capsys):
     code, told = command(monkeypatch, capsys, "train", *data, *small, *saes[:2], "--out", tmp_path / "one")
     assert code == 0 and "On 3 held-out triples" in told and "base model" in told
     assert read_held_out(tmp_path / "one").n_triples == 3
+    assert "L0 share" in told and "perplexity" in told and "repetition" in told
+    # Three steps do not make an adapter sparse.
+    assert "Warning: The adapter is not sparse: it moves" in told and "A larger --l1 or more steps" in told
+    one = tmp_path / "one"
+    assert f"Next: dspa fsrl analyse usage {here / 'held.jsonl'} --adapter {one} --out {one}-usage" in told
     code, told = command(monkeypatch, capsys, "train", *data, *small, *saes[:2], "--out", tmp_path / "one", "--l1", 0.3)
     assert code == 2 and "training of other settings (adapter_l1: 0.02 there, 0.3 now)" in told
     code, told = command(monkeypatch, capsys, "train", *data, *saes[:2], "--out", tmp_path / "two", "--l1", -1)
