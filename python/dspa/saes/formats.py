@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dspa.errors import SAEError, refusal
-from dspa.saes.metadata import CENTERED, LOADED_WITH, is_centered, layer_of_hook
+from dspa.saes.metadata import CENTERED, LOADED_WITH, is_centered, residual_hook
 
 SAE_LENS_CONFIG = "cfg.json"
 SAE_LENS_WEIGHTS = "sae_weights.safetensors"
@@ -60,6 +60,8 @@ class SourceSAE:
         tensors: SAELens' names and shapes. A gated SAE has `b_gate`, `b_mag` and `r_mag` instead of `b_enc`.
         center_writing_weights: True if it was trained on residuals less their mean over d_in; None if an old file does
             not say.
+        hook_name: its place in the model, by its maker's name; None if unknown.
+        neuronpedia_id: its model and place on Neuronpedia, as "gpt2-small/8-res-jb".
         record: what `FrozenSAE.save` wrote about it.
         figures: those of `FIGURES` that its training recorded.
         owned: True if nothing else reads or writes the memory of `tensors`, unlike that of a mapped file.
@@ -70,7 +72,9 @@ class SourceSAE:
     tensors: dict[str, Tensor]
     k: int | None = None
     layer: int | None = None
+    hook_name: str | None = None
     model_name: str | None = None
+    neuronpedia_id: str | None = None
     apply_b_dec_to_input: bool = False
     normalize_activations: str = "none"
     rescale_acts_by_decoder_norm: bool = False
@@ -125,8 +129,12 @@ def read_sae(path: Path, dict_class: str | None = None) -> SourceSAE:
 def write_sae_lens(folder: Path, sae: SourceSAE) -> None:
     """Write an SAE that needs no more folding as a SAELens folder, in the format of version 6."""
     metadata = {"sae_lens_version": "6.0.0", "model_name": sae.model_name, RECORD: sae.record}
+    if sae.neuronpedia_id is not None:
+        metadata["neuronpedia_id"] = sae.neuronpedia_id
     if sae.layer is not None:
-        metadata["hook_name"] = f"blocks.{sae.layer}.hook_resid_post"
+        # SAELens knows the hooks of TransformerLens. The others here have the number of the layer too.
+        is_hook = sae.hook_name is not None and sae.hook_name.startswith("blocks.")
+        metadata["hook_name"] = sae.hook_name if is_hook else f"blocks.{sae.layer}.hook_resid_post"
     if sae.center_writing_weights:
         metadata[LOADED_WITH] = {CENTERED: True}
     d_in, d_sae = sae.tensors["W_enc"].shape
@@ -185,15 +193,17 @@ def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Ten
         raise refusal(
             SAEError, f"{name}: `W_enc`", f"of shape {list(tensors['W_enc'].shape)}", f"{stated}, as the cfg says"
         )
-    hook = metadata.get("hook_name") or metadata.get("hook_point")
+    hook = metadata.get("hook_name") or metadata.get("hook_point") or None
     normalize = cfg.get("normalize_activations") or "none"
     return SourceSAE(
         name=name,
         arch=arch,
         tensors=dict(tensors),
         k=cfg.get("k", _section(name, cfg, "activation_fn_kwargs", {}).get("k")) if arch == "topk" else None,
-        layer=None if hook is None else layer_of_hook(name, str(hook)),
+        layer=_layer(name, hook),
+        hook_name=hook,
         model_name=metadata.get("model_name"),
+        neuronpedia_id=metadata.get("neuronpedia_id"),
         apply_b_dec_to_input=bool(cfg.get("apply_b_dec_to_input", True)),
         normalize_activations="expected_average_only_in" if normalize is True else normalize,
         rescale_acts_by_decoder_norm=bool(cfg.get("rescale_acts_by_decoder_norm", False)),
@@ -265,7 +275,8 @@ def _read_dictionary(file: Path, dict_class: str | None) -> SourceSAE:
         arch=kind.arch,
         tensors={n: t for n, t in tensors.items() if n in SAE_LENS_TENSORS[kind.arch]},
         k=_agreed(file, "k", k, trainer.get("k")) if kind.arch == "topk" else None,
-        layer=_dictionary_layer(config, trainer),
+        layer=_agreed(config, "layer", _layer(str(config), trainer.get("submodule_name")), trainer.get("layer")),
+        hook_name=trainer.get("submodule_name"),
         model_name=trainer.get("lm_name"),
         apply_b_dec_to_input=kind.apply_b_dec_to_input,
         owned=True,
@@ -296,11 +307,9 @@ def _learned_threshold(file: Path, threshold: Tensor, b_enc: Tensor) -> Tensor:
     return threshold.expand(b_enc.shape)
 
 
-def _dictionary_layer(config: Path, trainer: Mapping[str, Any]) -> int | None:
-    place = trainer.get("submodule_name")
-    named = None if place is None else layer_of_hook(str(config), str(place))
-    layer: int | None = _agreed(config, "layer", named, trainer.get("layer"))
-    return layer
+def _layer(name: str, hook: str | None) -> int | None:
+    place = None if hook is None else residual_hook(name, hook)
+    return None if place is None else place[0]
 
 
 def _agreed(file: Path, name: str, first: Any, second: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from dspa.saes.folding import (
     weights_digest,
 )
 from dspa.saes.formats import RECORD, SourceSAE, read_sae, sae_lens_source, write_sae_lens
-from dspa.saes.metadata import CENTERED, without_model_advice
+from dspa.saes.metadata import CENTERED, refused_hook, residual_hook, without_model_advice
 from dspa_kernels import SAEWeights
 
 
@@ -72,6 +73,8 @@ class FrozenSAE:
     Attributes:
         weights: the tensors that the kernels read.
         b_dec: [d_in], in the dtype of `W_enc`.
+        hook_name: the place that it reads, by its maker's name; None if unknown.
+        neuronpedia_id: its model and place on Neuronpedia; None if unknown.
         folded: names of the settings that were folded, and "gated" for a gated SAE.
         loaded_from: absolute path, or RELEASE:SAE_ID, from which it was loaded; None if it was not.
         figures: explained variance, l0 and dead latents, those that its training recorded in a SAELens folder.
@@ -141,6 +144,7 @@ class FrozenSAE:
             check_centering(weights.normalize)
         self.arch, self.layer, self.model_name = source.arch, source.layer, source.model_name
         self.figures = source.figures
+        self.hook_name, self.neuronpedia_id = source.hook_name, source.neuronpedia_id
         self.folded = tuple(name for name, folded in folds.items() if folded)
         self.weights = fold(weights, b_dec, **folds)
         self.b_dec = b_dec.to(weights.encoder_rows.dtype)
@@ -254,6 +258,9 @@ class FrozenSAE:
     ) -> FrozenSAE:
         if None not in (layer, source.layer) and layer != source.layer:
             raise refusal(SAEError, "`layer`", layer, f"{source.layer}, as {source.name} says", "Leave `layer` out.")
+        if layer is None and source.layer is None and source.hook_name is not None:
+            advice = "If it is the residual stream after a decoder layer, pass the number of that layer: `layer`."
+            raise refused_hook(source.name, source.hook_name, advice)
         gated = source.arch == "gated"
         try:
             sae = cls.__new__(cls)
@@ -303,7 +310,9 @@ class FrozenSAE:
             tensors=tensors,
             k=self.weights.k or None,
             layer=self.layer,
+            hook_name=self.hook_name,
             model_name=self.model_name,
+            neuronpedia_id=self.neuronpedia_id,
             normalize_activations=self.weights.normalize,
             center_writing_weights=self.centered,
             record={
@@ -407,6 +416,17 @@ class FrozenSAE:
     def centered(self) -> bool:
         """True if the SAE was trained on residuals less their mean over d_in (`center_writing_weights`)."""
         return CENTERED in self.folded
+
+    @property
+    def neuronpedia_number(self) -> int | None:
+        """Number with which its place on Neuronpedia begins, as in "12-gemmascope-res-65k"; None if it has no layer.
+
+        It is that of the hook, so a residual before a layer has the number of that layer.
+        """
+        if given := re.search(r"/([0-9]+)-", self.neuronpedia_id or ""):
+            return int(given[1])
+        place = None if self.hook_name is None else residual_hook("the SAE", self.hook_name)
+        return self.layer if place is None else place[1]
 
     def fingerprint_advice(self, other: str) -> str:
         """Return why a thing made with an SAE of fingerprint `other` does not fit this one, or "" if unknown."""

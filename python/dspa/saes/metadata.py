@@ -10,10 +10,20 @@ from typing import Any
 
 from dspa.errors import SAEError, refusal
 
-RESIDUAL_HOOKS = (
-    r"blocks\.(\d+)\.hook_resid_(?:post|pre)",
-    r"(?:\w+\.)*(?:layers|h)\.(\d+)",
-    r"resid_post_layer_(\d+)",
+# What stands before the list of layers in a path of transformers. A vision tower has lists of layers too.
+_LANGUAGE_MODEL = "model|base_model|language_model|text_model|decoder|backbone|transformer|gpt_neox"
+# Names of the residual stream after a decoder layer (0), and before one (1).
+RESIDUAL_HOOKS = {
+    r"blocks\.(\d+)\.hook_(?:resid_post|out)": 0,
+    r"blocks\.(\d+)\.hook_(?:resid_pre|in)": 1,
+    rf"(?:(?:{_LANGUAGE_MODEL})\.)*(?:layers|h|blocks)\.(\d+)": 0,
+    r"resid_post_layer_(\d+)": 0,
+}
+# What names of other places have in them: parts of a layer, norms, embeddings, towers of other modalities.
+ELSEWHERE = re.compile(
+    r"attn|attention|mlp|ffn|feed_forward|moe|expert|router|proj|resid_mid|norm|(?:^|[._])ln|embed|hook_[a-z]$|hook_scale"
+    r"|hook_pattern|transcoder|encoder|cross|vision|visual|image|audio|speech",
+    re.IGNORECASE,
 )
 # The arguments with which SAELens loaded the model.
 LOADED_WITH = "model_from_pretrained_kwargs"
@@ -34,30 +44,38 @@ SAME_RESIDUAL = frozenset(
 )
 
 
-def layer_of_hook(name: str, hook: str) -> int:
-    """Return the decoder layer whose output is the residual stream at a hook.
+def residual_hook(name: str, hook: str) -> tuple[int, int] | None:
+    """Return the decoder layer whose output an SAE reads, and the number of the layer in the name of its hook.
 
-    `hook_resid_pre` of a block is the output of the layer before it.
+    They differ for the residual before a layer, which is the output of the layer before it. None for a name that shows
+    no layer, but may be of the residual stream.
 
     Args:
         name: name of the SAE in messages.
         hook: its place in the model, as the SAE calls it.
 
     Raises:
-        SAEError: any other place.
+        SAEError: a place that is not the output of a decoder layer.
     """
-    match = next(filter(None, (re.fullmatch(pattern, hook) for pattern in RESIDUAL_HOOKS)), None)
-    layer = -1 if match is None else int(match[1]) - hook.endswith("hook_resid_pre")
-    if layer < 0:
-        raise refusal(
-            SAEError,
-            f"{name}: the place of this SAE",
-            repr(hook),
-            "the output of a decoder layer: blocks.{i}.hook_resid_post, blocks.{i}.hook_resid_pre (i >= 1), "
-            "model.layers.{i}, layers.{i}, transformer.h.{i}, gpt_neox.layers.{i}, resid_post_layer_{i}",
-            "Choose an SAE of the residual stream.",
-        )
-    return layer
+    for pattern, before in RESIDUAL_HOOKS.items():
+        if match := re.fullmatch(pattern, hook):
+            number = int(match[1])
+            if number >= before:
+                return number - before, number
+            raise refused_hook(name, hook, "Choose an SAE of a later layer.")
+    if ELSEWHERE.search(hook):
+        raise refused_hook(name, hook, "Choose an SAE of the residual stream.")
+    return None
+
+
+def refused_hook(name: str, hook: str, advice: str) -> SAEError:
+    """Return the error for an SAE whose place is not known to be the output of a decoder layer."""
+    accepted = (
+        "the output of a decoder layer of a language model: blocks.{i}.hook_resid_post, blocks.{i}.hook_resid_pre "
+        "(i >= 1), blocks.{i}.hook_out, model.layers.{i}, layers.{i}, transformer.h.{i}, gpt_neox.layers.{i}, "
+        "resid_post_layer_{i}"
+    )
+    return refusal(SAEError, f"{name}: the place of this SAE", repr(hook), accepted, advice)
 
 
 def is_centered(name: str, loaded_with: Mapping[str, Any]) -> bool:
