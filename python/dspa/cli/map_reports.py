@@ -82,7 +82,9 @@ def _descriptions(labels: Path | None, meta: MapMeta, explainer: str | None) -> 
         return {}
     from dspa.saes.labels import LatentSpace, read_descriptions
 
-    return read_descriptions(labels, LatentSpace(meta.layer_out, meta.d_sae_out, meta.model_name), explainer=explainer)
+    number = meta.layer_out if meta.neuronpedia_out is None else meta.neuronpedia_out
+    space = LatentSpace(meta.layer_out, number, meta.d_sae_out, meta.model_name)
+    return read_descriptions(labels, space, explainer=explainer)
 
 
 def _print_columns(title: str, columns: Sequence[Column], described: Mapping[int, str]) -> None:

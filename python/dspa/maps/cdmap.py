@@ -40,6 +40,7 @@ class MapMeta:
         package: version of the package.
         n_inactive: number of input latents that are active on no prompt, None in maps that do not record it.
         n_zero_percentile: number of input latents whose percentile is 0, None in maps that do not record it.
+        neuronpedia_out: as in `CollectSettings`.
         boundary, chat_template_kwargs: as for `CollectSettings`. The defaults are those of earlier versions.
         attention: as for `CollectSettings`.
     """
@@ -62,6 +63,7 @@ class MapMeta:
     package: str
     n_inactive: int | None = None
     n_zero_percentile: int | None = None
+    neuronpedia_out: int | None = None
     boundary: str = "apart"
     chat_template_kwargs: dict[str, Any] | None = None
     attention: str = ""

@@ -45,6 +45,7 @@ class CollectSettings:
         tokenizer: digest of the tokenizer's behaviour.
         boundary: rule of the place where a text's prompt ends, as `tokens.BOUNDARY`.
         chat_template_kwargs: values of the chat template's variables by name, or None.
+        neuronpedia_out: number of the output SAE on Neuronpedia, None if it is that of its layer.
         format: format of the shards.
         attention: names of the implementations that computed attention, joined by commas; empty in folders of earlier
             versions. Those of one function differ in rounding alone, so this is recorded and not compared.
@@ -62,6 +63,7 @@ class CollectSettings:
     tokenizer: str
     boundary: str = "apart"
     chat_template_kwargs: dict[str, Any] | None = None
+    neuronpedia_out: int | None = None
     format: str = FORMAT
     attention: str = ""
 

@@ -103,6 +103,7 @@ class LatentSpace:
     """What labels of an SAE's latents have to agree with, where the SAE itself is not loaded."""
 
     layer: int | None
+    neuronpedia_number: int | None
     d_sae: int
     model_name: str | None
 
@@ -249,10 +250,13 @@ def _category(name: str, row: Mapping[str, Any], rules: Rules | None) -> str | N
 def _check_origin(name: str, row: Mapping[str, Any], sae: FrozenSAE | LatentSpace) -> None:
     """Raise `LabelError` if a row names another layer or model than those of `sae`."""
     if "layer" in row:
-        # Neuronpedia's are "12-gemmascope-res-65k".
-        layer = re.match(r"[0-9]+", str(row["layer"]))
-        if layer is None or int(layer[0]) != sae.layer:
-            raise refusal(LabelError, name, f"of layer {row['layer']!r}", f"{sae.layer}, that of {sae}")
+        layer = re.fullmatch(r"([0-9]+)(-.+)?", str(row["layer"]))
+        wanted = sae.layer if layer is None or layer[2] is None else sae.neuronpedia_number
+        if layer is None or int(layer[1]) != wanted:
+            advice = (
+                "Neuronpedia may have another number for it: that of `neuronpedia_id` in the SAE's metadata, if set."
+            )
+            raise refusal(LabelError, name, f"of layer {row['layer']!r}", f"{wanted}, that of {sae}", advice)
     model = row.get("modelId")
     if model is not None and not same_model(str(model), sae.model_name or ""):
         raise refusal(LabelError, name, f"of the model {model!r}", f"{sae.model_name!r}, that of {sae}")

@@ -15,7 +15,7 @@ from dspa import ConditionalDifferenceMap, MapError, ModelError, PreferenceError
 from dspa.maps import pieces
 from dspa.maps.pieces import TripleSource
 from dspa.maps.reduce import reduce
-from dspa.testing import BOS, D_IN, D_SAE_IN, L_IN, L_OUT, make_sae
+from dspa.testing import BOS, D_IN, D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_sae
 
 from ..support.counts import (
     PASSES,
@@ -263,6 +263,15 @@ def test_saes_that_do_not_fit(case: Case, name: str, tmp_path: Path) -> None:
 def test_the_same_model_by_another_name(case: Case) -> None:
     sae = make_sae(L_IN, D_SAE_IN, seed=1, model_name="gemma-2-2b")
     assert case.collect(sae_in=sae, model_name="google/gemma-2-2b-it").settings.model_name == "google/gemma-2-2b-it"
+
+
+def test_the_number_of_an_sae_before_a_layer(case: Case) -> None:
+    """It is needed to check labels of the map's latents. That of other SAEs is not recorded."""
+    before = make_sae(L_OUT, D_SAE_OUT, seed=2)
+    before.hook_name = f"blocks.{L_OUT + 1}.hook_resid_pre"
+    collection = case.collect(sae_out=before)
+    assert collection.settings.neuronpedia_out == reduce(collection).meta.neuronpedia_out == L_OUT + 1
+    assert case.collect().settings.neuronpedia_out is None
 
 
 @pytest.mark.parametrize("value", [129, 1, 0, -5])

@@ -257,6 +257,10 @@ def test_meta_says_how_it_was_made() -> None:
         "k_diff": 3,
         "sparsify": False,
         "package": __version__,
+        "boundary": "apart",
+        "chat_template_kwargs": None,
+        "attention": "",
+        "neuronpedia_out": None,
         # Latent 0 is never active.
         "n_inactive": 1,
         "n_zero_percentile": int((np.percentile(data[0], 80.0, axis=0) == 0).sum()),

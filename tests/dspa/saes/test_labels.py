@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import re
@@ -159,7 +160,7 @@ def test_a_category_that_no_latent_has():
 
 # Descriptions
 
-SPACE = LatentSpace(12, D_SAE, "google/gemma-2-2b-it")
+SPACE = LatentSpace(12, 12, D_SAE, "google/gemma-2-2b-it")
 
 
 def test_descriptions(tmp_path, sae):
@@ -171,6 +172,13 @@ def test_descriptions(tmp_path, sae):
     assert read_descriptions(tmp_path, SPACE, explainer="claude") == {3: "bullets"}
     file = written(tmp_path / "categories.json", {"5": "style"})
     assert read_descriptions(file, SPACE) == {5: "style"}
+
+
+def test_descriptions_of_the_residual_before_a_layer(tmp_path):
+    file = written(tmp_path / "l.json", [exported(1, "a", layer="13-res-jb")])
+    assert read_descriptions(file, dataclasses.replace(SPACE, neuronpedia_number=13)) == {1: "a"}
+    with pytest.raises(LabelError, match="of layer '13-res-jb'; accepted: 12"):
+        read_descriptions(file, SPACE)
 
 
 @pytest.mark.parametrize(

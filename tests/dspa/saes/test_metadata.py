@@ -1,4 +1,4 @@
-"""Where in a model an SAE reads."""
+"""Where in a model an SAE reads, and under which number Neuronpedia has it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dspa.errors import SAEError
+from dspa.errors import LabelError, SAEError
 from dspa.saes.frozen import FrozenSAE
+from dspa.saes.labels import read_labels
 from dspa.saes.metadata import residual_hook
 
 from ..support.saes import D_IN, D_SAE, JUMPRELU, STANDARD, named
@@ -100,3 +101,49 @@ def test_an_unknown_hook_takes_the_callers_layer(tmp_path: Path, hook: str) -> N
     assert sae.layer == FrozenSAE.load(tmp_path / "copy").layer == 12
     save_dictionary(tmp_path, {"dict_class": "AutoEncoder", "submodule_name": hook, "layer": 12})
     assert FrozenSAE.load(tmp_path / "ae.pt").layer == 12
+
+
+# Neuronpedia
+
+
+def labels(path: Path, layer: object) -> Path:
+    path.write_text(json.dumps([{"modelId": "gpt2-small", "layer": layer, "index": 3, "category": "style"}]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("metadata", "right", "wrong"),
+    [
+        ({"hook_name": "blocks.8.hook_resid_pre"}, "8-res-jb", "7-res-jb"),
+        ({"hook_name": "blocks.8.hook_resid_pre", "neuronpedia_id": "gpt2-small/8-res-jb"}, "8-res-jb", "7-res-jb"),
+        (
+            {"hook_name": "blocks.11.hook_resid_post", "neuronpedia_id": "gpt2-small/12-res-jb"},
+            "12-res-jb",
+            "11-res-jb",
+        ),
+        ({"hook_name": "blocks.11.hook_resid_post"}, "11-res_post_32k-oai", "12-res-jb"),
+        ({"hook_name": "blocks.8.hook_resid_pre"}, 7, 8),
+        ({"hook_name": "model.layers.4", "neuronpedia_id": None}, "4-llamascope-res-32k", "5-llamascope-res-32k"),
+        ({"hook_name": "blocks.4.hook_resid_post"}, "4-res", "e-att-sm"),
+    ],
+)
+def test_labels_have_the_number_of_the_hook(
+    tmp_path: Path, metadata: dict[str, Any], right: object, wrong: object
+) -> None:
+    """As in the catalogue of SAELens, and a bare number is the layer of the SAE."""
+    sae = FrozenSAE.load(lens_folder(tmp_path / "sae", model_name="gpt2-small", **metadata))
+    sae.save(tmp_path / "copy")
+    for one in (sae, FrozenSAE.load(tmp_path / "copy")):
+        assert read_labels(labels(tmp_path / "right.json", right), one).of("style") == [3]
+        with pytest.raises(LabelError, match=rf"of layer '?{wrong}'?; accepted: "):
+            read_labels(labels(tmp_path / "wrong.json", wrong), one)
+
+
+def test_the_catalogue_of_sae_lens_has_these_numbers() -> None:
+    directory = pytest.importorskip("sae_lens.loading.pretrained_saes_directory").get_pretrained_saes_directory()
+    ids = directory["gpt2-small-res-jb"].neuronpedia_id
+    numbers = {hook: int(name.partition("/")[2].partition("-")[0]) for hook, name in ids.items()}
+    last = numbers.pop("blocks.11.hook_resid_post")
+    places = {hook: residual_hook("catalogue", hook) for hook in numbers if hook != "blocks.0.hook_resid_pre"}
+    assert last == 12 and len(places) == 11
+    assert all(place is not None and place[1] == numbers[hook] for hook, place in places.items())
