@@ -187,6 +187,7 @@ def _load(
     if cdmap is not None and saes is not None:
         sae_in, sae_out = (sae.to(dtype=model.dtype) for sae in saes)
         steering = Steering(sae_in, sae_out, cdmap, config, backend=ops.backend, screen=ops.screen, record=record)
+        steering.trace.tokenizer = tokenizer
         attachables.append(steering)
     if adapter is not None:
         adapter.sae = adapter.sae.to(dtype=model.dtype)

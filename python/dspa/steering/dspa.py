@@ -62,7 +62,8 @@ class Steering(Attachable, nn.Module):
     `generate()` is steered within `responses(starts)` and refused otherwise.
 
     `plan` is the plan of the latest call, one row per prompt, in places of `cdmap.columns`. With `record=True`, `trace`
-    holds every edit.
+    holds every edit: `print(steering.trace)` shows the most edited latents and tokens, with the text of tokens where
+    `steering.trace.tokenizer` is set.
 
     Attaching moves the SAEs to where their layers compute. Compile the model afterwards: it is compiled anew for each
     `attach()`, so call `torch.compiler.reset()` now and then in a long sweep.
@@ -197,7 +198,7 @@ class Steering(Attachable, nn.Module):
         self._mark_static_addresses()
         # A graph compiled for an earlier Steering must not be found again.
         serial = next(self._serial)
-        self._keys = {name: f"dspa_{serial}_{name}" for name in ("slots", "signs", "start", "rows")}
+        self._keys = {name: f"dspa_{serial}_{name}" for name in ("slots", "signs", "start", "rows", "tokens")}
 
     def _register_hooks(self, model: CausalLM, layer: nn.Module) -> list[RemovableHandle]:
         plan = model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
@@ -294,8 +295,12 @@ class Steering(Attachable, nn.Module):
     def _before_forward(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not self.enabled or self._keys["slots"] in kwargs:
+        if not self.enabled:
             return None
+        if self.record:
+            kwargs = {**kwargs, self._keys["tokens"]: kwargs.get("input_ids", args[0] if args else None)}
+        if self._keys["slots"] in kwargs:
+            return (args, kwargs) if self.record else None
         if self._starts is None:
             raise ModelError(
                 "This model is steered and was called outside of generate(), or by it for another text (as with "
@@ -335,7 +340,9 @@ class Steering(Attachable, nn.Module):
                 raise ModelError("A compiled model cannot be recorded: make the Steering with record=False.")
             edited, edits = steer(*inputs, record=True, **settings)
             latents = plan.latents(self._weights.columns)
-            self.trace.add(self._calls - 1, gate.get("rows"), positions.flatten(), latents, edits)
+            tokens = kwargs.get(self._keys["tokens"])
+            tokens = None if tokens is None else tokens.flatten()
+            self.trace.add(self._calls - 1, gate.get("rows"), positions.flatten(), tokens, latents, edits)
         else:
             edited = steer(*inputs, **settings)
         return edited.view_as(h)

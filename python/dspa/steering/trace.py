@@ -1,53 +1,47 @@
-"""Record of edits: which token, which latents, by how much."""
+"""Record of edits."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TextIO
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from dspa.steering.edits import Edit, Summary
 from dspa_kernels import Edits
 
 
-@dataclass(frozen=True)
-class Edit:
-    """One edited token.
+class Trace:
+    """Edits in the order in which they were made. Iterate for `Edit` records, `print` a summary, or `save` them.
 
     Attributes:
-        call: number of the call of `generate()` or the model, from 0.
-        row: sequence in the batch. A beam or return sequence counts as one.
-        position: position_id of the token, whose residual predicts the token after it.
-        maximum: `M_t`, the token's largest latent.
-        latents: latents of the output SAE that changed.
-        before, after: their values.
+        tokenizer: the model's tokenizer, which gives edits their text. It can be set at any time.
     """
 
-    call: int
-    row: int
-    position: int
-    maximum: float
-    latents: list[int]
-    before: list[float]
-    after: list[float]
-
-
-class Trace:
-    """Edits in the order in which they were made. Iterate for `Edit` records, or `save` them."""
-
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self.tokenizer = tokenizer
         self._edits: list[Edit] = []
 
-    def add(self, call: int, rows: Tensor | None, positions: Tensor, latents: Tensor, edits: Edits) -> None:
+    def add(
+        self,
+        call: int,
+        rows: Tensor | None,
+        positions: Tensor,
+        tokens: Tensor | None,
+        latents: Tensor,
+        edits: Edits,
+    ) -> None:
         """Add the edits of one step. Waits for the device.
 
         Args:
             call: number of the call.
             rows: plan row of each of N residual rows [N]; None if row n has plan row n.
             positions: position of each residual row [N].
+            tokens: token id of each residual row [N]; None if they are unknown.
             latents: latents of each plan row [B, S].
             edits: values of the latents before and after [N, S].
         """
@@ -59,10 +53,11 @@ class Trace:
                     call=call,
                     row=row,
                     position=int(positions[n]),
-                    maximum=float(edits.maximum[n]),
+                    maximum=edits.maximum[n].item(),
                     latents=latents[row][which].tolist(),
                     before=edits.before[n][which].tolist(),
                     after=edits.after[n][which].tolist(),
+                    token=None if tokens is None else int(tokens[n]),
                 )
             )
 
@@ -73,11 +68,27 @@ class Trace:
     def __repr__(self) -> str:
         return f"Trace({len(self)} edited tokens)"
 
+    def __str__(self) -> str:
+        return Summary.of(self).text()
+
+    def _repr_html_(self) -> str:
+        return Summary.of(self).html()
+
     def __len__(self) -> int:
         return len(self._edits)
 
     def __iter__(self) -> Iterator[Edit]:
-        return iter(self._edits)
+        if self.tokenizer is None:
+            yield from self._edits
+            return
+        texts: dict[int, str] = {}
+        for edit in self._edits:
+            if edit.token is None:
+                yield edit
+                continue
+            if edit.token not in texts:
+                texts[edit.token] = str(self.tokenizer.decode([edit.token]))
+            yield replace(edit, text=texts[edit.token])
 
     def save(self, path: str | Path) -> None:
         """Write JSON Lines, one record per edited token."""
