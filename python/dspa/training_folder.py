@@ -86,6 +86,24 @@ class TrainingFolder:
                 "Continue with those, or name another folder."
             )
 
+    def first_date(self, today: str | None) -> str | None:
+        """Return the date on which the training here was begun, which is today where there is none.
+
+        Args:
+            today: today's date, or None for a training that does not depend on it.
+
+        Raises:
+            TrainingError: the folder holds something else.
+        """
+        if today is None:
+            return None
+        self.check(finished=True)
+        if not (self.path / RECORD).exists():
+            self.path.mkdir(exist_ok=True)
+            self.write({"settings": {"template_date": today}})
+        date: str | None = self.read()["settings"].get("template_date", today)
+        return date
+
     def read(self) -> dict[str, Any]:
         """Return the content of `training.json`."""
         try:

@@ -83,7 +83,7 @@ def usage(
 
     held_out = _start(out, triples, data.first)
     model, tokenizer, loaded = _load(on, _adapter(adapter, on.device))
-    measured = _usage(model, loaded, _responses(model, tokenizer, held_out, data.max_length), data, on)
+    measured = _usage(model, loaded, _responses(model, tokenizer, held_out, data.max_length, adapter.adapter), data, on)
     names = ("rank", "latent", "share", "mean_abs")
     rows = [dict(zip(names, row, strict=True)) for row in measured.rows()]
     _write(out / "usage.csv", rows, names)
@@ -117,7 +117,7 @@ def fraction(
         curve = fraction_curve(
             model,
             loaded,
-            _responses(model, tokenizer, held_out, data.max_length),
+            _responses(model, tokenizer, held_out, data.max_length, adapter.adapter),
             fractions=fraction or FRACTIONS,
             beta=loss.beta,
             gamma_beta_ratio=loss.gamma_beta_ratio,
@@ -159,7 +159,7 @@ def mask(
         latent = read_labels(labels, loaded.sae, rules=rules, explainer=explainer).of(category)
     check_latents(latent or [], loaded.sae.d_sae)
     model, tokenizer, loaded = _load(on, loaded)
-    responses = _responses(model, tokenizer, held_out, data.max_length)
+    responses = _responses(model, tokenizer, held_out, data.max_length, adapter.adapter)
     with loaded.attach(model, layers=on.layers, model_name=on.model_name):
         effect = mask_effect(
             model,
@@ -208,7 +208,7 @@ def categories(
     labelled = read_labels(labels, loaded.sae, rules=rules, explainer=explainer)
     quality = NOT_MEASURED if hand is None else _agreement(labelled, read_labels(hand, loaded.sae), out)
     model, tokenizer, loaded = _load(on, loaded)
-    measured = _usage(model, loaded, _responses(model, tokenizer, held_out, data.max_length), data, on)
+    measured = _usage(model, loaded, _responses(model, tokenizer, held_out, data.max_length, adapter.adapter), data, on)
     shares = category_shares(measured, labelled)
     rows = [asdict(share) | {"label_quality": quality} for share in shares]
     _write(out / "categories.csv", rows)
@@ -237,13 +237,15 @@ def coherence(
     from dspa.data.prompts import read_prompts, tokenize_prompt
     from dspa.evaluate.coherence import METRICS, compare_texts
     from dspa.fsrl.plots import plot_coherence
+    from dspa.fsrl.training import trained_template
 
     if sampling.seed < 0:
         raise refusal(ValueError, "--seed", sampling.seed, "a whole number >= 0")
     _make(out)
     texts = list(read_prompts(None, file))
     model, tokenizer, loaded = _load(on, _adapter(adapter, on.device))
-    prompts = [tokenize_prompt(tokenizer, text, sampling.chat)["input_ids"][0].tolist() for text in texts]
+    kwargs = trained_template(tokenizer, adapter.adapter)[1] if sampling.chat else None
+    prompts = [tokenize_prompt(tokenizer, text, sampling.chat, kwargs)["input_ids"][0].tolist() for text in texts]
     with loaded.attach(model, layers=on.layers, model_name=on.model_name):
         measured = compare_texts(
             model,
@@ -310,10 +312,15 @@ def _load(options: RecordedModelOptions, adapter: FSRLAdapter) -> tuple[Any, Any
     return model, tokenizer, adapter
 
 
-def _responses(model: Any, tokenizer: Any, triples: Sequence[Triple], max_length: int | None) -> list[Response]:
+def _responses(
+    model: Any, tokenizer: Any, triples: Sequence[Triple], max_length: int | None, adapter: Path
+) -> list[Response]:
+    """Return the responses of triples, whose chat template is as in the training of the adapter."""
     from dspa.evaluate.responses import responses_of
+    from dspa.fsrl.training import trained_template
 
-    return responses_of(model, tokenizer, triples, max_length)
+    dated, kwargs = trained_template(tokenizer, adapter)
+    return responses_of(model, dated, triples, max_length, kwargs)
 
 
 def _usage(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -78,7 +78,7 @@ def train(
         console.print("Not measured: --held-out FILE compares the adapter with the base model.")
     else:
         with trained.attach(model, layers=on.layers, model_name=on.model_name):
-            _report(model, tokenizer, trained, held_out_triples, config, out, chat_template_kwargs)
+            _report(model, tokenizer, trained, held_out_triples, config, out)
     command = ["dspa", "fsrl", "analyse", "usage", held_out or "HELD_OUT.jsonl", "--adapter", out]
     console.print("Next:", shlex.join(map(str, [*command, "--out", f"{out}-usage"])), soft_wrap=True, markup=False)
 
@@ -168,20 +168,20 @@ def _report(
     triples: Sequence[Triple],
     config: TrainingConfig,
     out: Path,
-    chat_template_kwargs: Mapping[str, Any] | None,
 ) -> None:
     """Compare an attached adapter with the base model, and warn where it is worse than its figures suggest."""
     from dspa import fsrl
     from dspa.fsrl.answers import ANSWER_TOKENS, N_ANSWERS, compare_answers, warnings_about
-    from dspa.fsrl.training import scoring
+    from dspa.fsrl.training import scoring, trained_template
     from dspa.models.layers import base_model
 
-    options = {**scoring(base_model(model), config), "chat_template_kwargs": chat_template_kwargs}
+    tokenizer, kwargs = trained_template(tokenizer, out)
+    options = {**scoring(base_model(model), config), "chat_template_kwargs": kwargs}
     figures = fsrl.read_held_out(out)
     assert figures is not None
     with adapter.disabled():
         base = fsrl.held_out(model, tokenizer, triples, **options)
-    responses = fsrl.responses_of(model, tokenizer, triples, options["max_length"], chat_template_kwargs)
+    responses = fsrl.responses_of(model, tokenizer, triples, options["max_length"], kwargs)
     answers = compare_answers(model, tokenizer, adapter, responses)
     rows = [_figures("base model", base, None), _figures("adapter", figures, adapter.sae.d_sae)]
     for row, answered in zip(rows, answers or (), strict=False):

@@ -1,12 +1,15 @@
-"""Chat templates: the variables they read, and the settings that a user passes to them."""
+"""Chat templates: the variables they read, the settings that a user passes to them, and the date they write."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from functools import lru_cache
 from inspect import signature
-from typing import Any
+from string import ascii_letters
+from typing import Any, cast
 
 from jinja2 import Environment, meta, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -15,11 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from dspa.errors import refusal
 
+# Function by which templates read the clock.
+CLOCK = "strftime_now"
 # Names that transformers passes to every template itself, or that are arguments of `apply_chat_template`.
 RESERVED = frozenset(signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"self", "kwargs"} | {
     "messages",
     "raise_exception",
-    "strftime_now",
+    CLOCK,
 }
 
 
@@ -93,3 +98,48 @@ class _Generation(Extension):
 def _variables(template: str) -> frozenset[str]:
     environment = Environment(extensions=[loopcontrols, _Generation])
     return frozenset(meta.find_undeclared_variables(environment.parse(template)))
+
+
+def date_of_today(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return today's date, as `2026-03-01`, where the tokenizer's chat templates may write it, and None elsewhere."""
+    if CLOCK not in template_variables(tokenizer):
+        return None
+    nothing = [{"role": "user", "content": ""}]
+    # The date of the clock that the templates read.
+    return cast(
+        str, tokenizer.apply_chat_template(nothing, chat_template=f"{{{{ {CLOCK}('%Y-%m-%d') }}}}", tokenize=False)
+    )
+
+
+def at_date(tokenizer: PreTrainedTokenizerBase, date: str | None) -> PreTrainedTokenizerBase:
+    """Return a tokenizer whose chat templates write a given date instead of today's; all else is the same.
+
+    Args:
+        tokenizer: the tokenizer, which is not changed.
+        date: as from `date_of_today`. The time of day is midnight. None leaves the tokenizer as it is.
+    """
+    if date is None:
+        return tokenizer
+    templates, clock = tokenizer.chat_template, _clock(date)
+    dated = copy.copy(tokenizer)
+    if isinstance(templates, Mapping):
+        dated.chat_template = {name: clock + template for name, template in templates.items()}
+    else:
+        dated.chat_template = clock + templates
+    return dated
+
+
+def _clock(date: str) -> str:
+    """Return a macro to put before a template, which hides the function of its name that reads the clock.
+
+    A function cannot be passed in its place: newer transformers pass templates nothing but plain data.
+    """
+    midnight = datetime.fromisoformat(date)
+    directives = [f"%{flag}{letter}" for flag in ("", "-") for letter in ascii_letters]
+    written = json.dumps([(directive, midnight.strftime(directive)) for directive in directives])
+    # A line break after a tag is removed, so the template still begins at the beginning of a line.
+    return (
+        f"{{% macro {CLOCK}(format) %}}{{% for part in format.split('%%') %}}{{% set text = namespace(is=part) %}}"
+        f"{{% for directive, value in {written} %}}{{% set text.is = text.is | replace(directive, value) %}}"
+        "{% endfor %}{{ '' if loop.first else '%' }}{{ text.is }}{% endfor %}{% endmacro %}\n"
+    )

@@ -9,17 +9,19 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from dspa.data.templates import date_of_today
 from dspa.data.triples import Triple, load_triples
-from dspa.distributed import rank
+from dspa.distributed import Team, rank
 from dspa.errors import TrainingError, refusal
 from dspa.files import write_csv
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.config import FSRLConfig, TrainingConfig
 from dspa.fsrl.results import Sweep, Trained, held_out
-from dspa.fsrl.training import read_held_out, scoring, train
+from dspa.fsrl.training import read_held_out, scoring, train, trained_template
 from dspa.models.layers import base_model, check_eval, decoder_layers
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_sae, required_layer
+from dspa.training_folder import TrainingFolder
 
 CSV, PLOT = "sweep.csv", "sweep.png"
 
@@ -77,6 +79,8 @@ def train_sweep(
     path.mkdir(exist_ok=True)
     data, held = list(load_triples(triples)), list(load_triples(eval_triples))
     trained = []
+    # All begin on the same date, which the chat template may write.
+    Team().in_turn("date", lambda: _begin(date_of_today(tokenizer), [TrainingFolder(path / name) for name in grid]))
     for name, (sae, settings) in grid.items():
         options: dict[str, Any] = {"progress": progress, "layers": layers, "model_name": model_name}
         options["chat_template_kwargs"] = chat_template_kwargs
@@ -86,10 +90,16 @@ def train_sweep(
         assert figures is not None
         trained.append(Trained(required_layer(sae), settings.activation, settings.l1, path / name, figures))
     options = {**scoring(inner, config), "progress": progress, "chat_template_kwargs": chat_template_kwargs}
-    result = Sweep(held_out(inner, tokenizer, held, **options), trained)
+    dated, _ = trained_template(tokenizer, path / next(iter(grid)))
+    result = Sweep(held_out(inner, dated, held, **options), trained)
     if rank() == 0:
         _write(result, path)
     return result
+
+
+def _begin(today: str | None, folders: Sequence[TrainingFolder]) -> None:
+    for folder in folders:
+        today = folder.first_date(today)
 
 
 def _grid(

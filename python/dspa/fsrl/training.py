@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dspa.data.templates import check_template_kwargs
+from dspa.data.templates import at_date, check_template_kwargs, date_of_today
 from dspa.data.tokens import response_tokens
 from dspa.data.triples import Triple, load_triples
 from dspa.distributed import warn_if_alone
@@ -31,7 +31,7 @@ from dspa.fsrl.lending import trainable
 from dspa.fsrl.results import HeldOut, held_out
 from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of, loaded_name
 from dspa.models.sources import model_source
-from dspa.training_folder import TrainingFolder
+from dspa.training_folder import RECORD, TrainingFolder
 
 
 def train(
@@ -99,14 +99,17 @@ def train(
         with trainable(inner, tokenizer, adapter, gradient_checkpointing=False):
             check_gradients(inner)
         config = replace(config, max_length=_max_length(inner, config))
-        data = Data.read(triples, tokenizer, config, progress, chat_template_kwargs)
+        with args.main_process_first(local=False):
+            date = folder.first_date(date_of_today(tokenizer))
+        dated = at_date(tokenizer, date)
+        data = Data.read(triples, dated, config, progress, chat_template_kwargs)
         held = None if eval_triples is None else list(load_triples(eval_triples))
-        held_data = None if held is None else Data.read(held, tokenizer, config, progress, chat_template_kwargs)
+        held_data = None if held is None else Data.read(held, dated, config, progress, chat_template_kwargs)
         if len(data.rows) < config.batch_size:
             accepted = f"a batch ({config.batch_size}) or more"
             raise refusal(TrainingError, "The number of triples", len(data.rows), accepted, "Lower batch_size.")
         settings = _settings(inner, adapter, config, data, held_data, model_name)
-        settings["chat_template_kwargs"] = dict(chat_template_kwargs) if chat_template_kwargs else None
+        settings |= {"chat_template_kwargs": dict(chat_template_kwargs or {}) or None, "template_date": date}
         adapter.trained_on = model_source(inner)
         with args.main_process_first(local=False):
             folder.claim(settings, finished=True)
@@ -115,7 +118,7 @@ def train(
             figures = None
             if held is not None:
                 options = {**scoring(inner, config), "chat_template_kwargs": chat_template_kwargs}
-                figures = asdict(held_out(inner, tokenizer, held, adapter, **options, progress=progress))
+                figures = asdict(held_out(inner, dated, held, adapter, **options, progress=progress))
             with args.main_process_first(local=False):
                 if args.process_index == 0:
                     adapter.save(folder.path)
@@ -123,6 +126,24 @@ def train(
     saved = FSRLAdapter.load(folder.path, adapter.sae)
     adapter.load_state_dict(saved.state_dict())
     return adapter.requires_grad_(False).eval()
+
+
+def trained_template(
+    tokenizer: PreTrainedTokenizerBase, out: str | Path
+) -> tuple[PreTrainedTokenizerBase, dict[str, Any] | None]:
+    """Return what conversations need to be tokenized as in the training of an adapter.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        out: the adapter's folder.
+
+    Returns:
+        The tokenizer whose chat template writes the date of the training, and the training's `chat_template_kwargs`.
+        The tokenizer as it is, and None, for an adapter without the record of a training.
+    """
+    folder = TrainingFolder(Path(out))
+    settings = folder.read()["settings"] if (folder.path / RECORD).exists() else {}
+    return at_date(tokenizer, settings.get("template_date")), settings.get("chat_template_kwargs")
 
 
 def read_held_out(out: str | Path) -> HeldOut | None:

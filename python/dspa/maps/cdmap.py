@@ -41,7 +41,8 @@ class MapMeta:
         n_inactive: number of input latents that are active on no prompt, None in maps that do not record it.
         n_zero_percentile: number of input latents whose percentile is 0, None in maps that do not record it.
         neuronpedia_out: as in `CollectSettings`.
-        boundary, chat_template_kwargs: as for `CollectSettings`. The defaults are those of earlier versions.
+        boundary, chat_template_kwargs, template_date: as for `CollectSettings`. The defaults are those of earlier
+            versions, which did not record a date.
         attention: as for `CollectSettings`.
     """
 
@@ -66,6 +67,7 @@ class MapMeta:
     neuronpedia_out: int | None = None
     boundary: str = "apart"
     chat_template_kwargs: dict[str, Any] | None = None
+    template_date: str | None = None
     attention: str = ""
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dspa.data.templates import at_date
 from dspa.data.triples import Triple
 from dspa.distributed import Team
 from dspa.errors import PreferenceError, refusal
@@ -92,6 +93,7 @@ def collect(
         )
     settings = counter.settings()
     collection = team.in_turn("manifest", lambda: Collection.start(work_dir, settings, counter.sources()))
+    counter.tokenizer = at_date(tokenizer, collection.settings.template_date)
     source = TripleSource(triples, first)
     if source.rereadable:
         expected = _check_triples(source, counter, team, progress)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dspa.data.templates import check_template_kwargs
+from dspa.data.templates import check_template_kwargs, date_of_today
 from dspa.data.tokens import BOUNDARY, TokenizedTriple, tokenize_triple
 from dspa.data.triples import Triple
 from dspa.errors import ModelError, refusal
@@ -103,6 +103,7 @@ class TripleCounter:
             tokenizer=hashlib.sha256(json.dumps(behaviour).encode()).hexdigest()[:16],
             boundary=BOUNDARY,
             chat_template_kwargs=self.chat_template_kwargs or None,
+            template_date=date_of_today(tokenizer),
             attention=implementation(self.model),
             neuronpedia_out=None if number == self.sae_out.layer else number,
         )

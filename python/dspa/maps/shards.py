@@ -6,7 +6,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -45,6 +45,7 @@ class CollectSettings:
         tokenizer: digest of the tokenizer's behaviour.
         boundary: rule of the place where a text's prompt ends, as `tokens.BOUNDARY`.
         chat_template_kwargs: values of the chat template's variables by name, or None.
+        template_date: date that the chat template writes, as `2026-03-01`, or None where it writes none.
         neuronpedia_out: number of the output SAE on Neuronpedia, None if it is that of its layer.
         format: format of the shards.
         attention: names of the implementations that computed attention, joined by commas; empty in folders of earlier
@@ -63,6 +64,7 @@ class CollectSettings:
     tokenizer: str
     boundary: str = "apart"
     chat_template_kwargs: dict[str, Any] | None = None
+    template_date: str | None = None
     neuronpedia_out: int | None = None
     format: str = FORMAT
     attention: str = ""
@@ -188,6 +190,8 @@ class Collection:
     ) -> Collection:
         """Open a folder to collect in, new or begun with the same settings.
 
+        The chat template writes the date on which the folder was begun, also for those who continue on another day.
+
         Args:
             folder: its path. None makes a temporary folder, which is removed with the collection.
             settings: all that the counts of given triples depend on.
@@ -196,10 +200,14 @@ class Collection:
         Raises:
             MapError: the folder cannot be made, or holds shards of other settings.
         """
-        self = cls(Path(mkdtemp(prefix="dspa-counts-") if folder is None else folder), settings)
+        place = Path(mkdtemp(prefix="dspa-counts-") if folder is None else folder)
+        path = place / MANIFEST
+        if settings.template_date is not None and path.exists():
+            begun = replace(settings, template_date=_read_json(path).get("template_date"))
+            settings = settings if _differing(path, begun) else begun
+        self = cls(place, settings)
         if folder is None:
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        path = self.folder / MANIFEST
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -219,11 +227,10 @@ class Collection:
 
     def check_settings(self, settings: CollectSettings) -> None:
         """Raise `MapError` unless the manifest of the folder holds these settings."""
-        mine, theirs = asdict(settings), EARLIER | _read_json(self.folder / MANIFEST)
-        differing = [name for name in mine if name != "attention" and theirs.get(name) != mine[name]]
-        if differing:
-            differences = "; ".join(f"{name}: {theirs.get(name)!r} there, {mine[name]!r} now" for name in differing)
-            raise MapError(f"{self.folder} holds shards of other settings ({differences}). Use another folder.")
+        if differing := _differing(self.folder / MANIFEST, settings):
+            raise MapError(
+                f"{self.folder} holds shards of other settings ({'; '.join(differing)}). Use another folder."
+            )
 
     @classmethod
     def open(cls, folder: str | Path) -> Collection:
@@ -378,6 +385,13 @@ class Collection:
                 f"The shards in {self.folder} are not those of its data: some were exchanged, or come from elsewhere. "
                 "Collect again, into another folder."
             )
+
+
+def _differing(manifest: Path, settings: CollectSettings) -> list[str]:
+    """Return how a manifest differs from settings, one text per setting."""
+    mine, theirs = asdict(settings), EARLIER | _read_json(manifest)
+    differing = [name for name in mine if name != "attention" and theirs.get(name) != mine[name]]
+    return [f"{name}: {theirs.get(name)!r} there, {mine[name]!r} now" for name in differing]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dspa.data.templates import at_date, date_of_today
 from dspa.data.texts import TextFile
 from dspa.errors import ModelError, TrainingError, refusal, require_package
 from dspa.models.layers import base_model, check_eval, context_length, decoder_layers, is_model_name, loaded_name
@@ -226,6 +227,7 @@ def _prepare(
     folder.check()
     file = texts if isinstance(texts, TextFile) else TextFile(texts)
     max_length = min(config.max_length, context_length(inner) or config.max_length)
+    date = folder.first_date(date_of_today(tokenizer))
     settings = {
         "model_name": model_name,
         "model_dtype": str(inner.dtype),
@@ -234,11 +236,12 @@ def _prepare(
         "d_sae": d_sae,
         "k": k,
         "data": file.digest,
+        "template_date": date,
     }
     folder.claim({**settings, **asdict(config), "max_length": max_length}, earlier=EARLIER)
     activations = Activations(
         inner,
-        tokenizer,
+        at_date(tokenizer, date),
         file,
         layer,
         max_length=max_length,

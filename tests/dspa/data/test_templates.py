@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dspa.data.prompts import tokenize_prompt
-from dspa.data.templates import check_template_kwargs, template_variables
+from dspa.data.templates import at_date, check_template_kwargs, date_of_today, template_variables
 from dspa.testing import word_tokenizer
+
+from ..support.clock import set_clock
 
 trl = pytest.importorskip("trl")
 PUBLISHED = Path(trl.__file__).parent / "chat_templates"
@@ -79,3 +82,46 @@ def test_prompts_get_the_settings(kwargs: dict[str, Any] | None, text: str) -> N
     tokenizer = tokenizer_of(SETTINGS)
     ids = tokenize_prompt(tokenizer, "the cat", True, kwargs)["input_ids"]
     assert tokenizer.decode(ids[0]) == text
+
+
+# The date
+
+FORMATS = ["%d %b %Y", "%Y-%m-%d", "%A, %B %-d", "%j %U %y %%d %F", "%H:%M", "no directive"]
+
+
+@pytest.mark.parametrize("name", ["llama3_2.jinja", "gptoss.jinja", "muse_glimmer.jinja"])
+def test_published_templates_at_a_date(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, template = tokenizer_of((PUBLISHED / name).read_text()), (PUBLISHED / name).read_text()
+
+    def written(by: Any) -> Any:
+        return by.apply_chat_template([{"role": "user", "content": "the cat"}], tokenize=False)
+
+    set_clock(monkeypatch, "2026-02-28T23:59")
+    first, date = written(tokenizer), date_of_today(tokenizer)
+    set_clock(monkeypatch, "2026-03-01T00:01")
+    assert date == "2026-02-28" and date_of_today(tokenizer) == "2026-03-01"
+    assert written(tokenizer) != first
+    assert written(at_date(tokenizer, date)) == first
+    assert tokenizer.chat_template == template and template_variables(at_date(tokenizer, date)) is not None
+
+
+@pytest.mark.parametrize("before", ["", "\n", "  ", "\n\n  ", "{# a remark #}\n"])
+@pytest.mark.parametrize("written", FORMATS)
+def test_a_fixed_date_changes_nothing_else(before: str, written: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clock(monkeypatch, "2026-03-01T00:00")
+    template = (
+        f"{before}{{% macro stamp() %}}{{{{ strftime_now('{written}') }}}}{{% endmacro %}}\n"
+        "  {% if strftime_now is defined %}{{ stamp() }}{% endif %}\n{{ messages[0].content }}"
+    )
+    tokenizer = tokenizer_of({"default": template, "tool_use": f"{template} with tools"})
+    for tools in (None, [{"name": "f"}]):
+        texts = {
+            by.apply_chat_template([{"role": "user", "content": "the cat"}], tools=tools, tokenize=False)
+            for by in (tokenizer, at_date(tokenizer, "2026-03-01"))
+        }
+        assert len(texts) == 1 and datetime(2026, 3, 1).strftime(written) in texts.pop()
+
+
+def test_templates_that_write_no_date() -> None:
+    for tokenizer in (tokenizer_of(SETTINGS), word_tokenizer()):
+        assert date_of_today(tokenizer) is None and at_date(tokenizer, None) is tokenizer

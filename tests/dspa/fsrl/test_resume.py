@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 import torch
 
 from dspa.errors import TrainingError
-from dspa.fsrl import FSRLAdapter, FSRLConfig, train
+from dspa.fsrl import FSRLAdapter, FSRLConfig, held_out, train
+from dspa.fsrl.training import scoring, trained_template
 from dspa.testing import D_SAE_OUT, L_OUT, make_model, make_sae, word_tokenizer
 from dspa.training_folder import TrainingFolder
 
+from ..support.clock import set_clock
 from ..support.trainings import (
     ADAPTER,
     TEMPLATE,
@@ -74,6 +76,34 @@ def test_a_stopped_training_goes_on(model, tokenizer, tmp_path, monkeypatch, who
     adapter, record = run(model, tokenizer, tmp_path / "out", config, adapter if step == 5 else None)
     assert same_weights(adapter, whole[loss][0])
     assert record == whole[loss][1]
+
+
+def test_a_training_that_goes_on_after_midnight(model, tmp_path, monkeypatch):
+    tokenizer, triples = word_tokenizer(), conversations(TRIPLES)
+    # Three dates of three words.
+    days = "{% set words = {'20': 'sun', '21': 'rain', '22': 'snow'} %}{{ words[strftime_now('%d')] }} "
+    tokenizer.chat_template = days + TEMPLATE
+
+    def start(name, now):
+        set_clock(monkeypatch, now)
+        config = {"config": TINY, "eval_triples": triples[:4], "progress": False}
+        return train(model, tokenizer, triples, new_adapter(), tmp_path / name, **config)
+
+    whole = start("whole", "2026-11-20T09:00")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 4)
+        start("stopped", "2026-11-20T23:59")
+    assert same_weights(start("stopped", "2026-11-21T00:01"), whole)
+    assert same_weights(start("stopped", "2026-11-22T00:01"), whole)
+    records = {name: TrainingFolder(tmp_path / name).read() for name in ("whole", "stopped")}
+    assert records["stopped"] == records["whole"] and records["whole"]["settings"]["template_date"] == "2026-11-20"
+    dated, kwargs = trained_template(tokenizer, tmp_path / "stopped")
+    assert kwargs is None
+    settings = scoring(model, TINY)
+    assert asdict(held_out(model, tokenizer, triples[:4], **settings)) != asdict(
+        held_out(model, dated, triples[:4], **settings)
+    )
+    assert not same_weights(start("later", "2026-11-21T00:01"), whole)
 
 
 def test_a_training_that_is_stopped_after_its_last_step(model, tokenizer, tmp_path, monkeypatch, whole):
@@ -148,7 +178,7 @@ def test_settings_of_the_chat_template(model, tmp_path):
     train(model, tokenizer, triples, new_adapter(), short, **options)
     train(model, tokenizer, triples, new_adapter(), record, **options, chat_template_kwargs={"polite": True})
     plain, polite = (TrainingFolder(folder).read() for folder in (short, record))
-    assert plain["settings"].pop("chat_template_kwargs") is None
+    assert plain["settings"].pop("chat_template_kwargs") is plain["settings"]["template_date"] is None
     assert polite["settings"].pop("chat_template_kwargs") == {"polite": True}
     differing = {name for name, value in polite["settings"].items() if plain["settings"][name] != value}
     assert differing == {"data", "eval_data"} and plain["held_out"] != polite["held_out"]

@@ -28,11 +28,14 @@ from dspa.maps import pieces
 from dspa.maps.merge import merge
 from dspa.maps.shards import COUNTED, DATA, FORMAT, MANIFEST, NAMES, Collection, Counts
 
+from ..support.clock import set_clock
 from ..support.counts import (
     CHANGES,
     PASSES,
+    TEMPLATE,
     Calls,
     Case,
+    as_conversations,
     as_rows,
     check_same,
     dense,
@@ -41,6 +44,7 @@ from ..support.counts import (
     make_ids,
     same_bits,
     shards,
+    with_template,
 )
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
@@ -80,6 +84,29 @@ def test_a_stopped_run_goes_on(
     assert files(folder) == files(tmp_path / "at once")
     assert before.items() <= times(folder).items()
     check_same(again, case.collect(batch_tokens=1))
+
+
+def test_a_run_that_goes_on_after_midnight(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(name: str, day: str, **options: Any) -> Collection:
+        set_clock(monkeypatch, day)
+        rows, tokenizer = as_conversations(case.ids), with_template("{{ strftime_now('w%d w%m ') }}" + TEMPLATE)
+        return case.collect(triples=rows, tokenizer=tokenizer, batch_tokens=1, work_dir=tmp_path / name, **options)
+
+    whole = start("at once", "2026-11-20T09:00")
+    assert whole.settings.template_date == reduce(whole).meta.template_date == "2026-11-20"
+    # A start that was stopped before its first shard has set the date.
+    for fail_at in (0, 2 * PASSES):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            Calls(patch, fail_at)
+            start("stopped", "2026-11-20T23:59")
+    check_same(start("stopped", "2026-11-21T00:01"), whole)
+    assert files(tmp_path / "stopped") == files(tmp_path / "at once")
+    later = start("later", "2026-11-21T00:01")
+    assert later.settings.template_date == "2026-11-21" and files(later.folder) != files(whole.folder)
+    with pytest.raises(MapError, match=r"\(template_date: '2026-11-21' there, '2026-11-20' now\)"):
+        merge(tmp_path / "merged", [whole.folder, later.folder])
+    with pytest.raises(MapError, match=r"max_length: 128 there, 99 now; template_date: '2026-11-20' there"):
+        start("stopped", "2026-11-21T00:01", max_length=99)
 
 
 def test_a_run_that_is_killed_again_and_again(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +263,8 @@ def test_a_folder_of_an_earlier_version(case: Case, tmp_path: Path) -> None:
     """It makes a map, and does not go on, because its texts were tokenized otherwise."""
     case.collect(work_dir=tmp_path)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
-    assert manifest.pop("boundary") == "joint" and manifest.pop("chat_template_kwargs") is None
+    assert manifest.pop("boundary") == "joint"
+    assert manifest.pop("chat_template_kwargs") is manifest.pop("template_date") is None
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     assert refusal(case, tmp_path).startswith(
         f"{tmp_path} holds shards of other settings (boundary: 'apart' there, 'joint' now)."

@@ -25,6 +25,7 @@ from dspa.saes.training import finetune_sae, read_qualities, train_sae
 from dspa.testing import D_IN, ENGLISH, make_model, make_sae, word_tokenizer
 
 from ...rounding import PASS, rounding
+from ..support.clock import set_clock
 from ..support.saes import Stopped, close_but_at_thresholds, decoded_rounding, latent_rounding, stop_after
 
 pytest.importorskip("sae_lens")
@@ -294,6 +295,25 @@ def test_a_stopped_run_goes_on_to_the_same_sae(tmp_path, monkeypatch, model, tok
         assert torch.equal(getattr(got, name), getattr(wanted, name)), name
     records = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("whole", "stopped")]
     assert records[0] == records[1]
+
+
+def test_a_run_on_conversations_goes_on_after_midnight(tmp_path, monkeypatch, model):
+    tokenizer, file = word_tokenizer(), lines(tmp_path / "t.jsonl", MESSAGES)
+    tokenizer.chat_template = "{{ 'sun ' if strftime_now('%d') == '20' else 'rain snow ' }}" + TEMPLATE
+
+    def run(out: Path, now: str) -> torch.Tensor:
+        set_clock(monkeypatch, now)
+        options = {"d_sae": D_SAE, "k": 6, "config": TINY, "progress": False}
+        return train_sae(model, tokenizer, file, LAYER, out, **options).W_enc
+
+    wanted = run(tmp_path / "whole", "2026-11-20T09:00")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 7)
+        run(tmp_path / "stopped", "2026-11-20T23:59")
+    assert torch.equal(run(tmp_path / "stopped", "2026-11-21T00:01"), wanted)
+    records = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("whole", "stopped")]
+    assert records[0] == records[1] and records[0]["settings"]["template_date"] == "2026-11-20"
+    assert not torch.equal(run(tmp_path / "later", "2026-11-21T00:01"), wanted)
 
 
 def documents_read(monkeypatch, model) -> list[int]:
