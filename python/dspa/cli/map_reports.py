@@ -64,13 +64,14 @@ def map_show(
     print_figures(f"{path}", [*origin(cdmap.meta), *places(cdmap)])
     print_figures("What it holds", summary(cdmap, delta))
     for title, columns in zip(("most augmented", "most ablated"), top_columns(cdmap, top), strict=True):
-        _print_columns(title, columns, described)
+        if columns:
+            _print_columns(title, columns, described)
     for text in warnings(cdmap):
         print_warning(text)
     if plot is not None:
         from dspa.maps.plots import plot_map
 
-        plot_map(cdmap, plot)
+        plot_map(cdmap, plot, delta=delta)
         console.print(f"Plot: {plot}")
 
 

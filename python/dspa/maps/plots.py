@@ -13,13 +13,14 @@ from dspa.maps.reports import largest_means, top_columns
 from dspa.maps.stability import Stability
 
 
-def plot_map(cdmap: ConditionalDifferenceMap, path: Path, top: int = 20) -> None:
+def plot_map(cdmap: ConditionalDifferenceMap, path: Path, top: int = 20, delta: float = 0.05) -> None:
     """Plot the openness of gates, the sizes of entries with their confidence radius, and the largest column sums.
 
     Args:
         cdmap: the map.
         path: PNG file to write.
         top: latents to show at each end of the column sums.
+        delta: level of the confidence radius.
     """
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     gates, sizes, columns = figure.subplots(1, 3)
@@ -30,8 +31,8 @@ def plot_map(cdmap: ConditionalDifferenceMap, path: Path, top: int = 20) -> None
     n_open = cdmap.n_open[rows]
     sizes.scatter(n_open.numpy(), largest_means(cdmap)[rows].numpy(), s=6, alpha=0.5, label="largest entry of the row")
     places = torch.linspace(float(n_open.min()), float(n_open.max()), 200)
-    radius = confidence_radius(places, cdmap.meta.d_sae_out, 0.05)
-    sizes.plot(places.numpy(), radius.numpy(), color="black", label="confidence radius, delta 0.05")
+    radius = confidence_radius(places, cdmap.meta.d_sae_out, delta)
+    sizes.plot(places.numpy(), radius.numpy(), color="black", label=f"confidence radius, delta {delta:g}")
     sizes.set(title="rows, as conditional means", xlabel="prompts N_i", ylabel="change of density", yscale="log")
     sizes.legend()
     augmented, ablated = top_columns(cdmap, top)
@@ -69,6 +70,7 @@ def plot_stability(results: Sequence[Stability], path: Path) -> None:
     """
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.subplots()
+    results = sorted(results, key=lambda result: result.n_triples)
     sizes = [result.n_triples for result in results]
     for name, title in (("selected", "latents that a prompt steers"), ("columns", "columns of the map")):
         values = [getattr(result, name) for result in results]

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dspa.config import SteeringConfig
-from dspa.errors import MapError
+from dspa.errors import MapError, refusal
 from dspa.intervals import jaccard
 from dspa.maps.cdmap import ConditionalDifferenceMap, prompt_latents
 from dspa.maps.reduce import check_settings, reduce_table
@@ -28,7 +28,8 @@ class Stability:
 
     Attributes:
         n_triples: triples per draw.
-        selected: Jaccard index of the latents that a prompt steers by either map, mean over held-out prompts.
+        selected: Jaccard index of the latents that a prompt steers by either map, mean over the held-out prompts that
+            are steered by one or both.
         columns: Jaccard index of the columns of the two maps.
         n_columns: number of columns of the drawn map.
         always_open: number of latents that a prompt looks up and whose gate is open on every triple of the draw, mean
@@ -73,49 +74,87 @@ def stability(
         One entry per size, in the order of `sizes`.
 
     Raises:
-        MapError: counts that are incomplete, or too few for the sizes.
+        MapError: counts that are incomplete, or too few for the sizes; a draw that makes no map, or a map that steers
+            no held-out prompt.
         ValueError: an invalid setting.
     """
     collection = counts if isinstance(counts, Collection) else Collection.open(counts)
     config = config or SteeringConfig()
-    check_settings(percentile, gate_rule, config.k_diff, collection.settings.d_sae_out, count_tokens)
+    widths = collection.settings
+    check_settings(percentile, gate_rule, config.k_diff, widths.d_sae_out, count_tokens)
+    if config.k_prompt > widths.d_sae_in:
+        accepted = f"1 to the input SAE's width, {widths.d_sae_in}"
+        raise refusal(ValueError, "`k_prompt`", config.k_prompt, accepted)
+    if n_prompts < 1:
+        raise refusal(ValueError, "`n_prompts`", n_prompts, "1 or more")
     collection.verify()
     rng = np.random.default_rng(seed)
     order = rng.permutation(collection.n_triples)
     n_prompts = min(n_prompts, len(order) // 5)
     held_out, rest = order[:n_prompts], order[n_prompts:]
     sizes = sorted({*(n for n in SIZES if n < len(rest)), len(rest)}) if sizes is None else sizes
-    if not n_prompts or draws < 1 or not all(1 <= n <= len(rest) for n in sizes):
+    if not n_prompts or draws < 1 or not sizes or not all(n in range(1, len(rest) + 1) for n in sizes):
         raise MapError(
             f"Sizes {list(sizes)} and {draws} draws of {len(order)} triples, {n_prompts} of which are held out; "
             f"accepted: sizes from 1 to {len(rest)}, one draw or more, five triples or more."
         )
     prompts = DensityTable(collection, count_tokens, held_out.tolist()).prompt_counts()
 
-    looked_up = prompt_latents(prompts, config.k_prompt)
-
-    def make_map(subset: Sequence[int]) -> ConditionalDifferenceMap:
+    def steer(subset: Sequence[int]) -> _Steered:
+        """Return what the map of some triples steers."""
         table = DensityTable(collection, count_tokens, subset)
-        return reduce_table(table, percentile, gate_rule, config.k_diff, True)
+        return _Steered.by(reduce_table(table, percentile, gate_rule, config.k_diff, True), prompts, config)
 
-    map_of_all = make_map(rest.tolist())
-    latents_of_all, columns_of_all = selected_latents(map_of_all, prompts, config), set(map_of_all.columns.tolist())
+    whole = steer(rest.tolist())
+    if not any(whole.latents):
+        raise MapError(
+            f"The map of {len(rest)} triples steers none of {n_prompts} held-out prompts. Check that the input SAE is "
+            "of this model and layer, and active on these prompts."
+        )
     results = []
     with tqdm(total=len(sizes) * draws, unit="map", desc="stability", disable=not progress) as bar:
         for n in sizes:
             result = Stability(n, [], [], [], [])
             for _ in range(draws):
-                cdmap = make_map(rng.choice(rest, size=n).tolist())
-                latents, columns = selected_latents(cdmap, prompts, config), set(cdmap.columns.tolist())
-                always = cdmap.n_open == n
-                agreement = [jaccard(a, b) for a, b in zip(latents, latents_of_all, strict=True)]
-                result.selected.append(float(np.mean(agreement)))
-                result.columns.append(jaccard(columns, columns_of_all))
-                result.n_columns.append(len(columns))
-                result.always_open.append(float(np.mean([int(always[some].sum()) for some in looked_up])))
+                try:
+                    drawn = steer(rng.choice(rest, size=n).tolist())
+                except MapError as error:
+                    raise MapError(f"A draw of {n} triples makes no map; use more per draw. {error}") from error
+                result.selected.append(_agreement(drawn.latents, whole.latents))
+                result.columns.append(jaccard(drawn.columns, whole.columns))
+                result.n_columns.append(len(drawn.columns))
+                result.always_open.append(drawn.always_open)
                 bar.update()
             results.append(result)
     return results
+
+
+@dataclass(frozen=True)
+class _Steered:
+    """What a map steers.
+
+    Attributes:
+        latents: as of `selected_latents`.
+        columns: columns of the map.
+        always_open: as in `Stability`, of this map.
+    """
+
+    latents: list[set[int]]
+    columns: set[int]
+    always_open: float
+
+    @classmethod
+    def by(cls, cdmap: ConditionalDifferenceMap, prompts: Tensor, config: SteeringConfig) -> _Steered:
+        """Return what a map steers on prompts, given as counts [B, d_sae_in]."""
+        always = cdmap.n_open == cdmap.meta.n_triples
+        n_always = [int(always[looked_up].sum()) for looked_up in prompt_latents(prompts, config.k_prompt)]
+        latents = selected_latents(cdmap, prompts, config)
+        return cls(latents, set(cdmap.columns.tolist()), float(np.mean(n_always)))
+
+
+def _agreement(one: list[set[int]], other: list[set[int]]) -> float:
+    """Return the mean Jaccard index of the sets of each prompt that is steered in one or both."""
+    return float(np.mean([jaccard(a, b) for a, b in zip(one, other, strict=True) if a or b]))
 
 
 def selected_latents(cdmap: ConditionalDifferenceMap, counts: Tensor, config: SteeringConfig) -> list[set[int]]:

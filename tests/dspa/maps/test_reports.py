@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from dspa import ConditionalDifferenceMap, reduce
 from dspa.maps.plots import plot_difference, plot_map, plot_stability
@@ -176,3 +177,36 @@ def test_plots(counts: Collection, tmp_path: Path, cdmap: ConditionalDifferenceM
     for path in tmp_path.iterdir():
         assert path.read_bytes().startswith(PNG) and path.stat().st_size > 5000
     assert len(list(tmp_path.iterdir())) == 5
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are saved."""
+    saved: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_args, **_kwargs: saved.append(figure))
+    return saved
+
+
+def test_a_plot_shows_what_numpy_computes(figures: list[Figure]) -> None:
+    n, data = 60, rare(60)
+    plot_map(reduce(as_collection(data), k_diff=3), Path("unused"), top=2, delta=0.5)
+    gates, A = naive(data, k=3)
+    n_open, A = gates.sum(axis=0), A.astype(float)
+    openness, sizes, columns = figures[0].axes
+    assert sum(bar.get_height() for bar in openness.patches) == ((n_open > 0) & (n_open < n)).sum()
+    # As points: prompts and the largest conditional mean of every row, here all rows.
+    points = np.asarray(sizes.collections[0].get_offsets())
+    means = np.abs(A).max(axis=1) * n / n_open
+    assert points[:, 0].tolist() == n_open.tolist() and points[:, 1] == pytest.approx(means, rel=1e-6)
+    places, radius = sizes.lines[0].get_data()
+    assert radius == pytest.approx(np.sqrt(2 * math.log(2 * A.shape[1] / 0.5) / places), rel=1e-6)
+    sums = np.sort(A.sum(axis=0))
+    assert [bar.get_width() for bar in columns.patches] == pytest.approx([*sums[:2], *sums[-2:]], rel=1e-6)
+
+
+def test_a_plot_of_stability_is_in_the_order_of_sizes(figures: list[Figure]) -> None:
+    few, many = Stability(5, [0.1, 0.3], [0.3, 0.5], [7, 8], [0, 1]), Stability(9, [0.6, 0.8], [1, 1], [8, 8], [0, 0])
+    plot_stability([many, few], Path("unused"))
+    (axes,) = figures[0].axes
+    selected, columns = (line.get_xydata().tolist() for line in axes.lines)
+    assert selected == [[5, pytest.approx(0.2)], [9, pytest.approx(0.7)]] and columns == [[5, 0.4], [9, 1]]

@@ -14,7 +14,7 @@ from dspa.intervals import jaccard
 from dspa.maps.shards import Collection
 from dspa.maps.stability import SIZES, selected_latents, stability
 
-from ..support.counts import as_collection, draw, naive
+from ..support.counts import as_collection, draw, naive, rows_of
 
 PNG = b"\x89PNG"
 
@@ -65,7 +65,7 @@ def test_held_out_prompts_take_part_in_no_map(counts: Collection, monkeypatch: p
 
 
 @pytest.mark.parametrize("rule", ["published", "active"])
-def test_latents_of_a_prompt_that_are_always_open(rule: str) -> None:
+def test_figures_are_those_of_plain_maps(rule: str) -> None:
     """Latents 2 to 9 are active on one prompt in twelve, so that their percentile is 0, and densest there."""
     data = draw(60, seed=4, active=0.9)
     data[0][:, 2:10] = 0
@@ -77,17 +77,46 @@ def test_latents_of_a_prompt_that_are_always_open(rule: str) -> None:
     # The draw and the held-out prompts, as the seed makes them.
     rng = np.random.default_rng(0)
     order = rng.permutation(60)
-    held_out, drawn = order[:12], rng.choice(order[12:], size=48)
-    gates = naive([*(table[drawn] for table in data[:3]), data[3][:, drawn]], rule=rule, sparsify=False)[0]
-    looked_up = [sorted(range(14), key=lambda i: (-data[0][n, i], i))[:2] for n in held_out]
-    expected = np.mean(
-        [
-            sum(gates[:, i].all() and data[0][n, i] > 0 for i in some)
-            for n, some in zip(held_out, looked_up, strict=True)
-        ]
-    )
-    assert result.always_open == [pytest.approx(expected)]
-    assert (expected > 1) == (rule == "published")
+    held_out, rest = order[:12], order[12:]
+    maps = [naive(rows_of(data, index), rule=rule, k=2) for index in (rng.choice(rest, size=48), rest)]
+    looked_up = [
+        sorted((i for i in range(14) if data[0][n, i]), key=lambda i: (-data[0][n, i], i))[:2] for n in held_out
+    ]
+    ablated = [[set(lowest(A[some].sum(axis=0))) for some in looked_up] for _, A in maps]
+    assert result.selected == [pytest.approx(np.mean([len(a & b) / len(a | b) for a, b in zip(*ablated, strict=True)]))]
+    drawn, whole = (set(np.flatnonzero((A != 0).any(axis=0))) for _, A in maps)
+    assert result.n_columns == [len(drawn)] and result.columns == [len(drawn & whole) / len(drawn | whole)]
+    always = maps[0][0].all(axis=0)
+    expected = np.mean([always[some].sum() for some in looked_up])
+    assert result.always_open == [pytest.approx(expected)] and (expected > 1) == (rule == "published")
+
+
+def lowest(score: np.ndarray) -> list[int]:
+    """The two lowest of negative scores."""
+    return sorted((j for j in range(len(score)) if score[j] < 0), key=lambda j: (score[j], j))[:2]
+
+
+def test_prompts_that_are_not_steered_agree_with_nothing() -> None:
+    """Three of four prompts activate nothing. On the others, the maps of all draws steer alike."""
+    data = draw(60, seed=4)
+    data[0][:] = 0
+    data[0][::4, 3] = 1
+    data[1][:, :], data[2][:, :] = 0, 0
+    data[2][:, 5] = 1
+    config = SteeringConfig(k_prompt=1, k_diff=1)
+    (result,) = stability(as_collection(data), sizes=[20], draws=2, config=config)
+    assert result.selected == [1, 1] and result.n_columns == [1, 1]
+    data[0][:] = 0
+    with pytest.raises(MapError, match="steers none of 12 held-out prompts"):
+        stability(as_collection(data), sizes=[20], config=config)
+
+
+def test_a_draw_without_a_map() -> None:
+    data = draw(60, seed=4)
+    for part in (1, 2):
+        data[part][:50] = 0
+    with pytest.raises(MapError, match="A draw of 1 triples makes no map; use more per draw"):
+        stability(as_collection(data), sizes=[1], draws=20, config=SteeringConfig(k_prompt=2, k_diff=2))
 
 
 def test_default_sizes(counts: Collection) -> None:
@@ -95,9 +124,22 @@ def test_default_sizes(counts: Collection) -> None:
     assert [result.n_triples for result in results] == [n for n in SIZES if n < 48] + [48]
 
 
-@pytest.mark.parametrize("options", [{"sizes": [0]}, {"sizes": [49]}, {"draws": 0}])
+@pytest.mark.parametrize("options", [{"sizes": [0]}, {"sizes": [49]}, {"sizes": []}, {"sizes": [2.5]}, {"draws": 0}])
 def test_bad_sizes(counts: Collection, options: dict[str, object]) -> None:
     with pytest.raises(MapError, match="accepted: sizes from 1 to 48"):
+        stability(counts, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"config": SteeringConfig(k_prompt=97)}, "`k_prompt` is 97; accepted: 1 to the input SAE's width, 96"),
+        ({"n_prompts": 0}, "`n_prompts` is 0; accepted: 1 or more"),
+    ],
+    ids=str,
+)
+def test_bad_settings(counts: Collection, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         stability(counts, **options)
 
 
