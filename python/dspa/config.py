@@ -36,19 +36,34 @@ class SteeringConfig:
     k_diff: int = field(default=16, metadata={"help": "Number of output latents to augment, and to ablate, at most."})
     alpha: float = field(
         default=0.2,
-        metadata={"help": "Strength of the edit, in units of each token's largest latent (0: no edit)."},
+        metadata={
+            "help": "Strength: how far a latent is moved, as a multiple of the token's largest latent (0: no edit)."
+        },
     )
-    mode: str = field(default="ablate", metadata={"help": "Which latents are edited.", "choices": MODES})
+    mode: str = field(
+        default="ablate",
+        metadata={
+            "help": "Edits to make. ablate: weaken latents of rejected responses; augment: strengthen those of "
+            "chosen ones; or both.",
+            "choices": MODES,
+        },
+    )
     positions: str = field(
         default="response",
         metadata={
-            "help": "Tokens to steer: the last prompt token and every generated one, generated ones only, or all.",
+            "help": "Tokens to edit. response: the last prompt token, which predicts the first of the response, and "
+            "all after it; generated: only those after it; all: the whole prompt too.",
             "choices": POSITIONS,
         },
     )
     scoring: str = field(
         default="raw",
-        metadata={"help": "How output latents are scored: by the map as it is, or refined.", "choices": SCORINGS},
+        metadata={
+            "help": "How a prompt's output latents are chosen. raw: by the sum of its rows of the map, as published; "
+            "demixed: less what its input latents have in common; whitened: relative to each latent's variance; "
+            "confident: by entries beyond chance only.",
+            "choices": SCORINGS,
+        },
     )
     ridge: float = field(default=1e-3, metadata={"help": "Ridge of the least squares of demixed scoring."})
     delta: float = field(

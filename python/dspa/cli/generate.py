@@ -40,10 +40,19 @@ SCREENS = ("none", "int8")
 class BackendOptions:
     """Settings of computing, which do not change the result."""
 
-    backend: str = field(default="auto", metadata={"help": "Backend of the ops; see dspa info.", "choices": BACKENDS})
+    backend: str = field(
+        default="auto",
+        metadata={
+            "help": "Implementation that computes the edits; dspa info shows which can run here.",
+            "choices": BACKENDS,
+        },
+    )
     screen: str = field(
         default="none",
-        metadata={"help": "Read an int8 copy of the encoder first, for the same answers.", "choices": SCREENS},
+        metadata={
+            "help": "Read an int8 copy of the output SAE's encoder first, if int8; this changes no answer.",
+            "choices": SCREENS,
+        },
     )
 
 
@@ -55,29 +64,42 @@ def generate(
     config: Annotated[SteeringConfig, Options("Steering", without=["ridge", "delta"])],
     ops: Annotated[BackendOptions, Options("Steering")],
     sampling: Sampling,
-    map_path: Annotated[Path | None, typer.Option("--map", help="DSPA: a map, as dspa map build writes it.")] = None,
+    map_path: Annotated[
+        Path | None, typer.Option("--map", help="Steer by DSPA with this map, a file that dspa map build wrote.")
+    ] = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="FSRL: the folder of an adapter, as dspa fsrl train writes it.")
+        Path | None, typer.Option(help="Steer by FSRL with this adapter, a folder that dspa fsrl train wrote.")
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="One prompt; without it and --file, prompts are read from the terminal.")
+        str | None, typer.Option(help="One prompt. Without it and --file, type prompts, or pipe them in, one per line.")
     ] = None,
     file: Annotated[
         Path | None,
         typer.Option(help=f"Prompts: text, one per line, or {FILES} with `prompt`. Answers are JSON Lines."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write answers here, as JSON Lines, instead of printing.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Number of prompts of a file to answer together.", min=1)] = 1,
-    stream: Annotated[bool, typer.Option(help="Print the text of a prompt while it is generated.")] = False,
-    compare: Annotated[
-        bool, typer.Option(help="Also generate without steering, and mark tokens that were predicted after an edit.")
+    batch_size: Annotated[
+        int, typer.Option(help="Number of prompts of a file that are generated together.", min=1)
+    ] = 1,
+    stream: Annotated[
+        bool, typer.Option(help="Print the text while it is generated, for one prompt or typed ones.")
     ] = False,
-    trace: Annotated[Path | None, typer.Option(help="Write every edited token here, as JSON Lines.")] = None,
+    compare: Annotated[
+        bool,
+        typer.Option(help="Also generate without steering, and mark tokens that were predicted from an edited one."),
+    ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Write every edited token here, with its latents before and after, as JSON Lines."),
+    ] = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
-    """Generate steered text: for one prompt, for a file of them, or for what you type.
+    """Generate text with a steered model: for one prompt, for a file of them, or for what you type.
 
-    Steering is by a map (DSPA), by an adapter (FSRL), or by both.
+    DSPA edits features (latents) of a sparse autoencoder (SAE) that each prompt chooses through a map. FSRL moves them
+    by a trained adapter. Both can act together. Maps and adapters know their model and SAEs, so that this is enough:
+
+    `dspa generate --map map.dspa.safetensors --prompt "How do I ..."`
     """
     from tqdm import tqdm
 

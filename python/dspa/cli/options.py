@@ -157,14 +157,14 @@ SAE_HELP = "A folder or file of an SAE, or RELEASE:SAE_ID of SAELens' catalogue.
 MODEL_HELP = "Hugging Face model: a folder, or a name on the Hub."
 SAE_IN_HELP = f"Input SAE, which reads the prompt. {SAE_HELP}"
 SAE_OUT_HELP = f"Output SAE, whose latents are edited. {SAE_HELP}"
-RECORDED = "By default the one that the map or adapter was made with, if it is still where it was."
+RECORDED = "By default, what the {} was made with, if it is still where it was."
 
 
 @dataclass(frozen=True)
 class RecordedModelOptions:
     """The model, by default the one that a map or adapter records, and where and in which dtype it computes."""
 
-    model: str | None = field(default=None, metadata={"help": f"{MODEL_HELP} {RECORDED}"})
+    model: str | None = field(default=None, metadata={"help": f"{MODEL_HELP} {RECORDED.format('map or adapter')}"})
     device: str = field(
         default="auto", metadata={"help": "Device, such as cuda, cuda:1 or cpu; auto is cuda where there is one."}
     )
@@ -192,8 +192,8 @@ class ModelOptions(RecordedModelOptions):
 class RecordedSAEPairOptions:
     """The two SAEs of DSPA, by default those that a map records."""
 
-    sae_in: str | None = field(default=None, metadata={"help": f"{SAE_IN_HELP} {RECORDED}"})
-    sae_out: str | None = field(default=None, metadata={"help": f"{SAE_OUT_HELP} {RECORDED}"})
+    sae_in: str | None = field(default=None, metadata={"help": f"{SAE_IN_HELP} {RECORDED.format('map')}"})
+    sae_out: str | None = field(default=None, metadata={"help": f"{SAE_OUT_HELP} {RECORDED.format('map')}"})
     layer_in: int | None = field(
         default=None, metadata={"help": "Layer of the input SAE, if its files do not contain it."}
     )
@@ -215,9 +215,11 @@ class AdapterSAEOptions:
     """The SAE of an adapter, by default the one that the adapter records."""
 
     sae: str | None = field(
-        default=None, metadata={"help": f"SAE that the adapter was trained with. {SAE_HELP} {RECORDED}"}
+        default=None, metadata={"help": f"SAE of the adapter. {SAE_HELP} {RECORDED.format('adapter')}"}
     )
-    layer: int | None = field(default=None, metadata={"help": "Layer of this SAE, if its files do not contain it."})
+    layer: int | None = field(
+        default=None, metadata={"help": "Layer of the adapter's SAE, if its files do not contain it."}
+    )
 
 
 @dataclass(frozen=True)
@@ -231,18 +233,20 @@ class AdapterOptions(AdapterSAEOptions):
 class SamplingOptions:
     """Settings of generation."""
 
-    max_new_tokens: int = field(default=200, metadata={"help": "Largest number of tokens per text.", "min": 1})
+    max_new_tokens: int = field(
+        default=200, metadata={"help": "Largest number of tokens to generate per prompt.", "min": 1}
+    )
     temperature: float = field(
-        default=0.0, metadata={"help": "Temperature of the sampling; 0 is greedy decoding, without it.", "min": 0}
+        default=0.0, metadata={"help": "Temperature of sampling; 0 is greedy decoding.", "min": 0}
     )
     top_p: float | None = field(
         default=None,
         metadata={
-            "help": "Sample from the likeliest tokens whose probabilities add up to this; by default, as the model's "
-            "generation config says."
+            "help": "Sample from the likeliest tokens whose probabilities add up to this. By default as in the model's "
+            "generation config."
         },
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+    seed: int = field(default=0, metadata={"help": "Seed of sampling."})
     chat: bool = field(
         default=False, metadata={"help": "Put each prompt into the model's chat template, as a user's turn."}
     )
