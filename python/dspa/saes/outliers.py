@@ -21,6 +21,6 @@ def typical_rows(rows: Tensor, max_norm_ratio: float) -> Tensor:
     """
     if not max_norm_ratio or not len(rows):
         return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.promote_types(rows.dtype, torch.float32))
     median = norms.median()
     return (norms <= max_norm_ratio * median) | (median == 0)

@@ -70,7 +70,8 @@ def evaluate_sae(sae: FrozenSAE, rows: Tensor, *, max_norm_ratio: float = MAX_NO
     n_given, rows = len(rows), rows[typical_rows(rows, max_norm_ratio)]
     active = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.device)
     if sae.centered:
-        rows = rows.float() - rows.float().mean(dim=1, keepdim=True)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        rows = rows - rows.mean(dim=1, keepdim=True)
     mean = rows.double().mean(dim=0)
     error = variance = 0.0
     for block in rows.split(max(1, LATENTS_PER_BLOCK // sae.d_sae)):

@@ -141,6 +141,8 @@ def test_quality_is_that_on_the_centred_residual(h: Tensor, centred: Tensor) -> 
     error = (x - recon).square().sum()
     assert quality.explained_variance == pytest.approx(float(1 - error / (x - x.mean(0)).square().sum()), abs=1e-5)
     assert quality.mse == pytest.approx(float(error) / len(x), rel=1e-5)
+    exact = evaluate_sae(FrozenSAE.from_sae_lens(theirs).to(dtype=torch.float64), x + 1e6)
+    assert exact.mse == pytest.approx(quality.mse, rel=1e-5)
 
 
 def test_an_edit_does_what_it_does_in_the_model_of_transformer_lens(gpt2: Any, hooked: Any, h: Tensor) -> None:
