@@ -21,7 +21,7 @@ from dspa.cli.options import (
     SamplingOptions,
     with_options,
 )
-from dspa.cli.tables import cell, column_table, console, print_table
+from dspa.cli.tables import cell, column_table, console, print_table, print_warning
 from dspa.errors import refusal
 from dspa.fsrl.config import LOSSES, TrainingConfig
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dspa.data.triples import Triple
     from dspa.evaluate.responses import Response
     from dspa.fsrl.adapter import FSRLAdapter
-    from dspa.fsrl.usage import Usage
+    from dspa.fsrl.usage import Decay, Usage
     from dspa.saes.labels import Labels
 
 NOT_MEASURED = "NOT MEASURED (--hand FILE compares them with labels by hand)"
@@ -77,9 +77,8 @@ def usage(
     out: Out,
     top: Annotated[int, typer.Option(help="Number of latents to list.", min=0)] = 10,
 ) -> None:
-    """Show which latents the adapter moves, by rank of their use, and how fast their use decays."""
+    """Show which latents the adapter moves, those it moves farthest first, and how fast their use decays with rank."""
     from dspa.fsrl.plots import plot_usage
-    from dspa.fsrl.usage import fit_decay
 
     held_out = _start(out, triples, data.first)
     model, tokenizer, loaded = _load(on, _adapter(adapter, on.device))
@@ -87,11 +86,10 @@ def usage(
     names = ("rank", "latent", "share", "mean_abs")
     rows = [dict(zip(names, row, strict=True)) for row in measured.rows()]
     _write(out / "usage.csv", rows, names)
-    decay = fit_decay(measured)
-    _write(out / "decay.csv", [asdict(decay) | {"n_tokens": measured.n_tokens, "n_latents": len(rows)}])
-    plot_usage(measured, decay, out / "usage.png")
     console.print(column_table(f"{len(rows)} latents are moved on {measured.n_tokens} tokens", rows[:top], names))
-    console.print(f"share = {decay.a:.4g} exp(-rank / {decay.tau:.4g}), R2 {decay.r2:.4f}, ranks 1 to {decay.last}")
+    console.print("share: of tokens with v ≠ 0; mean_abs: mean of |v| over all tokens.", markup=False)
+    decay = _decay(measured, out)
+    plot_usage(measured, decay, out / "usage.png")
     console.print(f"CSV and PNG: {out}")
 
 
@@ -331,6 +329,23 @@ def _usage(
     return latent_usage(
         *(model, adapter, responses), batch_tokens=data.batch_tokens, layers=on.layers, model_name=on.model_name
     )
+
+
+def _decay(usage: Usage, out: Path) -> Decay | None:
+    """Write and show the decay of use with rank, or warn why there is none."""
+    from dspa.fsrl.usage import fit_decay
+
+    try:
+        decay = fit_decay(usage)
+    except ValueError as error:
+        print_warning(f"No decay is fitted. {error}")
+        (out / "decay.csv").unlink(missing_ok=True)
+        return None
+    _write(out / "decay.csv", [asdict(decay) | {"n_tokens": usage.n_tokens, "n_latents": decay.last}])
+    console.print(
+        f"share = {decay.a:.4g} exp(-rank / {decay.tau:.4g}), R2 {decay.r2:.4f}, ranks 1 to {decay.last} by share"
+    )
+    return decay
 
 
 def _agreement(labels: Labels, hand: Labels, out: Path) -> str:

@@ -203,7 +203,7 @@ def mask_effect(
             sets.
     """
     adapter.check_attached(model)
-    used = usage.ranked
+    used = usage.moved
     given = _used_latents(latents, adapter.sae.d_sae, used)
     if n_random < 2:
         raise refusal(ValueError, "`n_random`", n_random, "2 or more, for an interval")

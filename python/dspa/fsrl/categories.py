@@ -55,7 +55,7 @@ def category_shares(usage: Usage, labels: Labels) -> list[CategoryShare]:
     unlabelled_active, unlabelled_mass = totals.get(UNLABELLED, (0, 0.0))
     labelled_active, labelled_mass = all_active - unlabelled_active, all_mass - unlabelled_mass
     if not labelled_active:
-        raise ValueError(f"The adapter moves {len(usage.ranked)} latents and none of the labelled ones: no shares.")
+        raise ValueError(f"The adapter moves {len(usage.moved)} latents and none of the labelled ones: no shares.")
     shares = []
     for name, latents in members.items():
         active, mass = totals[name]

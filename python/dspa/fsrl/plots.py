@@ -17,22 +17,22 @@ from dspa.fsrl.usage import Decay, Usage
 NAMES = {"loss": "SimPO loss", "accuracy": "reward accuracy", "win_rate": "win rate over the base model"}
 
 
-def plot_usage(usage: Usage, decay: Decay, path: Path) -> None:
-    """Plot share of tokens and mean size by rank, with the fitted decay."""
+def plot_usage(usage: Usage, decay: Decay | None, path: Path) -> None:
+    """Plot share of tokens and mean size, each by its own rank, with the fitted decay of the share."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     shares, sizes = figure.subplots(1, 2)
-    latents = usage.ranked
-    ranks = np.arange(1, len(latents) + 1)
-    shares.plot(ranks, usage.share[latents].numpy(), ".", markersize=4, label="latents")
-    fitted = decay.a * np.exp(-ranks / decay.tau)
-    name = f"{decay.a:.3g} exp(-rank / {decay.tau:.3g}), R² {decay.r2:.3f}"
-    shares.plot(ranks, fitted, color="black", linewidth=1, label=name)
+    ranks = np.arange(1, len(usage.moved) + 1)
+    shares.plot(ranks, usage.falling_shares.numpy(), ".", markersize=4, label="latents")
+    if decay is not None:
+        fitted = decay.a * np.exp(-ranks / decay.tau)
+        name = f"{decay.a:.3g} exp(-rank / {decay.tau:.3g}), R² {decay.r2:.3f}"
+        shares.plot(ranks, fitted, color="black", linewidth=1, label=name)
     # Far below the least use, the curve would take most of a logarithmic axis.
-    shares.set(yscale="log", ylim=(0.5 / usage.n_tokens, 1.5), xlabel="rank", ylabel="share of tokens with v ≠ 0")
-    shares.set_title("use of latents by rank", fontsize=10)
+    shares.set(yscale="log", ylim=(0.5 / usage.n_tokens, 1.5), xlabel="rank by share", ylabel="share of tokens, v ≠ 0")
+    shares.set_title("use of latents", fontsize=10)
     shares.legend()
-    sizes.plot(ranks, usage.mean[latents].numpy(), ".", markersize=4)
-    sizes.set(yscale="log", xlabel="rank by use", ylabel="mean |v|")
+    sizes.plot(ranks, usage.mean[usage.ranked].numpy(), ".", markersize=4)
+    sizes.set(yscale="log", xlabel="rank by mean |v|", ylabel="mean |v|")
     sizes.set_title(f"mean size over {usage.n_tokens} tokens", fontsize=10)
     figure.savefig(path, dpi=150)
 

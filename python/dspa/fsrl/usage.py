@@ -50,13 +50,25 @@ class Usage:
         return self.mass / self.n_tokens
 
     @property
+    def moved(self) -> Tensor:
+        """Latents that are moved at all, ascending, [n] int64."""
+        return self.active.nonzero().flatten()
+
+    @property
     def ranked(self) -> Tensor:
-        """Latents that are moved at all, by falling share; ties go to the smaller index."""
-        order = self.active.argsort(descending=True, stable=True)
-        return order[: int((self.active > 0).sum())]
+        """The same latents by falling mean, [n] int64; ties go to the smaller index.
+
+        An adapter that is not sparse moves many latents on all tokens, so that a rank by share would say nothing.
+        """
+        return self.moved[self.mass[self.moved].argsort(descending=True, stable=True)]
+
+    @property
+    def falling_shares(self) -> Tensor:
+        """Shares of the same latents, the largest first, [n] fp64."""
+        return self.share[self.moved].sort(descending=True).values
 
     def rows(self) -> list[tuple[int, int, float, float]]:
-        """Return rank (from 1), latent, share and mean of each latent that is moved."""
+        """Return rank by mean (from 1), latent, share and mean of each latent that is moved."""
         latents = self.ranked
         columns = latents.tolist(), self.share[latents].tolist(), self.mean[latents].tolist()
         return [(rank, *row) for rank, row in enumerate(zip(*columns, strict=True), start=1)]
@@ -64,7 +76,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Decay:
-    """Fit `share(rank) = a exp(-rank / tau)` by least squares, with ranks from 1.
+    """Fit `share(rank) = a exp(-rank / tau)` by least squares, with ranks from 1 by falling share.
 
     Attributes:
         a: amplitude.
@@ -140,7 +152,7 @@ def fit_decay(usage: Usage) -> Decay:
     Raises:
         ValueError: fewer than 8 moved latents, or all of them moved equally often.
     """
-    share = usage.share[usage.ranked].numpy()
+    share = usage.falling_shares.numpy()
     if len(share) < MIN_FITTED:
         what, got = "The number of latents that the adapter moves", f"{len(share)} on {usage.n_tokens} tokens"
         advice = "Use more data, or an adapter that was trained with a smaller l1."

@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from dspa.cli import main
 from dspa.evaluate.coherence import METRICS
-from dspa.fsrl import fit_decay, fraction_curve, mask_effect
+from dspa.fsrl import Usage, fit_decay, fraction_curve, mask_effect
 from dspa.testing import D_SAE_OUT, L_OUT, make_model, make_sae
 
 from ..support.adapters import TRIPLES, acting_adapter
@@ -58,13 +59,19 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_commands_write_what_the_library_says(run, folder, model, adapter, responses, used, tmp_path):
+def test_commands_write_what_the_library_says(run, folder, model, adapter, responses, used, tmp_path, monkeypatch):
     triples = folder / "triples.jsonl"
     code, said = run("usage", triples, out=tmp_path / "usage")
     assert code == 0, said
     rows = table(tmp_path / "usage" / "usage.csv")
     assert [int(row["latent"]) for row in rows] == used.ranked.tolist()
     assert float(table(tmp_path / "usage" / "decay.csv")[0]["tau"]) == pytest.approx(fit_decay(used).tau)
+    # The fit of an adapter that moves all latents on all tokens has nothing to fit, and the rest is shown.
+    with monkeypatch.context() as patch:
+        patch.setattr("dspa.fsrl.usage.latent_usage", lambda *_, **__: Usage(torch.full((9,), 5), torch.ones(9), 5))
+        code, said = run("usage", triples, out=tmp_path / "usage")
+    assert code == 0 and "9 latents are moved on 5 tokens" in said and "Warning: No decay is fitted. Each of 9" in said
+    assert {path.name for path in (tmp_path / "usage").iterdir()} == {"usage.csv", "usage.png"}
 
     code, said = run("fraction", triples, "--fraction", 0, "--fraction", 0.5, out=tmp_path / "fraction")
     assert code == 0, said

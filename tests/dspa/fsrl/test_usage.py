@@ -32,13 +32,17 @@ def test_usage_counts_the_tokens_of_responses(model, adapter, responses):
         near = ((u.abs() - adapter.threshold).abs() < rounding(PASS, terms)).sum(dim=0)
         assert ((usage.active - (v != 0).sum(dim=0)).abs() <= near).all()
         assert ((usage.mass - v.abs().double().sum(dim=0)).abs() <= rounding(PASS, terms.double().sum(dim=0))).all()
-    assert len(usage.ranked) == D_SAE_OUT - UNUSED
+    assert usage.moved.tolist() == list(range(D_SAE_OUT - UNUSED))
 
 
-def test_ranks_and_rows():
+def test_ranks_are_by_mean_movement():
+    """Where all latents are moved on all tokens, nothing else tells them apart; exact ties go by index."""
     usage = Usage(torch.tensor([2, 0, 5, 2]), torch.tensor([1.0, 0.0, 2.0, 4.0]).double(), 10)
-    assert usage.ranked.tolist() == [2, 0, 3]
-    assert usage.rows() == [(1, 2, 0.5, 0.2), (2, 0, 0.2, 0.1), (3, 3, 0.2, 0.4)]
+    assert usage.ranked.tolist() == [3, 2, 0]
+    assert usage.rows() == [(1, 3, 0.2, 0.4), (2, 2, 0.5, 0.2), (3, 0, 0.2, 0.1)]
+    assert usage.falling_shares.tolist() == [0.5, 0.2, 0.2] and usage.moved.tolist() == [0, 2, 3]
+    dense = Usage(torch.full((4,), 10), torch.tensor([1.0, 3.0, 9.0, 3.0]).double(), 10)
+    assert dense.ranked.tolist() == [2, 1, 3, 0]
 
 
 def test_masked_latents_are_not_used(model, adapter, used, responses):
@@ -62,7 +66,7 @@ def test_a_decay_is_found_again():
 
 def test_a_fit_is_the_best_in_squares_and_says_how_good(used):
     decay = fit_decay(used)
-    share = used.share[used.ranked].numpy()
+    share = np.sort(used.share.numpy()[used.active.numpy() > 0])[::-1]
     ranks = np.arange(1, len(share) + 1)
 
     def residual(a: float, tau: float) -> float:
