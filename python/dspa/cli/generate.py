@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -115,6 +117,8 @@ def generate(
     model, tokenizer, attachables, edits = _load(
         on, map_path, pair, config, ops, adapter, adapter_sae, record=compare or trace is not None
     )
+    if sampling.chat:
+        _warn_of_other_template(tokenizer, attachables, adapter, chat_template_kwargs)
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenize_prompt(tokenizer, text, sampling.chat, chat_template_kwargs)["input_ids"][0].tolist()
@@ -215,6 +219,26 @@ def _load(
         adapter.sae = adapter.sae.to(dtype=model.dtype)
         attachables.append(adapter)
     return model, tokenizer, attachables, None if steering is None else steering.trace
+
+
+def _warn_of_other_template(
+    tokenizer: Any, attachables: Sequence[Attachable], adapter_path: Path | None, given: Mapping[str, Any] | None
+) -> None:
+    """Warn where prompts get other values for the chat template than the conversations of the map or adapter got."""
+    from dspa.fsrl.training import trained_template
+    from dspa.steering.dspa import Steering
+
+    made = [("--map", part.cdmap.meta.chat_template_kwargs) for part in attachables if isinstance(part, Steering)]
+    if adapter_path is not None:
+        made.append(("--adapter", trained_template(tokenizer, adapter_path)[1]))
+    for option, kwargs in made:
+        if (kwargs or {}) != (given or {}):
+            warnings.warn(
+                f"{option} was made with {json.dumps(kwargs or {})} for the chat template, and these prompts get "
+                f"{json.dumps(given or {})}. To steer such prompts as meant: --chat-template-kwargs "
+                f"'{json.dumps(kwargs or {})}'.",
+                stacklevel=2,
+            )
 
 
 @contextmanager

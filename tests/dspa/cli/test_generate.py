@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,26 @@ def test_a_map_and_an_adapter_of_different_models(run, folder, tmp_path):
     assert code == 2 and "different models. Pass --model" in err
     given = ["--model", folder / "tiny"]
     assert run("--adapter", folder / "adapter", "--map", tmp_path / "map", "--prompt", "the cat", *given)[0] == 0
+
+
+def test_other_values_for_the_chat_template_than_the_map_was_made_with(run, folder, tmp_path):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% if polite %}good {% endif %}{% for m in messages %}we {{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    make_model("gemma2").save_pretrained(tmp_path)
+    cdmap = ConditionalDifferenceMap.load(folder / "map")
+    cdmap.meta = replace(cdmap.meta, chat_template_kwargs={"polite": True})
+    cdmap.save(tmp_path / "map")
+    arguments = ("--map", tmp_path / "map", "--model", tmp_path, "--prompt", "the cat", "--chat")
+    message = '--map was made with {"polite": true} for the chat template, and these prompts get '
+    for given in ('{"polite": true}', '{"polite": false}', "{}"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert run(*arguments, "--chat-template-kwargs", given)[0] == 0
+        assert any(f"{message}{given}" in str(warning.message) for warning in caught) == (given != '{"polite": true}')
+    with pytest.warns(UserWarning, match=r"--map was made with .* prompts get \{\}") as caught:
+        assert run(*arguments, "--adapter", folder / "adapter")[0] == 0
+    assert not any("--adapter was made" in str(warning.message) for warning in caught)
 
 
 def test_what_was_done_before_a_stop_is_kept(run, folder, tmp_path, monkeypatch):
