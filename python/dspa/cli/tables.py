@@ -7,24 +7,26 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 console = Console()
 
 
 def print_table(title: str, rows: dict[str, Any]) -> None:
     """Print names and values, one per line."""
-    table = Table(title=title, show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, escape(str(value)))
-    console.print(table)
+    _print_rows(title, [(name, str(value)) for name, value in rows.items()])
 
 
 def print_figures(title: str, figures: Sequence[tuple[str, str, str]]) -> None:
     """Print figures, one per line: the name, the value, and what it means or asks for."""
-    table = Table(title=title, show_header=False)
-    for figure in figures:
-        table.add_row(*map(escape, figure))
+    _print_rows(title, figures)
+
+
+def _print_rows(title: str, rows: Sequence[tuple[str, ...]]) -> None:
+    """Print rows of text without a header. A long path is broken into lines, and not cut off."""
+    table = Table(*(Column(overflow="fold") for _ in rows[0]), title=escape(title), show_header=False)
+    for row in rows:
+        table.add_row(*map(escape, row))
     console.print(table)
 
 
