@@ -73,7 +73,10 @@ def tokenize_triple(
     prompt, chosen, rejected = _encode(triple, tokenizer, chat_template_kwargs or {})
     for field_name, ids in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
         if not ids:
-            what, advice = f"{triple.name}: `{field_name}`", "Remove the triple or check the tokenizer."
+            what = f"{triple.name}: `{field_name}`"
+            advice = (
+                "Remove the triple. If it is text: it follows the prompt at once, so begin a new word with a space."
+            )
             raise refusal(PreferenceError, what, "empty after tokenization", "one token or more", advice)
     special = set(tokenizer.all_special_ids)
     if special.issuperset(prompt):
