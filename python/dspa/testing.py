@@ -43,6 +43,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": COMMON,
     "gemma3_text": COMMON | {"sliding_window": 16, "query_pre_attn_scalar": 12},
     "qwen2": {name: value for name, value in COMMON.items() if name != "head_dim"},
+    # Its `base_model` is the whole model.
+    "llama4_text": COMMON | {"intermediate_size_mlp": 64, "moe_layers": [], "attention_chunk_size": 16},
     "gpt2": GPT2,
     "gpt_neox": {n: v for n, v in COMMON.items() if n not in ("num_key_value_heads", "head_dim")},
 }

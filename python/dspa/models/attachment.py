@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dspa.errors import ModelError
-from dspa.models.layers import CausalLM, base_model, decoder_layers
+from dspa.models.layers import CausalLM, base_model, decoder_layers, hidden_size
 from dspa.models.prompts import Prompts, generate_prompts
-from dspa.models.reading import forget_graphs, hidden
+from dspa.models.reading import check_residual, forget_graphs, hidden
 
 ATTRIBUTE = "_dspa_attachment"
 # Held while `Attachable` counts its calls. Not an attribute of it, since a lock cannot be copied.
@@ -41,6 +41,7 @@ class Attachable(ABC):
         self.enabled = True
         self._attachment: Attachment | None = None
         self._layers: str | None = None
+        self._width = 0
         self._undo: list[Callable[[], None]] = []
         self._n_calls = 0
         self._acted = False
@@ -64,7 +65,9 @@ class Attachable(ABC):
         stack, attachment = decoder_layers(inner, layers), Attachment.of(inner)
         if any(isinstance(other, type(self)) and other.layer == self.layer for other in attachment.attached):
             raise ModelError(f"Layer {self.layer} of this model has another {kind}: dspa.detach(model) first.")
+        check_residual(inner, layers)
         self._prepare(inner, stack, model_name)
+        self._width = hidden_size(inner)
         self._undo = [attachment.add(self)]
         self._undo += [handle.remove for handle in self._register_hooks(inner, stack[self.layer])]
         self._attachment, self._layers = attachment, layers
@@ -159,7 +162,7 @@ class Attachable(ABC):
         return [layer.register_forward_hook(self._change_output, prepend=True, with_kwargs=True)]
 
     def _change_output(self, _layer: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        edited = self._edit(hidden(output), kwargs) if self.enabled else None
+        edited = self._edit(hidden(output, self._width), kwargs) if self.enabled else None
         if edited is None:
             return None
         self._acted = True

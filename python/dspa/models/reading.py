@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from dspa.errors import ModelError
-from dspa.models.layers import CausalLM, base_model, find_layers
+from dspa.errors import ModelError, refusal
+from dspa.models.layers import CausalLM, base_model, device_of, find_layers, hidden_size
 
 # What models call a key/value cache: since transformers 5.24, and before.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -26,9 +26,34 @@ class _Stop(Exception):
     """Ends a forward pass once the last wanted layer has run."""
 
 
-def hidden(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Return the residual [B, T, d_in] in the output of a decoder layer."""
-    return output[0] if isinstance(output, tuple) else output
+def hidden(output: Any, width: int) -> Tensor:
+    """Return the residual [B, T, width] in the output of a decoder layer.
+
+    Raises:
+        ModelError: the layer returns something else, such as several residual streams.
+    """
+    h = output[0] if isinstance(output, tuple) else output
+    if not isinstance(h, Tensor) or h.dim() != 3 or h.shape[-1] != width:
+        raise refusal(
+            ModelError,
+            "The output of a decoder layer",
+            f"of shape {list(h.shape)}" if isinstance(h, Tensor) else f"a {type(h).__name__}",
+            f"one residual stream, [B, T, {width}]",
+            "A model whose layers return several streams, as Gemma-3n's and DeepSeek-V4's do, can be neither read nor "
+            "steered.",
+        )
+    return h
+
+
+def check_residual(model: nn.Module, layers: str | None = None) -> None:
+    """Raise `ModelError` unless decoder layers return one residual stream, as one token through the first shows.
+
+    Does nothing in training mode, where a pass may draw random numbers.
+    """
+    inner = base_model(model)
+    if not inner.training:
+        token = torch.zeros(1, 1, dtype=torch.long, device=device_of(inner.get_input_embeddings()))
+        read_layers(inner, [0], layers, input_ids=token)
 
 
 @torch.no_grad()
@@ -47,10 +72,10 @@ def read_layers(
         inputs: keywords of the forward pass.
 
     Raises:
-        ModelError: the hooks of the last layer did not run.
+        ModelError: the hooks of the last layer did not run, or a layer returns no residual of this shape.
     """
     inner, wanted = base_model(model), sorted(set(indices))
-    stack, read = find_layers(model, layers), {}
+    stack, width, read = find_layers(model, layers), hidden_size(model), {}
 
     # Another thread may be in the same layers: only the pass of this one is read.
     thread = threading.get_ident()
@@ -58,7 +83,7 @@ def read_layers(
     def keep(index: int, _module: nn.Module, _args: Any, output: Tensor | tuple[Tensor, ...]) -> None:
         if threading.get_ident() != thread:
             return
-        read[index] = hidden(output)
+        read[index] = hidden(output, width)
         if index == wanted[-1]:
             raise _Stop
 

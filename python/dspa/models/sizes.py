@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from dspa.errors import ModelError, refusal
-from dspa.models.layers import CausalLM, decoder_layers
+from dspa.models.layers import CausalLM, find_layers
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def sizes_of(model: CausalLM, dtype: str = "auto", layers: str | None = None) ->
     return ModelSizes(
         name=Path(model.config.name_or_path).absolute().name,
         d_model=config.hidden_size,
-        layers=tuple(_multiplying_weights(layer, share) for layer in decoder_layers(model, layers)),
+        layers=tuple(_multiplying_weights(layer, share) for layer in find_layers(model, layers)),
         head=model.get_output_embeddings().weight.numel(),
         d_attention=n_heads * head_dim,
         dtype=stored,

@@ -295,7 +295,8 @@ class Steering(Attachable, nn.Module):
     def _before_forward(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not self.enabled:
+        # An architecture without a decoder of its own, as Llama-4's text model, is read by passes of the model itself.
+        if not self.enabled or READING in kwargs:
             return None
         if self.record:
             kwargs = {**kwargs, self._keys["tokens"]: kwargs.get("input_ids", args[0] if args else None)}

@@ -83,7 +83,10 @@ def test_modes(model, sae_in, sae_out, cdmap, config):
             assert new_tokens(output) == [tokens]
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("gemma2", "qwen3")])
+HYBRIDS = ["qwen3_5_text", "lfm2", "jamba", "falcon_h1"]
+
+
+@pytest.mark.parametrize("family", [*(f for f in FAMILIES if f not in ("gemma2", "qwen3")), *HYBRIDS])
 def test_families(family, sae_in, sae_out, cdmap):
     model = make_model(family)
     loop = plain(model, sae_in, sae_out, cdmap)
@@ -350,3 +353,13 @@ def test_bit_identical_where_nothing_is_steered(model: PreTrainedModel, sae_in, 
     after = model.generate(**padded(PROMPTS), **settings)
     steering.detach()
     assert all(torch.equal(a, b) for a, b in zip(before.logits, after.logits, strict=True))
+
+
+def test_given_text_of_a_model_that_is_its_own_base(sae_in, sae_out, cdmap, steering):
+    model = make_model("llama4_text")
+    assert model.base_model is model
+    text, n_prompt = torch.tensor([PROMPTS[2]]), 6
+    with torch.no_grad(), plain(model, sae_in, sae_out, cdmap).steered(PROMPTS[2][:n_prompt]):
+        wanted = model(text, use_cache=False).logits
+    with torch.no_grad(), steering.attach(model), steering.responses([n_prompt]):
+        assert_same_logits(model(text).logits, wanted)

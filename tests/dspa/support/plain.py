@@ -55,8 +55,8 @@ class Plain:
         augment, ablate = self.select(prompt)
         start = len(prompt) - {"response": 1, "generated": 0, "all": len(prompt)}[self.config.positions]
 
-        def edit(_module: object, _args: object, output: Tensor) -> Tensor:
-            h = output.clone()
+        def edit(_module: object, _args: object, output: Tensor | tuple[Tensor, ...]) -> object:
+            h = (output[0] if isinstance(output, tuple) else output).clone()
             for b in range(h.shape[0]):
                 for t in range(start, h.shape[1]):
                     f = encode(self.sae_out, h[b, t])
@@ -68,7 +68,7 @@ class Plain:
                         new[j] = max(f[j] - step, torch.zeros(()))
                     if not torch.equal(new, f):
                         h[b, t] += (new - f) @ self.sae_out.W_dec
-            return h
+            return (h, *output[1:]) if isinstance(output, tuple) else h
 
         handle = self.layers[self.sae_out.layer].register_forward_hook(edit)
         try:
