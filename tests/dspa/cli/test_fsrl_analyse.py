@@ -129,7 +129,7 @@ def test_bad_input_is_one_message(run, folder, tmp_path):
         (("usage", triples), {"out": tmp_path / "file"}, "--out is"),
         (("usage", triples), {"sae": folder / "other_sae"}, "was trained with an SAE of fingerprint"),
         (("usage", triples), {"adapter": folder}, "holds no adapter.json"),
-        (("fraction", tmp_path / "none.jsonl"), {}, "does not exist; accepted: a JSON Lines file"),
+        (("fraction", tmp_path / "none.jsonl"), {}, "does not exist; accepted: the path of a file"),
         (("fraction", triples, "--fraction", 2), {}, "accepted: one or more numbers from 0 to 1"),
         (("mask", triples), {}, unclear),
         (("mask", triples, "--latent", 1, "--labels", labels), {}, unclear),

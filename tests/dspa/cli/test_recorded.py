@@ -42,7 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_sae(L_IN, 96, seed=1).save(folder / "sae_in")
     make_sae(L_OUT, 128, seed=2).save(folder / "sae_out")
     rows = [
-        {"prompt": " ".join(ENGLISH[n : n + 5]), "chosen": ENGLISH[n + 9], "rejected": ENGLISH[n + 3]}
+        {"prompt": " ".join(ENGLISH[n : n + 5]), "chosen": f" {ENGLISH[n + 9]}", "rejected": f" {ENGLISH[n + 3]}"}
         for n in range(12)
     ]
     (folder / "triples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -87,7 +87,7 @@ def test_a_collection_records_where_it_came_from(run, folder, cdmap):
     # Counts continue where the model has moved, and the newest place is recorded.
     shutil.move(folder / "tiny", folder / "moved")
     options[1] = "moved"
-    code, _, text = run("map", "collect", "triples.jsonl", *options, "--model-name", "tiny", "--out", "counts")
+    code, _, text = run("map", "collect", "triples.jsonl", *options, "--model-name", "./tiny", "--out", "counts")
     assert code == 0, text
     assert run("map", "reduce", "counts", "--out", "again")[0] == 0
     assert ConditionalDifferenceMap.load(folder / "again").sources["model"].path == str(folder / "moved")
