@@ -41,7 +41,10 @@ class DataOptions:
 
     first: int | None = field(default=None, metadata={"help": "Use only the first N triples.", "min": 1})
     max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of prompt and response after which a response is cut."}
+        default=None,
+        metadata={
+            "help": "Tokens of prompt and response together to which a response is cut; by default the model's context."
+        },
     )
     batch_tokens: int = field(default=8192, metadata={"help": "Tokens per forward pass of the model.", "min": 1})
 
@@ -102,10 +105,11 @@ def fraction(
     loss: Loss,
     out: Out,
     fraction: Annotated[
-        list[float] | None, typer.Option(help="Fraction of each token's v to keep; may be given several times.")
+        list[float] | None,
+        typer.Option(help="Share of the nonzero entries of each token's v to keep; may be given several times."),
     ] = None,
 ) -> None:
-    """Measure loss, reward accuracy and win rate when only the largest v of each token are kept."""
+    """Measure loss, reward accuracy and win rate with only the largest entries of each token's v kept."""
     from dspa.fsrl.ablations import FRACTIONS, fraction_curve
     from dspa.fsrl.plots import plot_fractions
 
@@ -137,14 +141,16 @@ def mask(
     loss: Loss,
     out: Out,
     latent: Annotated[list[int] | None, typer.Option(help="Latent to mask; may be given several times.")] = None,
-    labels: Annotated[Path | None, typer.Option(help="Labels of latents, among which is --category.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Labels of latents that have the --category: as for categories.")
+    ] = None,
     category: Annotated[str | None, typer.Option(help="Category of the labels whose latents are masked.")] = None,
     rules: Rules = None,
     explainer: Explainer = None,
     n_random: Annotated[int, typer.Option(help="Number of random sets to compare with.", min=2)] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the random sets.", min=0)] = 0,
 ) -> None:
-    """Measure what masking some latents costs, compared with random sets of as many that the adapter moves."""
+    """Measure what the adapter loses without some latents, compared with random sets of as many that it moves."""
     from dspa.fsrl.ablations import METRICS, check_latents, mask_effect
     from dspa.fsrl.plots import plot_masks
     from dspa.saes.labels import read_labels
@@ -193,7 +199,8 @@ def categories(
     rules: Rules = None,
     explainer: Explainer = None,
     hand: Annotated[
-        Path | None, typer.Option(help="Labels by hand of some latents, which measure how good the labels are.")
+        Path | None,
+        typer.Option(help="Labels of some latents that were made by hand, to measure how good --labels are."),
     ] = None,
 ) -> None:
     """Show how the adapter's use is shared among categories of latents, and how good the labels are."""
@@ -228,7 +235,7 @@ def coherence(
     data: Annotated[DataOptions, Options("Data", without=["first", "max_length"])],
     batch_size: Annotated[int, typer.Option(help="Number of texts to generate at once.", min=1)] = 16,
 ) -> None:
-    """Compare texts without and with the adapter: repetition, distinct n-grams, length, perplexity.
+    """Compare texts without and with the adapter: repetition, distinct n-grams, length, perplexity under the base.
 
     The seed of the sampling is also that of the bootstrap.
     """

@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from dspa.fsrl.adapter import FSRLAdapter
     from dspa.fsrl.results import HeldOut
 
-Out = Annotated[Path, typer.Option(help="Folder to write; the same command continues a stopped training in it.")]
+Out = Annotated[
+    Path,
+    typer.Option(help="Folder to write. If a training stops, the same command continues it from its last checkpoint."),
+]
 UNUSUAL = ("initial_threshold", "bandwidth")
 FIXED = ("warmup", "max_grad_norm")
 
@@ -48,7 +51,9 @@ def train(
     on: OnModel,
     config: Annotated[TrainingConfig, Options("Training", without=FIXED)],
     adapter: Annotated[FSRLConfig, Options("Adapter", without=UNUSUAL)],
-    held_out: Annotated[Path | None, typer.Option(help=f"Triples to report on, never trained on: {FILES}.")] = None,
+    held_out: Annotated[
+        Path | None, typer.Option(help=f"Triples to measure the adapter on, not trained on: {FILES}.")
+    ] = None,
     first: First = None,
     split: Split = "train",
     layer: Annotated[int | None, typer.Option(help="Layer of the SAE, if its files do not contain it.")] = None,
@@ -56,7 +61,8 @@ def train(
 ) -> None:
     """Train an adapter; the model and the SAE stay as they are.
 
-    For several processes: `torchrun --nproc-per-node K -m dspa fsrl train ...`.
+    With --held-out, a table at the end compares it with the base model: loss, reward accuracy, how many latents it
+    moves, and how it writes. For K processes, begin the command with `torchrun --nproc-per-node K -m dspa fsrl train`.
     """
     from dspa import fsrl
 
@@ -87,7 +93,7 @@ def train(
 def layers(
     triples: Triples,
     sae: Annotated[list[str], typer.Option(help=f"SAE of a layer; may be given several times. {SAE_HELP}")],
-    held_out: Annotated[Path, typer.Option(help=f"Triples to compare on, never trained on: {FILES}.")],
+    held_out: Annotated[Path, typer.Option(help=f"Triples to compare the adapters on, not trained on: {FILES}.")],
     out: Out,
     on: OnModel,
     config: Annotated[
@@ -97,7 +103,7 @@ def layers(
     adapter: Annotated[FSRLConfig, Options("Adapter", without=[*UNUSUAL, "l1"])],
     l1: Annotated[
         list[float] | None,
-        typer.Option(help=f"As for train; may be given several times, by default {FSRLConfig.l1:g}."),
+        typer.Option(help=f"Weight of the sparsity penalty, by default {FSRLConfig.l1:g}; may be given several times."),
     ] = None,
     first: First = None,
     split: Split = "train",
@@ -122,10 +128,10 @@ def layers(
     if rank() > 0:
         return
     d_sae = {loaded.layer: loaded.d_sae for loaded in saes}
-    rows = [_figures("base model", sweep.base, None)]
+    rows = [{"": "base model"} | _figures(sweep.base, None)]
     for trained in sweep.adapters:
         name = f"layer {trained.layer}, {trained.activation}, λ {trained.l1:g}"
-        rows.append(_figures(name, trained.held_out, d_sae[trained.layer]))
+        rows.append({"": name} | _figures(trained.held_out, d_sae[trained.layer]))
     console.print(column_table(f"On {sweep.base.n_triples} held-out triples", rows, tuple(rows[0])))
     console.print(f"CSV and PNG: {escape(str(out))}")
 
@@ -183,9 +189,10 @@ def _report(
         base = fsrl.held_out(model, tokenizer, triples, **options)
     responses = fsrl.responses_of(model, tokenizer, triples, options["max_length"], kwargs)
     answers = compare_answers(model, tokenizer, adapter, responses)
-    rows = [_figures("base model", base, None), _figures("adapter", figures, adapter.sae.d_sae)]
-    for row, answered in zip(rows, answers or (), strict=False):
-        row |= asdict(answered)
+    without, with_adapter = _figures(base, None), _figures(figures, adapter.sae.d_sae)
+    if answers is not None:
+        without, with_adapter = without | asdict(answers[0]), with_adapter | asdict(answers[1])
+    rows = [{"": name, "base model": without[name], "adapter": value} for name, value in with_adapter.items()]
     console.print(column_table(f"On {figures.n_triples} held-out triples", rows, tuple(rows[0])))
     if answers is None:
         console.print("No answers were generated: they need two different prompts that leave room for one.")
@@ -198,10 +205,9 @@ def _report(
         print_warning(name_options(text, {"l1": "--l1", "lr": "--lr"}))
 
 
-def _figures(name: str, figures: HeldOut, d_sae: int | None) -> dict[str, object]:
-    """Return the row of a model in a table; `d_sae` is the size of its adapter's SAE, if it has one."""
+def _figures(figures: HeldOut, d_sae: int | None) -> dict[str, object]:
+    """Return the figures of a model for a table; `d_sae` is the size of its adapter's SAE, if it has one."""
     return {
-        "": name,
         "SimPO loss": figures.simpo_loss,
         "reward accuracy": figures.accuracy,
         "margin": figures.margin,

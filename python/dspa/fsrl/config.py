@@ -30,7 +30,7 @@ class FSRLConfig:
 
     activation: str = field(
         default="soft_threshold",
-        metadata={"help": "Activation function of the adapter.", "choices": ACTIVATIONS},
+        metadata={"help": "Activation function that makes the vector v of an adapter sparse.", "choices": ACTIVATIONS},
     )
     initial_threshold: float = field(
         default=1e-6,
@@ -38,7 +38,9 @@ class FSRLConfig:
     )
     l1: float = field(
         default=2e-2,
-        metadata={"help": "Weight lambda of the mean L1 norm of v per response token, in the loss."},
+        metadata={
+            "help": "Weight lambda of the sparsity penalty in the loss, the mean L1 norm of v per response token."
+        },
     )
     bandwidth: float = field(
         default=1e-3,
@@ -78,7 +80,7 @@ class TrainingConfig:
     )
     gamma_beta_ratio: float = field(default=0.5, metadata={"help": "SimPO's margin gamma, as a fraction of beta."})
     lr: float = field(
-        default=5e-5, metadata={"help": "Highest learning rate, between the warm-up and a decay along a cosine."}
+        default=5e-5, metadata={"help": "Peak learning rate, after the warm-up and before a cosine decay."}
     )
     warmup: float = field(
         default=0.01, metadata={"help": "Fraction of the steps over which the learning rate rises from 0."}
@@ -86,24 +88,28 @@ class TrainingConfig:
     max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which gradients are clipped."})
     batch_size: int = field(default=32, metadata={"help": "Triples per step of the optimizer, over all processes."})
     micro_batch_size: int = field(default=2, metadata={"help": "Triples per forward pass of a process."})
-    epochs: float = field(default=1.0, metadata={"help": "Number of passes over the triples, also a fraction of one."})
+    epochs: float = field(default=1.0, metadata={"help": "Number of passes over the triples; may be a fraction."})
     max_steps: int | None = field(
-        default=None, metadata={"help": "Largest number of steps of the optimizer, whatever `epochs` is."}
+        default=None, metadata={"help": "Optimizer steps after which to stop, if `epochs` do not end before."}
     )
     max_length: int = field(
         default=1024,
-        metadata={"help": "Tokens of prompt and response after which a response is cut, at most the model's context."},
+        metadata={
+            "help": "Tokens of prompt and response together to which a response is cut, at most the model's context."
+        },
     )
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Compute activations again in the backward pass: less memory, more time."}
+        default=False, metadata={"help": "Recompute activations in the backward pass: less memory, more time."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the order of the triples."})
-    checkpoint_every: int = field(default=100, metadata={"help": "Steps between two checkpoints."})
-    eval_every: int = field(default=100, metadata={"help": "Steps between two evaluations on the held-out triples."})
-    log_every: int = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    checkpoint_every: int = field(default=100, metadata={"help": "Optimizer steps between two checkpoints."})
+    eval_every: int = field(
+        default=100, metadata={"help": "Optimizer steps between two evaluations on the held-out triples."}
+    )
+    log_every: int = field(default=10, metadata={"help": "Optimizer steps between two entries of the log."})
     report_to: str = field(
         default="none",
-        metadata={"help": "Tracker that transformers knows, such as wandb or tensorboard, or none."},
+        metadata={"help": "Tracker to log to, of those that transformers supports, such as wandb or tensorboard."},
     )
 
     def __post_init__(self) -> None:
