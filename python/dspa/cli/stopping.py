@@ -60,6 +60,8 @@ def farewell(arguments: list[str], *, alone: bool) -> str:
     """
     words = " ".join(argument for argument in arguments if not argument.startswith("-"))
     kept = next((kept for command, kept in KEPT.items() if words.startswith(f"{command} ")), None)
+    if words.startswith("generate ") and any(argument.startswith("--out") for argument in arguments):
+        return "Stopped. The answers so far are kept. The same command would begin from the start, and replace them."
     if kept is None:
         return "Stopped. The same command would begin from the start."
     if words.startswith("map build ") and not any(argument.startswith("--work-dir") for argument in arguments):

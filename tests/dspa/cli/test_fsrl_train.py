@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -44,6 +45,11 @@ def test_commands(tmp_path_factory, tmp_path, monkeypatch, capsys):
     assert "Warning: The adapter is not sparse: it moves" in told and "A larger --l1 or more steps" in told
     one = tmp_path / "one"
     assert f"Next: dspa fsrl analyse usage {here / 'held.jsonl'} --adapter {one} --out {one}-usage" in told
+    sources = json.loads((one / "adapter.json").read_text())["sources"]
+    assert {role: source["path"] for role, source in sources.items()} == {
+        "model": str(here / "model"),
+        "sae": str(saes[1]),
+    }
     code, told = command(monkeypatch, capsys, "train", *data, *small, *saes[:2], "--out", tmp_path / "one", "--l1", 0.3)
     assert code == 2 and "training of other settings (adapter_l1: 0.02 there, 0.3 now)" in told
     code, told = command(monkeypatch, capsys, "train", *data, *saes[:2], "--out", tmp_path / "two", "--l1", -1)

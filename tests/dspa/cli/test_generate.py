@@ -165,8 +165,8 @@ def test_what_was_done_before_a_stop_is_kept(run, folder, tmp_path, monkeypatch)
 
     monkeypatch.setattr(generation, "continue_prompts", stop_at_third)
     arguments = ["--map", folder / "map", "--alpha", 1, "--file", folder / "prompts.txt", "--batch-size", 2]
-    code, _, _ = run(*arguments, "--out", tmp_path / "o.jsonl", "--trace", tmp_path / "t.jsonl")
-    assert code != 0
+    code, _, err = run(*arguments, "--out", tmp_path / "o.jsonl", "--trace", tmp_path / "t.jsonl")
+    assert code != 0 and "The answers so far are kept." in err
     assert [record["prompt"] for record in records((tmp_path / "o.jsonl").read_text())] == PROMPTS[:4]
     assert {record["call"] for record in records((tmp_path / "t.jsonl").read_text())} == {0, 1}
 
