@@ -13,13 +13,13 @@ import inspect
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dspa.errors import ModelError
+from dspa.errors import ModelError, refusal
 from dspa.models.layers import CausalLM, base_model, decoder_layers, hidden_size
 from dspa.models.prompts import Prompts, generate_prompts
 from dspa.models.reading import check_residual, forget_graphs, hidden
@@ -229,8 +229,7 @@ class Attachment:
                     prompts = generate_prompts(self.model, inputs, args, kwargs)
                     for attachable in acting:
                         plans |= attachable.keyword_tensors(prompts)
-                assistant = kwargs.get("assistant_model")
-                calls.enter_context(accepting(assistant, names) if assistant is not None else nullcontext())
+                calls.enter_context(self._assistant_accepting(kwargs.get("assistant_model"), names))
                 result = original(inputs, *args, **kwargs, **plans)
                 for attachable in acting:
                     if attachable not in self.attached or not attachable.enabled:
@@ -241,6 +240,25 @@ class Attachment:
             return result
 
         return generate
+
+    def _assistant_accepting(self, assistant: CausalLM | None, names: Iterable[str]) -> AbstractContextManager[None]:
+        """Let the assistant of a call of `generate()` pass on the plans that it gets with each call of its own.
+
+        Raises:
+            ModelError: the assistant is steered by plans of its own.
+        """
+        if assistant is None or base_model(assistant) is self.model:
+            return nullcontext()
+        own = [other for other in Attachment.of(base_model(assistant)).attached if other.enabled and other.keywords]
+        if own:
+            raise refusal(
+                ModelError,
+                "`assistant_model`",
+                f"a model with a {type(own[0]).__name__} of its own, which cannot see where the prompt ends",
+                "an assistant that is not steered, or the steered model itself",
+                "Call dspa.detach(assistant_model): what is generated follows the steered model either way.",
+            )
+        return accepting(assistant, names)
 
 
 def _refuse(problem: str, *_args: Any, **_kwargs: Any) -> None:

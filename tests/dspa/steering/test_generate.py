@@ -210,6 +210,32 @@ def test_assisted(model, steering, expected):
     assert "prepare_inputs_for_generation" not in assistant.__dict__
 
 
+def test_a_model_that_assists_itself(model, steering, expected):
+    with steering.attach(model):
+        for prompt, wanted in zip(PROMPTS, expected, strict=True):
+            settings = {"max_new_tokens": N_NEW, "do_sample": False, "assistant_model": model}
+            output = model.generate(torch.tensor([prompt]), **settings)
+            assert new_tokens(output, len(output[0]) - len(prompt)) == [wanted]
+        with steering.disabled():
+            model.generate(torch.tensor([PROMPTS[0]]), **settings)
+    assert "prepare_inputs_for_generation" not in model.__dict__
+
+
+def test_an_assistant_that_is_steered_itself(gemma, sae_in, sae_out, cdmap, steering):
+    assistant, settings = make_model("gemma2", seed=5), {"max_new_tokens": N_NEW, "do_sample": False}
+    prompt = torch.tensor([PROMPTS[0]])
+    with steering.attach(gemma):
+        wanted = gemma.generate(prompt, **settings)
+        own = dspa.Steering(sae_in, sae_out, cdmap, CONFIG).attach(assistant)
+        with pytest.raises(dspa.ModelError, match=r"`assistant_model` is a model with a Steering of its own.*detach"):
+            gemma.generate(prompt, assistant_model=assistant, **settings)
+        own.detach()
+        with dspa.fsrl.FSRLAdapter(sae_out).attach(assistant):
+            assert torch.equal(gemma.generate(prompt, assistant_model=assistant, **settings), wanted)
+        assert torch.equal(gemma.generate(prompt, assistant_model=assistant, **settings), wanted)
+    gemma.generate(prompt, assistant_model=gemma, **settings)
+
+
 @pytest.mark.parametrize("name", cache_names())
 def test_second_turn_on_a_kept_cache(model, sae_in, sae_out, cdmap, steering, name):
     """The second turn is selected from the whole conversation, first response included."""
