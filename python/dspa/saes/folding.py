@@ -53,6 +53,35 @@ def centered_fingerprint(fingerprint: str) -> str:
     return hashlib.sha256(f"{fingerprint} {CENTERED}".encode()).hexdigest()[:16]
 
 
+def unfolded(source: SourceSAE) -> tuple[SAEWeights, Tensor]:
+    """Return the tensors of `source` as the kernels read them, and its `b_dec`, checked and with nothing folded.
+
+    Tensors are copied, unless `source` owns them.
+    """
+    tensors = {name: tensor.detach() for name, tensor in source.tensors.items()}
+    W_enc, b_enc, threshold = tensors["W_enc"], tensors["b_enc"], tensors.get("threshold")
+    _check_arguments(source.arch, W_enc, threshold, source.k, source.layer)
+    full = full_dtype(W_enc.dtype)
+    threshold = torch.zeros_like(b_enc) if threshold is None else threshold
+    weights = SAEWeights(
+        encoder_rows=_contiguous(W_enc.T, source.owned),
+        b_enc=b_enc.to(full, copy=True),
+        threshold=threshold.to(full, copy=True),
+        W_dec=_contiguous(tensors["W_dec"], source.owned),
+        k=source.k or 0,
+        normalize=_at_inference(source.normalize_activations),
+    )
+    b_dec = tensors.get("b_dec")
+    b_dec = W_enc.new_zeros(weights.d_in) if b_dec is None else b_dec.clone()
+    check_values(weights, b_dec)
+    return weights, b_dec
+
+
+def _contiguous(matrix: Tensor, owned: bool) -> Tensor:
+    """Return a matrix with contiguous rows; a copy, unless it has them already and is `owned`."""
+    return matrix.contiguous() if owned else matrix.clone(memory_format=torch.contiguous_format)
+
+
 def fold(
     weights: SAEWeights,
     b_dec: Tensor,
@@ -113,19 +142,19 @@ def _scaled(rows: Tensor, factors: Tensor) -> Tensor:
     return torch.cat([(block.double() * factor).to(rows.dtype) for block, factor in pairs])
 
 
-def at_inference(normalize: str) -> str:
+def _at_inference(normalize: str) -> str:
     """Return the normalisation at inference; warn of one that does nothing there."""
     if normalize not in FOLDED_IN_TRAINING:
         return normalize
     warnings.warn(
         f"normalize_activations={normalize!r} does nothing at inference, here as in SAELens. That is right only if "
         "its scale was folded into these weights: check how well they reconstruct residuals of the model.",
-        stacklevel=4,
+        stacklevel=5,
     )
     return "none"
 
 
-def check_arguments(arch: str, W_enc: Tensor, threshold: Tensor | None, k: int | None, layer: int | None) -> None:
+def _check_arguments(arch: str, W_enc: Tensor, threshold: Tensor | None, k: int | None, layer: int | None) -> None:
     """Raise `SAEError` unless the arguments of a `FrozenSAE` fit together."""
     if arch not in ARCHITECTURES:
         advice = "BatchTopK, Matryoshka and gated SAEs become jumprelu in FrozenSAE.load and from_sae_lens."

@@ -1,4 +1,4 @@
-"""The frozen SAE: loaded from any format, folded once, and passed to the kernels as `SAEWeights`."""
+"""The frozen SAE: loaded from any format, folded once, saved, and known by its fingerprint."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ from torch import Tensor
 
 from dspa.errors import SAEError, refusal, require_package
 from dspa.models.sources import Source, absolute
+from dspa.saes.autoencoder import Autoencoder
 from dspa.saes.folding import (
     DTYPES,
     Content,
-    at_inference,
     centered_fingerprint,
-    check_arguments,
     check_centering,
     check_values,
     content,
     fold,
     full_dtype,
     to_center,
+    unfolded,
     ungated,
     weights_digest,
 )
 from dspa.saes.formats import RECORD, SourceSAE, read_sae, sae_lens_source, write_sae_lens
 from dspa.saes.metadata import CENTERED, refused_hook, residual_hook, without_model_advice
-from dspa_kernels import SAEWeights
 
 
-class FrozenSAE:
+class FrozenSAE(Autoencoder):
     """A sparse autoencoder of the residual stream, at inference.
 
     `pre = n(h) W_enc + b_enc`, where `n` is `normalize_activations` as SAELens computes it. The value of an active
@@ -118,23 +117,8 @@ class FrozenSAE:
         )
 
     def _take(self, source: SourceSAE) -> None:
-        """Check the tensors of `source`, copy those that are not its own, and fold them."""
-        tensors = {name: tensor.detach() for name, tensor in source.tensors.items()}
-        W_enc, b_enc, threshold = tensors["W_enc"], tensors["b_enc"], tensors.get("threshold")
-        check_arguments(source.arch, W_enc, threshold, source.k, source.layer)
-        full = full_dtype(W_enc.dtype)
-        threshold = torch.zeros_like(b_enc) if threshold is None else threshold
-        weights = SAEWeights(
-            encoder_rows=_rows(W_enc.T, source.owned),
-            b_enc=b_enc.to(full, copy=True),
-            threshold=threshold.to(full, copy=True),
-            W_dec=_rows(tensors["W_dec"], source.owned),
-            k=source.k or 0,
-            normalize=at_inference(source.normalize_activations),
-        )
-        b_dec = tensors.get("b_dec")
-        b_dec = W_enc.new_zeros(weights.d_in) if b_dec is None else b_dec.clone()
-        check_values(weights, b_dec)
+        """Fold the tensors of `source`, and keep what it says of itself."""
+        weights, b_dec = unfolded(source)
         folds = {
             "apply_b_dec_to_input": source.apply_b_dec_to_input,
             "rescale_acts_by_decoder_norm": source.rescale_acts_by_decoder_norm,
@@ -352,54 +336,6 @@ class FrozenSAE:
         check_values(new.weights, new.b_dec)
         return new
 
-    def encode(self, h: Tensor) -> Tensor:
-        """Return the latents f [..., d_sae] of residuals h [..., d_in], dense and differentiable in h.
-
-        They are computed and returned in fp32, or in fp64 if h or the weights are fp64. Among equal values at the edge
-        of the top k, the smaller index is active.
-        """
-        _check_width("h", h, self.d_in)
-        return self.weights.latents(h)
-
-    def normalise(self, h: Tensor) -> Tensor:
-        """Return n(h) [..., d_in], which the encoder reads, of residuals h [..., d_in], in the dtype of `encode`.
-
-        For a centred SAE, h less its mean, normalised.
-        """
-        _check_width("h", h, self.d_in)
-        rows = self.weights.normalise(h).rows
-        return rows - rows.mean(dim=-1, keepdim=True) if self.centered else rows
-
-    def decode(self, f: Tensor, like: Tensor | None = None) -> Tensor:
-        """Return the reconstruction [..., d_in] of latents, with `b_dec`, in the dtype of `encode`.
-
-        Args:
-            f: latents [..., d_sae].
-            like: residuals that f was encoded from [..., d_in]. An SAE that normalises or centres its input undoes
-                that with their mean and scale. Others ignore them.
-
-        Raises:
-            SAEError: `like` is needed and not given.
-        """
-        _check_width("f", f, self.d_sae)
-        f = f.to(self._compute_dtype(f))
-        out = f @ self.W_dec.to(f.dtype) + self.b_dec.to(f.dtype)
-        if self.weights.normalize == "none" and not self.centered:
-            return out
-        if like is None:
-            raise refusal(
-                SAEError,
-                "`like`",
-                "None",
-                "the residuals that `f` was encoded from, [..., d_in]",
-                f"This SAE normalises its input ({CENTERED if self.centered else self.weights.normalize}): "
-                "decode(f, like=h).",
-            )
-        _check_width("like", like, self.d_in)
-        like = like.to(f.dtype)
-        _, mean, scale = self.weights.normalise(like)
-        return out * scale + (like.mean(dim=-1, keepdim=True) if self.centered else mean)
-
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that identify the source SAE, the same from any format, device and dtype.
@@ -411,11 +347,6 @@ class FrozenSAE:
             digest = weights_digest(self._source)
             self._fingerprint, self._source = centered_fingerprint(digest) if self.centered else digest, None
         return self._fingerprint
-
-    @property
-    def centered(self) -> bool:
-        """True if the SAE was trained on residuals less their mean over d_in (`center_writing_weights`)."""
-        return CENTERED in self.folded
 
     @property
     def neuronpedia_number(self) -> int | None:
@@ -442,49 +373,6 @@ class FrozenSAE:
         """Where the SAE was loaded from, None if it was not loaded."""
         return None if self.loaded_from is None else Source(self.loaded_from, self.fingerprint)
 
-    @property
-    def W_enc(self) -> Tensor:
-        """Encoder [d_in, d_sae], a transposed view of the rows that the kernels read."""
-        return self.weights.W_enc
-
-    @property
-    def b_enc(self) -> Tensor:
-        """Encoder bias [d_sae], fp32, or fp64 for an fp64 SAE."""
-        return self.weights.b_enc
-
-    @property
-    def threshold(self) -> Tensor:
-        """Threshold [d_sae], in the dtype of `b_enc`, zeros for standard and topk."""
-        return self.weights.threshold
-
-    @property
-    def W_dec(self) -> Tensor:
-        """Decoder [d_sae, d_in]."""
-        return self.weights.W_dec
-
-    @property
-    def d_in(self) -> int:
-        """Width of the residual stream."""
-        return self.weights.d_in
-
-    @property
-    def d_sae(self) -> int:
-        """Number of latents."""
-        return self.weights.d_sae
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return self.weights.encoder_rows.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of `W_enc`, `W_dec` and `b_dec`."""
-        return self.weights.encoder_rows.dtype
-
-    def _compute_dtype(self, x: Tensor) -> torch.dtype:
-        return torch.promote_types(torch.promote_types(x.dtype, self.dtype), torch.float32)
-
     def __repr__(self) -> str:
         k = f", k={self.weights.k}" if self.weights.k else ""
         normalize = f", {self.weights.normalize}" if self.weights.normalize != "none" else ""
@@ -493,13 +381,3 @@ class FrozenSAE:
             f"FrozenSAE({self.arch}{k}{normalize}, d_in={self.d_in}, d_sae={self.d_sae}, layer={self.layer}, "
             f"model={self.model_name}, {str(self.dtype).removeprefix('torch.')} on {self.device}{folded})"
         )
-
-
-def _rows(matrix: Tensor, owned: bool) -> Tensor:
-    """Return a matrix with contiguous rows; a copy, unless it has them already and is `owned`."""
-    return matrix.contiguous() if owned else matrix.clone(memory_format=torch.contiguous_format)
-
-
-def _check_width(name: str, x: Tensor, width: int) -> None:
-    if x.shape[-1:] != (width,):
-        raise refusal(SAEError, f"`{name}`", f"of shape {list(x.shape)}", f"shape [..., {width}]")

@@ -1,0 +1,125 @@
+"""An SAE at inference: it encodes residuals and decodes latents."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dspa.errors import SAEError, refusal
+from dspa.saes.metadata import CENTERED
+from dspa_kernels import SAEWeights
+
+
+class Autoencoder:
+    """The tensors of an SAE at inference, and what it computes with them.
+
+    Attributes:
+        weights: the tensors that the kernels read.
+        b_dec: [d_in], in the dtype of `W_enc`.
+        folded: names of the settings that were folded into the tensors.
+    """
+
+    weights: SAEWeights
+    b_dec: Tensor
+    folded: tuple[str, ...]
+
+    def encode(self, h: Tensor) -> Tensor:
+        """Return the latents f [..., d_sae] of residuals h [..., d_in], dense and differentiable in h.
+
+        They are computed and returned in fp32, or in fp64 if h or the weights are fp64. Among equal values at the edge
+        of the top k, the smaller index is active.
+        """
+        _check_width("h", h, self.d_in)
+        return self.weights.latents(h)
+
+    def normalise(self, h: Tensor) -> Tensor:
+        """Return n(h) [..., d_in], which the encoder reads, of residuals h [..., d_in], in the dtype of `encode`.
+
+        For a centred SAE, h less its mean, normalised.
+        """
+        _check_width("h", h, self.d_in)
+        rows = self.weights.normalise(h).rows
+        return rows - rows.mean(dim=-1, keepdim=True) if self.centered else rows
+
+    def decode(self, f: Tensor, like: Tensor | None = None) -> Tensor:
+        """Return the reconstruction [..., d_in] of latents, with `b_dec`, in the dtype of `encode`.
+
+        Args:
+            f: latents [..., d_sae].
+            like: residuals that f was encoded from [..., d_in]. An SAE that normalises or centres its input undoes
+                that with their mean and scale. Others ignore them.
+
+        Raises:
+            SAEError: `like` is needed and not given.
+        """
+        _check_width("f", f, self.d_sae)
+        f = f.to(self._compute_dtype(f))
+        out = f @ self.W_dec.to(f.dtype) + self.b_dec.to(f.dtype)
+        if self.weights.normalize == "none" and not self.centered:
+            return out
+        if like is None:
+            raise refusal(
+                SAEError,
+                "`like`",
+                "None",
+                "the residuals that `f` was encoded from, [..., d_in]",
+                f"This SAE normalises its input ({CENTERED if self.centered else self.weights.normalize}): "
+                "decode(f, like=h).",
+            )
+        _check_width("like", like, self.d_in)
+        like = like.to(f.dtype)
+        _, mean, scale = self.weights.normalise(like)
+        return out * scale + (like.mean(dim=-1, keepdim=True) if self.centered else mean)
+
+    @property
+    def centered(self) -> bool:
+        """True if the SAE was trained on residuals less their mean over d_in (`center_writing_weights`)."""
+        return CENTERED in self.folded
+
+    @property
+    def W_enc(self) -> Tensor:
+        """Encoder [d_in, d_sae], a transposed view of the rows that the kernels read."""
+        return self.weights.W_enc
+
+    @property
+    def b_enc(self) -> Tensor:
+        """Encoder bias [d_sae], fp32, or fp64 for an fp64 SAE."""
+        return self.weights.b_enc
+
+    @property
+    def threshold(self) -> Tensor:
+        """Threshold [d_sae], in the dtype of `b_enc`, zeros for standard and topk."""
+        return self.weights.threshold
+
+    @property
+    def W_dec(self) -> Tensor:
+        """Decoder [d_sae, d_in]."""
+        return self.weights.W_dec
+
+    @property
+    def d_in(self) -> int:
+        """Width of the residual stream."""
+        return self.weights.d_in
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.weights.d_sae
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.weights.encoder_rows.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of `W_enc`, `W_dec` and `b_dec`."""
+        return self.weights.encoder_rows.dtype
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        return torch.promote_types(torch.promote_types(x.dtype, self.dtype), torch.float32)
+
+
+def _check_width(name: str, x: Tensor, width: int) -> None:
+    if x.shape[-1:] != (width,):
+        raise refusal(SAEError, f"`{name}`", f"of shape {list(x.shape)}", f"shape [..., {width}]")
