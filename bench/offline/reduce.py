@@ -18,7 +18,7 @@ from rich.console import Console
 from bench.harness.machine import describe
 from bench.offline.synthetic_counts import write_counts
 from dspa import reduce
-from dspa.maps.shards import Collection
+from dspa.maps.collection import Collection
 from dspa.maps.table import DensityTable
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dspa.maps.collection import Collection, CollectSettings
 from dspa.maps.pieces import DataRecord
-from dspa.maps.shards import COUNTED, Collection, CollectSettings, Counts, Shard
+from dspa.maps.shards import COUNTED, Counts, Shard
 
 # Firing frequencies fall as rank^-FALL, are at most MOST_FREQUENT and sum to L0, as in dspa_kernels.testing. Texts are
 # bursty: a latent's count in a text is negative binomial with shape BURST, so that most latents are silent in most.

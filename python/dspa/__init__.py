@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from dspa.maps.build import build_map
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.maps.collect import collect
+    from dspa.maps.collection import Collection
     from dspa.maps.reduce import reduce
-    from dspa.maps.shards import Collection
     from dspa.saes.frozen import FrozenSAE
     from dspa.steering.dspa import Steering, detach
     from dspa.version import __version__
@@ -23,7 +23,7 @@ HOMES = {
     "ConditionalDifferenceMap": "dspa.maps.cdmap",
     "build_map": "dspa.maps.build",
     "collect": "dspa.maps.collect",
-    "Collection": "dspa.maps.shards",
+    "Collection": "dspa.maps.collection",
     "reduce": "dspa.maps.reduce",
     "SteeringConfig": "dspa.config",
     "AdapterError": "dspa.errors",

@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dspa import FrozenSAE, collect, reduce
 from dspa.maps import pieces
-from dspa.maps.shards import Collection
+from dspa.maps.collection import Collection
 
 torch.set_num_threads(1)
 here, out, options = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])

@@ -33,7 +33,7 @@ from dspa.errors import refusal
 
 if TYPE_CHECKING:
     from dspa.maps.cdmap import ConditionalDifferenceMap
-    from dspa.maps.shards import Collection
+    from dspa.maps.collection import Collection
 
 T = TypeVar("T")
 
@@ -147,8 +147,8 @@ def map_reduce(
     For example: `dspa map reduce counts --gate-rule active --out active.dspa.safetensors`
     """
     check_writable("--out", out)
+    from dspa.maps.collection import Collection
     from dspa.maps.reduce import reduce
-    from dspa.maps.shards import Collection
 
     collection = Collection.open(counts)
     subset = _subset(collection, first, at_random, seed, only)

@@ -20,9 +20,9 @@ from dspa.data.templates import at_date
 from dspa.data.triples import Triple
 from dspa.distributed import Team
 from dspa.errors import PreferenceError, refusal
+from dspa.maps.collection import Collection
 from dspa.maps.counting import TripleCounter
 from dspa.maps.pieces import DataRecord, Tally, TripleSource
-from dspa.maps.shards import Collection
 from dspa.saes.frozen import FrozenSAE
 
 

@@ -18,9 +18,10 @@ from dspa.data.tokens import BOUNDARY, TokenizedTriple, tokenize_triple
 from dspa.data.triples import Triple
 from dspa.errors import ModelError, refusal
 from dspa.maps.batches import Group, Rows, batch_size
+from dspa.maps.collection import CollectSettings
 from dspa.maps.passes import SharedPrompts, WholePasses, shares_prompts
 from dspa.maps.pieces import Piece, key_of
-from dspa.maps.shards import ROW_QUANTUM, CollectSettings, Counts, Shard
+from dspa.maps.shards import ROW_QUANTUM, Counts, Shard
 from dspa.models.attention import implementation
 from dspa.models.layers import (
     base_model,

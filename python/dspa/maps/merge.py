@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from dspa.errors import MapError, refusal
 from dspa.files import read_header
+from dspa.maps.collection import Collection
 from dspa.maps.pieces import DataRecord
 from dspa.maps.provenance import join_attention
-from dspa.maps.shards import Collection
 
 
 def merge(out: str | Path, folders: Sequence[str | Path], *, progress: bool = True) -> Collection:

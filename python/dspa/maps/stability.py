@@ -15,8 +15,8 @@ from dspa.config import SteeringConfig
 from dspa.errors import MapError, refusal
 from dspa.intervals import jaccard
 from dspa.maps.cdmap import ConditionalDifferenceMap, prompt_latents
+from dspa.maps.collection import Collection
 from dspa.maps.reduce import check_settings, reduce_table
-from dspa.maps.shards import Collection
 from dspa.maps.table import DensityTable
 
 SIZES = (25, 50, 100, 250, 500, 1000, 2500, 5000)

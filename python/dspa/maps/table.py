@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,13 +12,16 @@ from scipy import sparse
 from torch import Tensor
 
 from dspa.errors import MapError, refusal
-from dspa.maps.shards import FIELDS, Collection
+from dspa.maps.collection import Collection
+from dspa.maps.shards import FIELDS
 
 COUNT_TOKENS = ("all", "text")
 # Differences of densities are rounded to multiples of this, so that sums of up to MOST_TRIPLES of them are exact in
 # fp64, in any order. An entry of the map is then known to half of it, and equal entries differ by at most one of it.
 QUANTUM = 2.0**-32
 MOST_TRIPLES = 1 << 20
+# Largest number of entries of a block of columns, which is held at once.
+ENTRIES_PER_BLOCK = 1 << 25
 
 Matrix: TypeAlias = Any  # scipy.sparse.csr_array
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -101,6 +105,13 @@ class DensityTable:
             if not np.array_equal(rows, np.arange(len(length))):
                 counts, length = counts[rows], length[rows]
             yield counts, length
+
+
+def split_by_entries(latents: Array, entries: Array) -> Iterator[Array]:
+    """Yield blocks of neighbouring latents with about ENTRIES_PER_BLOCK entries each."""
+    block_of = np.cumsum(entries[latents]) // ENTRIES_PER_BLOCK
+    for start, end in pairwise([0, *(np.flatnonzero(np.diff(block_of)) + 1).tolist(), len(latents)]):
+        yield latents[start:end]
 
 
 def _csr(counts: dict[str, Array], position: Array, width: int | None) -> Matrix:

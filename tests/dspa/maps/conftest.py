@@ -6,7 +6,7 @@ import pytest
 
 from dspa import collect
 from dspa.maps import pieces
-from dspa.maps.shards import Collection
+from dspa.maps.collection import Collection
 from dspa.testing import ENGLISH, L_IN, L_OUT, make_model, make_sae, word_tokenizer
 
 from ..support.counts import Case, make_case

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dspa import MapError, reduce
+from dspa.maps.collection import Collection
 from dspa.maps.merge import merge
-from dspa.maps.shards import Collection
 
 from ..support.counts import (
     CHANGES,

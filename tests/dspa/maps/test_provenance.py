@@ -12,8 +12,8 @@ import pytest
 
 import dspa
 from dspa.maps.cdmap import TENSORS
+from dspa.maps.collection import MANIFEST, Collection
 from dspa.maps.merge import merge
-from dspa.maps.shards import MANIFEST, Collection
 from dspa.testing import make_model
 
 from ..support.counts import Case

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,13 @@ import torch
 from scipy import sparse
 
 from dspa import ConditionalDifferenceMap, MapError, reduce
+from dspa.maps import gates as gate_table
 from dspa.maps import reduce as reduction
 from dspa.maps import table as count_table
 from dspa.maps.cdmap import GATE_RULES, N_LARGE, TENSORS
-from dspa.maps.reduce import _percentile, _Product, _split_by_entries, find_gates
-from dspa.maps.table import QUANTUM, DensityTable
+from dspa.maps.gates import find_gates
+from dspa.maps.reduce import _Product
+from dspa.maps.table import QUANTUM, DensityTable, split_by_entries
 from dspa.testing import L_IN, L_OUT
 from dspa.version import __version__
 
@@ -111,29 +114,6 @@ def test_percentile_on_a_prompt_is_that_prompt() -> None:
     response = np.ones((n, 1), int)
     counts = as_collection([prompt, response, 0 * response, np.array([[128] * n, [1] * n, [1] * n])])
     assert reduce(counts, percentile=7, k_diff=1).n_open.tolist() == [n - 7]
-
-
-@pytest.mark.parametrize("n_zeros", [0, 1, 30, 59, 60])
-def test_percentiles_are_those_of_torch(n_zeros: int) -> None:
-    g = np.random.default_rng(n_zeros)
-    values = g.random(60 - n_zeros) * g.integers(1, 4, 60 - n_zeros)
-    column = torch.tensor(g.permutation([*values, *[0.0] * n_zeros]))
-    for percentile in (0, 1, 12.5, 50, 90, 98.30508474576271, 99.9, 100):
-        wanted = torch.quantile(column, percentile / 100).item()
-        # Between two values, at a place of up to 60 that is rounded.
-        apart = rounding(1, 60.0 * float(column.max()), torch.float64)
-        assert _percentile(values, n_zeros, percentile) == pytest.approx(wanted, rel=0, abs=apart)
-
-
-@pytest.mark.parametrize("percentile", [25, 50, 75, 90, 97.5])
-@pytest.mark.parametrize("active", [0.05, 0.3, 0.9])
-def test_gates_are_those_of_torch(percentile: float, active: float) -> None:
-    data = draw(41, seed=int(percentile), lengths_from=ODD, active=active)
-    rho = torch.tensor(data[0] / data[3][0][:, None])
-    wanted = rho >= torch.quantile(rho, percentile / 100, dim=0)
-    gates = find_gates(DensityTable(as_collection(data), "all", None), percentile, "published")
-    assert gates.n_open.tolist() == wanted.sum(dim=0).tolist()
-    assert np.array_equal(gates.open.toarray(), wanted.numpy().T[gates.latents])
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 40, 300])
@@ -259,6 +239,7 @@ def test_meta_says_how_it_was_made() -> None:
         "package": __version__,
         "boundary": "apart",
         "chat_template_kwargs": None,
+        "template_date": None,
         "attention": "",
         "neuronpedia_out": None,
         # Latent 0 is never active.
@@ -271,20 +252,21 @@ def test_meta_says_how_it_was_made() -> None:
 # What a map does not depend on
 
 
-BLOCKS: dict[str, list[Any]] = {
-    "ENTRIES_PER_BLOCK": [1, 50, 1 << 40],
-    "ROWS_PER_TILE": [1, 5, 8, 1000],
-    "COLUMNS_PER_TILE": [1, 5, 1000],
-    "ELEMENTS_PER_TILE": [1, 200, 1 << 40],
-    "DENSE": [-1, 0, 0.5, 2],
+BLOCKS: dict[tuple[ModuleType, str], list[Any]] = {
+    (count_table, "ENTRIES_PER_BLOCK"): [1, 50, 1 << 40],
+    (gate_table, "TRIPLES_PER_BLOCK"): [1, 5, 8, 1000],
+    (reduction, "ROWS_PER_TILE"): [1, 5, 8, 1000],
+    (reduction, "COLUMNS_PER_TILE"): [1, 5, 1000],
+    (reduction, "ELEMENTS_PER_TILE"): [1, 200, 1 << 40],
+    (reduction, "DENSE"): [-1, 0, 0.5, 2],
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name in BLOCKS for value in BLOCKS[name]])
-def test_blocks_change_nothing(name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("module", "name", "value"), [(*place, value) for place in BLOCKS for value in BLOCKS[place]])
+def test_blocks_change_nothing(module: ModuleType, name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = [as_collection(draw(40, seed=1, lengths_from=ODD, active=active)) for active in (0.05, 0.4)]
     at_once = [reduce(collection, k_diff=3) for collection in counts]
-    monkeypatch.setattr(reduction, name, value)
+    monkeypatch.setattr(module, name, value)
     assert all(same_bits(reduce(collection, k_diff=3), one) for collection, one in zip(counts, at_once, strict=True))
 
 
@@ -295,8 +277,8 @@ def test_blocks_change_nothing_together(seed: int, monkeypatch: pytest.MonkeyPat
     options = {"percentile": 60.0, "k_diff": 2, "gate_rule": "active", "sparsify": bool(seed % 2)}
     at_once = reduce(as_collection(data), **options)
     check(at_once, *naive(data, 60.0, "active", 2, bool(seed % 2)), exact=False)
-    for name, values in BLOCKS.items():
-        monkeypatch.setattr(reduction, name, values[int(g.integers(len(values)))])
+    for (module, name), values in BLOCKS.items():
+        monkeypatch.setattr(module, name, values[int(g.integers(len(values)))])
     assert same_bits(reduce(as_collection(data), **options), at_once)
 
 
@@ -312,10 +294,10 @@ def test_threads_do_not_show(threads: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("most", [1, 7, 20, 1000])
 def test_columns_of_a_block(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reduction, "ENTRIES_PER_BLOCK", most)
+    monkeypatch.setattr(count_table, "ENTRIES_PER_BLOCK", most)
     entries = np.random.default_rng(0).integers(0, 8, 50)
     latents = np.arange(0, 50, 2)
-    blocks = list(_split_by_entries(latents, entries))
+    blocks = list(split_by_entries(latents, entries))
     assert np.concatenate(blocks).tolist() == latents.tolist() and all(map(len, blocks))
     assert all(entries[block].sum() <= most + entries.max() for block in blocks)
     assert len(blocks) <= 2 + 2 * entries[latents].sum() / most
@@ -570,5 +552,6 @@ def test_nothing_as_large_as_the_map_is_made(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sparse.csr_array, "toarray", watched)
     for name, value in {"ROWS_PER_TILE": 4, "COLUMNS_PER_TILE": 3, "ELEMENTS_PER_TILE": 50}.items():
         monkeypatch.setattr(reduction, name, value)
+    monkeypatch.setattr(gate_table, "TRIPLES_PER_BLOCK", 4)
     reduce(as_collection(draw(16, seed=0, active=0.2)), k_diff=1)
     assert made and max(made) <= 4 * max(16, D_IN)

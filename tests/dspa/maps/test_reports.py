@@ -13,9 +13,9 @@ import torch
 from matplotlib.figure import Figure
 
 from dspa import ConditionalDifferenceMap, reduce
+from dspa.maps.collection import Collection
 from dspa.maps.plots import plot_difference, plot_map, plot_stability
 from dspa.maps.reports import origin, summary, top_columns, warnings
-from dspa.maps.shards import Collection
 from dspa.maps.stability import Stability
 from dspa.testing import with_tensors
 

@@ -11,7 +11,7 @@ import torch
 
 from dspa import ConditionalDifferenceMap, MapError, SteeringConfig
 from dspa.intervals import jaccard
-from dspa.maps.shards import Collection
+from dspa.maps.collection import Collection
 from dspa.maps.stability import SIZES, selected_latents, stability
 
 from ..support.counts import as_collection, draw, naive, rows_of

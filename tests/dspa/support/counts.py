@@ -24,8 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from dspa import ConditionalDifferenceMap, FrozenSAE, Triple
 from dspa.maps.cdmap import TENSORS
 from dspa.maps.collect import collect
+from dspa.maps.collection import Collection, CollectSettings
 from dspa.maps.pieces import DataRecord
-from dspa.maps.shards import COUNTED, PARTS, ROW_QUANTUM, Collection, CollectSettings, Counts, Shard
+from dspa.maps.shards import COUNTED, PARTS, ROW_QUANTUM, Counts, Shard
 from dspa.models.layers import decoder_layers
 from dspa.models.reading import read_layers
 from dspa.testing import BOS, D_SAE_IN, D_SAE_OUT, EOS, L_IN, L_OUT, VOCAB, make_model, make_sae, make_tokenizer

@@ -1,0 +1,295 @@
+"""A folder of counts: a manifest, one shard per piece of the data, and a record of the data once they are known."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspa.errors import MapError, refusal
+from dspa.files import read_header, read_tensors, write_atomically, write_tensors
+from dspa.maps.pieces import DataRecord
+from dspa.maps.shards import FORMAT, NAMES, PARTS, Shard
+from dspa.models.sources import Source
+
+MANIFEST, DATA, SOURCES = "manifest.json", "data.json", "sources.json"
+# Settings of folders whose manifest does not name them.
+EARLIER = {"boundary": "apart"}
+
+
+@dataclass(frozen=True)
+class CollectSettings:
+    """All that the counts of given triples depend on.
+
+    Attributes:
+        model_name: name of the model.
+        sae_in, sae_out: fingerprints of the SAEs.
+        layer_in, layer_out: their layers.
+        d_sae_in, d_sae_out: their widths.
+        dtypes: of the model and the two SAEs.
+        max_length: tokens to which prompt and response together are cut.
+        tokenizer: digest of the tokenizer's behaviour.
+        boundary: rule of the place where a text's prompt ends, as `tokens.BOUNDARY`.
+        chat_template_kwargs: values of the chat template's variables by name, or None.
+        template_date: date that the chat template writes, as `2026-03-01`, or None where it writes none.
+        neuronpedia_out: number of the output SAE on Neuronpedia, None if it is that of its layer.
+        format: format of the shards.
+        attention: names of the implementations that computed attention, joined by commas; empty in folders of earlier
+            versions. Those of one function differ in rounding alone, so this is recorded and not compared.
+    """
+
+    model_name: str
+    sae_in: str
+    sae_out: str
+    layer_in: int
+    layer_out: int
+    d_sae_in: int
+    d_sae_out: int
+    dtypes: str
+    max_length: int | None
+    tokenizer: str
+    boundary: str = "apart"
+    chat_template_kwargs: dict[str, Any] | None = None
+    template_date: str | None = None
+    neuronpedia_out: int | None = None
+    format: str = FORMAT
+    attention: str = ""
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Counts of preference triples in a folder, complete or in the making.
+
+    Methods raise `MapError` for a folder of other settings or data, and for damaged files.
+
+    Attributes:
+        folder: path of the folder.
+        settings: all that the counts of given triples depend on.
+    """
+
+    folder: Path
+    settings: CollectSettings
+
+    @classmethod
+    def start(
+        cls, folder: str | Path | None, settings: CollectSettings, sources: Mapping[str, Source] | None = None
+    ) -> Collection:
+        """Open a folder to collect in, new or begun with the same settings.
+
+        The chat template writes the date on which the folder was begun, also for those who continue on another day.
+
+        Args:
+            folder: its path. None makes a temporary folder, which is removed with the collection.
+            settings: all that the counts of given triples depend on.
+            sources: where model and SAEs were loaded from, on which the counts do not depend.
+
+        Raises:
+            MapError: the folder cannot be made, or holds shards of other settings.
+        """
+        place = Path(mkdtemp(prefix="dspa-counts-") if folder is None else folder)
+        path = place / MANIFEST
+        if settings.template_date is not None and path.exists():
+            begun = replace(settings, template_date=_read_json(path).get("template_date"))
+            settings = settings if _differing(path, begun) else begun
+        self = cls(place, settings)
+        if folder is None:
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            accepted = "accepted: a new folder, or one in which a collection was begun"
+            raise MapError(f"The folder of counts {folder} cannot be made ({error.strerror}); {accepted}.") from error
+        # Without a shard, nothing is lost with earlier settings.
+        if not path.exists() or not self._has_shards():
+            write_atomically(path, json.dumps(asdict(settings), indent=2).encode())
+        self.check_settings(settings)
+        if sources and sources != self.sources:
+            record = {name: asdict(source) for name, source in sources.items()}
+            write_atomically(self.folder / SOURCES, json.dumps(record, indent=2).encode())
+        return self
+
+    def _has_shards(self) -> bool:
+        return any(self.folder.glob("shard-*.safetensors"))
+
+    def check_settings(self, settings: CollectSettings) -> None:
+        """Raise `MapError` unless the manifest of the folder holds these settings."""
+        if differing := _differing(self.folder / MANIFEST, settings):
+            raise MapError(
+                f"{self.folder} holds shards of other settings ({'; '.join(differing)}). Use another folder."
+            )
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Collection:
+        """Open a folder that was collected before.
+
+        Args:
+            folder: its path.
+
+        Raises:
+            MapError: a folder without counts, of another format, or damaged.
+        """
+        path = Path(folder) / MANIFEST
+        if not path.is_file():
+            raise MapError(f"{folder} holds no counts (no {MANIFEST}). Make them: dspa map collect, or dspa.collect.")
+        manifest = _read_json(path)
+        if manifest.get("format") != FORMAT:
+            raise refusal(MapError, str(path), f"of format {manifest.get('format')!r}", FORMAT, "Collect again.")
+        try:
+            return cls(Path(folder), CollectSettings(**manifest))
+        except TypeError as error:
+            raise MapError(f"{path} is not what collect wrote ({error}). Collect into another folder.") from error
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Where model and SAEs were last loaded from, as far as that is known; as for `ConditionalDifferenceMap`."""
+        path = self.folder / SOURCES
+        try:
+            return {name: Source(**source) for name, source in _read_json(path).items()} if path.is_file() else {}
+        except TypeError as error:
+            raise MapError(f"{path} is not what collect wrote ({error}). Delete it.") from error
+
+    @property
+    def data(self) -> DataRecord | None:
+        """Record of the data, or None where they have not been read to their end."""
+        path = self.folder / DATA
+        try:
+            return DataRecord(**_read_json(path)) if path.is_file() else None
+        except TypeError as error:
+            raise MapError(f"{path} is not what collect wrote ({error}). Use another folder.") from error
+
+    @property
+    def n_triples(self) -> int:
+        """Number of triples in the data.
+
+        Raises:
+            MapError: the data have not been read to their end.
+        """
+        return self._require_data().n_triples
+
+    def _require_data(self) -> DataRecord:
+        if (data := self.data) is None:
+            raise self._incomplete("their data were not read to the end")
+        return data
+
+    def _incomplete(self, state: str) -> MapError:
+        advice = "Collect again: it continues from there."
+        return MapError(f"The counts in {self.folder} are not complete: {state}. {advice}")
+
+    def record(self, data: DataRecord) -> None:
+        """Write the record of the data.
+
+        Args:
+            data: the record.
+
+        Raises:
+            MapError: the folder holds shards of other data.
+        """
+        recorded = self.data
+        if recorded == data:
+            return
+        if recorded is not None and self._has_shards():
+            raise MapError(
+                f"{self.folder} holds shards of other data ({recorded.n_triples} triples of digest {recorded.digest} "
+                f"there, {data.n_triples} of {data.digest} now). Use another folder. Where triples were added, collect "
+                "only the new ones and join the folders: dspa map merge."
+            )
+        write_atomically(self.folder / DATA, json.dumps(asdict(data), indent=2).encode())
+
+    def path(self, piece: int) -> Path:
+        """Return the path of a piece's shard, written or not."""
+        return self.folder / f"shard-{piece:06d}.safetensors"
+
+    def write(self, piece: int, digest: str, shard: Shard) -> None:
+        """Write the shard of one piece, whose triples have this digest."""
+        write_tensors(self.path(piece), shard.tensors(), {"format": FORMAT, "triples": digest})
+
+    def has(self, piece: int, digest: str) -> bool:
+        """Return True where the shard of a piece is there.
+
+        Args:
+            piece: number of the piece.
+            digest: of its triples.
+
+        Raises:
+            MapError: the shard is damaged or of other triples.
+        """
+        path = self.path(piece)
+        if not path.exists():
+            return False
+        self.read(path)
+        if (theirs := read_header(path).get("triples")) != digest:
+            raise MapError(
+                f"{path} holds shards of other data (digest {theirs} there, {digest} now). Use another folder."
+            )
+        return True
+
+    def read(self, path: Path) -> Shard:
+        """Return one shard, whose checksum is verified."""
+        try:
+            return Shard.of(read_tensors(path, NAMES))
+        except MapError as error:
+            raise MapError(f"{error} Delete it and collect again: only its triples are counted again.") from error
+
+    def paths(self) -> list[Path]:
+        """Return the paths of all shards, in order.
+
+        Raises:
+            MapError: the data have not been read to their end, or shards are missing.
+        """
+        present = set(self.folder.glob("shard-*.safetensors"))
+        paths = [self.path(piece) for piece in range(self._require_data().n_pieces)]
+        if n_missing := len(set(paths) - present):
+            raise self._incomplete(f"{n_missing} of {len(paths)} shards are missing")
+        return paths
+
+    def shards(self, *names: str) -> Iterator[dict[str, Tensor]]:
+        """Yield, for every shard, some of its tensors by their names in the file."""
+        for path in self.paths():
+            yield read_tensors(path, names, check=False)
+
+    def triples(self) -> dict[str, Tensor]:
+        """Return, for all triples in their order, the tokens of each part and the number of responses that were cut.
+
+        Subsets can be chosen by them: `reduce(counts, subset=(counts.triples()["prompt"] < 500).nonzero())`.
+
+        Returns:
+            "prompt", "chosen", "rejected" and "cut", [N] each.
+        """
+        names = ("index", *(f"{part}.lengths" for part in PARTS), "cut")
+        shards = list(self.shards(*names))
+        order = torch.cat([shard["index"] for shard in shards]).argsort()
+        return {name.split(".")[0]: torch.cat([shard[name] for shard in shards])[order] for name in names[1:]}
+
+    def verify(self) -> None:
+        """Raise `MapError` for a shard that is not what was written, or not of its place in the data."""
+        paths, data = self.paths(), self._require_data()
+        # Copies, because a tensor of a file keeps the whole file mapped.
+        index = [self.read(path).index.clone() for path in paths]
+        record = DataRecord.of(data.n_triples, [str(read_header(path).get("triples")) for path in paths])
+        if record != data or not torch.equal(torch.cat(index).sort().values, torch.arange(data.n_triples)):
+            raise MapError(
+                f"The shards in {self.folder} are not those of its data: some were exchanged, or come from elsewhere. "
+                "Collect again, into another folder."
+            )
+
+
+def _differing(manifest: Path, settings: CollectSettings) -> list[str]:
+    """Return how a manifest differs from settings, one text per setting."""
+    mine, theirs = asdict(settings), EARLIER | _read_json(manifest)
+    differing = [name for name in mine if name != "attention" and theirs.get(name) != mine[name]]
+    return [f"{name}: {theirs.get(name)!r} there, {mine[name]!r} now" for name in differing]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise MapError(f"{path} is not what collect wrote ({error}). Use another folder.") from error
