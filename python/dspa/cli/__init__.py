@@ -22,7 +22,7 @@ from dspa.cli import map as maps
 from dspa.cli.generate import generate
 from dspa.cli.loading import check_writable
 from dspa.cli.stopping import StoppableCommands
-from dspa.cli.tables import console, print_table
+from dspa.cli.tables import console, print_line, print_table
 from dspa.errors import install_command
 
 HELP = """Steer language models with sparse autoencoders (SAEs). No weight of the model changes.
@@ -128,7 +128,7 @@ def info() -> None:
     print_table("dspa-kernels", versions | {"CUDA devices": ", ".join(gpus) or none})
     for name, use in EXTRAS.items():
         if not _version(name):
-            console.print(f"For {use}: {install_command(name)}", markup=False, highlight=False, soft_wrap=True)
+            print_line(f"For {use}: {install_command(name)}")
     table = Table(
         "backend",
         "what it is",

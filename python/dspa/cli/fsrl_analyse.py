@@ -21,7 +21,7 @@ from dspa.cli.options import (
     SamplingOptions,
     with_options,
 )
-from dspa.cli.tables import cell, column_table, console, print_table, print_warning
+from dspa.cli.tables import cell, column_table, console, print_line, print_table, print_warning
 from dspa.errors import refusal
 from dspa.fsrl.config import LOSSES, TrainingConfig
 
@@ -90,10 +90,10 @@ def usage(
     rows = [dict(zip(names, row, strict=True)) for row in measured.rows()]
     _write(out / "usage.csv", rows, names)
     console.print(column_table(f"{len(rows)} latents are moved on {measured.n_tokens} tokens", rows[:top], names))
-    console.print("share: of tokens with v ≠ 0; mean_abs: mean of |v| over all tokens.", markup=False)
+    print_line("share: of tokens with v ≠ 0; mean_abs: mean of |v| over all tokens.")
     decay = _decay(measured, out)
     plot_usage(measured, decay, out / "usage.png")
-    console.print(f"CSV and PNG: {out}")
+    print_line(f"CSV and PNG: {out}")
 
 
 @with_options
@@ -129,7 +129,7 @@ def fraction(
     plot_fractions(curve, out / "fraction.png")
     names = ("model", "fraction", "loss", "margin", "accuracy", "win_rate")
     console.print(column_table(f"{len(held_out)} triples", curve.rows(), names))
-    console.print(f"CSV and PNG: {out}")
+    print_line(f"CSV and PNG: {out}")
 
 
 @with_options
@@ -185,7 +185,7 @@ def mask(
     console.print(column_table(f"{moved}, and {n_random} random sets", compared, tuple(compared[0])))
     console.print("low, high: 95 % interval of the mean of the random sets, Student's t.")
     console.print("percentile: of the given set among the random ones.")
-    console.print(f"CSV and PNG: {out}")
+    print_line(f"CSV and PNG: {out}")
 
 
 @with_options
@@ -222,7 +222,7 @@ def categories(
     console.print(column_table(title, rows, ("category", "n_latents", "latents", "active", "mass", "mass_enrichment")))
     style = "bold red" if hand is None else "bold"
     console.print(f"[{style}]Quality of the labels: {escape(quality)}[/{style}]")
-    console.print(f"CSV and PNG: {out}")
+    print_line(f"CSV and PNG: {out}")
 
 
 @with_options
@@ -278,7 +278,7 @@ def coherence(
     plot_coherence(changes, out / "coherence.png")
     console.print(column_table(f"{len(texts)} prompts", compared, tuple(compared[0])))
     console.print("low, high: 95 % bootstrap interval of the mean paired difference. Perplexity: under the base model.")
-    console.print(f"CSV and PNG: {out}")
+    print_line(f"CSV and PNG: {out}")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

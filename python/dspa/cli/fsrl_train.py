@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import islice
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from dspa.cli.loading import check_writable, device_named, load_model, load_sae, triple_source
 from dspa.cli.options import (
@@ -26,7 +24,7 @@ from dspa.cli.options import (
     name_options,
     with_options,
 )
-from dspa.cli.tables import column_table, console, print_warning
+from dspa.cli.tables import column_table, console, print_line, print_next, print_warning
 from dspa.distributed import rank
 from dspa.fsrl.config import FSRLConfig, TrainingConfig
 
@@ -79,14 +77,13 @@ def train(
     )
     if rank() > 0:
         return
-    console.print(f"Written to {escape(str(out))}.")
+    print_line(f"Written to {out}.")
     if held_out_triples is None:
         console.print("Not measured: --held-out FILE compares the adapter with the base model.")
     else:
         with trained.attach(model, layers=on.layers, model_name=on.model_name):
             _report(model, tokenizer, trained, held_out_triples, config, out)
-    command = ["dspa", "fsrl", "analyse", "usage", held_out or "HELD_OUT.jsonl", "--adapter", out]
-    console.print("Next:", shlex.join(map(str, [*command, "--out", f"{out}-usage"])), soft_wrap=True, markup=False)
+    print_next("fsrl", "analyse", "usage", held_out or "HELD_OUT.jsonl", "--adapter", out, "--out", f"{out}-usage")
 
 
 @with_options
@@ -133,7 +130,7 @@ def layers(
         name = f"layer {trained.layer}, {trained.activation}, λ {trained.l1:g}"
         rows.append({"": name} | _figures(trained.held_out, d_sae[trained.layer]))
     console.print(column_table(f"On {sweep.base.n_triples} held-out triples", rows, tuple(rows[0])))
-    console.print(f"CSV and PNG: {escape(str(out))}")
+    print_line(f"CSV and PNG: {out}")
 
 
 def demo(

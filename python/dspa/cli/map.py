@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from rich.markup import escape
 
 from dspa.cli import map_reports
 from dspa.cli.loading import check_writable, load_all, triple_source
@@ -27,7 +26,7 @@ from dspa.cli.options import (
     Triples,
     with_options,
 )
-from dspa.cli.tables import console
+from dspa.cli.tables import print_line, print_next
 from dspa.distributed import rank
 from dspa.errors import refusal
 
@@ -124,9 +123,8 @@ def map_collect(
     options: dict[str, Any] = {"first": first, "work_dir": out, "chat_template_kwargs": chat_template_kwargs}
     counts = _call_on_triples(collect, triples, split, on, pair, counting, **options)
     if rank() == 0:
-        console.print(
-            f"{counts.n_triples} triples counted in {escape(str(out))}. Next: dspa map reduce {escape(str(out))}"
-        )
+        print_line(f"{counts.n_triples} triples counted in {out}.")
+        print_next("map", "reduce", out)
 
 
 @app.command("reduce")
@@ -167,7 +165,8 @@ def map_merge(
     from dspa.maps.merge import merge
 
     merged = merge(out, counts)
-    console.print(f"{merged.n_triples} triples in {escape(str(out))}. Next: dspa map reduce {escape(str(out))}")
+    print_line(f"{merged.n_triples} triples in {out}.")
+    print_next("map", "reduce", out)
 
 
 for command, function in map_reports.COMMANDS.items():
@@ -234,7 +233,5 @@ def _subset(
 def _save(cdmap: ConditionalDifferenceMap, out: Path) -> None:
     """Write a map, and print what it is."""
     cdmap.save(out)
-    size = out.stat().st_size / 1e6
-    console.print(
-        f"{escape(repr(cdmap))}\nWritten to {escape(str(out))} ({size:.1f} MB). Next: dspa map show {escape(str(out))}"
-    )
+    print_line(f"{cdmap!r}\nWritten to {out} ({out.stat().st_size / 1e6:.1f} MB).")
+    print_next("map", "show", out)

@@ -20,7 +20,7 @@ from dspa.cli.options import (
     RecordedSAEPairOptions,
     with_options,
 )
-from dspa.cli.tables import console, print_figures, print_warning
+from dspa.cli.tables import console, print_figures, print_line, print_warning
 from dspa.config import SteeringConfig
 from dspa.errors import refusal
 
@@ -72,7 +72,7 @@ def map_show(
         from dspa.maps.plots import plot_map
 
         plot_map(cdmap, plot, delta=delta)
-        console.print(f"Plot: {escape(str(plot))}")
+        print_line(f"Plot: {plot}")
 
 
 def _descriptions(labels: Path | None, meta: MapMeta, explainer: str | None) -> dict[int, str]:
@@ -135,7 +135,7 @@ def map_diff(
         from dspa.maps.plots import plot_difference
 
         plot_difference(a, b, plot)
-        console.print(f"Plot: {escape(str(plot))}")
+        print_line(f"Plot: {plot}")
 
 
 def _number(value: float | None, form: str) -> str:
@@ -217,7 +217,7 @@ def map_stability(
         from dspa.maps.plots import plot_stability
 
         plot_stability(reports, plot)
-        console.print(f"Plot: {escape(str(plot))}")
+        print_line(f"Plot: {plot}")
 
 
 @with_options

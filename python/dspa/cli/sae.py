@@ -12,7 +12,7 @@ from rich.table import Table
 
 from dspa.cli.loading import load_model, load_sae
 from dspa.cli.options import FILES, SAE_HELP, OnModel, Options, errors_of_options, with_options
-from dspa.cli.tables import console, print_table
+from dspa.cli.tables import console, print_line, print_table
 from dspa.saes.config import SAETrainingConfig
 
 app = typer.Typer(help="Look at sparse autoencoders, train and fine-tune them.", no_args_is_help=True)
@@ -143,4 +143,4 @@ def _print_qualities(out: Path) -> None:
         label, form = FIGURES[name]
         table.add_row(label, format(before[name], form) if name in before else "", format(after, form))
     console.print(table)
-    console.print(f"Written to {out}.")
+    print_line(f"Written to {out}.")

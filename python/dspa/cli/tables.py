@@ -1,7 +1,8 @@
-"""Tables on the terminal."""
+"""Tables and lines on the terminal."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,16 @@ def _print_rows(title: str, rows: Sequence[tuple[str, ...]]) -> None:
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
+
+
+def print_line(text: str) -> None:
+    """Print a line as it is, without markup and unbroken, so that a path or a command in it can be copied."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_next(*command: object) -> None:
+    """Print the command of dspa that comes next, as a shell takes it."""
+    print_line(f"Next: {shlex.join(map(str, ('dspa', *command)))}")
 
 
 def print_warning(text: str) -> None:
