@@ -133,12 +133,20 @@ def is_model_name(name: str) -> bool:
 def same_model(one: str, other: str) -> bool:
     """Return True if two names can mean the same model, as they can if one of them names none.
 
-    "google/gemma-2-2b-it" and "gemma-2-2b" can, since an SAE of a base model is used with the models tuned from it.
+    "google/gemma-2-2b-it" and "gemma-2-2b" can, since an SAE of a base model is used with the models tuned from it. So
+    can "meta-llama/Llama-3.1-8B-Instruct" and "llama3.1-8b-it", as Neuronpedia calls it.
     """
     if not (is_model_name(one) and is_model_name(other)):
         return True
-    shorter, longer = sorted((name.rsplit("/", 1)[-1].lower() for name in (one, other)), key=len)
+    shorter, longer = sorted(map(_spelled_alike, (one, other)), key=len)
     return longer == shorter or longer.startswith(f"{shorter}-")
+
+
+def _spelled_alike(name: str) -> str:
+    """Return a model's name without its owner, in the one of several spellings that has most hyphens."""
+    name = name.rsplit("/", 1)[-1].lower().removeprefix("meta-")
+    name = re.sub(r"(?<=[a-z]{2})(?=[0-9])", "-", name)
+    return re.sub(r"-instruct\b", "-it", name)
 
 
 def check_eval(model: CausalLM) -> None:

@@ -27,6 +27,22 @@ def test_names_of_the_same_model():
     assert same_model("Qwen3-8B", "qwen/qwen3-8b")
     assert not same_model("gemma-2-2b", "google/gemma-2-27b")
     assert not same_model("gemma-2-2b", "gemma-2-2b2")
+    assert same_model("meta-llama/Meta-Llama-3.1-8B", "meta-llama/Llama-3.1-8B")
+    assert not same_model("llama3.1-8b", "meta-llama/Llama-3.1-70B")
+    assert not same_model("llama3.1-8b-it", "meta-llama/Llama-3.1-8B-Base")
+
+
+def test_names_of_neuronpedia():
+    """SAELens' catalogue has both: the name of the model on the Hub, and the one that Neuronpedia has for it."""
+    directory = pytest.importorskip("sae_lens.loading.pretrained_saes_directory").get_pretrained_saes_directory()
+    names = {
+        (release.model, place.partition("/")[0])
+        for release in directory.values()
+        for place in release.neuronpedia_id.values()
+        if place
+    }
+    assert ("meta-llama/Llama-3.1-8B", "llama3.1-8b") in names
+    assert [pair for pair in names if not same_model(*pair)] == []
 
 
 @pytest.mark.parametrize(
