@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dspa.cli.loading import check_writable, device_named, load_model, load_sae, triple_source
+from dspa.cli.loading import check_model, check_writable, device_named, load_model, load_sae, triple_source
 from dspa.cli.options import (
     FILES,
     SAE_HELP,
@@ -65,6 +65,7 @@ def train(
     from dspa import fsrl
 
     data, held_out_triples = _triples(triples, split, first), _held_out(held_out)
+    check_model(on)
     loaded = load_sae(sae, layer, device_named(on.device))
     model, tokenizer = load_model(on)
     trained = fsrl.train(
@@ -112,6 +113,7 @@ def layers(
     with errors_of_options({"l1": "--l1"}):
         settings = [replace(adapter, l1=value) for value in l1 or [adapter.l1]]
     data, held_out_triples = _triples(triples, split, first), _held_out(held_out)
+    check_model(on)
     saes = [load_sae(spec, None, device_named(on.device)) for spec in sae]
     model, tokenizer = load_model(on)
     sweep = fsrl.train_sweep(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dspa.cli.loading import check_writable, device_named, load_adapter, load_model, load_pair
+from dspa.cli.loading import check_model, check_writable, device_named, load_adapter, load_model, load_pair
 from dspa.cli.options import (
     FILES,
     AdapterSAE,
@@ -201,6 +201,7 @@ def _load(
 
     # The model last: the others are quick to load, and wrong more often.
     device = device_named(on.device)
+    check_model(on)
     cdmap = None if map_path is None else ConditionalDifferenceMap.load(map_path)
     saes = None if cdmap is None else load_pair(pair, device, cdmap)
     adapter = None if adapter_path is None else load_adapter(adapter_path, adapter_sae, device, ops.backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -57,6 +58,14 @@ def device_named(name: str) -> str:
     return f"cuda:{local_rank()}"
 
 
+def check_model(options: RecordedModelOptions) -> None:
+    """Raise for a --model where there is none, before SAEs are loaded."""
+    from dspa.models.places import model_place
+
+    if options.model is not None:
+        model_place(options.model, "--model")
+
+
 def load_sae(spec: str, layer: int | None, device: str, layer_option: str = "--layer") -> FrozenSAE:
     """Load an SAE from a path, or from RELEASE:SAE_ID; `layer_option` is what gave the layer."""
     from dspa.saes.frozen import FrozenSAE
@@ -100,19 +109,32 @@ def load_recorded(option: str, source: Source | None, load: Callable[[str], T], 
 
 def load_model(options: RecordedModelOptions, recorded: Source | None = None) -> tuple[Any, Any]:
     """Load a model, in evaluation mode, and its tokenizer; without --model, from the place that is recorded."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     from dspa.models.attention import use_same_function
+    from dspa.models.places import model_place
     from dspa.models.sources import model_digest
 
     device = device_named(options.device)
 
     def load(name: str) -> tuple[Any, Any]:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        place = model_place(name, "--model")
+        tokenizer = AutoTokenizer.from_pretrained(place.name, **place.arguments)
         from_pretrained: Any = AutoModelForCausalLM.from_pretrained
-        model = from_pretrained(name, dtype=options.dtype).to(device).eval()
+        if place.gguf_file:
+            warnings.warn(
+                f"The weights in {place.gguf_file} are dequantized, and take the memory of the data type (--dtype).",
+                stacklevel=3,
+            )
+            quantization = GgufConfig(dequantize=True)
+            model = from_pretrained(
+                place.name, dtype=options.dtype, quantization_config=quantization, **place.arguments
+            )
+            model.config.name_or_path = place.path
+        else:
+            model = from_pretrained(place.name, dtype=options.dtype)
         use_same_function(model)
-        return model, tokenizer
+        return model.to(device).eval(), tokenizer
 
     if options.model is not None:
         return load(options.model)
@@ -157,6 +179,7 @@ def load_adapter(path: Path, options: AdapterSAEOptions, device: str, backend: s
 def load_all(options: ModelOptions, pair: SAEPairOptions) -> tuple[Any, Any, FrozenSAE, FrozenSAE]:
     """Load a model, its tokenizer, and the two SAEs in the model's dtype."""
     # SAEs first: they are quick to load, and wrong more often.
+    check_model(options)
     sae_in, sae_out = load_pair(pair, device_named(options.device))
     model, tokenizer = load_model(options)
     return model, tokenizer, sae_in.to(dtype=model.dtype), sae_out.to(dtype=model.dtype)

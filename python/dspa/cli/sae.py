@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from dspa.cli.loading import load_model, load_sae
+from dspa.cli.loading import check_model, load_model, load_sae
 from dspa.cli.options import FILES, SAE_HELP, OnModel, Options, errors_of_options, with_options
 from dspa.cli.tables import console, print_line, print_table
 from dspa.saes.config import SAETrainingConfig
@@ -123,6 +123,7 @@ def sae_finetune(
     # What is quick to check is checked before a model is loaded.
     TrainingFolder(out).check()
     file = TextFile(texts)
+    check_model(on)
     start = load_sae(sae, layer, "cpu")
     model, tokenizer = load_model(on)
     with errors_of_options(NAMES):

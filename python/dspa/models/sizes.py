@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from dspa.errors import ModelError, refusal
 from dspa.models.layers import CausalLM, find_layers
+from dspa.models.places import model_place
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,11 @@ def empty_model(name: str) -> CausalLM:
 
     Raises:
         OSError: there is no such configuration.
-        ValueError: the configuration is not that of a causal language model.
+        ValueError: there is no model, or its configuration is not that of a causal language model.
     """
-    config = AutoConfig.from_pretrained(name)
+    place = model_place(name)
+    config = AutoConfig.from_pretrained(place.name, **place.arguments)
+    config.name_or_path = place.path
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 

@@ -1,0 +1,93 @@
+"""What the name of a model means: a folder, a GGUF file, or a model of the Hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_OFFLINE
+
+from dspa.errors import refusal, require_package
+from dspa.models.layers import is_model_name
+
+ACCEPTED = "a folder with config.json, a GGUF file, or a name on the Hub"
+# Files by which transformers knows a folder of weights, or of a PEFT adapter.
+WEIGHTS = ("*.safetensors", "*.bin")
+RECORDS = ("config.json", "adapter_config.json")
+# One of several files of one model, which transformers does not join.
+PART = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+@dataclass(frozen=True)
+class ModelPlace:
+    """Arguments by which transformers loads a model.
+
+    Attributes:
+        name: a folder, or a name on the Hub.
+        gguf_file: name of a GGUF file in the folder, None for weights in other files.
+    """
+
+    name: str
+    gguf_file: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """Arguments of `from_pretrained` beside the name."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+    @property
+    def path(self) -> str:
+        """The path of the GGUF file, and else the name."""
+        return str(Path(self.name) / self.gguf_file) if self.gguf_file else self.name
+
+
+def model_place(name: str, option: str = "`model`") -> ModelPlace:
+    """Return what the name of a model means, and ask the Hub nothing.
+
+    Args:
+        name: a path, or a name on the Hub.
+        option: what gave the name, for messages.
+
+    Raises:
+        ValueError: a path where there is no model, or a folder with several GGUF files.
+        RuntimeError: a package that reads GGUF files is not installed.
+    """
+    if not name.strip():
+        raise refusal(ValueError, option, "an empty name", ACCEPTED)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _in_folder(path, option)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise refusal(ValueError, option, f"{name}, a file of another kind", ACCEPTED)
+        return _gguf(path, option)
+    if not is_model_name(name) or path.suffix.lower() == ".gguf":
+        raise refusal(ValueError, option, f"{name}, where there is nothing", ACCEPTED)
+    if HF_HUB_OFFLINE and not any(isinstance(try_to_load_from_cache(name, record), str) for record in RECORDS):
+        got = f"{name!r}, which is no folder here and not in the cache of the Hub, and HF_HUB_OFFLINE is set"
+        raise refusal(ValueError, option, got, ACCEPTED, "Unset HF_HUB_OFFLINE to load it from the Hub.")
+    return ModelPlace(name)
+
+
+def _in_folder(folder: Path, option: str) -> ModelPlace:
+    known = any((folder / record).is_file() for record in RECORDS)
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf")
+    if known and (not files or any(file for pattern in WEIGHTS for file in folder.glob(pattern))):
+        return ModelPlace(str(folder))
+    if not files:
+        raise refusal(ValueError, option, f"{folder}, a folder without config.json and without a GGUF file", ACCEPTED)
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise refusal(ValueError, option, f"{folder}, which holds several GGUF files", f"the path of one of {names}")
+    return _gguf(files[0], option)
+
+
+def _gguf(path: Path, option: str) -> ModelPlace:
+    if PART.search(path.stem):
+        advice = "Join the parts: llama-gguf-split --merge."
+        raise refusal(ValueError, option, f"{path}, one of several parts of a model", "a whole GGUF file", advice)
+    for package in ("gguf", "accelerate"):
+        require_package(package, f"{path.name}, a GGUF file,")
+    return ModelPlace(str(path.parent), path.name)
