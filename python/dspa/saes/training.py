@@ -26,6 +26,7 @@ from dspa.saes.activations import Activations, Position
 from dspa.saes.batchtopk import begin_threshold, jumprelu, new_sae, started_sae
 from dspa.saes.checkpoints import restore_checkpoint, save_checkpoint
 from dspa.saes.config import SAETrainingConfig
+from dspa.saes.formats import FIGURES
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.metadata import CENTERED, LOADED_WITH
 from dspa.saes.placement import check_made_for, required_layer
@@ -253,6 +254,28 @@ def _prepare(
     )
     held_out, n_held_out = activations.held_out(config.held_out_tokens)
     buffer_tokens = min(config.buffer_tokens, config.n_tokens)
+    return _Job(
+        config=config,
+        folder=folder,
+        batches=functools.partial(activations.batches, n_held_out, config.batch_size, buffer_tokens, config.seed),
+        held_out=held_out,
+        d_sae=d_sae,
+        k=k,
+        start=start.to(held_out.device, torch.float32) if start else None,
+        metadata=_metadata(tokenizer, file, layer, max_length, config, model_name, start),
+    )
+
+
+def _metadata(
+    tokenizer: PreTrainedTokenizerBase,
+    file: TextFile,
+    layer: int,
+    max_length: int,
+    config: SAETrainingConfig,
+    model_name: str,
+    start: FrozenSAE | None,
+) -> dict[str, Any]:
+    """Return the metadata of the trained SAE, by SAELens' names."""
     metadata = {
         "model_name": model_name if is_model_name(model_name) else start and start.model_name,
         "hook_name": f"blocks.{layer}.hook_resid_post",
@@ -264,16 +287,7 @@ def _prepare(
     }
     if start and start.centered:
         metadata[LOADED_WITH] = {CENTERED: True}
-    return _Job(
-        config=config,
-        folder=folder,
-        batches=functools.partial(activations.batches, n_held_out, config.batch_size, buffer_tokens, config.seed),
-        held_out=held_out,
-        d_sae=d_sae,
-        k=k,
-        start=start.to(held_out.device, torch.float32) if start else None,
-        metadata=metadata,
-    )
+    return metadata
 
 
 def _check_model(model: nn.Module, layer: int, layers: str | None, start: FrozenSAE | None, model_name: str) -> None:
@@ -334,12 +348,8 @@ def _fit(job: _Job, progress: bool) -> FrozenSAE:
 def _finish(job: _Job, sae: Any, scale: float, history: History, n_left_out: int) -> FrozenSAE:
     """Save what a trained SAE is at inference, with its quality and the number of rows left out of the training."""
     after, inference = job.evaluate_training(sae, scale), job.inference(sae, scale)
-    metadata = inference.cfg.metadata
-    metadata.explained_variance, metadata.l0, metadata.num_dead_features = (
-        after.explained_variance,
-        after.l0,
-        after.dead,
-    )
+    for name, field in FIGURES.items():
+        setattr(inference.cfg.metadata, name, getattr(after, field))
     inference.save_model(job.folder.path)
     job.folder.finish({"after": asdict(after), "n_left_out": n_left_out, "history": history})
     return FrozenSAE.load(job.folder.path, device=job.held_out.device)
