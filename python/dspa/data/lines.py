@@ -63,13 +63,15 @@ def open_text(path: str | Path, kind: type[E]) -> Iterator[Stream]:
     """Open a file of text for reading its bytes, unpacked where it is gzipped.
 
     Raises:
-        E: a path that is not a file, a damaged gzip file, or UTF-16.
+        E: a path that is not a file, a damaged gzip file, one within another, or UTF-16.
     """
     if not Path(path).is_file():
         raise refusal(kind, str(path), "not a file", "a file that exists")
     with open(path, "rb") as file:
         stream: Stream = gzip.GzipFile(fileobj=file) if file.peek(2).startswith(GZIP) else file
         try:
+            if stream is not file and stream.peek(2).startswith(GZIP):
+                raise refusal(kind, str(path), "gzipped twice", "packed once", "Unpack it by gunzip.")
             if stream.peek(4).startswith(WIDE_MARKS):
                 raise refusal(kind, str(path), "text in UTF-16 or UTF-32", ACCEPTED, _conversion("UTF-16"))
             yield stream
@@ -79,15 +81,14 @@ def open_text(path: str | Path, kind: type[E]) -> Iterator[Stream]:
 
 
 def decode(name: str, line: bytes, kind: type[E]) -> str:
-    """Return the text of a line without a byte order mark; raise `kind`, with the name of the line, for other bytes."""
+    """Return the text of a line; raise `kind`, with the name of the line, for bytes that are not text in UTF-8."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise refusal(kind, name, f"not UTF-8 ({error})", ACCEPTED, _conversion("LATIN1")) from error
     if "\0" in text:
         raise refusal(kind, name, "not text: it has a NUL byte", ACCEPTED, "Check what kind of file this is.")
-    # Files that were joined bring one mark each.
-    return text.removeprefix(BOM)
+    return text
 
 
 def _all_lines(label: str, blocks: Iterable[bytes], kind: type[E]) -> Iterator[tuple[str, str]]:
@@ -98,7 +99,8 @@ def _all_lines(label: str, blocks: Iterable[bytes], kind: type[E]) -> Iterator[t
         for line in block.removesuffix(b"\n").removesuffix(b"\r").split(b"\r"):
             number += 1
             name = f"{label} line {number}"
-            yield name, decode(name, line, kind)
+            # Files that were joined bring one mark each.
+            yield name, decode(name, line, kind).removeprefix(BOM)
 
 
 def _conversion(encoding: str) -> str:

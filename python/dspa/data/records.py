@@ -7,10 +7,11 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Literal, TypeAlias, TypeVar
 
-from dspa.data.lines import decode, open_text, read_lines, read_text
+from dspa.data.lines import BOM, decode, open_text, read_lines, read_text
 from dspa.errors import refusal, require_package
 
 E = TypeVar("E", bound=Exception)
@@ -70,7 +71,7 @@ def read_records(path: str | Path, kind: type[E]) -> Iterator[tuple[str, object]
         return _read_csv(path, kind)
     if layout == "parquet":
         return _read_parquet(path, kind)
-    raise refusal(kind, str(path), "plain text", ACCEPTED)
+    raise refusal(kind, str(path), "plain text", ACCEPTED, "Give the file's name the ending of what it holds.")
 
 
 def _layout(path: str | Path, kind: type[E]) -> Layout:
@@ -112,16 +113,20 @@ def _read_csv(path: str | Path, kind: type[E]) -> Iterator[tuple[str, object]]:
     csv.field_size_limit(sys.maxsize)
     with open_text(path, kind) as file:
         lines = (decode(f"{path} line {number}", line, kind) for number, line in enumerate(file, start=1))
-        rows = csv.reader(lines, delimiter=DELIMITERS[ending_of(path)], strict=True)
+        # A line of a field may begin with a mark too.
+        unmarked = chain([next(lines, "").removeprefix(BOM)], lines)
+        reader = csv.reader(unmarked, delimiter=DELIMITERS[ending_of(path)], strict=True)
+        rows = filter(None, reader)
         try:
             columns = next(rows, [])
             if len(set(columns)) < len(columns):
-                raise refusal(kind, f"{path} line 1", f"the columns {columns}", "columns of different names")
-            for number, values in enumerate(filter(None, rows), start=1):
+                got = f"the columns {columns}"
+                raise refusal(kind, f"{path} line {reader.line_num}", got, "columns of different names")
+            for number, values in enumerate(rows, start=1):
                 yield f"{path} row {number}", _csv_record(f"{path} row {number}", columns, values, kind)
         except csv.Error as error:
             got, accepted = f"not CSV ({error})", "fields as Excel and pandas write them"
-            raise refusal(kind, f"{path} line {rows.line_num}", got, accepted) from error
+            raise refusal(kind, f"{path} line {reader.line_num}", got, accepted) from error
 
 
 def _csv_record(name: str, columns: list[str], values: list[str], kind: type[E]) -> dict[str, str]:

@@ -73,6 +73,7 @@ def test_lines_are_read_one_at_a_time(tmp_path: Path) -> None:
         ("a\nb".encode("utf-16-le"), "line 1 is not text: it has a NUL byte"),
         (b"a\nb\0\n", "line 2 is not text: it has a NUL byte"),
         (gzip.compress(b"a text that is long enough")[:-6], "is a damaged gzip file"),
+        (gzip.compress(gzip.compress(b"a text")), "is gzipped twice; accepted: packed once. Unpack it by gunzip"),
         (b"\x1f\x8bno gzip at all", "is a damaged gzip file"),
     ],
 )

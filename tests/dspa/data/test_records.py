@@ -113,6 +113,7 @@ def test_endings() -> None:
     ("name", "content", "message"),
     [
         ("a.txt", b"the cat\n", r"a\.txt is plain text; accepted: JSON Lines"),
+        ("rows", b'[{"a": 1}]', r"rows is plain text; .* Give the file's name the ending of what it holds"),
         ("a.zip", b"PK", r"a\.zip is a \.zip file; accepted: JSON Lines .* Unpack it"),
         ("a.jsonl.zst", b"x", r"is a \.zst file; .* Unpack it"),
         ("a.XLSX", b"PK", r"is a \.xlsx file; .* Save the sheet as CSV"),
@@ -147,6 +148,14 @@ def test_messages_that_were_printed_into_csv(tmp_path: Path, quote: Callable[[ob
         TextError, match=r"a\.csv row 1: `prompt` is a list of messages, printed.* JSON Lines or Parquet"
     ):
         list(read_records(tmp_path / "a.csv", TextError))
+
+
+def test_tables_of_odd_programs(tmp_path: Path) -> None:
+    """A byte order mark counts as one at the beginning of the file alone, and blank lines may precede the columns."""
+    (tmp_path / "a.csv").write_bytes('\ufeff\n\n"a",b\n1,"two\n\ufefflines"\n'.encode())
+    assert list(read_records(tmp_path / "a.csv", TextError)) == [
+        (f"{tmp_path / 'a.csv'} row 1", {"a": "1", "b": "two\n\ufefflines"})
+    ]
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
