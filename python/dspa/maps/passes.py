@@ -78,9 +78,12 @@ class SharedPrompts(Passes):
             attention_mask=mask,
             position_ids=positions,
         )
-        if self.cache.get_seq_length() != mask.shape[1]:
+        # Transformers knows too little of a model that keeps a state in its layers: they leave the cache empty.
+        cached: Sequence[Any] = self.cache.layers[: self.layer_out + 1]
+        if any(layer.get_seq_length() != mask.shape[1] for layer in cached):
             got = "a model that keeps no key/value cache of a prompt, from which its responses could continue"
-            raise refusal(ModelError, type(self.model).__name__, got, "models that fill the cache they take")
+            accepted = "models that fill the cache they take, in all layers"
+            raise refusal(ModelError, type(self.model).__name__, got, accepted, "Update transformers.")
         return h[self.layer_in], self.prompts
 
     def read_responses(self, group: Group) -> tuple[Tensor, Rows]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dspa import ModelError
 from dspa.maps.passes import shares_prompts
 from dspa.testing import FAMILIES, RECURRENT, make_model
 
@@ -25,12 +26,17 @@ def recurrent(request: pytest.FixtureRequest) -> Case:
 @pytest.mark.filterwarnings("ignore:.*keeps more of a prompt")
 def test_counts_are_those_of_plain_passes(recurrent: Case) -> None:
     """Row by row, without padding, by transformers alone."""
+    if shares_prompts(recurrent.model):
+        # Earlier versions of transformers keep the state of RecurrentGemma in its layers, and know of no other cache.
+        with pytest.raises(ModelError, match=r"keeps no key/value cache of a prompt.*Update transformers"):
+            recurrent.collect()
+        return
     check_plain(recurrent, recurrent.collect(batch_tokens=300), recurrent.ids)
 
 
 def test_which_models_share_a_prompt() -> None:
     assert all(shares_prompts(make_model(family)) for family in FAMILIES)
-    assert not any(shares_prompts(make_model(family)) for family in RECURRENT)
+    assert not any(shares_prompts(make_model(family)) for family in RECURRENT if family != "recurrent_gemma")
 
 
 def test_both_ways_count_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
