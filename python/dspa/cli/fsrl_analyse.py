@@ -250,7 +250,7 @@ def coherence(
     texts = list(read_prompts(None, file))
     model, tokenizer, loaded = _load(on, _adapter(adapter, on.device))
     kwargs = trained_template(tokenizer, adapter.adapter)[1] if sampling.chat else None
-    prompts = [tokenize_prompt(tokenizer, text, sampling.chat, kwargs)["input_ids"][0].tolist() for text in texts]
+    prompts = [tokenize_prompt(tokenizer, text, sampling.chat, kwargs) for text in texts]
     with loaded.attach(model, layers=on.layers, model_name=on.model_name):
         measured = compare_texts(
             model,

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,11 +120,7 @@ def generate(
     )
     if sampling.chat:
         _warn_of_other_template(tokenizer, attachables, adapter, chat_template_kwargs)
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenize_prompt(tokenizer, text, sampling.chat, chat_template_kwargs)["input_ids"][0].tolist()
-        return ids
-
+    encode = partial(tokenize_prompt, tokenizer, chat=sampling.chat, chat_template_kwargs=chat_template_kwargs)
     if file is not None:
         prompts = list(prompts)
         # All of a file, before the first answer.

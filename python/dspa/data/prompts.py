@@ -82,8 +82,8 @@ def _read_terminal() -> Iterator[str]:
 
 def tokenize_prompt(
     tokenizer: Any, text: str, chat: bool, chat_template_kwargs: Mapping[str, Any] | None = None
-) -> Any:
-    """Tokenize one prompt to a batch [1, T] of tensors.
+) -> list[int]:
+    """Return the token ids of one prompt.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -94,16 +94,13 @@ def tokenize_prompt(
     Raises:
         ValueError: `chat_template_kwargs` without `chat`, or that `check_template_kwargs` refuses.
     """
-    if not chat:
-        if chat_template_kwargs:
-            got, accepted = f"{dict(chat_template_kwargs)} for a prompt without the chat template", "none without chat"
-            raise refusal(ValueError, "`chat_template_kwargs`", got, accepted, "Put prompts into the template: --chat.")
-        return tokenizer(text, return_tensors="pt")
-    check_template_kwargs(tokenizer, chat_template_kwargs)
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-        **chat_template_kwargs or {},
-    )
+    if chat:
+        check_template_kwargs(tokenizer, chat_template_kwargs)
+        messages, options = [{"role": "user", "content": text}], dict(chat_template_kwargs or {})
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
+    elif chat_template_kwargs:
+        got, accepted = f"{dict(chat_template_kwargs)} for a prompt without the chat template", "none without chat"
+        raise refusal(ValueError, "`chat_template_kwargs`", got, accepted, "Put prompts into the template: --chat.")
+    else:
+        encoded = tokenizer(text)
+    return list(encoded["input_ids"])

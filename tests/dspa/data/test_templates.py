@@ -80,8 +80,7 @@ def test_settings_without_a_template() -> None:
 )
 def test_prompts_get_the_settings(kwargs: dict[str, Any] | None, text: str) -> None:
     tokenizer = tokenizer_of(SETTINGS)
-    ids = tokenize_prompt(tokenizer, "the cat", True, kwargs)["input_ids"]
-    assert tokenizer.decode(ids[0]) == text
+    assert tokenizer.decode(tokenize_prompt(tokenizer, "the cat", True, kwargs)) == text
 
 
 # The date
