@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from tqdm import tqdm
-from transformers import PrinterCallback, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.utils import DPODataCollatorWithPadding
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -27,6 +26,7 @@ from dspa.evaluate.scores import Scores
 from dspa.fsrl.adapter import FSRLAdapter, Moves
 from dspa.fsrl.config import TrainingConfig
 from dspa.fsrl.lending import MODULE
+from dspa.fsrl.progress import Steps
 from dspa.fsrl.results import score_moves
 from dspa.models.layers import NOT_FINITE
 from dspa.training_folder import TrainingFolder
@@ -299,51 +299,6 @@ def _labelled(row: Mapping[str, list[int]]) -> dict[str, list[int]]:
         columns[f"{name}_input_ids"], columns[f"{name}_attention_mask"] = ids, [1] * len(ids)
         columns[f"{name}_labels"] = [-100] * len(prompt) + row[f"{name}_ids"]
     return columns
-
-
-class Steps(TrainerCallback):
-    """Callback of every optimizer step."""
-
-    def __init__(self, adapter: FSRLAdapter, bar: tqdm[Any]) -> None:
-        self.adapter, self.bar = adapter, bar
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Show how far the training came before it was stopped."""
-        self.bar.reset(state.max_steps)
-        self.bar.update(state.global_step)
-
-    @torch.no_grad()
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Keep thresholds at 0 or above: a negative one would get no gradient and never change."""
-        if self.adapter.config.activation == "soft_threshold":
-            self.adapter.threshold.clamp_(min=0)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Log before a checkpoint, which does not hold the sums of the means that are logged next."""
-        self.bar.update()
-        control.should_log = control.should_log or control.should_save
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Show the figures that were logged last."""
-        names = {"loss": "loss", "rewards/accuracies": "accuracy", "l0": "L0", "l1": "L1"}
-        shown = {label: f"{logs[name]:.4g}" for name, label in names.items() if name in (logs or {})}
-        if shown:
-            self.bar.set_postfix(shown)
-
-
-def without_times(history: Iterable[Mapping[str, float]]) -> list[dict[str, float]]:
-    """Return what was logged without timings, and without TRL's summary at the end of a training."""
-    kept = [entry for entry in history if "train_runtime" not in entry]
-    return [{k: v for k, v in entry.items() if not k.endswith(("_runtime", "_per_second", "_time"))} for entry in kept]
-
-
-def whole_history(checkpoint: Path) -> list[dict[str, float]] | None:
-    """Return what was logged up to a checkpoint of the last step, or None for an earlier checkpoint.
-
-    A trainer that resumed from the last step would make one step more.
-    """
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    return without_times(state.log_history) if state.global_step >= state.max_steps else None
 
 
 @contextmanager

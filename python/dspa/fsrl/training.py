@@ -31,7 +31,7 @@ from dspa.fsrl.lending import trainable
 from dspa.fsrl.results import HeldOut, held_out
 from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of, loaded_name
 from dspa.models.sources import model_source
-from dspa.training_folder import RECORD, TrainingFolder
+from dspa.training_folder import RECORD, History, TrainingFolder
 
 
 def train(
@@ -217,25 +217,26 @@ def _fit(
     data: Data,
     held: Data | None,
     progress: bool,
-) -> list[dict[str, float]]:
+) -> History:
     """Train from the start or the last checkpoint to the end, and return what was logged."""
-    from dspa.fsrl import trainers
+    from dspa.fsrl.progress import whole_history, without_times
+    from dspa.fsrl.trainers import trainer_of
 
     checkpoint = folder.checkpoints()[-1] if folder.checkpoints() else None
-    if checkpoint and (history := trainers.whole_history(checkpoint)) is not None:
+    if checkpoint and (history := whole_history(checkpoint)) is not None:
         adapter.load_state_dict(FSRLAdapter.load(checkpoint, adapter.sae).state_dict())
         return history
     with (
         trainable(model, tokenizer, adapter, gradient_checkpointing=config.gradient_checkpointing),
         tqdm(unit="step", desc="train", disable=not progress) as bar,
     ):
-        trainer = trainers.trainer_of(
+        trainer = trainer_of(
             *(config, args, model, tokenizer, adapter, folder, bar),
             train_dataset=data.rows,
             eval_dataset=None if held is None else held.rows,
         )
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        return trainers.without_times(trainer.state.log_history)
+        return without_times(trainer.state.log_history)
 
 
 def scoring(model: CausalLM, config: TrainingConfig) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def whole(tokenizer, tmp_path_factory):
 
 
 def stop_at(monkeypatch, step: int) -> None:
-    from dspa.fsrl.trainers import Steps
+    from dspa.fsrl.progress import Steps
 
     on_step_end = Steps.on_step_end
 
