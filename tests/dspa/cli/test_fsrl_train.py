@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from dspa.cli import main
-from dspa.cli.tables import console
 from dspa.fsrl import read_held_out
 from dspa.testing import D_SAE_OUT, L_OUT, make_sae, word_tokenizer
 
@@ -19,7 +18,7 @@ pytest.importorskip("trl")
 
 def command(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
     """Exit code and what was said, in one line."""
-    monkeypatch.setattr(console, "width", 200)
+    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "argv", ["dspa", "fsrl", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         main()
