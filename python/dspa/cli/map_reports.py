@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dspa.maps.cdmap import MapMeta
     from dspa.maps.cost import Setup
     from dspa.maps.reports import Column
+    from dspa.maps.stability import Stability
 
 Plot = Annotated[Path | None, typer.Option(help="Write a plot here, as PNG.")]
 
@@ -183,6 +184,25 @@ def map_stability(
         gate_rule=settings.gate_rule,
         progress=True,
     )
+    _print_stability(reports, draws)
+    prevented = "; --gate-rule active prevents that" if settings.gate_rule == "published" else ""
+    console.print(
+        "Jaccard index: 1 for the same latents, 0 for none in common. The last line stays below 1, because a draw "
+        "repeats triples. If the lines before it come near it, more triples of this kind would change little.\n"
+        f"always open: number of the {config.k_prompt} latents that a held-out prompt looks up whose gate is open on "
+        f"every triple. Each adds the mean difference, the same for all prompts{prevented}."
+    )
+    if csv_path is not None:
+        _write_draws(reports, csv_path)
+    if plot is not None:
+        from dspa.maps.plots import plot_stability
+
+        plot_stability(reports, plot)
+        print_line(f"Plot: {plot}")
+
+
+def _print_stability(reports: Sequence[Stability], draws: int) -> None:
+    """Print the means over the draws of each size."""
     table = Table(title=f"Agreement with the map of all triples (Jaccard index), {draws} draws")
     for name in ("triples", "latents steered per prompt", "lowest, highest", "columns", "columns kept", "always open"):
         table.add_column(name, justify="right")
@@ -196,28 +216,19 @@ def map_stability(
             f"{fmean(report.always_open):.1f}",
         )
     console.print(table)
-    prevented = "; --gate-rule active prevents that" if settings.gate_rule == "published" else ""
-    console.print(
-        "Jaccard index: 1 for the same latents, 0 for none in common. The last line stays below 1, because a draw "
-        "repeats triples. If the lines before it come near it, more triples of this kind would change little.\n"
-        f"always open: number of the {config.k_prompt} latents that a held-out prompt looks up whose gate is open on "
-        f"every triple. Each adds the mean difference, the same for all prompts{prevented}."
-    )
-    if csv_path is not None:
-        from dspa.files import write_csv
 
-        names = ("selected", "columns", "n_columns", "always_open")
-        rows = [
-            {"triples": report.n_triples} | dict(zip(names, draw, strict=True))
-            for report in reports
-            for draw in zip(*(getattr(report, name) for name in names), strict=True)
-        ]
-        write_csv(csv_path, rows, ("triples", *names))
-    if plot is not None:
-        from dspa.maps.plots import plot_stability
 
-        plot_stability(reports, plot)
-        print_line(f"Plot: {plot}")
+def _write_draws(reports: Sequence[Stability], path: Path) -> None:
+    """Write every draw as CSV."""
+    from dspa.files import write_csv
+
+    names = ("selected", "columns", "n_columns", "always_open")
+    rows = [
+        {"triples": report.n_triples} | dict(zip(names, draw, strict=True))
+        for report in reports
+        for draw in zip(*(getattr(report, name) for name in names), strict=True)
+    ]
+    write_csv(path, rows, ("triples", *names))
 
 
 @with_options

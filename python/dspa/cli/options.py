@@ -152,8 +152,6 @@ def _add(parameters: dict[str, inspect.Parameter], option: inspect.Parameter) ->
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 SAE_HELP = "A folder or file of an SAE, or RELEASE:SAE_ID of SAELens' catalogue."
-
-
 MODEL_HELP = "Hugging Face model: a folder, a GGUF file, or a name on the Hub."
 SAE_IN_HELP = f"Input SAE, which reads the prompt. {SAE_HELP}"
 SAE_OUT_HELP = f"Output SAE, whose latents are edited. {SAE_HELP}"

@@ -105,8 +105,9 @@ class Collection:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            accepted = "accepted: a new folder, or one in which a collection was begun"
-            raise MapError(f"The folder of counts {folder} cannot be made ({error.strerror}); {accepted}.") from error
+            got = f"{folder}, which cannot be made ({error.strerror})"
+            accepted = "a new folder, or one in which a collection was begun"
+            raise refusal(MapError, "The folder of counts", got, accepted) from error
         # Without a shard, nothing is lost with earlier settings.
         if not path.exists() or not self._has_shards():
             write_atomically(path, json.dumps(asdict(settings), indent=2).encode())

@@ -530,6 +530,6 @@ def test_a_folder_that_cannot_be(case: Case, tmp_path: Path, monkeypatch: pytest
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "new" if below else tmp_path / "file"
     calls = Calls(monkeypatch)
-    with pytest.raises(MapError, match=rf"{folder} cannot be made \("):
+    with pytest.raises(MapError, match=rf"{folder}, which cannot be made \("):
         case.collect(work_dir=folder)
     assert calls.n == 0
