@@ -135,7 +135,8 @@ def _clock(date: str) -> str:
     A function cannot be passed in its place: newer transformers pass templates nothing but plain data.
     """
     midnight = datetime.fromisoformat(date)
-    directives = [f"%{flag}{letter}" for flag in ("", "-") for letter in ascii_letters]
+    # Flags of padding, case and era come before the letter, as in "%-d".
+    directives = [f"%{flag}{letter}" for flag in ("", *"-_0^#EO") for letter in ascii_letters]
     written = json.dumps([(directive, midnight.strftime(directive)) for directive in directives])
     # A line break after a tag is removed, so the template still begins at the beginning of a line.
     return (

@@ -85,7 +85,7 @@ def test_prompts_get_the_settings(kwargs: dict[str, Any] | None, text: str) -> N
 
 # The date
 
-FORMATS = ["%d %b %Y", "%Y-%m-%d", "%A, %B %-d", "%j %U %y %%d %F", "%H:%M", "no directive"]
+FORMATS = ["%d %b %Y", "%Y-%m-%d", "%A, %B %-d", "%j %U %y %%d %F", "%_d %^b %Ey", "%H:%M", "no directive"]
 
 
 @pytest.mark.parametrize("name", ["llama3_2.jinja", "gptoss.jinja", "muse_glimmer.jinja"])
