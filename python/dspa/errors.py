@@ -1,6 +1,7 @@
 """Errors of the package, and the one form of a message about bad input."""
 
 import re
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 from typing import TypeVar
@@ -52,6 +53,13 @@ def refusal(kind: type[E], what: str, got: object, accepted: str, advice: str = 
         advice: what to do, as a whole sentence.
     """
     return kind(f"{what} is {got}; accepted: {accepted}. {advice}".rstrip())
+
+
+def listed(values: Iterable[object], most: int = 10) -> str:
+    """Return values for a message, "1, 2, 3 and 40 more", at most `most` of them by themselves."""
+    texts = [str(value) for value in values]
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
 
 
 def require_package(package: str, what: str, advice: str = "") -> None:

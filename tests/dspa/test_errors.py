@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dspa.errors import require_package
+from dspa.errors import listed, require_package
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,6 +25,10 @@ def test_a_missing_package_comes_with_the_command_that_installs_it(
     wanted = re.search(rf'"{package}([<>=].*?)"', (ROOT / "pyproject.toml").read_text())
     assert command is not None and wanted is not None and command[1] == package
     assert set(command[2].split(",")) == set(wanted[1].split(","))
+
+
+def test_a_list_in_a_message_is_cut() -> None:
+    assert [listed(range(n), 2) for n in range(4)] == ["", "0", "0, 1", "0, 1 and 1 more"]
 
 
 def test_no_message_names_the_package_as_one_of_an_index() -> None:

@@ -19,11 +19,14 @@ from transformers import PreTrainedTokenizerBase
 from dspa.data.templates import at_date
 from dspa.data.triples import Triple
 from dspa.distributed import Team
-from dspa.errors import PreferenceError, refusal
+from dspa.errors import PreferenceError, listed, refusal
 from dspa.maps.collection import Collection
 from dspa.maps.counting import TripleCounter
 from dspa.maps.pieces import DataRecord, Tally, TripleSource
 from dspa.saes.frozen import FrozenSAE
+
+# Triples that cannot be tokenized, by name in a message.
+N_NAMED = 100
 
 
 def collect(
@@ -124,7 +127,7 @@ def _check_triples(source: TripleSource, counter: TripleCounter, team: Team, pro
     if errors:
         # All in one message, instead of one per start.
         (_, first_error), *others = errors
-        names = ", ".join(name for name, _ in others)
+        names = listed((name for name, _ in others), N_NAMED)
         more = f" {len(others)} more cannot be tokenized either: {names}." if others else ""
         raise PreferenceError(f"{first_error}{more}") from first_error
     return tally.record()

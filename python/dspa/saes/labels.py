@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -24,15 +24,13 @@ from typing import Any, TypeAlias
 
 from dspa.data.lines import read_lines, read_text
 from dspa.data.records import JSON, ending_of
-from dspa.errors import LabelError, refusal
+from dspa.errors import LabelError, listed, refusal
 from dspa.models.layers import same_model
 from dspa.saes.frozen import FrozenSAE
 
 Rules: TypeAlias = dict[str, list[re.Pattern[str]]]
 
 OTHER, UNLABELLED = "other", "unlabelled"
-# Latents that a message lists.
-SHOWN = 10
 ACCEPTED = (
     "a Neuronpedia export of explanations, an object of latents and categories, or a list of objects with `index` and "
     "`category`"
@@ -86,7 +84,7 @@ def read_labels(
     _check_latents(path, outside, sae)
     if twice:
         raise LabelError(
-            f"{path} gives two categories to latents {_listed(twice.values())}; accepted: one. Keep one label of each, "
+            f"{path} gives two categories to latents {listed(twice.values())}; accepted: one. Keep one label of each, "
             "or of an export the descriptions of one `explanationModelName`."
         )
     if not categories:
@@ -147,7 +145,7 @@ def read_descriptions(
 def _check_latents(path: Path, outside: list[int], sae: FrozenSAE | LatentSpace) -> None:
     """Raise `LabelError` for latents that the SAE does not have."""
     if outside:
-        raise LabelError(f"{path} labels latents {_listed(outside)}; accepted: 0 to {sae.d_sae - 1}, those of {sae}.")
+        raise LabelError(f"{path} labels latents {listed(outside)}; accepted: 0 to {sae.d_sae - 1}, those of {sae}.")
 
 
 def _by(explainer: str | None) -> str:
@@ -260,9 +258,3 @@ def _check_origin(name: str, row: Mapping[str, Any], sae: FrozenSAE | LatentSpac
     model = row.get("modelId")
     if model is not None and not same_model(str(model), sae.model_name or ""):
         raise refusal(LabelError, name, f"of the model {model!r}", f"{sae.model_name!r}, that of {sae}")
-
-
-def _listed(values: Iterable[object]) -> str:
-    texts = [str(value) for value in values]
-    more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
-    return ", ".join(texts[:SHOWN]) + more

@@ -146,6 +146,13 @@ def test_all_triples_that_cannot_be_tokenized_are_named(case: Case, small_window
     assert str(raised.value).endswith(" 2 more cannot be tokenized either: C: mine, triple 11.")
 
 
+def test_thousands_that_cannot_be_tokenized_are_counted(case: Case) -> None:
+    """As with a wrong chat template, which refuses all of them."""
+    with pytest.raises(PreferenceError, match=r"2999 more cannot be tokenized either: .* and 2899 more") as raised:
+        case.collect(triples=[{"prompt": "w3", "chosen": " w4", "rejected": " w4 "}] * 3000)
+    assert len(str(raised.value)) < 5000
+
+
 @pytest.mark.parametrize("source", STREAMS)
 def test_a_stream_is_read_a_window_at_a_time(case: Case, source: str, small_windows: None) -> None:
     rows = as_rows(case.ids)
