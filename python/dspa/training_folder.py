@@ -87,7 +87,7 @@ class TrainingFolder:
             )
 
     def first_date(self, today: str | None) -> str | None:
-        """Return the date on which the training here was begun, which is today where there is none.
+        """Return the date on which the training here was begun, or today's for a new one.
 
         Args:
             today: today's date, or None for a training that does not depend on it.

@@ -167,7 +167,9 @@ def _check_given(
     """Raise `ValueError` where nothing steers, or for an option of what is not used."""
     if map_path is None and adapter is None:
         raise ValueError("Neither --map (DSPA) nor --adapter (FSRL) was given; accepted: one of them, or both.")
-    of_maps = [*_changed(pair), *_changed(config), *_changed(ops, "backend"), *["--trace"] * (trace is not None)]
+    of_maps = [*_changed(pair), *_changed(config), *_changed(ops, "backend")]
+    if trace is not None:
+        of_maps.append("--trace")
     for option, path, given in (("--map", map_path, of_maps), ("--adapter", adapter, _changed(adapter_sae))):
         if path is None and given:
             raise ValueError(

@@ -1,4 +1,7 @@
-"""Files of records: JSON Lines, JSON lists, CSV and Parquet. What a file of the user holds is decided here alone."""
+"""Files of records: JSON Lines, JSON lists, CSV and Parquet.
+
+All readers of user files leave it to this module what a file holds.
+"""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def _encode_messages(triple: Triple, tokenizer: PreTrainedTokenizerBase, kwargs:
         conversation = messages + cast(list[Message], response)
         whole = render(conversation)
         shared = shared_length(prompt, whole)
-        # Other tokens are no other text where a token reaches from the prompt into the response.
+        # Tokens can differ where the text does not: one may reach from the prompt into the response.
         if shared < len(prompt) and not render(conversation, tokenize=False).startswith(
             render(messages, add_generation_prompt=True, tokenize=False)
         ):

@@ -1,4 +1,4 @@
-"""What a model writes after prompts, in batches: steered, and without steering to compare with."""
+"""Generation after prompts, in batches: steered, and without steering to compare with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dspa.steering.dspa import Steering
 
 @dataclass(frozen=True)
 class Answer:
-    """What a steered model wrote after one prompt.
+    """The text that a steered model wrote after one prompt.
 
     Attributes:
         prompt: the prompt.

@@ -75,7 +75,7 @@ def _mean(values: Values) -> float:
 
 
 def warnings_about(l0: float, d_sae: int, answers: tuple[Answers, Answers] | None) -> list[str]:
-    """Return what a user should know of an adapter before relying on it, one sentence or two each.
+    """Return warnings about an adapter, each one or two sentences.
 
     Args:
         l0: number of latents that it moves per token.

@@ -22,7 +22,7 @@ from dspa.maps.collection import CollectSettings
 from dspa.maps.passes import SharedPrompts, WholePasses, shares_prompts
 from dspa.maps.pieces import Piece, key_of
 from dspa.maps.shards import ROW_QUANTUM, Counts, Shard
-from dspa.models.attention import implementation
+from dspa.models.attention import attention_implementation
 from dspa.models.layers import (
     base_model,
     check_eval,
@@ -105,7 +105,7 @@ class TripleCounter:
             boundary=BOUNDARY,
             chat_template_kwargs=self.chat_template_kwargs or None,
             template_date=date_of_today(tokenizer),
-            attention=implementation(self.model),
+            attention=attention_implementation(self.model),
             neuronpedia_out=None if number == self.sae_out.layer else number,
         )
 

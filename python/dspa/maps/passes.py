@@ -66,7 +66,7 @@ class SharedPrompts(Passes):
     """
 
     def read_prompts(self) -> tuple[Tensor, Rows]:
-        """As for `Passes`; fills the cache, which takes a pass up to the output layer."""
+        """As for `Passes`, by a pass up to the output layer that fills the cache."""
         ids, text = [t.prompt for t in self.triples], [t.prompt_text for t in self.triples]
         self.prompts, self.cache = Rows.padded(ids, text, left=True), DynamicCache(config=self.model.config)
         mask = self.prompts.mask

@@ -1,4 +1,4 @@
-"""Counts that another computation made than the model's own: an attention that left something out, or a wrong cache."""
+"""How the counts of a map were computed, and whether that is what its model computes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from dspa.errors import MapError
 from dspa.maps.passes import shares_prompts
-from dspa.models.attention import described, extras, fault
+from dspa.models.attention import attention_extras, attention_fault, describe_extras
 from dspa.models.layers import CausalLM
 
 
@@ -17,7 +17,7 @@ def join_attention(recorded: set[str]) -> str:
     return "" if "" in recorded else ", ".join(sorted(recorded))
 
 
-def check_map(attention: str, model: CausalLM, stack: nn.ModuleList) -> None:
+def check_provenance(attention: str, model: CausalLM, stack: nn.ModuleList) -> None:
     """Raise `MapError` if a map was counted on another function than the model's, and warn where that is possible.
 
     Args:
@@ -35,7 +35,7 @@ def check_map(attention: str, model: CausalLM, stack: nn.ModuleList) -> None:
 def _error(attention: str, stack: nn.ModuleList) -> str:
     """Return why counts are of another function, empty if they are not."""
     for name in filter(None, attention.split(", ")):
-        if wrong := fault(name, stack):
+        if wrong := attention_fault(name, stack):
             return f"its attention was computed by {name!r}, which {wrong}"
     return ""
 
@@ -44,8 +44,8 @@ def _doubt(attention: str, model: CausalLM, stack: nn.ModuleList) -> str:
     """Return why counts of an earlier version, which recorded no attention, can be wrong, empty if they cannot."""
     if attention:
         return ""
-    if wanted := extras(stack):
-        return f"an earlier version did not check that attention computed {described(wanted)}"
+    if wanted := attention_extras(stack):
+        return f"an earlier version did not check that attention computed {describe_extras(wanted)}"
     if not shares_prompts(model):
         return "an earlier version could mix up the states of recurrent layers"
     return ""

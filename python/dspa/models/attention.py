@@ -21,29 +21,29 @@ EXTRA_NAMES = {"attn_logit_softcapping": "the cap of attention scores", "sinks":
 NOT_IN_KERNEL = {"flash_attention_2": {"s_aux"}}
 
 
-def implementation(model: PreTrainedModel) -> str:
+def attention_implementation(model: PreTrainedModel) -> str:
     """Return the name of the implementation that computes the attention of the language model."""
     return model.config.get_text_config()._attn_implementation or EAGER
 
 
-def extras(modules: nn.Module) -> list[str]:
-    """Return the attributes of EXTRAS that some attention module among `modules` asks for."""
+def attention_extras(modules: nn.Module) -> list[str]:
+    """Return the attributes of EXTRAS that an attention module in `modules` asks for."""
     return [name for name in EXTRAS if any(getattr(module, name, None) is not None for module in modules.modules())]
 
 
-def described(wanted: Iterable[str]) -> str:
+def describe_extras(wanted: Iterable[str]) -> str:
     """Return some of EXTRAS in words."""
     return " and ".join(f"{EXTRA_NAMES[name]} ({name})" for name in wanted)
 
 
-def fault(name: str, modules: nn.Module) -> str:
-    """Return what an implementation computes otherwise than the code of attention modules does, empty if nothing.
+def attention_fault(name: str, modules: nn.Module) -> str:
+    """Return how an implementation departs from the code of attention modules, or "" if it does not.
 
-    Of an implementation that is not registered, nothing is known.
+    Returns "" for an implementation that is not registered, of which nothing is known.
 
     Args:
-        name: of the implementation.
-        modules: the attention modules, among others.
+        name: name of the implementation.
+        modules: a module that holds the attention modules.
     """
     if name.startswith("paged|"):
         return "is for continuous batching, and in other passes attends to the tokens after each token"
@@ -51,14 +51,14 @@ def fault(name: str, modules: nn.Module) -> str:
     if name == EAGER or function is None:
         return ""
     taken = set(inspect.signature(function).parameters) - NOT_IN_KERNEL.get(name, set())
-    missing = [extra for extra in extras(modules) if EXTRAS[extra] not in taken]
-    return f"leaves out {described(missing)}" if missing else ""
+    missing = [extra for extra in attention_extras(modules) if EXTRAS[extra] not in taken]
+    return f"leaves out {describe_extras(missing)}" if missing else ""
 
 
 def check_attention(model: PreTrainedModel, modules: nn.Module) -> None:
     """Raise `ModelError` if the implementation in use computes another function than `modules` of the model do."""
-    name = implementation(model)
-    if wrong := fault(name, modules):
+    name = attention_implementation(model)
+    if wrong := attention_fault(name, modules):
         raise refusal(
             ModelError,
             f"The attention implementation of {type(model).__name__}",
@@ -73,5 +73,5 @@ def use_same_function(model: PreTrainedModel) -> None:
 
     Transformers before 5.21 chooses such an implementation by default for models with a cap, such as Gemma-2.
     """
-    if fault(implementation(model), model):
+    if attention_fault(attention_implementation(model), model):
         model.set_attn_implementation(EAGER)

@@ -34,7 +34,7 @@ class ModelPlace:
 
     @property
     def arguments(self) -> dict[str, str]:
-        """Arguments of `from_pretrained` beside the name."""
+        """Arguments of `from_pretrained` besides the name."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
     @property

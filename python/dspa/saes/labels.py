@@ -98,7 +98,7 @@ def read_labels(
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """What labels of an SAE's latents have to agree with, where the SAE itself is not loaded."""
+    """The facts about an SAE that labels of its latents have to agree with, without the SAE itself."""
 
     layer: int | None
     neuronpedia_number: int | None

@@ -1,4 +1,4 @@
-"""What the metadata of an SAE say of the residual that it reads."""
+"""Metadata of an SAE: which residual it reads, and of which weights."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from dspa.config import SteeringConfig
 from dspa.errors import ModelError, refusal
 from dspa.maps.cdmap import N_LARGE, ConditionalDifferenceMap
-from dspa.maps.provenance import check_map
+from dspa.maps.provenance import check_provenance
 from dspa.models.attachment import Attachable, Attachment
 from dspa.models.layers import (
     NOT_FINITE,
@@ -193,7 +193,7 @@ class Steering(Attachable, nn.Module):
     def _prepare(self, model: CausalLM, stack: nn.ModuleList, model_name: str | None) -> None:
         check_saes(self.sae_in, self.sae_out, model, len(stack), model_name)
         check_model_name("The map was made with", self.cdmap.meta.model_name, model_name or loaded_name(model))
-        check_map(self.cdmap.meta.attention, model, stack)
+        check_provenance(self.cdmap.meta.attention, model, stack)
         self._place(*(device_of(stack[required_layer(sae)]) for sae in (self.sae_in, self.sae_out)))
         self._mark_static_addresses()
         # A graph compiled for an earlier Steering must not be found again.

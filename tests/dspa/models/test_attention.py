@@ -15,7 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 import dspa
 from dspa.fsrl import FSRLAdapter, FSRLConfig
-from dspa.models.attention import extras, fault, implementation, use_same_function
+from dspa.models.attention import attention_extras, attention_fault, attention_implementation, use_same_function
 from dspa.models.layers import decoder_layers
 from dspa.testing import COMMON, make_model, word_tokenizer
 
@@ -56,7 +56,7 @@ ASKS = {"gemma2": ["attn_logit_softcapping"], "qwen3": [], "gpt_oss": ["sinks"]}
 def with_attention(family: str, name: str) -> PreTrainedModel:
     model = MODELS[family]()
     model.set_attn_implementation(name)
-    assert implementation(model) == name
+    assert attention_implementation(model) == name
     return model
 
 
@@ -66,10 +66,10 @@ def test_what_is_left_out_shows_in_the_logits(family: str) -> None:
     """An implementation with a fault gives other logits than the model's own code, and one without gives the same."""
     model = with_attention(family, "eager")
     own = model(PROMPT, use_cache=False).logits
-    assert extras(model) == ASKS[family]
+    assert attention_extras(model) == ASKS[family]
     model.set_attn_implementation(PLAIN)
     apart = (model(PROMPT, use_cache=False).logits - own).abs().max()
-    assert (apart > rounding(PASS, float(own.abs().max()))) == bool(fault(PLAIN, model))
+    assert (apart > rounding(PASS, float(own.abs().max()))) == bool(attention_fault(PLAIN, model))
 
 
 FAULTS = {
@@ -89,7 +89,7 @@ def test_faults_by_the_names_of_implementations(name: str) -> None:
     """Of an attention module with a cap and sinks, and of one without."""
     module = torch.nn.Module()
     for asks in (False, True):
-        got = fault(name, torch.nn.Sequential(module))
+        got = attention_fault(name, torch.nn.Sequential(module))
         wanted = FAULTS[name] if asks or "after" in FAULTS[name] else ""
         assert re.search(wanted, got) and bool(got) == bool(wanted)
         module.attn_logit_softcapping, module.sinks = 50.0, torch.nn.Parameter(torch.zeros(4))
@@ -116,7 +116,7 @@ def test_refused_wherever_a_model_is_taken(family: str, taker: str, steering: ds
         TAKERS[taker](model, steering)
     assert not model._forward_pre_hooks and "generate" not in model.__dict__
     use_same_function(model)
-    assert implementation(model) == "eager"
+    assert attention_implementation(model) == "eager"
     decoder_layers(model)
 
 
@@ -135,6 +135,6 @@ def test_a_cap_of_some_layers(steering: dspa.Steering) -> None:
 def test_models_that_ask_for_nothing_take_any(name: str, steering: dspa.Steering) -> None:
     model = with_attention("qwen3", name)
     use_same_function(model)
-    assert implementation(model) == name
+    assert attention_implementation(model) == name
     with steering.attach(model):
         model.generate(PROMPT, max_new_tokens=2)
