@@ -65,8 +65,8 @@ class Attachable(ABC):
         stack, attachment = decoder_layers(inner, layers), Attachment.of(inner)
         if any(isinstance(other, type(self)) and other.layer == self.layer for other in attachment.attached):
             raise ModelError(f"Layer {self.layer} of this model has another {kind}: dspa.detach(model) first.")
-        check_residual(inner, layers)
         self._prepare(inner, stack, model_name)
+        check_residual(inner, self.layer, layers)
         self._width = hidden_size(inner)
         self._undo = [attachment.add(self)]
         self._undo += [handle.remove for handle in self._register_hooks(inner, stack[self.layer])]

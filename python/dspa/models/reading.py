@@ -45,15 +45,15 @@ def hidden(output: Any, width: int) -> Tensor:
     return h
 
 
-def check_residual(model: nn.Module, layers: str | None = None) -> None:
-    """Raise `ModelError` unless decoder layers return one residual stream, as one token through the first shows.
+def check_residual(model: nn.Module, layer: int, layers: str | None = None) -> None:
+    """Raise `ModelError` unless a decoder layer runs and returns one residual stream, as one token through it shows.
 
     Does nothing in training mode, where a pass may draw random numbers.
     """
     inner = base_model(model)
     if not inner.training:
         token = torch.zeros(1, 1, dtype=torch.long, device=device_of(inner.get_input_embeddings()))
-        read_layers(inner, [0], layers, input_ids=token)
+        read_layers(inner, [layer], layers, input_ids=token)
 
 
 @torch.no_grad()
@@ -97,7 +97,8 @@ def read_layers(
             handle.remove()
     raise ModelError(
         f"Layer {wanted[-1]} of {type(inner).__name__} did not run its hooks. A model or layer that was compiled "
-        "before cannot be read: call torch.compiler.reset(), or compile it afterwards."
+        "before cannot be read: call torch.compiler.reset(), or compile it afterwards. Nor can a layer that the model "
+        "skips for text, as one of cross-attention to images: take an SAE of another layer."
     )
 
 

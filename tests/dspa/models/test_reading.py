@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import MllamaForCausalLM, MllamaTextConfig, PreTrainedModel
 
 import dspa
 from dspa.fsrl import FSRLAdapter
 from dspa.models.layers import decoder_layers
 from dspa.models.reading import hidden, read_layers
-from dspa.testing import D_IN, L_OUT, RECURRENT, make_model, word_tokenizer
+from dspa.testing import COMMON, D_IN, L_OUT, RECURRENT, make_model, word_tokenizer
 
 PROMPT = torch.tensor([[1, 5, 9, 33, 20, 7]])
 
@@ -81,6 +81,16 @@ def test_what_is_no_residual_is_refused(form: str, taker: str, steering: dspa.St
     with pytest.raises(dspa.ModelError, match=FORMS[form][2] + rf"; accepted: one .*\[B, T, {D_IN}\]"):
         TAKERS[taker](model, steering)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+def test_a_layer_that_text_skips_is_refused(taker: str, steering: dspa.Steering) -> None:
+    """A layer of cross-attention to images does not run where there are none."""
+    sizes = {name: size for name, size in COMMON.items() if name != "head_dim"}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    config = MllamaTextConfig(**sizes, cross_attention_layers=[L_OUT], rope_parameters=rope)
+    with pytest.raises(dspa.ModelError, match=f"Layer {L_OUT} .*did not run.* skips for text"):
+        TAKERS[taker](MllamaForCausalLM(config).eval(), steering)
 
 
 @pytest.mark.parametrize("form", FORMS)
