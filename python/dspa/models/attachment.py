@@ -109,6 +109,9 @@ class Attachable(ABC):
 
         Several threads may call the model at the same time, so `_acted` is reset only when no other call runs.
         """
+        if self._attachment is not None:
+            # The attention implementation may have been changed since attach().
+            decoder_layers(self._attachment.model, self._layers)
         with _COUNTING:
             self._acted = self._acted and self._n_calls > 0
             self._n_calls += 1

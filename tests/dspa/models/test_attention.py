@@ -120,6 +120,18 @@ def test_refused_wherever_a_model_is_taken(family: str, taker: str, steering: ds
     decoder_layers(model)
 
 
+@pytest.mark.parametrize("kind", ["steering", "adapter"])
+def test_refused_where_it_is_changed_after_attach(kind: str, steering: dspa.Steering) -> None:
+    model = with_attention("gemma2", "eager")
+    attachable = steering if kind == "steering" else FSRLAdapter(steering.sae_out, FSRLConfig())
+    with attachable.attach(model):
+        model.set_attn_implementation(PLAIN)
+        with pytest.raises(dspa.ModelError, match=rf"{PLAIN!r}, which leaves out"):
+            model.generate(PROMPT, max_new_tokens=2)
+        model.set_attn_implementation("eager")
+        model.generate(PROMPT, max_new_tokens=2)
+
+
 def test_a_cap_of_some_layers(steering: dspa.Steering) -> None:
     """The modules decide, layer by layer, whatever the configuration says of all of them."""
     model = with_attention("gemma2", PLAIN)
