@@ -104,6 +104,7 @@ class LatentSpace:
     neuronpedia_number: int | None
     d_sae: int
     model_name: str | None
+    neuronpedia_id: str | None = None
 
     def __str__(self) -> str:
         return f"an SAE of {self.d_sae} latents at layer {self.layer}"
@@ -245,15 +246,21 @@ def _category(name: str, row: Mapping[str, Any], rules: Rules | None) -> str | N
     return next(matching, OTHER)
 
 
+def _place(given: str, sae: FrozenSAE | LatentSpace) -> str:
+    """Return what `given` should be: the layer of `sae`, or its place on Neuronpedia, as "12-gemmascope-res-65k"."""
+    _, _, source = given.partition("-")
+    if not source:
+        return str(sae.layer)
+    # SAEs of one layer have other latents under the same numbers.
+    return (sae.neuronpedia_id or "").partition("/")[2] or f"{sae.neuronpedia_number}-{source}"
+
+
 def _check_origin(name: str, row: Mapping[str, Any], sae: FrozenSAE | LatentSpace) -> None:
     """Raise `LabelError` if a row names another layer or model than those of `sae`."""
     if "layer" in row:
-        layer = re.fullmatch(r"([0-9]+)(-.+)?", str(row["layer"]))
-        wanted = sae.layer if layer is None or layer[2] is None else sae.neuronpedia_number
-        if layer is None or int(layer[1]) != wanted:
-            advice = (
-                "Neuronpedia may have another number for it: that of `neuronpedia_id` in the SAE's metadata, if set."
-            )
+        wanted = _place(str(row["layer"]), sae)
+        if str(row["layer"]) != wanted:
+            advice = "Neuronpedia may have another name for it: that of `neuronpedia_id` in the SAE's metadata, if set."
             raise refusal(LabelError, name, f"of layer {row['layer']!r}", f"{wanted}, that of {sae}", advice)
     model = row.get("modelId")
     if model is not None and not same_model(str(model), sae.model_name or ""):

@@ -185,7 +185,7 @@ def test_descriptions_of_the_residual_before_a_layer(tmp_path):
     ("rows", "message"),
     [
         ([exported(40, "a")], "labels latents 40; accepted: 0 to 39, those of an SAE of 40 latents at layer 12"),
-        ([exported(1, "a", layer="13-x")], "of layer '13-x'; accepted: 12, that of an SAE of 40 latents"),
+        ([exported(1, "a", layer="13-x")], "of layer '13-x'; accepted: 12-x, that of an SAE of 40 latents"),
         ([exported(1, "a", modelId="gpt2")], "of the model 'gpt2'"),
         ([exported(1, " ")], "labels no latent"),
         ([exported(1, ["a"])], "is ['a']; accepted: text"),

@@ -116,6 +116,7 @@ def labels(path: Path, layer: object) -> Path:
     [
         ({"hook_name": "blocks.8.hook_resid_pre"}, "8-res-jb", "7-res-jb"),
         ({"hook_name": "blocks.8.hook_resid_pre", "neuronpedia_id": "gpt2-small/8-res-jb"}, "8-res-jb", "7-res-jb"),
+        ({"hook_name": "blocks.8.hook_resid_pre", "neuronpedia_id": "gpt2-small/8-res-jb"}, "8-res-jb", "8-res_fs-jb"),
         (
             {"hook_name": "blocks.11.hook_resid_post", "neuronpedia_id": "gpt2-small/12-res-jb"},
             "12-res-jb",
