@@ -19,6 +19,7 @@ from dspa.cli.options import (
     OnModel,
     Options,
     Split,
+    TrainingOut,
     Triples,
     errors_of_options,
     name_options,
@@ -33,10 +34,6 @@ if TYPE_CHECKING:
     from dspa.fsrl.adapter import FSRLAdapter
     from dspa.fsrl.results import HeldOut
 
-Out = Annotated[
-    Path,
-    typer.Option(help="Folder to write. If a training stops, the same command continues it from its last checkpoint."),
-]
 UNUSUAL = ("initial_threshold", "bandwidth")
 FIXED = ("warmup", "max_grad_norm")
 
@@ -45,7 +42,7 @@ FIXED = ("warmup", "max_grad_norm")
 def train(
     triples: Triples,
     sae: Annotated[str, typer.Option(help=f"SAE at the layer to steer. {SAE_HELP}")],
-    out: Out,
+    out: TrainingOut,
     on: OnModel,
     config: Annotated[TrainingConfig, Options("Training", without=FIXED)],
     adapter: Annotated[FSRLConfig, Options("Adapter", without=UNUSUAL)],
@@ -92,7 +89,7 @@ def layers(
     triples: Triples,
     sae: Annotated[list[str], typer.Option(help=f"SAE of a layer; may be given several times. {SAE_HELP}")],
     held_out: Annotated[Path, typer.Option(help=f"Triples to compare the adapters on, not trained on: {FILES}.")],
-    out: Out,
+    out: TrainingOut,
     on: OnModel,
     config: Annotated[
         TrainingConfig,

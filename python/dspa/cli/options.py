@@ -312,6 +312,12 @@ Triples = Annotated[
     str, typer.Argument(help=f"Preference triples in a format of TRL: {FILES}, a folder, or a data set of the Hub.")
 ]
 Split = Annotated[str, typer.Option(help="Split of a data set, where TRIPLES is one.")]
+TrainingOut = Annotated[
+    Path,
+    typer.Option(
+        help="Folder to write; the same command continues a stopped training in it, from its last checkpoint."
+    ),
+]
 First = Annotated[int | None, typer.Option(help="Use only the first N triples.", min=1)]
 
 

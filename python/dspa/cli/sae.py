@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from dspa.cli.loading import check_model, load_model, load_sae
-from dspa.cli.options import FILES, SAE_HELP, OnModel, Options, errors_of_options, with_options
+from dspa.cli.options import FILES, SAE_HELP, OnModel, Options, TrainingOut, errors_of_options, with_options
 from dspa.cli.tables import console, print_line, print_table
 from dspa.saes.config import SAETrainingConfig
 
@@ -24,7 +24,6 @@ Texts = Annotated[
     ),
 ]
 Layer = Annotated[int | None, typer.Option(help="Layer of the SAE, if its files do not contain it.")]
-Out = Annotated[Path, typer.Option(help="Folder to write; the same command continues a stopped training in it.")]
 Training = Annotated[
     SAETrainingConfig,
     Options(
@@ -75,7 +74,7 @@ def _quality(path: Path, figures: Mapping[str, float]) -> dict[str, str]:
 def sae_train(
     texts: Texts,
     layer: Annotated[int, typer.Option(help="Decoder layer whose output the SAE reads, from 0.")],
-    out: Out,
+    out: TrainingOut,
     on: OnModel,
     config: Training,
     d_sae: Annotated[int, typer.Option(help="Number of latents.", min=1)] = 16_384,
@@ -107,7 +106,7 @@ def sae_train(
 def sae_finetune(
     texts: Texts,
     sae: Annotated[str, typer.Option(help=f"SAE to start from. {SAE_HELP}")],
-    out: Out,
+    out: TrainingOut,
     on: OnModel,
     config: Training,
     layer: Layer = None,
