@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from dspa.distributed import rank
 
 COUNTS = "The counts so far are kept"
-CHECKPOINT = "The last checkpoint is kept"
+CHECKPOINT = "The last checkpoint is kept, if there is one yet"
 # What commands leave for the same command to continue from.
 KEPT = {
     "map collect": COUNTS,
