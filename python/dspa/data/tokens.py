@@ -66,9 +66,9 @@ def tokenize_triple(
         chat_template_kwargs: values of the chat template's variables by name. Those of the triple come first.
 
     Raises:
-        PreferenceError: the tokenizer lacks a chat template; the template refuses the conversation, or its prompt is
-            not the beginning of the whole; a part has no tokens; the prompt leaves no room for a response. The message
-            names the triple.
+        PreferenceError: text with `chat_template_kwargs`; the tokenizer lacks a chat template; the template refuses the
+            conversation, or its prompt is not the beginning of the whole; a part has no tokens; the prompt leaves no
+            room for a response. The message names the triple.
     """
     prompt, chosen, rejected = _encode(triple, tokenizer, chat_template_kwargs or {})
     for field_name, ids in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
@@ -99,6 +99,10 @@ def tokenize_triple(
 def _encode(triple: Triple, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> TokenLists:
     """Return the ids of prompt, chosen and rejected response."""
     if isinstance(triple.prompt, str):
+        if kwargs:
+            got = f"text, and {dict(kwargs)} is for the chat template of conversations"
+            advice = "Leave `chat_template_kwargs` out, or write the triple as messages."
+            raise refusal(PreferenceError, triple.name, got, "a conversation", advice)
         texts = (triple.prompt, triple.prompt + cast(str, triple.chosen), triple.prompt + cast(str, triple.rejected))
         prompt, *wholes = (cast(list[int], tokenizer(text)["input_ids"]) for text in texts)
     else:

@@ -150,6 +150,11 @@ def test_text_does_not_need_a_chat_template() -> None:
     assert tokenize_triple(Triple(**PLAIN), make_tokenizer(template=None)).chosen
 
 
+def test_settings_of_the_chat_template_are_not_for_text() -> None:
+    with pytest.raises(PreferenceError, match=r"is text, and \{'polite': True\} is for the chat template"):
+        tokenize_triple(Triple("the cat", " is", " was"), word_tokenizer(), chat_template_kwargs={"polite": True})
+
+
 def test_prompt_that_the_response_changes() -> None:
     tokenizer = make_tokenizer(template="{{ messages[-1]['role'] }} " + TEMPLATE)
     with pytest.raises(PreferenceError) as raised:
