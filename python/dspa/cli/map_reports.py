@@ -57,7 +57,7 @@ def map_show(
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.maps.reports import origin, places, summary, top_columns, warnings
 
-    check_writable("--plot", plot)
+    check_writable("--plot", plot, {"the map": path, "--labels": labels})
     if not 0 < delta < 1:
         raise refusal(ValueError, "--delta", delta, "a number between 0 and 1")
     cdmap = ConditionalDifferenceMap.load(path)
@@ -114,7 +114,7 @@ def map_diff(
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.maps.difference import difference
 
-    check_writable("--plot", plot)
+    check_writable("--plot", plot, {"one map": first, "the other map": second})
     a, b = (ConditionalDifferenceMap.load(path) for path in (first, second))
     compared = difference(a, b)
     only_first, shared, only_second = compared.columns
@@ -172,7 +172,7 @@ def map_stability(
     from dspa.maps.stability import stability
 
     check_writable("--plot", plot)
-    check_writable("--csv", csv_path)
+    check_writable("--csv", csv_path, {"--plot": plot})
     reports = stability(
         counts,
         sizes=size,
@@ -187,8 +187,8 @@ def map_stability(
     _print_stability(reports, draws)
     prevented = "; --gate-rule active prevents that" if settings.gate_rule == "published" else ""
     console.print(
-        "Jaccard index: 1 for the same latents, 0 for none in common. The last line stays below 1, because a draw "
-        "repeats triples. If the lines before it come near it, more triples of this kind would change little.\n"
+        "Jaccard index: 1 for the same latents, 0 for none in common. A draw repeats triples, so that even one of "
+        "all triples stays below 1. If smaller ones come near it, more triples of this kind would change little.\n"
         f"always open: number of the {config.k_prompt} latents that a held-out prompt looks up whose gate is open on "
         f"every triple. Each adds the mean difference, the same for all prompts{prevented}."
     )
