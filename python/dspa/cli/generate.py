@@ -112,8 +112,9 @@ def generate(
     _check_given(map_path, adapter, pair, adapter_sae, config, ops, trace)
     if stream and (file or out or compare):
         raise ValueError("--stream prints one text as it grows; leave out --file, --out and --compare, or --stream.")
-    check_writable("--out", out)
-    check_writable("--trace", trace)
+    read = {"--file": file, "--map": map_path}
+    check_writable("--out", out, read)
+    check_writable("--trace", trace, read | {"--out": out})
     prompts: Iterable[str] = read_prompts(prompt, file)
     model, tokenizer, attachables, edits = _load(
         on, map_path, pair, config, ops, adapter, adapter_sae, record=compare or trace is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,10 +28,22 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def check_writable(option: str, path: Path | None) -> None:
-    """Raise for a path that cannot be written, before the work and not after it."""
-    if path is not None and (not path.parent.is_dir() or path.is_dir()):
-        raise refusal(ValueError, option, path, "a file in a folder that exists")
+def check_writable(option: str, path: Path | None, others: Mapping[str, Path | None] | None = None) -> None:
+    """Raise for a path that cannot be written, before the work and not after it.
+
+    Args:
+        option: the option that gives the path.
+        path: the path, if it was given.
+        others: paths that were given for something else, by what gave them. None of them may be overwritten.
+    """
+    if path is None:
+        return
+    accepted = "a file in a folder that exists"
+    if not path.parent.is_dir() or path.is_dir():
+        raise refusal(ValueError, option, path, accepted)
+    for name, other in (others or {}).items():
+        if other is not None and other.resolve() == path.resolve():
+            raise refusal(ValueError, option, f"{path}, as {name} is", f"{accepted}, other than {name}")
 
 
 def device_named(name: str) -> str:

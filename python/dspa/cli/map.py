@@ -91,7 +91,7 @@ def map_build(
     gemma-scope-2b-pt-res-canonical:layer_7/width_16k/canonical --sae-out
     gemma-scope-2b-pt-res-canonical:layer_24/width_16k/canonical`
     """
-    check_writable("--out", out)
+    check_writable("--out", out, {"TRIPLES": Path(triples)})
     from dspa.maps.build import build_map
 
     options = {"first": first, "work_dir": work_dir, "chat_template_kwargs": chat_template_kwargs, **asdict(settings)}

@@ -79,6 +79,22 @@ def test_a_file_in_batches_is_its_prompts_one_by_one(run, folder, tmp_path):
     assert (code, out) == (0, "") and records((tmp_path / "o.jsonl").read_text())[:3] == expected
 
 
+def test_no_option_overwrites_the_file_of_another(run, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    before = {name: (folder / name).read_bytes() for name in ("map", "prompts.txt")}
+    (tmp_path / "link").symlink_to(folder / "map")
+    given = ["--map", folder / "map", "--file", folder / "prompts.txt"]
+    for option, path, other in (
+        ("--out", "prompts.txt", "--file"),
+        ("--out", tmp_path / "link", "--map"),
+        ("--trace", "prompts.txt", "--file"),
+        ("--trace", tmp_path / "new", "--out"),
+    ):
+        code, _, err = run(*given, *(["--out", tmp_path / "new"] if other == "--out" else []), option, path)
+        assert code == 2 and f"{option} is {path}, as {other} is; accepted: " in err
+    assert before == {name: (folder / name).read_bytes() for name in before} and not (tmp_path / "new").exists()
+
+
 def test_a_stream_is_the_text(run, folder):
     code, text, err = run("--map", folder / "map", "--prompt", PROMPTS[1])
     assert run("--map", folder / "map", "--prompt", PROMPTS[1], "--stream")[:2] == (code, text)
