@@ -80,8 +80,8 @@ def find_layers(model: nn.Module, path: str | None = None) -> nn.ModuleList:
             return layers
     lists = [f"{name!r} ({len(m)})" for name, m in inner.named_modules() if isinstance(m, nn.ModuleList)]
     raise ModelError(
-        f"No decoder layers at {path or ' or '.join(LAYER_PATHS)} in {type(inner).__name__}. Pass their path: "
-        f"layers='path.to.layers'. Module lists of this model (and their lengths): {', '.join(lists) or 'none'}."
+        f"No decoder layers at {path or ' or '.join(LAYER_PATHS)} in {type(inner).__name__}. Pass their "
+        f"dotted path as `layers`. Module lists of this model (and their lengths): {', '.join(lists) or 'none'}."
     )
 
 

@@ -110,7 +110,7 @@ def test_unknown_architecture(steering):
     model.__class__ = Odd
     model.trunk = model.model
     model.model = nn.Identity()
-    with pytest.raises(dspa.ModelError, match=r"layers='path.to.layers'.*'trunk.layers' \(4\)"):
+    with pytest.raises(dspa.ModelError, match=r"Pass their dotted path as `layers`.*'trunk.layers' \(4\)"):
         decoder_layers(model)
     assert len(decoder_layers(model, "trunk.layers")) == 4
 
