@@ -84,8 +84,8 @@ def _descriptions(labels: Path | None, meta: MapMeta, explainer: str | None) -> 
         return {}
     from dspa.saes.labels import LatentSpace, read_descriptions
 
-    number = meta.layer_out if meta.neuronpedia_out is None else meta.neuronpedia_out
-    space = LatentSpace(meta.layer_out, number, meta.d_sae_out, meta.model_name)
+    place = meta.neuronpedia_out or str(meta.layer_out)
+    space = LatentSpace(meta.layer_out, place, meta.d_sae_out, meta.model_name)
     return read_descriptions(labels, space, explainer=explainer)
 
 

@@ -64,7 +64,7 @@ class MapMeta:
     package: str
     n_inactive: int | None = None
     n_zero_percentile: int | None = None
-    neuronpedia_out: int | None = None
+    neuronpedia_out: str = ""
     boundary: str = "apart"
     chat_template_kwargs: dict[str, Any] | None = None
     template_date: str | None = None

@@ -23,6 +23,8 @@ from dspa.models.sources import Source
 MANIFEST, DATA, SOURCES = "manifest.json", "data.json", "sources.json"
 # Settings of folders whose manifest does not name them.
 EARLIER = {"boundary": "apart"}
+# Settings that a folder records and that may differ when a collection goes on.
+RECORDED = ("attention", "neuronpedia_out")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class CollectSettings:
         boundary: rule of the place where a text's prompt ends, as `tokens.BOUNDARY`.
         chat_template_kwargs: values of the chat template's variables by name, or None.
         template_date: date that the chat template writes, as `2026-03-01`, or None where it writes none.
-        neuronpedia_out: number of the output SAE on Neuronpedia, None if it is that of its layer.
+        neuronpedia_out: `FrozenSAE.neuronpedia_place` of the output SAE; empty in folders of earlier versions. The
+            counts do not depend on it, so it is recorded and not compared.
         format: format of the shards.
         attention: names of the implementations that computed attention, joined by commas; empty in folders of earlier
             versions. Those of one function differ in rounding alone, so this is recorded and not compared.
@@ -59,7 +62,7 @@ class CollectSettings:
     boundary: str = "apart"
     chat_template_kwargs: dict[str, Any] | None = None
     template_date: str | None = None
-    neuronpedia_out: int | None = None
+    neuronpedia_out: str = ""
     format: str = FORMAT
     attention: str = ""
 
@@ -285,7 +288,7 @@ class Collection:
 def _differing(manifest: Path, settings: CollectSettings) -> list[str]:
     """Return how a manifest differs from settings, one text per setting."""
     mine, theirs = asdict(settings), EARLIER | _read_json(manifest)
-    differing = [name for name in mine if name != "attention" and theirs.get(name) != mine[name]]
+    differing = [name for name in mine if name not in RECORDED and theirs.get(name) != mine[name]]
     return [f"{name}: {theirs.get(name)!r} there, {mine[name]!r} now" for name in differing]
 
 

@@ -90,7 +90,6 @@ class TripleCounter:
         """Return all that the counts of given triples depend on."""
         tokenizer: Any = self.tokenizer
         behaviour = [tokenizer(text)["input_ids"] for text in PROBE], tokenizer.all_special_ids, tokenizer.chat_template
-        number = self.sae_out.neuronpedia_number
         return CollectSettings(
             model_name=self.name,
             sae_in=self.sae_in.fingerprint,
@@ -106,7 +105,7 @@ class TripleCounter:
             chat_template_kwargs=self.chat_template_kwargs or None,
             template_date=date_of_today(tokenizer),
             attention=attention_implementation(self.model),
-            neuronpedia_out=None if number == self.sae_out.layer else number,
+            neuronpedia_out=self.sae_out.neuronpedia_place,
         )
 
     def sources(self) -> dict[str, Source]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -349,15 +348,16 @@ class FrozenSAE(Autoencoder):
         return self._fingerprint
 
     @property
-    def neuronpedia_number(self) -> int | None:
-        """Number with which its place on Neuronpedia begins, as in "12-gemmascope-res-65k"; None if it has no layer.
+    def neuronpedia_place(self) -> str:
+        """Its place on Neuronpedia, as "12-gemmascope-res-65k", or where that is unknown its first part, as "12".
 
-        It is that of the hook, so a residual before a layer has the number of that layer.
+        That number is of the hook, so a residual before a layer has the number of that layer. Empty without a layer.
         """
-        if given := re.search(r"/([0-9]+)-", self.neuronpedia_id or ""):
-            return int(given[1])
-        place = None if self.hook_name is None else residual_hook("the SAE", self.hook_name)
-        return self.layer if place is None else place[1]
+        if given := (self.neuronpedia_id or "").partition("/")[2]:
+            return given
+        hook = None if self.hook_name is None else residual_hook("the SAE", self.hook_name)
+        number = self.layer if hook is None else hook[1]
+        return "" if number is None else str(number)
 
     def fingerprint_advice(self, other: str) -> str:
         """Return why a thing made with an SAE of fingerprint `other` does not fit this one, or "" if unknown."""

@@ -101,10 +101,9 @@ class LatentSpace:
     """The facts about an SAE that labels of its latents have to agree with, without the SAE itself."""
 
     layer: int | None
-    neuronpedia_number: int | None
+    neuronpedia_place: str
     d_sae: int
     model_name: str | None
-    neuronpedia_id: str | None = None
 
     def __str__(self) -> str:
         return f"an SAE of {self.d_sae} latents at layer {self.layer}"
@@ -251,8 +250,8 @@ def _place(given: str, sae: FrozenSAE | LatentSpace) -> str:
     _, _, source = given.partition("-")
     if not source:
         return str(sae.layer)
-    # SAEs of one layer have other latents under the same numbers.
-    return (sae.neuronpedia_id or "").partition("/")[2] or f"{sae.neuronpedia_number}-{source}"
+    # Where all of the place is known, so must be the labels': SAEs of one layer have other latents.
+    return sae.neuronpedia_place if "-" in sae.neuronpedia_place else f"{sae.neuronpedia_place}-{source}"
 
 
 def _check_origin(name: str, row: Mapping[str, Any], sae: FrozenSAE | LatentSpace) -> None:

@@ -272,13 +272,19 @@ def test_the_same_model_by_another_name(case: Case) -> None:
     assert case.collect(sae_in=sae, model_name="google/gemma-2-2b-it").settings.model_name == "google/gemma-2-2b-it"
 
 
-def test_the_number_of_an_sae_before_a_layer(case: Case) -> None:
-    """It is needed to check labels of the map's latents. That of other SAEs is not recorded."""
-    before = make_sae(L_OUT, D_SAE_OUT, seed=2)
-    before.hook_name = f"blocks.{L_OUT + 1}.hook_resid_pre"
-    collection = case.collect(sae_out=before)
-    assert collection.settings.neuronpedia_out == reduce(collection).meta.neuronpedia_out == L_OUT + 1
-    assert case.collect().settings.neuronpedia_out is None
+def test_the_place_of_an_sae_on_neuronpedia(case: Case, tmp_path: Path) -> None:
+    """It is needed to check labels of the map's latents, and the same SAE may know more of it later."""
+    sae = make_sae(L_OUT, D_SAE_OUT, seed=2)
+    for hook_name, neuronpedia_id, place in (
+        (None, None, f"{L_OUT}"),
+        (f"blocks.{L_OUT + 1}.hook_resid_pre", None, f"{L_OUT + 1}"),
+        (None, "gemma-2-2b/9-res-x", "9-res-x"),
+    ):
+        sae.hook_name, sae.neuronpedia_id = hook_name, neuronpedia_id
+        collection = case.collect(sae_out=sae)
+        assert collection.settings.neuronpedia_out == reduce(collection).meta.neuronpedia_out == place
+    first = case.collect(work_dir=tmp_path / "counts")
+    assert case.collect(work_dir=tmp_path / "counts", sae_out=sae).folder == first.folder
 
 
 @pytest.mark.parametrize("value", [129, 1, 0, -5])

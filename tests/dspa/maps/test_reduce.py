@@ -241,7 +241,7 @@ def test_meta_says_how_it_was_made() -> None:
         "chat_template_kwargs": None,
         "template_date": None,
         "attention": "",
-        "neuronpedia_out": None,
+        "neuronpedia_out": "",
         # Latent 0 is never active.
         "n_inactive": 1,
         "n_zero_percentile": int((np.percentile(data[0], 80.0, axis=0) == 0).sum()),

@@ -160,7 +160,7 @@ def test_a_category_that_no_latent_has():
 
 # Descriptions
 
-SPACE = LatentSpace(12, 12, D_SAE, "google/gemma-2-2b-it")
+SPACE = LatentSpace(12, "12", D_SAE, "google/gemma-2-2b-it")
 
 
 def test_descriptions(tmp_path, sae):
@@ -176,9 +176,11 @@ def test_descriptions(tmp_path, sae):
 
 def test_descriptions_of_the_residual_before_a_layer(tmp_path):
     file = written(tmp_path / "l.json", [exported(1, "a", layer="13-res-jb")])
-    assert read_descriptions(file, dataclasses.replace(SPACE, neuronpedia_number=13)) == {1: "a"}
-    with pytest.raises(LabelError, match="of layer '13-res-jb'; accepted: 12"):
-        read_descriptions(file, SPACE)
+    for place in ("13", "13-res-jb"):
+        assert read_descriptions(file, dataclasses.replace(SPACE, neuronpedia_place=place)) == {1: "a"}
+    for place in ("12", "13-res_fs-jb"):
+        with pytest.raises(LabelError, match=f"of layer '13-res-jb'; accepted: {place}"):
+            read_descriptions(file, dataclasses.replace(SPACE, neuronpedia_place=place))
 
 
 @pytest.mark.parametrize(
