@@ -121,7 +121,7 @@ def loaded_name(model: nn.Module) -> str:
         return cached[1].replace("--", "/")
     config = path / "config.json"
     recorded = json.loads(config.read_text(encoding="utf-8")).get("_name_or_path") if config.is_file() else None
-    return recorded if recorded and is_model_name(recorded) else f"./{path.name}"
+    return recorded if isinstance(recorded, str) and is_model_name(recorded) else f"./{path.name}"
 
 
 def is_model_name(name: str) -> bool:

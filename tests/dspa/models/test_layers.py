@@ -63,6 +63,7 @@ REPOSITORY = "models--google--gemma-2-2b/snapshots/c5ebcd40d208330abc697524c9199
         ("model", "google/gemma-2-2b", "google/gemma-2-2b"),
         ("gemma-2-9b", "gpt2", "gpt2"),
         ("model", "/scratch/run/7", "./model"),
+        ("model", 5, "./model"),
         (f"hub/{REPOSITORY}", None, "google/gemma-2-2b"),
         (f"hub/{REPOSITORY}", "other", "google/gemma-2-2b"),
     ],
