@@ -27,6 +27,7 @@ from dspa.cli.options import (
 )
 from dspa.cli.tables import column_table, console, print_line, print_next, print_warning
 from dspa.distributed import rank
+from dspa.errors import require_package
 from dspa.fsrl.config import FSRLConfig, TrainingConfig
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def train(
     """
     from dspa import fsrl
 
+    require_package("trl", "Training an adapter")
     data, held_out_triples = _triples(triples, split, first), _held_out(held_out)
     check_model(on)
     loaded = load_sae(sae, layer, device_named(on.device))
@@ -109,6 +111,7 @@ def layers(
 
     with errors_of_options({"l1": "--l1"}):
         settings = [replace(adapter, l1=value) for value in l1 or [adapter.l1]]
+    require_package("trl", "Training an adapter")
     data, held_out_triples = _triples(triples, split, first), _held_out(held_out)
     check_model(on)
     saes = [load_sae(spec, None, device_named(on.device)) for spec in sae]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -13,7 +13,11 @@ from rich.table import Table
 from dspa.cli.loading import check_model, load_model, load_sae
 from dspa.cli.options import FILES, SAE_HELP, OnModel, Options, TrainingOut, errors_of_options, with_options
 from dspa.cli.tables import console, print_line, print_table
+from dspa.errors import require_package
 from dspa.saes.config import SAETrainingConfig
+
+if TYPE_CHECKING:
+    from dspa.data.texts import TextFile
 
 app = typer.Typer(help="Look at sparse autoencoders, train and fine-tune them.", no_args_is_help=True)
 
@@ -54,9 +58,15 @@ FIGURES = {
 def sae_show(sae: Annotated[str, typer.Argument(help=SAE_HELP)], layer: Layer = None) -> None:
     """Show an SAE: architecture, widths, layer, model, fingerprint, and its quality where a training recorded it."""
     loaded = load_sae(sae, layer, "cpu")
-    names = ("arch", "d_in", "d_sae", "layer", "model_name", "dtype", "folded", "fingerprint")
-    details = {name: getattr(loaded, name) for name in names}
-    details |= {"k": loaded.weights.k or "-", "normalize": loaded.weights.normalize}
+    details = {name: getattr(loaded, name) for name in ("arch", "d_in", "d_sae", "layer")}
+    details |= {
+        "model": loaded.model_name or "not known",
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "folded": ", ".join(loaded.folded) or "nothing",
+        "fingerprint": loaded.fingerprint,
+        "k": loaded.weights.k or "-",
+        "normalize": loaded.weights.normalize,
+    }
     print_table(sae, details | _quality(Path(sae), loaded.figures))
 
 
@@ -81,13 +91,9 @@ def sae_train(
     k: Annotated[float, typer.Option(help="Active latents per token, on average over a batch.")] = 64.0,
 ) -> None:
     """Train a BatchTopK SAE for a layer of a model, and save it as a JumpReLU SAE in a SAELens folder."""
-    from dspa.data.texts import TextFile
     from dspa.saes.training import train_sae
-    from dspa.training_folder import TrainingFolder
 
-    # What is quick to check is checked before a model is loaded.
-    TrainingFolder(out).check()
-    file = TextFile(texts)
+    file = _check_texts(texts, out)
     model, tokenizer = load_model(on)
     with errors_of_options(NAMES):
         train_sae(
@@ -115,13 +121,9 @@ def sae_finetune(
     ] = None,
 ) -> None:
     """Continue training an SAE on a text of your own, and save it as a JumpReLU SAE in a SAELens folder."""
-    from dspa.data.texts import TextFile
     from dspa.saes.training import finetune_sae
-    from dspa.training_folder import TrainingFolder
 
-    # What is quick to check is checked before a model is loaded.
-    TrainingFolder(out).check()
-    file = TextFile(texts)
+    file = _check_texts(texts, out)
     check_model(on)
     start = load_sae(sae, layer, "cpu")
     model, tokenizer = load_model(on)
@@ -130,6 +132,16 @@ def sae_finetune(
             *(model, tokenizer, file, start, out), k=k, config=config, layers=on.layers, model_name=on.model_name
         )
     _print_qualities(out)
+
+
+def _check_texts(texts: Path, out: Path) -> TextFile:
+    """Check what is quick to check before a model is loaded, and return the texts."""
+    from dspa.data.texts import TextFile
+    from dspa.training_folder import TrainingFolder
+
+    require_package("sae-lens", "Training an SAE")
+    TrainingFolder(out).check()
+    return TextFile(texts)
 
 
 def _print_qualities(out: Path) -> None:

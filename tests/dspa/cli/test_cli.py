@@ -215,8 +215,26 @@ def test_interactive(run, folder, built, monkeypatch):
 def test_sae_show_and_info(run, folder):
     code, text = run("sae", "show", folder / "sae_out")
     assert code == 0 and "jumprelu" in text and make_sae(L_OUT, 128, seed=2).fingerprint in text
+    assert "folded │ nothing" in " ".join(text.split()) and "dtype │ float32" in " ".join(text.split())
     code, text = run("info")
     assert code == 0 and "plain PyTorch" in text and "auto takes triton" in text and "has run on GPUs" in text
+
+
+@pytest.mark.parametrize(
+    "command", [("sae", "train"), ("sae", "finetune"), ("fsrl", "train"), ("fsrl", "analyse", "layers")]
+)
+def test_a_package_that_training_needs_is_missed_before_the_model(run, folder, tmp_path, monkeypatch, command):
+    monkeypatch.setattr("dspa.errors.find_spec", lambda _name: None)
+    for module in ("sae", "fsrl_train"):
+        monkeypatch.setattr(f"dspa.cli.{module}.load_model", lambda _on: pytest.fail("The model was loaded."))
+    given = {"--sae": folder / "sae_out", "--layer": L_OUT, "--held-out": folder / "triples.jsonl"}
+    wanted = {"train": ["--layer"], "finetune": ["--sae"]} if command[0] == "sae" else {}
+    names = wanted.get(command[-1], ["--sae", "--held-out"])
+    options = [part for name in names for part in (name, given[name])]
+    model = ("--model", folder / "model", "--out", tmp_path / "out")
+    code, text = run(*command, folder / "triples.jsonl", *model, *options)
+    package = "sae-lens" if command[0] == "sae" else "trl"
+    assert code == 2 and f"needs the package {package}" in " ".join(text.split())
 
 
 def test_info_says_how_to_get_what_is_missing(run, monkeypatch):
