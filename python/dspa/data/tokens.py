@@ -88,7 +88,7 @@ def tokenize_triple(
     if max_length is not None and len(prompt) >= max_length:
         got = f"{len(prompt)} tokens long, which leaves no room for a response in {max_length} tokens"
         accepted = f"prompts of at most {max_length - 1} tokens"
-        advice = "Raise max_length or remove the triple; prompts are never shortened."
+        advice = "Raise `max_length` or remove the triple; prompts are never shortened."
         raise refusal(PreferenceError, f"{triple.name}: `prompt`", got, accepted, advice)
     room = None if max_length is None else max_length - len(prompt)
     cut = sum(len(response[:room]) < len(response) for response in (chosen, rejected))

@@ -107,7 +107,7 @@ def train(
         held_data = None if held is None else Data.read(held, dated, config, progress, chat_template_kwargs)
         if len(data.rows) < config.batch_size:
             accepted = f"a batch ({config.batch_size}) or more"
-            raise refusal(TrainingError, "The number of triples", len(data.rows), accepted, "Lower batch_size.")
+            raise refusal(TrainingError, "The number of triples", len(data.rows), accepted, "Lower `batch_size`.")
         settings = _settings(inner, adapter, config, data, held_data, model_name)
         settings |= {"chat_template_kwargs": dict(chat_template_kwargs or {}) or None, "template_date": date}
         adapter.trained_on = model_source(inner)

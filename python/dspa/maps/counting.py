@@ -155,7 +155,7 @@ class TripleCounter:
                 raise ModelError(
                     f"There is not enough memory for one triple alone: {batch[0].name}, with a prompt of "
                     f"{len(batch[0].triple.prompt)} tokens and a response of {len(groups[0].ids[0])}. Finished pieces "
-                    "are kept. Lower max_length or free memory, then start again."
+                    "are kept. Lower `max_length` or free memory, then start again."
                 ) from error
         # Outside the handler, nothing holds the tensors of the failed pass any more.
         torch.cuda.empty_cache()
@@ -163,8 +163,8 @@ class TripleCounter:
         tokens = max(len(batch) * n_prompt, *(len(g.rows) * (n_prompt + len(g.ids[0])) for g in groups))
         self.batch_tokens = tokens // 2
         warnings.warn(
-            f"There is not enough memory for batches of {tokens} tokens. Continuing with {self.batch_tokens}. Pass "
-            f"batch_tokens={self.batch_tokens} to start with that.",
+            f"There is not enough memory for batches of {tokens} tokens. Continuing with {self.batch_tokens}. To "
+            "start with that, pass it as `batch_tokens`.",
             stacklevel=2,
         )
         return None

@@ -229,7 +229,7 @@ def reduce_table(
     if (size := s.d_sae_in * len(latents)) > MOST_VALUES:
         raise MapError(
             f"The map would hold {s.d_sae_in} x {len(latents)} values, {4e-9 * size:.0f} GB; accepted: at most "
-            f"{4e-9 * MOST_VALUES:.0f} GB. Sparsify it (sparsify=True), with a smaller k_diff."
+            f"{4e-9 * MOST_VALUES:.0f} GB. Sparsify it, with `sparsify` and a smaller `k_diff`."
         )
     meta = MapMeta(
         **{name: getattr(s, name) for name in MapMeta.__annotations__ if hasattr(s, name)},

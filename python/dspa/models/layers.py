@@ -170,7 +170,9 @@ def check_model_name(made: str, name: str, mine: str) -> None:
         mine: model that it is used with.
     """
     if not same_model(name, mine):
-        raise ModelError(f"{made} {name!r} and the model is {mine!r}. If they are the same, pass model_name={name!r}.")
+        raise ModelError(
+            f"{made} {name!r} and the model is {mine!r}. If they are the same, pass {name!r} as `model_name`."
+        )
 
 
 def context_length(model: CausalLM) -> int | None:

@@ -92,7 +92,7 @@ class Activations:
         if end >= self.texts.n_entries:
             raise TextError(
                 f"{self.texts.path} has {self.texts.n_entries} entries, and {n_tokens} held-out tokens take them all; "
-                "accepted: more text than is held out. Add text, or lower held_out_tokens."
+                "accepted: more text than is held out. Add text, or lower `held_out_tokens`."
             )
         return self.rows(documents, "reading held-out text"), end
 

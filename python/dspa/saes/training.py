@@ -306,7 +306,7 @@ def _begin(job: _Job, first: list[Tensor]) -> tuple[Any, _Beginning]:
         assert job.start is not None
         # Outliers have left the batches already.
         k = evaluate_sae(job.start, sample, max_norm_ratio=0).l0
-        _check_k(k, job.d_sae, "It is the L0 of `sae` on these tokens: is it the SAE of this layer? Or pass k.")
+        _check_k(k, job.d_sae, "It is the L0 of `sae` on these tokens: is it the SAE of this layer? Or pass `k`.")
     scale = float(sample.shape[1] ** 0.5 / job.read(sample).norm(dim=-1).mean())
     sae = job.new_sae(k, scale)
     begin_threshold(sae, job.read(first[0]) * scale)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import re
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
@@ -12,8 +15,10 @@ import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import dspa
 from dspa.cli import app, main
 from dspa.cli import map as map_commands
+from dspa.cli import options as cli_options
 from dspa.cli.generate import BACKENDS
 from dspa.cli.options import (
     AdapterOptions,
@@ -192,6 +197,26 @@ def test_a_command_gets_its_dataclasses():
 def test_errors_name_options(words, message):
     error = CliRunner().invoke(small_app([]), ["--path", "x", *words]).exception
     assert isinstance(error, ValueError) and str(error) == message
+
+
+def named_fields() -> set[str]:
+    """Names of fields that are options of a command, and not also words."""
+    kinds = {kind for kind in vars(cli_options).values() if is_dataclass(kind)}
+    kinds |= {SteeringConfig, FSRLConfig, TrainingConfig, SAETrainingConfig, map_commands.CountingOptions}
+    return {setting.name for kind in kinds for setting in fields(kind) if "_" in setting.name}
+
+
+def test_messages_quote_the_fields_that_are_options():
+    names = "|".join(named_fields())
+    for path in Path(dspa.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            is_message = isinstance(node, ast.Raise) or (
+                isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn"
+            )
+            if is_message:
+                strings = (part.value for part in ast.walk(node) if isinstance(part, ast.Constant))
+                text = "".join(string for string in strings if isinstance(string, str))
+                assert not re.search(rf"(?<![`\w])({names})\b", text), f"{path}:{node.lineno}: {text}"
 
 
 def test_help_names_options_and_is_that_of_both():

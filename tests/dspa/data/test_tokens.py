@@ -115,7 +115,7 @@ def test_prompts_are_never_cut(max_length: int) -> None:
     problem = (
         f"prefs.jsonl line 12: `prompt` is 3 tokens long, which leaves no room for a response in {max_length} tokens"
     )
-    with pytest.raises(PreferenceError, match=rf"{problem}.* Raise max_length"):
+    with pytest.raises(PreferenceError, match=rf"{problem}.* Raise `max_length`"):
         tokenize_triple(triple, make_tokenizer(), max_length=max_length)
 
 

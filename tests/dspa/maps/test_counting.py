@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -257,7 +258,7 @@ def test_memory_that_does_not_suffice_for_a_batch(case: Case, error: str, n_toke
         got = case.collect()
     check_same(got, at_once, batched_alike=False)
     # Starting with the size that the last warning names gives no warning.
-    (size,) = (int(word.removeprefix("batch_tokens=")) for word in str(warned[-1].message).split() if "tokens=" in word)
+    (size,) = (int(digits) for digits in re.findall(r"Continuing with (\d+)\.", str(warned[-1].message)))
     with hooked(case.model, fail_above(ERRORS[error], n_tokens)), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         check_same(case.collect(batch_tokens=size), at_once, batched_alike=False)

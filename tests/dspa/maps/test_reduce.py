@@ -521,7 +521,7 @@ def test_a_map_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reduction, "MOST_VALUES", D_IN * n_columns)
     reduce(counts, sparsify=False)
     monkeypatch.setattr(reduction, "MOST_VALUES", D_IN * n_columns - 1)
-    with pytest.raises(MapError, match=rf"would hold {D_IN} x {n_columns} values.*sparsify=True"):
+    with pytest.raises(MapError, match=rf"would hold {D_IN} x {n_columns} values.*`sparsify`"):
         reduce(counts, sparsify=False)
 
 
