@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
@@ -83,7 +84,7 @@ def _options(
     show_version: Annotated[
         bool, typer.Option("--version", help="Show the version and stop.", is_eager=True, callback=_show_version)
     ] = False,
-    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error, and where a warning is from.")] = False,
 ) -> None:
     # Nothing to do before a command: `main` looks for --debug when one fails.
     del debug, show_version
@@ -155,9 +156,12 @@ def _version(package: str) -> str:
 
 
 def main() -> None:
-    """Run the command line: an error is one message and exit code 2."""
+    """Run the command line: an error is one message and exit code 2, and a warning is its text alone."""
     from safetensors import SafetensorError
 
+    formatted = warnings.formatwarning
+    if "--debug" not in sys.argv:
+        warnings.formatwarning = _format_warning
     try:
         app(prog_name="dspa")
     except (ValueError, RuntimeError, OSError, ImportError, SafetensorError) as error:
@@ -165,3 +169,9 @@ def main() -> None:
             raise
         Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}")
         raise SystemExit(2) from error
+    finally:
+        warnings.formatwarning = formatted
+
+
+def _format_warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    return f"Warning: {message}\n"

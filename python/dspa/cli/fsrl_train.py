@@ -21,7 +21,7 @@ from dspa.cli.options import (
     Split,
     TrainingOut,
     Triples,
-    errors_of_options,
+    messages_of_options,
     name_options,
     with_options,
 )
@@ -109,7 +109,7 @@ def layers(
     """Train an adapter at each of several layers, and compare them to find the layer to steer."""
     from dspa import fsrl
 
-    with errors_of_options({"l1": "--l1"}):
+    with messages_of_options({"l1": "--l1"}):
         settings = [replace(adapter, l1=value) for value in l1 or [adapter.l1]]
     require_package("trl", "Training an adapter")
     data, held_out_triples = _triples(triples, split, first), _held_out(held_out)

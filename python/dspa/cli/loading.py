@@ -13,7 +13,7 @@ from dspa.cli.options import (
     RecordedModelOptions,
     RecordedSAEPairOptions,
     SAEPairOptions,
-    errors_of_options,
+    messages_of_options,
 )
 from dspa.data.records import ENDINGS, ending_of
 from dspa.distributed import local_rank
@@ -83,7 +83,7 @@ def load_sae(spec: str, layer: int | None, device: str, layer_option: str = "--l
     from dspa.saes.frozen import FrozenSAE
 
     release, _, sae_id = spec.partition(":")
-    with errors_of_options({"layer": layer_option}):
+    with messages_of_options({"layer": layer_option}):
         if sae_id and not Path(spec).exists():
             return FrozenSAE.from_pretrained(release, sae_id, device=device, layer=layer)
         return FrozenSAE.load(spec, layer=layer, device=device)

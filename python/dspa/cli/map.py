@@ -24,6 +24,7 @@ from dspa.cli.options import (
     SAEPairOptions,
     Split,
     Triples,
+    messages_of_options,
     with_options,
 )
 from dspa.cli.tables import print_line, print_next
@@ -188,14 +189,15 @@ def _call_on_triples(
     source = triple_source(triples, split, counting.stream)
     next(load_triples(source))
     model, tokenizer, sae_in, sae_out = load_all(on, pair)
-    return function(
-        *(model, tokenizer, source, sae_in, sae_out),
-        max_length=counting.max_length,
-        batch_tokens=counting.batch_tokens,
-        layers=on.layers,
-        model_name=on.model_name,
-        **options,
-    )
+    with messages_of_options({"first": "--first"}):
+        return function(
+            *(model, tokenizer, source, sae_in, sae_out),
+            max_length=counting.max_length,
+            batch_tokens=counting.batch_tokens,
+            layers=on.layers,
+            model_name=on.model_name,
+            **options,
+        )
 
 
 def _subset(

@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -94,8 +95,10 @@ def name_options(text: str, names: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def errors_of_options(names: Mapping[str, str]) -> Iterator[None]:
-    """Let errors name options in place of fields."""
+def messages_of_options(names: Mapping[str, str]) -> Iterator[None]:
+    """Let errors and warnings name options in place of fields."""
+    formatted = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **kwargs: name_options(formatted(*args, **kwargs), names)
     try:
         yield
     except (ValueError, RuntimeError) as error:
@@ -103,6 +106,8 @@ def errors_of_options(names: Mapping[str, str]) -> Iterator[None]:
         if text == str(error):
             raise
         raise ValueError(text) from error
+    finally:
+        warnings.formatwarning = formatted
 
 
 def _completion(choices: Collection[str]) -> Callable[[], list[str]]:
@@ -113,8 +118,8 @@ def _completion(choices: Collection[str]) -> Callable[[], list[str]]:
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replace each parameter of a command that is a dataclass with `Options` by one option per field.
 
-    Dataclasses that share a field share its option, whose help is that of both. Errors of the command name options in
-    place of fields.
+    Dataclasses that share a field share its option, whose help is that of both. Errors and warnings of the command name
+    options in place of fields.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, _Group] = {}
@@ -132,7 +137,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     own = [name for name in inspect.signature(command).parameters if name not in groups]
 
     def run(**values: Any) -> None:
-        with errors_of_options(option_names):
+        with messages_of_options(option_names):
             made = {name: group.make(values) for name, group in groups.items()}
             command(**made, **{name: values[name] for name in own})
 

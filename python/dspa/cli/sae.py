@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from dspa.cli.loading import check_model, load_model, load_sae
-from dspa.cli.options import FILES, SAE_HELP, OnModel, Options, TrainingOut, errors_of_options, with_options
+from dspa.cli.options import FILES, SAE_HELP, OnModel, Options, TrainingOut, messages_of_options, with_options
 from dspa.cli.tables import console, print_line, print_table
 from dspa.errors import require_package
 from dspa.saes.config import SAETrainingConfig
@@ -95,7 +95,7 @@ def sae_train(
 
     file = _check_texts(texts, out)
     model, tokenizer = load_model(on)
-    with errors_of_options(NAMES):
+    with messages_of_options(NAMES):
         train_sae(
             *(model, tokenizer, file, layer, out),
             d_sae=d_sae,
@@ -127,7 +127,7 @@ def sae_finetune(
     check_model(on)
     start = load_sae(sae, layer, "cpu")
     model, tokenizer = load_model(on)
-    with errors_of_options(NAMES):
+    with messages_of_options(NAMES):
         finetune_sae(
             *(model, tokenizer, file, start, out), k=k, config=config, layers=on.layers, model_name=on.model_name
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -104,6 +105,15 @@ def test_collect_and_reduce_are_build(run, folder, counts, built, tmp_path):
     code, text = run("map", "collect", folder / "triples.jsonl", *common(folder), "--out", counts)
     assert code == 0 and "12 triples counted" in text
     assert {path: path.stat().st_mtime_ns for path in counts.iterdir()} == before
+
+
+def test_a_warning_is_its_text_and_names_options(run, folder, counts, monkeypatch):
+    # Prints warnings, as pytest does not.
+    monkeypatch.setattr("warnings.showwarning", lambda *given: print(warnings.formatwarning(*given[:4])))
+    words = ("map", "collect", folder / "triples.jsonl", *common(folder), "--out", counts.with_name("more"))
+    code, text = run(*words, "--first", 13)
+    assert code == 0
+    assert "Warning: --first is 13 and the data hold 12 triples: all were counted. 12 triples counted" in text
 
 
 def test_subsets(run, folder, counts, tmp_path):

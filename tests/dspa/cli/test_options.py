@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -170,6 +171,8 @@ def small_app(received: list[Any]) -> typer.Typer:
         received.append((settings, other, own))
         if own == 0:
             raise RuntimeError("`kind` and `own` cannot be.")
+        if own == 1:
+            warnings.warn("`kind` is unusual.", stacklevel=1)
 
     small = typer.Typer(pretty_exceptions_enable=False)
     small.command()(command)
@@ -197,6 +200,14 @@ def test_a_command_gets_its_dataclasses():
 def test_errors_name_options(words, message):
     error = CliRunner().invoke(small_app([]), ["--path", "x", *words]).exception
     assert isinstance(error, ValueError) and str(error) == message
+
+
+def test_warnings_name_options(monkeypatch):
+    formatted = warnings.formatwarning
+    # Prints warnings, as pytest does not.
+    monkeypatch.setattr("warnings.showwarning", lambda *given: print(warnings.formatwarning(*given[:4])))
+    assert "--kind is unusual." in CliRunner().invoke(small_app([]), ["--path", "x", "--own", "1"]).output
+    assert warnings.formatwarning is formatted
 
 
 def named_fields() -> set[str]:
