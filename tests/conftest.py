@@ -24,6 +24,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("DSPA_CUDA_EMULATED", str(EMULATED / "libdspa_emulated.so"))
 
+# The readline library exports the size of a terminal to the processes that pytest starts. A console of rich would keep
+# that width from its import on, and tests choose their own.
+os.environ.pop("COLUMNS", None)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Have xdist hand out files in the order of `pytest_collection_modifyitems`, not those of most tests first."""

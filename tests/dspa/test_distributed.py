@@ -19,7 +19,7 @@ import torch
 from torch.distributed import HashStore
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dspa import collect, distributed, reduce
+from dspa import ConditionalDifferenceMap, collect, distributed, reduce
 from dspa.distributed import Team
 from dspa.testing import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_model, make_sae, make_tokenizer
 
@@ -202,6 +202,10 @@ def test_a_map_is_reduced_once(here: Path, alone: Path, tmp_path: Path, how: str
     assert done.returncode == 0, done.stderr
     assert len(shards(tmp_path / "work")) == 8
     assert (tmp_path / "reduced").read_text().split() == ["0"]
+    cdmap = ConditionalDifferenceMap.load(tmp_path / "map")
+    # Alone, the SAEs come from no files.
+    assert [cdmap.sources.pop(name).path for name in ("sae_in", "sae_out")] == [str(saes[1]), str(saes[3])]
+    cdmap.save(tmp_path / "map")
     assert (tmp_path / "map").read_bytes() == (alone / "map").read_bytes()
     returned = [path.read_text() for path in sorted(tmp_path.glob("returned-*"))]
     assert returned == (["ConditionalDifferenceMap", "NoneType"] if how == "function" else [])

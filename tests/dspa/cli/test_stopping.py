@@ -15,9 +15,12 @@ import typer
 from dspa.cli import app, main
 from dspa.cli.stopping import KEPT, farewell
 
+# A job in the background of a shell starts with SIGINT ignored, and so would the command that tests of it start.
 WAITS = """
-import sys, time
+import signal, time
 from dspa.cli import app, main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @app.command()
 def wait():
