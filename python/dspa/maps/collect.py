@@ -113,20 +113,20 @@ def collect(
 
 def _check_triples(source: TripleSource, counter: TripleCounter, team: Team, progress: bool) -> DataRecord:
     """Read all triples, tokenize those of this rank's share of pieces, and raise `PreferenceError` for invalid ones."""
-    tally, errors = Tally(), list[tuple[str, PreferenceError]]()
+    tally, errors = Tally(), dict[int, tuple[str, PreferenceError]]()
     with tqdm(unit="triple", desc="check", leave=False, disable=not progress or team.rank > 0) as bar:
         for piece in source.pieces():
             tally.add(piece)
             if piece.number % team.size == team.rank:
-                for _, triple in piece.triples:
+                for index, triple in piece.triples:
                     try:
                         counter.tokenize(triple)
                     except PreferenceError as error:
-                        errors.append((triple.name, error))
+                        errors[index] = triple.name, error
             bar.update(len(piece.triples))
     if errors:
-        # All in one message, instead of one per start.
-        (_, first_error), *others = errors
+        # All in one message, instead of one per start, and in the order of the data: pieces are sorted by length.
+        (_, first_error), *others = (errors[index] for index in sorted(errors))
         names = listed((name for name, _ in others), N_NAMED)
         more = f" {len(others)} more cannot be tokenized either: {names}." if others else ""
         raise PreferenceError(f"{first_error}{more}") from first_error

@@ -139,7 +139,9 @@ def test_a_triple_that_only_the_tokenizer_refuses_is_found_as_early(
 
 def test_all_triples_that_cannot_be_tokenized_are_named(case: Case, small_windows: None) -> None:
     same = {"prompt": "w3", "chosen": " w4", "rejected": " w4 "}
-    rows = [*as_rows(case.ids), same, Triple(**same, name="C: mine"), same]
+    # Pieces are made by length, and errors are named in the order of the data.
+    longer = same | {"prompt": "w3 w5 w6 w7 w8 w9 w10 w11"}
+    rows = [*as_rows(case.ids), same, Triple(**longer, name="C: mine"), same]
     with pytest.raises(PreferenceError, match="equal to `rejected`") as raised:
         case.collect(triples=rows)
     assert str(raised.value).startswith("triple 9: `chosen` is equal to")
