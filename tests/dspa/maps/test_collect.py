@@ -139,13 +139,18 @@ def test_a_triple_that_only_the_tokenizer_refuses_is_found_as_early(
 
 def test_all_triples_that_cannot_be_tokenized_are_named(case: Case, small_windows: None) -> None:
     same = {"prompt": "w3", "chosen": " w4", "rejected": " w4 "}
-    # Pieces are made by length, and errors are named in the order of the data.
-    longer = same | {"prompt": "w3 w5 w6 w7 w8 w9 w10 w11"}
-    rows = [*as_rows(case.ids), same, Triple(**longer, name="C: mine"), same]
+    rows = [*as_rows(case.ids), same, Triple(**same, name="C: mine"), same]
     with pytest.raises(PreferenceError, match="equal to `rejected`") as raised:
         case.collect(triples=rows)
     assert str(raised.value).startswith("triple 9: `chosen` is equal to")
     assert str(raised.value).endswith(" 2 more cannot be tokenized either: C: mine, triple 11.")
+
+
+def test_those_that_cannot_be_tokenized_are_named_in_their_order(case: Case) -> None:
+    """Pieces are made by length."""
+    rows = [{"prompt": "w3 " * n, "chosen": "w4", "rejected": "w4 "} for n in (5, 40, 1, 20)]
+    with pytest.raises(PreferenceError, match=r"^triple 1: .* either: triple 2, triple 3, triple 4\.$"):
+        case.collect(triples=rows)
 
 
 def test_thousands_that_cannot_be_tokenized_are_counted(case: Case) -> None:
