@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Model, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from dspa.data.tokens import BOUNDARY
 from dspa.maps.cdmap import TENSORS, ConditionalDifferenceMap, MapMeta
 from dspa.models.attention import use_same_function
 from dspa.saes.frozen import FrozenSAE
@@ -157,6 +158,7 @@ def make_map(
         k_diff=16,
         sparsify=True,
         package="0",
+        boundary=BOUNDARY,
         attention="eager",
     )
     return ConditionalDifferenceMap(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dspa.data.tokens import BOUNDARY
 from dspa.maps.cdmap import N_LARGE, ConditionalDifferenceMap, MapMeta
 
 # Share of the gates or latents from which on a map is warned of.
@@ -36,6 +38,7 @@ def origin(meta: MapMeta) -> list[Figure]:
         Figure("input SAE", _describe_sae(meta.layer_in, meta.d_sae_in, meta.sae_in), "one row of A per latent"),
         Figure("output SAE", _describe_sae(meta.layer_out, meta.d_sae_out, meta.sae_out), "edits are made here"),
         Figure("triples", str(meta.n_triples), f"{meta.n_cut} of their responses were cut{longest}"),
+        Figure("tokens", _describe_tokens(meta), "what the model read"),
         Figure("gates", f"{meta.gate_rule}, percentile {meta.percentile:g}", f"of densities over {tokens}"),
         Figure("cut", cut, "smaller entries of A are 0"),
         Figure("attention", meta.attention or "not recorded", "the implementation that computed it"),
@@ -50,6 +53,16 @@ def places(cdmap: ConditionalDifferenceMap) -> list[Figure]:
     """Describe where the model and the SAEs of a map were loaded from, as far as it records that."""
     sources = ((PLACES[name], source) for name, source in cdmap.sources.items() if name in PLACES)
     return [Figure(name, source.path, "used where no option names another") for name, source in sources]
+
+
+def _describe_tokens(meta: MapMeta) -> str:
+    """Return how triples became tokens, with the chat template's settings and date where it had any."""
+    described = ["prompt and response of a text as one" if meta.boundary == BOUNDARY else "prompt and response apart"]
+    if meta.chat_template_kwargs:
+        described.append(f"chat template with {json.dumps(meta.chat_template_kwargs)}")
+    if meta.template_date:
+        described.append(f"chat template of {meta.template_date}")
+    return ", ".join(described)
 
 
 def _describe_sae(layer: int, width: int, fingerprint: str) -> str:
@@ -126,9 +139,15 @@ def _size_figures(cdmap: ConditionalDifferenceMap) -> list[Figure]:
 
 
 def warnings(cdmap: ConditionalDifferenceMap) -> list[str]:
-    """Return what is unusual about the gates of a map, each with what to do about it."""
+    """Return what is unusual about the tokens and the gates of a map, each with what to do about it."""
     meta, n_always = cdmap.meta, n_always_open(cdmap)
     texts = []
+    if meta.boundary != BOUNDARY:
+        texts.append(
+            "An earlier version tokenized the prompt and the response of a text apart. Texts with an implicit prompt, "
+            "and those of a tokenizer that begins a text with a space (Llama-2, Mistral), have other tokens. If the "
+            "triples are such texts, make the map again from them, in a new folder. Conversations are not affected."
+        )
     if not len(cdmap.gate_latents):
         texts.append(
             "No gate is open on some prompts and closed on others, so that every prompt is steered alike. Use more "

@@ -237,7 +237,7 @@ def test_meta_says_how_it_was_made() -> None:
         "k_diff": 3,
         "sparsify": False,
         "package": __version__,
-        "boundary": "apart",
+        "boundary": "joint",
         "chat_template_kwargs": None,
         "template_date": None,
         "attention": "",

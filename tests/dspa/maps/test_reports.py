@@ -104,6 +104,22 @@ def test_origin(cdmap: ConditionalDifferenceMap) -> None:
     assert "3 of their responses were cut" in {figure.meaning for figure in text}
 
 
+def test_tokens_of_a_map(cdmap: ConditionalDifferenceMap) -> None:
+    def tokens(**meta: object) -> str:
+        return next(figure.value for figure in origin(replace(cdmap.meta, **meta)) if figure.name == "tokens")
+
+    assert tokens() == "prompt and response of a text as one"
+    template = {"chat_template_kwargs": {"enable_thinking": False}, "template_date": "2026-03-01"}
+    assert tokens(**template).endswith(', chat template with {"enable_thinking": false}, chat template of 2026-03-01')
+    assert tokens(boundary="apart") == "prompt and response apart"
+
+
+def test_a_map_of_earlier_tokens() -> None:
+    counts = as_collection(draw(40, seed=1))
+    earlier = replace(counts, settings=replace(counts.settings, boundary="apart"))
+    assert "implicit" in warnings(reduce(earlier))[0]
+
+
 # Warnings
 
 

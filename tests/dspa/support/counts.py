@@ -318,6 +318,7 @@ def settings_of(data: Table, **other: Any) -> CollectSettings:
         "dtypes": "",
         "max_length": 64,
         "tokenizer": "",
+        "boundary": "joint",
     }
     return CollectSettings(**settings | other)
 
