@@ -66,7 +66,7 @@ class Attachable(ABC):
         if any(isinstance(other, type(self)) and other.layer == self.layer for other in attachment.attached):
             raise ModelError(f"Layer {self.layer} of this model has another {kind}: dspa.detach(model) first.")
         self._prepare(inner, stack, model_name)
-        check_residual(inner, self.layer, layers)
+        check_residual(inner, self.layer, layers, keywords=bool(self.keywords))
         self._width = hidden_size(inner)
         self._undo = [attachment.add(self)]
         self._undo += [handle.remove for handle in self._register_hooks(inner, stack[self.layer])]

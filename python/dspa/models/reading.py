@@ -20,6 +20,8 @@ from dspa.models.layers import CausalLM, base_model, device_of, find_layers, hid
 CACHE_NAMES = ("cache", "past_key_values")
 # Keyword by which a pass that only reads marks itself to the layers, so that it is not steered.
 READING = "dspa_reading"
+# Keywords that a layer has to get where its residual is edited by position and plan.
+KEYWORDS = {READING: "keywords of a call", "position_ids": "keyword `position_ids`"}
 
 
 class _Stop(Exception):
@@ -45,15 +47,36 @@ def hidden(output: Any, width: int) -> Tensor:
     return h
 
 
-def check_residual(model: nn.Module, layer: int, layers: str | None = None) -> None:
-    """Raise `ModelError` unless a decoder layer runs and returns one residual stream, as one token through it shows.
+def check_residual(model: nn.Module, layer: int, layers: str | None = None, *, keywords: bool = False) -> None:
+    """Check a decoder layer by one token through it. Does nothing in training mode, where a pass draws random numbers.
 
-    Does nothing in training mode, where a pass may draw random numbers.
+    Args:
+        model: as for `read_layers`.
+        layer: which decoder layer, from 0.
+        layers: as for `read_layers`.
+        keywords: check too that keywords of the model and `position_ids` reach the layer.
+
+    Raises:
+        ModelError: the layer does not run, returns no single residual stream, or gets no keywords.
     """
     inner = base_model(model)
-    if not inner.training:
-        token = torch.zeros(1, 1, dtype=torch.long, device=device_of(inner.get_input_embeddings()))
-        read_layers(inner, [layer], layers, input_ids=token)
+    if inner.training:
+        return
+    token, names = torch.zeros(1, 1, dtype=torch.long, device=device_of(inner.get_input_embeddings())), set[str]()
+    handle = find_layers(inner, layers)[layer].register_forward_pre_hook(
+        lambda _module, _args, kwargs: names.update(kwargs), with_kwargs=True
+    )
+    inputs: dict[str, Any] = {"input_ids": token}
+    if "position_ids" in _parameters(inner):
+        inputs["position_ids"] = token
+    try:
+        read_layers(inner, [layer], layers, **inputs)
+    finally:
+        handle.remove()
+    if keywords and (kept := [text for name, text in KEYWORDS.items() if name not in names]):
+        got = f"a model whose layers get no {' and no '.join(kept)}"
+        accepted, advice = "models that pass them on", "FSRL adapters need no keywords."
+        raise refusal(ModelError, type(inner).__name__, got, accepted, advice)
 
 
 @torch.no_grad()

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import MllamaForCausalLM, MllamaTextConfig, PreTrainedModel
 
 import dspa
-from dspa.fsrl import FSRLAdapter
+from dspa.errors import ModelError
+from dspa.fsrl import FSRLAdapter, FSRLConfig
 from dspa.models.layers import decoder_layers
 from dspa.models.reading import hidden, read_layers
-from dspa.testing import COMMON, D_IN, L_OUT, RECURRENT, make_model, word_tokenizer
+from dspa.testing import COMMON, D_IN, L_IN, L_OUT, RECURRENT, make_map, make_model, make_sae, word_tokenizer
 
 PROMPT = torch.tensor([[1, 5, 9, 33, 20, 7]])
 
@@ -118,6 +119,20 @@ def test_layers_that_get_no_keywords_can_be_read() -> None:
     read = read_layers(model, [0, 2], "backbone.layers", input_ids=PROMPT)
     # Mamba's hidden states begin after the first block.
     assert torch.equal(read[0], states[0]) and torch.equal(read[2], states[2])
+
+
+@pytest.mark.parametrize(("family", "layers"), [("mamba", "backbone.layers"), ("recurrent_gemma", None)])
+def test_layers_that_get_no_keywords_cannot_be_steered(family: str, layers: str | None) -> None:
+    """It is known before a map is used, and nothing stays attached. An adapter needs no keywords."""
+    model = make_model(family)
+    sae_in, sae_out = make_sae(L_IN, 96, seed=1), make_sae(L_OUT, 128, seed=2)
+    steering = dspa.Steering(sae_in, sae_out, make_map(sae_in, sae_out))
+    with pytest.raises(ModelError, match=r"whose layers get no .*`position_ids`"):
+        steering.attach(model, layers=layers)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with FSRLAdapter(sae_out, FSRLConfig()).attach(model, layers=layers) as adapter, adapter.recording() as moves:
+        model(PROMPT)
+    assert len(moves.l0) == 1
 
 
 def test_recurrent_families_are_read_as_plain_passes_read_them() -> None:
