@@ -315,7 +315,8 @@ def test_peft(model, steering, expected):
 def test_device_map(model, steering, expected, tmp_path):
     pytest.importorskip("accelerate")
     model.save_pretrained(tmp_path)
-    placed = type(model).from_pretrained(tmp_path, device_map={"": "cpu"})
+    attention = model.config._attn_implementation
+    placed = type(model).from_pretrained(tmp_path, device_map={"": "cpu"}, attn_implementation=attention)
     with steering.attach(placed, model_name="anything"):
         output = placed.generate(**padded(PROMPTS), max_new_tokens=N_NEW, do_sample=False)
     assert new_tokens(output) == expected
@@ -324,7 +325,7 @@ def test_device_map(model, steering, expected, tmp_path):
 def test_disk_offload(model, steering, expected, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     model.save_pretrained(tmp_path / "model")
-    placed = type(model).from_pretrained(tmp_path / "model")
+    placed = type(model).from_pretrained(tmp_path / "model", attn_implementation=model.config._attn_implementation)
     placed = accelerate.disk_offload(placed, str(tmp_path / "offload"), execution_device=torch.device("cpu"))
     with steering.attach(placed, model_name="anything"):
         output = placed.generate(**padded(PROMPTS), max_new_tokens=N_NEW, do_sample=False)
