@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,7 +65,7 @@ class Rows(Dataset):  # type: ignore[misc]
         return self
 
 
-class AdapterTrainer:
+class AdapterTrainer(ABC):
     """Changes to a trainer of an adapter: the L1 term, the evaluation, what is logged, and what a checkpoint holds."""
 
     args: Any
@@ -104,13 +105,13 @@ class AdapterTrainer:
         logged = {"preference_loss": loss, "l1": l1, "l0": l0}
         return total, {name: self._mean_over_processes(value) for name, value in logged.items()}
 
+    @abstractmethod
     def rewards(self, responses: Sequence[Response], logps: Tensor) -> Tensor:
         """Return the rewards of responses, [R], from their mean log-probabilities per token, [R], with the adapter."""
-        raise NotImplementedError
 
+    @abstractmethod
     def losses(self, margins: Tensor) -> Tensor:
         """Return the preference losses of triples, [N], from the margins of their rewards, [N]."""
-        raise NotImplementedError
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
         """Measure the adapter on the held-out triples, and log the figures with the prefix eval_.
@@ -156,7 +157,7 @@ class AdapterTrainer:
         """Return 0: counting takes a pass over all parameters of the model every time."""
         return 0
 
-    def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:
+    def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:  # noqa: B027
         """Write nothing, since a checkpoint holds no model."""
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
