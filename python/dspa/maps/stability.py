@@ -131,7 +131,7 @@ def stability(
 
 @dataclass(frozen=True)
 class _Steered:
-    """What a map steers.
+    """The latents that a map steers, and its columns.
 
     Attributes:
         latents: as of `selected_latents`.

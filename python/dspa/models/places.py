@@ -1,4 +1,4 @@
-"""What the name of a model means: a folder, a GGUF file, or a model of the Hub."""
+"""Places of models, by the names that users give: a folder, a GGUF file, or a model of the Hub."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Beginning:
-    """What the first batches decide. `training.json` keeps it, so that a resumed training need not read them again.
+    """Numbers that the first batches decide, kept in `training.json`: a resumed training need not read them again.
 
     Attributes:
         k: active latents per token.

@@ -149,7 +149,7 @@ def test_the_layer_is_recorded_too(run, folder):
 
 
 def test_an_sae_of_the_catalogue_is_recorded_by_its_names(run, folder, cdmap, monkeypatch):
-    """What the catalogue would return is read from the folder."""
+    """The SAE that the catalogue would return is read from the folder."""
     from sae_lens import SAE
 
     monkeypatch.setattr(SAE, "from_pretrained", lambda release, sae_id: SAE.load_from_disk(folder / sae_id))

@@ -70,7 +70,7 @@ def answer(model, tokenizer, cdmap):
 
 
 def alone(model: Any, tokenizer: Any, prompt: str) -> list[int]:
-    """What generate() adds to one prompt."""
+    """The text that generate() adds to one prompt."""
     inputs = tokenizer(prompt, return_tensors="pt")
     ids: list[int] = model.generate(**inputs, max_new_tokens=N_NEW, do_sample=False)[0].tolist()
     return ids[inputs["input_ids"].shape[1] :]

@@ -73,7 +73,7 @@ def exactly(flops: float) -> Any:
 
 
 def operations(model: PreTrainedModel, sequences: list[list[int]]) -> int:
-    """What PyTorch counts in passes over some sequences, one at a time."""
+    """Operations that PyTorch counts in passes over some sequences, one at a time."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for sequence in sequences:
             model(input_ids=torch.tensor([sequence]), use_cache=False)

@@ -86,7 +86,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_by_the_names_of_implementations(name: str) -> None:
-    """Of an attention module with a cap and sinks, and of one without."""
+    """The cases are an attention module with a cap and sinks, and one without."""
     module = torch.nn.Module()
     for asks in (False, True):
         got = attention_fault(name, torch.nn.Sequential(module))

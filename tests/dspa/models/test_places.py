@@ -1,4 +1,4 @@
-"""What a name of a model means, before anything is loaded."""
+"""`dspa.models.places`: the meaning of a model's name, before anything is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What identifies the weights of a model, and where it came from."""
+"""`dspa.models.sources`: the digest of a model's weights, and the place it came from."""
 
 from __future__ import annotations
 
