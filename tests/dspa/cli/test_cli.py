@@ -12,17 +12,16 @@ import pytest
 from dspa.cli import main
 from dspa.cli.loading import device_named, triple_source
 from dspa.maps.cdmap import ConditionalDifferenceMap
-from dspa.testing import ENGLISH, L_IN, L_OUT, make_model, make_sae, word_tokenizer
+from dspa.testing import ENGLISH, L_IN, L_OUT, make_sae
+
+from ..support.files import save_model_and_saes
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, two SAEs, triples and prompts, as a user has them."""
     folder = tmp_path_factory.mktemp("user")
-    make_model("gemma2").save_pretrained(folder / "tiny")
-    word_tokenizer().save_pretrained(folder / "tiny")
-    make_sae(L_IN, 96, seed=1).save(folder / "sae_in")
-    make_sae(L_OUT, 128, seed=2).save(folder / "sae_out")
+    save_model_and_saes(folder)
     rows = [
         {
             "prompt": " ".join(ENGLISH[n : n + 5]),

@@ -17,9 +17,10 @@ from dspa.evaluate.responses import responses_of
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.models.sources import model_source
 from dspa.saes.frozen import FrozenSAE
-from dspa.testing import ENGLISH, L_IN, L_OUT, make_map, make_model, make_sae, word_tokenizer
+from dspa.testing import ENGLISH, make_map, make_model, word_tokenizer
 
 from ..support.adapters import TRIPLES, acting_adapter
+from ..support.files import save_model_and_saes
 
 PROMPTS = [" ".join(ENGLISH[n : n + 1 + n * 5 % 9]) for n in range(7)]
 SHORT = ["--max-new-tokens", 6, "--device", "cpu"]
@@ -29,10 +30,7 @@ SHORT = ["--max-new-tokens", 6, "--device", "cpu"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A map and an adapter that know their model and SAEs, and prompts."""
     folder = tmp_path_factory.mktemp("user")
-    make_model("gemma2").save_pretrained(folder / "tiny")
-    word_tokenizer().save_pretrained(folder / "tiny")
-    make_sae(L_IN, 96, seed=1).save(folder / "sae_in")
-    make_sae(L_OUT, 128, seed=2).save(folder / "sae_out")
+    save_model_and_saes(folder)
     model = AutoModelForCausalLM.from_pretrained(folder / "tiny").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "tiny")
     sae_in, sae_out = FrozenSAE.load(folder / "sae_in"), FrozenSAE.load(folder / "sae_out")

@@ -10,10 +10,11 @@ import pytest
 
 from dspa.cli import main
 from dspa.maps.cdmap import ConditionalDifferenceMap
-from dspa.testing import ENGLISH, L_IN, L_OUT, make_model, make_sae, word_tokenizer
+from dspa.testing import ENGLISH, L_IN, L_OUT, make_model, make_sae
 
 from ..support.adapters import TRIPLES as HELD_OUT
 from ..support.adapters import acting_adapter
+from ..support.files import save_model_and_saes
 
 NAMED = ["--model", "tiny", "--sae-in", "sae_in", "--sae-out", "sae_out", "--device", "cpu"]
 PROMPT = ["--prompt", "the cat is", "--max-new-tokens", 3, "--device", "cpu"]
@@ -37,10 +38,7 @@ def run(capsys, monkeypatch):
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory of a user, with a model, two SAEs and triples."""
     folder = tmp_path / "work"
-    make_model("gemma2").save_pretrained(folder / "tiny")
-    word_tokenizer().save_pretrained(folder / "tiny")
-    make_sae(L_IN, 96, seed=1).save(folder / "sae_in")
-    make_sae(L_OUT, 128, seed=2).save(folder / "sae_out")
+    save_model_and_saes(folder)
     rows = [
         {"prompt": " ".join(ENGLISH[n : n + 5]), "chosen": f" {ENGLISH[n + 9]}", "rejected": f" {ENGLISH[n + 3]}"}
         for n in range(12)
