@@ -132,19 +132,16 @@ def load_model(options: RecordedModelOptions, recorded: Source | None = None) ->
     def load(name: str) -> tuple[Any, Any]:
         place = model_place(name, "--model")
         tokenizer = AutoTokenizer.from_pretrained(place.name, **place.arguments)
-        from_pretrained: Any = AutoModelForCausalLM.from_pretrained
+        arguments: dict[str, Any] = {**place.arguments, "dtype": options.dtype}
         if place.gguf_file:
             warnings.warn(
                 f"The weights in {place.gguf_file} are dequantized, and take the memory of the data type (--dtype).",
                 stacklevel=3,
             )
-            quantization = GgufConfig(dequantize=True)
-            model = from_pretrained(
-                place.name, dtype=options.dtype, quantization_config=quantization, **place.arguments
-            )
+            arguments["quantization_config"] = GgufConfig(dequantize=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(place.name, **arguments)
+        if place.gguf_file:
             model.config.name_or_path = place.path
-        else:
-            model = from_pretrained(place.name, dtype=options.dtype)
         use_same_function(model)
         return model.to(device).eval(), tokenizer
 
