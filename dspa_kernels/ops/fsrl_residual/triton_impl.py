@@ -30,7 +30,7 @@ from dspa_kernels.ops.fsrl_residual.triton_kernel import (
     step_kernel,
 )
 from dspa_kernels.ops.shared.triton_encode import ALIGN, BLOCK, row_keys
-from dspa_kernels.ops.shared.triton_grid import n_programs
+from dspa_kernels.ops.shared.triton_grid import launch_cooperative, n_programs
 from dspa_kernels.ops.shared.triton_tiles import GROUP_SIZE, INTERPRETED
 
 # The most rows of a decoding step in one launch.
@@ -251,12 +251,14 @@ def _step(operands: Operands, barrier: Tensor, codes: Tensor, add: bool) -> tupl
         return out, l1, l0
     decoder = SPLIT if operands.W_dec.dtype == torch.bfloat16 else FULL
     arguments = operands.launch("fsrl_step", full=decoder == FULL)
-    programs = arguments["n_programs"]
+    programs = arguments.pop("n_programs")
     partials = h.new_empty(programs, *h.shape, dtype=torch.float32)
     partials_l1 = h.new_empty(programs, n_rows, dtype=torch.float32)
     partials_l0 = h.new_empty(programs, n_rows, dtype=torch.int32)
     for phase in (PARTIALS, REDUCE) if INTERPRETED else (ALL,):
-        step_kernel[(programs,)](
+        launch_cooperative(
+            step_kernel,
+            programs,
             **arguments,
             p_W_dec=operands.W_dec,
             p_partials=partials,
@@ -274,7 +276,6 @@ def _step(operands: Operands, barrier: Tensor, codes: Tensor, add: bool) -> tupl
             DECODER=decoder,
             BLOCK_D=BLOCK_D,
             BLOCK_P=BLOCK_P,
-            launch_cooperative_grid=True,
         )
     return out, l1, l0
 

@@ -1,6 +1,8 @@
-"""Persistent grids: their number of programs, and a barrier between these."""
+"""Persistent grids: their number of programs, their launch, and a barrier between programs."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -8,12 +10,43 @@ import triton.language as tl
 
 from dspa_kernels.ops.shared.triton_tiles import INTERPRETED
 
+# CUDA's text for a cooperative launch of more programs than run at the same time. Triton raises a RuntimeError with it.
+TOO_LARGE = "too many blocks in cooperative launch"
+# The largest grid that a stream of a partition accepted, by stream and by the grid that it refused.
+_largest: dict[tuple[torch.cuda.Stream | None, int], int] = {}
+
 
 def n_programs(device: torch.device, per_multiprocessor: int) -> int:
     """Return the number of programs that run at the same time, or 3 in the interpreter."""
     if INTERPRETED:
         return 3
     return per_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch_cooperative(kernel: Any, programs: int, **arguments: Any) -> None:
+    """Launch a kernel with `programs` programs, or with as many as run at the same time, if these are fewer.
+
+    A green context or an MPS partition has only some multiprocessors of its device, and CUDA refuses larger grids. A
+    refused launch has no effect, so it is repeated with one program less. The grid that fits is remembered.
+
+    Args:
+        kernel: a Triton kernel that takes `n_programs`.
+        programs: the largest grid, for which scratch is allocated.
+        **arguments: all other arguments and launch options of the kernel.
+    """
+    # Looking up the stream takes time, which launches in whole devices need not spend.
+    stream = torch.cuda.current_stream() if _largest else None
+    fits = _largest.get((stream, programs), programs)
+    while True:
+        try:
+            kernel[(fits,)](**arguments, n_programs=fits, launch_cooperative_grid=True)
+            break
+        except RuntimeError as error:
+            if TOO_LARGE not in str(error) or fits == 1:
+                raise
+            fits -= 1
+    if fits < programs:
+        _largest[torch.cuda.current_stream(), programs] = fits
 
 
 @triton.jit

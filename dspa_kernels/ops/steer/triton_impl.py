@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dspa_kernels.barriers import barrier_of
 from dspa_kernels.launch import launch_parameters, precision, steer_variant
-from dspa_kernels.ops.shared.triton_grid import n_programs
+from dspa_kernels.ops.shared.triton_grid import launch_cooperative, n_programs
 from dspa_kernels.ops.shared.triton_tiles import INTERPRETED
 from dspa_kernels.ops.steer.contract import empty_results
 from dspa_kernels.ops.steer.triton_kernel import ALL, LOOKUP, SELECT, STREAM, TAIL, steer_kernel
@@ -126,7 +126,5 @@ def steer(
     }
     programs = n_programs(h.device, launch.programs)
     for phase in (LOOKUP, SELECT, STREAM, TAIL) if INTERPRETED else (ALL,):
-        steer_kernel[(programs,)](
-            **arguments, n_programs=programs, PHASE=phase, **launch.kernel_options(), launch_cooperative_grid=True
-        )
+        launch_cooperative(steer_kernel, programs, **arguments, PHASE=phase, **launch.kernel_options())
     return out, before, after, maximum
