@@ -31,7 +31,7 @@ KERNELS = (
     {"ops"},
     {"backends", "testing"},
     {"barriers", "cuda_library", "launch", "weights"},
-    {"checks", "formulas"},
+    {"checks", "formulas", "screen"},
 )
 PACKAGES = {"dspa": ROOT / "python" / "dspa", "dspa_kernels": ROOT / "dspa_kernels"}
 
