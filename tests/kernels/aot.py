@@ -1,7 +1,7 @@
 """Compilation of the Triton kernels ahead of time, through their own launchers.
 
-A stand-in for Triton's driver names the target, and a launch compiles instead of running. So the specialisation,
-constants and options are those that the launcher would launch.
+A stand-in for Triton's driver names the target, and a launch compiles, or records its specialisation, instead of
+running. So the specialisation, constants and options are those that the launcher would launch.
 """
 
 from __future__ import annotations
@@ -88,16 +88,35 @@ def compiling(capability: int) -> Iterator[list[Compiled]]:
         compiled.append(Compiled(self.fn.__name__, kwargs, tuple(grid), kernel.asm, kernel.metadata.shared))
         return kernel
 
+    with targeting(capability), mock.patch.object(JITFunction, "run", compile_only):
+        yield compiled
+
+
+@contextmanager
+def specialising(capability: int) -> Iterator[set[tuple[str, str]]]:
+    """Collect the names and specialisations of the kernels that launches would compile, without compiling them."""
+    specialisations: set[tuple[str, str]] = set()
+
+    def record(*, key: str, fn: Any, **_: Any) -> bool:
+        specialisations.add((fn.name, key))
+        return True  # Triton then neither compiles nor launches.
+
+    with targeting(capability), mock.patch.object(triton.knobs.runtime, "jit_cache_hook", record):
+        yield specialisations
+
+
+@contextmanager
+def targeting(capability: int) -> Iterator[None]:
+    """Have launches on CPU tensors see a GPU of `capability`."""
     properties = mock.Mock(multi_processor_count=MULTIPROCESSORS)
     with (
         mock.patch.object(driver, "_active", Driver(capability)),
-        mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(torch.cuda, "get_device_properties", lambda _device: properties),
         mock.patch.object(torch.cuda, "current_stream", lambda _device: mock.Mock(cuda_stream=0)),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
         mock.patch("dspa_kernels.launch.capability_of", lambda _device: capability),
     ):
-        yield compiled
+        yield
 
 
 def unguarded_tickets(ptx: str) -> int:

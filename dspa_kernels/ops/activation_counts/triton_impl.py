@@ -15,7 +15,7 @@ from dspa_kernels.ops.shared.triton_encode import BLOCK, launch_encode, normalis
 from dspa_kernels.ops.shared.triton_ranks import active_keys, top_k_pivot
 
 
-@triton.jit(do_not_specialize=["d_sae", "n_sequences", "k"])
+@triton.jit(do_not_specialize=["d_sae", "n_sequences", "k"], do_not_specialize_on_alignment=["p_sequences"])
 def count_row_kernel(p_key, p_sequences, p_counts, d_sae, width, n_sequences, k, BLOCK: tl.constexpr):
     """counts_sj += 1 if latent j of a row of sequence s is positive and among its k largest. One program per row."""
     i_row = tl.program_id(0).to(tl.int64)

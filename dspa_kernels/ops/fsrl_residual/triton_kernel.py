@@ -206,7 +206,7 @@ def change_kernel(
         tl.store(p_l0 + p_sum, tl.sum((b_v != 0).to(tl.int32), axis=0), mask=m_row)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["p_grad_l1"])
 def gradient_kernel(
     p_grad,
     p_grad_l1,

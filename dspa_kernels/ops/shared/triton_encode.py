@@ -45,7 +45,10 @@ def count_tile(p_counts, m_active, b_sequence, o_latent, d_sae):
         i_sequence = tl.max(b_sequence, axis=0)
 
 
-@triton.jit(do_not_specialize=["d_sae", "n_rows", "n_sequences", "n_programs"])
+@triton.jit(
+    do_not_specialize=["d_sae", "n_rows", "n_sequences", "n_programs"],
+    do_not_specialize_on_alignment=["p_sequences"],
+)
 def encode_kernel(
     p_x,
     p_encoder_rows,

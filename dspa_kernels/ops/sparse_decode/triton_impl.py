@@ -13,7 +13,7 @@ from dspa_kernels.ops.shared.triton_tiles import rounded, tree_sum
 BLOCK_S, WIDE_D, NARROW_D = 64, 64, 16
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_entries"])
+@triton.jit(do_not_specialize=["n_rows", "n_entries"], do_not_specialize_on_alignment=["p_indices", "p_values"])
 def decode_kernel(
     p_indices,
     p_values,

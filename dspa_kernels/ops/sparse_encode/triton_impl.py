@@ -14,7 +14,7 @@ from dspa_kernels.ops.shared.triton_encode import BLOCK, row_keys
 from dspa_kernels.ops.shared.triton_ranks import active_keys, top_k_pivot
 
 
-@triton.jit(do_not_specialize=["k", "capacity"])
+@triton.jit(do_not_specialize=["k", "capacity"], do_not_specialize_on_alignment=["p_indices", "p_values", "p_counts"])
 def compact_kernel(
     p_key,
     p_h,
