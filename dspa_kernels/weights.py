@@ -25,13 +25,10 @@ COLUMNS = (
 # The same for the encoder that `steer` streams.
 STREAM = (
     "Tensor encoder_rows, Tensor b_enc, Tensor threshold, int k, str normalize, Tensor? order, int n_large,"
-    " Tensor? screen_rows, Tensor? screen_latents, Tensor? screen_mean, Tensor barriers"
+    " Tensor? screen_rows, Tensor? screen_latents, Tensor? screen_mean"
 )
 # What can happen to a residual row, in the order of the first numbers of `paths`.
 PATHS = ("unsteered", "not_finite", "inactive", "settled", "streamed")
-# Words of `EncoderStream.barriers`: half for streams of the device and half for captured graphs, each in a cache line
-# of its own.
-N_BARRIERS, BARRIER_INTS = 64, 32
 
 T = TypeVar("T", "SAEWeights", "MapWeights", "SteeringPlan", "EncoderStream")
 
@@ -79,20 +76,8 @@ class SAEWeights:
 
     @property
     def stream(self) -> EncoderStream:
-        """The encoder as `steer` reads it by default: in its own order, without a screen.
-
-        It is made on first use and kept. If the first use is in a graph that is being traced or captured, the graph
-        makes it each time. Use it once before to avoid that.
-        """
-        kept: EncoderStream | None = self.__dict__.get("_stream")
-        if kept is not None:
-            return kept
-        if torch.compiler.is_compiling() or (self.encoder_rows.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return EncoderStream.of(self)
-        with torch.inference_mode(False):
-            # `setdefault` is atomic, so that all threads get the same one.
-            made: EncoderStream = self.__dict__.setdefault("_stream", EncoderStream.of(self))
-        return made
+        """The encoder as `steer` reads it by default: in its own order, without a screen. It allocates nothing."""
+        return EncoderStream.of(self)
 
     @property
     def d_in(self) -> int:
@@ -170,7 +155,6 @@ class EncoderStream:
         screen_rows: [d_sae, d_in] int8, or None without a screen.
         screen_latents: [4, d_sae] fp32, scale, offset, error and size of each row.
         screen_mean: [d_in] fp32.
-        barriers: [N_BARRIERS, BARRIER_INTS] int32, zeros before and after every launch.
     """
 
     encoder_rows: Tensor
@@ -183,7 +167,6 @@ class EncoderStream:
     screen_rows: Tensor | None
     screen_latents: Tensor | None
     screen_mean: Tensor | None
-    barriers: Tensor
 
     @classmethod
     def of(
@@ -221,7 +204,6 @@ class EncoderStream:
             centre = torch.zeros(sae.d_in) if mean is None else mean
             centre = centre.to(sae.encoder_rows.device, torch.float32)
             rows, latents = quantise_rows(encoder_rows, b_enc, centre)
-        barriers = torch.zeros(N_BARRIERS, BARRIER_INTS, dtype=torch.int32, device=sae.encoder_rows.device)
         return cls(
             encoder_rows=encoder_rows,
             b_enc=b_enc,
@@ -233,7 +215,6 @@ class EncoderStream:
             screen_rows=rows,
             screen_latents=latents,
             screen_mean=centre,
-            barriers=barriers,
         )
 
     def arguments(self) -> dict[str, Any]:

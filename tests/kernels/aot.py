@@ -240,7 +240,6 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
         yield "sparse_encode", {"h": h, **sae.encoder(), "capacity": 64}
         latents = {"indices": torch.zeros(n, 64, dtype=torch.int32), "values": torch.zeros(n, 64)}
         yield "sparse_decode", {**latents, "W_dec": sae.W_dec, "b_dec": None}
-    barriers = torch.zeros(64, 32, dtype=torch.int32)
     adapted = [
         *itertools.product(("soft_threshold",), ("jumprelu",), range(3), ROWS),
         *(("soft_threshold", "topk", 0, n) for n in ROWS[::3]),
@@ -248,7 +247,7 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
     ]
     for activation, kind, i, n in adapted:
         arguments = adapting(activation, kind, DTYPES[i][0], n, x=i == 1)
-        yield "fsrl_residual", {**arguments, "barriers": barriers, "keep": n % 2 == 0}
+        yield "fsrl_residual", {**arguments, "keep": n % 2 == 0}
         if n > 1:
             # The change of normalised rows is returned in fp32, and so is its gradient.
             gradients = {"grad": torch.zeros(n, 256, dtype=torch.float32 if i == 1 else DTYPES[i][0][0])}

@@ -310,7 +310,7 @@ def test_the_change_of_normalised_rows_is_not_rounded_before_it_is_scaled(backen
     frozen = {name: getattr(case.sae, name) for name in ("encoder_rows", "b_enc", "k", "W_dec")}
     frozen["sae_threshold"] = case.sae.threshold
     adapter = {"W_a": case.W_a, "b_a": case.b_a, "threshold": case.threshold, "activation": case.activation}
-    others = {"bandwidth": 1.0, "mask": None, "fraction": 1.0, "barriers": case.sae.stream.barriers, "keep": False}
+    others = {"bandwidth": 1.0, "mask": None, "fraction": 1.0, "keep": False}
 
     def change(h: Tensor, *, backend: str, **operands: Any) -> Tensor:
         x = h.float()
@@ -489,7 +489,7 @@ def test_opcheck_with_gradients(activation: str, normalised: bool) -> None:
     for name in ("h", "W_a", "b_a"):
         adapter[name] = getattr(case, name).requires_grad_()
     x = case.h.detach().float().requires_grad_() if normalised else None
-    others = {"x": x, "barriers": case.sae.stream.barriers, "keep": True, "backend": "reference"}
+    others = {"x": x, "keep": True, "backend": "reference"}
     torch.library.opcheck(torch.ops.dspa.fsrl_residual.default, (), frozen | adapter | others)
 
 

@@ -21,6 +21,7 @@ from dspa_kernels import (
     steer,
 )
 from dspa_kernels.cuda_library import EMULATED
+from dspa_kernels.ops.steer import cuda_impl
 from dspa_kernels.testing import random_map, random_plan, random_sae, run_on, same_bits, tensors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
@@ -121,16 +122,19 @@ def test_runs_are_alike(n: int) -> None:
     assert all(same_bits(run_on("cuda", steer, **arguments), first) for _ in range(10))
 
 
-def test_the_barrier_is_left_as_it_was_found() -> None:
-    """A stream that was waited for, or was not."""
+@pytest.mark.parametrize("word", [0, -(2**31)])
+def test_the_barrier_is_left_as_it_was_found_but_for_its_sign(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that was waited for, or was not, from a word of either sign."""
+    barrier = torch.tensor([word], dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(cuda_impl, "barrier_word", lambda _device: barrier)
     for rows in (torch.tensor([1], dtype=torch.int32), torch.tensor([-1], dtype=torch.int32)):
         arguments = {**make_arguments(272, 1), "rows": rows}
-        barriers = arguments["stream"].barriers
-        run_on("cuda", steer, **arguments)
-        assert not barriers.any()
+        expected = run_on("reference", steer, **arguments)
+        assert same_bits(run_on("cuda", steer, **arguments), expected)
+        assert barrier.item() in (0, -(2**31))
         del arguments["plan"]
         run_on("cuda", lookup_and_steer, counts=torch.ones(N_PROMPTS, 31, dtype=torch.int32), **arguments, k_prompt=3)
-        assert not barriers.any()
+        assert barrier.item() in (0, -(2**31))
 
 
 @pytest.fixture

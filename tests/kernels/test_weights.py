@@ -1,4 +1,3 @@
-import threading
 from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
@@ -6,12 +5,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dspa_kernels import InputError, MapWeights, SAEWeights, SteeringPlan, sparse_encode, steer
+from dspa_kernels import InputError, MapWeights, SAEWeights, SteeringPlan, sparse_encode
 from dspa_kernels.testing import KINDS, random_sae
-from dspa_kernels.weights import NORMALIZATIONS, EncoderStream
+from dspa_kernels.weights import NORMALIZATIONS
 from tests.kernels.cases import D_IN as CASE_D_IN
 from tests.kernels.cases import D_SAE as CASE_D_SAE
-from tests.kernels.cases import DTYPES, make_case, residual
+from tests.kernels.cases import DTYPES, residual
 
 D_IN, D_SAE, C = 5, 12, 3
 SAE = random_sae("jumprelu", D_IN, D_SAE)
@@ -143,91 +142,14 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def made_streams(monkeypatch: pytest.MonkeyPatch) -> list[EncoderStream]:
-    """All streams that are made."""
-    streams, make = [], EncoderStream.of
-
-    def counted(*args: Any, **options: Any) -> EncoderStream:
-        streams.append(make(*args, **options))
-        return streams[-1]
-
-    monkeypatch.setattr(EncoderStream, "of", counted)
-    return streams
-
-
-def test_weights_are_a_value(made_streams: list[EncoderStream]) -> None:
-    """Making, replacing and moving them allocates nothing; the first use of the stream makes it, with its barriers."""
+def test_weights_are_a_value() -> None:
+    """Making, replacing and moving them, and their default stream, allocates nothing."""
     with Operators() as operators:
         sae = SAEWeights(**{field.name: getattr(SAE, field.name) for field in fields(SAE)})
         moved = replace(sae, k=3).to("cpu")
-    assert operators.names == [] and made_streams == []
-    sae.to("meta")
-    assert made_streams == []
-    with Operators() as operators:
         stream = sae.stream
-    assert operators.names == ["aten.zeros.default"] and made_streams == [stream] and sae.stream is stream
-    assert moved.stream is not stream and (moved.stream.k, sae.to("cpu").stream.k) == (3, 0)
-    assert len(made_streams) == 3
-
-
-def test_all_threads_get_one_stream() -> None:
-    sae, streams, barrier = replace(SAE), [], threading.Barrier(4)
-
-    def use() -> None:
-        barrier.wait()
-        streams.append(sae.stream)
-
-    threads = [threading.Thread(target=use) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(streams) == 4 and all(stream is sae.stream for stream in streams)
-
-
-def test_a_stream_made_in_inference_mode_can_be_used_outside() -> None:
-    sae = replace(SAE)
-    with torch.inference_mode():
-        assert not sae.stream.barriers.is_inference()
-
-
-@pytest.mark.parametrize("used_before", [False, True])
-def test_a_first_use_in_a_traced_graph_is_not_kept(used_before: bool) -> None:
-    """Nothing of a trace stays in the SAE, and a stream that was made before the trace is the one that is used."""
-    case = make_case(n=3)
-    sae = replace(case.sae)
-    if used_before:
-        assert sae.stream is sae.stream
-    graphs = []
-
-    def backend(graph: Any, _inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    torch.compiler.reset()
-    compiled = torch.compile(lambda h: steer(**case.arguments(h=h, sae=sae)), fullgraph=True, backend=backend)
-    first, again = compiled(case.h), compiled(case.h)
-    assert ("_stream" in vars(sae)) == used_before and len(graphs) == 1
-    assert ("zeros" in graphs[0].code) == (not used_before)
-    torch.compiler.reset()
-    assert torch.equal(first, steer(**case.arguments())) and torch.equal(again, first)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, to capture a graph")
-def test_a_first_use_in_a_captured_graph_is_not_kept() -> None:
-    case = make_case(n=3)
-    arguments = {name: value.to("cuda") for name, value in case.arguments().items()}
-    expected = steer(**arguments)
-    arguments["sae"] = sae = replace(arguments["sae"])
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = steer(**arguments)
-    assert "_stream" not in vars(sae)
-    for _ in range(2):
-        out.zero_()
-        graph.replay()
-        assert torch.equal(out, expected)
+    assert operators.names == []
+    assert stream.encoder_rows is sae.encoder_rows and (stream.k, moved.stream.k) == (0, 3)
 
 
 ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [

@@ -98,7 +98,6 @@ def fsrl_residual(
         bandwidth=bandwidth,
         mask=mask,
         fraction=fraction,
-        barriers=sae.stream.barriers,
         keep=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable),
         backend=choose("fsrl_residual", h.device, backend, dtype),
     )
@@ -164,7 +163,7 @@ def _fake_backward(
 _fsrl_residual = define_op(
     "fsrl_residual",
     "(Tensor h, Tensor? x, Tensor encoder_rows, Tensor b_enc, Tensor sae_threshold, int k, Tensor W_dec, "
-    f"{ADAPTER}, Tensor? mask, float fraction, Tensor barriers, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{ADAPTER}, Tensor? mask, float fraction, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
 _fsrl_residual_backward = define_op(
@@ -188,8 +187,8 @@ def _backward(ctx: Any, grad: Tensor, grad_l1: Tensor, *_: Tensor | None) -> tup
     d_h, d_x, *adapter = _fsrl_residual_backward(
         grad=grad, grad_l1=grad_l1, **saved, **ctx.settings, needs_h=needs_h, needs_x=needs_x
     )
-    # Schema order: h, x, five frozen arguments, the adapter's three tensors, then seven arguments without gradient.
-    gradients = (d_h, d_x, *[None] * 5, *adapter, *[None] * 7)
+    # Schema order: h, x, five frozen arguments, the adapter's three tensors, then six arguments without gradient.
+    gradients = (d_h, d_x, *[None] * 5, *adapter, *[None] * 6)
     return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
 
 

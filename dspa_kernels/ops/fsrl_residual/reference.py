@@ -53,7 +53,6 @@ def fsrl_residual(
     bandwidth: float,
     mask: Tensor | None,
     fraction: float,
-    barriers: Tensor,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return h' = h + (ReLU(f + v) - f) W_dec with v = act(h W_a^T + b_a), l1, l0 and codes.
@@ -62,7 +61,6 @@ def fsrl_residual(
     With x, the rows as a normalising encoder reads them, h' is the change alone, in the dtype in which it is computed.
     The codes, one byte per latent and row, are what the backward needs. They are empty unless `keep`.
     """
-    del barriers
     dtype = compute_dtype(h, encoder_rows, W_a)
     out = h.new_empty(h.shape, dtype=h.dtype if x is None else dtype)
     l1, l0 = h.new_empty(len(h), dtype=dtype), h.new_empty(len(h), dtype=torch.int32)

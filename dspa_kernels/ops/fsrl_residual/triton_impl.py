@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dspa_kernels.barriers import barrier_of
+from dspa_kernels.barriers import barrier_word
 from dspa_kernels.formulas import n_kept, row_blocks
 from dspa_kernels.launch import FULL, SPLIT, launch_parameters, precision
 from dspa_kernels.ops.fsrl_residual.triton_kernel import (
@@ -174,7 +174,6 @@ def fsrl_residual(
     bandwidth: float,
     mask: Tensor | None,
     fraction: float,
-    barriers: Tensor,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return h' (with x only the change of h), l1, l0, and codes, which are empty unless kept."""
@@ -201,7 +200,7 @@ def fsrl_residual(
         operands = operands._replace(encoder_cutoff=_encoder_cutoffs(operands, k))
     codes = h.new_empty((len(h), len(W_a)) if keep else 0, dtype=torch.uint8)
     if len(h) <= MAX_STEP:
-        return *_step(operands, barrier_of(barriers), codes, add=x is None), codes
+        return *_step(operands, codes, add=x is None), codes
     delta = h.new_zeros(h.shape, dtype=torch.float32)
     l1, l0 = h.new_zeros(len(h), dtype=torch.float32), h.new_zeros(len(h), dtype=torch.int32)
     dtype = torch.promote_types(h.dtype, W_dec.dtype)
@@ -242,7 +241,7 @@ def _changes(
     return c if return_abs_v else c[:, :d_sae], l1.sum(dim=0), l0.sum(dim=0, dtype=torch.int32)
 
 
-def _step(operands: Operands, barrier: Tensor, codes: Tensor, add: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _step(operands: Operands, codes: Tensor, add: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return h' or only the change of h, l1 and l0 of few rows, in one launch. Fills codes if they are kept."""
     h, n_rows = operands.h, len(operands.h)
     out = h.new_empty(h.shape, dtype=h.dtype if add else torch.float32)
@@ -268,7 +267,7 @@ def _step(operands: Operands, barrier: Tensor, codes: Tensor, add: bool) -> tupl
             p_l1=l1,
             p_l0=l0,
             p_codes=codes if operands.keep else None,
-            p_barrier=barrier,
+            p_barrier=barrier_word(h.device),
             d_codes=operands.d_sae,
             PHASE=phase,
             ADD=add,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspa_kernels.barriers import barrier_of
+from dspa_kernels.barriers import barrier_word
 from dspa_kernels.cuda_library import DTYPES, NORMALIZE, SteerArguments, fill, launch_steer, library
 from dspa_kernels.ops.steer.contract import empty_results, entry_of
 
@@ -26,7 +26,6 @@ def steer(
     order: Tensor | None,
     n_large: int,
     screen_rows: Tensor | None,
-    barriers: Tensor,
     columns: Tensor,
     columns_encoder_rows: Tensor,
     slots: Tensor,
@@ -63,7 +62,7 @@ def steer(
         "before": before if record else None,
         "after": after if record else None,
         "maximum": maximum if record else None,
-        "barrier": barrier_of(barriers),
+        "barrier": barrier_word(h.device),
     }
     entry = entry_of(h, encoder_rows, k, normalize, screen_rows)
     arguments = SteerArguments()

@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dspa_kernels.barriers import barrier_of
+from dspa_kernels.barriers import barrier_word
 from dspa_kernels.launch import launch_parameters, precision, steer_variant
 from dspa_kernels.ops.shared.triton_grid import launch_cooperative, n_programs
 from dspa_kernels.ops.shared.triton_tiles import INTERPRETED
@@ -44,7 +44,6 @@ def steer(
     screen_rows: Tensor | None,
     screen_latents: Tensor | None,
     screen_mean: Tensor | None,
-    barriers: Tensor,
     columns: Tensor,
     columns_encoder_rows: Tensor,
     columns_b_enc: Tensor,
@@ -104,7 +103,7 @@ def steer(
         "p_finite": scratch(n_rows),
         "p_running_max": scratch(triton.cdiv(n_rows, launch.BLOCK_N) * launch.BLOCK_N),
         "p_rank": scratch(n_rows, n_slots) if k else None,
-        "p_barrier": barrier_of(barriers),
+        "p_barrier": barrier_word(h.device),
         "alpha": alpha,
         "k": k,
         "d_in": d_in,

@@ -196,8 +196,6 @@ class FSRLAdapter(Attachable, nn.Module):
     def _prepare(self, model: CausalLM, stack: nn.ModuleList, model_name: str | None) -> None:
         check_sae("sae", self.sae, model, len(stack), model_name)
         self.to(device_of(stack[self.layer]))
-        # Made here, so that a forward pass that is compiled or captured finds it.
-        _ = self.sae.weights.stream
 
     @contextmanager
     def recording(self) -> Iterator[Moves]:
