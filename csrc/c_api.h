@@ -12,8 +12,7 @@
 extern "C" {
 #endif
 
-enum dspa_dtype { DSPA_FP32 = 0, DSPA_BF16 = 1, DSPA_FP16 = 2 };
-enum dspa_normalize { DSPA_NONE = 0, DSPA_LAYER_NORM = 1, DSPA_CONSTANT_NORM_RESCALE = 2 };
+enum dspa_dtype { DSPA_BF16 = 1, DSPA_FP16 = 2 };
 
 /* The library's own codes, in addition to those of CUDA. */
 enum dspa_error {
@@ -23,12 +22,12 @@ enum dspa_error {
   DSPA_NO_SHARED_MEMORY = 10004
 };
 
-/* Arguments of `steer` and, with counts, of `lookup_and_steer`. */
+/* Arguments of `steer`. */
 typedef struct {
-  /* residual rows [n_rows, d_in] in h_dtype, input and output */
+  /* residual rows [n_rows, d_in], input and output, for 1 to 8 rows; rows and weights have the same `dtype` */
   const void *h;
   void *out;
-  /* the encoder's rows [d_sae, d_in] in W_dtype, in the order in which they are read; for top-k the latent of each */
+  /* the encoder's rows [d_sae, d_in], in the order in which they are read; for top-k the latent of each */
   const void *encoder_rows;
   const float *b_enc;
   const float *threshold;
@@ -37,15 +36,15 @@ typedef struct {
   const int8_t *screen_rows;
   const float *screen_latents;
   const float *screen_mean;
-  /* the latents that can be steered, with rows [n_columns, d_in] in W_dtype */
+  /* the latents that can be steered, with rows [n_columns, d_in] */
   const int32_t *columns;
   const void *columns_encoder_rows;
   const float *columns_b_enc;
   const float *columns_threshold;
   const void *columns_W_dec;
-  /* plans [n_prompts, n_slots]; an output of the lookup if there are counts */
-  int32_t *slots;
-  int8_t *signs;
+  /* plans [n_prompts, n_slots] */
+  const int32_t *slots;
+  const int8_t *signs;
   /* the plan row of each residual row [n_rows]; steered from positions [n_rows] >= start [n_prompts] on */
   const int32_t *rows;
   const int64_t *positions;
@@ -56,11 +55,9 @@ typedef struct {
   float *before;
   float *after;
   float *maximum;
-  /* scratch: normalised rows in fp32 [dspa_steer_x_rows, d_in]; their scale [n_rows]; norms [n_rows, 2] with a screen;
-   * values of the selected and the large latents [n_rows, n_slots + n_large]; finite [n_rows]; bits of the running
-   * maximum [n_rows]; for top-k the number of latents ahead of each selected one [n_rows, n_slots] */
-  float *x;
-  float *scale;
+  /* scratch: norms [n_rows, 2] with a screen; values of the selected and the large latents [n_rows, n_slots + n_large];
+   * finite [n_rows]; bits of the running maximum [n_rows]; for top-k the number of latents ahead of each selected one
+   * [n_rows, n_slots] */
   float *norms;
   float *latent_values;
   int32_t *finite;
@@ -68,15 +65,10 @@ typedef struct {
   int32_t *rank;
   /* the word of the grid barrier: 0 before and after, and not shared with a concurrent launch */
   int32_t *barrier;
-  /* the lookup: counts [n_prompts, d_sae_in], the map [d_sae_in, n_columns], scratch
-   * [n_prompts, 2 k_prompt + k_diff + n_columns] */
-  const int32_t *counts;
-  const float *values;
-  int32_t *lookup_scratch;
-  int32_t d_in, d_sae, d_sae_in, n_rows, n_prompts, n_columns, n_slots, n_large;
-  int32_t k, k_prompt, k_diff;
-  int32_t h_dtype, W_dtype, normalize;
-  int32_t augment, ablate, record;
+  int32_t d_in, d_sae, n_rows, n_columns, n_slots, n_large;
+  int32_t k;
+  int32_t dtype;
+  int32_t record;
   /* programmatic stream serialization: may begin before the previous launch on the stream has ended */
   int32_t programmatic;
   /* prefetches the first encoder rows before it is known whether any row needs them */
@@ -89,9 +81,6 @@ int dspa_steer(const dspa_steer_arguments *arguments, void *stream);
 
 /* sizeof(dspa_steer_arguments), to check declarations in other languages. */
 int dspa_steer_arguments_size(void);
-
-/* Number of fp32 rows that `x` has to hold: n_rows or 0. */
-int dspa_steer_x_rows(const dspa_steer_arguments *arguments);
 
 const char *dspa_error_name(int code);
 const char *dspa_error_text(int code);

@@ -1,4 +1,4 @@
-// Shared by the phases: vector loads, warp reductions, normalised rows, the plan of a row, the grid barrier.
+// Shared by the phases: vector loads, warp reductions, the plan of a row, the grid barrier.
 //
 // Indices are i_, offsets o_ and masks m_, as in the Triton kernels. Products and sums are fused only where fmaf says
 // so (--fmad=false), because values that are compared with each other have to be rounded in the same way.
@@ -6,7 +6,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "c_api.h"
 #include "primitives.cuh"
@@ -49,48 +48,6 @@ template <class T> struct Vec8 {
   }
 };
 
-// Access to residual rows. Their dtype is known at compile time (H) where they multiply without conversion, and at run
-// time (void) elsewhere.
-template <class H> struct ResidualRows {
-  using Vec = Vec8<H>;
-  static constexpr int LOADS_IN_FLIGHT = 5;
-  const H *p;
-  __device__ ResidualRows(const void *base, int) : p(static_cast<const H *>(base)) {}
-  __device__ float at(int64_t i) const { return to_float(p[i]); }
-  template <bool ALIGNED> __device__ void load(Vec &to, int64_t i, int left) const {
-    to.template load<ALIGNED>(p + i, left);
-  }
-  __device__ static void store(void *to, int64_t i, float value, int) { static_cast<H *>(to)[i] = rounded<H>(value); }
-  __device__ static void copy(void *to, const void *from, int64_t i, int) {
-    static_cast<H *>(to)[i] = static_cast<const H *>(from)[i];
-  }
-};
-template <> struct ResidualRows<void> {
-  using Vec = Vec8<float>;
-  static constexpr int LOADS_IN_FLIGHT = 2;
-  const void *p;
-  int dtype;
-  __device__ ResidualRows(const void *base, int dtype) : p(base), dtype(dtype) {}
-  __device__ float at(int64_t i) const {
-    if (dtype == DSPA_BF16) return to_float(static_cast<const bf16 *>(p)[i]);
-    if (dtype == DSPA_FP16) return to_float(static_cast<const fp16 *>(p)[i]);
-    return static_cast<const float *>(p)[i];
-  }
-  template <bool ALIGNED> __device__ void load(Vec &to, int64_t i, int left) const {
-    if (dtype == DSPA_FP32) return to.load<ALIGNED>(static_cast<const float *>(p) + i, left);
-    for (int j = 0; j < 8; j++) to.x[j] = j < left ? at(i + j) : 0.f;
-  }
-  __device__ static void store(void *to, int64_t i, float value, int dtype) {
-    if (dtype == DSPA_BF16) static_cast<bf16 *>(to)[i] = rounded<bf16>(value);
-    else if (dtype == DSPA_FP16) static_cast<fp16 *>(to)[i] = rounded<fp16>(value);
-    else static_cast<float *>(to)[i] = value;
-  }
-  __device__ static void copy(void *to, const void *from, int64_t i, int dtype) {
-    if (dtype == DSPA_FP32) static_cast<float *>(to)[i] = static_cast<const float *>(from)[i];
-    else static_cast<uint16_t *>(to)[i] = static_cast<const uint16_t *>(from)[i];
-  }
-};
-
 // Reductions over a warp, always in the same order; every thread gets the result.
 __device__ inline float warp_sum(float x) {
 #pragma unroll
@@ -110,77 +67,9 @@ template <class T> __device__ inline T warp_min(T x) { return -warp_max(-x); }
 // True if all rows can be loaded and copied 16 bytes at a time.
 __device__ inline bool is_aligned(const Arguments &a) {
   const auto bits = reinterpret_cast<uintptr_t>(a.h) | reinterpret_cast<uintptr_t>(a.encoder_rows) |
-                   reinterpret_cast<uintptr_t>(a.columns_encoder_rows) | reinterpret_cast<uintptr_t>(a.x) |
+                   reinterpret_cast<uintptr_t>(a.columns_encoder_rows) |
                    reinterpret_cast<uintptr_t>(a.screen_rows) | reinterpret_cast<uintptr_t>(a.screen_mean);
   return bits % 16 == 0 && a.d_in % MMA_K == 0;
-}
-
-// n(h) = (h - mean) / divisor. An edit is multiplied by scale before it is added to h.
-//
-//   layer_norm               divisor = std + 1e-5             scale = std
-//   constant_norm_rescale    divisor = ||h|| / sqrt(d_in)     scale = divisor
-//   none                     divisor = 1                      scale = 1
-//
-// With H a dtype, rows are not normalised.
-template <class H> struct Norm {
-  float mean, divisor, scale;
-  int normalize;
-  __device__ float apply(float x) const {
-    if constexpr (!std::is_void_v<H>) return x;
-    return normalize == DSPA_NONE ? x : (x - mean) / divisor;
-  }
-};
-
-// A residual row as a warp reads it: eight of every 256 numbers per thread, with N_VECS loads in flight.
-template <class H, bool ALIGNED> struct ResidualRow {
-  static constexpr int N_VECS = ALIGNED ? ResidualRows<H>::LOADS_IN_FLIGHT : 1;
-  ResidualRows<H> rows;
-  int64_t begin;
-  int d_in;
-
-  __device__ ResidualRow(const Arguments &a, int i_row)
-      : rows(a.h, a.h_dtype), begin(int64_t(i_row) * a.d_in), d_in(a.d_in) {}
-
-  // Calls f(offset, number of valid elements, vector) in order.
-  template <class F> __device__ void for_each_vec(F &&f) const {
-    for (int o = 8 * lane(); o < d_in; o += 256 * N_VECS) {
-      typename ResidualRows<H>::Vec x[N_VECS];
-#pragma unroll
-      for (int i = 0; i < N_VECS; i++) rows.template load<ALIGNED>(x[i], begin + o + 256 * i, d_in - o - 256 * i);
-#pragma unroll
-      for (int i = 0; i < N_VECS; i++)
-        if (o + 256 * i < d_in) f(o + 256 * i, ALIGNED ? 8 : min(8, d_in - o - 256 * i), x[i]);
-    }
-  }
-};
-
-template <class H, bool ALIGNED>
-__device__ inline Norm<H> norm_of(const ResidualRow<H, ALIGNED> &row, const Arguments &a) {
-  using Vec = typename ResidualRows<H>::Vec;
-  Norm<H> norm = {0.f, 1.f, 1.f, a.normalize};
-  if (!std::is_void_v<H> || a.normalize == DSPA_NONE) return norm;
-  if (a.normalize == DSPA_LAYER_NORM) {
-    float sum = 0.f;
-    row.for_each_vec([&](int, int, const Vec &x) {
-      for (int i = 0; i < 8; i++) sum += x[i];
-    });
-    norm.mean = warp_sum(sum) / float(a.d_in);
-  }
-  float sum_of_squares = 0.f;
-  row.for_each_vec([&](int, int n, const Vec &x) {
-    for (int i = 0; i < 8; i++) {
-      const float centered = i < n ? x[i] - norm.mean : 0.f;
-      sum_of_squares = fmaf(centered, centered, sum_of_squares);
-    }
-  });
-  sum_of_squares = warp_sum(sum_of_squares);
-  if (a.normalize == DSPA_LAYER_NORM) {
-    norm.scale = sqrtf(sum_of_squares / float(a.d_in - 1));
-    norm.divisor = norm.scale + 1e-5f;
-  } else {
-    norm.scale = norm.divisor = sqrtf(sum_of_squares / float(a.d_in));
-  }
-  return norm;
 }
 
 // The plan row that a residual row is assigned to, and whether the row's position is past the plan's start.

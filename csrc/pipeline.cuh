@@ -17,11 +17,10 @@ template <class Mma> struct SharedStorage {
   unsigned *candidates;
   WorkTileInfo *tile_infos;
   Mbarrier *full_barriers, *empty_barriers;
-  int tile_rows, stages, stage_bytes, row_stride;
+  int stages;
 
-  __device__ SharedStorage(const Arguments &a, int tile_rows, int stages) : tile_rows(tile_rows), stages(stages) {
-    constexpr KernelTraits traits = Mma::TRAITS;
-    const SharedLayout layout = shared_layout(traits, tile_rows, a.d_in);
+  __device__ SharedStorage(const Arguments &a, int stages) : stages(stages) {
+    const SharedLayout layout = shared_layout(Mma::TRAITS, a.d_in);
     char *base = shared_memory();
     stages_begin = base + layout.stages;
     resident_rows = base + layout.resident_rows;
@@ -33,9 +32,7 @@ template <class Mma> struct SharedStorage {
     candidates = reinterpret_cast<unsigned *>(base + layout.candidates);
     tile_infos = reinterpret_cast<WorkTileInfo *>(base + layout.tile_infos);
     full_barriers = reinterpret_cast<Mbarrier *>(base + layout.barriers);
-    empty_barriers = full_barriers + traits.max_stages;
-    stage_bytes = traits.stage_bytes(tile_rows, a.d_in);
-    row_stride = traits.row_stride(a.d_in);
+    empty_barriers = full_barriers + Mma::TRAITS.max_stages;
   }
 
   // A stage is full once each thread of the producer warp has arrived, and its first thread again with the commit. It
@@ -51,7 +48,7 @@ template <class Mma> struct SharedStorage {
     block_barrier();
   }
 
-  __device__ char *stage(PipelineState state) const { return stages_begin + state.index * stage_bytes; }
+  __device__ char *stage(PipelineState state) const { return stages_begin + state.index * Mma::TRAITS.stage_bytes(); }
 };
 
 // Copies `n` unaligned rows number by number, with zeros up to a multiple of MMA_K. By one warp.
@@ -81,32 +78,25 @@ template <class Mma> __device__ inline KTile k_tile_of(const Arguments &a, int i
   return {work_tile_of(a.d_sae, traits.tile_latents(), n_blocks(), wave, block()), i % k_tile_count};
 }
 
-// Loads a k tile into a stage, with its part of the residual rows unless those are resident. Each thread of the
-// producer warp arrives.
+// Loads a k tile into a stage. Each thread of the producer warp arrives.
 template <class Mma, bool ALIGNED>
-__device__ void load_k_tile(const Arguments &a, const SharedStorage<Mma> &storage, PipelineState state, KTile k_tile,
-                            const typename Mma::ElementRow *rows, int n_rows) {
-  using Stored = typename Mma::ElementStored;
-  using Row = typename Mma::ElementRow;
+__device__ void load_k_tile(const Arguments &a, const SharedStorage<Mma> &storage, PipelineState state, KTile k_tile) {
+  using Stored = typename Mma::Stored;
   constexpr KernelTraits traits = Mma::TRAITS;
   Mbarrier *full_barrier = storage.full_barriers + state.index;
   const int width = k_tile_width(a.d_in, traits.block_k, k_tile.index), o_k = k_tile.index * traits.block_k;
-  const void *base = Mma::SCREENED ? static_cast<const void *>(a.screen_rows) : a.encoder_rows;
+  const void *base = Mma::IS_SCREENED ? static_cast<const void *>(a.screen_rows) : a.encoder_rows;
   const Stored *weights = static_cast<const Stored *>(base) + int64_t(k_tile.tile.first) * a.d_in + o_k;
-  char *to_weights = storage.stage(state), *to_rows = to_weights + traits.tile_latents() * traits.weight_stride();
-  if (traits.rows_resident) n_rows = 0;
+  char *to = storage.stage(state);
   if constexpr (ALIGNED) {
-    if (lane() == 0)
-      mbarrier_expect_tx(full_barrier, width * (k_tile.tile.count * int(sizeof(Stored)) + n_rows * int(sizeof(Row))));
+    const int bytes = width * int(sizeof(Stored));
+    if (lane() == 0) mbarrier_expect_tx(full_barrier, k_tile.tile.count * bytes);
     warp_barrier();
-    async_copy_rows<true>(to_weights, traits.weight_stride(), reinterpret_cast<const char *>(weights),
-                          int64_t(a.d_in) * sizeof(Stored), k_tile.tile.count, width * sizeof(Stored), full_barrier);
-    async_copy_rows<false>(to_rows, storage.row_stride, reinterpret_cast<const char *>(rows + o_k),
-                           int64_t(a.d_in) * sizeof(Row), n_rows, width * sizeof(Row), full_barrier);
+    async_copy_rows(to, traits.weight_stride(), reinterpret_cast<const char *>(weights),
+                    int64_t(a.d_in) * sizeof(Stored), k_tile.tile.count, bytes, full_barrier);
     mbarrier_arrive_on_copies(full_barrier);
   } else {
-    load_unaligned(to_weights, traits.weight_stride(), weights, a.d_in, k_tile.tile.count, width);
-    load_unaligned(to_rows, storage.row_stride, rows + o_k, a.d_in, n_rows, width);
+    load_unaligned(to, traits.weight_stride(), weights, a.d_in, k_tile.tile.count, width);
     mbarrier_arrive(full_barrier);
   }
 }
@@ -119,11 +109,11 @@ __device__ void producer_commit(const SharedStorage<Mma> &storage, PipelineState
   mbarrier_arrive(storage.full_barriers + state.index);
 }
 
-// Number of stages that a block prefetches before it is known whether any row needs the encoder. 0 unless the launch
-// asks for it (a.ahead) and the stages hold no residual rows.
+// Number of stages that a block prefetches before it is known whether any row needs the encoder: 0 unless the launch
+// asks for it (a.ahead).
 template <class Mma>
 __device__ inline int n_prefetched_stages(const Arguments &a, const SharedStorage<Mma> &storage) {
-  if (!Mma::TRAITS.rows_resident || !a.ahead || !is_aligned(a)) return 0;
+  if (!a.ahead || !is_aligned(a)) return 0;
   int n = 0;
   while (n < storage.stages && k_tile_of<Mma>(a, n).tile.count) n++;
   return n;
@@ -133,7 +123,7 @@ __device__ inline int n_prefetched_stages(const Arguments &a, const SharedStorag
 template <class Mma> __device__ void prefetch_stages(const Arguments &a, const SharedStorage<Mma> &storage) {
   if (warp() != Mma::TRAITS.consumer_warps()) return;
   const int n = n_prefetched_stages(a, storage);
-  for (int i = 0; i < n; i++) load_k_tile<Mma, true>(a, storage, {i, 0}, k_tile_of<Mma>(a, i), nullptr, 0);
+  for (int i = 0; i < n; i++) load_k_tile<Mma, true>(a, storage, {i, 0}, k_tile_of<Mma>(a, i));
 }
 
 // Drains the prefetched stages from `first` on, which no consumer reads: a block must not exit while copies into its
@@ -141,7 +131,7 @@ template <class Mma> __device__ void prefetch_stages(const Arguments &a, const S
 template <class Mma>
 __device__ void drain_prefetched(const SharedStorage<Mma> &storage, int first, int n_prefetched) {
   for (int i = first; i < n_prefetched; i++) {
-    producer_commit(storage, {i, 0}, {0, 0, 0, 0, 0});
+    producer_commit(storage, {i, 0}, {0, 0, 0, 0});
     mbarrier_wait(storage.full_barriers + i, 0);
   }
 }

@@ -26,27 +26,26 @@ DSPA_HOST_DEVICE int max(int a, int b) { return a > b ? a : b; }
 DSPA_HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 DSPA_HOST_DEVICE int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-// The compile-time choices of a kernel. A block has `warpgroups` consumer warpgroups, each of which multiplies
-// m_tiles * 16 latents with up to max_rows residual rows, and one producer warp that fills the pipeline. Residual rows
-// are resident in shared memory, or each stage brings its part of them.
-struct KernelTraits {
-  int warpgroups, m_tiles, max_rows, block_k, max_stages;
-  bool rows_resident;
-  int weight_bytes, row_bytes;  // per number
+// Residual rows of a launch at most: those of one instruction.
+constexpr int MAX_ROWS = MMA_N;
+// Bytes of a number of a residual row.
+constexpr int ROW_BYTES = 2;
 
-  DSPA_HOST_DEVICE int tile_latents() const { return warpgroups * m_tiles * MMA_M; }
+// The compile-time choices of a kernel. A block has `warpgroups` consumer warpgroups, each of which multiplies 16
+// latents with all residual rows, and one producer warp that fills the pipeline. Residual rows are resident in shared
+// memory.
+struct KernelTraits {
+  int warpgroups, block_k, max_stages;
+  int weight_bytes;  // per number
+
+  DSPA_HOST_DEVICE int tile_latents() const { return warpgroups * MMA_M; }
   DSPA_HOST_DEVICE int consumer_warps() const { return warpgroups * SLICES; }
   DSPA_HOST_DEVICE int threads() const { return 32 * (consumer_warps() + 1); }
   DSPA_HOST_DEVICE int weight_stride() const { return block_k * weight_bytes + PAD; }
-  DSPA_HOST_DEVICE int row_stride(int d_in) const {
-    return (rows_resident ? round_up(d_in, SLICE) : block_k) * row_bytes + PAD;
-  }
-  // Rows of one tile, padded to whole instructions.
-  DSPA_HOST_DEVICE int tile_rows(int n_rows) const { return min(max_rows, round_up(max(n_rows, 1), MMA_N)); }
-  DSPA_HOST_DEVICE int stage_bytes(int n_rows, int d_in) const {
-    return tile_latents() * weight_stride() + (rows_resident ? 0 : tile_rows(n_rows) * row_stride(d_in));
-  }
+  DSPA_HOST_DEVICE int stage_bytes() const { return tile_latents() * weight_stride(); }
 };
+
+DSPA_HOST_DEVICE int row_stride(int d_in) { return round_up(d_in, SLICE) * ROW_BYTES + PAD; }
 
 // Offsets into shared memory in bytes. The stages of the pipeline come last.
 struct SharedLayout {
@@ -56,8 +55,8 @@ struct SharedLayout {
 // What the producer commits along with a stage.
 struct WorkTileInfo {
   int first, count;  // latents of the work tile; a count of 0 ends the stream
-  int k_tile, padding;
-  uint64_t waiting;  // bits of the rows that still wait for their maximum
+  int k_tile;
+  unsigned waiting;  // bits of the rows that still wait for their maximum
 };
 
 // Fewer stages would not keep memory busy.
@@ -67,17 +66,16 @@ DSPA_HOST_DEVICE int partial_bytes(KernelTraits traits) {
   return 2 * traits.warpgroups * SLICES * MMA_M * (MMA_N + 1) * int(sizeof(float));
 }
 
-DSPA_HOST_DEVICE SharedLayout shared_layout(KernelTraits traits, int n_rows, int d_in) {
+DSPA_HOST_DEVICE SharedLayout shared_layout(KernelTraits traits, int d_in) {
   SharedLayout layout = {};
   int end = 0;
-  layout.resident_rows = end;
-  end += traits.rows_resident ? round_up(traits.tile_rows(n_rows) * traits.row_stride(d_in), 128) : 0;
+  layout.resident_rows = end, end += round_up(MAX_ROWS * row_stride(d_in), 128);
   layout.partials = end, end += round_up(partial_bytes(traits), 128);
-  layout.required_shift = end, end += 4 * traits.max_rows;
-  layout.lower_bound = end, end += 4 * traits.max_rows;
-  layout.min_active = end, end += 4 * traits.max_rows;
-  layout.plan = end, end += 4 * traits.max_rows;
-  layout.candidates = end, end += 4 * traits.consumer_warps() * traits.m_tiles;
+  layout.required_shift = end, end += 4 * MAX_ROWS;
+  layout.lower_bound = end, end += 4 * MAX_ROWS;
+  layout.min_active = end, end += 4 * MAX_ROWS;
+  layout.plan = end, end += 4 * MAX_ROWS;
+  layout.candidates = end, end += 4 * traits.consumer_warps();
   layout.tile_infos = end = round_up(end, 128), end += traits.max_stages * int(sizeof(WorkTileInfo));
   layout.barriers = end = round_up(end, 128), end += 2 * 8 * traits.max_stages;
   layout.stages = round_up(end, 128);
@@ -85,21 +83,14 @@ DSPA_HOST_DEVICE SharedLayout shared_layout(KernelTraits traits, int n_rows, int
 }
 
 // Number of stages that fit into `shared` bytes, or 0 if they are too few.
-DSPA_HOST_DEVICE int stage_count(KernelTraits traits, int n_rows, int d_in, int shared) {
-  const int left = shared - shared_layout(traits, n_rows, d_in).stages;
-  const int stages = left < 0 ? 0 : min(traits.max_stages, left / traits.stage_bytes(n_rows, d_in));
+DSPA_HOST_DEVICE int stage_count(KernelTraits traits, int d_in, int shared) {
+  const int left = shared - shared_layout(traits, d_in).stages;
+  const int stages = left < 0 ? 0 : min(traits.max_stages, left / traits.stage_bytes());
   return stages < MIN_STAGES ? 0 : stages;
 }
 
-// Number of rows that one tile can hold in `shared` bytes: all of the launch, or as many as fit; 0 if none do.
-DSPA_HOST_DEVICE int rows_per_tile(KernelTraits traits, int n_rows, int d_in, int shared) {
-  int rows = traits.tile_rows(n_rows);
-  while (rows > 0 && !stage_count(traits, rows, d_in, shared)) rows -= MMA_N;
-  return rows;
-}
-
-DSPA_HOST_DEVICE int shared_bytes(KernelTraits traits, int n_rows, int d_in, int stages) {
-  return shared_layout(traits, n_rows, d_in).stages + stages * traits.stage_bytes(n_rows, d_in);
+DSPA_HOST_DEVICE int shared_bytes(KernelTraits traits, int d_in, int stages) {
+  return shared_layout(traits, d_in).stages + stages * traits.stage_bytes();
 }
 
 // Latents that a block processes in one wave. Full waves give each block one whole tile in the order of the encoder, so
@@ -136,15 +127,8 @@ DSPA_HOST_DEVICE int barrier_increment(int block, int n_blocks) {
   return block == 0 ? int(0x80000000u - uint32_t(n_blocks - 1)) : 1;
 }
 
-// The kernels' traits, by how they multiply.
-constexpr KernelTraits few_rows(int weight_bytes) {
-  // int8 weights arrive sooner but take longer to multiply, so two warpgroups share the work.
-  const int warpgroups = weight_bytes == 1 ? 2 : 1;
-  return {warpgroups, 1, 8, 1024 / weight_bytes / warpgroups, 6, true, weight_bytes, 2};
-}
-constexpr KernelTraits many_rows(int weight_bytes) {
-  return {2, 2, weight_bytes == 1 ? 32 : 64, 256, 6, false, weight_bytes, 2};
-}
-constexpr KernelTraits full_precision(int weight_bytes) { return {2, 1, 32, 128, 8, false, weight_bytes, 4}; }
+// The kernels' traits: with the encoder itself, and with its int8 copy, whose weights arrive sooner but take longer to
+// multiply, so that two warpgroups share the work.
+constexpr KernelTraits PLAIN = {1, 512, 12, 2}, SCREENED = {2, 512, 6, 1};
 
 }  // namespace dspa

@@ -8,7 +8,8 @@
 namespace dspa {
 
 int launch_int8(const Arguments &a, const Device &device, void *stream) {
-  return launch_dtype<true>(a, device, stream);
+  return a.dtype == DSPA_BF16 ? launch_steer<Mma<bf16, int8_t>>(a, device, stream)
+                              : launch_steer<Mma<fp16, int8_t>>(a, device, stream);
 }
 
 }  // namespace dspa

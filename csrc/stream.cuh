@@ -14,35 +14,16 @@ namespace dspa {
 // Relative rounding error per term, truncation included, of two sums of products together.
 constexpr float ROUNDING = 1.f / (1 << 22);
 
-// Residual rows that share one pass over the encoder.
-template <class Mma> struct RowTile {
-  const Arguments &a;
-  int i_first, n_rows;
-  uint64_t waiting;
-
-  __device__ const typename Mma::ElementRow *rows() const {
-    const void *p = sizeof(typename Mma::ElementRow) == 4 ? a.x : a.h;
-    return static_cast<const typename Mma::ElementRow *>(p) + int64_t(i_first) * a.d_in;
-  }
-};
-
-// Bits of the rows for which `m_row` is true. Thread i of a warp evaluates rows i and i + 32.
-template <class F> __device__ inline uint64_t ballot_rows(int n_rows, F &&m_row) {
-  uint64_t mask = 0;
-  for (int i = 0; i < n_rows; i += 32) {
-    const int r = i + lane();
-    mask |= uint64_t(ballot(r < n_rows && m_row(r))) << i;
-  }
-  return mask;
+// Bits of the rows for which `m_row` is true.
+template <class F> __device__ inline unsigned ballot_rows(int n_rows, F &&m_row) {
+  return ballot(lane() < n_rows && m_row(lane()));
 }
 
 // Summarises each row in shared memory; returns the bits of those that need the encoder.
-template <class Mma>
-__device__ uint64_t find_waiting_rows(const RowTile<Mma> &row_tile, const SharedStorage<Mma> &storage) {
-  const Arguments &a = row_tile.a;
-  for (int r = warp(); r < row_tile.n_rows; r += n_threads() / 32) {
-    const int plan = active_plan(a, row_tile.i_first + r);
-    const Summary s = summarise(a, row_tile.i_first + r, plan);
+template <class Mma> __device__ unsigned find_waiting_rows(const Arguments &a, const SharedStorage<Mma> &storage) {
+  for (int r = warp(); r < a.n_rows; r += n_threads() / 32) {
+    const int plan = active_plan(a, r);
+    const Summary s = summarise(a, r, plan);
     const bool settled = can_settle(a) && !(s.required_shift > a.alpha * s.lower_bound);
     if (lane() == 0) {
       storage.plan[r] = plan;
@@ -52,23 +33,21 @@ __device__ uint64_t find_waiting_rows(const RowTile<Mma> &row_tile, const Shared
     }
   }
   block_barrier();
-  return ballot_rows(row_tile.n_rows, [&](int r) { return storage.required_shift[r] > 0.f; });
+  return ballot_rows(a.n_rows, [&](int r) { return storage.required_shift[r] > 0.f; });
 }
 
 // Copies the rows into shared memory with zeros after their end. By the consumer warps.
-template <class Mma>
-__device__ void load_resident_rows(const RowTile<Mma> &row_tile, const SharedStorage<Mma> &storage) {
-  using Row = typename Mma::ElementRow;
-  const int d_in = row_tile.a.d_in, n_threads = 32 * Mma::TRAITS.consumer_warps();
-  const bool aligned = is_aligned(row_tile.a);
-  for (int r = 0; r < row_tile.n_rows; r++) {
-    const Row *from = row_tile.rows() + int64_t(r) * d_in;
-    for (int o_k = 8 * thread(); o_k * int(sizeof(Row)) < storage.row_stride; o_k += 8 * n_threads) {
-      Vec8<Row> vec;
-      if (aligned) vec.template load<true>(from + o_k, d_in - o_k);
-      else vec.template load<false>(from + o_k, d_in - o_k);
-      char *to = storage.resident_rows + r * storage.row_stride + o_k * sizeof(Row);
-      memcpy(__builtin_assume_aligned(to, 16), &vec, 16);
+template <class Mma> __device__ void load_resident_rows(const Arguments &a, const SharedStorage<Mma> &storage) {
+  using T = typename Mma::Element;
+  const int n_threads = 32 * Mma::TRAITS.consumer_warps(), stride = row_stride(a.d_in);
+  const bool aligned = is_aligned(a);
+  for (int r = 0; r < a.n_rows; r++) {
+    const T *from = static_cast<const T *>(a.h) + int64_t(r) * a.d_in;
+    for (int o_k = 8 * thread(); o_k * ROW_BYTES < stride; o_k += 8 * n_threads) {
+      Vec8<T> vec;
+      if (aligned) vec.template load<true>(from + o_k, a.d_in - o_k);
+      else vec.template load<false>(from + o_k, a.d_in - o_k);
+      memcpy(__builtin_assume_aligned(storage.resident_rows + r * stride + o_k * ROW_BYTES, 16), &vec, 16);
     }
   }
   named_barrier(RESIDENT_ROWS_BARRIER, n_threads);
@@ -76,186 +55,145 @@ __device__ void load_resident_rows(const RowTile<Mma> &row_tile, const SharedSto
 
 // The producer warp: loads the work tiles of this block as long as a row waits. Returns the number of latents read.
 template <class Mma>
-__device__ int produce(const RowTile<Mma> &row_tile, const SharedStorage<Mma> &storage, PipelineState &state) {
-  const Arguments &a = row_tile.a;
+__device__ int produce(const Arguments &a, const SharedStorage<Mma> &storage, unsigned waiting) {
   const bool aligned = is_aligned(a);
   const int n_prefetched = n_prefetched_stages(a, storage);
-  if (!Mma::TRAITS.rows_resident) fence_proxy_async();  // rows in fp32 were written by other blocks
-  uint64_t waiting = row_tile.waiting;
+  PipelineState state = {0, 0};
   int n_read = 0, i = 0;
   for (;; i++, state.advance(storage.stages)) {
     const KTile k_tile = k_tile_of<Mma>(a, i);
     if (i >= n_prefetched) mbarrier_wait(storage.empty_barriers + state.index, state.phase ^ 1);
     if (k_tile.index == 0 && can_settle(a))
-      waiting = ballot_rows(row_tile.n_rows, [&](int r) {
-        const float running_max = float_of(load_relaxed(a.running_max + row_tile.i_first + r));
+      waiting = ballot_rows(a.n_rows, [&](int r) {
+        if (!(waiting >> r & 1)) return false;  // its running maximum may never have been written
+        const float running_max = float_of(load_relaxed(a.running_max + r));
         return storage.required_shift[r] > a.alpha * fmaxf(storage.lower_bound[r], running_max);
       });
     if (!k_tile.tile.count || !waiting) break;
-    if (i >= n_prefetched && aligned)
-      load_k_tile<Mma, true>(a, storage, state, k_tile, row_tile.rows(), row_tile.n_rows);
-    if (i >= n_prefetched && !aligned)
-      load_k_tile<Mma, false>(a, storage, state, k_tile, row_tile.rows(), row_tile.n_rows);
-    producer_commit(storage, state, {k_tile.tile.first, k_tile.tile.count, k_tile.index, 0, waiting});
+    if (i >= n_prefetched && aligned) load_k_tile<Mma, true>(a, storage, state, k_tile);
+    if (i >= n_prefetched && !aligned) load_k_tile<Mma, false>(a, storage, state, k_tile);
+    producer_commit(storage, state, {k_tile.tile.first, k_tile.tile.count, k_tile.index, waiting});
     n_read += k_tile.index == 0 ? k_tile.tile.count : 0;
   }
   if (i >= n_prefetched) mbarrier_arrive(storage.full_barriers + state.index);
-  producer_commit(storage, state, {0, 0, 0, 0, 0});
-  state.advance(storage.stages);
+  producer_commit(storage, state, {0, 0, 0, 0});
   drain_prefetched(storage, i + 1, n_prefetched);
   return n_read;
 }
 
-// The epilogue of a work tile, by one warpgroup. Each thread has latent l of 16 and row n of 8.
+// The epilogue of a work tile, by one warpgroup. Each thread has latent l of 16 and row r of 8.
 template <class Mma> struct Epilogue {
-  const RowTile<Mma> &row_tile;
+  const Arguments &a;
   const SharedStorage<Mma> &storage;
   int i_warpgroup = warp() / SLICES, i_slice = warp() % SLICES;
-  int l = thread() % MMA_M, n = thread() / MMA_M % MMA_N;
+  int l = thread() % MMA_M, r = thread() / MMA_M % MMA_N;
   int buffer = 0;
-  float bias[Mma::M_TILES], threshold[Mma::M_TILES];
+  float bias, threshold;
 
-  __device__ Epilogue(const RowTile<Mma> &row_tile, const SharedStorage<Mma> &storage)
-      : row_tile(row_tile), storage(storage) {}
+  __device__ Epilogue(const Arguments &a, const SharedStorage<Mma> &storage) : a(a), storage(storage) {}
   __device__ void barrier() const { named_barrier(WARPGROUP_BARRIER + i_warpgroup, 32 * SLICES); }
 
-  // Offset in the work tile of this thread's latent of MMA tile m.
-  __device__ int latent_offset(int m) const { return MMA_M * (i_warpgroup * Mma::M_TILES + m) + l; }
+  // Offset in the work tile of this thread's latent.
+  __device__ int latent_offset() const { return MMA_M * i_warpgroup + l; }
 
   // Called at the start of a work tile, so that the loads overlap with the products.
   __device__ void load_bias(const WorkTileInfo &tile) {
-#pragma unroll
-    for (int m = 0; m < Mma::M_TILES; m++) {
-      const bool exists = latent_offset(m) < tile.count;
-      bias[m] = exists ? row_tile.a.b_enc[tile.first + latent_offset(m)] : 0.f;
-      threshold[m] = exists ? row_tile.a.threshold[tile.first + latent_offset(m)] : 0.f;
-    }
+    const bool exists = latent_offset() < tile.count;
+    bias = exists ? a.b_enc[tile.first + latent_offset()] : 0.f;
+    threshold = exists ? a.threshold[tile.first + latent_offset()] : 0.f;
   }
 
-  // The sum over all slices for this thread's latent and row of MMA tile (m, j).
-  __device__ float reduce_slices(const Mma &mma, int m, int j) {
+  // The sum over all slices for this thread's latent and row.
+  __device__ float reduce_slices(const Mma &mma) {
     constexpr int partial_size = MMA_M * (MMA_N + 1);
     float *partial = storage.partials + (buffer * Mma::TRAITS.warpgroups + i_warpgroup) * SLICES * partial_size;
-    mma.store_partials(partial + i_slice * partial_size, m, j);
+    mma.store_partials(partial + i_slice * partial_size);
     barrier();
     buffer ^= 1;  // slower warps may still be reading this one
     float total = 0.f;
-    for (int s = 0; s < SLICES; s++) total += partial[s * partial_size + l * (MMA_N + 1) + n];
+    for (int s = 0; s < SLICES; s++) total += partial[s * partial_size + l * (MMA_N + 1) + r];
     return total;
   }
 
-  // Updates the running maximum of row r. For top-k also adds to the rank of each selected latent of the row.
-  __device__ void update_maximum(float pre, float latent_threshold, int i_latent, bool m_latent, int r,
-                                 uint64_t waiting) const {
-    const Arguments &a = row_tile.a;
+  // Updates the running maximum of this thread's row. For top-k also adds to the rank of each selected latent of the
+  // row.
+  __device__ void update_maximum(float pre, int i_latent, bool m_latent, unsigned waiting) const {
     const bool m_row = m_latent && (waiting >> r & 1);
-    float f = m_row && pre > 0.f && (a.k || pre > latent_threshold) ? pre : 0.f;
+    float f = m_row && pre > 0.f && (a.k || pre > threshold) ? pre : 0.f;
 #pragma unroll
     for (int mask = MMA_M / 2; mask; mask /= 2) f = fmaxf(f, shuffle_xor(f, mask));
-    const int i_row = row_tile.i_first + r;
     // Non-negative floats order like their bits, and an integer maximum does not depend on the order of the blocks.
-    if (l == 0 && (waiting >> r & 1) && f > storage.lower_bound[r]) atomic_max(a.running_max + i_row, bits_of(f));
+    if (l == 0 && (waiting >> r & 1) && f > storage.lower_bound[r]) atomic_max(a.running_max + r, bits_of(f));
     // No latent below the smallest active selected one can be ahead of any.
     if (!a.k || !ballot(m_row && pre >= storage.min_active[r])) return;
     const int index = m_latent ? (a.order ? a.order[i_latent] : i_latent) : 0;
     for (int i = 0; i < a.n_slots; i++) {
       bool ahead = false;
       if (m_row) {
-        const float selected = latent_values_of(a, i_row)[i];
+        const float selected = latent_values_of(a, r)[i];
         const int slot = a.slots[int64_t(storage.plan[r]) * a.n_slots + i];
         const int own = slot >= 0 ? a.columns[slot] : -1;
         ahead = selected > 0.f && index != own && (pre > selected || (pre == selected && index < own));
       }
       const int n_ahead = popcount(ballot(ahead) >> (lane() / MMA_M * MMA_M) & 0xffff);
-      if (l == 0 && n_ahead) atomic_add(a.rank + int64_t(i_row) * a.n_slots + i, n_ahead);
+      if (l == 0 && n_ahead) atomic_add(a.rank + int64_t(r) * a.n_slots + i, n_ahead);
     }
   }
 
-  // True unless the screened value z shows that the exact value of a latent cannot matter to row r. The comparisons are
-  // negated so that a NaN is a candidate.
-  __device__ bool is_candidate(float z, float latent_threshold, float running_max, int i_latent, int r) const {
-    const Arguments &a = row_tile.a;
+  // True unless the screened value z shows that the exact value of a latent cannot matter to this thread's row. The
+  // comparisons are negated so that a NaN is a candidate.
+  __device__ bool is_candidate(float z, int i_latent) const {
     const float *screen = a.screen_latents + i_latent;
-    const float *norms = a.norms + 2 * (row_tile.i_first + r);
     const float rounding_loss = float(a.d_in + 32) * ROUNDING;
     float upper = z * screen[0] + screen[a.d_sae];
-    upper += screen[2 * int64_t(a.d_sae)] * norms[0] + screen[3 * int64_t(a.d_sae)] * (norms[1] * rounding_loss);
+    upper += screen[2 * int64_t(a.d_sae)] * a.norms[2 * r];
+    upper += screen[3 * int64_t(a.d_sae)] * (a.norms[2 * r + 1] * rounding_loss);
     if (a.k) return !(upper < storage.min_active[r]);
-    return !(upper <= fmaxf(fmaxf(storage.lower_bound[r], running_max), latent_threshold));
+    const float running_max = float_of(load_relaxed(a.running_max + r));
+    return !(upper <= fmaxf(fmaxf(storage.lower_bound[r], running_max), threshold));
   }
 
-  // Updates all rows with the latents in the bits `m_latent` of this warpgroup's part of a work tile.
-  __device__ void update_maxima(const Mma &mma, const WorkTileInfo &tile, const uint32_t (&m_latent)[Mma::M_TILES]) {
-#pragma unroll
-    for (int m = 0; m < Mma::M_TILES; m++)
-      for (int j = 0; MMA_N * j < row_tile.n_rows; j++) {
-        const float total = reduce_slices(mma, m, j);
-        const bool is_selected = m_latent[m] >> l & 1;
-        update_maximum(total + bias[m], threshold[m], tile.first + latent_offset(m), is_selected, MMA_N * j + n,
-                       tile.waiting);
-      }
-  }
-
-  // m_latent = the bits of the latents of this warpgroup's part that exist and, with a screen, are candidates.
-  __device__ void find_candidates(const Mma &mma, const WorkTileInfo &tile, uint32_t (&m_latent)[Mma::M_TILES]) {
-#pragma unroll
-    for (int m = 0; m < Mma::M_TILES; m++) {
-      const int count = tile.count - MMA_M * (i_warpgroup * Mma::M_TILES + m);
-      m_latent[m] = count >= MMA_M ? 0xffff : count > 0 ? (1u << count) - 1 : 0;
-    }
-    if constexpr (Mma::SCREENED) {
-#pragma unroll
-      for (int m = 0; m < Mma::M_TILES; m++) {
-        unsigned m_candidate = 0;
-        for (int j = 0; MMA_N * j < row_tile.n_rows; j++) {
-          const int r = MMA_N * j + n;
-          const bool is_waiting = (m_latent[m] >> l & 1) && (tile.waiting >> r & 1);
-          const float running_max =
-              is_waiting ? float_of(load_relaxed(row_tile.a.running_max + row_tile.i_first + r)) : 0.f;
-          const float z = reduce_slices(mma, m, j);
-          m_candidate |= ballot(
-              is_waiting && is_candidate(z, threshold[m], running_max, tile.first + latent_offset(m), r));
-        }
-        if (lane() == 0) storage.candidates[warp() * Mma::M_TILES + m] = (m_candidate | m_candidate >> 16) & 0xffff;
-      }
+  // The bits of the latents of this warpgroup's part that exist and, with a screen, are candidates.
+  __device__ unsigned find_candidates(const Mma &mma, const WorkTileInfo &tile) {
+    const int count = tile.count - MMA_M * i_warpgroup;
+    const unsigned m_latent = count >= MMA_M ? 0xffff : count > 0 ? (1u << count) - 1 : 0;
+    if constexpr (Mma::IS_SCREENED) {
+      const float z = reduce_slices(mma);
+      const bool is_waiting = (m_latent >> l & 1) && (tile.waiting >> r & 1);
+      const unsigned m_candidate = ballot(is_waiting && is_candidate(z, tile.first + latent_offset()));
+      if (lane() == 0) storage.candidates[warp()] = (m_candidate | m_candidate >> 16) & 0xffff;
       barrier();
-#pragma unroll
-      for (int m = 0; m < Mma::M_TILES; m++) {
-        m_latent[m] = 0;
-        for (int s = 0; s < SLICES; s++)
-          m_latent[m] |= storage.candidates[(i_warpgroup * SLICES + s) * Mma::M_TILES + m];
-      }
+      unsigned m_any = 0;
+      for (int s = 0; s < SLICES; s++) m_any |= storage.candidates[i_warpgroup * SLICES + s];
+      return m_any;
+    } else {
+      return m_latent;
     }
   }
 
   // Finishes a work tile whose products are complete. Returns the number of candidates that were read in full.
   __device__ int run(Mma &mma, const WorkTileInfo &tile) {
-    uint32_t m_latent[Mma::M_TILES];
-    find_candidates(mma, tile, m_latent);
-    int n_read = 0;
-    if constexpr (Mma::SCREENED) {
-#pragma unroll
-      for (int m = 0; m < Mma::M_TILES; m++) n_read += popcount(m_latent[m]);
+    using T = typename Mma::Element;
+    const unsigned m_latent = find_candidates(mma, tile);
+    const int n_read = Mma::IS_SCREENED ? popcount(m_latent) : 0;
+    if constexpr (Mma::IS_SCREENED) {
       if (!n_read) return 0;
-      using Weight = typename Mma::ElementWeight;
-      const int64_t first = tile.first + MMA_M * i_warpgroup * Mma::M_TILES;
       mma.clear();
-      mma.multiply_gathered(static_cast<const Weight *>(row_tile.a.encoder_rows), first, m_latent, row_tile.rows(),
-                            row_tile.a.d_in, row_tile.n_rows, i_slice, is_aligned(row_tile.a));
+      mma.multiply_gathered(static_cast<const T *>(a.encoder_rows), tile.first + MMA_M * i_warpgroup, m_latent,
+                            static_cast<const T *>(a.h), a.d_in, a.n_rows, i_slice, is_aligned(a));
     }
-    update_maxima(mma, tile, m_latent);
+    update_maximum(reduce_slices(mma) + bias, tile.first + latent_offset(), m_latent >> l & 1, tile.waiting);
     return n_read;
   }
 };
 
 // A consumer warp: multiplies every stage until the end of the stream. Returns the number of latents that its warpgroup
 // read in full itself.
-template <class Mma>
-__device__ int consume(const RowTile<Mma> &row_tile, const SharedStorage<Mma> &storage, PipelineState &state) {
-  using Row = typename Mma::ElementRow;
+template <class Mma> __device__ int consume(const Arguments &a, const SharedStorage<Mma> &storage) {
   constexpr KernelTraits traits = Mma::TRAITS;
-  const int k_tile_count = n_k_tiles(row_tile.a.d_in, traits.block_k);
-  Epilogue<Mma> epilogue(row_tile, storage);
+  const int k_tile_count = n_k_tiles(a.d_in, traits.block_k);
+  PipelineState state = {0, 0};
+  Epilogue<Mma> epilogue(a, storage);
   Mma mma;
   int n_read = 0;
   for (;;) {
@@ -266,14 +204,10 @@ __device__ int consume(const RowTile<Mma> &row_tile, const SharedStorage<Mma> &s
         mma.clear();
         epilogue.load_bias(tile);
       }
-      char *stage = storage.stage(state);
-      const Operand weights = {stage + epilogue.i_warpgroup * Mma::M_TILES * MMA_M * traits.weight_stride(),
-                               traits.weight_stride()};
-      const char *rows = traits.rows_resident
-                             ? storage.resident_rows + tile.k_tile * traits.block_k * int(sizeof(Row))
-                             : stage + traits.tile_latents() * traits.weight_stride();
-      const int width = k_tile_width(row_tile.a.d_in, traits.block_k, tile.k_tile);
-      mma.multiply_stage(weights, {rows, storage.row_stride}, width, epilogue.i_slice, row_tile.n_rows);
+      const char *weights = storage.stage(state) + epilogue.i_warpgroup * MMA_M * traits.weight_stride();
+      const char *rows = storage.resident_rows + tile.k_tile * traits.block_k * ROW_BYTES;
+      mma.multiply_stage({weights, traits.weight_stride()}, {rows, row_stride(a.d_in)},
+                         k_tile_width(a.d_in, traits.block_k, tile.k_tile), epilogue.i_slice);
     }
     warp_barrier();
     if (lane() == 0) mbarrier_arrive(storage.empty_barriers + state.index);
@@ -283,33 +217,26 @@ __device__ int consume(const RowTile<Mma> &row_tile, const SharedStorage<Mma> &s
   }
 }
 
-// Streams the encoder for all rows, tile after tile of them. Returns the number of rows that needed it, which is the
-// same in every block.
-template <class Mma> __device__ int stream(const Arguments &a, const SharedStorage<Mma> &storage) {
-  constexpr KernelTraits traits = Mma::TRAITS;
-  PipelineState state = {0, 0};
-  int n_waiting = 0, n_read = 0;
-  for (int i_first = 0; i_first < a.n_rows; i_first += storage.tile_rows) {
-    RowTile<Mma> row_tile = {a, i_first, min(storage.tile_rows, a.n_rows - i_first), 0};
-    row_tile.waiting = find_waiting_rows(row_tile, storage);
-    if (row_tile.waiting) {
-      n_waiting += popcount(unsigned(row_tile.waiting)) + popcount(unsigned(row_tile.waiting >> 32));
-      if (warp() == traits.consumer_warps()) {
-        const int streamed = produce(row_tile, storage, state);
-        n_read += Mma::SCREENED ? 0 : streamed;
-      } else {
-        if constexpr (traits.rows_resident) load_resident_rows(row_tile, storage);
-        n_read += consume(row_tile, storage, state);
-      }
-    } else if (warp() == traits.consumer_warps()) {
-      drain_prefetched(storage, 0, n_prefetched_stages(a, storage));
-    }
-    block_barrier();
+// Streams the encoder for all rows that need it. Returns true if any did, which is the same in every block.
+template <class Mma> __device__ bool stream(const Arguments &a, const SharedStorage<Mma> &storage) {
+  const bool is_producer = warp() == Mma::TRAITS.consumer_warps();
+  const unsigned waiting = find_waiting_rows(a, storage);
+  int n_read = 0;
+  if (!waiting) {
+    if (is_producer) drain_prefetched(storage, 0, n_prefetched_stages(a, storage));
+    return false;
+  }
+  if (is_producer) {
+    const int streamed = produce(a, storage, waiting);
+    n_read = Mma::IS_SCREENED ? 0 : streamed;
+  } else {
+    load_resident_rows(a, storage);
+    n_read = consume(a, storage);
   }
   // The producer warp and each warpgroup are counted by one thread.
-  const bool is_counting = warp() == traits.consumer_warps() ? lane() == 0 : thread() % (32 * SLICES) == 0;
+  const bool is_counting = is_producer ? lane() == 0 : thread() % (32 * SLICES) == 0;
   if (a.paths && is_counting && n_read) atomic_add(a.paths + 5, int64_t(n_read));
-  return n_waiting;
+  return true;
 }
 
 }  // namespace dspa

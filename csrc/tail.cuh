@@ -22,9 +22,9 @@ __device__ inline int path_of(const Arguments &a, int plan, bool finite, const S
   return can_settle(a) && s.required_shift <= a.alpha * s.lower_bound ? 3 : 4;
 }
 
-// out = h + scale sum_j (f'_j - f_j) W_dec[j] at 32 COLUMNS_PER_THREAD columns, summed in the order of the slots. By
+// out = h + sum_j (f'_j - f_j) W_dec[j] at 32 COLUMNS_PER_THREAD columns, summed in the order of the slots. By
 // one warp. The first column tile of a row also records the edits and counts the row in `paths`.
-template <class H, class W> __device__ void edit_row(const Arguments &a, int i_row, int i_column_tile) {
+template <class T> __device__ void edit_row(const Arguments &a, int i_row, int i_column_tile) {
   const int plan = active_plan(a, i_row);
   const Summary s = summarise(a, i_row, plan);
   const bool finite = plan >= 0 && a.finite[i_row];
@@ -32,7 +32,7 @@ template <class H, class W> __device__ void edit_row(const Arguments &a, int i_r
   const float shift = a.alpha * maximum;
   const bool is_first = i_column_tile == 0;
 
-  const W *W_dec = static_cast<const W *>(a.columns_W_dec);
+  const T *W_dec = static_cast<const T *>(a.columns_W_dec);
   const int o_d = i_column_tile * 32 * COLUMNS_PER_THREAD + lane();
   float delta[COLUMNS_PER_THREAD] = {};
   bool changed = false, active = false;
@@ -59,7 +59,7 @@ template <class H, class W> __device__ void edit_row(const Arguments &a, int i_r
 #pragma unroll
       for (int s = 0; s < DECODER_ROWS_IN_FLIGHT; s++) {
         delta_f[s] = shuffle(change, j + s);
-        const W *row = W_dec + int64_t(shuffle(slot, j + s)) * a.d_in;
+        const T *row = W_dec + int64_t(shuffle(slot, j + s)) * a.d_in;
 #pragma unroll
         for (int c = 0; c < COLUMNS_PER_THREAD; c++)
           w[s][c] = delta_f[s] != 0.f && o_d + 32 * c < a.d_in ? to_float(row[o_d + 32 * c]) : 0.f;
@@ -71,14 +71,12 @@ template <class H, class W> __device__ void edit_row(const Arguments &a, int i_r
     }
   }
 
-  const float scale = a.scale && changed ? a.scale[i_row] : 1.f;
+  const T *h = static_cast<const T *>(a.h) + int64_t(i_row) * a.d_in;
+  T *out = static_cast<T *>(a.out) + int64_t(i_row) * a.d_in;
 #pragma unroll
   for (int c = 0; c < COLUMNS_PER_THREAD; c++) {
     const int i_d = o_d + 32 * c;
-    if (i_d >= a.d_in) break;
-    const int64_t o = int64_t(i_row) * a.d_in + i_d;
-    if (changed) ResidualRows<H>::store(a.out, o, ResidualRows<H>(a.h, a.h_dtype).at(o) + delta[c] * scale, a.h_dtype);
-    else ResidualRows<H>::copy(a.out, a.h, o, a.h_dtype);
+    if (i_d < a.d_in) out[i_d] = changed ? rounded<T>(to_float(h[i_d]) + delta[c]) : h[i_d];
   }
   if (!is_first) return;
   if (a.record && !finite)
@@ -92,10 +90,10 @@ template <class H, class W> __device__ void edit_row(const Arguments &a, int i_r
   }
 }
 
-template <class H, class W> __device__ void tail(const Arguments &a) {
+template <class T> __device__ void tail(const Arguments &a) {
   const int n_column_tiles = ceil_div(a.d_in, 32 * COLUMNS_PER_THREAD), n_warps = n_threads() / 32;
   for (int i = block() + warp() * n_blocks(); i < a.n_rows * n_column_tiles; i += n_blocks() * n_warps)
-    edit_row<H, W>(a, i / n_column_tiles, i % n_column_tiles);
+    edit_row<T>(a, i / n_column_tiles, i % n_column_tiles);
 }
 
 }  // namespace dspa

@@ -84,17 +84,26 @@ def is_auto(requested: str) -> bool:
     return (requested, DEFAULT) == ("auto", "auto")
 
 
-def choose(op: str, device: torch.device, requested: str = "auto", dtype: torch.dtype = torch.float32) -> str:
+def choose(
+    op: str,
+    device: torch.device,
+    requested: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    unfit: Callable[[], str] = str,
+) -> str:
     """Return the backend that runs an op.
 
     "auto" takes the first of triton and reference that has the op and can run. An op may know when cuda is faster than
-    triton. The environment variable DSPA_BACKEND, read once, replaces "auto" for the ops that its backend has.
+    triton. The environment variable DSPA_BACKEND, read once, replaces "auto" where its backend has the op and takes the
+    arguments.
 
     Args:
         op: name of the op.
         device: device of the tensors.
         requested: "auto", or the name of a backend.
         dtype: dtype to compute in, fp32 or fp64.
+        unfit: function that returns why the op's CUDA kernel does not take the arguments, empty if it does. It is
+            called only if that is requested.
 
     Raises:
         InputError: an unknown name.
@@ -104,7 +113,7 @@ def choose(op: str, device: torch.device, requested: str = "auto", dtype: torch.
     requested = DEFAULT if requested == "auto" else requested
     if requested != "auto" and requested not in MODULES:
         raise refuse(argument, repr(requested), ", ".join(("auto", *MODULES)))
-    if argument == "DSPA_BACKEND" and (op, requested) not in IMPLEMENTED:
+    if argument == "DSPA_BACKEND" and ((op, requested) not in IMPLEMENTED or (requested == "cuda" and unfit())):
         requested = "auto"
     by_name = requested != "auto"
     candidates = (requested,) if by_name else ("triton", "reference")
@@ -112,6 +121,7 @@ def choose(op: str, device: torch.device, requested: str = "auto", dtype: torch.
     for backend in candidates:
         missing = (op, backend) not in IMPLEMENTED
         reason = "this version has no such kernel" if missing else _obstacle(backend, device, dtype, by_name)
+        reason = reason or (unfit() if backend == "cuda" else "")
         if not reason:
             return backend
         reasons.append(f"{backend} cannot run {op}: {reason}")

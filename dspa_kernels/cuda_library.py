@@ -18,8 +18,9 @@ LIBRARY, RECORD = FOLDER / "libdspa_kernels.so", FOLDER / "cuda_build.json"
 # For tests, a library in which csrc/ runs on the CPU. The CUDA backend then takes CPU tensors if requested by name.
 EMULATED = os.environ.get("DSPA_CUDA_EMULATED", "")
 OLDEST_CAPABILITY = 80
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-NORMALIZE = {"none": 0, "layer_norm": 1, "constant_norm_rescale": 2}
+DTYPES = {torch.bfloat16: 1, torch.float16: 2}
+# Residual rows of a launch at most.
+MAX_ROWS = 8
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -29,12 +30,9 @@ def _words(text: str) -> tuple[str, ...]:
 POINTERS = _words(
     "h out encoder_rows b_enc threshold order screen_rows screen_latents screen_mean"
     " columns columns_encoder_rows columns_b_enc columns_threshold columns_W_dec slots signs rows positions start paths"
-    " before after maximum x scale norms latent_values finite running_max rank barrier counts values lookup_scratch"
+    " before after maximum norms latent_values finite running_max rank barrier"
 )
-INTEGERS = _words(
-    "d_in d_sae d_sae_in n_rows n_prompts n_columns n_slots n_large k k_prompt k_diff"
-    " h_dtype W_dtype normalize augment ablate record programmatic ahead"
-)
+INTEGERS = _words("d_in d_sae n_rows n_columns n_slots n_large k dtype record programmatic ahead")
 
 
 class CudaError(RuntimeError):
@@ -86,7 +84,6 @@ def library() -> ctypes.CDLL:
         getattr(loaded, name).restype = c_char_p
         getattr(loaded, name).argtypes = [c_int]
     loaded.dspa_steer.argtypes = [ctypes.POINTER(SteerArguments), c_void_p]
-    loaded.dspa_steer_x_rows.argtypes = [ctypes.POINTER(SteerArguments)]
     return loaded
 
 
@@ -101,9 +98,8 @@ def launch_steer(arguments: SteerArguments, device: torch.device) -> None:
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     code = library().dspa_steer(ctypes.byref(arguments), stream)
     if code:
-        kernel = "lookup_and_steer" if arguments.counts else "steer"
         shape = ", ".join(f"{name} {getattr(arguments, name)}" for name in ("n_rows", "d_in", "d_sae", "n_slots"))
-        raise CudaError(f"{kernel} with {shape} cannot be launched: {error_of(code)}")
+        raise CudaError(f"steer with {shape} cannot be launched: {error_of(code)}")
 
 
 def error_of(code: int) -> str:

@@ -80,12 +80,6 @@ __device__ inline void wait_for_sign_flip(const int *p, int token) {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
   } while ((value ^ token) >= 0);
 }
-// Orders generic writes to global memory before asynchronous copies from it.
-__device__ inline void fence_proxy_async() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.global;" ::: "memory");
-#endif
-}
 __device__ inline void prefetch_l2(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Waits for the results of the previous launch on the stream, if this one was allowed to begin before it has ended.
@@ -137,18 +131,13 @@ __device__ inline void mbarrier_expect_tx(Mbarrier *bar, int bytes) {
                : "memory");
 #endif
 }
-// Copies `n` rows of `bytes` each, by one warp. Sizes and addresses are multiples of 16. EVICT_FIRST is for data that a
-// launch reads once.
-template <bool EVICT_FIRST>
+// Copies `n` rows of `bytes` each, by one warp. Sizes and addresses are multiples of 16.
 __device__ inline void async_copy_rows(char *to, int to_stride, const char *from, int64_t from_stride, int n, int bytes,
                                  Mbarrier *bar) {
 #if __CUDA_ARCH__ >= 900
   // Weights that are read once per launch should not evict from the L2 cache what is read often.
   uint64_t policy;
-  if (EVICT_FIRST)
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  else
-    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   // With elect.sync the compiler knows that one thread issues the copies. Otherwise it compiles a loop over the warp.
   uint32_t is_elected;
   asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 %0, 1, 0, p; }" : "=r"(is_elected));

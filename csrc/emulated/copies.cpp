@@ -105,13 +105,13 @@ void complete_copies(int n) {
   }
 }
 
-void copy(char *to, const char *from, int bytes, uint64_t *bar, bool counted) {
+void copy(char *to, const char *from, int bytes, uint64_t *bar) {
   Block &block = *self().warp->block;
   if (bytes < 0 || bytes % 16) fail("copy of %d bytes, which is no multiple of 16", bytes);
   if (reinterpret_cast<uintptr_t>(from) % 16) fail("copy from %p, which is not aligned to 16", from);
   check_shared("copy", block, to, bytes, 16);
   MbarrierState &state = state_of("copy", bar);
-  if (counted) bytes_copied += bytes;
+  bytes_copied += bytes;
   state.copied = state.phase + 1;
   // Until the copy completes, the destination holds neither the old bytes nor the new ones.
   memset(to, 0xFF, bytes);

@@ -92,8 +92,8 @@ bool elect_one();
 // Blocks this thread until the sign of *p differs from that of `token`.
 void wait_for_sign_flip(const int *p, int token);
 
-// Copies one row asynchronously; dspa_emulated_bytes_copied includes those that are `counted`.
-void copy(char *to, const char *from, int bytes, uint64_t *bar, bool counted);
+// Copies one row asynchronously.
+void copy(char *to, const char *from, int bytes, uint64_t *bar);
 
 // Called after every effect that other threads can see: now and then they run before this one continues.
 extern int steps_until_yield;
@@ -176,7 +176,6 @@ inline int atomic_add_release(int *p, int value) {
   return before;
 }
 inline void wait_for_sign_flip(const int *p, int token) { emulated::wait_for_sign_flip(p, token); }
-inline void fence_proxy_async() {}
 inline void prefetch_l2(const void *) {}
 inline void wait_on_dependent_grids() {}
 
@@ -189,11 +188,10 @@ inline void fence_mbarrier_init() {}
 void mbarrier_arrive(Mbarrier *bar);
 void mbarrier_wait(Mbarrier *bar, int parity);
 void mbarrier_expect_tx(Mbarrier *bar, int bytes);
-template <bool EVICT_FIRST>
 inline void async_copy_rows(char *to, int to_stride, const char *from, int64_t from_stride, int n, int bytes,
                             Mbarrier *bar) {
   if (!emulated::elect_one()) return;
-  for (int i = 0; i < n; ++i) emulated::copy(to + i * to_stride, from + i * from_stride, bytes, bar, EVICT_FIRST);
+  for (int i = 0; i < n; ++i) emulated::copy(to + i * to_stride, from + i * from_stride, bytes, bar);
 }
 inline void mbarrier_arrive_on_copies(Mbarrier *bar) { mbarrier_arrive(bar); }
 
@@ -228,7 +226,7 @@ const char *error_text(int code);
 
 }  // namespace dspa
 
-// Bytes that async_copy_rows<true> has copied and number of launches, since the last reset. The order of a launch
+// Bytes that async_copy_rows has copied and number of launches, since the last reset. The order of a launch
 // follows from DSPA_EMULATED_SEED and its number since the last reset.
 DSPA_EXPORT int64_t dspa_emulated_bytes_copied();
 DSPA_EXPORT int64_t dspa_emulated_launches();

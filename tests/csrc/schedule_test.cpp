@@ -34,19 +34,11 @@ namespace {
 const int ODD_WIDTHS[] = {1, 19, 48, 257, 272, 1040};
 const int D_SAE[] = {1, 67, 4096, 16384, 32768, 65536, 131072, 1000003};
 const int N_BLOCKS[] = {1, 3, 108, 114, 132, 144};
-const KernelTraits ALL_TRAITS[] = {few_rows(1),       few_rows(2),       many_rows(1),     many_rows(2),
-                        full_precision(1), full_precision(2), full_precision(4)};
+const KernelTraits ALL_TRAITS[] = {PLAIN, SCREENED};
 
 std::vector<int> widths() {
   std::vector<int> all(std::begin(WIDTHS), std::end(WIDTHS));
   all.insert(all.end(), std::begin(ODD_WIDTHS), std::end(ODD_WIDTHS));
-  return all;
-}
-
-// Less than a tile of rows, whole tiles, and several.
-std::vector<int> row_counts() {
-  std::vector<int> all = {65, 100, 128, 640, 1001};
-  for (int n_rows = 1; n_rows <= 64; n_rows++) all.push_back(n_rows);
   return all;
 }
 
@@ -205,44 +197,43 @@ struct Region {
 };
 
 // The bytes that each region of shared memory has to hold, in any order.
-std::vector<Region> regions_of(KernelTraits traits, int n_rows, int d_in, int stages) {
-  const SharedLayout layout = shared_layout(traits, n_rows, d_in);
-  const int group_bytes = SLICES * MMA_M * (MMA_N + 1) * 4, rows_bytes = 4 * traits.max_rows;
+std::vector<Region> regions_of(KernelTraits traits, int d_in, int stages) {
+  const SharedLayout layout = shared_layout(traits, d_in);
+  const int group_bytes = SLICES * MMA_M * (MMA_N + 1) * 4, rows_bytes = 4 * MAX_ROWS;
   return {
-      {layout.resident_rows, traits.rows_resident ? traits.tile_rows(n_rows) * traits.row_stride(d_in) : 0, 16},
+      {layout.resident_rows, MAX_ROWS * row_stride(d_in), 16},
       {layout.partials, 2 * traits.warpgroups * group_bytes, 16},
       {layout.required_shift, rows_bytes, 4},
       {layout.lower_bound, rows_bytes, 4},
       {layout.min_active, rows_bytes, 4},
       {layout.plan, rows_bytes, 4},
-      {layout.candidates, 4 * traits.consumer_warps() * traits.m_tiles, 4},
+      {layout.candidates, 4 * traits.consumer_warps(), 4},
       {layout.tile_infos, traits.max_stages * int(sizeof(WorkTileInfo)), 8},
       {layout.barriers, 2 * traits.max_stages * 8, 8},
-      {layout.stages, stages * traits.stage_bytes(n_rows, d_in), 16},
+      {layout.stages, stages * traits.stage_bytes(), 16},
   };
 }
 
-void check_layout_of(KernelTraits traits, int n_rows, int d_in, int shared) {
-  const int stages = stage_count(traits, n_rows, d_in, shared);
+void check_layout_of(KernelTraits traits, int d_in, int shared) {
+  const int stages = stage_count(traits, d_in, shared);
   if (!stages) return;  // supported.h asserts where rows have to fit
-  std::vector<Region> regions = regions_of(traits, n_rows, d_in, stages);
+  std::vector<Region> regions = regions_of(traits, d_in, stages);
   std::stable_sort(regions.begin(), regions.end(), [](Region a, Region b) { return a.begin < b.begin; });
   int end = 0;
   for (Region region : regions) {
-    EXPECT(region.begin >= end, traits.max_rows, traits.weight_bytes, n_rows, d_in, region.begin, end);
-    EXPECT(region.begin % region.alignment == 0, traits.max_rows, traits.weight_bytes, n_rows, d_in, region.begin);
+    EXPECT(region.begin >= end, traits.weight_bytes, d_in, region.begin, end);
+    EXPECT(region.begin % region.alignment == 0, traits.weight_bytes, d_in, region.begin);
     end = region.begin + region.bytes;
   }
-  EXPECT(stages >= MIN_STAGES && stages <= traits.max_stages, traits.max_rows, n_rows, d_in, stages);
-  const int bytes = shared_bytes(traits, n_rows, d_in, stages);
-  EXPECT(end <= bytes && bytes <= shared, traits.max_rows, traits.weight_bytes, n_rows, d_in, end, bytes, shared);
+  EXPECT(stages >= MIN_STAGES && stages <= traits.max_stages, traits.weight_bytes, d_in, stages);
+  const int bytes = shared_bytes(traits, d_in, stages);
+  EXPECT(end <= bytes && bytes <= shared, traits.weight_bytes, d_in, end, bytes, shared);
 }
 
 void check_layout() {
   for (KernelTraits traits : ALL_TRAITS)
     for (int d_in : widths())
-      for (int n_rows : row_counts())
-        for (int shared : {SHARED_80, SHARED_90}) check_layout_of(traits, n_rows, d_in, shared);
+      for (int shared : {SHARED_80, SHARED_86, SHARED_90}) check_layout_of(traits, d_in, shared);
 }
 
 // ldmatrix reads 16 bytes from each of eight rows. With a stride of an odd multiple of 16 bytes these lie in eight
@@ -256,15 +247,9 @@ void check_stages() {
   for (KernelTraits traits : ALL_TRAITS)
     for (int d_in : widths()) {
       check_rows_of(traits.weight_stride(), min(d_in, traits.block_k), traits.weight_bytes);
-      check_rows_of(traits.row_stride(d_in), traits.rows_resident ? d_in : min(d_in, traits.block_k), traits.row_bytes);
-      for (int n_rows : row_counts()) {
-        const int rows = traits.tile_rows(n_rows), weights = traits.tile_latents() * traits.weight_stride();
-        EXPECT(rows % MMA_N == 0 && rows >= min(n_rows, traits.max_rows), traits.max_rows, n_rows, rows);
-        const int bytes = weights + (traits.rows_resident ? 0 : rows * traits.row_stride(d_in));
-        EXPECT(traits.stage_bytes(n_rows, d_in) >= bytes, traits.max_rows, n_rows, d_in, bytes);
-        EXPECT(weights % 16 == 0 && traits.stage_bytes(n_rows, d_in) % 16 == 0, traits.max_rows, n_rows, d_in, weights);
-        EXPECT(bytes < 1 << 20, traits.max_rows, n_rows, d_in, bytes);  // the most that an mbarrier counts
-      }
+      check_rows_of(row_stride(d_in), d_in, ROW_BYTES);
+      EXPECT(traits.stage_bytes() % 16 == 0, traits.weight_bytes, traits.stage_bytes());
+      EXPECT(traits.stage_bytes() < 1 << 20, traits.weight_bytes, traits.stage_bytes());  // what an mbarrier counts
     }
 }
 

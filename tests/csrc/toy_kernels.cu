@@ -72,7 +72,7 @@ __device__ void fill_ring(const RingArguments &p, Ring *ring, char *stages) {
     if (p.bug != NO_WAIT_FOR_EMPTY) mbarrier_wait(&ring->empty[stage], parity);
     if (lane() == 0) mbarrier_expect_tx(&ring->full[stage], n * bytes);
     warp_barrier();
-    async_copy_rows<true>(stages + stage * ROWS * bytes, bytes,
+    async_copy_rows(stages + stage * ROWS * bytes, bytes,
                           reinterpret_cast<const char *>(p.x) + int64_t(first) * bytes, bytes,
                           p.bug == FORGETS_A_ROW ? n - 1 : n, bytes, &ring->full[stage]);
     mbarrier_arrive_on_copies(&ring->full[stage]);
@@ -204,8 +204,8 @@ __device__ void mistake_with_copies(int which, const char *from, char *out) {
     mbarrier_expect_tx(bar, which == TOO_MANY_BYTES ? 8 : which == TOO_FEW_BYTES || which == COPIES_OVERLAP ? 32 : 16);
   if (lane() == 0 && which == OVERWRITTEN_MBARRIER) *bar = 0;
   warp_barrier();
-  async_copy_rows<false>(to, 0, from, 0, 1, 16, bar);
-  if (which == COPIES_OVERLAP) async_copy_rows<false>(to, 0, from + 16, 0, 1, 16, bar);
+  async_copy_rows(to, 0, from, 0, 1, 16, bar);
+  if (which == COPIES_OVERLAP) async_copy_rows(to, 0, from + 16, 0, 1, 16, bar);
   warp_barrier();
   if (which == COPY_NEVER_AWAITED || lane()) return;
   if (which == WRITE_UNDER_COPY) to[3] = 0;

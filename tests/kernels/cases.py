@@ -31,6 +31,8 @@ DTYPES = [
     (torch.float16, torch.float64),
     (torch.float64, torch.float32),
 ]
+# The one of a decoding step, which every backend takes.
+BF16 = DTYPES[1]
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def make_case(
     kind: str = "jumprelu",
     dtypes: tuple[torch.dtype, torch.dtype] = DTYPES[0],
     *,
-    n: int = 11,
+    n: int = 8,
     n_columns: int = N_COLUMNS,
     mode: str = "both",
     normalize: str = "none",

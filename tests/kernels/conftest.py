@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dspa_kernels.backends import IMPLEMENTED, OPS
+from dspa_kernels.cuda_library import DTYPES, MAX_ROWS
 from dspa_kernels.testing import BACKENDS
 from tests.kernels.thinning import LARGE, Case, thinned
 
@@ -41,8 +42,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Remove cases that no kernel has, and in the interpreter most cases of large grids.
 
     Kernels compute in fp32, and fp64 is the reference's alone (test_backends.py says what else happens). An op has no
-    test on a backend that does not have it. What is left out of large grids is reported as deselected, and
-    DSPA_ALL_CASES=1 runs it.
+    test on a backend that does not have it, and `steer` none in CUDA with arguments that it does not take. What is left
+    out of large grids is reported as deselected, and DSPA_ALL_CASES=1 runs it.
     """
     items[:] = [item for item in items if _applies(item)]
     if not INTERPRETED or ALL_CASES:
@@ -66,7 +67,22 @@ def _applies(item: Any) -> bool:
         return True
     names = {item.path.stem.removeprefix("test_"), *(atom for atom in atoms if atom in OPS)}
     op = max((op for op in OPS for name in names if name.startswith(op)), key=len, default="")
+    if "cuda" in kernels and op == "steer" and not _is_for_cuda(item):
+        return False
     return torch.float64 not in atoms and (not op or all((op, kernel) in IMPLEMENTED for kernel in kernels))
+
+
+def _is_for_cuda(item: Any) -> bool:
+    """Return True if the test's parameters are those of a decoding step in 16 bits; others have the mark not_cuda."""
+    values = parameters(item)
+    dtypes = set(values.get("dtypes", ())) | {values[name] for name in ("dtype",) if name in values}
+    return (
+        dtypes <= set(DTYPES)
+        and len(dtypes) <= 1
+        and values.get("normalize", "none") == "none"
+        and values.get("n", 0) <= MAX_ROWS
+        and item.get_closest_marker("not_cuda") is None
+    )
 
 
 def _atoms(item: Any) -> set[Hashable]:

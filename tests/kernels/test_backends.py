@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from dspa_kernels import (
 from dspa_kernels.backends import MODULES, OPS, choose
 from dspa_kernels.ops.steer.contract import choose_steer, fastest
 
-from .cases import make_case
+from .cases import BF16, DTYPES, make_case
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -201,11 +202,34 @@ def test_auto_is_left_to_steer_unless_a_backend_is_named(monkeypatch: pytest.Mon
     sae = make_case().sae
     monkeypatch.setattr(backends, "DEFAULT", "auto")
     h = torch.zeros(1, 19)
-    assert choose_steer("steer", h, sae, "auto") == "reference"
+    assert choose_steer(h, sae, "auto") == "reference"
     monkeypatch.setattr("dspa_kernels.ops.steer.contract.choose", lambda *_: "triton")
-    assert choose_steer("steer", h, sae, "auto") == "auto" and choose_steer("steer", h, sae, "triton") == "triton"
+    assert choose_steer(h, sae, "auto") == "auto" and choose_steer(h, sae, "triton") == "triton"
     monkeypatch.setattr(backends, "DEFAULT", "triton")
-    assert choose_steer("steer", h, sae, "auto") == "triton"
+    assert choose_steer(h, sae, "auto") == "triton"
+
+
+@pytest.mark.parametrize(
+    ("case", "parts"),
+    [
+        ({"n": 9}, ("got 9 rows", "weights of torch.bfloat16")),
+        ({"dtypes": DTYPES[0]}, ("rows of torch.float32", "weights of torch.float32")),
+        ({"dtypes": DTYPES[4]}, ("rows of torch.float32", "weights of torch.bfloat16")),
+        ({"normalize": "layer_norm"}, ("normalize='layer_norm'",)),
+    ],
+)
+def test_cuda_says_what_it_takes(case: dict[str, Any], parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "EMULATED", "a library")
+    monkeypatch.setattr(cuda_library, "OBSTACLE", "")
+    arguments = make_case(**{"dtypes": BF16, **case}).arguments()
+    with pytest.raises(BackendError) as error:
+        steer(**arguments, backend="cuda")
+    message = str(error.value)
+    wanted = ("cuda cannot run steer: it takes up to 8 rows of bf16 or fp16, weights of the same dtype", *parts)
+    assert all(part in message for part in wanted) and "Use backend='auto'" in message, message
+    # Named by the environment variable it runs where it can.
+    monkeypatch.setattr(backends, "DEFAULT", "cuda")
+    assert choose_steer(arguments["h"], arguments["sae"], "auto") == "reference"
 
 
 SCRIPT = """

@@ -109,7 +109,7 @@ def test_views(backend: str, view: str) -> None:
     assert same_bits(out, run_on(backend, lookup_and_steer, **arguments, **LOOKUP)[0])
 
 
-VALID = make_arguments()
+VALID = make_arguments(n=11)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from dspa_kernels import (
 from dspa_kernels.backends import OPS, implementation
 from dspa_kernels.testing import KINDS, run_on, same_bits, tensors
 
-from .cases import D_IN, D_SAE, D_SAE_IN, N_COLUMNS, N_PROMPTS, Case, integer_tensor, make_case
+from .cases import BF16, D_IN, D_SAE, D_SAE_IN, N_COLUMNS, N_PROMPTS, Case, integer_tensor, make_case
 
 Call = tuple[Callable[..., Any], dict[str, Any]]
 
@@ -168,7 +168,7 @@ def test_autocast_changes_nothing(op: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("op", OPS)
 def test_inputs_stay_and_outputs_are_new(backend: str, op: str, kind: str) -> None:
-    function, arguments = calls(make_case(kind))[op]
+    function, arguments = calls(make_case(kind, BF16))[op]
     outputs = tensors(run_on(backend, function, **arguments))  # raises if an input changed
     ours = {tensor.untyped_storage().data_ptr() for tensor in tensors(arguments)}
     assert outputs and not ours & {tensor.untyped_storage().data_ptr() for tensor in outputs}

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from dspa_kernels import EncoderStream, MapWeights, SAEWeights, SteeringPlan, steer
+from dspa_kernels.cuda_library import MAX_ROWS
 from dspa_kernels.testing import KINDS, random_sae, run_on, same_bits
 from dspa_kernels.weights import PATHS
 
 from ..rounding import rounding
-from .cases import D_SAE, DTYPES, make_case
+from .cases import BF16, D_SAE, DTYPES, make_case
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -33,10 +34,10 @@ def steered(backend: str, **arguments: Any) -> tuple[Tensor, dict[str, int]]:
 def one_row(pre: list[float], selected: dict[int, int], *, k: int = 0, plan_rows: int = 1) -> dict[str, Any]:
     """A row whose latents have pre-activations `pre`, and a plan of latent -> sign. Threshold 0."""
     n = len(pre)
-    eye = torch.eye(n)
+    eye = torch.eye(n, dtype=torch.bfloat16)
     sae = SAEWeights(eye, torch.zeros(n), torch.zeros(n), eye.clone(), k=k)
     return {
-        "h": torch.tensor([pre]),
+        "h": torch.tensor([pre], dtype=torch.bfloat16),
         "sae": sae,
         "cdmap": MapWeights.gather(torch.arange(n), torch.zeros(1, n), sae),
         "plan": SteeringPlan(
@@ -106,7 +107,7 @@ def test_paths_add_up_over_calls(backend: str) -> None:
 
 @pytest.mark.parametrize("start", [0, 1, 2])
 def test_rows_before_the_start_of_their_plan_are_not_steered(backend: str, start: int) -> None:
-    case = make_case(integers=True, mode="ablate")
+    case = make_case(dtypes=BF16, integers=True, mode="ablate")
     positions = torch.arange(len(case.h)) % 3
     starts = torch.full((len(case.plan.slots),), start)
     gated = run_on(backend, steer, **case.arguments(positions=positions, start=starts))
@@ -115,7 +116,7 @@ def test_rows_before_the_start_of_their_plan_are_not_steered(backend: str, start
 
 
 def test_without_rows_each_follows_its_own_plan(backend: str) -> None:
-    case = make_case(integers=True)
+    case = make_case(dtypes=BF16, integers=True)
     n = len(case.plan.slots)
     own = torch.arange(n, dtype=torch.int32)
     h = case.h[:n]
@@ -267,7 +268,7 @@ def test_a_stream_ends_as_soon_as_rows_are_settled() -> None:
     arguments = one_row(pre, {0: ABLATE})
     hot = EncoderStream.of(arguments["sae"], hot=torch.tensor([199]), n_large=0)
     out, paths = steered("triton", **arguments, stream=hot)
-    assert paths["streamed"] == 1 and 0 < paths["read"] <= 64
+    assert paths["streamed"] == 1 and 0 < paths["read"] < len(pre)
     assert same_bits(out, run_on("triton", steer, **arguments, record=True)[0])
 
 
@@ -284,8 +285,8 @@ def test_a_screen_reports_its_memory() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_bits_of_a_row_do_not_depend_on_the_batch(backend: str, kind: str) -> None:
     """Alone, in any batch, at any place: through tiles of 16, 32 and 64 rows and the grid of many rows."""
-    n = 18 if INTERPRETED else 70
-    case = make_case(kind, DTYPES[1], n=n, integers=backend == "reference" or INTERPRETED, mode="ablate")
+    n = MAX_ROWS if backend == "cuda" else 18 if INTERPRETED else 70
+    case = make_case(kind, BF16, n=n, integers=backend == "reference" or INTERPRETED, mode="ablate")
     whole = run_on(backend, steer, **case.arguments())
     for rows in (slice(5, 6), slice(3, 20), *([] if INTERPRETED else [slice(0, 40), slice(0, 64)])):
         part = run_on(backend, steer, **case.arguments(h=case.h[rows], rows=case.rows[rows]))

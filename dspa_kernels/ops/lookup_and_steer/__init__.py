@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from dspa_kernels.backends import define_op
+from dspa_kernels.backends import choose, define_op
+from dspa_kernels.formulas import compute_dtype
 from dspa_kernels.ops.map_lookup import check_lookup, n_slots
-from dspa_kernels.ops.steer.contract import GATE, check_residual, choose_steer, empty_results, fastest, stream_of
+from dspa_kernels.ops.steer.contract import GATE, check_residual, empty_results, stream_of
 from dspa_kernels.weights import COLUMNS, STREAM, Edits, EncoderStream, MapWeights, SAEWeights, SteeringPlan
 
 
@@ -44,7 +45,7 @@ def lookup_and_steer(
         positions: as for `steer`.
         start: as for `steer`.
         paths: as for `steer`.
-        backend: "auto", "reference", "triton" or "cuda".
+        backend: "auto", "reference" or "triton".
 
     Returns:
         h' [N, d_in], the plan for `steer` at later tokens, and the `Edits`, which have no rows unless recorded. Not
@@ -69,7 +70,7 @@ def lookup_and_steer(
         lookup_mode=mode,
         alpha=alpha,
         record=record,
-        backend=choose_steer("lookup_and_steer", h, sae, backend),
+        backend=choose("lookup_and_steer", h.device, backend, compute_dtype(h, sae.encoder_rows)),
     )
     return out, SteeringPlan(slots=slots, signs=signs), Edits(before, after, maximum)
 
@@ -88,5 +89,4 @@ _lookup_and_steer = define_op(
     " int k_diff, str lookup_mode, float alpha, bool record) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     mutates=("paths",),
-    fastest=fastest,
 )

@@ -92,7 +92,8 @@ def steer(
         paths: [6] int64, counters that are added to: the rows that were unsteered, not finite, inactive (without an
             active selected latent), settled (all selected latents went to 0, by a bound on M) and streamed, and the
             encoder rows that were read in full for them. The last depends on timing where rows settle early.
-        backend: "auto", "reference", "triton" or "cuda".
+        backend: "auto", "reference", "triton" or "cuda". "cuda" takes up to 8 rows, in bf16 or fp16 like the weights,
+            of an SAE that does not normalise.
 
     Returns:
         h' [N, d_in] in the dtype of h, contiguous, and with `record` also the `Edits`. Computed in fp32, or in fp64 if
@@ -114,7 +115,7 @@ def steer(
         **gate,
         alpha=alpha,
         record=record,
-        backend=choose_steer("steer", h, sae, backend),
+        backend=choose_steer(h, sae, backend),
     )
     return (out, Edits(*edits)) if record else out
 

@@ -1,4 +1,4 @@
-"""Input checks, choice of the backend and empty results, shared by `steer` and `lookup_and_steer`."""
+"""Input checks, choice of the backend and empty results of `steer`, in part shared by `lookup_and_steer`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 from dspa_kernels import cuda_library
 from dspa_kernels.backends import choose, is_auto
 from dspa_kernels.checks import check_at_least, check_device, check_dtype, check_shape, refuse
+from dspa_kernels.cuda_library import DTYPES, MAX_ROWS
 from dspa_kernels.formulas import compute_dtype
-from dspa_kernels.launch import CudaEntry, cuda_entry, precision, steer_variant
+from dspa_kernels.launch import NATIVE, CudaEntry, cuda_entry, precision, steer_variant
 from dspa_kernels.weights import FLOATS, PATHS, EncoderStream, MapWeights, SAEWeights
 
 GATE = "Tensor? rows, Tensor? positions, Tensor? start, Tensor(a!)? paths"
@@ -31,19 +32,34 @@ def stream_of(sae: SAEWeights, stream: EncoderStream | None) -> EncoderStream:
     return stream
 
 
-def choose_steer(op: str, h: Tensor, sae: SAEWeights, requested: str) -> str:
-    """Return the backend of `steer` or `lookup_and_steer`, "auto" if the launch chooses between Triton and CUDA."""
-    chosen = choose(op, h.device, requested, compute_dtype(h, sae.encoder_rows))
+def choose_steer(h: Tensor, sae: SAEWeights, requested: str) -> str:
+    """Return the backend of `steer`, "auto" if the launch chooses between Triton and CUDA."""
+
+    def unfit() -> str:
+        return cuda_obstacle(h, sae.encoder_rows, sae.normalize)
+
+    chosen = choose("steer", h.device, requested, compute_dtype(h, sae.encoder_rows), unfit)
     return "auto" if chosen == "triton" and is_auto(requested) else chosen
+
+
+def cuda_obstacle(h: Tensor, encoder_rows: Tensor, normalize: str) -> str:
+    """Return why the CUDA kernel does not take such a launch, empty if it does."""
+    if len(h) <= MAX_ROWS and h.dtype in DTYPES and precision(h, encoder_rows, normalize) == NATIVE:
+        return ""
+    return (
+        f"it takes up to {MAX_ROWS} rows of bf16 or fp16, weights of the same dtype and normalize='none', and got "
+        f"{len(h)} rows of {h.dtype}, weights of {encoder_rows.dtype} and normalize={normalize!r}"
+    )
 
 
 def entry_of(
     h: Tensor, encoder_rows: Tensor, k: int, normalize: str, screen_rows: Tensor | None, **_: Any
 ) -> CudaEntry | None:
     """Return the entry of the CUDA table for a launch, None if there is none."""
+    if cuda_obstacle(h, encoder_rows, normalize):
+        return None
     d_sae, d_in = encoder_rows.shape
-    variant, multiply = steer_variant(k, screen_rows), precision(h, encoder_rows, normalize)
-    return cuda_entry(variant, len(h), d_in, d_sae, multiply, h.device)
+    return cuda_entry(steer_variant(k, screen_rows), len(h), d_in, d_sae, NATIVE, h.device)
 
 
 def fastest(**arguments: Any) -> Literal["cuda", "triton"]:

@@ -1,15 +1,14 @@
-"""`steer` in CUDA C++ (`csrc/steer.cuh`): one cooperative launch of select, stream and tail."""
+"""`steer` in CUDA C++ (`csrc/steer.cuh`) for a decoding step: one cooperative launch of select, stream and tail."""
 
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dspa_kernels.barriers import barrier_word
-from dspa_kernels.cuda_library import DTYPES, NORMALIZE, SteerArguments, fill, launch_steer, library
+from dspa_kernels.cuda_library import DTYPES, SteerArguments, fill, launch_steer
 from dspa_kernels.ops.steer.contract import empty_results, entry_of
 
 
@@ -35,13 +34,12 @@ def steer(
     start: Tensor | None,
     alpha: float,
     record: bool,
-    lookup: dict[str, Any] | None = None,
     **unchanged: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return h', before, after and maximum. With `lookup`, the launch first fills slots and signs."""
-    (n_rows, d_in), (n_prompts, n_slots) = h.shape, slots.shape
+    """Return h', before, after and maximum."""
+    (n_rows, d_in), n_slots = h.shape, slots.shape[1]
     out, before, after, maximum = empty_results(h, encoder_rows, n_slots, record)
-    if not n_rows and lookup is None:
+    if not n_rows:
         return out, before, after, maximum
 
     # References keep the tensors alive until the launch is made. Addresses would not.
@@ -72,23 +70,17 @@ def steer(
         d_in=d_in,
         d_sae=len(encoder_rows),
         n_rows=n_rows,
-        n_prompts=n_prompts,
         n_columns=len(columns),
         n_slots=n_slots,
         n_large=n_large,
         k=k,
-        h_dtype=DTYPES[h.dtype],
-        W_dtype=DTYPES[encoder_rows.dtype],
-        normalize=NORMALIZE[normalize],
+        dtype=DTYPES[h.dtype],
         record=record,
         programmatic=entry is not None and entry.programmatic,
         ahead=entry is not None and entry.ahead,
         alpha=alpha,
-        **(lookup or {}),
     )
     numbers = {
-        "x": library().dspa_steer_x_rows(arguments) * d_in,
-        "scale": n_rows if normalize != "none" else 0,
         "norms": 0 if screen_rows is None else 2 * n_rows,
         "latent_values": n_rows * (n_slots + n_large),
         "finite": n_rows,

@@ -45,8 +45,6 @@ from dspa_kernels import (
 
 # What the numbers of `Steering.paths` count.
 COUNTED = (*PATHS, "encoder_rows_read")
-# What runs once per prompt. A backend may have kernels only for the tokens after it.
-PROMPT_OPS = ("activation_counts", "map_lookup")
 
 
 class Steering(Attachable, nn.Module):
@@ -73,7 +71,8 @@ class Steering(Attachable, nn.Module):
         cdmap: the conditional-difference map. If it has a calibration, a second copy of the output SAE's encoder is
             kept, its rows in the order of the hot latents.
         config: settings of steering.
-        backend: "auto", "reference", "triton" or "cuda". "cuda" has no kernels for prompts, which "auto" reads.
+        backend: "auto", "reference", "triton" or "cuda". "cuda" has kernels for the decoding step alone: up to 8
+            sequences in bf16 or fp16 like the SAEs, which do not normalise. "auto" then does the rest.
         record: keep a record of every edit in `trace`. It holds each edited token's largest latent, and so costs a
             read of the whole encoder for every token with an active selected latent.
         screen: "none", or "int8": read an int8 copy of the output SAE's encoder first, and the encoder itself only
@@ -110,8 +109,7 @@ class Steering(Attachable, nn.Module):
             if not isinstance(value, kind):
                 raise refusal(TypeError, f"`{name}`", f"a {type(value).__name__}", f"a dspa.{kind.__name__}")
         _check_backend(backend)
-        ops = () if backend == "auto" else available_backends()[backend].ops
-        self._prompt_backends = {op: backend if op in ops else "auto" for op in PROMPT_OPS}
+        self._prompt_backend = "auto" if backend == "cuda" else backend
         cdmap.check_saes(sae_in, sae_out)
         for name, k, end, width in (
             ("k_prompt", self.config.k_prompt, "input", sae_in.d_sae),
@@ -279,9 +277,9 @@ class Steering(Attachable, nn.Module):
             self.sae_in.weights,
             torch.where(mask, row, -1).flatten(),
             n_prompts,
-            backend=self._prompt_backends["activation_counts"],
+            backend=self._prompt_backend,
         )
-        self.plan = self.cdmap.select(counts, self.config, backend=self._prompt_backends["map_lookup"])
+        self.plan = self.cdmap.select(counts, self.config, backend=self._prompt_backend)
         self._calls += 1
         return self.plan
 
@@ -332,7 +330,7 @@ class Steering(Attachable, nn.Module):
             "alpha": self.config.alpha,
             "stream": self._stream,
             "paths": self._paths,
-            "backend": self.backend,
+            "backend": self.backend if h.shape[1] == 1 else self._prompt_backend,
             **gate,
         }
         inputs = (h.flatten(0, 1), self.sae_out.weights, self._weights, plan)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -48,11 +50,14 @@ def test_rows_take_their_path(path: str, backend: str) -> None:
 def test_every_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["every_kernel", "--backends", *LAUNCHES, "--rows", "1"])
     assert every_kernel.main() == 0
-    assert capsys.readouterr().out == "every kernel: 48 of 48 as the reference\n"
+    *left_out, last = capsys.readouterr().out.splitlines()
+    assert last == "every kernel: 24 of 24 as the reference"
+    assert len(left_out) == 2 * len(LAUNCHES) and all("torch.float32" in line for line in left_out)
 
 
 def test_a_row_is_the_same_in_any_batch_and_turn() -> None:
     for setting, run in stress.variants(activity_of(TINY), "cuda").values():
+        setting = replace(setting, h=setting.h[:8], rows=setting.rows[:8])
         stress.batch_invariance(setting, run)
         stress.run_to_run(lambda setting=setting, run=run: run(setting.h, setting.rows), 3)
 

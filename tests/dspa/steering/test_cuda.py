@@ -29,7 +29,8 @@ def runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("screen", ["none", "int8"])
 @pytest.mark.parametrize("family", ["gemma2", "qwen3"])
 def test_the_tokens_of_the_reference(family, screen, sae_in, sae_out, calibrated):
-    model = make_model(family)
+    model = make_model(family, dtype=torch.bfloat16)
+    sae_in, sae_out = (sae.to(dtype=torch.bfloat16) for sae in (sae_in, sae_out))
     config = dspa.SteeringConfig(alpha=0.6, k_diff=8, mode="both")
     tokens, tallies = [], []
     for backend in ("reference", "cuda"):
@@ -43,7 +44,8 @@ def test_the_tokens_of_the_reference(family, screen, sae_in, sae_out, calibrated
 
 
 def test_a_trace_is_that_of_the_reference(sae_in, sae_out, calibrated):
-    model = make_model("gemma2")
+    model = make_model("gemma2", dtype=torch.bfloat16)
+    sae_in, sae_out = (sae.to(dtype=torch.bfloat16) for sae in (sae_in, sae_out))
     traces = []
     for backend in ("reference", "cuda"):
         steering = dspa.Steering(sae_in, sae_out, calibrated, backend=backend, record=True)

@@ -24,7 +24,9 @@ PROMPT = torch.tensor([[1, 5, 9, 33, 20, 7]])
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_the_tokens_of_the_cpu(backend, family, cache, screen, sae_in, sae_out, calibrated):
     """The SAEs and their stream go to the model's device. A static cache decodes in compiled steps."""
-    model = make_model(family)
+    dtype = torch.bfloat16 if backend == "cuda" else torch.float32
+    model = make_model(family, dtype=dtype)
+    sae_in, sae_out = (sae.to(dtype=dtype) for sae in (sae_in, sae_out))
     config = dspa.SteeringConfig(alpha=0.6, k_diff=8, mode="both")
     settings = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
     with dspa.Steering(sae_in, sae_out, calibrated, config).attach(model):
