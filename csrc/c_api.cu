@@ -54,3 +54,7 @@ DSPA_EXPORT const char *dspa_error_text(int code) {
     default: return error_text(code);
   }
 }
+
+DSPA_EXPORT int dspa_driver_version(void) { return driver_version(); }
+
+DSPA_EXPORT int dspa_runtime_version(void) { return runtime_version(); }

@@ -85,6 +85,11 @@ int dspa_steer_arguments_size(void);
 const char *dspa_error_name(int code);
 const char *dspa_error_text(int code);
 
+/* CUDA versions, such as 13000 for 13.0: the newest that the driver supports, 0 without a driver; and the one with which
+ * the library was built. */
+int dspa_driver_version(void);
+int dspa_runtime_version(void);
+
 #ifdef __cplusplus
 }
 #endif

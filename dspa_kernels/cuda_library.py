@@ -70,21 +70,39 @@ OBSTACLE = find_obstacle()
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Load the library once and return it. Loading needs neither a device nor a driver."""
+    """Load the library once and return it. Loading needs neither a device nor a driver.
+
+    Raises:
+        CudaError: there is no library, or it is another version's.
+        CudaError: the driver is older than the library's CUDA runtime, which every launch would fail with.
+    """
     path = EMULATED or str(LIBRARY)
     try:
         loaded = ctypes.CDLL(path)
     except OSError as error:
         advice = "DSPA_CUDA_EMULATED names it." if EMULATED else "Install the package again on this machine."
         raise CudaError(f"{path} cannot be loaded: {error}. {advice}") from error
-    size = getattr(loaded, "dspa_steer_arguments_size", None)
-    if size is None or size() != ctypes.sizeof(SteerArguments):
+    if not hasattr(loaded, "dspa_driver_version") or loaded.dspa_steer_arguments_size() != ctypes.sizeof(
+        SteerArguments
+    ):
         raise CudaError(f"{path} does not belong to this version of dspa-kernels. Install the package again.")
+    driver, runtime = loaded.dspa_driver_version(), loaded.dspa_runtime_version()
+    # Without a driver its version is 0. A driver runs what any release of its major version has built.
+    if 0 < driver // 1000 < runtime // 1000:
+        raise CudaError(
+            f"{path} was built with CUDA {_release(runtime)} and the driver supports CUDA up to {_release(driver)}. "
+            f"Update the driver, or install the package again with CUDA_HOME set to a toolkit of CUDA {driver // 1000}."
+        )
     for name in ("dspa_error_name", "dspa_error_text"):
         getattr(loaded, name).restype = c_char_p
         getattr(loaded, name).argtypes = [c_int]
     loaded.dspa_steer.argtypes = [ctypes.POINTER(SteerArguments), c_void_p]
     return loaded
+
+
+def _release(version: int) -> str:
+    """Return the name of a CUDA version: 13.0 for 13000."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def fill(arguments: SteerArguments, **values: Any) -> None:

@@ -239,4 +239,10 @@ int launch_cooperative(void (*kernel)(A), A arguments, const Device &device, int
 inline const char *error_name(int code) { return cudaGetErrorName(static_cast<cudaError_t>(code)); }
 inline const char *error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
+inline int driver_version() {
+  int version;
+  return cudaDriverGetVersion(&version) ? 0 : version;
+}
+inline int runtime_version() { return CUDART_VERSION; }
+
 }  // namespace dspa

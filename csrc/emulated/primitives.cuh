@@ -224,6 +224,9 @@ int launch_cooperative(void (*kernel)(A), A arguments, const Device &device, int
 const char *error_name(int code);
 const char *error_text(int code);
 
+inline int driver_version() { return 0; }
+inline int runtime_version() { return 0; }
+
 }  // namespace dspa
 
 // Bytes that async_copy_rows has copied and number of launches, since the last reset. The order of a launch

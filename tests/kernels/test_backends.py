@@ -1,3 +1,4 @@
+import ctypes
 import importlib.util
 import json
 import os
@@ -5,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -172,6 +174,32 @@ def test_a_library_that_is_none(no_library: Path, monkeypatch: pytest.MonkeyPatc
             cuda_library.library()
     finally:
         cuda_library.library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("driver", "runtime", "refused"),
+    [(0, 13000, False), (12080, 13000, True), (13000, 13000, False), (13000, 13020, False), (13000, 12080, False)],
+)
+def test_a_driver_that_is_too_old(driver: int, runtime: int, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver runs every release of its major version and of older ones; 0 is no driver."""
+    library = mock.Mock()
+    library.dspa_steer_arguments_size.return_value = ctypes.sizeof(cuda_library.SteerArguments)
+    library.dspa_driver_version.return_value, library.dspa_runtime_version.return_value = driver, runtime
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: library)
+    monkeypatch.setattr(cuda_library, "OBSTACLE", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "capability_of", lambda device: 90)
+    cuda_library.library.cache_clear()
+    try:
+        status = available_backends()["cuda"]
+    finally:
+        cuda_library.library.cache_clear()
+    assert status.available != refused
+    expected = (
+        "was built with CUDA 13.0 and the driver supports CUDA up to 12.8. Update the driver, or install the package "
+        "again with CUDA_HOME set to a toolkit of CUDA 12."
+    )
+    assert status.reason.endswith(expected) if refused else status.reason == ""
 
 
 def test_a_device_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
