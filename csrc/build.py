@@ -26,7 +26,11 @@ DEFAULT_TOOLKIT = Path("/usr/local/cuda")
 JOB_BYTES = 4 * 2**30
 
 # nvcc's names: sm_* is machine code, and compute_* is PTX, which drivers compile for later GPUs.
-DEFAULT_ARCHITECTURES = ("sm_80", "sm_90a", "compute_90")
+# The PTX is of the first generation that has every instruction of the kernels. PTX of a later one would contain the
+# same instructions and run on fewer GPUs: not on those of compute capability 11.0.
+DEFAULT_ARCHITECTURES = ("sm_80", "sm_90", "compute_90")
+# Also by default where nvcc knows them, from 12.8 on.
+BLACKWELL = ("sm_100", "sm_120")
 OLDEST = 80
 # The meaning of these names in torch.utils.cpp_extension.
 GENERATIONS = {
@@ -73,8 +77,9 @@ def build_cuda(out: Path, csrc: Path = CSRC) -> CudaLibrary:
     """
     nvcc = find_nvcc()
     version = nvcc_version(nvcc)
-    targets = architectures()
-    check_known(nvcc, version, targets)
+    known = nvcc_output(nvcc, "--list-gpu-code").split()
+    targets = architectures(known)
+    check_known(known, version, targets)
     path = run_ninja(out, cuda_ninja_file(csrc, nvcc, targets), LIBRARY)
     return CudaLibrary(path, targets, version)
 
@@ -134,8 +139,10 @@ def find_ninja() -> str:
     return str(Path(BIN_DIR, "ninja"))
 
 
-def architectures() -> tuple[str, ...]:
+def architectures(known: Sequence[str]) -> tuple[str, ...]:
     """Return nvcc's names of TORCH_CUDA_ARCH_LIST, such as "8.0;9.0a+PTX" or "Hopper", or the default.
+
+    `known` are the sm_* names for which nvcc compiles.
 
     Older devices are left out, because some lists are made for many packages. A list of older devices only is an error.
     """
@@ -143,7 +150,7 @@ def architectures() -> tuple[str, ...]:
     capabilities = [capability for name in names for capability in GENERATIONS.get(name, name).split(";")]
     supported = [capability for capability in capabilities if not is_too_old(capability)]
     targets = [target for capability in supported or capabilities for target in targets_of(capability)]
-    return tuple(dict.fromkeys(targets)) or DEFAULT_ARCHITECTURES
+    return tuple(dict.fromkeys(targets)) or (*DEFAULT_ARCHITECTURES, *(name for name in BLACKWELL if name in known))
 
 
 def is_too_old(capability: str) -> bool:
@@ -159,15 +166,14 @@ def targets_of(capability: str) -> list[str]:
         raise BuildError(
             f"TORCH_CUDA_ARCH_LIST has {capability!r}; accepted: compute capabilities from {OLDEST / 10} on, "
             f"such as 8.0, 9.0a or 9.0+PTX, and {', '.join(GENERATIONS)}. Without the variable: "
-            f"{', '.join(DEFAULT_ARCHITECTURES)}"
+            f"{', '.join((*DEFAULT_ARCHITECTURES, *BLACKWELL))}"
         )
     number = match[1] + match[2] + match[3]
     return [f"sm_{number}", *([f"compute_{number}"] if match[4] else [])]
 
 
-def check_known(nvcc: Path, version: str, targets: Sequence[str]) -> None:
-    """Raise `BuildError` for an architecture that this nvcc does not know."""
-    known = nvcc_output(nvcc, "--list-gpu-code").split()
+def check_known(known: Sequence[str], version: str, targets: Sequence[str]) -> None:
+    """Raise `BuildError` for an architecture that nvcc does not know."""
     for name in targets:
         # The list does not contain variants such as sm_90a.
         if name.replace("compute", "sm").rstrip("af") not in known:

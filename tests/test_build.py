@@ -90,8 +90,8 @@ def csrc(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("arch_list", "names"),
     [
-        (None, "sm_80 sm_90a compute_90"),
-        ("", "sm_80 sm_90a compute_90"),
+        (None, "sm_80 sm_90 compute_90 sm_100 sm_120"),
+        ("", "sm_80 sm_90 compute_90 sm_100 sm_120"),
         ("8.0", "sm_80"),
         ("8.0;9.0a", "sm_80 sm_90a"),
         (" 9.0+PTX  8.6 ", "sm_90 compute_90 sm_86"),
@@ -105,14 +105,18 @@ def csrc(tmp_path: Path) -> Path:
 def test_architectures(arch_list: str | None, names: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if arch_list is not None:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", arch_list)
-    assert build.architectures() == tuple(names.split())
+    assert build.architectures(["sm_80", "sm_90", "sm_100", "sm_103", "sm_120"]) == tuple(names.split())
+
+
+def test_older_toolkits_leave_out_newer_gpus() -> None:
+    assert build.architectures(["sm_80", "sm_90"]) == ("sm_80", "sm_90", "compute_90")
 
 
 @pytest.mark.parametrize("bad", ["9", "90", "9.0b", "9.0+ptx", "8.0,9.0", "Turing", "native"])
 def test_an_architecture_that_is_refused(bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", f"8.0;{bad}")
     with pytest.raises(build.BuildError) as error:
-        build.architectures()
+        build.architectures([])
     assert f"TORCH_CUDA_ARCH_LIST has {bad!r}; accepted: " in str(error.value) and "9.0+PTX" in str(error.value)
 
 
@@ -121,7 +125,7 @@ def test_older_architectures_alone_are_refused(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(
         build.BuildError, match=r"TORCH_CUDA_ARCH_LIST has '7.0'; accepted: compute capabilities from 8.0"
     ):
-        build.architectures()
+        build.architectures([])
 
 
 @pytest.mark.usefixtures("toolkit")
@@ -318,7 +322,7 @@ PLATFORM = sysconfig.get_platform().replace("-", "_").replace(".", "_")
 def test_wheels_with_and_without_the_library(project: Path) -> None:
     tag, files, record = make_wheel(project)
     assert tag == f"py3-none-{PLATFORM}" and files == {LIBRARY, RECORD}
-    assert record == {"built": True, "reason": "", "architectures": ["sm_80", "sm_90a", "compute_90"], "nvcc": "13.0"}
+    assert record == {"built": True, "reason": "", "architectures": ["sm_80", "sm_90", "compute_90"], "nvcc": "13.0"}
 
     tag, files, record = make_wheel(project, DSPA_BUILD_CUDA="0")
     assert tag == "py3-none-any" and files == {RECORD}

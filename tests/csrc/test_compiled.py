@@ -86,14 +86,13 @@ def sm_80(library: Path) -> list[Kernel]:
 
 
 @pytest.fixture(scope="session")
-def sm_90a(library: Path) -> list[Kernel]:
-    return read_kernels(library, "sm_90a")
+def sm_90(library: Path) -> list[Kernel]:
+    return read_kernels(library, "sm_90")
 
 
-@pytest.fixture(params=["sm_80", "sm_90a"])
-def kernels(request: pytest.FixtureRequest) -> list[Kernel]:
-    kernels: list[Kernel] = request.getfixturevalue(request.param)
-    return kernels
+@pytest.fixture(scope="session", params=["sm_80", "sm_90", "sm_100", "sm_120"])
+def kernels(library: Path, request: pytest.FixtureRequest) -> list[Kernel]:
+    return read_kernels(library, request.param)
 
 
 @pytest.fixture(scope="session")
@@ -137,18 +136,18 @@ def test_sm_80_copies_sixteen_bytes_at_a_time(sm_80: list[Kernel]) -> None:
         assert kernel.count(r"ARRIVES\.LDGSTSBAR") and kernel.count("UBLKCP") == 0, kernel.name
 
 
-def test_sm_90_copies_rows_in_bulk(sm_90a: list[Kernel]) -> None:
+def test_sm_90_copies_rows_in_bulk(sm_90: list[Kernel]) -> None:
     """An mbarrier counts their bytes, and warps wait for it with an instruction that suspends them. One thread issues
     the copies, because a loop over the threads of a warp would be slower than memory."""
-    for kernel in sm_90a:
+    for kernel in sm_90:
         assert not kernel.count(r"BRA\.U\.ANY"), kernel.name
         assert kernel.count(r"UBLKCP\.S\.G") and not kernel.count("LDGSTS"), kernel.name
         assert kernel.count(r"SYNCS\.ARRIVE\.TRANS64\.RED"), kernel.name
         assert kernel.count(r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT"), kernel.name
 
 
-def test_nothing_but_weights_is_read_before_the_launch_ahead_has_ended(sm_90a: list[Kernel]) -> None:
-    for kernel in sm_90a:
+def test_nothing_but_weights_is_read_before_the_launch_ahead_has_ended(sm_90: list[Kernel]) -> None:
+    for kernel in sm_90:
         waits = [i for i, code in enumerate(kernel.instructions) if code.startswith("ACQBULK")]
         assert len(waits) == 1, kernel.name
         early = [code for code in kernel.instructions[: waits[0]] if re.match(r"LDG|LD\.|STG?\b|RED|ATOM", code)]
@@ -199,9 +198,9 @@ def test_exports_what_the_header_declares_and_nothing_else(library: Path) -> Non
     assert set(symbols) == names_of_functions()
 
 
-def run_python(library: Path, code: str) -> str:
+def run_python(library: Path, code: str, **variables: str) -> str:
     """Run a program without a GPU, with the path of the library as its argument; return what it prints."""
-    environment = os.environ | {"DSPA_CUDA_EMULATED": "", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"DSPA_CUDA_EMULATED": "", "CUDA_VISIBLE_DEVICES": "", **variables}
     command = [sys.executable, "-c", code, str(library)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -252,6 +251,25 @@ def test_a_launch_that_fails_says_what_and_why(library: Path) -> None:
     message = run_python(library, LAUNCH)
     match = re.fullmatch(why, message)
     assert match and match[1] in ("InsufficientDriver", "NoDevice"), message
+
+
+STATUS = """
+import sys
+from pathlib import Path
+from dspa_kernels import available_backends, cuda_library
+cuda_library.LIBRARY, cuda_library.OBSTACLE = Path(sys.argv[1]), ""
+print(available_backends()["cuda"].reason)
+"""
+
+
+def test_a_driver_that_is_too_old(library: Path, tmp_path: Path) -> None:
+    """The runtime in the library asks a driver, here one with a version alone, what it supports."""
+    (tmp_path / "driver.c").write_text("int cuDriverGetVersion(int *version) { *version = 11080; return 0; }\n")
+    command = ["cc", "-shared", "-fPIC", "driver.c", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so.1"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    reason = run_python(library, STATUS, LD_LIBRARY_PATH=str(tmp_path))
+    assert re.search(r"was built with CUDA 1\d\.\d and the driver supports CUDA up to 11\.8\. Update", reason), reason
+    assert run_python(library, STATUS) == "no CUDA device was found"
 
 
 def run_c(folder: Path, source: str) -> list[list[str]]:
