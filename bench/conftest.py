@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bench import report
-from bench.harness.cases import SHAPES, activity_of
+from bench.harness import results
+from bench.harness.cases import Case, timed
 from bench.harness.machine import describe
-from bench.harness.measure import DEVICE, ROUNDS, Step, Stopwatch
-from dspa_kernels.testing import Activity
+from bench.harness.measure import DEVICE, Stopwatch
+from dspa_kernels import BackendError
 
-Measure = Callable[..., None]
+Measure = Callable[[Case], None]
 RECORD = pytest.StashKey["Record"]()
 
 
@@ -28,28 +26,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class Record:
-    """The results of this run, written after each one, so that a run that is stopped leaves what it has."""
+    """The results of this run and their file."""
 
-    def __init__(self, folder: Path, commit: str, stopwatch: Stopwatch) -> None:
-        self.run = describe(commit) | {
-            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "read_gb_s": 1e-9 * stopwatch.read_bandwidth,
-            "read_way": stopwatch.read_way,
-            "matmul_tflop_s": 1e-12 * stopwatch.matmul_rate,
-            "results": [],
-        }
-        self.path = report.path_of(folder, self.run)
+    def __init__(self, folder: Path, commit: str) -> None:
+        run = describe(commit)
+        self.results: list[dict[str, Any]] = []
+        self.path = report.path_of(folder, run)
+        self.path.unlink(missing_ok=True)
+        results.append(self.path, {"run": run})
 
     def add(self, result: dict[str, Any]) -> None:
-        self.run["results"].append(result)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.run, indent=1) + "\n")
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+        self.results.append(result)
+        results.append(self.path, result)
 
 
 @pytest.fixture(scope="session")
@@ -59,49 +47,31 @@ def stopwatch() -> Stopwatch:
 
 @pytest.fixture(scope="session")
 def record(pytestconfig: pytest.Config, stopwatch: Stopwatch) -> Record:
-    pytestconfig.stash[RECORD] = Record(
-        pytestconfig.getoption("--results"), pytestconfig.getoption("--commit"), stopwatch
-    )
-    return pytestconfig.stash[RECORD]
-
-
-@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def activity(request: pytest.FixtureRequest) -> Activity:
-    return activity_of(request.param)
+    record = Record(pytestconfig.getoption("--results"), pytestconfig.getoption("--commit"))
+    record.add(stopwatch.ceilings())
+    pytestconfig.stash[RECORD] = record
+    return record
 
 
 @pytest.fixture
 def measure(request: pytest.FixtureRequest, stopwatch: Stopwatch, record: Record) -> Measure:
-    """Times steps and records the result under labels; `n_bytes` and `n_flops` are those of a mean step."""
+    """Checks and times a case, and records the result."""
     plugin = request.config.pluginmanager.hasplugin("benchmark")
-    benchmark = request.getfixturevalue("benchmark") if plugin else None
+    benchmark = partial(request.getfixturevalue, "benchmark") if plugin else None
 
-    def run(
-        steps: Sequence[Step],
-        *,
-        capture: bool = True,
-        n_bytes: float | None = None,
-        n_flops: float | None = None,
-        **labels: Any,
-    ) -> None:
-        on_device = stopwatch.device(steps) if capture and DEVICE.type == "cuda" else None
-        wall = stopwatch.wall(steps, max(ROUNDS, min(len(steps), 32)), benchmark)
-        seconds = 1e-6 * (on_device or wall).median
-        result = {**labels, "device_us": on_device and asdict(on_device), "wall_us": asdict(wall)}
-        if n_bytes is not None:
-            result |= {"bytes": n_bytes, "gb_s": 1e-9 * n_bytes / seconds}
-            result["of_read_ceiling"] = n_bytes / seconds / stopwatch.read_bandwidth
-        if n_flops is not None:
-            result |= {"flops": n_flops, "of_matmul_rate": n_flops / seconds / stopwatch.matmul_rate}
-        record.add(result)
+    def run(case: Case) -> None:
+        try:
+            record.add(timed(case, stopwatch, benchmark))
+        except BackendError as error:
+            pytest.skip(str(error))
 
     return run
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     record = config.stash.get(RECORD, None)
-    if record and record.run["results"]:
+    if record:
         where = "on the GPU" if DEVICE.type == "cuda" else "on the CPU, which says nothing about a GPU"
         terminalreporter.section(f"microseconds per step, {where}")
-        terminalreporter.write_line(report.plain(record.run["results"]))
+        terminalreporter.write_line(report.plain(record.results))
         terminalreporter.write_line(str(record.path))

@@ -1,16 +1,22 @@
-"""Writes what is said of GPUs from the results in bench/results: `python -m bench.report`.
+"""Writes what is said of GPUs from results: `python -m bench.report [FILE...]`.
 
+Results of a GPU in the given files, such as results.jsonl of bench/gpu.sh, are first copied to bench/results/<gpu>/.
 README.md says between markers which backends have run on which GPU, docs/benchmarks.md has the newest times, and
 `dspa info` reads dspa_kernels/gpu_runs.json, which is part of the installed package, as bench/results is not.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from bench.harness import results
+from bench.harness.results import Run
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -20,22 +26,26 @@ NO_TABLE = "No result of a GPU is recorded yet, so there is no table here."
 NO_RUN = "not yet"
 # Backends that are written for GPUs; results name the kinds of launches of one ("cuda-ahead").
 GPU_BACKENDS = ("triton", "cuda")
-# Columns of the tables of `steer`: heading and case.
-SHARE = "of ceiling"
+# Columns of the tables of `steer`: heading and case. `SHARES` are not times of a case.
+OF_CEILING, OF_READ, READ = "of ceiling", "of read alone", "read alone"
+SHARES = (OF_CEILING, OF_READ)
 COLUMNS = {
     "whole encoder": "stream",
-    SHARE: "stream",
-    "read alone": "read only",
+    OF_CEILING: "stream",
+    OF_READ: "stream",
+    READ: READ,
     "hard": "hard",
-    "hard, int8": "hard, int8",
+    "hard, screen": "hard, SCREEN",
     "easy": "easy",
-    "easy, int8": "easy, int8",
+    "easy, screen": "easy, SCREEN",
     "dense": "dense PyTorch, eager",
     "dense, compiled": "dense PyTorch, compiled",
     "SAELens": "SAELens, eager",
+    "SAELens, compiled": "SAELens, compiled",
 }
+LAUNCH = "launch only"
 FIXED = {
-    "launch alone": "launch only",
+    "launch alone": LAUNCH,
     "no row steered": "unsteered",
     "nothing active": "inactive",
     "all settled": "settled",
@@ -44,50 +54,74 @@ FIXED_TEXT = (
     "Steps that read nothing of the encoder. `all settled` less `launch alone` is select phase, grid barrier and tail, "
     "and so at least what barrier and tail take together."
 )
-# Shown in every kernel's line.
-OTHERS = ("torch", "read")
+FORMULA_TEXT = "SAELens was not installed: its columns are its formula, written out in PyTorch."
+TIMED = ("wall_us", "device_us")
+# What may become of a case that is not timed.
+KINDS = ("wrong", "failed", "checked", "compiled", "lost")
 
 Result = dict[str, Any]
 # Where each backend has run: the newest run on each GPU.
 GPURuns = dict[str, list[str]]
 
 
-def path_of(folder: Path, run: Result) -> Path:
-    """Where a run's results belong: by GPU, date and commit; `latest.json` without a GPU."""
+def path_of(folder: Path, run: Run) -> Path:
+    """Where a run's results belong: by GPU, date and commit; `latest.jsonl` without a GPU."""
     if run["device"] == "cpu":
-        return folder / "latest.json"
+        return folder / "latest.jsonl"
     gpu = re.sub(r"[^a-z0-9]+", "-", run["device"].lower()).strip("-")
     moment = re.sub(r"[^0-9T]", "", run["date"])
-    return folder / gpu / f"{moment}-{run['commit']}{'-dirty' if run['dirty'] else ''}.json"
+    return folder / gpu / f"{moment}-{run['commit']}{'-dirty' if run['dirty'] else ''}.jsonl"
 
 
-def runs_on_gpus(folder: Path) -> list[Result]:
+def adopt(file: Path, folder: Path) -> list[Path]:
+    """Copy the runs of a file that a GPU made to where they belong, and return these paths."""
+    paths = []
+    for run in results.runs(file):
+        if run["device"] != "cpu":
+            paths.append(path_of(folder, run))
+            paths[-1].unlink(missing_ok=True)
+            for line in ({"run": {name: value for name, value in run.items() if name != "lines"}}, *run["lines"]):
+                results.append(paths[-1], line)
+    return paths
+
+
+def runs_on_gpus(folder: Path) -> list[Run]:
     """All runs on a GPU, the newest last."""
-    runs: list[Result] = [json.loads(path.read_text()) for path in folder.glob("*/*.json")]
+    runs = [run for path in folder.glob("*/*.jsonl") for run in results.runs(path)]
     return sorted((run for run in runs if run["device"] != "cpu"), key=lambda run: run["date"])
 
 
-def newest(folder: Path) -> Result | None:
-    """The newest GPU results, with what else was measured on that GPU at that commit."""
+def newest(folder: Path) -> Run | None:
+    """The newest GPU results, with what else was measured on that GPU at that commit. Of a case, the last counts."""
     runs = runs_on_gpus(folder)
     if not runs:
         return None
     last = runs[-1]
     same = [run for run in runs if all(run[name] == last[name] for name in ("device", "commit", "dirty"))]
-    by_name = {name_of(result): result for run in same for result in run["results"]}
-    return last | {"results": list(by_name.values())}
+    return last | {"lines": [line for run in same for line in run["lines"]]}
+
+
+def is_timed(line: Result) -> bool:
+    """Return True for a result that was right and timed."""
+    return any(line.get(name) for name in TIMED)
+
+
+def timed(lines: Iterable[Result]) -> list[Result]:
+    """The timed results with the parameters of the launch table, once each."""
+    return list({name_of(line): line for line in lines if is_timed(line) and "launch" not in line}.values())
 
 
 def gpu_runs(folder: Path) -> GPURuns:
-    """For each backend, the GPUs that it has run on, each with the newest commit and date."""
+    """For each backend, the GPUs on which it gave right results, each with the newest commit and date."""
     newest_runs: dict[str, dict[str, str]] = {backend: {} for backend in GPU_BACKENDS}
     for run in runs_on_gpus(folder):
-        for backend in {result.get("backend", "").split("-")[0] for result in run["results"]} & newest_runs.keys():
+        right = [line for line in run["lines"] if is_timed(line) or line.get("checked")]
+        for backend in {line["backend"].split("-")[0] for line in right} & newest_runs.keys():
             newest_runs[backend][run["device"]] = f"{run['device']}, {commit_of(run)}, {run['date'][:10]}"
     return {backend: list(devices.values()) for backend, devices in newest_runs.items()}
 
 
-def commit_of(run: Result) -> str:
+def commit_of(run: Run) -> str:
     return f"commit {run['commit']}{' with changes' if run['dirty'] else ''}"
 
 
@@ -96,11 +130,20 @@ def name_of(result: Result) -> tuple[Any, ...]:
     return result["op"], tuple(result["shape"]), result["rows"], result["case"], result["backend"]
 
 
+def kind_of(case: str) -> str:
+    """Return "name, backend" of a case that is written out, as cases of all sizes have it."""
+    return case.partition(" rows, ")[2]
+
+
+def micro(result: Result) -> float:
+    """Return microseconds: of the device, or wall time where the device was not timed by itself."""
+    times = result.get("device_us") or result["wall_us"]
+    return float(times["median"])
+
+
 def time_of(result: Result) -> str:
     """Device time, or wall time in brackets where the device was not timed by itself."""
-    if result["device_us"]:
-        return f"{result['device_us']['median']:.1f}"
-    return f"({result['wall_us']['median']:.1f})"
+    return f"{micro(result):.1f}" if result["device_us"] else f"({micro(result):.1f})"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -108,62 +151,133 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def steer_table(results: list[Result], columns: dict[str, str]) -> str:
+def reads(found: list[Result]) -> dict[tuple[int, ...], dict[str, Result]]:
+    """For each shape, the fastest bare read of its encoder and the bare launch."""
+    by_shape: dict[tuple[int, ...], dict[str, Result]] = {}
+    for result in found:
+        if result["op"] == "read":
+            kept = by_shape.setdefault(tuple(result["shape"]), {})
+            name = LAUNCH if result["case"] == LAUNCH else READ
+            kept[name] = min(result, kept.get(name, result), key=micro)
+    return by_shape
+
+
+def steer_table(found: list[Result], columns: dict[str, str]) -> str:
     """One line per shape, number of rows and kernel."""
-    cases = (result for result in results if result["op"] == "steer" and result["case"] in columns.values())
-    steer = {name_of(result): result for result in cases}
-    places = {(shape, rows, kernel) for _, shape, rows, _, kernel in steer if kernel not in (*OTHERS, "reference")}
+    screens = [match[1] for result in found if (match := re.fullmatch(r"(?:hard|easy), (\w+)", result["case"]))]
+    cases = {heading: case.replace("SCREEN", screens[0] if screens else "") for heading, case in columns.items()}
+    steer = {name_of(result)[1:]: result for result in found if result["op"] == "steer"}
+    bare = reads(found)
+    kernels = [name for name in steer if name[2] in cases.values() and name[3] not in ("torch", "reference")]
+    places = {(shape, rows, kernel) for shape, rows, _, kernel in kernels}
     lines = []
     for shape, rows, kernel in sorted(places, key=lambda place: (place[0][1], place[0][0], *place[1:])):
         cells = []
-        for heading, case in columns.items():
-            names = [("steer", shape, rows, case, backend) for backend in (kernel, *OTHERS)]
-            result = next((steer[name] for name in names if name in steer), None)
-            cells.append("" if result is None else share_of(result) if heading == SHARE else time_of(result))
+        for heading, case in cases.items():
+            names = [(shape, rows, case, backend) for backend in (kernel, "torch")]
+            result = next((steer[name] for name in names if name in steer), bare.get(shape, {}).get(case))
+            cells.append("" if result is None else cell(result, heading, bare.get(shape, {}).get(READ)))
         lines.append([f"{shape[0]} x {shape[1]}", rows, kernel, *cells])
     return table(["SAE", "rows", "kernel", *columns], lines)
 
 
-def share_of(result: Result) -> str:
-    return f"{100 * result['of_read_ceiling']:.0f} %"
+def cell(result: Result, heading: str, read: Result | None) -> str:
+    """The time of a result, or its share of the read-only rate or of the time of a bare read."""
+    if heading == OF_CEILING:
+        return percent(result["of_read_ceiling"])
+    if heading == OF_READ:
+        return "" if read is None else percent(micro(read) / micro(result))
+    return time_of(result)
 
 
-def other_table(results: list[Result]) -> str:
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def other_table(found: list[Result]) -> str:
     """One line per result of the other ops."""
     lines = []
-    for result in results:
-        if result["op"] != "steer":
+    for result in found:
+        if result["op"] not in ("steer", "read"):
             shares = {"of_read_ceiling": "of the read ceiling", "of_matmul_rate": "of the matrix rate"}
-            notes = [f"{100 * result[name]:.0f} % {words}" for name, words in shares.items() if name in result]
-            notes += [f"{result['tokens_a_second']:.1f} tokens/s"] if "tokens_a_second" in result else []
+            notes = [f"{percent(result[name])} {words}" for name, words in shares.items() if name in result]
+            if result["op"] == "generate":
+                notes.append(f"{1e6 * result['rows'] / micro(result):.1f} tokens/s")
+            if "activation_bytes" in result:
+                notes.append(f"{1e-6 * result['activation_bytes']:.0f} MB of activations")
             shape = " x ".join(str(size) for size in result["shape"])
             place = (result["op"], shape, result["rows"], result["case"], result["backend"])
             lines.append([*place, time_of(result), ", ".join(notes)])
-    return table(["op", "SAE (model: layers x width)", "rows", "case", "backend", "time", ""], lines)
+    return table(["op", "SAE (model: layers x width)", "rows", "case", "backend", "time", ""], lines) if lines else ""
 
 
-def plain(results: list[Result]) -> str:
-    """One line per result."""
-    lines = []
-    for result in results:
+def plain(lines: list[Result]) -> str:
+    """One line per timed result."""
+    texts = []
+    for result in filter(is_timed, lines):
         shape = "x".join(str(size) for size in result["shape"])
         share = result.get("of_read_ceiling", result.get("of_matmul_rate"))
         name = f"{result['op']:18} {shape:12} {result['rows']:5} {result['backend']:17} {result['case']:26}"
-        lines.append(f"{name} {time_of(result):>12}" + (f" {100 * share:6.1f} %" if share is not None else ""))
-    return "\n".join(lines)
+        texts.append(f"{name} {time_of(result):>12}" + (f" {100 * share:6.1f} %" if share is not None else ""))
+    return "\n".join(texts)
 
 
-def benchmark_section(run: Result | None) -> str:
-    """The newest times."""
-    if run is None:
+def described(line: Result) -> str:
+    """Return the case of a result in words."""
+    return f"{line['op']} {'x'.join(map(str, line['shape']))}, {line['rows']} rows, {line['case']}, {line['backend']}"
+
+
+def missing(lines: Iterable[Result]) -> list[str]:
+    """What was wrong, failed, hung or was not reached, one text each."""
+    texts = []
+    for line in lines:
+        kind = next((kind for kind in ("wrong", "failed") if kind in line), "")
+        if kind:
+            texts.append(f"{kind}: {described(line)}: {line[kind].splitlines()[0][:160]}")
+        elif "lost" in line:
+            texts.append(f"{line['outcome']}: {line['lost']}")
+        elif line.get("outcome", "ok") not in ("ok", "failed"):
+            last = f", after {line['last'][:160]!r}" if line["last"] else ""
+            name = f"{line['stage']} {line['job']}".strip()
+            texts.append(f"{line['outcome']}: stage {name}{last}")
+    return texts
+
+
+def outcomes(lines: list[Result]) -> str:
+    """What ran, failed, hung and was not reached, and how long each stage took; one line per stage."""
+    texts = []
+    stages: dict[str, list[Result]] = {}
+    for line in lines:
+        if "outcome" in line and "lost" not in line:
+            stages.setdefault(line["stage"], []).append(line)
+    for name, jobs in stages.items():
+        mine = [line for line in lines if line.get("stage") == name]
+        kinds = [kind for line in mine for kind in KINDS if kind in line] + ["timed"] * sum(map(is_timed, mine))
+        tallies = ", ".join(f"{n} {kind}" for kind, n in Counter(kinds).items())
+        ended = ", ".join(dict.fromkeys(job["outcome"] for job in jobs))
+        texts.append(f"{name:10} {max(job['seconds'] for job in jobs):6.1f} s  {ended}{': ' * bool(tallies)}{tallies}")
+    return "\n".join([*texts, *(f"  {text}" for text in missing(lines))])
+
+
+def benchmark_section(run: Run | None) -> str:
+    """The newest times, and what is missing among them."""
+    found = timed(run["lines"]) if run else []
+    if run is None or not found:
         return NO_TABLE
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)
-    return (
-        f"{run['device']}, {run['date'][:10]}, {commit_of(run)}; {versions}. Measured in the same "
-        f"run: read-only bandwidth {run['read_gb_s']:.0f} GB/s, bf16 matrix product {run['matmul_tflop_s']:.0f} "
-        f"TFLOP/s.\n\n{steer_table(run['results'], COLUMNS)}\n\n{FIXED_TEXT}\n\n"
-        f"{steer_table(run['results'], FIXED)}\n\n{other_table(run['results'])}"
-    )
+    parts = [f"{run['device']}, {run['date'][:10]}, {commit_of(run)}; {versions}."]
+    ceilings = [line for line in run["lines"] if "read_gb_s" in line]
+    if ceilings:
+        parts[0] += (
+            f" Measured in the same run: read-only bandwidth {ceilings[-1]['read_gb_s']:.0f} GB/s, bf16 matrix product "
+            f"{ceilings[-1]['matmul_tflop_s']:.0f} TFLOP/s."
+        )
+    parts += [steer_table(found, COLUMNS)]
+    parts += [FORMULA_TEXT] if any(result.get("sae_lens") == "formula" for result in found) else []
+    parts += [FIXED_TEXT, steer_table(found, FIXED), other_table(found)]
+    lost = missing(run["lines"])
+    parts += ["Not measured:\n\n" + "\n".join(f"- {text}" for text in lost)] if lost else []
+    return "\n\n".join(part for part in parts if part)
 
 
 def status_section(runs: GPURuns) -> str:
@@ -202,6 +316,10 @@ def as_json(runs: GPURuns) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="*", help="files of results")
+    for file in parser.parse_args().files:
+        print(*adopt(file, RESULTS), sep="\n")
     for path, texts in sections(RESULTS).items():
         path.write_text(with_sections(path.read_text(), texts))
     GPU_RUNS.write_text(as_json(gpu_runs(RESULTS)))

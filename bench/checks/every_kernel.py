@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.harness.cases import KERNELS, running
+from bench.harness.cases import KERNELS, SCREEN, running
 from bench.harness.measure import synchronize
 from dspa_kernels import (
     BackendError,
@@ -39,13 +39,13 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # kind, dtypes of rows and weights, normalisation, screen, record
 VARIANTS = [
     ("jumprelu", (BF16, BF16), "none", "none", False),
-    ("jumprelu", (BF16, BF16), "none", "int8", False),
+    ("jumprelu", (BF16, BF16), "none", SCREEN, False),
     ("jumprelu", (BF16, BF16), "none", "none", True),
     ("topk", (BF16, BF16), "none", "none", False),
-    ("topk", (BF16, BF16), "none", "int8", True),
-    ("relu", (FP16, FP16), "none", "int8", False),
+    ("topk", (BF16, BF16), "none", SCREEN, True),
+    ("relu", (FP16, FP16), "none", SCREEN, False),
     ("relu", (FP32, BF16), "layer_norm", "none", False),
-    ("jumprelu", (FP32, FP32), "constant_norm_rescale", "int8", True),
+    ("jumprelu", (FP32, FP32), "constant_norm_rescale", SCREEN, True),
 ]
 
 Check = Callable[[str], None]
@@ -152,15 +152,21 @@ def main() -> int:
     parser.add_argument("--backends", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--programs", type=int, help="size of Triton's persistent grids")
     parser.add_argument("--rows", type=int, nargs="*", default=list(ROWS), help="only these numbers of rows")
+    parser.add_argument("--only", help="only this op")
+    parser.add_argument("--some", type=int, help="only so many checks, at even intervals")
     chosen = parser.parse_args()
     passed = []
     for kernel in chosen.backends:
         with few_programs(chosen.programs), running(kernel) as backend:
-            passed += [
-                passes(f"{kernel}, {op}, {name}", check, backend)
+            mine = [
+                (f"{kernel}, {op}, {name}", check)
                 for op, name, check in checks()
-                if (op, backend) in IMPLEMENTED and (" rows" not in name or int(name.split()[0]) in chosen.rows)
+                if (op, backend) in IMPLEMENTED
+                and chosen.only in (None, op)
+                and (" rows" not in name or int(name.split()[0]) in chosen.rows)
             ]
+            few = mine[:: -(-len(mine) // chosen.some)] if chosen.some else mine
+            passed += [passes(name, check, backend) for name, check in few]
     print(f"every kernel: {sum(passed)} of {len(passed)} as the reference")
     return 0 if all(passed) else 1
 

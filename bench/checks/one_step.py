@@ -9,17 +9,16 @@ import argparse
 
 import torch
 
-from bench.harness.cases import KERNELS, SHAPES, Setting, activity_of, running
+from bench.harness.cases import KERNELS, SHAPES, Shape
 from bench.harness.measure import DEVICE, synchronize
-from bench.tuning.triton import shape
+from bench.ops import steer
 
 
-def one_step(of: tuple[int, int], name: str) -> None:
+def one_step(shape: Shape, name: str) -> None:
     """Run a step of one row that never settles, after one that compiles and loads what it needs."""
-    activity = activity_of(of)
-    setting = Setting.of(activity, "hard", 1).never_settled(activity)
-    with torch.no_grad(), running(name) as backend:
-        first, second, *_ = setting.steps(lambda h, rows: setting.steer(h, rows, backend=backend))
+    (case,) = steer.cases(["stream"], [name], shape, [1])
+    with case.steps() as steps:
+        first, second, *_ = steps.calls
         first()
         synchronize()
         with torch.cuda.profiler.profile():
@@ -29,13 +28,12 @@ def one_step(of: tuple[int, int], name: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", type=shape, default=SHAPES[0], metavar="D_INxD_SAE")
     parser.add_argument("--backend", choices=KERNELS, default=KERNELS[0])
     chosen = parser.parse_args()
     if DEVICE.type != "cuda":
         print("bench.checks.one_step needs a CUDA device, and torch finds none")
         return 2
-    one_step(chosen.shape, chosen.backend)
+    one_step(SHAPES[0], chosen.backend)
     return 0
 
 

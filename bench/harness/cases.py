@@ -1,22 +1,22 @@
-"""The measured cases: shapes, activity, and the formulations that others use."""
+"""The measured cases: what identifies one, how it is checked and timed, and the inputs that cases share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 from unittest import mock
 
-import pytest
 import torch
 from torch import Tensor
 
-from bench.harness.measure import DEVICE, Step
+from bench.harness.measure import DEVICE, Step, Stopwatch, Times
 from dspa_kernels import MapWeights, SAEWeights, SteeringPlan, available_backends, launch, steer
-from dspa_kernels.launch import CudaEntry
+from dspa_kernels.launch import CudaEntry, Launch
 from dspa_kernels.testing import Activity, realistic_activity
+from dspa_kernels.weights import SCREENS
 
 ON_GPU = DEVICE.type == "cuda"
 # Gemma-2-2B, Gemma-2-9B, Qwen3-8B, and a wide SAE.
@@ -24,6 +24,8 @@ SHAPES = [(2304, 16384), (3584, 16384), (4096, 65536), (2304, 262144)] if ON_GPU
 ROWS = [1, 4, 8, 16, 32, 64] if ON_GPU else [1, 4]
 # For what is slow and not part of the package.
 FEW_ROWS = [1, 64] if ON_GPU else [1]
+# The screen that is measured.
+SCREEN = SCREENS[-1]
 # Rows of an activity; the least and the most steps of a measurement (more if a step has few rows); prompts.
 N_ROWS, N_STEPS, N_PROMPTS = (8192, (32, 128), 64) if ON_GPU else (16, (4, 4), 4)
 ALPHA = 0.2
@@ -38,6 +40,102 @@ LAUNCHES = {
     "cuda-programmatic": {"programmatic": True, "ahead": True},
 }
 KERNELS = ("triton", *LAUNCHES)
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a case calls, once its inputs are made.
+
+    Attributes:
+        calls: one call per step; none if there is only something to check.
+        check: raises AssertionError if a result is wrong.
+        capture: the calls can be captured in a CUDA graph.
+        n_bytes: bytes that a mean step has to read and write.
+        n_flops: operations of a mean step.
+        facts: returns more that is recorded, called last.
+        times: times the calls on the device and by the wall, where the stopwatch cannot.
+    """
+
+    calls: Sequence[Step]
+    check: Callable[[], None] = lambda: None
+    capture: bool = True
+    n_bytes: float | None = None
+    n_flops: float | None = None
+    facts: Callable[[], dict[str, Any]] = dict
+    times: Callable[[], tuple[Times | None, Times]] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A measurement.
+
+    Attributes:
+        op: the op.
+        name: what its steps do.
+        backend: a backend, a kind of CUDA's launches, "torch" or "read".
+        shape: d_in and d_sae.
+        rows: rows of a step.
+        prepare: makes the steps of this case on a backend. It raises `BackendError` if the backend does not take them.
+        launch: launch parameters instead of those of the table.
+    """
+
+    op: str
+    name: str
+    backend: str
+    shape: Shape
+    rows: int
+    prepare: Callable[[Case, str], Steps] = field(repr=False)
+    launch: Launch | None = None
+
+    def __str__(self) -> str:
+        return f"{self.op} {'x'.join(map(str, self.shape))}, {self.rows} rows, {self.name}, {self.backend}"
+
+    def labels(self) -> dict[str, Any]:
+        """Return what identifies the case in a result."""
+        labels = {"op": self.op, "case": self.name, "backend": self.backend, "shape": self.shape, "rows": self.rows}
+        return labels | ({"launch": asdict(self.launch)} if self.launch else {})
+
+    @contextmanager
+    def steps(self) -> Iterator[Steps]:
+        """Prepare the steps, which have to be called within the context."""
+        with torch.no_grad(), running(self.backend) as backend, launching(self.launch):
+            yield self.prepare(self, backend)
+
+
+def timed(case: Case, stopwatch: Stopwatch, benchmark: Callable[[], Any] | None = None) -> dict[str, Any]:
+    """Check a case, time it and return the result.
+
+    Args:
+        case: the case.
+        stopwatch: what measures.
+        benchmark: returns the fixture of pytest-benchmark, which then times the calls from Python.
+
+    Raises:
+        AssertionError: a result is wrong. Nothing is timed.
+        BackendError: the backend does not take such a case.
+    """
+    with case.steps() as steps:
+        steps.check()
+        if steps.times:
+            on_device, wall = steps.times()
+        else:
+            on_device = stopwatch.device(steps.calls) if steps.capture and ON_GPU else None
+            wall = stopwatch.wall(steps.calls, benchmark and benchmark())
+        result = {
+            **case.labels(),
+            "device_us": on_device and asdict(on_device),
+            "wall_us": asdict(wall),
+            **steps.facts(),
+        }
+    seconds = 1e-6 * (on_device or wall).median
+    if steps.n_bytes is not None:
+        result |= {"bytes": steps.n_bytes, "gb_s": 1e-9 * steps.n_bytes / seconds}
+        result["of_read_ceiling"] = steps.n_bytes / seconds / stopwatch.read_bandwidth
+    if steps.n_flops is not None:
+        result |= {"flops": steps.n_flops, "of_matmul_rate": steps.n_flops / seconds / stopwatch.matmul_rate}
+    return result
 
 
 def backends(op: str) -> list[str]:
@@ -69,6 +167,21 @@ def running(name: str) -> Iterator[str]:
         launch.cuda_entry.cache_clear()
 
 
+@contextmanager
+def launching(parameters: Launch | None) -> Iterator[None]:
+    """Within the context, every launch of `steer` has these parameters."""
+    if parameters is None:
+        yield
+        return
+    entries = tuple(replace(entry, launch=parameters) for entry in launch.table())
+    launch.launch_parameters.cache_clear()
+    try:
+        with mock.patch.object(launch, "table", lambda: entries):
+            yield
+    finally:
+        launch.launch_parameters.cache_clear()
+
+
 def with_rows(names: Sequence[str]) -> list[tuple[str, int]]:
     """Pairs of a backend and a number of rows at which it is measured."""
     return [(name, n) for name in names for n in (FEW_ROWS if name == "reference" else ROWS)]
@@ -81,7 +194,7 @@ def n_steps(n_rows: int) -> int:
 
 
 @lru_cache(maxsize=1)
-def activity_of(shape: tuple[int, int]) -> Activity:
+def activity_of(shape: Shape) -> Activity:
     """The activity of a shape; only the last one is kept."""
     return realistic_activity(*shape, N_ROWS, n_calibration=4096 if ON_GPU else 256, device=DEVICE)
 
@@ -196,36 +309,3 @@ def check_rows(out: Tensor, wanted: Tensor) -> None:
     assert out.shape == wanted.shape and out.dtype == wanted.dtype
     close = torch.isclose(out.float(), wanted.float(), rtol=1.6e-2, atol=1e-3).all(dim=1)
     assert float(close.float().mean()) >= 0.999, f"{int((~close).sum())} of {len(close)} rows are wrong"
-
-
-def widened(sae: SAEWeights) -> SAEWeights:
-    """The weights in fp32, in which formulations agree."""
-    return replace(sae, encoder_rows=sae.encoder_rows.float(), W_dec=sae.W_dec.float())
-
-
-def dense_steer(h: Tensor, sae: SAEWeights, latents: Tensor) -> Tensor:
-    """Encode everything, ablate latents [N, S], decode everything, as a script without the package does."""
-    pre = h @ sae.W_enc + sae.b_enc.to(h.dtype)
-    f = pre * ((pre > sae.threshold) & (pre > 0))
-    ablated = torch.zeros_like(f, dtype=torch.bool).scatter_(1, latents, True)
-    edited = torch.where(ablated, (f - ALPHA * f.amax(dim=1, keepdim=True)).clamp(min=0), f)
-    return h + (edited - f) @ sae.W_dec
-
-
-def sae_lens_steer(sae: SAEWeights) -> Callable[[Tensor, Tensor], Tensor]:
-    """`dense_steer` with SAELens: its encode, the edit, its decode before and after."""
-    lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed")
-    config = lens.JumpReLUSAEConfig(
-        d_in=sae.d_in, d_sae=sae.d_sae, dtype=str(sae.encoder_rows.dtype).removeprefix("torch."), device=str(DEVICE)
-    )
-    theirs = lens.JumpReLUSAE(config)
-    tensors = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "threshold": sae.threshold}
-    theirs.load_state_dict(tensors | {"b_dec": torch.zeros(sae.d_in)})
-
-    def run(h: Tensor, latents: Tensor) -> Tensor:
-        f = theirs.encode(h)
-        ablated = torch.zeros_like(f, dtype=torch.bool).scatter_(1, latents, True)
-        edited = torch.where(ablated, (f - ALPHA * f.amax(dim=1, keepdim=True)).clamp(min=0), f)
-        return h + theirs.decode(edited) - theirs.decode(f)
-
-    return run

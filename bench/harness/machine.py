@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def clocks() -> dict[str, str]:
 
 
 def describe(commit: str) -> dict[str, Any]:
-    """Commit (from git, otherwise `commit`), versions and device."""
+    """Commit (from git, otherwise `commit`), date, versions and device."""
     gpu = torch.cuda.is_available()
     known = output_of("git", "rev-parse", "--short=12", "HEAD")
     return {
@@ -47,6 +48,7 @@ def describe(commit: str) -> dict[str, Any]:
         "host": platform.processor() or platform.machine(),
         "commit": known or commit or "unknown",
         "dirty": bool(output_of("git", "status", "--porcelain")) if known else None,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "python": platform.python_version(),
         "cuda": torch.version.cuda if gpu else None,
         "versions": {package: version_of(package) for package in PACKAGES},

@@ -89,9 +89,14 @@ def wall_seconds(run: Step, setup: Step, rounds: int, benchmark: Any = None) -> 
 
 
 class Stopwatch:
-    """Measures on `DEVICE`, and holds the memory that empties its cache."""
+    """Measures on `DEVICE`, and holds the memory that empties its cache.
 
-    def __init__(self) -> None:
+    Args:
+        rounds: rounds of each measurement; by default ROUNDS, and of calls from Python at least one per step.
+    """
+
+    def __init__(self, rounds: int | None = None) -> None:
+        self.rounds = rounds
         self._chunk = itertools.count()
         if DEVICE.type == "cuda":
             l2 = torch.cuda.get_device_properties(DEVICE).L2_cache_size
@@ -123,7 +128,7 @@ class Stopwatch:
         return self._fastest[0]
 
     @property
-    def read_way(self) -> str:
+    def reader(self) -> str:
         """The name of the reader that reached `read_bandwidth`."""
         return getattr(self._fastest[1], "__name__", None) or str(self._fastest[1])
 
@@ -141,12 +146,20 @@ class Stopwatch:
         times = times or wall_seconds(lambda: torch.mm(a, b), lambda: None, 3)
         return 2 * n**3 / statistics.median(times)
 
+    def ceilings(self) -> dict[str, Any]:
+        """Return the ceilings of the machine as a line of results."""
+        return {
+            "read_gb_s": 1e-9 * self.read_bandwidth,
+            "reader": self.reader,
+            "matmul_tflop_s": 1e-12 * self.matmul_rate,
+        }
+
     def empty_cache(self) -> None:
         """Replace the contents of the second-level cache."""
         if DEVICE.type == "cuda":
             self.read(self.memory[next(self._chunk) % N_CHUNKS])
 
-    def device(self, steps: Sequence[Step], rounds: int = ROUNDS) -> Times:
+    def device(self, steps: Sequence[Step]) -> Times:
         """Mean device time of `steps`, which run in order, each from an empty cache."""
         for step in (self.empty_cache, *steps):
             step()
@@ -155,10 +168,11 @@ class Stopwatch:
         idle = captured([self.empty_cache] * len(steps))
         for graph in (cold, idle):
             graph.replay()
-        seconds = [(elapsed(cold.replay) - elapsed(idle.replay)) / len(steps) for _ in range(rounds)]
+        seconds = [(elapsed(cold.replay) - elapsed(idle.replay)) / len(steps) for _ in range(self.rounds or ROUNDS)]
         return Times.of(seconds)
 
-    def wall(self, steps: Sequence[Step], rounds: int, benchmark: Any = None) -> Times:
+    def wall(self, steps: Sequence[Step], benchmark: Any = None) -> Times:
         """Wall time of a step that Python calls, from an empty cache until it has finished."""
+        rounds = self.rounds or max(ROUNDS, min(len(steps), 32))
         turn = itertools.cycle(steps)
         return Times.of(wall_seconds(lambda: next(turn)(), self.empty_cache, rounds, benchmark))

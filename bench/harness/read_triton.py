@@ -34,6 +34,9 @@ class Reader:
     num_warps: int
     programs: int
 
+    def __str__(self) -> str:
+        return f"{self.programs} x {self.num_warps} warps, {self.block} numbers"
+
     def __call__(self, x: Tensor) -> Tensor:
         """Read all of `x` (a whole number of blocks of fp32, in any dtype); returns partial sums."""
         words = x.view(-1).view(torch.float32)
@@ -57,5 +60,16 @@ def launch_only(device: torch.device) -> Tensor:
 
 
 def readers() -> Iterator[Reader]:
-    """The readers to try."""
+    """The readers to try on several GB."""
     return itertools.starmap(Reader, itertools.product((2048, 4096, 8192), (4, 8), (2, 4, 8, 16)))
+
+
+# Those to try on one encoder. The first has the grid of `steer`: one program of 8 warps per multiprocessor.
+FEW_READERS = (
+    Reader(16384, 8, 1),
+    Reader(8192, 8, 2),
+    Reader(4096, 8, 4),
+    Reader(4096, 4, 8),
+    Reader(2048, 4, 8),
+    Reader(2048, 4, 16),
+)

@@ -253,8 +253,7 @@ def main(
         table.add_row(result["case"], result["method"], *cells, f"{result['peak_gb'] - result['loaded_gb']:.2f}")
     Console().print(table)
     if out is not None:
-        date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        record = describe("") | {"date": date, "threads": torch.get_num_threads(), "results": results}
+        record = describe("") | {"threads": torch.get_num_threads(), "results": results}
         out.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -98,23 +98,33 @@ def peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def measure(case: Case, method: str, rounds: int, out: Path) -> None:
-    """Write seconds per round, bytes of activations, and norms to compare; runs in a process of its own."""
+Step = Callable[[Tensor], tuple[Tensor, Tensor, tuple[Tensor, ...]]]
+
+
+def step_of(case: Case, method: str) -> tuple[Step, Tensor]:
+    """Return a step of rows, which gives the results and the gradients, and the rows."""
     sae, tensors = case.tensors()
     function, leaves = METHODS[method](), [tensor for tensor in tensors.values() if tensor.requires_grad]
 
+    @torch.enable_grad()  # type: ignore[untyped-decorator]
     def step(h: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         steered, l1 = function(sae=sae, **tensors | {"h": h})
         grads = torch.full_like(steered, 1 / h.numel()), torch.full_like(l1, L1 / case.tokens)
         return steered, l1, torch.autograd.grad((steered, l1), leaves, grads)
 
+    return step, tensors["h"]
+
+
+def measure(case: Case, method: str, rounds: int, out: Path) -> None:
+    """Write seconds per round, bytes of activations, and norms to compare; runs in a process of its own."""
+    step, h = step_of(case, method)
     # Imports and compilation of the first call are not activations.
-    step(tensors["h"][:8])
+    step(h[:8])
     synchronize()
     loaded, seconds = held_bytes(), []
     for _ in range(rounds + 1):
         start = time.perf_counter()
-        steered, l1, grads = step(tensors["h"])
+        steered, l1, grads = step(h)
         synchronize()
         seconds.append(time.perf_counter() - start)
         peak, gradients = peak_bytes(), sum(grad.nbytes for grad in grads)
@@ -136,17 +146,28 @@ measure(Case(**json.loads(case)), method, int(rounds), Path(out))
 """
 
 
+def measured(case: Case, method: str, rounds: int) -> dict[str, Any]:
+    """The result of `measure` from another process."""
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        arguments = [json.dumps(asdict(case)), method, str(rounds), str(out)]
+        subprocess.run([sys.executable, "-c", MEASURE, *arguments], check=True)
+        result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+def check_norms(method: str, norms: list[float], wanted: list[float]) -> None:
+    """Raise AssertionError where norms differ by more than rounding."""
+    for ours, theirs in zip(norms, wanted, strict=True):
+        assert abs(ours - theirs) <= AGREEMENT * abs(theirs), f"{method}: {ours} and not {theirs}"
+
+
 def compare(case: Case, rounds: int) -> list[dict[str, Any]]:
     """Every method on one case. Raises where their numbers differ by more than rounding."""
     results: list[dict[str, Any]] = []
     for method in METHODS:
-        with TemporaryDirectory() as folder:
-            out = Path(folder) / "result.json"
-            arguments = [json.dumps(asdict(case)), method, str(rounds), str(out)]
-            subprocess.run([sys.executable, "-c", MEASURE, *arguments], check=True)
-            results.append(asdict(case) | {"method": method} | json.loads(out.read_text()))
-        for mine, theirs in zip(results[0]["norms"], results[-1]["norms"], strict=True):
-            assert abs(mine - theirs) <= AGREEMENT * abs(mine), f"{method}: {theirs} and not {mine}"
+        results.append(asdict(case) | {"method": method} | measured(case, method, rounds))
+        check_norms(method, results[-1]["norms"], results[0]["norms"])
     return results
 
 
@@ -179,8 +200,7 @@ def main(
         )
     Console().print(table)
     if out is not None:
-        date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        record = describe(commit) | {"date": date, "threads": torch.get_num_threads(), "results": results}
+        record = describe(commit) | {"threads": torch.get_num_threads(), "results": results}
         out.write_text(json.dumps(record, indent=1) + "\n")
 
 

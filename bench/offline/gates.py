@@ -7,7 +7,6 @@ map keeps, and how alike prompts are steered.
 from __future__ import annotations
 
 import json
-import time
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -69,8 +68,7 @@ def main(out: Annotated[Path | None, typer.Option(help="Write results here, as J
             results += [{"counts": name} | result for result in compare_rules(counts)]
     Console().print_json(json.dumps(results))
     if out is not None:
-        date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        out.write_text(json.dumps(describe("") | {"date": date, "results": results}, indent=1) + "\n")
+        out.write_text(json.dumps(describe("") | {"results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

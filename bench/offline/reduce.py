@@ -70,8 +70,7 @@ def main(
         result = json.loads(done.stdout) | describe_counts(counts)
     Console().print_json(json.dumps(result))
     if out is not None:
-        date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        record = describe("") | {"date": date, "threads": torch.get_num_threads(), "results": [result]}
+        record = describe("") | {"threads": torch.get_num_threads(), "results": [result]}
         out.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.harness.cases import SHAPES, Adapter, Setting, widened
+from bench.harness.cases import SHAPES, Adapter, Setting
 from bench.harness.measure import DEVICE, Step, Stopwatch, synchronize
+from bench.ops.dense import widened
 from dspa_kernels import EncoderStream, activation_counts, fsrl_residual, launch, sparse_encode
 from dspa_kernels.launch import STEER_WARPS, Entry, Launch, Served, capability_of, launch_parameters
 from dspa_kernels.testing import Activity, realistic_activity, same_bits, tensors
@@ -249,7 +250,7 @@ class Tuner:
     def __init__(self, state: State, pool: ProcessPoolExecutor, until: float) -> None:
         self.state, self.pool, self.until = state, pool, until
         self.capability = capability_of(DEVICE)
-        self.stopwatch = Stopwatch()
+        self.stopwatch = Stopwatch(rounds=5)
         self.tried: dict[Entry, str] = {}
 
     def tune(self, place: Place, activity: Activity) -> Entry | None:
@@ -294,7 +295,7 @@ class Tuner:
             for step, results in zip(steps, wanted, strict=True):
                 if not all(agree(place, *pair) for pair in zip(tensors(step()), results, strict=True)):
                     return "other numbers"
-            return self.stopwatch.device(steps, rounds=5).median
+            return self.stopwatch.device(steps).median
         except Exception as error:
             return reason_of(error)
 

@@ -3,18 +3,81 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from bench.checks import every_kernel, one_step, stress
-from bench.harness.cases import LAUNCHES, Setting, activity_of, check_rows, running, steer_backends
-from bench.suite.test_steer import paths_of
+from bench.checks import every_kernel, one_step
+from bench.harness.cases import (
+    LAUNCHES,
+    Case,
+    Setting,
+    Steps,
+    activity_of,
+    check_rows,
+    launching,
+    running,
+    steer_backends,
+    timed,
+)
+from bench.harness.measure import Stopwatch, Times
+from bench.ops.steer import paths_of
 from dspa_kernels import launch
+from dspa_kernels.launch import launch_parameters
 from dspa_kernels.testing import BACKENDS
 from dspa_kernels.weights import PATHS
 
 CPU, TINY = torch.device("cpu"), (64, 512)
+
+
+def case(steps: Steps) -> Case:
+    return Case("op", "name", "reference", TINY, 4, lambda *_: steps)
+
+
+def test_a_wrong_result_is_not_timed() -> None:
+    called: list[str] = []
+
+    def check() -> None:
+        raise AssertionError("wrong")
+
+    with pytest.raises(AssertionError, match="wrong"):
+        timed(case(Steps([lambda: called.append("step")], check)), Stopwatch(rounds=1))
+    assert not called
+
+
+def test_a_result_says_what_was_measured() -> None:
+    called: list[str] = []
+    steps = Steps(
+        [lambda: called.append("first"), lambda: called.append("second")],
+        lambda: called.append("check"),
+        n_bytes=1e6,
+        n_flops=1e6,
+        facts=lambda: {"fact": 1},
+    )
+    stopwatch = Stopwatch(rounds=2)
+    result = timed(case(steps), stopwatch)
+    assert called == ["check", "first", "second", "first"]
+    assert result.items() >= {"op": "op", "case": "name", "shape": TINY, "rows": 4, "fact": 1, "bytes": 1e6}.items()
+    seconds = 1e-6 * result["wall_us"]["median"]
+    assert result["of_read_ceiling"] == pytest.approx(1e6 / seconds / stopwatch.read_bandwidth)
+    assert result["of_matmul_rate"] == pytest.approx(1e6 / seconds / stopwatch.matmul_rate)
+    assert result["device_us"] is None and "launch" not in result
+
+
+def test_steps_may_time_themselves() -> None:
+    times = Times.of([2.0])
+    result = timed(case(Steps([], times=lambda: (times, Times.of([3.0])))), Stopwatch(rounds=1))
+    assert result["device_us"]["median"] == 2e6 and result["wall_us"]["median"] == 3e6
+
+
+def test_launch_parameters_are_used_and_then_forgotten() -> None:
+    place: Any = ("steer", 1, 2304, 16384, 0, CPU)
+    before = launch_parameters(*place)
+    other = replace(before, num_stages=before.num_stages + 1)
+    with launching(other):
+        assert launch_parameters(*place) == other
+    assert launch_parameters(*place) == before
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
@@ -53,13 +116,6 @@ def test_every_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     *left_out, last = capsys.readouterr().out.splitlines()
     assert last == "every kernel: 24 of 24 as the reference"
     assert len(left_out) == 2 * len(LAUNCHES) and all("torch.float32" in line for line in left_out)
-
-
-def test_a_row_is_the_same_in_any_batch_and_turn() -> None:
-    for setting, run in stress.variants(activity_of(TINY), "cuda").values():
-        setting = replace(setting, h=setting.h[:8], rows=setting.rows[:8])
-        stress.batch_invariance(setting, run)
-        stress.run_to_run(lambda setting=setting, run=run: run(setting.h, setting.rows), 3)
 
 
 def test_one_step_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:

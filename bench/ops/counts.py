@@ -1,0 +1,52 @@
+"""Cases of `activation_counts` on a ragged batch, compared with a dense formulation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.harness.cases import N_ROWS, Case, Shape, Steps, activity_of
+from bench.ops.dense import dense_counts
+from dspa_kernels import activation_counts
+
+N_SEQUENCES = 12
+
+
+def ragged(n_rows: int) -> Tensor:
+    """The sequence of each row: long and short ones, and rows of no sequence."""
+    g = torch.Generator().manual_seed(0)
+    ends = torch.randperm(n_rows - 1, generator=g)[: N_SEQUENCES - 1].sort().values
+    sequences = torch.bucketize(torch.arange(n_rows), ends).to(torch.int32)
+    return torch.where(torch.rand(n_rows, generator=g) < 0.02, -1, sequences)
+
+
+def count(case: Case, backend: str) -> Steps:
+    """One call over all rows."""
+    activity = activity_of(case.shape)
+    h, sae = activity.h, activity.sae
+    sequences = ragged(len(h)).to(h.device)
+
+    def run() -> Any:
+        if backend == "torch":
+            return dense_counts(h, sae, sequences, N_SEQUENCES)
+        return activation_counts(h, sae, sequences, N_SEQUENCES, backend=backend)
+
+    def check() -> None:
+        wanted = activation_counts(h, sae, sequences, N_SEQUENCES, backend="reference")
+        # Rounding decides whether a few are active; with 16-bit pre-activations, more.
+        allowed = 0.05 if backend == "torch" else 1e-4
+        different = float((run() - wanted).abs().sum())
+        assert different <= allowed * float(wanted.sum()), f"{different:.0f} counts differ"
+
+    n_flops = 2.0 * len(h) * sae.encoder_rows.numel()
+    return Steps([run], check, capture=backend != "reference", n_flops=n_flops)
+
+
+def cases(backends: Iterable[str], shape: Shape) -> Iterator[Case]:
+    """One case per backend, "torch" for the dense formulation."""
+    for backend in backends:
+        name = "dense PyTorch, eager" if backend == "torch" else "counts"
+        yield Case("activation_counts", name, backend, shape, N_ROWS, count)
