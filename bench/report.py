@@ -212,13 +212,17 @@ def other_table(found: list[Result]) -> str:
 
 
 def plain(lines: list[Result]) -> str:
-    """One line per timed result."""
-    texts = []
-    for result in filter(is_timed, lines):
+    """One line per timed result, with its share of the machine's ceiling and of a bare read of the same bytes."""
+    texts, found = [], list(filter(is_timed, lines))
+    bare = reads(found)
+    for result in found:
         shape = "x".join(str(size) for size in result["shape"])
-        share = result.get("of_read_ceiling", result.get("of_matmul_rate"))
-        name = f"{result['op']:18} {shape:12} {result['rows']:5} {result['backend']:17} {result['case']:26}"
-        texts.append(f"{name} {time_of(result):>12}" + (f" {100 * share:6.1f} %" if share is not None else ""))
+        share, read = result.get("of_read_ceiling", result.get("of_matmul_rate")), bare.get(tuple(result["shape"]), {})
+        text = f"{result['op']:18} {shape:12} {result['rows']:5} {result['backend']:17} {result['case']:26}"
+        text += f" {time_of(result):>12}" + (f" {100 * share:6.1f} %" if share is not None else "")
+        if result["case"] == COLUMNS[OF_READ] and READ in read:
+            text += f", {percent(micro(read[READ]) / micro(result))} {OF_READ}"
+        texts.append(text)
     return "\n".join(texts)
 
 

@@ -6,7 +6,7 @@ parameters. null stands for any. The first entry that fits is taken. Entries for
 shared memory per multiprocessor.
 
 `cuda_table.json` lists in the same way where the CUDA backend was measured to be faster than Triton. Only there is it
-chosen by default. `bench/tuning/triton.py` and `bench/tuning/cuda.py` measure and write entries.
+chosen by default. `bench/tuning.py` measures and writes entries.
 """
 
 from __future__ import annotations

@@ -128,6 +128,12 @@ def test_kernels_stand_below_each_other_with_what_they_share() -> None:
     assert first.endswith("| 9.0 |  |") and second.endswith("| 9.0 |  |")
 
 
+def test_a_line_shows_both_shares() -> None:
+    first, second, third = report.plain([result("stream", 2.0), read(1.2), result("hard", 3.0)]).splitlines()
+    assert first.endswith(" 2.0   50.0 %, 60 % of read alone") and second.endswith(" 1.2   50.0 %")
+    assert third.endswith(" 3.0   50.0 %")
+
+
 def test_any_screen_has_the_column() -> None:
     *_, line = report.steer_table([result("hard, int3", 5.0), result("hard", 6.0)], report.COLUMNS).splitlines()
     assert line.startswith("| 64 x 512 | 1 | triton |  |  |  |  | 6.0 | 5.0 |")
