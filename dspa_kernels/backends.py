@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.nn import Parameter
 
 from dspa_kernels import cuda_library
 from dspa_kernels.checks import refuse
@@ -31,6 +34,15 @@ OPS = (
 )
 BACKWARD = "_backward"
 DEFAULT = os.environ.get("DSPA_BACKEND", "auto")
+# Keys that PyTorch's dispatcher includes in a thread while a mode, a transformation of torch.func or functionalisation
+# intercepts the calls of operators.
+INTERCEPTORS = tuple(
+    getattr(torch._C.DispatchKey, name)
+    for name in ("Python", "PreDispatch", "FuncTorchDynamicLayerFrontMode", "Functionalize")
+)
+_is_included = torch._C._dispatch_tls_is_dispatch_key_included
+# The classes of tensors without a behaviour of their own.
+PLAIN = (Tensor, Parameter)
 
 
 class BackendError(RuntimeError):
@@ -135,11 +147,34 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     return function
 
 
+def _device_guard(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which `device` is the current one, because kernels are launched there."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Return a context without autocast, which would compute the products inside of an op in a narrower dtype."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def _is_intercepted(values: Iterable[object]) -> bool:
+    """Return True if PyTorch has to see a call with these arguments.
+
+    It does where something traces or transforms operators, or records gradients, and for tensors that are not plain.
+    """
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or any(map(_is_included, INTERCEPTORS)):
+        return True
+    records = torch.is_grad_enabled()
+    for value in values:
+        if isinstance(value, Tensor) and (
+            type(value) not in PLAIN or value.is_meta or (records and value.requires_grad)
+        ):
+            return True
+    return False
 
 
 def define_op(
@@ -148,8 +183,11 @@ def define_op(
     fake: Callable[..., Any],
     mutates: tuple[str, ...] = (),
     fastest: Callable[..., str] | None = None,
-) -> Any:
-    """Register the custom op `dspa::<op>` and return it, a `CustomOpDef` to be called with keywords.
+) -> Callable[..., Any]:
+    """Register the custom op `dspa::<op>` and return a function that calls it with keywords.
+
+    The dispatch of a custom op takes PyTorch longer than everything else that an eager step does on the host. Where
+    nothing would intercept the call, the function calls the implementation itself.
 
     Args:
         op: name of the op, and of the function in each backend's module.
@@ -162,23 +200,33 @@ def define_op(
     parameters, results = schema.split(" -> ")
     names = [parameter.split()[-1] for parameter in parameters.strip("()").split(", ")]
 
-    def run(*values: Any) -> Any:
-        *inputs, backend = values
-        arguments = dict(zip(names, inputs, strict=True))
+    def run(backend: str, arguments: dict[str, Any]) -> Any:
         if fastest and backend == "auto":
             backend = fastest(**arguments)
-        device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
-        # Kernels are launched on the current device, which may not be that of the tensors.
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), _without_autocast(device):
+        device = arguments[names[0]].device
+        with _device_guard(device), _without_autocast(device):
             return implementation(op, backend)(**arguments)
+
+    def kernel(*values: Any) -> Any:
+        return run(values[-1], dict(zip(names, values[:-1], strict=True)))
 
     def infer(*values: Any) -> Any:
         return fake(**dict(zip(names, values[:-1], strict=True)))
 
     full = f"{parameters[:-1]}, str backend) -> {results}"
-    definition = torch.library.custom_op(f"dspa::{op}", run, mutates_args=mutates, schema=full)
-    definition.register_fake(infer)
-    return definition
+    registered = torch.library.custom_op(f"dspa::{op}", kernel, mutates_args=mutates, schema=full)
+    registered.register_fake(infer)
+
+    def call(*, backend: str, **arguments: Any) -> Any:
+        if _is_intercepted(arguments.values()):
+            return registered(**arguments, backend=backend)
+        result = run(backend, arguments)
+        for name in mutates:
+            if arguments[name] is not None:
+                increment_version(arguments[name])
+        return result
+
+    return call
 
 
 def _load_error() -> str:

@@ -17,12 +17,15 @@ def refuse(argument: str, got: object, accepted: str, advice: str = "") -> Input
 
 def check_shape(argument: str, tensor: Tensor, shape: Sequence[int | str], advice: str = "") -> None:
     """Raise `InputError` unless `tensor` has `shape`, in which a string names a free dimension."""
-    matches = tensor.dim() == len(shape) and all(
-        isinstance(expected, str) or size == expected for size, expected in zip(tensor.shape, shape, strict=True)
-    )
-    if not matches:
-        accepted = "[" + ", ".join(str(size) for size in shape) + "]"
-        raise refuse(argument, f"of shape {list(tensor.shape)}", f"shape {accepted}", advice)
+    sizes = tensor.shape
+    if sizes == shape or (len(sizes) == len(shape) and all(map(_is_accepted, sizes, shape))):
+        return
+    accepted = "[" + ", ".join(str(size) for size in shape) + "]"
+    raise refuse(argument, f"of shape {list(sizes)}", f"shape {accepted}", advice)
+
+
+def _is_accepted(size: int, accepted: int | str) -> bool:
+    return size == accepted or isinstance(accepted, str)
 
 
 def check_dtype(argument: str, tensor: Tensor, accepted: Sequence[dtype]) -> None:

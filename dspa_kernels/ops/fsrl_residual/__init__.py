@@ -192,4 +192,4 @@ def _backward(ctx: Any, grad: Tensor, grad_l1: Tensor, *_: Tensor | None) -> tup
     return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
 
 
-_fsrl_residual.register_autograd(_backward, setup_context=_save_for_backward)
+torch.library.register_autograd("dspa::fsrl_residual", _backward, setup_context=_save_for_backward)

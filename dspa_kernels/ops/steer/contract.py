@@ -86,13 +86,14 @@ def check_residual(
     check_shape("cdmap.encoder_rows", cdmap.encoder_rows, ("C", sae.d_in), "Gather the map from the SAE that steers.")
     check_dtype("cdmap.encoder_rows", cdmap.encoder_rows, (sae.encoder_rows.dtype,))
     check_at_least("alpha", alpha, 0)
-    if rows is None and len(h) != n_prompts:
-        raise refuse("rows", None, f"the plan row of each of {len(h)} rows", f"The plan has {n_prompts} rows.")
+    n_rows = h.shape[0]
+    if rows is None and n_rows != n_prompts:
+        raise refuse("rows", None, f"the plan row of each of {n_rows} rows", f"The plan has {n_prompts} rows.")
     if (positions is None) != (start is None):
         raise refuse("start" if start is None else "positions", None, "both of `positions` and `start`, or neither")
     for name, tensor, shape, dtype in (
-        ("rows", rows, (len(h),), torch.int32),
-        ("positions", positions, (len(h),), torch.int64),
+        ("rows", rows, (n_rows,), torch.int32),
+        ("positions", positions, (n_rows,), torch.int64),
         ("start", start, (n_prompts,), torch.int64),
         ("paths", paths, (len(PATHS) + 1,), torch.int64),
     ):
