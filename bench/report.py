@@ -260,7 +260,7 @@ def outcomes(lines: list[Result]) -> str:
         tallies = ", ".join(f"{n} {kind}" for kind, n in Counter(kinds).items())
         ended = ", ".join(dict.fromkeys(job["outcome"] for job in jobs))
         texts.append(f"{name:10} {max(job['seconds'] for job in jobs):6.1f} s  {ended}{': ' * bool(tallies)}{tallies}")
-    return "\n".join([*texts, *(f"  {text}" for text in missing(lines))])
+    return "\n".join(texts)
 
 
 def benchmark_section(run: Run | None) -> str:

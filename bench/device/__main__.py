@@ -20,13 +20,16 @@ from bench.harness import results
 
 ROOT = Path(__file__).parents[2]
 NOT_REACHED = "not reached"
-# Bytes of the summary: of the output, the last 12,000 characters come back from some machines.
-SUMMARY = 11_000
+# Characters of the summary, and of it what was not measured: some machines return the last 12,000 of an output.
+SUMMARY, MISSING = 11_000, 5_000
+# Limits of a rehearsal are this many times longer.
+SLOWER = 4
 # What a rehearsal on a CPU runs: kernels in the interpreter and the emulator, and nothing compiled.
 REHEARSAL = {
     "TRITON_INTERPRET": "1",
     "DSPA_CUDA_EMULATED": str(ROOT / "build" / "emulated" / "libdspa_emulated.so"),
     "TORCH_COMPILE_DISABLE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
 }
 
 
@@ -59,7 +62,7 @@ class Call:
             outcome = f"not run: {obstacle}" if obstacle else NOT_REACHED
             self.record(stage, "", outcome)
             return [outcome]
-        until = min(time.monotonic() + stage.limit, self.deadline)
+        until = min(time.monotonic() + stage.limit * (SLOWER if self.rehearse else 1), self.deadline)
         with ThreadPoolExecutor(len(stage.jobs)) as pool:
             return list(pool.map(lambda job: self.job(stage, job, until), stage.jobs))
 
@@ -73,7 +76,8 @@ class Call:
                 break
             done = ending.number
             results.append(self.results, {"stage": stage.name, "lost": ending.case, "outcome": ending.outcome})
-            if ending.outcome == HUNG:
+            # A first call may be silent because it compiles.
+            if ending.outcome == HUNG and stage.name != plan.COMPILE.name:
                 self.hung.add(report.kind_of(ending.case))
         # A job that went on after a crash did not end well.
         worst = next((ending for ending in endings if ending.outcome not in (OK, FAILED)), endings[-1])
@@ -94,16 +98,19 @@ class Call:
         print(f"== {f'{stage.name} {job}':24} {outcome:24} {seconds:6.1f} s", flush=True)
 
     def summary(self) -> str:
-        """Return the times as far as they fit, and what became of each stage."""
+        """Return the times and what is missing, as far as they fit, and what became of each stage."""
         lines = results.read(self.results)[self.earlier :]
-        outcomes = report.outcomes(lines)
-        times = report.plain([line for line in lines if report.is_timed(line)])
-        cut = times[: max(0, SUMMARY - len(outcomes))]
-        left_out = "" if cut == times else f"\n... all are in {self.results.name}"
         machine = next(
-            (f", {line['run']['device']}, commit {line['run']['commit']}" for line in lines if "run" in line), ""
+            (f", {run['device']}, commit {run['commit']}" for run in (line.get("run") for line in lines) if run), ""
         )
-        return f"{cut}{left_out}\n{outcomes}\n== call {self.name}{machine}: {time.monotonic() - self.start:.0f} s"
+        last = f"{report.outcomes(lines)}\n== call {self.name}{machine}: {time.monotonic() - self.start:.0f} s"
+        missing = self.fitting("\n".join(report.missing(lines)), MISSING)
+        times = self.fitting(report.plain(lines), SUMMARY - len(missing) - len(last))
+        return "\n".join(filter(None, (times, missing, last)))
+
+    def fitting(self, text: str, length: int) -> str:
+        """Return the beginning of a text, and where the rest is."""
+        return text if len(text) <= length else f"{text[: max(0, length)]}\n... all are in {self.results.name}"
 
 
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:

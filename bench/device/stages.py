@@ -73,7 +73,7 @@ def smoke() -> Iterator[Case]:
 
 
 def bits() -> Iterator[Case]:
-    yield from stress.cases(KERNELS, FIRST, turns=200 if ON_GPU else 2)
+    yield from stress.cases(KERNELS, FIRST, turns=500 if ON_GPU else 2)
 
 
 def thorough() -> Iterator[Case]:

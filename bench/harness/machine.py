@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from dspa_kernels.cuda_library import EMULATED
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "triton", "transformers", "sae-lens", "numpy")
@@ -39,8 +42,8 @@ def clocks() -> dict[str, str]:
 
 
 def describe(commit: str) -> dict[str, Any]:
-    """Commit (from git, otherwise `commit`), date, versions and device."""
-    gpu = torch.cuda.is_available()
+    """Commit (from git, otherwise `commit`), date, versions and device, which is the CPU if that emulates kernels."""
+    gpu = torch.cuda.is_available() and not EMULATED and os.environ.get("TRITON_INTERPRET") != "1"
     known = output_of("git", "rev-parse", "--short=12", "HEAD")
     return {
         "device": torch.cuda.get_device_name() if gpu else "cpu",

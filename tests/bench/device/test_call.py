@@ -143,14 +143,14 @@ def test_the_summary_comes_back_whole(tmp_path: Path) -> None:
     labels = {"op": "steer", "shape": [2304, 16384], "rows": 1, "backend": "triton", "device_us": {"median": 1.0}}
     for n in range(300):
         results.append(call.results, {"stage": "stream", "case": f"case {n}", **labels})
-    results.append(
-        call.results, {"stage": "stream", "case": "other", "wrong": "3 of 128 rows", **labels | {"device_us": None}}
-    )
+    for n in range(100):
+        wrong = {"case": f"wrong {n}", "wrong": f"{n} of 128 rows" + 200 * "x", **labels, "device_us": None}
+        results.append(call.results, {"stage": "stream", **wrong})
     call.run([stage("stream", call, TALK, limit=1)])
     text = call.summary()
     assert text.splitlines()[-1].startswith("== call A, Some GPU, commit abc: ")
     assert len(text) < SUMMARY + 200 and "all are in results.jsonl" in text and "earlier" not in text
-    assert "300 timed" in text and "1 wrong" in text and "over its time" in text and "3 of 128 rows" in text
+    assert "300 timed" in text and "100 wrong" in text and "over its time" in text and "3 of 128 rows" in text
 
 
 def test_a_call_that_is_ended_still_has_a_summary(tmp_path: Path) -> None:
