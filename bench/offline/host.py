@@ -95,8 +95,7 @@ def main(out: Annotated[Path | None, typer.Option(help="Write results here, as J
         table.add_row(name, *(f"{result['micros']:.1f}" for result in results if result["step"] == name))
     Console().print(table)
     if out is not None:
-        date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        out.write_text(json.dumps(describe("") | {"date": date, "results": results}, indent=1) + "\n")
+        out.write_text(json.dumps(describe("") | {"results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

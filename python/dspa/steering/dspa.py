@@ -322,7 +322,7 @@ class Steering(Attachable, nn.Module):
                 "the model itself, or call dspa.detach(model) first."
             )
         self._check_device("sae_out", self.sae_out, h)
-        positions = kwargs["position_ids"].expand(h.shape[:2]).to(h.device)
+        positions = kwargs["position_ids"].expand(*h.shape[:2]).to(h.device)
         slots, signs = (kwargs[self._keys[name]].to(h.device) for name in ("slots", "signs"))
         plan = SteeringPlan(slots=slots, signs=signs)
         gate = token_gate(positions, kwargs.get(self._keys["start"]), kwargs.get(self._keys["rows"]))
