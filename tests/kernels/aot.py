@@ -134,9 +134,9 @@ def unguarded_tickets(ptx: str) -> int:
 
 
 def unfinished_waits(ptx: str) -> int:
-    """Count loops that wait for other programs without an acquire after them, which makes visible what those wrote."""
-    spins = [match.end() for match in re.finditer(r"ld\.volatile\.global", ptx)]
-    return sum("acquire" not in ptx[spin:].partition("ld.volatile.global")[0][:2000] for spin in spins)
+    """Count loops that acquire what other programs wrote before which the block could load something of it."""
+    after = ptx.split("ld.acquire.gpu.global")[1:]
+    return sum("ld." in rest.partition("bar.sync")[0] or "bar.sync" not in rest for rest in after)
 
 
 def facts(kernel: Compiled) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def facts(kernel: Compiled) -> dict[str, Any]:
         "shared": kernel.shared,
         "tickets": len(re.findall(r"atom\.[\w.]*acq_rel", kernel.asm["ptx"])),
         "unguarded_tickets": unguarded_tickets(kernel.asm["ptx"]),
-        "waits": kernel.asm["ptx"].count("ld.volatile.global"),
+        "waits": kernel.asm["ptx"].count("ld.acquire.gpu.global"),
         "unfinished_waits": unfinished_waits(kernel.asm["ptx"]),
         "tensor_cores": len(re.findall(r"\b(?:HGMMA|HMMA)\b", sass)),
         "wide_copies": len(re.findall(r"\bLDGSTS[\w.]*\.128\b", sass)),
@@ -258,7 +258,7 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def main(capability: int, output: str) -> None:
-    """Write a JSON list of the op, whether it ranks latents, and the facts of its launches, per call."""
+    """Write a JSON list of the op, its rows, whether it ranks latents, and the facts of its launches, per call."""
     results: list[dict[str, Any]] = []
     for op, arguments in calls():
         if (op.removesuffix(BACKWARD), "triton") not in IMPLEMENTED:
@@ -267,7 +267,9 @@ def main(capability: int, output: str) -> None:
             implementation(op, "triton")(**arguments)
         # Ranking needs whole rows of latents, from launches that come first.
         ranked = bool(arguments.get("k")) or arguments.get("fraction", 1) < 1
-        results.append({"op": op, "ranked": ranked, "launches": [facts(kernel) for kernel in compiled]})
+        n_rows = len(arguments.get("h", ()))
+        launches = [facts(kernel) for kernel in compiled]
+        results.append({"op": op, "rows": n_rows, "ranked": ranked, "launches": launches})
     Path(output).write_text(json.dumps(results))
 
 

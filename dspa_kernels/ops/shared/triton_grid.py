@@ -54,7 +54,7 @@ def grid_arrive(p_barrier, n_programs):
     """Arrive at the barrier, release everything that this program has written, and return the token to wait with.
 
     word += 2^31 - (n_programs - 1) in the first program, 1 in the others. The sign of the word flips once all programs
-    have arrived, and its other bits are as before. Two rounds restore the word, so that nothing has to be reset.
+    have arrived, and its other bits are as before. So nothing has to be reset, for any number of rounds.
     """
     # Without this a warp's stores could still be in flight when another warp's atomic releases them.
     tl.debug_barrier()
@@ -62,12 +62,35 @@ def grid_arrive(p_barrier, n_programs):
     return tl.atomic_add(p_barrier, b_increment.to(tl.int32), sem="acq_rel", scope="gpu")
 
 
+# One thread polls, because more would compete with the atomics of the programs that arrive. The block barrier that
+# follows passes on what it has acquired.
+_WAIT = tl.constexpr("""{
+    .reg .pred p_other, p_early;
+    .reg .b32 r_thread, r_word;
+    mov.u32 r_thread, %tid.x;
+    setp.ne.u32 p_other, r_thread, 0;
+    @p_other bra passed;
+poll:
+    ld.acquire.gpu.global.b32 r_word, [$1];
+    xor.b32 r_word, r_word, $2;
+    setp.ge.s32 p_early, r_word, 0;
+    @p_early bra poll;
+passed:
+    bar.warp.sync 0xffffffff;
+    mov.b32 $0, 0;
+}""")
+
+
 @triton.jit
 def grid_wait(p_barrier, b_token):
-    """Wait until all programs have arrived and acquire what they wrote. The launch has to be cooperative."""
-    # Volatile loads poll the sign, and one atomic then acquires. It compares with and stores the same value, because
-    # the compiler removes an atomic that adds 0, together with its acquire.
-    while (tl.load(p_barrier, volatile=True) ^ b_token) >= 0:
-        pass
-    tl.atomic_cas(p_barrier, b_token, b_token, sem="acquire", scope="gpu")
+    """Wait until all programs have arrived, and acquire what they wrote. They have to run at the same time."""
+    tl.inline_asm_elementwise(_WAIT, "=r,l,r", [p_barrier.to(tl.int64), b_token], dtype=tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
+
+
+@triton.jit
+def prefetch(p):
+    """Bring the cache lines at pointers p into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [p.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
