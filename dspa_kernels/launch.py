@@ -2,8 +2,9 @@
 
 `launch_table.json` holds one entry per line: kernel, precision (0 for operands of one 16-bit dtype, 1 for fp32 rows
 with bf16 weights, 2 for fp32), compute capability, largest number of rows, the shape for which it was measured, and the
-parameters. null stands for any. The first entry that fits is taken. Entries for any capability need at most 96 KB of
-shared memory per multiprocessor.
+parameters. What a line leaves out may be anything, and an entry of `steer` serves `steer+topk`, too. The first entry
+that fits is taken. Entries for any capability need at most 96 KB of shared memory per multiprocessor. The entries of
+`steer` for one precision and capability have one BLOCK_K, on which the order of sums depends.
 
 `cuda_table.json` lists in the same way where the CUDA backend was measured to be faster than Triton. Only there is it
 chosen by default. `bench/tuning.py` measures and writes entries.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def precision(h: Tensor, W: Tensor, normalize: str) -> int:
 
 def steer_variant(k: int, screen_rows: Tensor | None) -> str:
     """Return the name of a launch of `steer` in the tables."""
-    return "steer" + ("_topk" if k else "") + ("" if screen_rows is None else "_int8")
+    return "steer" + ("+topk" if k else "") + ("" if screen_rows is None else "+int8")
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,17 @@ class Launch:
         BLOCK_N: rows of a tile.
         BLOCK_L: latents of a tile.
         BLOCK_K: step along d_in.
-        num_warps: warps per program.
         num_stages: pipeline stages.
+        num_warps: warps per program.
         programs: programs per multiprocessor.
     """
 
     BLOCK_N: int
     BLOCK_L: int
     BLOCK_K: int
-    num_warps: int
     num_stages: int
-    programs: int
+    num_warps: int = 8
+    programs: int = 1
 
     def kernel_options(self) -> dict[str, Any]:
         """Return the keyword arguments of the kernel's launch."""
@@ -75,19 +76,20 @@ class Launch:
 
 @dataclass(frozen=True)
 class Served:
-    """The launches to which a line of a table applies."""
+    """The launches to which a line of a table applies: those of `kernel` and of its variants. None stands for any."""
 
     kernel: str
     precision: int
-    capability: int | None
-    rows: int | None
-    d_in: int | None
-    d_sae: int | None
+    capability: int | None = None
+    rows: int | None = None
+    d_in: int | None = None
+    d_sae: int | None = None
 
     def fits(self, kernel: str, rows: int, d_in: int, d_sae: int, precision: int, capability: int) -> bool:
         """Return True if the line applies to such a launch."""
         return (
-            (self.kernel, self.precision) == (kernel, precision)
+            (kernel == self.kernel or kernel.startswith(f"{self.kernel}+"))
+            and self.precision == precision
             and self.capability in (None, capability)
             and (self.rows is None or rows <= self.rows)
             and self.d_in in (None, d_in)
@@ -99,7 +101,7 @@ class Served:
 class Entry(Served):
     """A line of the launch table."""
 
-    launch: Launch
+    launch: Launch = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ class CudaEntry(Served):
         ahead: the kernel starts to read the encoder before it knows whether a row needs it.
     """
 
-    programmatic: bool
-    ahead: bool
+    programmatic: bool = field(kw_only=True)
+    ahead: bool = field(kw_only=True)
 
 
 @functools.cache

@@ -158,7 +158,7 @@ def running(name: str) -> Iterator[str]:
         yield name
         return
     served = dict.fromkeys((entry.kernel, entry.precision) for entry in launch.table())
-    entries = tuple(CudaEntry(*kernel, None, None, None, None, **LAUNCHES[name]) for kernel in served)
+    entries = tuple(CudaEntry(*kernel, **LAUNCHES[name]) for kernel in served)
     launch.cuda_entry.cache_clear()
     try:
         with mock.patch.object(launch, "cuda_table", lambda: entries):

@@ -114,7 +114,9 @@ def test_nothing_measured_on_a_cpu_is_entered(tmp_path: Path, monkeypatch: pytes
 
 
 def test_entries_replace_those_of_their_capability() -> None:
-    old, other = (CudaEntry("steer", NATIVE, capability, 1, *SHAPE, False, False) for capability in (90, 80))
+    old, other = (
+        CudaEntry("steer", NATIVE, capability, 1, *SHAPE, programmatic=False, ahead=False) for capability in (90, 80)
+    )
     new = replace(old, rows=8)
     assert tuning.updated([old, other], [new]) == [other, new]
 

@@ -118,9 +118,7 @@ def test_the_barrier_is_left_as_it_was_found_but_for_its_sign(word: int, monkeyp
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Launches that read the first of the encoder before they know whether they need it."""
-    entries = [
-        launch.CudaEntry(f"steer{name}", 0, None, None, None, None, True, True) for name in ("", "_topk", "_int8")
-    ]
+    entries = [launch.CudaEntry(f"steer{name}", 0, programmatic=True, ahead=True) for name in ("", "+topk", "+int8")]
     monkeypatch.setattr(launch, "cuda_table", lambda: tuple(entries))
     launch.cuda_entry.cache_clear()
     yield
