@@ -53,11 +53,11 @@ def integer_tensor(low: int, high: int, shape: tuple[int, ...], seed: int = 0) -
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
 
 
-def residual(n: int, dtype: torch.dtype, *, integers: bool = False, seed: int = 0) -> Tensor:
+def residual(n: int, dtype: torch.dtype, *, integers: bool = False, seed: int = 0, d_in: int = D_IN) -> Tensor:
     if integers:
-        return integer_tensor(-2, 3, (n, D_IN), seed).to(dtype)
+        return integer_tensor(-2, 3, (n, d_in), seed).to(dtype)
     g = torch.Generator().manual_seed(seed)
-    return (0.3 + torch.randn(n, D_IN, generator=g, dtype=torch.float64)).to(dtype)
+    return (0.3 + torch.randn(n, d_in, generator=g, dtype=torch.float64)).to(dtype)
 
 
 def make_case(
@@ -71,14 +71,15 @@ def make_case(
     integers: bool = False,
     k: int | None = None,
     seed: int = 0,
+    d_in: int = D_IN,
 ) -> Case:
     """Return rows of three prompts and unsteered rows in turn. The last prompt steers nothing."""
     h_dtype, W_dtype = dtypes
-    sae = random_sae(kind, D_IN, D_SAE, dtype=W_dtype, seed=seed, normalize=normalize, integers=integers, k=k)
+    sae = random_sae(kind, d_in, D_SAE, dtype=W_dtype, seed=seed, normalize=normalize, integers=integers, k=k)
     plan = random_plan(N_PROMPTS, N_SLOTS, n_columns, mode=mode, seed=seed)
     plan.slots[-1], plan.signs[-1] = -1, 0
     return Case(
-        h=residual(n, h_dtype, integers=integers, seed=seed),
+        h=residual(n, h_dtype, integers=integers, seed=seed, d_in=d_in),
         sae=sae,
         cdmap=random_map(sae, D_SAE_IN, n_columns, seed),
         plan=plan,

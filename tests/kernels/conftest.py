@@ -5,6 +5,7 @@ import os
 from collections.abc import Hashable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,25 @@ def poisoned_memory() -> Iterator[None]:
 def backend(request: pytest.FixtureRequest, poisoned_memory: None) -> str:
     """Every backend of `dspa_kernels.testing.BACKENDS` that has the op. Without a GPU, they are emulated."""
     return str(request.param)
+
+
+@pytest.fixture
+def ordered_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sum products in the order of k in the interpreter, as fused multiply-adds.
+
+    It would multiply with numpy, which rounds a sum by its place in the matrix and by the shapes.
+    """
+    if not INTERPRETED:
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def dot(_builder: Any, a: Any, b: Any, acc: Any, *_precision: Any) -> Any:
+        w, x, total = a.data.astype(np.float64), b.data.astype(np.float64), acc.data
+        for k in range(w.shape[1]):
+            total = (total + w[:, k, None] * x[None, k]).astype(np.float32)
+        return TensorHandle(total, acc.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
 
 
 def parameters(item: Any) -> dict[str, Any]:

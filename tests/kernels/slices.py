@@ -16,7 +16,7 @@ from torch import Tensor
 from dspa_kernels import formulas
 from dspa_kernels.backends import implementation
 from dspa_kernels.testing import random_sae
-from tests.kernels.aot import adapting, specialising
+from tests.kernels.aot import adapting, plain_steering, specialising
 
 # The capacity and height are odd, so that slices of rows are not aligned to 16 bytes.
 N_ROWS, CAPACITY, HEIGHT = 16, 37, 3
@@ -38,6 +38,9 @@ def calls() -> Iterator[tuple[str, dict[str, Any], tuple[str, ...]]]:
         sequences = torch.zeros(N_ROWS, dtype=torch.int32)
         yield "activation_counts", {**rows, "sequences": sequences, "n_sequences": 1}, ("sequences",)
         yield "sparse_encode", {**rows, "capacity": CAPACITY}, ()
+        steering = plain_steering(kind, (torch.bfloat16, torch.bfloat16), N_ROWS, "none", "none", record=False)
+        steering["rows"] = torch.zeros(N_ROWS, dtype=torch.int32)
+        yield "steer", steering, ("rows", "positions", "start", "paths")
     latents = {"indices": torch.zeros(N_ROWS, CAPACITY, dtype=torch.int32), "values": torch.zeros(N_ROWS, CAPACITY)}
     yield "sparse_decode", {**latents, "W_dec": torch.zeros(D_SAE, 256), "b_dec": None}, tuple(latents)
     adapter = adapting("jumprelu", "jumprelu", (torch.bfloat16, torch.bfloat16), N_ROWS, x=False)

@@ -5,6 +5,7 @@ The results hold for the installed Triton. `make test-triton36` runs these tests
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import subprocess
@@ -15,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from dspa_kernels.launch import REGISTERS, STEER_WARPS, table
+from dspa_kernels.launch import FULL, REGISTERS, STEER_WARPS, table
+from dspa_kernels.ops.steer.triton_kernel import PREPARE, TAIL
 
 ROOT = Path(__file__).parents[2]
 # Bytes of shared memory per multiprocessor, and those that every program reserves.
@@ -56,10 +58,18 @@ def precisions(kernel: Facts) -> list[int]:
     return [kernel["launch"][name] for name in names if name in kernel["launch"]]
 
 
+def multiplies(kernel: Facts) -> bool:
+    """Return True for a kernel with a product, which two phases of `steer` do not have."""
+    return bool(precisions(kernel)) and kernel["launch"].get("PHASE") not in (PREPARE, TAIL)
+
+
 def test_a_step_is_one_launch(compiled: dict[int, list[Facts]], capability: int) -> None:
+    """Up to 64 rows, and up to 16 that multiply in fp32."""
     for call in compiled[capability]:
         few = call["op"] == "fsrl_residual" and "BLOCK_D" in call["launches"][-1]["launch"] and not call["ranked"]
-        if few or call["op"] in ("steer", "lookup_and_steer", "map_lookup", "sparse_decode"):
+        if call["op"] in ("steer", "lookup_and_steer"):
+            few = call["rows"] <= (64 if max(precisions(call["launches"][0])) < FULL else 16)
+        if few or call["op"] in ("map_lookup", "sparse_decode"):
             assert len(call["launches"]) == 1, call["op"]
 
 
@@ -78,7 +88,7 @@ def test_the_programs_of_a_multiprocessor_fit_on_it(compiled: dict[int, list[Fac
 
 
 def test_sixteen_bits_multiply_on_tensor_cores(compiled: dict[int, list[Facts]], capability: int) -> None:
-    multiplying = [kernel for kernel in launches(compiled, capability) if precisions(kernel)]
+    multiplying = [kernel for kernel in launches(compiled, capability) if multiplies(kernel)]
     assert multiplying
     for kernel in multiplying:
         assert (kernel["tensor_cores"] > 0) == (min(precisions(kernel)) < 2), kernel
@@ -86,7 +96,7 @@ def test_sixteen_bits_multiply_on_tensor_cores(compiled: dict[int, list[Facts]],
 
 def test_tiles_are_copied_sixteen_bytes_at_a_time(compiled: dict[int, list[Facts]], capability: int) -> None:
     for kernel in launches(compiled, capability):
-        if precisions(kernel):
+        if multiplies(kernel):
             assert kernel["wide_copies"] > 0, kernel
 
 
@@ -105,3 +115,12 @@ def test_all_entries_of_steer_have_as_many_warps() -> None:
     """Sums over a block follow its layout. With other warps, the bits of a row would depend on its batch."""
     entries = [entry for entry in table() if entry.kernel.startswith("steer")]
     assert {entry.launch.num_warps for entry in entries} == {STEER_WARPS}
+
+
+def test_all_entries_of_steer_for_one_way_to_multiply_have_one_order_of_sums() -> None:
+    """Products are summed part by part in steps of BLOCK_K. With another, a row would depend on its batch."""
+    steps = collections.defaultdict(set)
+    for entry in table():
+        if entry.kernel.startswith("steer"):
+            steps[entry.precision, entry.capability].add(entry.launch.BLOCK_K)
+    assert len(steps) == 5 and all(len(blocks) == 1 for blocks in steps.values())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dspa_kernels.ops.map_lookup.triton_impl import SIDES, lookup_constants
-from dspa_kernels.ops.steer.triton_impl import steer
+from dspa_kernels.ops.steer.triton_impl import Lookup, steer
 
 
 def lookup_and_steer(
@@ -19,10 +19,12 @@ def lookup_and_steer(
     slots = counts.new_empty(n_prompts, n_slots, dtype=torch.int32)
     signs = counts.new_empty(n_prompts, n_slots, dtype=torch.int8)
     lookup = {
-        "p_counts": counts.contiguous(),
-        "p_values": values.contiguous(),
-        "p_latents": counts.new_empty(n_prompts, k_prompt),
-        "p_key": counts.new_empty(n_prompts, values.shape[1]),
+        "lookup": Lookup(
+            counts=counts.contiguous(),
+            cdmap=values.contiguous(),
+            latents=counts.new_empty(n_prompts, k_prompt),
+            key=counts.new_empty(n_prompts, values.shape[1]),
+        ),
         "d_sae_in": counts.shape[1],
         "k_prompt": k_prompt,
         "k_diff": k_diff,

@@ -92,6 +92,42 @@ def dot_tile(b_w, b_x, b_acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def tile_product(
+    p_w,
+    p_x,
+    m_latent,
+    m_row,
+    d_in,
+    BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc[l, n] = sum_k w[l, k] x[k, n], [BLOCK_L, BLOCK_N] fp32, where p_w [L, K] and p_x [K, N] begin the rows.
+
+    The weights are the first operand, so that 16 rows fill the narrow side of a tensor-core tile. An element is summed
+    in the order of k within steps of BLOCK_K, whatever the other block sizes are, so its bits depend only on its row,
+    its latent and BLOCK_K. Latents outside of `m_latent` and rows outside of `m_row` are not read.
+    """
+    o_k = tl.arange(0, BLOCK_K)
+    b_acc = tl.zeros([BLOCK_L, BLOCK_N], dtype=tl.float32)
+    for i_k in range(0, d_in, BLOCK_K):
+        m_k = o_k < d_in - i_k
+        b_w = tl.load(p_w + i_k, mask=m_latent[:, None] & m_k[None, :], other=0.0)
+        b_x = tl.load(p_x + i_k, mask=m_row[None, :] & m_k[:, None], other=0.0)
+        b_acc = dot_tile(b_w, b_x, b_acc, PRECISION)
+    return b_acc
+
+
+@triton.jit
+def row_pointers(p_x, i_row, d_in, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Return pointers [K, N] to the first numbers of the rows from i_row on."""
+    # Offsets within a tile fit into 32 bits, which halves the registers for addresses.
+    o_n, o_k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    return p_x + tl.cast(i_row, tl.int64) * d_in + (o_n[None, :] * d_in + o_k[:, None])
+
+
+@triton.jit
 def product_tile(
     p_W,
     p_x,
@@ -105,23 +141,31 @@ def product_tile(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc[l, n] = sum_k W[i_latent + l, k] x[i_row + n, k], [BLOCK_L, BLOCK_N] fp32.
+    """acc[l, n] = sum_k W[i_latent + l, k] x[i_row + n, k], as in `tile_product`."""
+    o_l, o_k = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_K)
+    p_w = p_W + tl.cast(i_latent, tl.int64) * d_in + (o_l[:, None] * d_in + o_k[None, :])
+    p_x = row_pointers(p_x, i_row, d_in, BLOCK_N, BLOCK_K)
+    return tile_product(p_w, p_x, m_latent, m_row, d_in, BLOCK_L, BLOCK_N, BLOCK_K, PRECISION)
 
-    The weights are the first operand, so that 16 rows fill the narrow side of a tensor-core tile. For any block sizes
-    an element is summed in the order of k, so its bits depend only on its row and latent. Latents outside of
-    `m_latent` are not read.
-    """
-    o_k = tl.arange(0, BLOCK_K)
-    # Offsets within a tile fit into 32 bits, which halves the registers for addresses.
-    p_w_tile = p_W + tl.cast(i_latent, tl.int64) * d_in + (tl.arange(0, BLOCK_L)[:, None] * d_in + o_k[None, :])
-    p_x_tile = p_x + tl.cast(i_row, tl.int64) * d_in + (tl.arange(0, BLOCK_N)[None, :] * d_in + o_k[:, None])
-    b_acc = tl.zeros([BLOCK_L, BLOCK_N], dtype=tl.float32)
-    for i_k in range(0, d_in, BLOCK_K):
-        m_k = o_k < d_in - i_k
-        b_w = tl.load(p_w_tile + i_k, mask=m_latent[:, None] & m_k[None, :], other=0.0)
-        b_x = tl.load(p_x_tile + i_k, mask=m_row[None, :] & m_k[:, None], other=0.0)
-        b_acc = dot_tile(b_w, b_x, b_acc, PRECISION)
-    return b_acc
+
+@triton.jit
+def gathered_tile(
+    p_W,
+    p_x,
+    o_latent,
+    m_latent,
+    i_row,
+    m_row,
+    d_in,
+    BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc[l, n] = sum_k W[o_latent[l], k] x[i_row + n, k], as in `tile_product`."""
+    p_w = p_W + o_latent.to(tl.int64)[:, None] * d_in + tl.arange(0, BLOCK_K)[None, :]
+    p_x = row_pointers(p_x, i_row, d_in, BLOCK_N, BLOCK_K)
+    return tile_product(p_w, p_x, m_latent, m_row, d_in, BLOCK_L, BLOCK_N, BLOCK_K, PRECISION)
 
 
 @triton.jit

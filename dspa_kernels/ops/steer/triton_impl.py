@@ -1,16 +1,17 @@
-"""`steer` in Triton: one cooperative launch of select, stream and tail, with a grid barrier between them.
+"""`steer` in Triton: one cooperative launch of its phases, with grid barriers between them.
 
-- *lookup* (only `lookup_and_steer`): one program per prompt chooses its slots.
-- *select*: the values of each row's selected latents, and of the large latents that bound its maximum.
+- *prepare* (with a lookup or normalised rows): a prompt's slots, a row's normalisation.
+- *select*: the row's state, its selected latents, and the large latents that bound its maximum.
 - *stream*: the running maxima over the encoder, tile by tile, until every row is settled.
 - *tail*: `h + scale sum_j (f'_j - f_j) W_dec[j]`.
 
-Phases hand results on in scratch that is written before it is read, so nothing is cleared.
+Phases hand results on in scratch that is written before it is read, so nothing is cleared. More rows than a tile holds
+take one launch per phase.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,15 +22,97 @@ from dspa_kernels.launch import launch_parameters, precision, steer_variant
 from dspa_kernels.ops.shared.triton_grid import launch_cooperative, n_programs
 from dspa_kernels.ops.shared.triton_tiles import INTERPRETED
 from dspa_kernels.ops.steer.contract import empty_results
-from dspa_kernels.ops.steer.triton_kernel import ALL, LOOKUP, SELECT, STREAM, TAIL, steer_kernel
+from dspa_kernels.ops.steer.triton_kernel import ALL, PREPARE, SELECT, STREAM, TAIL, steer_kernel
+from dspa_kernels.ops.steer.triton_select import BLOCK_S
+from dspa_kernels.ops.steer.triton_tail import BLOCK_D
 
-# Latents that a program of the select phase evaluates together, and columns that it reads at a time.
-BLOCK_S, BLOCK_C = 8, 512
-# Slots that are processed together, and columns that a program of the tail writes.
-BLOCK_SLOTS, BLOCK_D = 16, 256
-NO_LOOKUP = dict.fromkeys(("p_counts", "p_values", "p_latents", "p_key")) | dict.fromkeys(
-    ("d_sae_in", "k_prompt", "k_diff"), 0
-)
+
+class Encoder(NamedTuple):
+    """The rows that are streamed; `order` only for top-k."""
+
+    rows: Tensor
+    b_enc: Tensor
+    threshold: Tensor
+    order: Tensor | None
+
+
+class Screen(NamedTuple):
+    """The screen of an `EncoderStream`, whose tensors are all there if one is."""
+
+    rows: Tensor
+    latents: Tensor | None
+    mean: Tensor | None
+
+
+class Columns(NamedTuple):
+    """The latents that can be steered."""
+
+    latents: Tensor
+    encoder_rows: Tensor
+    b_enc: Tensor
+    threshold: Tensor
+    W_dec: Tensor
+
+
+class Record(NamedTuple):
+    """The edits, where they are recorded."""
+
+    before: Tensor
+    after: Tensor
+    maximum: Tensor
+
+
+class Lookup(NamedTuple):
+    """Counts, the map, and the scratch of a lookup, latents [B, k_prompt] and key [B, C], int32."""
+
+    counts: Tensor
+    cdmap: Tensor
+    latents: Tensor
+    key: Tensor
+
+
+class Scratch(NamedTuple):
+    """What one phase hands to the next, written before it is read.
+
+    Attributes:
+        state: [N] int32, the plan row of each row, or why it has none.
+        running_max: [N] int32, bits of the largest latent so far.
+        rank: [N, S] int32, for top-k: latents that are ahead of each selected one.
+        selected: [N, S] fp32, selected latents.
+        partials: [P, N] fp32, the partial summaries that `summarise` describes.
+        x: [N, d_in] fp32, normalised rows.
+        scale: [N] fp32, what an edit of a normalised row is multiplied by.
+        norms: [N, 2] fp32, for a screen.
+    """
+
+    state: Tensor
+    running_max: Tensor
+    rank: Tensor | None
+    selected: Tensor
+    partials: Tensor
+    x: Tensor | None
+    scale: Tensor | None
+    norms: Tensor | None
+
+    @classmethod
+    def of(cls, h: Tensor, n_slots: int, n_large: int, *, ranked: bool, normalised: bool, screened: bool) -> Scratch:
+        """Allocate what a launch needs."""
+        n_rows, d_in = h.shape
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=h.device)
+
+        n_partials = 3 * triton.cdiv(n_slots, BLOCK_S) + triton.cdiv(n_large, BLOCK_S)
+        return cls(
+            state=empty(n_rows, dtype=torch.int32),
+            running_max=empty(n_rows, dtype=torch.int32),
+            rank=empty(n_rows, n_slots, dtype=torch.int32) if ranked else None,
+            selected=empty(n_rows, n_slots),
+            partials=empty(n_partials, n_rows),
+            x=empty(n_rows, d_in) if normalised else None,
+            scale=empty(n_rows) if normalised else None,
+            norms=empty(n_rows, 2) if screened else None,
+        )
 
 
 def steer(
@@ -66,64 +149,64 @@ def steer(
     if not n_rows and lookup is None:
         return out, before, after, maximum
 
-    def scratch(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=h.device)
-
-    normalised = normalize != "none"
-    multiply = precision(h, encoder_rows, normalize)
-    launch = launch_parameters(steer_variant(k, screen_rows), n_rows, d_in, d_sae, multiply, h.device)
+    shape = (d_in, d_sae, precision(h, encoder_rows, normalize), h.device)
+    stream, screen = launch_parameters(steer_variant(k, screen_rows), n_rows, *shape), None
+    # The products of more rows take longer than the read of the encoder that a screen could spare.
+    if screen_rows is not None and n_rows <= stream.BLOCK_N:
+        screen = Screen(screen_rows, screen_latents, screen_mean)
+    elif screen_rows is not None:
+        stream = launch_parameters(steer_variant(k, None), n_rows, *shape)
     arguments: dict[str, Any] = {
         "p_h": h.contiguous(),
-        "p_encoder_rows": encoder_rows,
-        "p_b_enc": b_enc,
-        "p_threshold": threshold,
-        "p_order": order if k else None,
-        "p_screen_rows": screen_rows,
-        "p_screen_latents": screen_latents,
-        "p_screen_mean": screen_mean,
-        "p_columns": columns,
-        "p_columns_encoder_rows": columns_encoder_rows,
-        "p_columns_b_enc": columns_b_enc,
-        "p_columns_threshold": columns_threshold,
-        "p_columns_W_dec": columns_W_dec,
+        "p_out": out,
+        "encoder": Encoder(encoder_rows, b_enc, threshold, order if k else None),
+        "screen": screen,
+        "columns": Columns(columns, columns_encoder_rows, columns_b_enc, columns_threshold, columns_W_dec),
         "p_slots": slots.contiguous(),
         "p_signs": signs.contiguous(),
         "p_rows": None if rows is None else rows.contiguous(),
         "p_positions": None if positions is None else positions.contiguous(),
         "p_start": None if start is None else start.contiguous(),
         "p_paths": paths,
-        "p_out": out,
-        "p_before": before if record else None,
-        "p_after": after if record else None,
-        "p_maximum": maximum if record else None,
-        "p_normalised": scratch(n_rows, d_in, dtype=torch.float32) if normalised else None,
-        "p_scale": scratch(n_rows, dtype=torch.float32) if normalised else None,
-        "p_norms": None if screen_rows is None else scratch(n_rows, 2, dtype=torch.float32),
-        "p_latent_values": scratch(n_rows, n_slots + n_large, dtype=torch.float32),
-        "p_finite": scratch(n_rows),
-        "p_running_max": scratch(triton.cdiv(n_rows, launch.BLOCK_N) * launch.BLOCK_N),
-        "p_rank": scratch(n_rows, n_slots) if k else None,
+        "record": Record(before, after, maximum) if record else None,
+        "lookup": None,
+        "scratch": Scratch.of(
+            h, n_slots, n_large, ranked=k > 0, normalised=normalize != "none", screened=screen is not None
+        ),
         "p_barrier": barrier_word(h.device),
         "alpha": alpha,
         "k": k,
         "d_in": d_in,
         "d_sae": d_sae,
+        "d_sae_in": 0,
         "n_rows": n_rows,
         "n_prompts": n_prompts,
         "n_columns": len(columns),
         "n_slots": n_slots,
         "n_large": n_large,
-        "MANY_ROWS": n_rows > launch.BLOCK_N,
-        "RECORD": record,
+        "k_prompt": 0,
+        "k_diff": 0,
         "NORMALIZE": normalize,
-        "PRECISION": multiply,
-        "BLOCK_S": BLOCK_S,
-        "BLOCK_C": BLOCK_C,
-        "BLOCK_D": BLOCK_D,
-        "BLOCK_SLOTS": BLOCK_SLOTS,
-        **(lookup or NO_LOOKUP),
+        "PRECISION": shape[2],
+        **(lookup or {}),
     }
-    programs = n_programs(h.device, launch.programs)
-    for phase in (LOOKUP, SELECT, STREAM, TAIL) if INTERPRETED else (ALL,):
-        launch_cooperative(steer_kernel, programs, **arguments, PHASE=phase, **launch.kernel_options())
+    programs = n_programs(h.device, stream.programs)
+    # The interpreter runs programs one after the other, so that none can wait for another.
+    if n_rows <= stream.BLOCK_N and not INTERPRETED:
+        launch_cooperative(steer_kernel, programs, **arguments, PHASE=ALL, **stream.kernel_options())
+        return out, before, after, maximum
+
+    few = launch_parameters(steer_variant(k, None), 1, *shape)
+    n_large_items = triton.cdiv(n_large, BLOCK_S) * triton.cdiv(n_rows, few.BLOCK_N)
+    for phase, n_items, launch in (
+        (PREPARE, max(n_rows, n_prompts) if lookup or normalize != "none" else 0, few),
+        (SELECT, n_large_items + n_rows * (1 + triton.cdiv(n_slots, BLOCK_S)), few),
+        (STREAM, programs, stream),
+        (TAIL, n_rows * triton.cdiv(d_in, BLOCK_D), few),
+    ):
+        if n_items:
+            grid = min(n_items, programs) if INTERPRETED else n_items
+            many = n_rows > launch.BLOCK_N
+            options = launch.kernel_options()
+            steer_kernel[(grid,)](**arguments, n_programs=grid, PHASE=phase, MANY_ROWS=many, **options)
     return out, before, after, maximum
