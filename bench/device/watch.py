@@ -19,6 +19,8 @@ OK, FAILED, CRASHED, HUNG, LATE = "ok", "failed", "crashed", "hung", "over its t
 # The status of a stage in which a result was wrong or a case failed, and of one that cannot go on after a case. They
 # differ from those of a program that Python ends.
 SOME_FAILED, LOST = 10, 11
+# A larger file would not come back from some machines.
+MOST_LOGGED = 8 << 20
 # Seconds to end after SIGTERM, and after SIGKILL.
 GRACE = 3.0
 
@@ -43,7 +45,7 @@ class Ending:
 
 
 class Log:
-    """The file that takes the output of all processes."""
+    """The file that takes the output of all processes, up to MOST_LOGGED characters."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a")
@@ -51,8 +53,9 @@ class Log:
 
     def write(self, name: str, line: str) -> None:
         with self._lock:
-            self._file.write(f"[{name}] {line.rstrip()}\n")
-            self._file.flush()
+            if self._file.tell() < MOST_LOGGED:
+                self._file.write(f"[{name}] {line.rstrip()}\n")
+                self._file.flush()
 
 
 class Watched:

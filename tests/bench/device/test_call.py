@@ -122,6 +122,13 @@ def test_jobs_run_at_the_same_time_and_end_alone(tmp_path: Path) -> None:
     assert {line["job"]: line["outcome"] for line in lines(call)} == {"1.4": "ok", "1.5": "ok", "100": "hung"}
 
 
+def test_the_log_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.device.watch.MOST_LOGGED", 5000)
+    call = Call("A", tmp_path, 60)
+    call.run([stage("talks", call, "[print('x' * 99) for _ in range(999)]")])
+    assert 5000 <= (tmp_path / "log.txt").stat().st_size < 5200 and done(call) == [1, 2, 3]
+
+
 def test_without_its_tool_a_stage_is_not_run(tmp_path: Path) -> None:
     call = Call("A", tmp_path, 60)
     call.run([stage("profile", call, tool="no-such-program")])
