@@ -151,10 +151,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def reads(found: list[Result]) -> dict[tuple[int, ...], dict[str, Result]]:
+def reads(shown: list[Result]) -> dict[tuple[int, ...], dict[str, Result]]:
     """For each shape, the fastest bare read of its encoder and the bare launch."""
     by_shape: dict[tuple[int, ...], dict[str, Result]] = {}
-    for result in found:
+    for result in shown:
         if result["op"] == "read":
             kept = by_shape.setdefault(tuple(result["shape"]), {})
             name = LAUNCH if result["case"] == LAUNCH else READ
@@ -162,12 +162,12 @@ def reads(found: list[Result]) -> dict[tuple[int, ...], dict[str, Result]]:
     return by_shape
 
 
-def steer_table(found: list[Result], columns: dict[str, str]) -> str:
+def steer_table(shown: list[Result], columns: dict[str, str]) -> str:
     """One line per shape, number of rows and kernel."""
-    screens = [match[1] for result in found if (match := re.fullmatch(r"(?:hard|easy), (\w+)", result["case"]))]
+    screens = [match[1] for result in shown if (match := re.fullmatch(r"(?:hard|easy), (\w+)", result["case"]))]
     cases = {heading: case.replace("SCREEN", screens[0] if screens else "") for heading, case in columns.items()}
-    steer = {name_of(result)[1:]: result for result in found if result["op"] == "steer"}
-    bare = reads(found)
+    steer = {name_of(result)[1:]: result for result in shown if result["op"] == "steer"}
+    bare = reads(shown)
     kernels = [name for name in steer if name[2] in cases.values() and name[3] not in ("torch", "reference")]
     places = {(shape, rows, kernel) for shape, rows, _, kernel in kernels}
     lines = []
@@ -194,10 +194,10 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def other_table(found: list[Result]) -> str:
+def other_table(shown: list[Result]) -> str:
     """One line per result of the other ops."""
     lines = []
-    for result in found:
+    for result in shown:
         if result["op"] not in ("steer", "read"):
             shares = {"of_read_ceiling": "of the read ceiling", "of_matmul_rate": "of the matrix rate"}
             notes = [f"{percent(result[name])} {words}" for name, words in shares.items() if name in result]
@@ -213,9 +213,9 @@ def other_table(found: list[Result]) -> str:
 
 def plain(lines: list[Result]) -> str:
     """One line per timed result, with its share of the machine's ceiling and of a bare read of the same bytes."""
-    texts, found = [], list(filter(is_timed, lines))
-    bare = reads(found)
-    for result in found:
+    texts, shown = [], list(filter(is_timed, lines))
+    bare = reads(shown)
+    for result in shown:
         shape = "x".join(str(size) for size in result["shape"])
         share, read = result.get("of_read_ceiling", result.get("of_matmul_rate")), bare.get(tuple(result["shape"]), {})
         text = f"{result['op']:18} {shape:12} {result['rows']:5} {result['backend']:17} {result['case']:26}"
@@ -265,8 +265,8 @@ def outcomes(lines: list[Result]) -> str:
 
 def benchmark_section(run: Run | None) -> str:
     """The newest times, and what is missing among them."""
-    found = timed(run["lines"]) if run else []
-    if run is None or not found:
+    shown = timed(run["lines"]) if run else []
+    if run is None or not shown:
         return NO_TABLE
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)
     parts = [f"{run['device']}, {run['date'][:10]}, {commit_of(run)}; {versions}."]
@@ -276,9 +276,9 @@ def benchmark_section(run: Run | None) -> str:
             f" Measured in the same run: read-only bandwidth {ceilings[-1]['read_gb_s']:.0f} GB/s, bf16 matrix product "
             f"{ceilings[-1]['matmul_tflop_s']:.0f} TFLOP/s."
         )
-    parts += [steer_table(found, COLUMNS)]
-    parts += [FORMULA_TEXT] if any(result.get("sae_lens") == "formula" for result in found) else []
-    parts += [FIXED_TEXT, steer_table(found, FIXED), other_table(found)]
+    parts += [steer_table(shown, COLUMNS)]
+    parts += [FORMULA_TEXT] if any(result.get("sae_lens") == "formula" for result in shown) else []
+    parts += [FIXED_TEXT, steer_table(shown, FIXED), other_table(shown)]
     lost = missing(run["lines"])
     parts += ["Not measured:\n\n" + "\n".join(f"- {text}" for text in lost)] if lost else []
     return "\n\n".join(part for part in parts if part)

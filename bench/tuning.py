@@ -27,9 +27,10 @@ NUMBER, SHARED = 2, 227 << 10
 MOST_STAGES = 6
 # A gain that is not noise.
 GAIN = 0.98
-# The cases that decide whether CUDA is entered for a variant: it has to be faster in the first, and not slower in the
-# others.
-VARIANTS = {"steer": ("stream", "hard"), f"steer_{SCREEN}": (f"hard, {SCREEN}",)}
+# The cases that decide whether CUDA is entered: it has to be faster in the first, and not slower in the others. An
+# entry of `steer` serves its variants, too, but those of a variant come first.
+SCREENED = f"hard, {SCREEN}"
+VARIANTS = {f"steer+{SCREEN}": (SCREENED,), "steer": ("stream", "hard", SCREENED)}
 
 
 def candidates(present: Launch) -> list[Launch]:

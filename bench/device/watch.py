@@ -132,9 +132,9 @@ def descendants(pid: int) -> list[int]:
         except OSError:
             continue
         parents.setdefault(int(fields.split()[1]), []).append(int(status.parent.name))
-    waiting, found = [pid], []
+    waiting, below = [pid], []
     while waiting:
         children = parents.get(waiting.pop(), [])
         waiting += children
-        found += children
-    return found
+        below += children
+    return below

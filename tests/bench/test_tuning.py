@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench import tuning
 from bench.harness import results
@@ -70,17 +71,24 @@ def entry(variant: str, rows: int, kind: str) -> dict[str, Any]:
     return asdict(CudaEntry(variant, NATIVE, 90, rows, *SHAPE, **LAUNCHES[kind]))
 
 
+def mean(cuda: float, ahead: float = 100.0, rows: int = 1) -> list[dict[str, Any]]:
+    """Realistic steps, with the screen no faster than Triton's 10 us."""
+    return times("hard", 10, cuda, ahead, rows) + times(f"hard, {SCREEN}", 10, 10, 10, rows)
+
+
 @pytest.mark.parametrize(
     ("lines", "kind"),
     [
-        (times("stream", 30, 25, 26) + times("hard", 10, 10, 10), "cuda"),
-        (times("stream", 30, 25, 24) + times("hard", 10, 10, 10), "cuda-ahead"),
-        (times("stream", 30, 29.9, 29.8) + times("hard", 10, 10, 10), None),
-        (times("stream", 30, 25, 24) + times("hard", 10, 10, 12), "cuda"),
-        (times("stream", 30, 25, 24) + times("hard", 10, 11, 12), None),
-        # Without its results there is no entry.
-        (times("stream", 30, 25, 24), None),
-        (times("hard", 30, 25, 24), None),
+        (times("stream", 30, 25, 26) + mean(10, 10), "cuda"),
+        (times("stream", 30, 25, 24) + mean(10, 10), "cuda-ahead"),
+        (times("stream", 30, 29.9, 29.8) + mean(10, 10), None),
+        (times("stream", 30, 25, 24) + mean(10, 12), "cuda"),
+        (times("stream", 30, 25, 24) + mean(11, 12), None),
+        # An entry would serve steps with the screen, too.
+        (times("stream", 30, 25, 24) + times("hard", 10, 9) + times(f"hard, {SCREEN}", 10, 11, 11), None),
+        # Without all of its results there is no entry.
+        (times("stream", 30, 25, 24) + times("hard", 10, 9), None),
+        (mean(5, 5), None),
     ],
 )
 def test_faster_by_more_than_noise_and_nowhere_slower(
@@ -94,22 +102,35 @@ def test_cuda_is_entered_as_far_as_it_is_faster(tmp_path: Path, monkeypatch: pyt
         micro = {"cuda": (30, 20, 25), "cuda-ahead": (30, 25, 20), "slow": (30, 31, 32)}
         return [
             result
-            for rows, kind in zip((1, 8, 64), kinds, strict=True)
-            for result in (*times("stream", *micro[kind], rows=rows), *times("hard", 10, 10, 10, rows=rows))
+            for rows, kind in zip((1, 4, 8), kinds, strict=True)
+            for result in (*times("stream", *micro[kind], rows=rows), *mean(10, 10, rows))
         ]
 
-    assert entries(tmp_path, of("cuda", "cuda", "cuda"), monkeypatch) == [entry("steer", 64, "cuda")]
+    assert entries(tmp_path, of("cuda", "cuda", "cuda"), monkeypatch) == [entry("steer", 8, "cuda")]
     assert entries(tmp_path, of("cuda-ahead", "cuda", "slow"), monkeypatch) == [
         entry("steer", 1, "cuda-ahead"),
-        entry("steer", 8, "cuda"),
+        entry("steer", 4, "cuda"),
     ]
     assert entries(tmp_path, of("slow", "cuda", "cuda"), monkeypatch) == []
-    screened = times(f"hard, {SCREEN}", 30, 20, 25)
-    assert entries(tmp_path, screened, monkeypatch) == [entry(f"steer_{SCREEN}", 1, "cuda")]
+
+
+def test_a_variant_comes_before_what_serves_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screened = times(f"hard, {SCREEN}", 30, 25, 20)
+    assert entries(tmp_path, screened, monkeypatch) == [entry(f"steer+{SCREEN}", 1, "cuda-ahead")]
+    lines = [*screened, *times("stream", 30, 20, 25), *times("hard", 10, 10, 10)]
+    wanted = [entry(f"steer+{SCREEN}", 1, "cuda-ahead"), entry("steer", 1, "cuda")]
+    assert entries(tmp_path, lines, monkeypatch) == wanted
+    monkeypatch.setattr(launch, "capability_of", lambda _device: 90)
+    launch.cuda_table.cache_clear()
+    for variant, k, screen in (("ahead", 0, True), ("plain", 0, False)):
+        name = launch.steer_variant(k, torch.zeros(1) if screen else None)
+        chosen = launch.cuda_entry.__wrapped__(name, 1, *SHAPE, NATIVE, torch.device("cpu"))
+        assert chosen is not None and chosen.ahead == (variant == "ahead")
+    launch.cuda_table.cache_clear()
 
 
 def test_nothing_measured_on_a_cpu_is_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = [{"run": {"device": "cpu", "capability": None}}, *times("stream", 30, 20), *times("hard", 30, 20)]
+    lines = [{"run": {"device": "cpu", "capability": None}}, *times("stream", 30, 20), *mean(5)]
     assert entries(tmp_path, lines, monkeypatch) == []
 
 
