@@ -30,7 +30,7 @@ DSPA_EXPORT int dspa_steer(const dspa_steer_arguments *arguments, void *stream) 
   Device device;
   if (int error = current_device(&device)) return error;
   if (device.capability < MIN_CAPABILITY) return DSPA_OLD_DEVICE;
-  return a.screen_rows ? launch_int8(a, device, stream) : launch_plain(a, device, stream);
+  return a.screen_rows ? launch_int5(a, device, stream) : launch_plain(a, device, stream);
 }
 
 DSPA_EXPORT int dspa_steer_arguments_size(void) { return sizeof(dspa_steer_arguments); }

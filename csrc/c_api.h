@@ -32,8 +32,9 @@ typedef struct {
   const float *b_enc;
   const float *threshold;
   const int32_t *order;
-  /* the int8 screen: rows [d_sae, d_in]; per row scale, offset, error and norm [4, d_sae]; the mean row [d_in] */
-  const int8_t *screen_rows;
+  /* the int5 screen: rows [d_sae, 160 ceil(d_in / 256)]; per row scale, offset, slack, error and size [5, d_sae]; the
+   * mean row [d_in]; all aligned to 16 bytes */
+  const uint8_t *screen_rows;
   const float *screen_latents;
   const float *screen_mean;
   /* the latents that can be steered, with rows [n_columns, d_in] */
@@ -55,15 +56,20 @@ typedef struct {
   float *before;
   float *after;
   float *maximum;
-  /* scratch: norms [n_rows, 2] with a screen; values of the selected and the large latents [n_rows, n_slots + n_large];
-   * finite [n_rows]; bits of the running maximum [n_rows]; for top-k the number of latents ahead of each selected one
-   * [n_rows, n_slots] */
-  float *norms;
-  float *latent_values;
-  int32_t *finite;
+  /* scratch: values of the selected latents [n_rows, n_slots]; summaries of selected and large latents
+   * [n_rows, ceil(n_slots / 16) + ceil(n_large / 16), 3]; bits of the running maximum [n_rows]; for top-k the number of
+   * latents ahead of each selected one [n_rows, n_slots] */
+  float *slot_values;
+  float *summaries;
   int32_t *running_max;
   int32_t *rank;
-  /* the word of the grid barrier: 0 before and after, and not shared with a concurrent launch */
+  /* scratch of the screen: bits of its lower bound on the maximum [n_rows]; number of candidates [1]; candidates [d_sae]
+   * with their upper bounds [d_sae, n_rows] */
+  int32_t *screen_bound;
+  int32_t *n_candidates;
+  int32_t *candidates;
+  float *upper;
+  /* the word of the grid barrier, not shared with a concurrent launch: 0 but for its sign, which turns */
   int32_t *barrier;
   int32_t d_in, d_sae, n_rows, n_columns, n_slots, n_large;
   int32_t k;

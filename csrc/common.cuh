@@ -28,23 +28,29 @@ __device__ inline float float_of(int bits) {
   return x;
 }
 
-// Eight consecutive numbers of a row, with zeros after its end.
+// Eight consecutive numbers of a row, at a multiple of 16 bytes.
 template <class T> struct Vec8 {
   T x[8];
   __device__ float operator[](int i) const { return to_float(x[i]); }
 
-  // ALIGNED: the address is a multiple of 16 bytes, and the row's length is a multiple of eight.
-  template <bool ALIGNED> __device__ void load(const T *p, int left) {
-    if constexpr (ALIGNED) {
-      uint4 words[sizeof(T) / 2];
+  __device__ void load(const T *p) {
+    uint4 words[sizeof(T) / 2];
 #pragma unroll
-      for (int i = 0; i < int(sizeof(T)) / 2; i++)
-        words[i] = left > 0 ? load16(reinterpret_cast<const char *>(p) + 16 * i) : uint4{0, 0, 0, 0};
-      memcpy(x, words, sizeof(x));
-    } else {
+    for (int i = 0; i < int(sizeof(T)) / 2; i++) words[i] = load16(reinterpret_cast<const char *>(p) + 16 * i);
+    memcpy(x, words, sizeof(x));
+  }
+  __device__ void store(T *p) const {
+    memcpy(__builtin_assume_aligned(reinterpret_cast<char *>(p), 16), x, sizeof(x));
+  }
+  // The first `left` of them, number by number, and zeros.
+  __device__ void load_part(const T *p, int left) {
 #pragma unroll
-      for (int i = 0; i < 8; i++) x[i] = i < left ? p[i] : rounded<T>(0.f);
-    }
+    for (int i = 0; i < 8; i++) x[i] = i < left ? p[i] : rounded<T>(0.f);
+  }
+  __device__ void store_part(T *p, int left) const {
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      if (i < left) p[i] = x[i];
   }
 };
 
@@ -54,75 +60,48 @@ __device__ inline float warp_sum(float x) {
   for (int mask = 16; mask; mask /= 2) x += shuffle_xor(x, mask);
   return x;
 }
-template <class T> __device__ inline T warp_max(T x) {
-#pragma unroll
-  for (int mask = 16; mask; mask /= 2) {
-    const T other = shuffle_xor(x, mask);
-    x = other > x ? other : x;
-  }
+// Over `width` consecutive threads, a power of two.
+__device__ inline float warp_max(float x, int width = 32) {
+  for (int mask = width / 2; mask; mask /= 2) x = fmaxf(x, shuffle_xor(x, mask));
   return x;
 }
-template <class T> __device__ inline T warp_min(T x) { return -warp_max(-x); }
+__device__ inline float warp_min(float x, int width = 32) { return -warp_max(-x, width); }
 
 // True if all rows can be loaded and copied 16 bytes at a time.
 __device__ inline bool is_aligned(const Arguments &a) {
-  const auto bits = reinterpret_cast<uintptr_t>(a.h) | reinterpret_cast<uintptr_t>(a.encoder_rows) |
-                   reinterpret_cast<uintptr_t>(a.columns_encoder_rows) |
-                   reinterpret_cast<uintptr_t>(a.screen_rows) | reinterpret_cast<uintptr_t>(a.screen_mean);
+  const auto bits = reinterpret_cast<uintptr_t>(a.h) | reinterpret_cast<uintptr_t>(a.out) |
+                    reinterpret_cast<uintptr_t>(a.encoder_rows) | reinterpret_cast<uintptr_t>(a.columns_encoder_rows) |
+                    reinterpret_cast<uintptr_t>(a.columns_W_dec);
   return bits % 16 == 0 && a.d_in % MMA_K == 0;
 }
 
-// The plan row that a residual row is assigned to, and whether the row's position is past the plan's start.
-__device__ inline int assigned_plan(const Arguments &a, int i_row) { return a.rows ? a.rows[i_row] : i_row; }
-__device__ inline bool is_past_start(const Arguments &a, int i_row, int plan) {
-  return !a.positions || a.positions[i_row] >= a.start[plan];
-}
 // The plan row that steers a residual row, or -1.
 __device__ inline int active_plan(const Arguments &a, int i_row) {
-  const int plan = assigned_plan(a, i_row);
-  return plan >= 0 && is_past_start(a, i_row, plan) ? plan : -1;
+  const int plan = a.rows ? a.rows[i_row] : i_row;
+  return plan >= 0 && (!a.positions || a.positions[i_row] >= a.start[plan]) ? plan : -1;
 }
 
-__device__ inline float *latent_values_of(const Arguments &a, int i_row) {
-  return a.latent_values + int64_t(i_row) * (a.n_slots + a.n_large);
+__device__ inline float *slot_values_of(const Arguments &a, int i_row) {
+  return a.slot_values + int64_t(i_row) * a.n_slots;
 }
 
-// Summary of a row's selected and large latents:
-//
-//   required_shift   the smallest alpha M that sets all active selected latents to 0; infinite if one of them is
-//                    augmented, 0 if none is active
-//   min_active       the smallest active selected value
-//   lower_bound      a lower bound on M
+// Bits of the rows for which `m_row` is true. By a warp.
+template <class F> __device__ inline unsigned ballot_rows(const Arguments &a, F &&m_row) {
+  return ballot(lane() < a.n_rows && m_row(lane()));
+}
+
+// Summary of up to 16 selected or large latents for a row, as in RowState.
 struct Summary {
   float required_shift, min_active, lower_bound;
 };
 
-// By one warp.
-__device__ inline Summary summarise(const Arguments &a, int i_row, int plan) {
-  float required_shift = 0.f, min_active = INF, lower_bound = 0.f;
-  if (plan >= 0 && a.finite[i_row]) {
-    const float *value = latent_values_of(a, i_row);
-    const int8_t *sign = a.signs + int64_t(plan) * a.n_slots;
-    for (int i = lane(); i < a.n_slots + a.n_large; i += 32) {
-      const float f = value[i];
-      lower_bound = fmaxf(lower_bound, f);
-      if (i < a.n_slots && f > 0.f) {
-        required_shift = fmaxf(required_shift, sign[i] > 0 ? INF : f);
-        min_active = fminf(min_active, f);
-      }
-    }
-  }
-  return {warp_max(required_shift), warp_min(min_active), warp_max(lower_bound)};
-}
-
-// Prefetches cache lines into the L2 cache; thread `i` of `n` takes every n-th.
-__device__ inline void prefetch_lines(const void *p, int64_t bytes, int i, int n) {
-  constexpr int line = 128;
-  for (int64_t o = int64_t(line) * i; o < bytes; o += int64_t(line) * n) prefetch_l2(static_cast<const char *>(p) + o);
-}
-
 // True if a lower bound on M can settle a row. It cannot if M itself is recorded, or if ranks decide what is active.
 __device__ inline bool can_settle(const Arguments &a) { return !a.record && !a.k; }
+
+// True if M is still needed for a row with M >= bound.
+__device__ inline bool is_waiting(const Arguments &a, const RowState &row, float bound) {
+  return row.required_shift > (can_settle(a) ? a.alpha * bound : 0.f);
+}
 
 // Arrives at the grid barrier and releases everything that this block has written. Thread 0 gets the token to wait
 // with.

@@ -1,7 +1,6 @@
-// acc[l, n] += sum_k W[l, k] x[n, k]: products of encoder rows with residual rows, by one of a warpgroup's four warps.
-//
-// multiply_stage reads both operands from a stage in shared memory. multiply_gathered reads selected latents from
-// global memory in the same order of k, so its sums have the same bits.
+// acc[l, n] += sum_k W[l, k] x[n, k]: products of encoder rows, or of their int5 copies, with residual rows on tensor
+// cores, by one of a warpgroup's four warps. Weights are operand A, so a single row wastes the narrow side. One row takes
+// the same instructions as eight, and a latent the same wherever it comes from, so their bits are always the same.
 #pragma once
 
 #include "common.cuh"
@@ -14,30 +13,12 @@ struct Operand {
   int stride;
 };
 
-template <class T> __device__ inline const T *row_at(Operand o, int i) {
-  return reinterpret_cast<const T *>(o.p + i * o.stride);
-}
+// A 16-bit number whose last bits count by ones, so that a code below them is added to it.
+template <class T> inline constexpr uint32_t CODE_BASE = 0;
+template <> inline constexpr uint32_t CODE_BASE<bf16> = 0x4300;  // 128
+template <> inline constexpr uint32_t CODE_BASE<fp16> = 0x6400;  // 1024
 
-template <class T> __device__ inline uint32_t pack_pair(float x, float y) {
-  T two[2] = {rounded<T>(x), rounded<T>(y)};
-  uint32_t word;
-  memcpy(&word, two, 4);
-  return word;
-}
-
-// Byte i of `word`, an int8, in fp32. With its sign bit flipped it becomes the last bits of a float from 2^23 on, from
-// which 2^23 + 128 is subtracted.
-__device__ inline float int8_to_float(uint32_t word, int i) {
-  return float_of(int(byte_perm(word ^ 0x80808080, 0x4b000000, 0x7440 + i))) - 8388736.f;
-}
-
-// Operands of one 16-bit dtype, with the weights as operand A. One row takes the same instructions as eight, so a row
-// has the same bits in any batch. Weights may be int8 (S), which 16 bits hold exactly.
-template <class T, class S> struct Mma {
-  using Element = T;
-  using Stored = S;
-  static constexpr bool IS_SCREENED = sizeof(S) == 1;
-  static constexpr KernelTraits TRAITS = IS_SCREENED ? SCREENED : PLAIN;
+template <class T> struct Mma {
   // Accumulator fragment: thread 4 g + t holds latents g, g, g + 8, g + 8 and rows 2 t, 2 t + 1 twice.
   float acc[4];
 
@@ -45,40 +26,51 @@ template <class T, class S> struct Mma {
     for (int i = 0; i < 4; i++) acc[i] = 0.f;
   }
 
-  // Adds the products of slice `i_slice` of a stage that holds `width` numbers of d_in.
-  __device__ void multiply_stage(Operand weights, Operand rows, int width, int i_slice) {
+  // Adds the products of slice `i_slice` of `width` numbers of encoder rows.
+  __device__ void multiply_rows(Operand weights, Operand rows, int width, int i_slice) {
+    const char *weight = weights.p + lane() % 16 * weights.stride + lane() / 16 * 16;
+    const char *row = rows.p + lane() % 8 * rows.stride + lane() / 8 * 16;
     for (int o_k = SLICE * i_slice; o_k < width; o_k += ROUND) {
-      if constexpr (IS_SCREENED) multiply_int8_slice(weights, rows, o_k, o_k + MMA_K < width);
-      else multiply_slice(weights, rows, o_k, o_k + MMA_K < width);
+      uint32_t a[2][4], b[4];
+      ldmatrix(a[0], weight + o_k * NUMBER_BYTES);
+      ldmatrix(a[1], weight + (o_k + MMA_K) * NUMBER_BYTES);
+      ldmatrix(b, row + o_k * NUMBER_BYTES);
+      mma_16x8x16<T>(acc, a[0], b[0], b[1]);
+      if (o_k + MMA_K < width) mma_16x8x16<T>(acc, a[1], b[2], b[3]);
     }
   }
 
-  // Adds the products of the n_rows rows at p with the latents in the bits m_latent, counted from encoder row `first`.
-  __device__ void multiply_gathered(const T *encoder_rows, int64_t first, uint32_t m_latent, const T *p, int d_in,
-                                    int n_rows, int i_slice, bool aligned) {
-    const int g = lane() / 4, n_steps = 2 * ceil_div(d_in, ROUND);
-    const T *weights = encoder_rows + (first + g) * d_in, *row = p + int64_t(g) * d_in;
-    const int n_weights[2] = {m_latent >> g & 1 ? d_in : 0, m_latent >> (g + 8) & 1 ? d_in : 0};
-    const int n_row = g < n_rows ? d_in : 0;
-    for (int begin = 0; begin < n_steps; begin += STEPS_IN_FLIGHT) {
-      uint32_t a[STEPS_IN_FLIGHT][4];
+  // Adds the products of part `i_slice` of n_codes blocks of the int5 copy. A warp takes nibbles 32 i_slice to
+  // 32 i_slice + 31 of a block, which belong to numbers 32 i_slice on and 128 + 32 i_slice on. Thread t of four takes
+  // eight nibble bytes c = 8 t to 8 t + 7, in products that pair numbers c and c + 2. Both operands are permuted in the
+  // same way, so the sum has the same terms.
+  __device__ void multiply_codes(Operand codes, Operand rows, int n_codes, int i_slice) {
+    const int g = lane() / 4, t = lane() % 4;
+    const char *nibbles = codes.p + g * codes.stride + SLICE * i_slice + 8 * t;
+    const char *planes = codes.p + g * codes.stride + SCREEN_BLOCK / 2 + 8 * t;
+    const char *row = rows.p + g * rows.stride + (SLICE * i_slice + 8 * t) * NUMBER_BYTES;
+    for (int i = 0; i < n_codes; i++) {
+      uint32_t low[2][2], fifth[2][2], x[2][4];  // by half of the tile's latents, by half of the block's numbers
 #pragma unroll
-      for (int i = 0; i < STEPS_IN_FLIGHT; i++) {
-        const int o_k = k_step_offset(begin + i, i_slice) + 2 * (lane() % 4);
+      for (int half = 0; half < 2; half++) {
+        memcpy(low[half], __builtin_assume_aligned(nibbles + half * 8 * codes.stride, 8), 8);
+        memcpy(fifth[half], __builtin_assume_aligned(planes + half * 8 * codes.stride, 8), 8);
+        memcpy(x[half], __builtin_assume_aligned(row + half * SCREEN_BLOCK / 2 * NUMBER_BYTES, 16), 16);
+      }
+#pragma unroll
+      for (int v = 0; v < 2; v++) {
+        uint32_t q[2][4];
+#pragma unroll
+        for (int half = 0; half < 2; half++) dequantise(q[half], low[half][v], fifth[half][v] >> i_slice);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          a[i][half] = load_pair(n_weights[half], weights + 8 * half * d_in, o_k, aligned);
-          a[i][half + 2] = load_pair(n_weights[half], weights + 8 * half * d_in, o_k + 8, aligned);
+          const uint32_t a[4] = {q[0][2 * half], q[1][2 * half], q[0][2 * half + 1], q[1][2 * half + 1]};
+          const uint32_t b0 = byte_perm(x[half][2 * v], x[half][2 * v + 1], 0x5410);
+          const uint32_t b1 = byte_perm(x[half][2 * v], x[half][2 * v + 1], 0x7632);
+          mma_16x8x16<T>(acc, a, b0, b1);
         }
       }
-#pragma unroll
-      for (int i = 0; i < STEPS_IN_FLIGHT; i++) {
-        if (k_step_offset(begin + i, i_slice) >= d_in) break;
-        const int o_k = k_step_offset(begin + i, i_slice) + 2 * (lane() % 4);
-        const uint32_t b0 = load_pair(n_row, row, o_k, aligned), b1 = load_pair(n_row, row, o_k + 8, aligned);
-        warp_barrier();  // reconverges the lanes that loaded with those that did not
-        mma_16x8x16<T>(acc, a[i], b0, b1);
-      }
+      nibbles += SCREEN_BLOCK_BYTES, planes += SCREEN_BLOCK_BYTES, row += SCREEN_BLOCK * NUMBER_BYTES;
     }
   }
 
@@ -90,53 +82,18 @@ template <class T, class S> struct Mma {
   }
 
  private:
-  // Number of MMA_K steps whose gathered weights are in flight together.
-  static constexpr int STEPS_IN_FLIGHT = 9;
-
-  // Offset in d_in of the i-th MMA_K step of a slice.
-  __device__ static int k_step_offset(int i, int i_slice) {
-    return ROUND * (i / 2) + SLICE * i_slice + MMA_K * (i % 2);
-  }
-
-  // Numbers o_k and o_k + 1 of a row with n numbers, with zeros after its end.
-  __device__ static uint32_t load_pair(int n, const T *row, int o_k, bool aligned) {
-    if (aligned && o_k < n) return *reinterpret_cast<const uint32_t *>(row + o_k);
-    const T none = rounded<T>(0.f);
-    const T two[2] = {o_k < n ? row[o_k] : none, o_k + 1 < n ? row[o_k + 1] : none};
-    uint32_t word;
-    memcpy(&word, two, 4);
-    return word;
-  }
-
-  // One slice, in two MMA_K steps; the second is skipped unless `both`.
-  __device__ void multiply_slice(Operand weights, Operand rows, int o_k, bool both) {
-    uint32_t a[2][4], b[4];
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-      ldmatrix(a[i], row_at<T>(weights, lane() % 16) + o_k + MMA_K * i + 8 * (lane() / 16));
-    ldmatrix(b, row_at<T>(rows, lane() % 8) + o_k + 8 * (lane() / 8));
-    mma_16x8x16<T>(acc, a[0], b[0], b[1]);
-    if (both) mma_16x8x16<T>(acc, a[1], b[2], b[3]);
-  }
-
-  // One slice of int8 weights. Thread t of four loads numbers 4 t to 4 t + 3 of a step in place of the fragment's 2 t,
-  // 2 t + 1, 2 t + 8 and 2 t + 9. Both operands are permuted in the same way, so the sum has the same terms.
-  __device__ void multiply_int8_slice(Operand weights, Operand rows, int o_k, bool both) {
-    const int g = lane() / 4, o = o_k + 4 * (lane() % 4);
-    uint32_t a[2][4], b[2][2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        uint32_t q;
-        memcpy(&q, __builtin_assume_aligned(row_at<int8_t>(weights, g + 8 * half) + o + MMA_K * i, 4), 4);
-        a[i][half] = pack_pair<T>(int8_to_float(q, 0), int8_to_float(q, 1));
-        a[i][half + 2] = pack_pair<T>(int8_to_float(q, 2), int8_to_float(q, 3));
-      }
-      memcpy(b[i], __builtin_assume_aligned(row_at<T>(rows, g) + o + MMA_K * i, 8), 8);
-    }
-    mma_16x8x16<T>(acc, a[0], b[0][0], b[0][1]);
-    if (both) mma_16x8x16<T>(acc, a[1], b[1][0], b[1][1]);
+  // Numbers (c, c + 2), (c + 1, c + 3), and the same 128 further on, of four bytes of nibbles and their fifth bits, which
+  // are bits 0 and 4 of the bytes of `fifth`. q is code - 16, without rounding.
+  __device__ static void dequantise(uint32_t (&q)[4], uint32_t low, uint32_t fifth) {
+    constexpr uint32_t m_low = 0x000f000f, m_fifth = 0x00100010;
+    constexpr uint32_t base = CODE_BASE<T> * 0x00010001u, zero = (CODE_BASE<T> + 16) * 0x00010001u;
+    const auto decoded = [&](uint32_t low, uint32_t fifth) {
+      return subtract_pair<T>(and_or(low, m_low, and_or(fifth, m_fifth, base)), zero);
+    };
+    q[0] = decoded(low, fifth << 4);
+    q[1] = decoded(low >> 8, fifth >> 4);
+    q[2] = decoded(low >> 4, fifth);
+    q[3] = decoded(low >> 12, fifth >> 8);
   }
 };
 

@@ -1,38 +1,41 @@
-// The pipeline of a block: its shared memory, and the stages that a producer warp fills with k tiles of encoder rows by
-// asynchronous copies while the consumer warps multiply earlier ones.
+// The pipeline of a block: its shared memory, and the stages that a producer warp fills by asynchronous copies while the
+// consumer warps multiply earlier ones. Each stage is a k tile of encoder rows, or of rows of their int5 copy.
 #pragma once
 
 #include "mma.cuh"
 
 namespace dspa {
 
-// Named barriers: one for all consumer warps, and from WARPGROUP_BARRIER on one per warpgroup.
-constexpr int RESIDENT_ROWS_BARRIER = 1, WARPGROUP_BARRIER = 2;
+// Named barriers from this one on, one per warpgroup.
+constexpr int WARPGROUP_BARRIER = 1;
 
 // Pointers into shared memory. full_barriers and empty_barriers are those of the stages.
-template <class Mma> struct SharedStorage {
-  char *stages_begin, *resident_rows;
-  float *partials, *required_shift, *lower_bound, *min_active;
-  int *plan;
-  unsigned *candidates;
+template <class T_, bool IS_SCREENED_> struct SharedStorage {
+  using T = T_;
+  static constexpr bool IS_SCREENED = IS_SCREENED_;
+  DSPA_HOST_DEVICE static KernelTraits traits() { return kernel_traits(IS_SCREENED); }
+
+  char *stages_begin, *resident_rows_begin;
+  float *partials;
+  RowState *row_states;
+  unsigned *candidates;  // by consumer warp
+  int *position;         // by warpgroup
   WorkTileInfo *tile_infos;
   Mbarrier *full_barriers, *empty_barriers;
-  int stages;
+  int stages, d_in;
 
-  __device__ SharedStorage(const Arguments &a, int stages) : stages(stages) {
-    const SharedLayout layout = shared_layout(Mma::TRAITS, a.d_in);
+  __device__ SharedStorage(const Arguments &a, int stages) : stages(stages), d_in(a.d_in) {
+    const SharedLayout layout = shared_layout(traits(), a.d_in);
     char *base = shared_memory();
     stages_begin = base + layout.stages;
-    resident_rows = base + layout.resident_rows;
+    resident_rows_begin = base + layout.resident_rows;
     partials = reinterpret_cast<float *>(base + layout.partials);
-    required_shift = reinterpret_cast<float *>(base + layout.required_shift);
-    lower_bound = reinterpret_cast<float *>(base + layout.lower_bound);
-    min_active = reinterpret_cast<float *>(base + layout.min_active);
-    plan = reinterpret_cast<int *>(base + layout.plan);
-    candidates = reinterpret_cast<unsigned *>(base + layout.candidates);
+    row_states = reinterpret_cast<RowState *>(base + layout.row_states);
+    candidates = reinterpret_cast<unsigned *>(base + layout.exchange);
+    position = reinterpret_cast<int *>(candidates + traits().consumer_warps());
     tile_infos = reinterpret_cast<WorkTileInfo *>(base + layout.tile_infos);
     full_barriers = reinterpret_cast<Mbarrier *>(base + layout.barriers);
-    empty_barriers = full_barriers + Mma::TRAITS.max_stages;
+    empty_barriers = full_barriers + traits().max_stages;
   }
 
   // A stage is full once each thread of the producer warp has arrived, and its first thread again with the commit. It
@@ -41,98 +44,213 @@ template <class Mma> struct SharedStorage {
     if (thread() == 0) {
       for (int i = 0; i < stages; i++) {
         mbarrier_init(full_barriers + i, 32 + 1);
-        mbarrier_init(empty_barriers + i, Mma::TRAITS.consumer_warps());
+        mbarrier_init(empty_barriers + i, traits().consumer_warps());
       }
       fence_mbarrier_init();
     }
     block_barrier();
   }
 
-  __device__ char *stage(PipelineState state) const { return stages_begin + state.index * Mma::TRAITS.stage_bytes(); }
+  __device__ bool is_producer() const { return warp() == traits().consumer_warps(); }
+  template <class T> __device__ T *resident_row(int i) const {
+    return reinterpret_cast<T *>(resident_rows_begin + i * traits().row_stride(d_in));
+  }
+  __device__ Operand resident_rows() const { return {resident_rows_begin, traits().row_stride(d_in)}; }
+  __device__ char *stage(PipelineState state) const { return stages_begin + state.index * traits().stage_bytes(); }
 };
 
-// Copies `n` unaligned rows number by number, with zeros up to a multiple of MMA_K. By one warp.
-template <class T>
-__device__ void load_unaligned(char *to, int to_stride, const T *from, int d_in, int n, int width) {
-  const int padded = round_up(width, MMA_K);
-  for (int i = lane(); i < n * padded; i += 32) {
-    const int r = i / padded, o_k = i % padded;
-    T number;
-    memset(&number, 0, sizeof(T));
-    if (o_k < width) number = from[int64_t(r) * d_in + o_k];
-    reinterpret_cast<T *>(to + r * to_stride)[o_k] = number;
-  }
-}
+// The producer's side, by one warp
 
-// One k tile of a work tile, which fills one stage.
-struct KTile {
-  WorkTile tile;
-  int index;
-};
-
-// The i-th k tile that a block reads; its count is 0 after the last.
-template <class Mma> __device__ inline KTile k_tile_of(const Arguments &a, int i) {
-  constexpr KernelTraits traits = Mma::TRAITS;
-  const int k_tile_count = n_k_tiles(a.d_in, traits.block_k), wave = i / k_tile_count;
-  if (wave >= n_waves(a.d_sae, traits.tile_latents(), n_blocks())) return {{0, 0}, 0};
-  return {work_tile_of(a.d_sae, traits.tile_latents(), n_blocks(), wave, block()), i % k_tile_count};
-}
-
-// Loads a k tile into a stage. Each thread of the producer warp arrives.
-template <class Mma, bool ALIGNED>
-__device__ void load_k_tile(const Arguments &a, const SharedStorage<Mma> &storage, PipelineState state, KTile k_tile) {
-  using Stored = typename Mma::Stored;
-  constexpr KernelTraits traits = Mma::TRAITS;
-  Mbarrier *full_barrier = storage.full_barriers + state.index;
-  const int width = k_tile_width(a.d_in, traits.block_k, k_tile.index), o_k = k_tile.index * traits.block_k;
-  const void *base = Mma::IS_SCREENED ? static_cast<const void *>(a.screen_rows) : a.encoder_rows;
-  const Stored *weights = static_cast<const Stored *>(base) + int64_t(k_tile.tile.first) * a.d_in + o_k;
-  char *to = storage.stage(state);
-  if constexpr (ALIGNED) {
-    const int bytes = width * int(sizeof(Stored));
-    if (lane() == 0) mbarrier_expect_tx(full_barrier, k_tile.tile.count * bytes);
-    warp_barrier();
-    async_copy_rows(to, traits.weight_stride(), reinterpret_cast<const char *>(weights),
-                    int64_t(a.d_in) * sizeof(Stored), k_tile.tile.count, bytes, full_barrier);
-    mbarrier_arrive_on_copies(full_barrier);
-  } else {
-    load_unaligned(to, traits.weight_stride(), weights, a.d_in, k_tile.tile.count, width);
-    mbarrier_arrive(full_barrier);
-  }
+template <class Storage> __device__ void wait_for_empty(const Storage &storage, PipelineState state) {
+  mbarrier_wait(storage.empty_barriers + state.index, state.phase ^ 1);
 }
 
 // Commits a stage: stores its tile info and makes the last of its arrivals.
-template <class Mma>
-__device__ void producer_commit(const SharedStorage<Mma> &storage, PipelineState state, const WorkTileInfo &info) {
+template <class Storage>
+__device__ void commit(const Storage &storage, PipelineState state, const WorkTileInfo &info) {
   if (lane() != 0) return;
   storage.tile_infos[state.index] = info;
   mbarrier_arrive(storage.full_barriers + state.index);
 }
 
-// Number of stages that a block prefetches before it is known whether any row needs the encoder: 0 unless the launch
-// asks for it (a.ahead).
-template <class Mma>
-__device__ inline int n_prefetched_stages(const Arguments &a, const SharedStorage<Mma> &storage) {
-  if (!a.ahead || !is_aligned(a)) return 0;
+// Copies `bytes` of a row number by number, with zeros up to a multiple of MMA_K.
+template <class T> __device__ void load_unaligned(char *to, const char *from, int bytes) {
+  const int width = bytes / NUMBER_BYTES;
+#pragma unroll 1
+  for (int i = lane(); i < round_up(width, MMA_K); i += 32)
+    reinterpret_cast<T *>(to)[i] = i < width ? reinterpret_cast<const T *>(from)[i] : rounded<T>(0.f);
+}
+
+// Loads a k tile of the rows in the bits `m_rows`, at `row` of each thread. Each thread of the warp arrives.
+template <class Storage>
+__device__ void load_gathered(const Arguments &a, const Storage &storage, PipelineState state, const char *row,
+                              unsigned m_rows, int k_tile) {
+  Mbarrier *full_barrier = storage.full_barriers + state.index;
+  const int bytes = row_layout().k_tile_bytes(a.d_in * NUMBER_BYTES, k_tile);
+  const char *from = row + k_tile * row_layout().block_bytes;
+  char *to = storage.stage(state);
+  if (is_aligned(a)) {
+    if (lane() == 0) mbarrier_expect_tx(full_barrier, popcount(m_rows) * bytes);
+    warp_barrier();
+    async_copy_gathered(to, row_layout().stride, from, m_rows, bytes, full_barrier);
+    mbarrier_arrive_on_copies(full_barrier);
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < row_layout().latents; i++) {
+      const char *other = shuffle(from, i);
+      if (m_rows >> i & 1) load_unaligned<typename Storage::T>(to + i * row_layout().stride, other, bytes);
+    }
+    mbarrier_arrive(full_barrier);
+  }
+}
+
+// One k tile of a work tile of the stream.
+struct KTile {
+  WorkTile tile;
+  int index;
+};
+
+// The i-th k tile that a block streams; its count is 0 after the last.
+template <class Storage> __device__ KTile k_tile_of(const Arguments &a, const Storage &, int i) {
+  constexpr StageLayout streamed = Storage::traits().streamed;
+  const int k_tile_count = streamed.n_k_tiles(Storage::traits().row_bytes(a.d_in)), wave = i / k_tile_count;
+  if (wave >= n_waves(a.d_sae, streamed.latents, n_blocks())) return {{0, 0}, 0};
+  return {work_tile_of(a.d_sae, streamed.latents, n_blocks(), wave, block()), i % k_tile_count};
+}
+
+// True if rows of the stream can be copied 16 bytes at a time.
+template <class Storage> __device__ bool is_stream_aligned(const Arguments &a) {
+  return Storage::IS_SCREENED || is_aligned(a);
+}
+
+// Loads a k tile of consecutive rows of the stream. Each thread of the warp arrives.
+template <bool ALIGNED, class Storage>
+__device__ void load_streamed(const Arguments &a, const Storage &storage, PipelineState state, KTile k_tile) {
+  constexpr StageLayout streamed = Storage::traits().streamed;
+  Mbarrier *full_barrier = storage.full_barriers + state.index;
+  const int row_bytes = Storage::traits().row_bytes(a.d_in), bytes = streamed.k_tile_bytes(row_bytes, k_tile.index);
+  const char *from = static_cast<const char *>(Storage::IS_SCREENED ? a.screen_rows : a.encoder_rows) +
+                     int64_t(k_tile.tile.first) * row_bytes + k_tile.index * streamed.block_bytes;
+  char *to = storage.stage(state);
+  if constexpr (ALIGNED) {
+    if (lane() == 0) mbarrier_expect_tx(full_barrier, k_tile.tile.count * bytes);
+    warp_barrier();
+    async_copy_rows(to, streamed.stride, from, row_bytes, k_tile.tile.count, bytes, full_barrier);
+    mbarrier_arrive_on_copies(full_barrier);
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < k_tile.tile.count; i++)
+      load_unaligned<typename Storage::T>(to + i * streamed.stride, from + int64_t(i) * row_bytes, bytes);
+    mbarrier_arrive(full_barrier);
+  }
+}
+
+// Loads all k tiles of gathered rows. Returns their number.
+template <class Storage>
+__device__ int load_tile(const Arguments &a, const Storage &storage, PipelineState &state, const char *row,
+                         const WorkTileInfo &info) {
+  const int k_tile_count = row_layout().n_k_tiles(a.d_in * NUMBER_BYTES);
+  for (int i = 0; i < k_tile_count; i++, state.advance(storage.stages)) {
+    wait_for_empty(storage, state);
+    load_gathered(a, storage, state, row, info.latents, i);
+    commit(storage, state, info);
+  }
+  return k_tile_count;
+}
+
+// Fills the stages that are still free with the first k tiles of the stream, before it is known whether any row needs
+// them. Returns how many; 0 unless the launch asks for it. `n_used` stages have been filled before.
+template <class Storage>
+__device__ int fill_ahead(const Arguments &a, const Storage &storage, PipelineState state, int n_used) {
+  if (!a.ahead || !is_stream_aligned<Storage>(a)) return 0;
   int n = 0;
-  while (n < storage.stages && k_tile_of<Mma>(a, n).tile.count) n++;
+  for (KTile k_tile; n + n_used < storage.stages && (k_tile = k_tile_of(a, storage, n)).tile.count; n++) {
+    load_streamed<true>(a, storage, state, k_tile);
+    state.advance(storage.stages);
+  }
   return n;
 }
 
-// The pipeline's prologue, by the producer warp.
-template <class Mma> __device__ void prefetch_stages(const Arguments &a, const SharedStorage<Mma> &storage) {
-  if (warp() != Mma::TRAITS.consumer_warps()) return;
-  const int n = n_prefetched_stages(a, storage);
-  for (int i = 0; i < n; i++) load_k_tile<Mma, true>(a, storage, {i, 0}, k_tile_of<Mma>(a, i));
+// Waits for stages that were filled in vain: a block must not exit while copies into its shared memory are in flight.
+template <class Storage>
+__device__ void drain(const Storage &storage, PipelineState &state, int n) {
+  for (int i = 0; i < n; i++, state.advance(storage.stages)) {
+    commit(storage, state, {0, 0, 0, 0});
+    mbarrier_wait(storage.full_barriers + state.index, state.phase);
+  }
 }
 
-// Drains the prefetched stages from `first` on, which no consumer reads: a block must not exit while copies into its
-// shared memory are in flight.
-template <class Mma>
-__device__ void drain_prefetched(const SharedStorage<Mma> &storage, int first, int n_prefetched) {
-  for (int i = first; i < n_prefetched; i++) {
-    producer_commit(storage, {i, 0}, {0, 0, 0, 0});
-    mbarrier_wait(storage.full_barriers + i, 0);
+// The consumers' side, by all consumer warps
+
+template <class Storage> __device__ void release(const Storage &storage, PipelineState &state) {
+  warp_barrier();
+  if (lane() == 0) mbarrier_arrive(storage.empty_barriers + state.index);
+  state.advance(storage.stages);
+}
+
+// Calls f(tile) for each work tile until the end of the stream. f releases the stages of the tile.
+template <class Storage, class F> __device__ void for_each_tile(const Storage &storage, PipelineState &state, F &&f) {
+  for (;;) {
+    mbarrier_wait(storage.full_barriers + state.index, state.phase);
+    const WorkTileInfo tile = storage.tile_infos[state.index];
+    if (tile.latents) {
+      f(tile);
+    } else {
+      for (int i = 0; i <= tile.n_vain; i++) release(storage, state);
+      return;
+    }
+  }
+}
+
+// Where a consumer warp is: its warpgroup, its slice of d_in, and its latent l of 16 and row r of 8 in an epilogue.
+struct Place {
+  int i_warpgroup = warp() / SLICES, i_slice = warp() % SLICES;
+  int l = thread() % MMA_M, r = thread() / MMA_M % MMA_N;
+  int buffer = 0;
+
+  __device__ void barrier() const { named_barrier(WARPGROUP_BARRIER + i_warpgroup, 32 * SLICES); }
+
+  // The sum over all slices for this thread's latent and row.
+  template <class Storage, class T> __device__ float reduce_slices(const Storage &storage, const Mma<T> &mma) {
+    constexpr int partial_size = MMA_M * (MMA_N + 1);
+    float *partial = storage.partials + (buffer * Storage::traits().warpgroups + i_warpgroup) * SLICES * partial_size;
+    mma.store_partials(partial + i_slice * partial_size);
+    barrier();
+    buffer ^= 1;  // slower warps may still be reading this one
+    float total = 0.f;
+    for (int s = 0; s < SLICES; s++) total += partial[s * partial_size + l * (MMA_N + 1) + r];
+    return total;
+  }
+};
+
+// Multiplies the encoder rows of a tile, whose k tiles are in the next stages, with all residual rows. By the first
+// warpgroup; others release the stages.
+template <class Storage>
+__device__ void multiply_rows(const Arguments &a, const Storage &storage, PipelineState &state, Place place,
+                              Mma<typename Storage::T> &mma) {
+  mma.clear();
+  Operand rows = storage.resident_rows();
+  for (int left = a.d_in; left > 0; left -= row_layout().block_bytes / NUMBER_BYTES, rows.p += row_layout().block_bytes) {
+    mbarrier_wait(storage.full_barriers + state.index, state.phase);
+    const int width = min(left, row_layout().block_bytes / NUMBER_BYTES);
+    if (place.i_warpgroup == 0) mma.multiply_rows({storage.stage(state), row_layout().stride}, rows, width, place.i_slice);
+    release(storage, state);
+  }
+}
+
+// Multiplies rows of the int5 copy likewise, 16 per warpgroup.
+template <class Storage>
+__device__ void multiply_codes(const Arguments &a, const Storage &storage, PipelineState &state, Place place,
+                               Mma<typename Storage::T> &mma) {
+  constexpr int blocks_per_tile = code_layout().block_bytes / SCREEN_BLOCK_BYTES;
+  mma.clear();
+  Operand rows = storage.resident_rows();
+  for (int left = ceil_div(a.d_in, SCREEN_BLOCK); left > 0; left -= blocks_per_tile) {
+    mbarrier_wait(storage.full_barriers + state.index, state.phase);
+    const char *codes = storage.stage(state) + place.i_warpgroup * MMA_M * code_layout().stride;
+    mma.multiply_codes({codes, code_layout().stride}, rows, min(left, blocks_per_tile), place.i_slice);
+    rows.p += blocks_per_tile * SCREEN_BLOCK * NUMBER_BYTES;
+    release(storage, state);
   }
 }
 

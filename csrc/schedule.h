@@ -18,9 +18,6 @@ constexpr int MMA_M = 16, MMA_N = 8, MMA_K = 16;
 // summed within its slices first and then over the four warps. This order does not depend on the tile, so the bits of
 // an element depend only on its row and its latent.
 constexpr int SLICES = 4, SLICE = 32, ROUND = SLICES * SLICE;
-// Bytes between rows in shared memory that put eight of them into different banks.
-constexpr int PAD = 16;
-
 DSPA_HOST_DEVICE int min(int a, int b) { return a < b ? a : b; }
 DSPA_HOST_DEVICE int max(int a, int b) { return a > b ? a : b; }
 DSPA_HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -28,34 +25,75 @@ DSPA_HOST_DEVICE int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
 // Residual rows of a launch at most: those of one instruction.
 constexpr int MAX_ROWS = MMA_N;
-// Bytes of a number of a residual row.
-constexpr int ROW_BYTES = 2;
+// Bytes of a number of an encoder row or a residual row.
+constexpr int NUMBER_BYTES = 2;
+// The int5 copy of the encoder: bytes of a block of numbers, the last of which may be padding.
+constexpr int SCREEN_BLOCK = 256, SCREEN_BLOCK_BYTES = 160;
 
-// The compile-time choices of a kernel. A block has `warpgroups` consumer warpgroups, each of which multiplies 16
-// latents with all residual rows, and one producer warp that fills the pipeline. Residual rows are resident in shared
-// memory.
-struct KernelTraits {
-  int warpgroups, block_k, max_stages;
-  int weight_bytes;  // per number
+// Rows of the encoder, or of its copy, in a stage of the pipeline: a k tile of `block_bytes` of each, `stride` bytes
+// apart, so that warps read them without bank conflicts.
+struct StageLayout {
+  int latents, block_bytes, stride;
 
-  DSPA_HOST_DEVICE int tile_latents() const { return warpgroups * MMA_M; }
-  DSPA_HOST_DEVICE int consumer_warps() const { return warpgroups * SLICES; }
-  DSPA_HOST_DEVICE int threads() const { return 32 * (consumer_warps() + 1); }
-  DSPA_HOST_DEVICE int weight_stride() const { return block_k * weight_bytes + PAD; }
-  DSPA_HOST_DEVICE int stage_bytes() const { return tile_latents() * weight_stride(); }
+  DSPA_HOST_DEVICE int bytes() const { return latents * stride; }
+  // Number of k tiles of a row of `row_bytes`, and the bytes of one of them.
+  DSPA_HOST_DEVICE int n_k_tiles(int row_bytes) const { return ceil_div(row_bytes, block_bytes); }
+  DSPA_HOST_DEVICE int k_tile_bytes(int row_bytes, int k_tile) const {
+    return min(block_bytes, row_bytes - k_tile * block_bytes);
+  }
 };
 
-DSPA_HOST_DEVICE int row_stride(int d_in) { return round_up(d_in, SLICE) * ROW_BYTES + PAD; }
+// Encoder rows, for one warpgroup, and rows of the int5 copy, for two. Eight rows of 16 bytes, and four rows of 32
+// bytes, lie in different banks.
+DSPA_HOST_DEVICE StageLayout row_layout() { return {MMA_M, 1024, 1024 + 16}; }
+DSPA_HOST_DEVICE StageLayout code_layout() { return {2 * MMA_M, 5 * SCREEN_BLOCK_BYTES, 5 * SCREEN_BLOCK_BYTES}; }
+
+// The compile-time choices of a kernel. A block has `warpgroups` consumer warpgroups, each of which multiplies 16
+// latents with all residual rows, and one producer warp that fills the pipeline. `streamed` is what it streams. Selected
+// latents, and candidates of the screen, come through the same pipeline in row_layout, for the first warpgroup.
+struct KernelTraits {
+  int warpgroups, max_stages;
+  StageLayout streamed;
+  bool is_screened;
+
+  DSPA_HOST_DEVICE int consumer_warps() const { return warpgroups * SLICES; }
+  DSPA_HOST_DEVICE int threads() const { return 32 * (consumer_warps() + 1); }
+  DSPA_HOST_DEVICE int stage_bytes() const { return max(streamed.bytes(), row_layout().bytes()); }
+  // Bytes of a streamed row in global memory.
+  DSPA_HOST_DEVICE int row_bytes(int d_in) const {
+    return is_screened ? ceil_div(d_in, SCREEN_BLOCK) * SCREEN_BLOCK_BYTES : d_in * NUMBER_BYTES;
+  }
+  // Numbers of a resident row, with zeros after its end, and bytes between two.
+  DSPA_HOST_DEVICE int padded_width(int d_in) const { return round_up(d_in, is_screened ? SCREEN_BLOCK : SLICE); }
+  DSPA_HOST_DEVICE int row_stride(int d_in) const { return padded_width(d_in) * NUMBER_BYTES + (is_screened ? 64 : 16); }
+};
+// The codes take longer to multiply than to arrive, so that two warpgroups share them.
+DSPA_HOST_DEVICE KernelTraits kernel_traits(bool is_screened) {
+  return is_screened ? KernelTraits{2, 8, code_layout(), true} : KernelTraits{1, 12, row_layout(), false};
+}
 
 // Offsets into shared memory in bytes. The stages of the pipeline come last.
 struct SharedLayout {
-  int resident_rows, partials, barriers, tile_infos, required_shift, lower_bound, min_active, plan, candidates, stages;
+  int resident_rows, partials, row_states, exchange, tile_infos, barriers, stages;
+};
+
+// What a block knows of a residual row.
+struct RowState {
+  int plan;    // the plan row that steers it, or -1
+  int finite;  // false: the row is returned unchanged
+  float norm, centered_norm;  // with a screen: ||h|| and ||h - mean||, rounded up
+  // The smallest alpha M that sets all active selected latents to 0 (infinite if one of them is augmented, 0 if none is
+  // active), the smallest active selected value, and a lower bound on M.
+  float required_shift, min_active, lower_bound;
+
+  DSPA_HOST_DEVICE bool is_steered() const { return plan >= 0 && finite; }
 };
 
 // What the producer commits along with a stage.
 struct WorkTileInfo {
-  int first, count;  // latents of the work tile; a count of 0 ends the stream
-  int k_tile;
+  int first;         // of the latents of the work tile, or of its places in the list of candidates
+  unsigned latents;  // bits of the latents that it has; 0 ends the stream
+  int n_vain;        // at the end of the stream: number of stages after this one that were filled in vain
   unsigned waiting;  // bits of the rows that still wait for their maximum
 };
 
@@ -69,13 +107,10 @@ DSPA_HOST_DEVICE int partial_bytes(KernelTraits traits) {
 DSPA_HOST_DEVICE SharedLayout shared_layout(KernelTraits traits, int d_in) {
   SharedLayout layout = {};
   int end = 0;
-  layout.resident_rows = end, end += round_up(MAX_ROWS * row_stride(d_in), 128);
+  layout.resident_rows = end, end += round_up(MAX_ROWS * traits.row_stride(d_in), 128);
   layout.partials = end, end += round_up(partial_bytes(traits), 128);
-  layout.required_shift = end, end += 4 * MAX_ROWS;
-  layout.lower_bound = end, end += 4 * MAX_ROWS;
-  layout.min_active = end, end += 4 * MAX_ROWS;
-  layout.plan = end, end += 4 * MAX_ROWS;
-  layout.candidates = end, end += 4 * traits.consumer_warps();
+  layout.row_states = end, end += MAX_ROWS * int(sizeof(RowState));
+  layout.exchange = end, end += 4 * (traits.consumer_warps() + traits.warpgroups);
   layout.tile_infos = end = round_up(end, 128), end += traits.max_stages * int(sizeof(WorkTileInfo));
   layout.barriers = end = round_up(end, 128), end += 2 * 8 * traits.max_stages;
   layout.stages = round_up(end, 128);
@@ -117,18 +152,10 @@ struct PipelineState {
   }
 };
 
-// Number of k tiles of d_in, and the width of one of them.
-DSPA_HOST_DEVICE int n_k_tiles(int d_in, int block_k) { return ceil_div(d_in, block_k); }
-DSPA_HOST_DEVICE int k_tile_width(int d_in, int block_k, int k_tile) { return min(block_k, d_in - k_tile * block_k); }
-
-// What a block adds to the word of the grid barrier. The sign flips once all blocks have arrived, and an even number of
-// rounds restores the word.
+// What a block adds to the word of the grid barrier. Its sign flips once all blocks have arrived, and its other bits are
+// then as before.
 DSPA_HOST_DEVICE int barrier_increment(int block, int n_blocks) {
   return block == 0 ? int(0x80000000u - uint32_t(n_blocks - 1)) : 1;
 }
-
-// The kernels' traits: with the encoder itself, and with its int8 copy, whose weights arrive sooner but take longer to
-// multiply, so that two warpgroups share the work.
-constexpr KernelTraits PLAIN = {1, 512, 12, 2}, SCREENED = {2, 512, 6, 1};
 
 }  // namespace dspa

@@ -1,105 +1,183 @@
-// The select phase of `steer`: everything about a row that does not need a pass over the encoder.
+// The select phase of `steer`: everything about rows that does not need a pass over the encoder.
+//
+//   summary of a row   its selected latents by blocks of 16, and the large latents, which bound M from below
+//
+// Both are evaluated through the same pipeline and products as the stream, so that M is one number wherever it is found.
 #pragma once
 
-#include "common.cuh"
+#include "pipeline.cuh"
 
 namespace dspa {
 
-// finite = isfinite(h) everywhere, running_max = 0 and rank = 0; with a screen norms = ||h - mean||, ||h||. By one warp.
-template <class T, bool ALIGNED> __device__ void prepare_row(const Arguments &a, int i_row) {
+// Copies a row into shared memory, with zeros after its end. By one warp.
+template <class Storage> __device__ void copy_row(const Arguments &a, const Storage &storage, int i_row) {
+  using T = typename Storage::T;
+  constexpr int N_VECS = 8;  // loads in flight per thread
   const T *row = static_cast<const T *>(a.h) + int64_t(i_row) * a.d_in;
-  int is_infinite = 0;
-  float centered_square = 0.f, sum_of_squares = 0.f;
+  T *to = storage.template resident_row<T>(i_row);
+  const int width = Storage::traits().padded_width(a.d_in);
+  if (!is_aligned(a)) {
+#pragma unroll 1
+    for (int i = lane(); i < width; i += 32) to[i] = i < a.d_in ? row[i] : rounded<T>(0.f);
+    return;
+  }
+  for (int o = 8 * lane(); o < width; o += 256 * N_VECS) {
+    Vec8<T> x[N_VECS] = {};
+#pragma unroll
+    for (int i = 0; i < N_VECS; i++)
+      if (o + 256 * i < a.d_in) x[i].load(row + o + 256 * i);
+#pragma unroll
+    for (int i = 0; i < N_VECS; i++)
+      if (o + 256 * i < width) x[i].store(to + o + 256 * i);
+  }
+}
+
+// finite = isfinite(h) everywhere; with a screen the norms of a row, rounded up for the relative error of the sums and
+// for squares that underflow. By the warp that copied the row.
+template <class Storage> __device__ void measure_row(const Arguments &a, const Storage &storage, int i_row) {
+  using T = typename Storage::T;
+  bool is_finite = true;
+  float squares = 0.f, centered_squares = 0.f;
+#pragma unroll 1
   for (int o_k = 8 * lane(); o_k < a.d_in; o_k += 256) {
     Vec8<T> x;
-    Vec8<float> mean;
-    x.template load<ALIGNED>(row + o_k, a.d_in - o_k);
-    if (a.norms) mean.template load<ALIGNED>(a.screen_mean + o_k, a.d_in - o_k);
+    Vec8<float> mean = {};
+    x.load(storage.template resident_row<T>(i_row) + o_k);
+    if (Storage::IS_SCREENED) {
+      if (o_k + 8 <= a.d_in) mean.load(a.screen_mean + o_k);
+      else mean.load_part(a.screen_mean + o_k, a.d_in - o_k);
+    }
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      is_infinite |= !(fabsf(x[i]) < INF);  // a NaN compares false
-      if (a.norms) {
-        const float centered = x[i] - mean[i];
-        centered_square = fmaf(centered, centered, centered_square);
-        sum_of_squares = fmaf(x[i], x[i], sum_of_squares);
-      }
+      is_finite &= fabsf(x[i]) < INF;  // a NaN compares false
+      const float centered = x[i] - mean[i];
+      squares = fmaf(x[i], x[i], squares);
+      centered_squares = fmaf(centered, centered, centered_squares);
     }
   }
-  is_infinite = warp_max(is_infinite);
-  if (a.norms) {
-    centered_square = warp_sum(centered_square);
-    sum_of_squares = warp_sum(sum_of_squares);
+  RowState &state = storage.row_states[i_row];
+  state.finite = !ballot(!is_finite);
+  if (Storage::IS_SCREENED) {
+    state.norm = sqrtf(warp_sum(squares)) * 1.001f + 1e-17f;
+    state.centered_norm = sqrtf(warp_sum(centered_squares)) * 1.001f + 1e-17f;
   }
-  if (lane() == 0) {
-    a.finite[i_row] = !is_infinite;
-    a.running_max[i_row] = 0;
-    if (a.norms) {
-      // Rounded up, for the relative error of the sums and for squares that underflow.
-      a.norms[2 * i_row] = sqrtf(centered_square) * 1.001f + 1e-17f;
-      a.norms[2 * i_row + 1] = sqrtf(sum_of_squares) * 1.001f + 1e-17f;
-    }
-  }
-  if (a.k)
-    for (int i = lane(); i < a.n_slots; i += 32) a.rank[int64_t(i_row) * a.n_slots + i] = 0;
 }
 
-// Encoder rows with their biases and thresholds.
-template <class T> struct Encoder {
-  const T *encoder_rows;
-  const float *b_enc, *threshold;
+// Prepares all rows in every block. One block zeroes what the others raise after the next grid barrier.
+template <class Storage> __device__ void prepare_rows(const Arguments &a, const Storage &storage) {
+  if (storage.is_producer()) {
+    if (lane() < a.n_rows) storage.row_states[lane()].plan = active_plan(a, lane());
+  } else {
+    for (int r = warp(); r < a.n_rows; r += Storage::traits().consumer_warps()) {
+      copy_row(a, storage, r);
+      warp_barrier();
+      measure_row(a, storage, r);
+    }
+  }
+  if (block() == n_blocks() - 1) {
+    for (int i = thread(); i < a.n_rows; i += n_threads()) {
+      a.running_max[i] = 0;
+      if (Storage::IS_SCREENED) a.screen_bound[i] = 0;
+    }
+#pragma unroll 1
+    for (int i = thread(); a.k && i < a.n_rows * a.n_slots; i += n_threads()) a.rank[i] = 0;
+    if (Storage::IS_SCREENED && thread() == 0) *a.n_candidates = 0;
+  }
+  block_barrier();
+}
+
+// 16 slots of a row or, with i_row = -1, 16 of the large latents for all rows; `first` is the first of them.
+struct SelectItem {
+  int i_row, first;
 };
 
-// f = pre if pre > 0 and pre > threshold, else 0, for latent i of an encoder; top-k: if pre > 0. By one warp.
-template <class T, bool ALIGNED>
-__device__ float latent_value(const Arguments &a, int i_row, Encoder<T> encoder, int i) {
-  constexpr int N_VECS = ALIGNED ? 5 : 1;
-  const T *row = static_cast<const T *>(a.h) + int64_t(i_row) * a.d_in;
-  const T *weights = encoder.encoder_rows + int64_t(i) * a.d_in;
-  const float bias = encoder.b_enc[i], threshold = encoder.threshold[i];
-  float sum = 0.f;
-  for (int o = 8 * lane(); o < a.d_in; o += 256 * N_VECS) {
-    Vec8<T> w[N_VECS], x[N_VECS];
-#pragma unroll
-    for (int j = 0; j < N_VECS; j++) {
-      const int o_k = o + 256 * j;
-      w[j].template load<ALIGNED>(weights + o_k, a.d_in - o_k);
-      x[j].template load<ALIGNED>(row + o_k, a.d_in - o_k);
+__device__ inline int n_slot_blocks(const Arguments &a) { return ceil_div(a.n_slots, MMA_M); }
+__device__ inline int n_large_blocks(const Arguments &a) { return ceil_div(a.n_large, MMA_M); }
+__device__ inline int n_select_items(const Arguments &a) { return a.n_rows * n_slot_blocks(a) + n_large_blocks(a); }
+__device__ inline SelectItem select_item(const Arguments &a, int i) {
+  const int n = n_slot_blocks(a), i_large = i - a.n_rows * n;
+  return i_large < 0 ? SelectItem{i / n, i % n * MMA_M} : SelectItem{-1, i_large * MMA_M};
+}
+
+// Calls f(item) for each item of this block that some steered row needs. By whole warps.
+template <class Storage, class F>
+__device__ void for_each_item(const Arguments &a, const Storage &storage, F &&f) {
+  const unsigned steered = ballot_rows(a, [&](int r) { return storage.row_states[r].is_steered(); });
+  for (int i = block(); i < n_select_items(a); i += n_blocks()) {
+    const SelectItem item = select_item(a, i);
+    if (item.i_row < 0 ? steered : steered >> item.i_row & 1) f(item);
+  }
+}
+
+// The l-th latent of an item: its column, or its encoder row; -1 if there is none.
+template <class Storage>
+__device__ int selected_latent(const Arguments &a, const Storage &storage, SelectItem item, int l) {
+  const int i = item.first + l;
+  if (l >= MMA_M || i >= (item.i_row < 0 ? a.n_large : a.n_slots)) return -1;
+  return item.i_row < 0 ? i : a.slots[int64_t(storage.row_states[item.i_row].plan) * a.n_slots + i];
+}
+
+// The producer warp: loads the encoder rows of this block's items. Returns the number of stages that it filled.
+template <class Storage>
+__device__ int load_selected(const Arguments &a, const Storage &storage, PipelineState &state) {
+  int n = 0;
+  for_each_item(a, storage, [&](SelectItem item) {
+    const int latent = selected_latent(a, storage, item, lane());
+    const void *rows = item.i_row < 0 ? a.encoder_rows : a.columns_encoder_rows;
+    const char *row = static_cast<const char *>(rows) + int64_t(max(latent, 0)) * a.d_in * NUMBER_BYTES;
+    n += load_tile(a, storage, state, row, {0, ballot(latent >= 0), 0, 0});
+  });
+  return n;
+}
+
+// The consumer warps: evaluate the items, and leave the values of slots and a summary per item and row.
+template <class Storage>
+__device__ void evaluate_selected(const Arguments &a, const Storage &storage, PipelineState &state, Place &place) {
+  for_each_item(a, storage, [&](SelectItem item) {
+    const bool is_large = item.i_row < 0;
+    const int latent = selected_latent(a, storage, item, place.l), i = item.first + place.l;
+    const float bias = latent < 0 ? 0.f : (is_large ? a.b_enc : a.columns_b_enc)[latent];
+    const float threshold = latent < 0 ? 0.f : (is_large ? a.threshold : a.columns_threshold)[latent];
+    Mma<typename Storage::T> mma;
+    multiply_rows(a, storage, state, place, mma);
+    if (place.i_warpgroup != 0) return;
+    const float pre = place.reduce_slices(storage, mma) + bias;
+    const float f = latent >= 0 && pre > 0.f && (a.k || pre > threshold) ? pre : 0.f;
+
+    const bool m_row = is_large ? place.r < a.n_rows : place.r == item.i_row;
+    Summary summary = {0.f, INF, f};
+    if (m_row && !is_large && i < a.n_slots) {
+      const int64_t o_plan = int64_t(storage.row_states[item.i_row].plan) * a.n_slots;
+      slot_values_of(a, item.i_row)[i] = f;
+      if (f > 0.f) summary = {a.signs[o_plan + i] > 0 ? INF : f, f, f};
     }
-#pragma unroll
-    for (int j = 0; j < N_VECS; j++)
-#pragma unroll
-      for (int n = 0; n < 8; n++) sum = fmaf(w[j][n], x[j][n], sum);
-  }
-  const float pre = warp_sum(sum) + bias;
-  return pre > 0.f && (a.k || pre > threshold) ? pre : 0.f;
+    summary.required_shift = warp_max(summary.required_shift, MMA_M);
+    summary.min_active = warp_min(summary.min_active, MMA_M);
+    summary.lower_bound = warp_max(summary.lower_bound, MMA_M);
+    const int i_summary = item.first / MMA_M + (is_large ? n_slot_blocks(a) : 0);
+    if (place.l == 0 && m_row)
+      reinterpret_cast<Summary *>(a.summaries)[place.r * (n_slot_blocks(a) + n_large_blocks(a)) + i_summary] = summary;
+  });
 }
 
-// One task of a row: its preparation (-1), one of its selected latents or, after these, one of the large latents.
-template <class T, bool ALIGNED> __device__ void select_one(const Arguments &a, int i_row, int i_task) {
-  const int plan = assigned_plan(a, i_row);
-  if (plan < 0) return;
-  const bool is_slot = i_task >= 0 && i_task < a.n_slots;
-  const int slot = is_slot ? a.slots[int64_t(plan) * a.n_slots + i_task] : i_task - a.n_slots;
-  if (!is_past_start(a, i_row, plan)) return;
-  if (i_task < 0) return prepare_row<T, ALIGNED>(a, i_row);
-  const Encoder<T> columns = {static_cast<const T *>(a.columns_encoder_rows), a.columns_b_enc, a.columns_threshold};
-  const Encoder<T> large = {static_cast<const T *>(a.encoder_rows), a.b_enc, a.threshold};
-  const float f = slot < 0 ? 0.f : latent_value<T, ALIGNED>(a, i_row, is_slot ? columns : large, slot);
-  if (lane() == 0) latent_values_of(a, i_row)[i_task] = f;
-  // The tail will read its decoder row.
-  const T *row = static_cast<const T *>(a.columns_W_dec) + int64_t(slot) * a.d_in;
-  if (is_slot && f > 0.f) prefetch_lines(row, a.d_in * sizeof(T), lane(), 32);
-}
-
-// One task per warp.
-template <class T> __device__ void select(const Arguments &a) {
-  const bool aligned = is_aligned(a);
-  const int n_tasks = 1 + a.n_slots + a.n_large, n_warps = n_threads() / 32;
-  for (int i = block() + warp() * n_blocks(); i < a.n_rows * n_tasks; i += n_blocks() * n_warps) {
-    const int i_row = i / n_tasks, i_task = i % n_tasks - 1;
-    if (aligned) select_one<T, true>(a, i_row, i_task);
-    else select_one<T, false>(a, i_row, i_task);
+// Summarises each row in shared memory; returns the bits of those that need the encoder.
+template <class Storage> __device__ unsigned find_waiting_rows(const Arguments &a, const Storage &storage) {
+  const int n = n_slot_blocks(a) + n_large_blocks(a);
+  for (int r = warp(); r < a.n_rows; r += n_threads() / 32) {
+    RowState &state = storage.row_states[r];
+    Summary all = {0.f, INF, 0.f};
+    for (int i = lane(); state.is_steered() && i < n; i += 32) {
+      const Summary summary = reinterpret_cast<const Summary *>(a.summaries)[r * n + i];
+      all.required_shift = fmaxf(all.required_shift, summary.required_shift);
+      all.min_active = fminf(all.min_active, summary.min_active);
+      all.lower_bound = fmaxf(all.lower_bound, summary.lower_bound);
+    }
+    state.required_shift = warp_max(all.required_shift);
+    state.min_active = warp_min(all.min_active);
+    state.lower_bound = warp_max(all.lower_bound);
   }
+  block_barrier();
+  return ballot_rows(a, [&](int r) { return is_waiting(a, storage.row_states[r], storage.row_states[r].lower_bound); });
 }
 
 }  // namespace dspa

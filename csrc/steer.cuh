@@ -1,13 +1,13 @@
 // h'_n = h_n + sum_j (f'_j - f_j) W_dec[j] over the active selected latents j of row n, where
 // f'_j = f_j + alpha M (augment) or max(f_j - alpha M, 0) (ablate) and M = max over all latents of f.
 //
-// One cooperative launch with one block per multiprocessor, and grid barriers between the phases: select, stream, tail.
-// The phases hand results on in scratch that is written before it is read, so nothing is cleared. schedule.h lays out
-// shared memory.
+// One cooperative launch with one block per multiprocessor, and grid barriers between the phases: select, stream (with a
+// screen: two passes), tail. The phases hand results on in scratch that is written before it is read, so nothing is
+// cleared. schedule.h lays out shared memory.
 #pragma once
 
+#include "screen.cuh"
 #include "select.cuh"
-#include "stream.cuh"
 #include "supported.h"
 #include "tail.cuh"
 
@@ -18,42 +18,98 @@ struct Launch {
   int stages;
 };
 
-// Prefetches weights that the select phase reads and that no earlier launch writes: the columns' and the large
-// latents'.
-template <class T> __device__ void prefetch_weights(const Arguments &a) {
-  const int64_t row_bytes = int64_t(a.d_in) * sizeof(T);
-  const int i = block() * n_threads() + thread(), n = n_blocks() * n_threads();
-  prefetch_lines(a.columns_encoder_rows, a.n_columns * row_bytes, i, n);
-  prefetch_lines(a.encoder_rows, a.n_large * row_bytes, i, n);
+// Prefetches weights that the select phase reads: the columns' and the large latents'.
+__device__ inline void prefetch_weights(const Arguments &a) {
+  constexpr int line = 128;
+  const int64_t row_bytes = int64_t(a.d_in) * NUMBER_BYTES, step = int64_t(line) * n_blocks() * n_threads();
+  const int64_t first = int64_t(line) * (block() * n_threads() + thread());
+  const char *columns = static_cast<const char *>(a.columns_encoder_rows);
+  const char *large = static_cast<const char *>(a.encoder_rows);
+#pragma unroll 1
+  for (int64_t o = first; o < a.n_columns * row_bytes; o += step) prefetch_l2(columns + o);
+#pragma unroll 1
+  for (int64_t o = first; o < a.n_large * row_bytes; o += step) prefetch_l2(large + o);
 }
 
-template <class Mma> __global__ void __launch_bounds__(Mma::TRAITS.threads(), 1) steer_kernel(Launch launch) {
-  using T = typename Mma::Element;
-  const Arguments &a = launch.a;
-  const SharedStorage<Mma> storage(a, launch.stages);
-  storage.init_barriers();
-  prefetch_stages(a, storage);
-  if (a.programmatic) prefetch_weights<T>(a);
-  wait_on_dependent_grids();
-  select<T>(a);
+// The second pass of the screen. Returns the number of encoder rows that this block read.
+template <class Storage>
+__device__ int evaluate_candidates(const Arguments &a, const Storage &storage, PipelineState &state, Place &place,
+                                   unsigned waiting) {
   grid_wait(a, grid_arrive(a));
-  const bool is_needed = stream<Mma>(a, storage);
-  const int token = grid_arrive(a);
-  // The same in every block. If no row needed the stream, there is nothing to wait for.
-  if (is_needed) grid_wait(a, token);
-  tail<T>(a);
+  waiting = raise_bounds(a, storage, waiting);
+  if (storage.is_producer()) return load_candidates(a, storage, state, *a.n_candidates, waiting);
+  evaluate_stream(a, storage, state, place);
+  return 0;
 }
 
-template <class Mma> int launch_steer(const Arguments &a, const Device &device, void *stream) {
-  constexpr KernelTraits traits = Mma::TRAITS;
+// The stream phase for rows that wait. Returns the number of encoder rows that this block read in full.
+template <class Storage>
+__device__ int stream(const Arguments &a, const Storage &storage, PipelineState &state, Place &place, int n_ahead,
+                      unsigned waiting) {
+  const int *bound = Storage::IS_SCREENED ? a.screen_bound : a.running_max;
+  int n_read = 0;
+  if (storage.is_producer()) n_read = load_stream(a, storage, state, n_ahead, waiting, bound);
+  else if (Storage::IS_SCREENED) screen_stream(a, storage, state, place);
+  else evaluate_stream(a, storage, state, place);
+  return Storage::IS_SCREENED ? evaluate_candidates(a, storage, state, place, waiting) : n_read;
+}
+
+template <class T, bool IS_SCREENED>
+__global__ void __launch_bounds__(kernel_traits(IS_SCREENED).threads(), 1) steer_kernel(Launch launch) {
+  const Arguments &a = launch.a;
+  const SharedStorage<T, IS_SCREENED> storage(a, launch.stages);
+  const bool is_producer = storage.is_producer(), selects = block() < n_select_items(a);
+  PipelineState state = {0, 0};
+  Place place;
+  int n_ahead = 0;
+  storage.init_barriers();
+  if (is_producer && !selects) n_ahead = fill_ahead(a, storage, state, 0);
+  if (a.programmatic) prefetch_weights(a);
+  wait_on_dependent_grids();
+
+  prepare_rows(a, storage);
+  if (!is_producer) {
+    evaluate_selected(a, storage, state, place);
+  } else if (selects) {
+    const int n_used = load_selected(a, storage, state);
+    n_ahead = fill_ahead(a, storage, state, n_used);
+  }
+  grid_wait(a, grid_arrive(a));
+
+  const unsigned waiting = find_waiting_rows(a, storage);  // the same in every block
+  if (waiting) {
+    const int n_read = stream(a, storage, state, place, n_ahead, waiting);
+    if (a.paths && is_producer && lane() == 0 && n_read) atomic_add(a.paths + 5, int64_t(n_read));
+    const int token = grid_arrive(a);
+    prefetch_tail(a, storage);
+    grid_wait(a, token);
+  } else if (is_producer) {
+    drain(storage, state, n_ahead);
+  }
+  tail(a, storage, waiting);
+}
+
+template <class T, bool IS_SCREENED> int launch_steer(const Arguments &a, const Device &device, void *stream) {
+  constexpr KernelTraits traits = kernel_traits(IS_SCREENED);
   const int stages = stage_count(traits, a.d_in, device.shared);
   if (!stages) return DSPA_NO_SHARED_MEMORY;
-  return launch_cooperative(steer_kernel<Mma>, Launch{a, stages}, device, traits.threads(),
-                            shared_bytes(traits, a.d_in, stages), stream, a.programmatic != 0);
+  const Launch launch = {a, stages};
+  const int shared = shared_bytes(traits, a.d_in, stages);
+  // In a green context or an MPS partition fewer blocks fit than the device has multiprocessors.
+  for (int blocks = device.multiprocessors;; blocks /= 2) {
+    const int error = launch_cooperative<steer_kernel<T, IS_SCREENED>>(launch, device, blocks, traits.threads(), shared,
+                                                                       stream, a.programmatic != 0);
+    if (error != TOO_LARGE || blocks == 1) return error;
+  }
+}
+
+template <bool IS_SCREENED> int launch_dtype(const Arguments &a, const Device &device, void *stream) {
+  return a.dtype == DSPA_BF16 ? launch_steer<bf16, IS_SCREENED>(a, device, stream)
+                              : launch_steer<fp16, IS_SCREENED>(a, device, stream);
 }
 
 // Each in a file of its own, because they take the compiler longest.
 int launch_plain(const Arguments &a, const Device &device, void *stream);
-int launch_int8(const Arguments &a, const Device &device, void *stream);
+int launch_int5(const Arguments &a, const Device &device, void *stream);
 
 }  // namespace dspa

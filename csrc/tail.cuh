@@ -1,12 +1,12 @@
 // The tail of `steer`: the edits of a row, and the residual that follows from them.
 #pragma once
 
-#include "common.cuh"
+#include "pipeline.cuh"
 
 namespace dspa {
 
-// Columns that a thread writes, and decoder rows whose loads are in flight together.
-constexpr int COLUMNS_PER_THREAD = 2, DECODER_ROWS_IN_FLIGHT = 8;
+// Columns that a warp writes, eight per thread, and decoder rows whose loads are in flight together.
+constexpr int TAIL_COLUMNS = 256, DECODER_ROWS_IN_FLIGHT = 8;
 
 // f' = f + alpha M (augment) or max(f - alpha M, 0) (ablate), where f > 0.
 __device__ inline float edited(float f, int sign, float shift) {
@@ -15,85 +15,123 @@ __device__ inline float edited(float f, int sign, float shift) {
 }
 
 // The index in `paths` of what happened to a row.
-__device__ inline int path_of(const Arguments &a, int plan, bool finite, const Summary &s) {
-  if (plan < 0) return 0;
-  if (!finite) return 1;
-  if (!(s.required_shift > 0.f)) return 2;
-  return can_settle(a) && s.required_shift <= a.alpha * s.lower_bound ? 3 : 4;
+__device__ inline int path_of(const RowState &row, bool was_waiting) {
+  if (row.plan < 0) return 0;
+  if (!row.finite) return 1;
+  if (!(row.required_shift > 0.f)) return 2;
+  return was_waiting ? 4 : 3;
 }
 
-// out = h + sum_j (f'_j - f_j) W_dec[j] at 32 COLUMNS_PER_THREAD columns, summed in the order of the slots. By
-// one warp. The first column tile of a row also records the edits and counts the row in `paths`.
-template <class T> __device__ void edit_row(const Arguments &a, int i_row, int i_column_tile) {
-  const int plan = active_plan(a, i_row);
-  const Summary s = summarise(a, i_row, plan);
-  const bool finite = plan >= 0 && a.finite[i_row];
-  const float maximum = finite ? fmaxf(float_of(load_relaxed(a.running_max + i_row)), s.lower_bound) : 0.f;
-  const float shift = a.alpha * maximum;
-  const bool is_first = i_column_tile == 0;
+// Calls f(i_row, o_d) for each row and first column of this warp.
+template <class F> __device__ void for_each_column_tile(const Arguments &a, F &&f) {
+  const int n_column_tiles = ceil_div(a.d_in, TAIL_COLUMNS);
+  for (int i = block() + warp() * n_blocks(); i < a.n_rows * n_column_tiles; i += n_threads() / 32 * n_blocks())
+    f(i / n_column_tiles, i % n_column_tiles * TAIL_COLUMNS);
+}
 
-  const T *W_dec = static_cast<const T *>(a.columns_W_dec);
-  const int o_d = i_column_tile * 32 * COLUMNS_PER_THREAD + lane();
-  float delta[COLUMNS_PER_THREAD] = {};
-  bool changed = false, active = false;
-  for (int i = 0; finite && i < a.n_slots; i += 32) {
-    const int i_slot = i + lane();
-    float f = 0.f, change = 0.f;
-    int slot = -1;
-    if (i_slot < a.n_slots) {
-      const int64_t o_slot = int64_t(plan) * a.n_slots + i_slot;
-      f = latent_values_of(a, i_row)[i_slot];
-      if (a.k && load_relaxed(a.rank + int64_t(i_row) * a.n_slots + i_slot) >= a.k) f = 0.f;
-      slot = a.slots[o_slot];
-      const float after = edited(f, a.signs[o_slot], shift);
-      change = after - f;
-      if (a.record && is_first) {
-        a.before[int64_t(i_row) * a.n_slots + i_slot] = f;
-        a.after[int64_t(i_row) * a.n_slots + i_slot] = after;
-      }
-    }
-    active |= ballot(f > 0.f) != 0;
-    changed |= ballot(change != 0.f) != 0;
-    for (int j = 0; j < min(32, a.n_slots - i); j += DECODER_ROWS_IN_FLIGHT) {
-      float delta_f[DECODER_ROWS_IN_FLIGHT], w[DECODER_ROWS_IN_FLIGHT][COLUMNS_PER_THREAD];
-#pragma unroll
-      for (int s = 0; s < DECODER_ROWS_IN_FLIGHT; s++) {
-        delta_f[s] = shuffle(change, j + s);
-        const T *row = W_dec + int64_t(shuffle(slot, j + s)) * a.d_in;
-#pragma unroll
-        for (int c = 0; c < COLUMNS_PER_THREAD; c++)
-          w[s][c] = delta_f[s] != 0.f && o_d + 32 * c < a.d_in ? to_float(row[o_d + 32 * c]) : 0.f;
-      }
-#pragma unroll
-      for (int s = 0; s < DECODER_ROWS_IN_FLIGHT; s++)
-#pragma unroll
-        for (int c = 0; c < COLUMNS_PER_THREAD; c++) delta[c] = fmaf(delta_f[s], w[s][c], delta[c]);
-    }
-  }
-
-  const T *h = static_cast<const T *>(a.h) + int64_t(i_row) * a.d_in;
-  T *out = static_cast<T *>(a.out) + int64_t(i_row) * a.d_in;
-#pragma unroll
-  for (int c = 0; c < COLUMNS_PER_THREAD; c++) {
-    const int i_d = o_d + 32 * c;
-    if (i_d < a.d_in) out[i_d] = changed ? rounded<T>(to_float(h[i_d]) + delta[c]) : h[i_d];
-  }
-  if (!is_first) return;
-  if (a.record && !finite)
+// Prefetches the decoder rows of active selected latents, while M is not yet known.
+template <class Storage> __device__ void prefetch_tail(const Arguments &a, const Storage &storage) {
+  constexpr int line = 128;
+  for_each_column_tile(a, [&](int i_row, int o_d) {
+    const RowState &row = storage.row_states[i_row];
+    if (!row.is_steered()) return;
     for (int i = lane(); i < a.n_slots; i += 32) {
-      a.before[int64_t(i_row) * a.n_slots + i] = 0.f;
-      a.after[int64_t(i_row) * a.n_slots + i] = 0.f;
+      const int64_t slot = a.slots[int64_t(row.plan) * a.n_slots + i];
+      if (!(slot_values_of(a, i_row)[i] > 0.f)) continue;
+      const char *columns = static_cast<const char *>(a.columns_W_dec) + (slot * a.d_in + o_d) * NUMBER_BYTES;
+      const int bytes = min(TAIL_COLUMNS, a.d_in - o_d) * NUMBER_BYTES;
+      for (int o = 0; o < bytes; o += line) prefetch_l2(columns + o);
     }
-  if (lane() == 0) {
-    if (a.record) a.maximum[i_row] = plan >= 0 && !finite ? float_of(0x7fc00000) : active ? maximum : 0.f;
-    if (a.paths) atomic_add(a.paths + path_of(a, plan, finite, s), int64_t(1));
+  });
+}
+
+// A lane's slot of 32: its column, f, f' and their difference.
+struct SlotEdit {
+  int slot = -1;
+  float before = 0.f, after = 0.f;
+  __device__ float change() const { return after - before; }
+};
+
+__device__ inline SlotEdit edit_slot(const Arguments &a, const RowState &row, int i_row, int i_slot, float shift) {
+  SlotEdit edit;
+  if (i_slot >= a.n_slots) return edit;
+  const int64_t o_slot = int64_t(row.plan) * a.n_slots + i_slot;
+  edit.slot = a.slots[o_slot];
+  edit.before = slot_values_of(a, i_row)[i_slot];
+  if (a.k && load_relaxed(a.rank + int64_t(i_row) * a.n_slots + i_slot) >= a.k) edit.before = 0.f;
+  edit.after = edited(edit.before, a.signs[o_slot], shift);
+  return edit;
+}
+
+// delta += (f'_j - f_j) W_dec[j] over the slots from j on that are in flight together.
+template <class T>
+__device__ void add_decoder_rows(float (&delta)[8], const SlotEdit &edit, const T *W_dec, int j, int d_in, int n_left,
+                                 bool aligned) {
+  Vec8<T> w[DECODER_ROWS_IN_FLIGHT] = {};
+  float change[DECODER_ROWS_IN_FLIGHT];
+  if (aligned) {
+#pragma unroll
+    for (int s = 0; s < DECODER_ROWS_IN_FLIGHT; s++) {
+      change[s] = shuffle(edit.change(), j + s);
+      const T *row = W_dec + int64_t(shuffle(edit.slot, j + s)) * d_in;
+      if (change[s] != 0.f && n_left > 0) w[s].load(row);
+    }
+#pragma unroll
+    for (int s = 0; s < DECODER_ROWS_IN_FLIGHT; s++)
+#pragma unroll
+      for (int c = 0; c < 8; c++) delta[c] = fmaf(change[s], w[s][c], delta[c]);
+  } else {
+#pragma unroll 1
+    for (int s = 0; s < DECODER_ROWS_IN_FLIGHT; s++) {
+      change[0] = shuffle(edit.change(), j + s);
+      const T *row = W_dec + int64_t(shuffle(edit.slot, j + s)) * d_in;
+      w[0].load_part(row, change[0] != 0.f ? n_left : 0);
+#pragma unroll
+      for (int c = 0; c < 8; c++) delta[c] = fmaf(change[0], w[0][c], delta[c]);
+    }
   }
 }
 
-template <class T> __device__ void tail(const Arguments &a) {
-  const int n_column_tiles = ceil_div(a.d_in, 32 * COLUMNS_PER_THREAD), n_warps = n_threads() / 32;
-  for (int i = block() + warp() * n_blocks(); i < a.n_rows * n_column_tiles; i += n_blocks() * n_warps)
-    edit_row<T>(a, i / n_column_tiles, i % n_column_tiles);
+// out = h + sum_j (f'_j - f_j) W_dec[j] at TAIL_COLUMNS columns, summed in the order of the slots. By one warp. The first
+// column tile of a row also records the edits and counts the row in `paths`.
+template <class Storage>
+__device__ void edit_row(const Arguments &a, const Storage &storage, unsigned waiting, int i_row, int o_d) {
+  using T = typename Storage::T;
+  const RowState &row = storage.row_states[i_row];
+  const bool is_steered = row.is_steered(), is_first = o_d == 0, aligned = is_aligned(a);
+  const float maximum = is_steered ? fmaxf(float_of(load_relaxed(a.running_max + i_row)), row.lower_bound) : 0.f;
+  const int n_left = a.d_in - o_d - 8 * lane();
+
+  const T *W_dec = static_cast<const T *>(a.columns_W_dec) + o_d + 8 * lane();
+  float delta[8] = {};
+  bool changed = false, active = false;
+  for (int i = 0; i < a.n_slots; i += 32) {
+    const SlotEdit edit = is_steered ? edit_slot(a, row, i_row, i + lane(), a.alpha * maximum) : SlotEdit();
+    if (a.record && is_first && i + lane() < a.n_slots) {
+      a.before[int64_t(i_row) * a.n_slots + i + lane()] = edit.before;
+      a.after[int64_t(i_row) * a.n_slots + i + lane()] = edit.after;
+    }
+    active |= ballot(edit.before > 0.f) != 0;
+    changed |= ballot(edit.change() != 0.f) != 0;
+    for (int j = 0; j < min(32, a.n_slots - i); j += DECODER_ROWS_IN_FLIGHT)
+      add_decoder_rows<T>(delta, edit, W_dec, j, a.d_in, n_left, aligned);
+  }
+
+  Vec8<T> x = {};
+  if (n_left > 0) x.load(storage.template resident_row<T>(i_row) + o_d + 8 * lane());
+#pragma unroll
+  for (int c = 0; c < 8; c++)
+    if (changed) x.x[c] = rounded<T>(x[c] + delta[c]);
+  T *out = static_cast<T *>(a.out) + int64_t(i_row) * a.d_in + o_d + 8 * lane();
+  if (!aligned) x.store_part(out, n_left);
+  else if (n_left > 0) x.store(out);
+  if (!is_first || lane() != 0) return;
+  if (a.record) a.maximum[i_row] = row.plan >= 0 && !row.finite ? float_of(0x7fc00000) : active ? maximum : 0.f;
+  if (a.paths) atomic_add(a.paths + path_of(row, waiting >> i_row & 1), int64_t(1));
+}
+
+template <class Storage> __device__ void tail(const Arguments &a, const Storage &storage, unsigned waiting) {
+  for_each_column_tile(a, [&](int i_row, int o_d) { edit_row(a, storage, waiting, i_row, o_d); });
 }
 
 }  // namespace dspa

@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 
 #define DSPA_EXPORT extern "C" __attribute__((visibility("default")))
@@ -21,6 +22,21 @@ using fp16 = __half;
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(fp16 x) { return __half2float(x); }
+// (x & mask) | y in one instruction, where the compiler makes two of two constants.
+__device__ inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t y) {
+  asm("lop3.b32 %0, %0, %1, %2, 0xea;" : "+r"(x) : "r"(mask), "r"(y));
+  return x;
+}
+// Two numbers in a word minus two others.
+template <class T> __device__ uint32_t subtract_pair(uint32_t x, uint32_t y);
+template <> __device__ inline uint32_t subtract_pair<bf16>(uint32_t x, uint32_t y) {
+  const __nv_bfloat162 difference = __hsub2(reinterpret_cast<__nv_bfloat162 &>(x), reinterpret_cast<__nv_bfloat162 &>(y));
+  return reinterpret_cast<const uint32_t &>(difference);
+}
+template <> __device__ inline uint32_t subtract_pair<fp16>(uint32_t x, uint32_t y) {
+  const __half2 difference = __hsub2(reinterpret_cast<__half2 &>(x), reinterpret_cast<__half2 &>(y));
+  return reinterpret_cast<const uint32_t &>(difference);
+}
 // x rounded to T, to nearest, ties to even.
 template <class T> __device__ T rounded(float x);
 template <> __device__ inline float rounded<float>(float x) { return x; }
@@ -46,6 +62,9 @@ __device__ inline void named_barrier(int id, int count) {
 }
 __device__ inline void warp_barrier() { __syncwarp(); }
 template <class T> __device__ T shuffle(T value, int from) { return __shfl_sync(~0u, value, from); }
+__device__ inline const char *shuffle(const char *p, int from) {
+  return reinterpret_cast<const char *>(shuffle(reinterpret_cast<uintptr_t>(p), from));
+}
 template <class T> __device__ T shuffle_xor(T value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 __device__ inline unsigned ballot(bool value) { return __ballot_sync(~0u, value); }
 __device__ inline int popcount(unsigned mask) { return __popc(mask); }
@@ -62,7 +81,8 @@ __device__ inline int load_relaxed(const int *p) {
   return value;
 }
 __device__ inline void atomic_max(int *p, int value) { atomicMax(p, value); }
-__device__ inline void atomic_add(int *p, int value) { atomicAdd(p, value); }
+// Returns the old value.
+__device__ inline int atomic_add(int *p, int value) { return atomicAdd(p, value); }
 __device__ inline void atomic_add(int64_t *p, int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long *>(p), static_cast<unsigned long long>(value));
 }
@@ -131,32 +151,59 @@ __device__ inline void mbarrier_expect_tx(Mbarrier *bar, int bytes) {
                : "memory");
 #endif
 }
-// Copies `n` rows of `bytes` each, by one warp. Sizes and addresses are multiples of 16.
-__device__ inline void async_copy_rows(char *to, int to_stride, const char *from, int64_t from_stride, int n, int bytes,
-                                 Mbarrier *bar) {
+// The bulk copy of a row, by one thread. Weights are read once per launch, so they are the first to leave the L2 cache.
+__device__ inline void bulk_copy(uint32_t to, uint64_t from, int bytes, uint32_t bar) {
 #if __CUDA_ARCH__ >= 900
-  // Weights that are read once per launch should not evict from the L2 cache what is read often.
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  // With elect.sync the compiler knows that one thread issues the copies. Otherwise it compiles a loop over the warp.
-  uint32_t is_elected;
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+               "[%3], %4;" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(bar), "l"(policy)
+               : "memory");
+#endif
+}
+// True in one thread of a warp. With elect.sync the compiler knows that one thread issues the copies. Otherwise it
+// compiles a loop over the warp.
+__device__ inline bool elect_one() {
+  uint32_t is_elected = 0;
+#if __CUDA_ARCH__ >= 900
   asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 %0, 1, 0, p; }" : "=r"(is_elected));
-  if (!is_elected) return;
+#endif
+  return is_elected;
+}
+// The copy of a row by a warp, 16 bytes per thread.
+__device__ inline void warp_copy(uint32_t to, uint64_t from, int bytes) {
+  for (int o = 16 * lane(); o < bytes; o += 16 * 32)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + o), "l"(from + o) : "memory");
+}
+// Copies `n` rows of `bytes` each, by one warp. Sizes and addresses are multiples of 16.
+__device__ inline void async_copy_rows(char *to, int to_stride, const char *from, int64_t from_stride, int n, int bytes,
+                                       Mbarrier *bar) {
   const uint32_t shared = shared_address(to), shared_bar = shared_address(bar);
   const uint64_t global = __cvta_generic_to_global(from);
+#if __CUDA_ARCH__ >= 900
+  if (!elect_one()) return;
 #pragma unroll 4
-  for (int i = 0; i < n; i++)
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
-                 "[%3], %4;" ::"r"(shared + i * to_stride),
-                 "l"(global + i * from_stride), "r"(bytes), "r"(shared_bar), "l"(policy)
-                 : "memory");
+  for (int i = 0; i < n; i++) bulk_copy(shared + i * to_stride, global + i * from_stride, bytes, shared_bar);
 #else
-  for (int i = 0; i < n; i++)
-    for (int o = 16 * lane(); o < bytes; o += 16 * 32)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to + i * to_stride + o)),
-                   "l"(__cvta_generic_to_global(from + i * from_stride + o))
-                   : "memory");
+  for (int i = 0; i < n; i++) warp_copy(shared + i * to_stride, global + i * from_stride, bytes);
 #endif
+}
+// Copies likewise the rows i in the bits `m_rows`, each from the address that thread i passes.
+__device__ inline void async_copy_gathered(char *to, int to_stride, const char *from, unsigned m_rows, int bytes,
+                                           Mbarrier *bar) {
+  const uint32_t shared = shared_address(to), shared_bar = shared_address(bar);
+  const bool is_elected = elect_one();
+#pragma unroll 1
+  for (unsigned left = m_rows; left; left &= left - 1) {
+    const int i = __ffs(left) - 1;
+    const uint64_t row = __cvta_generic_to_global(shuffle(from, i));
+#if __CUDA_ARCH__ >= 900
+    if (is_elected) bulk_copy(shared + i * to_stride, row, bytes, shared_bar);
+#else
+    warp_copy(shared + i * to_stride, row, bytes);
+#endif
+  }
 }
 // Each thread of the warp arrives: at once where the mbarrier counts bytes, else once its own copies have completed.
 __device__ inline void mbarrier_arrive_on_copies(Mbarrier *bar) {
@@ -211,29 +258,47 @@ inline int current_device(Device *properties) {
   return error;
 }
 
-// Launches one block per multiprocessor, all resident at the same time, so that they can wait for each other.
-template <class A>
-int launch_cooperative(void (*kernel)(A), A arguments, const Device &device, int threads, int shared, void *stream,
-                       bool programmatic) {
-  // Always the device's limit: launches from several host threads, and graphs, share this attribute.
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared);
+constexpr int TOO_LARGE = cudaErrorCooperativeLaunchTooLarge;
+
+// The PTX version of a kernel on the current device, after its first call there has set its attributes; negative: a CUDA
+// error code. Launches from several host threads, and graphs, share the attribute, so it is always the device's limit.
+template <auto KERNEL> int prepare_kernel(const Device &device) {
+  constexpr int MAX_DEVICES = 64;
+  static std::atomic<int> versions[MAX_DEVICES];
+  int i_device;
+  cudaError_t error = cudaGetDevice(&i_device);
+  if (!error && i_device < MAX_DEVICES && versions[i_device]) return versions[i_device];
   cudaFuncAttributes compiled;
-  if (!error) error = cudaFuncGetAttributes(&compiled, kernel);
-  if (error) return error;
+  if (!error) error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared);
+  if (!error) error = cudaFuncGetAttributes(&compiled, KERNEL);
+  if (error) return -error;
+  if (i_device < MAX_DEVICES) versions[i_device] = compiled.ptxVersion;
+  return compiled.ptxVersion;
+}
+
+// Launches blocks that are all resident at the same time, so that they can wait for each other. Returns TOO_LARGE if
+// they do not fit.
+template <auto KERNEL, class A>
+int launch_cooperative(const A &arguments, const Device &device, int blocks, int threads, int shared, void *stream,
+                       bool programmatic) {
+  const int ptx_version = prepare_kernel<KERNEL>(device);
+  if (ptx_version < 0) return -ptx_version;
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeCooperative;
   attributes[0].val.cooperative = 1;
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = device.multiprocessors;
+  config.gridDim = blocks;
   config.blockDim = threads;
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = attributes;
   // Code for older devices has no instruction that waits for the previous launch.
-  config.numAttrs = programmatic && device.capability >= 90 && compiled.ptxVersion >= 90 ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kernel, arguments);
+  config.numAttrs = programmatic && device.capability >= 90 && ptx_version >= 90 ? 2 : 1;
+  const cudaError_t error = cudaLaunchKernelEx(&config, KERNEL, arguments);
+  if (error) cudaGetLastError();  // or the next call that asks for it would report this error as its own
+  return error;
 }
 
 inline const char *error_name(int code) { return cudaGetErrorName(static_cast<cudaError_t>(code)); }

@@ -50,7 +50,7 @@ bool arrive_with_warp(void *const *parts) {
 }  // namespace
 
 bool elect_one() {
-  static constexpr Collective collective = {"async_copy_rows", [](void *const *parts) {
+  static constexpr Collective collective = {"asynchronous copy", [](void *const *parts) {
     *static_cast<bool *>(parts[random_below(32)]) = true;
     return true;
   }};

@@ -17,7 +17,7 @@ namespace {
 constexpr int MULTIPROCESSORS = 3, MAX_SHARED = 227 * 1024, MAX_THREADS = 1024, CAPABILITY = 90;
 constexpr int GUARD = 4096, ALIGNMENT = 128;
 
-enum Code { INVALID_VALUE = 1, LAUNCH_FAILURE = 719, TOO_LARGE = 720 };
+enum Code { INVALID_VALUE = 1, LAUNCH_FAILURE = 719 };
 
 std::mutex one_launch;
 std::vector<std::unique_ptr<Thread>> threads;
@@ -25,6 +25,13 @@ std::vector<std::unique_ptr<char[]>> shared_memories;
 jmp_buf failure;
 std::string failure_text;
 int64_t launches;
+int partition;
+
+struct {
+  void *to;
+  const void *from;
+  int64_t bytes;
+} write_ahead;
 
 uint64_t seed() {
   const char *given = getenv("DSPA_EMULATED_SEED");
@@ -96,7 +103,7 @@ int run_launch() {
   return 0;
 }
 
-int refuse(Code code, const std::string &why) {
+int refuse(int code, const std::string &why) {
   failure_text = why;
   return code;
 }
@@ -126,12 +133,26 @@ void fail(const char *format, ...) {
 
 void reset_launches() { launches = 0; }
 
-int launch(void (*kernel)(const void *), const void *call, int blocks, int n_threads, int shared) {
+bool end_launch_ahead() {
+  if (!write_ahead.bytes) return false;
+  memcpy(write_ahead.to, write_ahead.from, write_ahead.bytes);
+  write_ahead.bytes = 0;
+  return true;
+}
+
+void wait_for_launch_ahead() {
+  const auto is_done = [](const Wait &) { return !write_ahead.bytes; };
+  const auto describe = [](const Wait &) { return text("wait for the launch ahead"); };
+  wait_until({is_done, describe, nullptr, 0});
+}
+
+int launch(void (*kernel)(const void *), const void *call, int blocks, int n_threads, int shared, bool programmatic) {
   const std::lock_guard<std::mutex> lock(one_launch);
   ++launches;
   if (n_threads < 32 || n_threads > MAX_THREADS || n_threads % 32 || blocks < 1 || shared < 0 || shared > MAX_SHARED)
     return refuse(INVALID_VALUE, text("%d blocks of %d threads and %d bytes", blocks, n_threads, shared));
-  if (blocks > MULTIPROCESSORS) return refuse(TOO_LARGE, text("%d blocks do not run at one time", blocks));
+  if (blocks > (partition ? partition : MULTIPROCESSORS)) return refuse(TOO_LARGE, text("%d blocks do not run at one time", blocks));
+  if (!programmatic) end_launch_ahead();
   launched.kernel = kernel;
   launched.call = call;
   prepare(blocks, n_threads, shared);
@@ -164,3 +185,9 @@ const char *error_text(int code) { return code ? failure_text.c_str() : "no erro
 }  // namespace dspa
 
 int64_t dspa_emulated_launches() { return dspa::emulated::launches; }
+
+void dspa_emulated_partition(int blocks) { dspa::emulated::partition = blocks; }
+
+void dspa_emulated_write_ahead(void *to, const void *from, int64_t bytes) {
+  dspa::emulated::write_ahead = {to, from, bytes};
+}

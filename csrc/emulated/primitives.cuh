@@ -65,6 +65,18 @@ template <> inline fp16 rounded<fp16>(float x) {
   return {uint16_t(sign | (((magnitude + 0xfff + (magnitude >> 13 & 1)) >> 13) - (112 << 10)))};
 }
 
+inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t y) { return (x & mask) | y; }
+// Two numbers in a word minus two others.
+template <class T> uint32_t subtract_pair(uint32_t x, uint32_t y) {
+  const auto half = [](uint32_t word, int i) {
+    T number;
+    number.bits = uint16_t(word >> 16 * i);
+    return to_float(number);
+  };
+  const T low = rounded<T>(half(x, 0) - half(y, 0)), high = rounded<T>(half(x, 1) - half(y, 1));
+  return low.bits | uint32_t(high.bits) << 16;
+}
+
 // What the functions below need of the runtime.
 namespace emulated {
 
@@ -107,7 +119,10 @@ inline uint4 load16(const void *p) {
   return *static_cast<const uint4 *>(p);
 }
 
-int launch(void (*kernel)(const void *call), const void *call, int blocks, int threads, int shared);
+// Blocks this thread until the launch ahead has ended.
+void wait_for_launch_ahead();
+
+int launch(void (*kernel)(const void *call), const void *call, int blocks, int threads, int shared, bool programmatic);
 
 }  // namespace emulated
 
@@ -140,6 +155,9 @@ template <class T> T shuffle(T value, int from) {
   emulated::run_collective(collective, &part);
   return part.result;
 }
+inline const char *shuffle(const char *p, int from) {
+  return reinterpret_cast<const char *>(shuffle(reinterpret_cast<uintptr_t>(p), from));
+}
 template <class T> T shuffle_xor(T value, int mask) { return shuffle(value, lane() ^ mask); }
 unsigned ballot(bool value);
 inline int popcount(unsigned mask) { return __builtin_popcount(mask); }
@@ -162,22 +180,20 @@ inline void atomic_max(int *p, int value) {
   if (*p < value) *p = value;
   emulated::maybe_yield();
 }
-inline void atomic_add(int *p, int value) {
-  *p = int(unsigned(*p) + unsigned(value));
+inline int atomic_add(int *p, int value) {
+  const int before = *p;
+  *p = int(unsigned(before) + unsigned(value));
   emulated::maybe_yield();
+  return before;
 }
 inline void atomic_add(int64_t *p, int64_t value) {
   *p = int64_t(uint64_t(*p) + uint64_t(value));
   emulated::maybe_yield();
 }
-inline int atomic_add_release(int *p, int value) {
-  const int before = *p;
-  atomic_add(p, value);
-  return before;
-}
+inline int atomic_add_release(int *p, int value) { return atomic_add(p, value); }
 inline void wait_for_sign_flip(const int *p, int token) { emulated::wait_for_sign_flip(p, token); }
 inline void prefetch_l2(const void *) {}
-inline void wait_on_dependent_grids() {}
+inline void wait_on_dependent_grids() { emulated::wait_for_launch_ahead(); }
 
 // Asynchronous copies
 
@@ -192,6 +208,12 @@ inline void async_copy_rows(char *to, int to_stride, const char *from, int64_t f
                             Mbarrier *bar) {
   if (!emulated::elect_one()) return;
   for (int i = 0; i < n; ++i) emulated::copy(to + i * to_stride, from + i * from_stride, bytes, bar);
+}
+inline void async_copy_gathered(char *to, int to_stride, const char *from, unsigned m_rows, int bytes, Mbarrier *bar) {
+  const bool elected = emulated::elect_one();
+  for (int i = 0; i < 32; ++i)
+    if (const char *row = shuffle(from, i); elected && m_rows >> i & 1)
+      emulated::copy(to + i * to_stride, row, bytes, bar);
 }
 inline void mbarrier_arrive_on_copies(Mbarrier *bar) { mbarrier_arrive(bar); }
 
@@ -208,17 +230,13 @@ struct Device {
 
 int current_device(Device *properties);
 
-template <class A>
-int launch_cooperative(void (*kernel)(A), A arguments, const Device &device, int threads, int shared, void *, bool) {
-  struct Call {
-    void (*kernel)(A);
-    const A *arguments;
-  } call = {kernel, &arguments};
-  const auto run = [](const void *p) {
-    const Call &call = *static_cast<const Call *>(p);
-    call.kernel(*call.arguments);
-  };
-  return emulated::launch(run, &call, device.multiprocessors, threads, shared);
+constexpr int TOO_LARGE = 720;
+
+template <auto KERNEL, class A>
+int launch_cooperative(const A &arguments, const Device &, int blocks, int threads, int shared, void *,
+                       bool programmatic) {
+  const auto run = [](const void *arguments) { KERNEL(*static_cast<const A *>(arguments)); };
+  return emulated::launch(run, &arguments, blocks, threads, shared, programmatic);
 }
 
 const char *error_name(int code);
@@ -229,8 +247,14 @@ inline int runtime_version() { return 0; }
 
 }  // namespace dspa
 
-// Bytes that async_copy_rows has copied and number of launches, since the last reset. The order of a launch
-// follows from DSPA_EMULATED_SEED and its number since the last reset.
+// Bytes that asynchronous copies brought and number of launches, since the last reset. The order of a launch follows from
+// DSPA_EMULATED_SEED and its number since the last reset.
 DSPA_EXPORT int64_t dspa_emulated_bytes_copied();
 DSPA_EXPORT int64_t dspa_emulated_launches();
 DSPA_EXPORT void dspa_emulated_reset();
+// Number of blocks that fit at one time, as in a partition of the device, of which the device itself shows nothing; 0 is
+// all of it.
+DSPA_EXPORT void dspa_emulated_partition(int blocks);
+// A write by the launch ahead. It ends before the next launch begins or, if that is programmatic, when nothing of it can go
+// on without.
+DSPA_EXPORT void dspa_emulated_write_ahead(void *to, const void *from, int64_t bytes);

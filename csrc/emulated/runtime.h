@@ -86,6 +86,9 @@ __attribute__((format(printf, 1, 2))) std::string text(const char *format, ...);
 
 void reset_launches();
 
+// Ends the launch ahead, if there is one.
+bool end_launch_ahead();
+
 // fibers.cpp
 
 // Creates the stack on which thread `index` of a launch starts.

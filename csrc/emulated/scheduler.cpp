@@ -131,7 +131,7 @@ void run_all() {
     if (!random_below(256)) wake_sleeping_lane();
     if (run_best(STARVED)) continue;
     const int first = random_below(3);
-    if (step(first) || step((first + 1) % 3) || step((first + 2) % 3)) continue;
+    if (step(first) || step((first + 1) % 3) || step((first + 2) % 3) || end_launch_ahead()) continue;
     if (all_ended()) return check_copies();
     deadlock();
   }

@@ -64,21 +64,22 @@ void check_tiles_of(int d_sae, int latents, int n_blocks) {
 void check_tiles() {
   for (KernelTraits traits : ALL_TRAITS)
     for (int d_sae : D_SAE)
-      for (int n_blocks : N_BLOCKS) check_tiles_of(d_sae, traits.tile_latents(), n_blocks);
+      for (int n_blocks : N_BLOCKS) check_tiles_of(d_sae, traits.streamed.latents, n_blocks);
 }
 
 // For each slice, the steps of d_in that its warp takes, as offsets and sizes.
 using Order = std::vector<std::vector<std::pair<int, int>>>;
 
-// The order in which mma.cuh goes through the k tiles of a work tile.
-Order order_of(int d_in, int block_k) {
+// The order in which mma.cuh goes through the k tiles of encoder rows.
+Order order_of(int d_in) {
+  constexpr StageLayout layout = row_layout();
   Order order(SLICES);
-  for (int k_tile = 0; k_tile < n_k_tiles(d_in, block_k); k_tile++) {
-    const int width = k_tile_width(d_in, block_k, k_tile);
+  for (int k_tile = 0; k_tile < layout.n_k_tiles(d_in * NUMBER_BYTES); k_tile++) {
+    const int width = layout.k_tile_bytes(d_in * NUMBER_BYTES, k_tile) / NUMBER_BYTES;
     for (int s = 0; s < SLICES; s++)
       for (int o_k = SLICE * s; o_k < width; o_k += ROUND)
         for (int i = 0; i < SLICE && o_k + i < width; i += MMA_K)
-          order[s].emplace_back(k_tile * block_k + o_k + i, min(MMA_K, width - o_k - i));
+          order[s].emplace_back(k_tile * layout.block_bytes / NUMBER_BYTES + o_k + i, min(MMA_K, width - o_k - i));
   }
   return order;
 }
@@ -89,11 +90,9 @@ Order canonical_order(int d_in) {
   return order;
 }
 
-// The order of summation is the same for all kernels, and covers each number once.
+// The order of summation does not depend on the stages, and covers each number once.
 void check_order() {
-  for (KernelTraits traits : ALL_TRAITS)
-    for (int d_in : widths())
-      EXPECT(order_of(d_in, traits.block_k) == canonical_order(d_in), d_in, traits.block_k);
+  for (int d_in : widths()) EXPECT(order_of(d_in) == canonical_order(d_in), d_in);
 }
 
 // An mbarrier as in the PTX ISA: once `count` threads have arrived, the phase completes and the next begins. A wait for
@@ -199,15 +198,12 @@ struct Region {
 // The bytes that each region of shared memory has to hold, in any order.
 std::vector<Region> regions_of(KernelTraits traits, int d_in, int stages) {
   const SharedLayout layout = shared_layout(traits, d_in);
-  const int group_bytes = SLICES * MMA_M * (MMA_N + 1) * 4, rows_bytes = 4 * MAX_ROWS;
+  const int group_bytes = SLICES * MMA_M * (MMA_N + 1) * 4;
   return {
-      {layout.resident_rows, MAX_ROWS * row_stride(d_in), 16},
+      {layout.resident_rows, MAX_ROWS * traits.row_stride(d_in), 16},
       {layout.partials, 2 * traits.warpgroups * group_bytes, 16},
-      {layout.required_shift, rows_bytes, 4},
-      {layout.lower_bound, rows_bytes, 4},
-      {layout.min_active, rows_bytes, 4},
-      {layout.plan, rows_bytes, 4},
-      {layout.candidates, 4 * traits.consumer_warps(), 4},
+      {layout.row_states, MAX_ROWS * int(sizeof(RowState)), 4},
+      {layout.exchange, 4 * (traits.consumer_warps() + traits.warpgroups), 4},
       {layout.tile_infos, traits.max_stages * int(sizeof(WorkTileInfo)), 8},
       {layout.barriers, 2 * traits.max_stages * 8, 8},
       {layout.stages, stages * traits.stage_bytes(), 16},
@@ -221,13 +217,13 @@ void check_layout_of(KernelTraits traits, int d_in, int shared) {
   std::stable_sort(regions.begin(), regions.end(), [](Region a, Region b) { return a.begin < b.begin; });
   int end = 0;
   for (Region region : regions) {
-    EXPECT(region.begin >= end, traits.weight_bytes, d_in, region.begin, end);
-    EXPECT(region.begin % region.alignment == 0, traits.weight_bytes, d_in, region.begin);
+    EXPECT(region.begin >= end, traits.is_screened, d_in, region.begin, end);
+    EXPECT(region.begin % region.alignment == 0, traits.is_screened, d_in, region.begin);
     end = region.begin + region.bytes;
   }
-  EXPECT(stages >= MIN_STAGES && stages <= traits.max_stages, traits.weight_bytes, d_in, stages);
+  EXPECT(stages >= MIN_STAGES && stages <= traits.max_stages, traits.is_screened, d_in, stages);
   const int bytes = shared_bytes(traits, d_in, stages);
-  EXPECT(end <= bytes && bytes <= shared, traits.weight_bytes, d_in, end, bytes, shared);
+  EXPECT(end <= bytes && bytes <= shared, traits.is_screened, d_in, end, bytes, shared);
 }
 
 void check_layout() {
@@ -236,21 +232,35 @@ void check_layout() {
       for (int shared : {SHARED_80, SHARED_86, SHARED_90}) check_layout_of(traits, d_in, shared);
 }
 
-// ldmatrix reads 16 bytes from each of eight rows. With a stride of an odd multiple of 16 bytes these lie in eight
-// different groups of banks. The last slice of a k tile may be partial, but is read to its end.
-void check_rows_of(int stride, int width, int bytes) {
-  EXPECT(stride % 32 == 16, stride, width, bytes);
-  EXPECT(round_up(width, SLICE) * bytes <= stride, stride, width, bytes);
+// True if `rows` rows of `bytes` each, `stride` bytes apart, lie in different banks, of 128 bytes together.
+bool is_free_of_conflicts(int stride, int rows, int bytes) {
+  std::vector<bool> taken(128 / bytes);
+  for (int i = 0; i < rows; i++) {
+    const int place = stride * i % 128;
+    if (place % bytes || taken[place / bytes]) return false;
+    taken[place / bytes] = true;
+  }
+  return true;
 }
 
+// ldmatrix reads 16 bytes from each of eight rows. Codes are read as 32 bytes from each of four rows at a time, and the
+// residual rows that they are multiplied with as 64 bytes from each of two. The last slice of a k tile may be partial, but
+// is read to its end.
 void check_stages() {
-  for (KernelTraits traits : ALL_TRAITS)
+  EXPECT(is_free_of_conflicts(row_layout().stride, 8, 16), row_layout().stride);
+  EXPECT(is_free_of_conflicts(code_layout().stride, 4, 32), code_layout().stride);
+  for (KernelTraits traits : ALL_TRAITS) {
+    const StageLayout layout = traits.streamed;
+    EXPECT(layout.block_bytes % 16 == 0 && layout.stride >= layout.block_bytes, layout.stride);
+    EXPECT(traits.stage_bytes() >= row_layout().bytes() && traits.stage_bytes() % 128 == 0, traits.stage_bytes());
+    EXPECT(traits.stage_bytes() < 1 << 20, traits.stage_bytes());  // the most that an mbarrier counts
     for (int d_in : widths()) {
-      check_rows_of(traits.weight_stride(), min(d_in, traits.block_k), traits.weight_bytes);
-      check_rows_of(row_stride(d_in), d_in, ROW_BYTES);
-      EXPECT(traits.stage_bytes() % 16 == 0, traits.weight_bytes, traits.stage_bytes());
-      EXPECT(traits.stage_bytes() < 1 << 20, traits.weight_bytes, traits.stage_bytes());  // what an mbarrier counts
+      const int stride = traits.row_stride(d_in), padded = traits.padded_width(d_in);
+      EXPECT(is_free_of_conflicts(stride, traits.is_screened ? 2 : 8, traits.is_screened ? 64 : 16), d_in, stride);
+      EXPECT(padded >= d_in && padded % SLICE == 0 && padded * NUMBER_BYTES <= stride, d_in, padded, stride);
+      if (traits.is_screened) EXPECT(padded / SCREEN_BLOCK * SCREEN_BLOCK_BYTES == traits.row_bytes(d_in), d_in, padded);
     }
+  }
 }
 
 // One round of the grid barrier in which block 0 arrives after `n_before` others. Atomics wrap around.
@@ -266,15 +276,14 @@ uint32_t barrier_round(uint32_t word, int n_blocks, int n_before) {
   return word;
 }
 
-// All blocks but one add the same number, so only the position of that one matters.
+// All blocks but one add the same number, so only the position of that one matters. A round turns the sign alone,
+// whatever it was before.
 void check_grid_barrier() {
   for (int block = 2; block < 144; block++) EXPECT(barrier_increment(block, 144) == barrier_increment(1, 144), block);
   for (int n_blocks : N_BLOCKS)
     for (int first = 0; first < n_blocks; first++)
-      for (int second = 0; second < n_blocks; second++) {
-        const uint32_t word = barrier_round(barrier_round(0, n_blocks, first), n_blocks, second);
-        EXPECT(word == 0, n_blocks, first, second, int(word));
-      }
+      for (uint32_t begin : {0u, 0x80000000u})
+        EXPECT(barrier_round(begin, n_blocks, first) == (begin ^ 0x80000000u), n_blocks, first, int(begin));
 }
 
 struct Check {

@@ -21,8 +21,8 @@ from dspa_kernels.cuda_library import DTYPES, SteerArguments
 ROOT = Path(__file__).parents[2]
 HEADER = ROOT / "csrc" / "c_api.h"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-# The products of mma.cuh with the type of the weights, and the type in which they are stored: the same, or int8.
-KERNELS = {f"Mma<{T}, {S}>" for T in ("__half", "__nv_bfloat16") for S in (T, "signed char")}
+# steer_kernel with the dtype of rows and weights, and whether it screens.
+KERNELS = {f"steer_kernel<{T}, {screens}>" for T in ("__half", "__nv_bfloat16") for screens in ("false", "true")}
 # Each of the four partitions of a multiprocessor runs every fourth warp of a block. Registers are allocated by eights.
 PARTITIONS, PARTITION_REGISTERS = 4, 16384
 
@@ -59,10 +59,13 @@ def dump(library: Path, *options: str) -> str:
 
 
 def name_of(symbol: str) -> str:
-    """Return the product in the name of a kernel, or its full name if there is none."""
+    """Return the name of a kernel without namespaces, or its full name if it is another."""
     full = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
-    product = re.search(r"steer_kernel<dspa::(\w+<.*?>)", full)
-    return product[1] if product else full
+    product = re.search(r"steer_kernel<(\w+), \(bool\)([01])>|steer_kernel<(\w+), (true|false)>", full)
+    if not product:
+        return full
+    dtype, screens = product[1] or product[3], product[4] or ("false", "true")[int(product[2])]
+    return f"steer_kernel<{dtype}, {screens}>"
 
 
 def read_kernels(library: Path, architecture: str) -> list[Kernel]:
@@ -122,10 +125,25 @@ def test_the_registers_of_a_block_fit(kernels: list[Kernel], ptx: dict[str, str]
         assert 32 * warps * registers <= PARTITION_REGISTERS, (kernel.name, bounds[1], registers)
 
 
+def screens(kernel: Kernel) -> bool:
+    return "true" in kernel.name
+
+
 def test_products_are_on_tensor_cores(kernels: list[Kernel]) -> None:
     for kernel in kernels:
-        assert kernel.count("HMMA") > 0, kernel.name
-        assert (kernel.count("LDSM") > 0) == ("char" not in kernel.name), kernel.name
+        assert kernel.count("HMMA") > 0 and kernel.count("LDSM") > 0, kernel.name
+
+
+def test_codes_become_numbers_in_few_instructions(kernels: list[Kernel]) -> None:
+    """Two codes take a subtraction, and no conversion from integers."""
+    for kernel in kernels:
+        pairs = kernel.count(r"HADD2\.BF16_V2|HFMA2\.(BF16_V2|MMA)|HADD2 ")
+        assert (pairs >= 16) == screens(kernel), (kernel.name, pairs)
+        # From the first product of codes to the last, sums and branches of the loop included.
+        if screens(kernel):
+            codes = [i for i, code in enumerate(kernel.instructions) if re.match(r"LDS\.64", code)]
+            body = kernel.instructions[codes[0] : codes[-1]]
+            assert not any(code.startswith("I2F") for code in body), kernel.name
 
 
 def test_sm_80_copies_sixteen_bytes_at_a_time(sm_80: list[Kernel]) -> None:
@@ -155,7 +173,8 @@ def test_nothing_but_weights_is_read_before_the_launch_ahead_has_ended(sm_90: li
 
 
 # A grid barrier: all warps of a block arrive (B), what they wrote is released (M), one thread adds to the word (T) and
-# polls it (W) until all blocks have arrived, then all warps continue (B). No other load or store (x) is in between.
+# polls it (W) until all blocks have arrived, then all warps continue (B). Other loads (x) are in between only where
+# decoder rows are prefetched, whose addresses an earlier barrier published.
 MEANING = {
     "B": r"BAR\.SYNC\.DEFER_BLOCKING 0x0",
     "M": r"MEMBAR\.\w+\.GPU",
@@ -163,7 +182,7 @@ MEANING = {
     "W": r"LDG\.E\.STRONG\.GPU",
     "x": r"LDG|LD\.|STG?\b|RED|ATOM",
 }
-ROUND = "BMTW+B"
+ROUND = "BMTx*W+B"
 
 
 def letters(instructions: list[str]) -> Iterator[str]:
@@ -174,7 +193,7 @@ def letters(instructions: list[str]) -> Iterator[str]:
 def test_blocks_wait_for_each_other_as_a_whole(kernels: list[Kernel]) -> None:
     for kernel in kernels:
         word = "".join(letters(kernel.instructions))
-        assert word.count("T") == len(re.findall(ROUND, word)) == 2, kernel.name
+        assert word.count("T") == len(re.findall(ROUND, word)) == (3 if screens(kernel) else 2), kernel.name
 
 
 def test_the_text_for_later_gpus_is_that_for_sm_90(ptx: dict[str, str]) -> None:

@@ -64,7 +64,7 @@ MISTAKES = {
     "write under copy": r"wrote to 128 of shared memory, where a copy was about to arrive",
     "copies overlap": r"wrote to 128 of shared memory, where a copy was about to arrive",
     "copy by one lane": (
-        r"which lanes \w{8} of its warp never reach|wait for the others at: (warp barrier|async_copy_rows)"
+        r"which lanes \w{8} of its warp never reach|wait for the others at: (warp barrier|asynchronous copy)"
     ),
     "too many arrivals": r"more than 1 arrivals in a phase|deadlock",
     "too many bytes": r"8 bytes more than expected came in a phase",

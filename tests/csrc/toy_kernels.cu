@@ -5,8 +5,8 @@ namespace dspa {
 
 namespace {
 
-template <class A> int start(void (*kernel)(A), A arguments, int blocks, int threads, int shared) {
-  return launch_cooperative(kernel, arguments, Device{blocks, shared, 90}, threads, shared, nullptr, false);
+template <auto KERNEL, class A> int start(const A &arguments, int blocks, int threads, int shared) {
+  return launch_cooperative<KERNEL>(arguments, Device{blocks, shared, 90}, blocks, threads, shared, nullptr, false);
 }
 
 // Column sums of a matrix: by shuffles within a warp, through shared memory within a block.
@@ -287,31 +287,31 @@ __global__ void round_all(RoundArguments p) {
 }  // namespace
 
 DSPA_EXPORT int toy_sum(SumArguments p, int blocks, int threads) {
-  return start(sum, p, blocks, threads, (32 + threads / 2) * 4);
+  return start<sum>(p, blocks, threads, (32 + threads / 2) * 4);
 }
 
 DSPA_EXPORT int toy_add_rows(RingArguments p, int blocks) {
   const int shared = 128 + STAGES * ROWS * p.width * 4;
-  return start(add_rows, p, blocks, 32 * (CONSUMERS + 1), shared);
+  return start<add_rows>(p, blocks, 32 * (CONSUMERS + 1), shared);
 }
 
 DSPA_EXPORT int toy_multiply_bf16(ProductArguments<bf16> p) {
-  return start(multiply<bf16>, p, 1, 32, 24 * (p.depth + 8) * 2);
+  return start<multiply<bf16>>(p, 1, 32, 24 * (p.depth + 8) * 2);
 }
 
 DSPA_EXPORT int toy_multiply_fp16(ProductArguments<fp16> p) {
-  return start(multiply<fp16>, p, 1, 32, 24 * (p.depth + 8) * 2);
+  return start<multiply<fp16>>(p, 1, 32, 24 * (p.depth + 8) * 2);
 }
 
 DSPA_EXPORT int toy_add_in_rounds(RoundsArguments p, int blocks) {
-  return start(add_in_rounds, p, blocks, 64, 0);
+  return start<add_in_rounds>(p, blocks, 64, 0);
 }
 
 DSPA_EXPORT int toy_mistake(MistakeArguments p) {
-  return start(mistake, p, 1, 96, MISTAKE_SHARED);
+  return start<mistake>(p, 1, 96, MISTAKE_SHARED);
 }
 
-DSPA_EXPORT int toy_round(RoundArguments p) { return start(round_all, p, 1, 32, 0); }
+DSPA_EXPORT int toy_round(RoundArguments p) { return start<round_all>(p, 1, 32, 0); }
 
 DSPA_EXPORT const char *toy_error_name(int code) { return error_name(code); }
 DSPA_EXPORT const char *toy_error_text(int code) { return error_text(code); }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,13 +22,24 @@ from dspa_kernels import (
 )
 from dspa_kernels.cuda_library import EMULATED
 from dspa_kernels.ops.steer import cuda_impl
+from dspa_kernels.screen import quantise_rows
 from dspa_kernels.testing import random_map, random_plan, random_sae, run_on, same_bits, tensors
+from dspa_kernels.weights import SCREENS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 DEVICE = "cpu" if EMULATED else "cuda"
 BF16, FP16 = ((dtype, dtype) for dtype in (torch.bfloat16, torch.float16))
 D_SAE, N_COLUMNS, N_SLOTS, N_PROMPTS = 203, 23, 6, 3
 ROWS = (1, 5, 8)
+
+
+def stream_of(sae: SAEWeights, screen: str = "none", **options: Any) -> EncoderStream:
+    stream = EncoderStream.of(sae, **options)
+    if screen == "none":
+        return stream
+    mean = torch.randn(sae.d_in, generator=torch.Generator().manual_seed(5))
+    rows, latents = quantise_rows(stream.encoder_rows, stream.b_enc, mean)
+    return replace(stream, screen_rows=rows, screen_latents=latents, screen_mean=mean)
 
 
 def make_arguments(
@@ -44,12 +56,12 @@ def make_arguments(
         "cdmap": random_map(sae, 31, N_COLUMNS),
         "plan": random_plan(N_PROMPTS, N_SLOTS, N_COLUMNS, mode="both" if n % 2 else "ablate"),
         "rows": (torch.arange(n) % (N_PROMPTS + 1) - 1).to(torch.int32),
-        "stream": EncoderStream.of(sae, hot=hot, n_large=5, screen=screen),
+        "stream": stream_of(sae, screen, hot=hot, n_large=5),
         "alpha": 0.125,
     }
 
 
-@pytest.mark.parametrize("screen", ["none", "int8"])
+@pytest.mark.parametrize("screen", ["none", "int5"])
 @pytest.mark.parametrize("kind", ["jumprelu", "topk"])
 @pytest.mark.parametrize("dtypes", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("n", ROWS)
@@ -63,7 +75,7 @@ def test_exact_on_integers(d_in: int, n: int, dtypes: Any, kind: str, screen: st
     assert same_bits(run_on("cuda", steer, **arguments), expected[0])
 
 
-@pytest.mark.parametrize("screen", ["none", "int8"])
+@pytest.mark.parametrize("screen", ["none", "int5"])
 @pytest.mark.parametrize("kind", ["jumprelu", "topk"])
 @pytest.mark.parametrize("dtypes", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("d_in", [272, 1552])
@@ -80,13 +92,13 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(d_in: int, dtypes: Any, kind: 
 @pytest.mark.parametrize("dtypes", [BF16, FP16], ids=str)
 def test_a_screen_changes_no_bit(dtypes: Any, n: int) -> None:
     plain, edits = run_on("cuda", steer, **make_arguments(1552, n, dtypes=dtypes, integers=False), record=True)
-    screened = make_arguments(1552, n, dtypes=dtypes, integers=False, screen="int8")
+    screened = make_arguments(1552, n, dtypes=dtypes, integers=False, screen="int5")
     out, screened_edits = run_on("cuda", steer, **screened, record=True)
     assert same_bits(out, plain) and same_bits(screened_edits.maximum, edits.maximum)
 
 
 @pytest.mark.skipif(not EMULATED, reason="a GPU has its own order")
-@pytest.mark.parametrize("screen", ["none", "int8"])
+@pytest.mark.parametrize("screen", ["none", "int5"])
 @pytest.mark.parametrize("n", [1, 8])
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_the_order_of_threads_does_not_matter(seed: int, n: int, screen: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +130,8 @@ def test_the_barrier_is_left_as_it_was_found_but_for_its_sign(word: int, monkeyp
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Launches that read the first of the encoder before they know whether they need it."""
-    entries = [launch.CudaEntry(f"steer{name}", 0, programmatic=True, ahead=True) for name in ("", "+topk", "+int8")]
+    kinds = [variant + screen for variant in ("steer", "steer+topk") for screen in ("", f"+{SCREENS[-1]}")]
+    entries = [launch.CudaEntry(kind, 0, programmatic=True, ahead=True) for kind in kinds]
     monkeypatch.setattr(launch, "cuda_table", lambda: tuple(entries))
     launch.cuda_entry.cache_clear()
     yield
@@ -126,7 +139,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("ahead")
-@pytest.mark.parametrize("screen", ["none", "int8"])
+@pytest.mark.parametrize("screen", ["none", "int5"])
 @pytest.mark.parametrize("kind", ["jumprelu", "topk"])
 @pytest.mark.parametrize("n", [1, 8])
 # Fewer pieces than stages, more, and rows that are not aligned.
@@ -138,9 +151,35 @@ def test_exact_where_the_first_is_read_ahead(d_in: int, n: int, kind: str, scree
         assert same_bits(actual, run_on("reference", steer, **{**arguments, "rows": rows}))
 
 
-# What is read of the encoder, counted by the library that emulates a GPU.
+# What the library that emulates a GPU shows or can be told.
 
-emulated = pytest.mark.skipif(not EMULATED, reason="copies are counted where a GPU is emulated")
+emulated = pytest.mark.skipif(not EMULATED, reason="only the library that emulates a GPU has this")
+
+
+@emulated
+@pytest.mark.parametrize("n_blocks", [1, 2])
+def test_a_launch_takes_the_blocks_that_fit_into_a_part_of_the_device(n_blocks: int) -> None:
+    arguments = make_arguments(272, 8, integers=False)
+    expected = run_on("cuda", steer, **arguments)
+    library = ctypes.CDLL(EMULATED)
+    library.dspa_emulated_partition(n_blocks)
+    try:
+        assert same_bits(run_on("cuda", steer, **arguments), expected)
+    finally:
+        library.dspa_emulated_partition(0)
+
+
+@emulated
+@pytest.mark.parametrize("n", [1, 8])
+def test_every_latent_may_be_a_candidate(n: int) -> None:
+    """More of them than a pass of all blocks takes; all are read once."""
+    arguments = settling(n, 203, 202, value=4)
+    W = arguments["sae"].encoder_rows
+    W.copy_(W[0].clone())
+    arguments["cdmap"] = MapWeights.gather(torch.tensor([0]), torch.zeros(1, 1), arguments["sae"])
+    paths = torch.zeros(6, dtype=torch.int64)
+    out = steer(**arguments, stream=stream_of(arguments["sae"], "int5"), paths=paths, alpha=0.5, backend="cuda")
+    assert paths.tolist() == [0, 0, 0, 0, n, 203] and (out[:, 0] == 4 - 2).all()
 
 
 class Copies:
@@ -156,9 +195,12 @@ class Copies:
         self.bytes = self.library.dspa_emulated_bytes_copied()
 
 
+ROW = 512  # bytes of one of their rows in bf16
+
+
 def settling(n: int, d_sae: int, hot: int, value: float) -> dict[str, Any]:
     """n rows that ablate a latent of `value`; their maximum is 5, at the latent `hot` of d_sae, on d_in = 256."""
-    d_in = 256
+    d_in = ROW // 2
     W = torch.zeros(d_sae, d_in, dtype=torch.bfloat16)
     W[0, 0] = W[hot, 1] = 1
     h = torch.zeros(n, d_in, dtype=torch.bfloat16)
@@ -174,17 +216,18 @@ def test_the_encoder_is_read_once_for_all_rows(n: int) -> None:
     arguments = settling(n, 1000, 999, value=4)
     with Copies() as copies:
         steer(**arguments, backend="cuda")
-    assert copies.bytes == arguments["sae"].encoder_rows.nbytes
+    assert copies.bytes == arguments["sae"].encoder_rows.nbytes + n * ROW
 
 
 @emulated
 @pytest.mark.parametrize("value", [0, 1])
-def test_nothing_is_read_for_rows_that_are_inactive_or_settled(value: float) -> None:
+def test_little_is_read_for_rows_that_are_inactive_or_settled(value: float) -> None:
     arguments = settling(3, 1000, 999, value)
     stream = EncoderStream.of(arguments["sae"], hot=torch.tensor([999]))
     with Copies() as copies:
         out = steer(**arguments, stream=stream, backend="cuda")
-    assert copies.bytes == 0 and torch.equal(out[:, 0], torch.zeros(3, dtype=torch.bfloat16))
+    # The selected latent of each row, and the hot latent for all of them.
+    assert copies.bytes == (3 + 1) * ROW and torch.equal(out[:, 0], torch.zeros(3, dtype=torch.bfloat16))
 
 
 @emulated
@@ -195,8 +238,9 @@ def test_what_is_read_ahead_is_little_and_not_read_again(value: float, share: fl
     stream = EncoderStream.of(arguments["sae"], hot=torch.tensor([9_999]))
     with Copies() as copies:
         steer(**arguments, stream=stream, backend="cuda")
-    assert 0 < copies.bytes <= share * arguments["sae"].encoder_rows.nbytes
-    assert (copies.bytes == arguments["sae"].encoder_rows.nbytes) == (share == 1)
+    streamed = copies.bytes - 2 * ROW  # without the selected latent and the hot latent
+    assert 0 < streamed <= share * arguments["sae"].encoder_rows.nbytes
+    assert (streamed == arguments["sae"].encoder_rows.nbytes) == (share == 1)
 
 
 @emulated
@@ -213,6 +257,32 @@ def test_blocks_that_look_late_need_nothing_of_what_they_read_ahead(seed: int, m
 
 
 @emulated
+@pytest.mark.usefixtures("ahead")
+@pytest.mark.parametrize(("screen", "hot"), [("none", 40), ("int5", 70)])
+def test_weights_that_the_launch_ahead_writes_are_read_after_it(screen: str, hot: int) -> None:
+    """Block 2 of 3 has nothing to select. It reads its first latents, among them the largest, as early as it may."""
+    arguments = settling(1, 1000, hot, value=4)
+    stream = stream_of(arguments["sae"], screen)
+    name = "encoder_rows" if screen == "none" else "screen_rows"
+    values = getattr(stream, name)
+    expected = steer(**arguments, stream=stream, backend="cuda")
+    library = ctypes.CDLL(EMULATED)
+
+    def is_right_after_a_write(written: Tensor) -> bool:
+        """The launch ahead writes the values over others, and ends as late as it may."""
+        ctypes.memset(written.data_ptr(), 0, written.nbytes)
+        addresses = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (written, values))
+        library.dspa_emulated_write_ahead(*addresses, ctypes.c_int64(values.nbytes))
+        return same_bits(steer(**arguments, stream=replace(stream, **{name: written}), backend="cuda"), expected)
+
+    written = torch.empty_like(values)
+    assert is_right_after_a_write(written)
+    # Nothing shows further writes of this kind, and launches are programmatic now.
+    assert not is_right_after_a_write(written)
+    assert is_right_after_a_write(written.zero_()) and is_right_after_a_write(torch.empty_like(values))
+
+
+@emulated
 @pytest.mark.parametrize("n", [1, 8])
 def test_a_stream_ends_as_soon_as_rows_are_settled(n: int) -> None:
     """Where the first tiles settle all rows, no more is read than was under way."""
@@ -224,12 +294,14 @@ def test_a_stream_ends_as_soon_as_rows_are_settled(n: int) -> None:
 
 
 @emulated
-def test_a_screen_reads_a_byte_a_number() -> None:
+def test_a_screen_reads_five_bits_a_number_and_few_rows() -> None:
     arguments = settling(1, 1000, 999, value=4)
-    stream = EncoderStream.of(arguments["sae"], screen="int8")
+    stream, paths = stream_of(arguments["sae"], "int5"), torch.zeros(6, dtype=torch.int64)
     with Copies() as copies:
-        steer(**arguments, stream=stream, backend="cuda")
-    assert copies.bytes == arguments["sae"].encoder_rows.numel()
+        steer(**arguments, stream=stream, paths=paths, backend="cuda")
+    sae = arguments["sae"]
+    assert 0 < paths[5] < 10
+    assert copies.bytes == sae.encoder_rows.numel() * 5 / 8 + (1 + paths[5]) * ROW
 
 
 # Errors
@@ -249,6 +321,12 @@ def test_an_error_names_the_kernel_its_shape_and_what_cuda_says() -> None:
         steer(**arguments, backend="cuda")
     message = str(error.value)
     assert "steer with n_rows 8, d_in 272, d_sae 203, n_slots 6 cannot be launched: DSPA_BAD_DTYPE (" in message
+
+
+def test_rows_that_do_not_fit_into_shared_memory_are_an_error() -> None:
+    arguments = {name: _moved(value) for name, value in make_arguments(16384, 1).items()}
+    with pytest.raises(cuda_library.CudaError, match=r"DSPA_NO_SHARED_MEMORY .*rows of this width do not fit"):
+        steer(**arguments, backend="cuda")
 
 
 def _moved(value: Any) -> Any:

@@ -6,10 +6,30 @@ import itertools
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dspa_kernels.barriers import barrier_word
 from dspa_kernels.cuda_library import DTYPES, SteerArguments, fill, launch_steer
 from dspa_kernels.ops.steer.contract import empty_results, entry_of
+
+# Slots and large latents that are summarised together.
+BLOCK = 16
+# The version of each encoder when a launch last read it.
+_versions = WeakTensorKeyDictionary()
+
+
+def is_unchanged(encoder: Tensor) -> bool:
+    """Return True if an earlier launch has read this encoder and nothing has written to it since.
+
+    Only then may a launch be programmatic: it reads the encoder while the launch ahead of it may still be writing.
+    Writes to an inference tensor do not show, so that it never counts as unchanged. Neither do writes through
+    `encoder.data`, after which a new `EncoderStream` is needed.
+    """
+    if encoder.is_inference():
+        return False
+    unchanged: bool = _versions.get(encoder) == encoder._version
+    _versions[encoder] = encoder._version
+    return unchanged
 
 
 def padded(n: int) -> int:
@@ -25,6 +45,8 @@ def steer(
     order: Tensor | None,
     n_large: int,
     screen_rows: Tensor | None,
+    screen_latents: Tensor | None,
+    screen_mean: Tensor | None,
     columns: Tensor,
     columns_encoder_rows: Tensor,
     slots: Tensor,
@@ -42,6 +64,8 @@ def steer(
     if not n_rows:
         return out, before, after, maximum
 
+    if screen_rows is not None and screen_rows.dtype != torch.uint8:
+        screen_rows = screen_latents = screen_mean = None  # the int8 copy: the encoder itself gives the same bits
     # References keep the tensors alive until the launch is made. Addresses would not.
     tensors: dict[str, Tensor | None] = {
         **unchanged,
@@ -50,6 +74,8 @@ def steer(
         "encoder_rows": encoder_rows,
         "order": order if k else None,
         "screen_rows": screen_rows,
+        "screen_latents": screen_latents,
+        "screen_mean": screen_mean,
         "columns": columns,
         "columns_encoder_rows": columns_encoder_rows,
         "slots": slots.contiguous(),
@@ -63,6 +89,7 @@ def steer(
         "barrier": barrier_word(h.device),
     }
     entry = entry_of(h, encoder_rows, k, normalize, screen_rows)
+    streamed = encoder_rows if screen_rows is None else screen_rows
     arguments = SteerArguments()
     fill(
         arguments,
@@ -76,16 +103,21 @@ def steer(
         k=k,
         dtype=DTYPES[h.dtype],
         record=record,
-        programmatic=entry is not None and entry.programmatic,
+        programmatic=entry is not None and entry.programmatic and is_unchanged(streamed),
         ahead=entry is not None and entry.ahead,
         alpha=alpha,
     )
+    n_summaries = -(-n_slots // BLOCK) - (-n_large // BLOCK)
+    n_listed = 0 if screen_rows is None else len(encoder_rows)
     numbers = {
-        "norms": 0 if screen_rows is None else 2 * n_rows,
-        "latent_values": n_rows * (n_slots + n_large),
-        "finite": n_rows,
+        "slot_values": n_rows * n_slots,
+        "summaries": 3 * n_rows * n_summaries,
         "running_max": n_rows,
         "rank": n_rows * n_slots if k else 0,
+        "screen_bound": n_rows if n_listed else 0,
+        "n_candidates": 1 if n_listed else 0,
+        "candidates": n_listed,
+        "upper": n_rows * n_listed,
     }
     scratch = torch.empty(sum(map(padded, numbers.values())), dtype=torch.int32, device=h.device)
     starts = itertools.accumulate(map(padded, numbers.values()), initial=0)
