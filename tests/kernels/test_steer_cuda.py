@@ -22,7 +22,7 @@ from dspa_kernels import (
 )
 from dspa_kernels.cuda_library import EMULATED
 from dspa_kernels.ops.steer import cuda_impl
-from dspa_kernels.screen import quantise_rows
+from dspa_kernels.screen import quantise, quantise_rows
 from dspa_kernels.testing import random_map, random_plan, random_sae, run_on, same_bits, tensors
 from dspa_kernels.weights import SCREENS
 
@@ -95,6 +95,47 @@ def test_a_screen_changes_no_bit(dtypes: Any, n: int) -> None:
     screened = make_arguments(1552, n, dtypes=dtypes, integers=False, screen="int5")
     out, screened_edits = run_on("cuda", steer, **screened, record=True)
     assert same_bits(out, plain) and same_bits(screened_edits.maximum, edits.maximum)
+
+
+@pytest.mark.parametrize("d_in", [256, 1552])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_screen_keeps_a_maximum_that_is_as_far_from_its_copy_as_it_may_be(dtype: torch.dtype, d_in: int) -> None:
+    """A row along the remainder of latent 0, and latent 1, which the copy holds exactly, just below that."""
+    W = torch.zeros(40, d_in, dtype=dtype)
+    W[0] = torch.randn(d_in, generator=torch.Generator().manual_seed(3))
+    q, scale = quantise(W[:1])
+    remainder = W[0].double() - scale.double() * q[0].double()
+    W[1] = q[0].to(dtype) / 32
+    h = (20 * remainder / remainder.norm()).to(dtype)[None]
+    latent, copied = h[0].double() @ W[0].double(), scale.double() * (h[0].double() @ q[0].double())
+    b_enc = torch.full((40,), -1000.0)
+    b_enc[0], b_enc[2] = 100, 1
+    b_enc[1] = 100 + latent - h[0].double() @ W[1].double() - 0.01 * (latent - copied)
+    sae = SAEWeights(W, b_enc, torch.zeros(40), W.clone())
+    cdmap = MapWeights.gather(torch.tensor([2]), torch.zeros(1, 1), sae)
+    plan = SteeringPlan(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.int8))
+    rows, latents = quantise_rows(W, b_enc, torch.zeros(d_in))
+    screened = replace(EncoderStream.of(sae), screen_rows=rows, screen_latents=latents, screen_mean=torch.zeros(d_in))
+    arguments = {"h": h, "sae": sae, "cdmap": cdmap, "plan": plan, "record": True}
+    _, edits = run_on("cuda", steer, **arguments, stream=screened)
+    assert edits.maximum.item() == pytest.approx(100 + latent.item(), rel=1e-6)
+    _, plain = run_on("cuda", steer, **arguments)
+    assert same_bits(edits.maximum, plain.maximum)
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "topk"])
+@pytest.mark.parametrize("d_in", [272, 1552])
+def test_latents_have_the_same_bits_wherever_they_are_evaluated(d_in: int, kind: str) -> None:
+    """Among the large latents, by the stream and, for those that are selected, in the columns."""
+    arguments = make_arguments(d_in, 8, kind=kind, integers=False)
+    sae, hot = arguments["sae"], arguments["stream"].order
+    _, expected = run_on("cuda", steer, **{**arguments, "stream": EncoderStream.of(sae)}, record=True)
+    for n_large in (0, 16, D_SAE):
+        stream = EncoderStream.of(sae, hot=hot, n_large=n_large)
+        _, edits = run_on("cuda", steer, **{**arguments, "stream": stream}, record=True)
+        assert same_bits(edits.maximum, expected.maximum) and same_bits(edits.after, expected.after)
+    # Some row's largest latent is a selected one.
+    assert (expected.maximum == expected.before.max(dim=1).values).any()
 
 
 @pytest.mark.skipif(not EMULATED, reason="a GPU has its own order")
