@@ -537,6 +537,19 @@ def test_a_step_reads_the_encoder_only_where_it_pushes_down(activation: str, n: 
     assert meter.of(W_a) == D_SAE * row
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "launches"), [(1, 1), (16, 1), (17, 0)])
+def test_programs_keep_sums_of_their_own_for_few_rows_only(
+    monkeypatch: pytest.MonkeyPatch, n: int, launches: int
+) -> None:
+    step = mock.Mock(wraps=triton_impl._step)
+    monkeypatch.setattr(triton_impl, "_step", step)
+    case = make_case("soft_threshold", integers=True, n=n)
+    out, _, _ = run_on("triton", fsrl_residual, **case.arguments())
+    assert step.call_count == launches
+    assert torch.equal(out, fsrl_residual(**case.arguments(), backend="reference").h)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -33,8 +33,9 @@ from dspa_kernels.ops.shared.triton_encode import ALIGN, BLOCK, row_keys
 from dspa_kernels.ops.shared.triton_grid import launch_cooperative, n_programs
 from dspa_kernels.ops.shared.triton_tiles import GROUP_SIZE, INTERPRETED
 
-# The most rows of a decoding step in one launch.
-MAX_STEP = 64
+# The most rows of a decoding step in one launch. Its programs read and write their sums [rows, d_in] in fp32 once per
+# tile of latents: with 64 rows, 16384 latents and 132 programs, almost four times the bytes of W_a.
+MAX_STEP = 16
 # Columns that a program of a step writes at a time, and programs whose partials it adds at a time.
 BLOCK_D, BLOCK_P = 64, 32
 # The most latents times rows that are stored at the same time.
