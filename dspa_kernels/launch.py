@@ -56,6 +56,7 @@ class Launch:
         num_stages: pipeline stages.
         num_warps: warps per program.
         programs: programs per multiprocessor.
+        descriptors: operands are read through tensor descriptors, where the kernel and the GPU can.
     """
 
     BLOCK_N: int
@@ -64,10 +65,11 @@ class Launch:
     num_stages: int
     num_warps: int = 8
     programs: int = 1
+    descriptors: bool = False
 
     def kernel_options(self) -> dict[str, Any]:
         """Return the keyword arguments of the kernel's launch."""
-        options = {name: value for name, value in vars(self).items() if name != "programs"}
+        options = {name: value for name, value in vars(self).items() if name not in ("programs", "descriptors")}
         # Per thread, as many as let all programs of a multiprocessor fit on it together.
         registers = min(255, REGISTERS // (32 * self.num_warps * self.programs) // 8 * 8)
         # Only products are fused, never arithmetic on whose rounding a comparison depends.

@@ -169,7 +169,7 @@ def running(name: str) -> Iterator[str]:
 
 @contextmanager
 def launching(parameters: Launch | None) -> Iterator[None]:
-    """Within the context, every launch of `steer` has these parameters."""
+    """Within the context, every launch has these parameters."""
     if parameters is None:
         yield
         return

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.harness.cases import N_ROWS, Case, Shape, Steps, activity_of
+from bench.harness.measure import DEVICE
 from bench.ops.dense import dense_counts
 from dspa_kernels import activation_counts
+from dspa_kernels.launch import NATIVE, launch_parameters
 
 N_SEQUENCES = 12
 
@@ -46,7 +49,10 @@ def count(case: Case, backend: str) -> Steps:
 
 
 def cases(backends: Iterable[str], shape: Shape) -> Iterator[Case]:
-    """One case per backend, "torch" for the dense formulation."""
+    """One case per backend, "torch" for the dense formulation, and Triton with and without tensor descriptors."""
     for backend in backends:
         name = "dense PyTorch, eager" if backend == "torch" else "counts"
         yield Case("activation_counts", name, backend, shape, N_ROWS, count)
+    present = launch_parameters("encode", N_ROWS, *shape, NATIVE, DEVICE)
+    for parameters in (present, replace(present, descriptors=not present.descriptors)):
+        yield Case("activation_counts", "counts", "triton", shape, N_ROWS, count, launch=parameters)

@@ -154,6 +154,8 @@ def facts(kernel: Compiled) -> dict[str, Any]:
         "tensor_cores": len(re.findall(r"\b(?:HGMMA|HMMA)\b", sass)),
         "wide_copies": len(re.findall(r"\bLDGSTS[\w.]*\.128\b", sass)),
         "narrow_copies": len(re.findall(r"\bLDGSTS\b(?![\w.]*\.128\b)", sass)),
+        "descriptor_copies": len(re.findall(r"\bUTMALDG\b", sass)),
+        "products_under_way": len(re.findall(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x[1-9]", sass)),
         "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         **kernel.resources(),
     }

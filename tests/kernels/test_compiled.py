@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from dspa_kernels.launch import FULL, REGISTERS, STEER_WARPS, table
+from dspa_kernels.launch import FULL, NATIVE, REGISTERS, STEER_WARPS, table
 from dspa_kernels.ops.steer.triton_kernel import PREPARE, TAIL
 
 ROOT = Path(__file__).parents[2]
@@ -94,10 +94,27 @@ def test_sixteen_bits_multiply_on_tensor_cores(compiled: dict[int, list[Facts]],
         assert (kernel["tensor_cores"] > 0) == (min(precisions(kernel)) < 2), kernel
 
 
-def test_tiles_are_copied_sixteen_bytes_at_a_time(compiled: dict[int, list[Facts]], capability: int) -> None:
+def test_tiles_are_copied_sixteen_bytes_at_a_time_or_by_descriptors(
+    compiled: dict[int, list[Facts]], capability: int
+) -> None:
     for kernel in launches(compiled, capability):
         if multiplies(kernel):
-            assert kernel["wide_copies"] > 0, kernel
+            descriptors = kernel["launch"].get("DESCRIPTORS", False)
+            assert (kernel["wide_copies"] > 0, kernel["descriptor_copies"] > 0) == (not descriptors, descriptors), (
+                kernel
+            )
+
+
+def test_sixteen_bit_latents_are_read_through_descriptors_on_hopper(
+    compiled: dict[int, list[Facts]], capability: int
+) -> None:
+    """A step waits for the products of the step before it, so that the tensor cores always have work."""
+    encoding = [kernel for kernel in launches(compiled, capability) if kernel["name"] == "encode_kernel"]
+    assert encoding
+    for kernel in encoding:
+        on_hopper = capability == 90 and kernel["launch"]["PRECISION"] == NATIVE
+        assert kernel["launch"]["DESCRIPTORS"] == on_hopper, kernel
+        assert not on_hopper or kernel["products_under_way"] > 0, kernel
 
 
 def test_a_block_barrier_before_every_ticket(compiled: dict[int, list[Facts]], capability: int) -> None:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dspa_kernels.formulas import row_blocks
-from dspa_kernels.launch import launch_parameters, precision
+from dspa_kernels.launch import NATIVE, launch_parameters, precision
 from dspa_kernels.ops.shared.triton_grid import n_programs
-from dspa_kernels.ops.shared.triton_tiles import GROUP_SIZE, grouped_tile, product_tile, row_chunk, row_scale
+from dspa_kernels.ops.shared.triton_tiles import (
+    GROUP_SIZE,
+    dot_tile,
+    grouped_tile,
+    product_tile,
+    row_chunk,
+    row_scale,
+)
 
 # Rows of keys have a multiple of this many numbers, so that threads can read and write 16 bytes at a time.
 ALIGN = 16
@@ -33,16 +42,84 @@ def normalise_kernel(p_h, p_out, d_in, NORMALIZE: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
+def packed_rows(m):
+    """Pack a mask [L, N] into words [L, N / 32], one bit per row, or 16 rows into one word [L, 1]."""
+    BLOCK_L: tl.constexpr = m.shape[0]
+    BLOCK_N: tl.constexpr = m.shape[1]
+    WORD: tl.constexpr = 32 if BLOCK_N >= 32 else BLOCK_N
+    b_bit = tl.full([BLOCK_N], 1, dtype=tl.uint32) << (tl.arange(0, BLOCK_N) % WORD).to(tl.uint32)
+    b_bits = tl.where(m, b_bit[None, :], tl.zeros([1, BLOCK_N], dtype=tl.uint32))
+    return tl.sum(tl.reshape(b_bits, [BLOCK_L, BLOCK_N // WORD, WORD]), axis=2)
+
+
+@triton.jit
+def n_ones(b):
+    """Count the ones of each uint32. The compiler recognises this as one instruction."""
+    b = b - ((b >> 1) & 0x55555555)
+    b = (b & 0x33333333) + ((b >> 2) & 0x33333333)
+    b = (b + (b >> 4)) & 0x0F0F0F0F
+    return ((b * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
 def count_tile(p_counts, m_active, b_sequence, o_latent, d_sae):
-    """counts_sj += number of rows n of a tile with sequence_n = s whose latent j is active."""
+    """counts_sj += number of rows n of a tile with sequence_n = s whose latent j is active.
+
+    The mask is packed once, so that every further sequence of a tile costs one instruction per 32 rows.
+    """
+    b_active = packed_rows(m_active)
     i_sequence = tl.max(b_sequence, axis=0)
     while i_sequence >= 0:
         m_sequence = b_sequence == i_sequence
-        b_count = tl.sum((m_active & m_sequence[None, :]).to(tl.int32), axis=1)
+        b_count = tl.sum(n_ones(b_active & packed_rows(m_sequence[None, :])), axis=1)
         p_count = p_counts + i_sequence.to(tl.int64) * d_sae + o_latent
         tl.atomic_add(p_count, b_count, mask=b_count > 0, sem="relaxed")
         b_sequence = tl.where(m_sequence, -1, b_sequence)
         i_sequence = tl.max(b_sequence, axis=0)
+
+
+@triton.jit
+def tile_sequences(p_sequences, o_row, n_rows, n_sequences):
+    """Return the sequence of each row of a tile, -1 for a row that does not count. Without sequences, all are one."""
+    m_row = o_row < n_rows
+    b_sequence = tl.where(m_row, 0, -1)
+    if p_sequences is not None:
+        b_sequence = tl.load(p_sequences + o_row, mask=m_row, other=-1)
+        # Rows of a sequence that does not exist are not counted.
+        b_sequence = tl.where(b_sequence < n_sequences, b_sequence, -1)
+    return b_sequence
+
+
+@triton.jit
+def finish_tile(
+    b_acc,
+    b_sequence,
+    o_row,
+    o_latent,
+    p_b_enc,
+    p_threshold,
+    p_counts,
+    p_f,
+    d_sae,
+    width,
+    TOP_K: tl.constexpr,
+):
+    """Count or store f_nj = pre_nj if pre_nj > max(threshold_j, 0), else 0, with pre = acc + b_enc, of a tile."""
+    m_latent = o_latent < d_sae
+    b_pre = b_acc + tl.load(p_b_enc + o_latent, mask=m_latent, other=0.0)[:, None]
+    # Of latents that do not exist, pre is 0 or NaN, which no floor is below.
+    b_floor = tl.zeros_like(o_latent).to(tl.float32)
+    if not TOP_K:
+        b_threshold = tl.load(p_threshold + o_latent, mask=m_latent, other=0.0)
+        # A threshold that is NaN stays NaN, so that nothing is above it.
+        b_floor = tl.maximum(b_threshold, b_floor, propagate_nan=tl.PropagateNan.ALL)
+    m_active = b_pre > b_floor[:, None]
+    if p_counts is not None:
+        count_tile(p_counts, m_active, b_sequence, o_latent, d_sae)
+    else:
+        p_f_tile = p_f + o_row.to(tl.int64)[None, :] * width + o_latent[:, None]
+        m_store = (b_sequence >= 0)[None, :] & (o_latent < width)[:, None]
+        tl.store(p_f_tile, tl.where(m_active, b_pre, 0.0), mask=m_store)
 
 
 @triton.jit(
@@ -50,8 +127,8 @@ def count_tile(p_counts, m_active, b_sequence, o_latent, d_sae):
     do_not_specialize_on_alignment=["p_sequences"],
 )
 def encode_kernel(
-    p_x,
-    p_encoder_rows,
+    x,
+    encoder_rows,
     p_b_enc,
     p_threshold,
     p_sequences,
@@ -65,6 +142,7 @@ def encode_kernel(
     n_programs,
     TOP_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -72,34 +150,49 @@ def encode_kernel(
 ):
     """f_nj = pre_nj if pre_nj > 0 and pre_nj > threshold_j, else 0; top-k: if pre_nj > 0.
 
-    With sequences, counts_sj += number of rows n with sequence_n = s and f_nj > 0, and f is not stored.
+    With sequences, counts_sj += number of rows n with sequence_n = s and f_nj > 0, and f is not stored. x and
+    encoder_rows are pointers or, with DESCRIPTORS, tensor descriptors of tiles.
     """
     n_row_tiles, n_latent_tiles = tl.cdiv(n_rows, BLOCK_N), tl.cdiv(d_sae, BLOCK_L)
-    for i in range(tl.program_id(0), n_row_tiles * n_latent_tiles, n_programs):
-        i_row_tile, i_latent_tile = grouped_tile(i, n_row_tiles, n_latent_tiles, GROUP_SIZE)
-        i_row, i_latent = i_row_tile * BLOCK_N, i_latent_tile * BLOCK_L
-        o_row, o_latent = i_row + tl.arange(0, BLOCK_N), i_latent + tl.arange(0, BLOCK_L)
-        m_row, m_latent = o_row < n_rows, o_latent < d_sae
-        if p_sequences is not None:
-            b_sequence = tl.load(p_sequences + o_row, mask=m_row, other=-1)
-            # Rows of a sequence that does not exist are not counted.
-            b_sequence = tl.where(b_sequence < n_sequences, b_sequence, -1)
-            m_row = b_sequence >= 0
-        if tl.max(m_row.to(tl.int32), axis=0) > 0:
-            b_pre = product_tile(
-                p_encoder_rows, p_x, i_latent, m_latent, i_row, m_row, d_in, BLOCK_L, BLOCK_N, BLOCK_K, PRECISION
-            )
-            b_pre += tl.load(p_b_enc + o_latent, mask=m_latent, other=0.0)[:, None]
-            m_active = m_latent[:, None] & (b_pre > 0)
-            if not TOP_K:
-                b_threshold = tl.load(p_threshold + o_latent, mask=m_latent, other=0.0)
-                m_active = m_active & (b_pre > b_threshold[:, None])
-            if p_counts is not None:
-                count_tile(p_counts, m_active, b_sequence, o_latent, d_sae)
-            else:
-                p_f_tile = p_f + o_row.to(tl.int64)[None, :] * width + o_latent[:, None]
-                m_store = m_row[None, :] & (o_latent < width)[:, None]
-                tl.store(p_f_tile, tl.where(m_active, b_pre, 0.0), mask=m_store)
+    n_tiles = n_row_tiles * n_latent_tiles
+    if DESCRIPTORS:
+        # One loop passes through the steps along d_in of all tiles of a program, so that the first loads of a tile run
+        # while the tile before it is finished. This is tl.range(flatten=True), which Triton 3.6 and 3.8 do not compile
+        # around the loop over sequences.
+        n_steps = tl.cdiv(d_in, BLOCK_K)
+        i, i_step, i_row, i_latent = tl.program_id(0) - n_programs, n_steps - 1, 0, 0
+        b_acc = tl.zeros([BLOCK_L, BLOCK_N], dtype=tl.float32)
+        for _ in range(tl.cdiv(n_tiles - tl.program_id(0), n_programs) * n_steps):
+            i_step = tl.where(i_step == n_steps - 1, 0, i_step + 1)
+            if i_step == 0:
+                i += n_programs
+                i_row_tile, i_latent_tile = grouped_tile(i, n_row_tiles, n_latent_tiles, GROUP_SIZE)
+                i_row, i_latent = i_row_tile * BLOCK_N, i_latent_tile * BLOCK_L
+            # What lies outside of a matrix is loaded as 0.
+            b_w = encoder_rows.load([i_latent, i_step * BLOCK_K])
+            b_x = x.load([i_row, i_step * BLOCK_K])
+            b_acc = dot_tile(b_w, b_x.T, b_acc, PRECISION)
+            if i_step == n_steps - 1:
+                o_row, o_latent = i_row + tl.arange(0, BLOCK_N), i_latent + tl.arange(0, BLOCK_L)
+                b_sequence = tile_sequences(p_sequences, o_row, n_rows, n_sequences)
+                finish_tile(
+                    b_acc, b_sequence, o_row, o_latent, p_b_enc, p_threshold, p_counts, p_f, d_sae, width, TOP_K
+                )
+                b_acc = tl.zeros([BLOCK_L, BLOCK_N], dtype=tl.float32)
+    else:
+        for i in range(tl.program_id(0), n_tiles, n_programs):
+            i_row_tile, i_latent_tile = grouped_tile(i, n_row_tiles, n_latent_tiles, GROUP_SIZE)
+            i_row, i_latent = i_row_tile * BLOCK_N, i_latent_tile * BLOCK_L
+            o_row, o_latent = i_row + tl.arange(0, BLOCK_N), i_latent + tl.arange(0, BLOCK_L)
+            b_sequence = tile_sequences(p_sequences, o_row, n_rows, n_sequences)
+            m_row, m_latent = b_sequence >= 0, o_latent < d_sae
+            if tl.max(b_sequence, axis=0) >= 0:
+                b_acc = product_tile(
+                    encoder_rows, x, i_latent, m_latent, i_row, m_row, d_in, BLOCK_L, BLOCK_N, BLOCK_K, PRECISION
+                )
+                finish_tile(
+                    b_acc, b_sequence, o_row, o_latent, p_b_enc, p_threshold, p_counts, p_f, d_sae, width, TOP_K
+                )
 
 
 def normalised_rows(h: Tensor, normalize: str) -> Tensor:
@@ -112,6 +205,11 @@ def normalised_rows(h: Tensor, normalize: str) -> Tensor:
         h, out, h.shape[1], NORMALIZE=normalize, BLOCK=1024, num_warps=4, enable_fp_fusion=False
     )
     return out
+
+
+def takes_descriptors(tensor: Tensor) -> bool:
+    """Return True if a tensor descriptor can describe a contiguous matrix: its rows begin at multiples of 16 bytes."""
+    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
 
 
 def launch_encode(
@@ -129,9 +227,13 @@ def launch_encode(
     (n_rows, d_in), d_sae = x.shape, len(encoder_rows)
     launch = launch_parameters("encode", n_rows, d_in, d_sae, multiply, x.device)
     programs = n_programs(x.device, launch.programs)
+    operands: tuple[Any, Any] = x, encoder_rows
+    descriptors = launch.descriptors and multiply == NATIVE and all(map(takes_descriptors, operands))
+    if descriptors:
+        blocks = [launch.BLOCK_N, launch.BLOCK_K], [launch.BLOCK_L, launch.BLOCK_K]
+        operands = tuple(map(TensorDescriptor.from_tensor, operands, blocks))
     encode_kernel[(programs,)](
-        x,
-        encoder_rows,
+        *operands,
         b_enc,
         threshold,
         sequences,
@@ -145,6 +247,7 @@ def launch_encode(
         programs,
         TOP_K=k > 0,
         PRECISION=multiply,
+        DESCRIPTORS=descriptors,
         GROUP_SIZE=GROUP_SIZE,
         **launch.kernel_options(),
     )
