@@ -63,8 +63,8 @@ typedef struct {
   float *summaries;
   int32_t *running_max;
   int32_t *rank;
-  /* scratch of the screen: bits of its lower bound on the maximum [n_rows]; number of candidates [1]; candidates [d_sae]
-   * with their upper bounds [d_sae, n_rows] */
+  /* scratch of the screen: bits of its lower bound on the maximum [n_rows]; number of candidates [1]; candidates
+   * [d_sae] with their upper bounds [d_sae, n_rows] */
   int32_t *screen_bound;
   int32_t *n_candidates;
   int32_t *candidates;

@@ -1,6 +1,7 @@
 // acc[l, n] += sum_k W[l, k] x[n, k]: products of encoder rows, or of their int5 copies, with residual rows on tensor
-// cores, by one of a warpgroup's four warps. Weights are operand A, so a single row wastes the narrow side. One row takes
-// the same instructions as eight, and a latent the same wherever it comes from, so their bits are always the same.
+// cores, by one of a warpgroup's four warps. Weights are operand A, so a single row wastes the narrow side. One row
+// takes the same instructions as eight, and a latent the same wherever it comes from, so their bits are always the
+// same.
 #pragma once
 
 #include "common.cuh"
@@ -82,8 +83,8 @@ template <class T> struct Mma {
   }
 
  private:
-  // Numbers (c, c + 2), (c + 1, c + 3), and the same 128 further on, of four bytes of nibbles and their fifth bits, which
-  // are bits 0 and 4 of the bytes of `fifth`. q is code - 16, without rounding.
+  // Numbers (c, c + 2), (c + 1, c + 3), and the same 128 further on, of four bytes of nibbles and their fifth bits,
+  // which are bits 0 and 4 of the bytes of `fifth`. q is code - 16, without rounding.
   __device__ static void dequantise(uint32_t (&q)[4], uint32_t low, uint32_t fifth) {
     constexpr uint32_t m_low = 0x000f000f, m_fifth = 0x00100010;
     constexpr uint32_t base = CODE_BASE<T> * 0x00010001u, zero = (CODE_BASE<T> + 16) * 0x00010001u;

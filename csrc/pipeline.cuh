@@ -1,5 +1,5 @@
-// The pipeline of a block: its shared memory, and the stages that a producer warp fills by asynchronous copies while the
-// consumer warps multiply earlier ones. Each stage is a k tile of encoder rows, or of rows of their int5 copy.
+// The pipeline of a block: its shared memory, and the stages that a producer warp fills by asynchronous copies while
+// the consumer warps multiply earlier ones. Each stage is a k tile of encoder rows, or of rows of their int5 copy.
 #pragma once
 
 #include "mma.cuh"
@@ -202,8 +202,8 @@ template <class Storage, class F> __device__ void for_each_tile(const Storage &s
   }
 }
 
-// Where a consumer warp is: its warpgroup, its slice of d_in, and its latent l of 16 and row r of 8 in an epilogue.
-struct Place {
+// A thread of a consumer warp: its warpgroup, its slice of d_in, and its latent l of 16 and row r of 8 in an epilogue.
+struct Consumer {
   int i_warpgroup = warp() / SLICES, i_slice = warp() % SLICES;
   int l = thread() % MMA_M, r = thread() / MMA_M % MMA_N;
   int buffer = 0;
@@ -226,29 +226,31 @@ struct Place {
 // Multiplies the encoder rows of a tile, whose k tiles are in the next stages, with all residual rows. By the first
 // warpgroup; others release the stages.
 template <class Storage>
-__device__ void multiply_rows(const Arguments &a, const Storage &storage, PipelineState &state, Place place,
+__device__ void multiply_rows(const Arguments &a, const Storage &storage, PipelineState &state, Consumer consumer,
                               Mma<typename Storage::T> &mma) {
+  constexpr StageLayout layout = row_layout();
+  constexpr int tile_width = layout.block_bytes / NUMBER_BYTES;
   mma.clear();
   Operand rows = storage.resident_rows();
-  for (int left = a.d_in; left > 0; left -= row_layout().block_bytes / NUMBER_BYTES, rows.p += row_layout().block_bytes) {
+  for (int left = a.d_in; left > 0; left -= tile_width, rows.p += layout.block_bytes) {
     mbarrier_wait(storage.full_barriers + state.index, state.phase);
-    const int width = min(left, row_layout().block_bytes / NUMBER_BYTES);
-    if (place.i_warpgroup == 0) mma.multiply_rows({storage.stage(state), row_layout().stride}, rows, width, place.i_slice);
+    if (consumer.i_warpgroup == 0)
+      mma.multiply_rows({storage.stage(state), layout.stride}, rows, min(left, tile_width), consumer.i_slice);
     release(storage, state);
   }
 }
 
 // Multiplies rows of the int5 copy likewise, 16 per warpgroup.
 template <class Storage>
-__device__ void multiply_codes(const Arguments &a, const Storage &storage, PipelineState &state, Place place,
+__device__ void multiply_codes(const Arguments &a, const Storage &storage, PipelineState &state, Consumer consumer,
                                Mma<typename Storage::T> &mma) {
   constexpr int blocks_per_tile = code_layout().block_bytes / SCREEN_BLOCK_BYTES;
   mma.clear();
   Operand rows = storage.resident_rows();
   for (int left = ceil_div(a.d_in, SCREEN_BLOCK); left > 0; left -= blocks_per_tile) {
     mbarrier_wait(storage.full_barriers + state.index, state.phase);
-    const char *codes = storage.stage(state) + place.i_warpgroup * MMA_M * code_layout().stride;
-    mma.multiply_codes({codes, code_layout().stride}, rows, min(left, blocks_per_tile), place.i_slice);
+    const char *codes = storage.stage(state) + consumer.i_warpgroup * MMA_M * code_layout().stride;
+    mma.multiply_codes({codes, code_layout().stride}, rows, min(left, blocks_per_tile), consumer.i_slice);
     rows.p += blocks_per_tile * SCREEN_BLOCK * NUMBER_BYTES;
     release(storage, state);
   }

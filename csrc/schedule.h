@@ -49,8 +49,9 @@ DSPA_HOST_DEVICE StageLayout row_layout() { return {MMA_M, 1024, 1024 + 16}; }
 DSPA_HOST_DEVICE StageLayout code_layout() { return {2 * MMA_M, 5 * SCREEN_BLOCK_BYTES, 5 * SCREEN_BLOCK_BYTES}; }
 
 // The compile-time choices of a kernel. A block has `warpgroups` consumer warpgroups, each of which multiplies 16
-// latents with all residual rows, and one producer warp that fills the pipeline. `streamed` is what it streams. Selected
-// latents, and candidates of the screen, come through the same pipeline in row_layout, for the first warpgroup.
+// latents with all residual rows, and one producer warp that fills the pipeline. `streamed` is what it streams.
+// Selected latents, and candidates of the screen, come through the same pipeline in row_layout, for the first
+// warpgroup.
 struct KernelTraits {
   int warpgroups, max_stages;
   StageLayout streamed;
@@ -65,7 +66,9 @@ struct KernelTraits {
   }
   // Numbers of a resident row, with zeros after its end, and bytes between two.
   DSPA_HOST_DEVICE int padded_width(int d_in) const { return round_up(d_in, is_screened ? SCREEN_BLOCK : SLICE); }
-  DSPA_HOST_DEVICE int row_stride(int d_in) const { return padded_width(d_in) * NUMBER_BYTES + (is_screened ? 64 : 16); }
+  DSPA_HOST_DEVICE int row_stride(int d_in) const {
+    return padded_width(d_in) * NUMBER_BYTES + (is_screened ? 64 : 16);
+  }
 };
 // The codes take longer to multiply than to arrive, so that two warpgroups share them.
 DSPA_HOST_DEVICE KernelTraits kernel_traits(bool is_screened) {
@@ -152,8 +155,8 @@ struct PipelineState {
   }
 };
 
-// What a block adds to the word of the grid barrier. Its sign flips once all blocks have arrived, and its other bits are
-// then as before.
+// What a block adds to the word of the grid barrier. Its sign flips once all blocks have arrived, and its other bits
+// are then as before.
 DSPA_HOST_DEVICE int barrier_increment(int block, int n_blocks) {
   return block == 0 ? int(0x80000000u - uint32_t(n_blocks - 1)) : 1;
 }

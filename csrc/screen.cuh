@@ -2,9 +2,9 @@
 //
 //   z = s (h . q) + offset,   E = slack + error ||h - mu|| + g size ||h||,   z - E <= h . W + b <= z + E
 //
-// The first pass streams the int5 copy q of the encoder. It raises the bound on M to z - E where that shows that a latent
-// is active, and lists the latents whose z + E is not below the bound. The second evaluates those of them that the final
-// bound leaves, spread over all blocks. dspa_kernels/screen.py has the format and the proof.
+// The first pass streams the int5 copy q of the encoder. It raises the bound on M to z - E where that shows that a
+// latent is active, and lists the latents whose z + E is not below the bound. The second evaluates those of them that
+// the final bound leaves, spread over all blocks. dspa_kernels/screen.py has the format and the proof.
 #pragma once
 
 #include "stream.cuh"
@@ -26,48 +26,48 @@ struct ScreenedLatent {
   }
 };
 
-// Adds the latents of this warpgroup in the bits `listed`, which differ by thread's row, to the list of candidates if
-// they are set for any row. `upper` is this thread's upper bound.
+// Lists the latents of this warpgroup that are a candidate for any row, with their upper bounds for all rows. Each
+// thread passes those of its latent and row.
 template <class Storage>
-__device__ void list_candidates(const Arguments &a, const Storage &storage, const Place &place, int i_latent,
+__device__ void list_candidates(const Arguments &a, const Storage &storage, const Consumer &consumer, int i_latent,
                                 bool is_candidate, float upper) {
   const unsigned listed = ballot(is_candidate);
   if (lane() == 0) storage.candidates[warp()] = (listed | listed >> MMA_M) & 0xffff;
-  place.barrier();
+  consumer.barrier();
   unsigned candidates = 0;
-  for (int s = 0; s < SLICES; s++) candidates |= storage.candidates[place.i_warpgroup * SLICES + s];
+  for (int s = 0; s < SLICES; s++) candidates |= storage.candidates[consumer.i_warpgroup * SLICES + s];
   if (!candidates) return;
   if (thread() % (32 * SLICES) == 0)
-    storage.position[place.i_warpgroup] = atomic_add(a.n_candidates, popcount(candidates));
-  place.barrier();
-  if (!(candidates >> place.l & 1)) return;
-  const int position = storage.position[place.i_warpgroup] + popcount(candidates & ((1u << place.l) - 1));
-  if (place.r == 0) a.candidates[position] = i_latent;
-  if (place.r < a.n_rows) a.upper[int64_t(position) * a.n_rows + place.r] = is_candidate ? upper : -INF;
+    storage.position[consumer.i_warpgroup] = atomic_add(a.n_candidates, popcount(candidates));
+  consumer.barrier();
+  if (!(candidates >> consumer.l & 1)) return;
+  const int position = storage.position[consumer.i_warpgroup] + popcount(candidates & ((1u << consumer.l) - 1));
+  if (consumer.r == 0) a.candidates[position] = i_latent;
+  if (consumer.r < a.n_rows) a.upper[int64_t(position) * a.n_rows + consumer.r] = is_candidate ? upper : -INF;
 }
 
 // The consumer warps: the first pass. Comparisons are negated so that a NaN is a candidate, and bounds nothing.
 template <class Storage>
-__device__ void screen_stream(const Arguments &a, const Storage &storage, PipelineState &state, Place &place) {
-  const RowState &row = storage.row_states[place.r];
+__device__ void screen_stream(const Arguments &a, const Storage &storage, PipelineState &state, Consumer &consumer) {
+  const RowState &row = storage.row_states[consumer.r];
   const float rounding_loss = float(a.d_in + 32) * ROUNDING;
   for_each_tile(storage, state, [&](const WorkTileInfo &tile) {
-    const int l = place.i_warpgroup * MMA_M + place.l, i_latent = tile.first + l;
-    const bool m_latent = tile.latents >> l & 1, m_row = m_latent && (tile.waiting >> place.r & 1);
+    const int l = consumer.i_warpgroup * MMA_M + consumer.l, i_latent = tile.first + l;
+    const bool m_latent = tile.latents >> l & 1, m_row = m_latent && (tile.waiting >> consumer.r & 1);
     const ScreenedLatent latent(a, i_latent, m_latent);
     // Older than the products, and a bound nevertheless.
-    float bound = m_row ? fmaxf(row.lower_bound, float_of(load_relaxed(a.screen_bound + place.r))) : 0.f;
+    const float bound = m_row ? fmaxf(row.lower_bound, float_of(load_relaxed(a.screen_bound + consumer.r))) : 0.f;
     Mma<typename Storage::T> mma;
-    multiply_codes(a, storage, state, place, mma);
-    const float z = latent.scale * place.reduce_slices(storage, mma) + latent.offset;
-    float E = latent.slack + latent.error * row.centered_norm + latent.size * (row.norm * rounding_loss);
+    multiply_codes(a, storage, state, consumer, mma);
+    const float z = latent.scale * consumer.reduce_slices(storage, mma) + latent.offset;
+    const float E = latent.slack + latent.error * row.centered_norm + latent.size * (row.norm * rounding_loss);
     const float upper = z + E, lower = z - E;
     const float certain = warp_max(m_row && lower > fmaxf(latent.threshold, 0.f) ? lower : 0.f, MMA_M);
-    if (place.l == 0 && !a.k && certain > bound) atomic_max(a.screen_bound + place.r, bits_of(certain));
+    if (consumer.l == 0 && !a.k && certain > bound) atomic_max(a.screen_bound + consumer.r, bits_of(certain));
     bool is_candidate = m_row;
     if (a.k) is_candidate &= !(upper < row.min_active);
     else is_candidate &= !(upper < fmaxf(bound, certain)) && !(upper <= fmaxf(row.lower_bound, latent.threshold));
-    list_candidates(a, storage, place, i_latent, is_candidate, upper);
+    list_candidates(a, storage, consumer, i_latent, is_candidate, upper);
   });
 }
 

@@ -2,7 +2,8 @@
 //
 //   summary of a row   its selected latents by blocks of 16, and the large latents, which bound M from below
 //
-// Both are evaluated through the same pipeline and products as the stream, so that M is one number wherever it is found.
+// Both are evaluated through the same pipeline and products as the stream, so that M is one number wherever it is
+// found.
 #pragma once
 
 #include "pipeline.cuh"
@@ -93,6 +94,10 @@ struct SelectItem {
 
 __device__ inline int n_slot_blocks(const Arguments &a) { return ceil_div(a.n_slots, MMA_M); }
 __device__ inline int n_large_blocks(const Arguments &a) { return ceil_div(a.n_large, MMA_M); }
+__device__ inline int n_summaries(const Arguments &a) { return n_slot_blocks(a) + n_large_blocks(a); }
+__device__ inline Summary *summaries_of(const Arguments &a, int i_row) {
+  return reinterpret_cast<Summary *>(a.summaries) + i_row * n_summaries(a);
+}
 __device__ inline int n_select_items(const Arguments &a) { return a.n_rows * n_slot_blocks(a) + n_large_blocks(a); }
 __device__ inline SelectItem select_item(const Arguments &a, int i) {
   const int n = n_slot_blocks(a), i_large = i - a.n_rows * n;
@@ -132,19 +137,20 @@ __device__ int load_selected(const Arguments &a, const Storage &storage, Pipelin
 
 // The consumer warps: evaluate the items, and leave the values of slots and a summary per item and row.
 template <class Storage>
-__device__ void evaluate_selected(const Arguments &a, const Storage &storage, PipelineState &state, Place &place) {
+__device__ void evaluate_selected(const Arguments &a, const Storage &storage, PipelineState &state,
+                                  Consumer &consumer) {
   for_each_item(a, storage, [&](SelectItem item) {
     const bool is_large = item.i_row < 0;
-    const int latent = selected_latent(a, storage, item, place.l), i = item.first + place.l;
+    const int latent = selected_latent(a, storage, item, consumer.l), i = item.first + consumer.l;
     const float bias = latent < 0 ? 0.f : (is_large ? a.b_enc : a.columns_b_enc)[latent];
     const float threshold = latent < 0 ? 0.f : (is_large ? a.threshold : a.columns_threshold)[latent];
     Mma<typename Storage::T> mma;
-    multiply_rows(a, storage, state, place, mma);
-    if (place.i_warpgroup != 0) return;
-    const float pre = place.reduce_slices(storage, mma) + bias;
+    multiply_rows(a, storage, state, consumer, mma);
+    if (consumer.i_warpgroup != 0) return;
+    const float pre = consumer.reduce_slices(storage, mma) + bias;
     const float f = latent >= 0 && pre > 0.f && (a.k || pre > threshold) ? pre : 0.f;
 
-    const bool m_row = is_large ? place.r < a.n_rows : place.r == item.i_row;
+    const bool m_row = is_large ? consumer.r < a.n_rows : consumer.r == item.i_row;
     Summary summary = {0.f, INF, f};
     if (m_row && !is_large && i < a.n_slots) {
       const int64_t o_plan = int64_t(storage.row_states[item.i_row].plan) * a.n_slots;
@@ -155,19 +161,17 @@ __device__ void evaluate_selected(const Arguments &a, const Storage &storage, Pi
     summary.min_active = warp_min(summary.min_active, MMA_M);
     summary.lower_bound = warp_max(summary.lower_bound, MMA_M);
     const int i_summary = item.first / MMA_M + (is_large ? n_slot_blocks(a) : 0);
-    if (place.l == 0 && m_row)
-      reinterpret_cast<Summary *>(a.summaries)[place.r * (n_slot_blocks(a) + n_large_blocks(a)) + i_summary] = summary;
+    if (consumer.l == 0 && m_row) summaries_of(a, consumer.r)[i_summary] = summary;
   });
 }
 
 // Summarises each row in shared memory; returns the bits of those that need the encoder.
 template <class Storage> __device__ unsigned find_waiting_rows(const Arguments &a, const Storage &storage) {
-  const int n = n_slot_blocks(a) + n_large_blocks(a);
   for (int r = warp(); r < a.n_rows; r += n_threads() / 32) {
     RowState &state = storage.row_states[r];
     Summary all = {0.f, INF, 0.f};
-    for (int i = lane(); state.is_steered() && i < n; i += 32) {
-      const Summary summary = reinterpret_cast<const Summary *>(a.summaries)[r * n + i];
+    for (int i = lane(); state.is_steered() && i < n_summaries(a); i += 32) {
+      const Summary summary = summaries_of(a, r)[i];
       all.required_shift = fmaxf(all.required_shift, summary.required_shift);
       all.min_active = fminf(all.min_active, summary.min_active);
       all.lower_bound = fmaxf(all.lower_bound, summary.lower_bound);

@@ -1,8 +1,8 @@
 // h'_n = h_n + sum_j (f'_j - f_j) W_dec[j] over the active selected latents j of row n, where
 // f'_j = f_j + alpha M (augment) or max(f_j - alpha M, 0) (ablate) and M = max over all latents of f.
 //
-// One cooperative launch with one block per multiprocessor, and grid barriers between the phases: select, stream (with a
-// screen: two passes), tail. The phases hand results on in scratch that is written before it is read, so nothing is
+// One cooperative launch with one block per multiprocessor, and grid barriers between the phases: select, stream (with
+// a screen: two passes), tail. The phases hand results on in scratch that is written before it is read, so nothing is
 // cleared. schedule.h lays out shared memory.
 #pragma once
 
@@ -33,25 +33,25 @@ __device__ inline void prefetch_weights(const Arguments &a) {
 
 // The second pass of the screen. Returns the number of encoder rows that this block read.
 template <class Storage>
-__device__ int evaluate_candidates(const Arguments &a, const Storage &storage, PipelineState &state, Place &place,
+__device__ int evaluate_candidates(const Arguments &a, const Storage &storage, PipelineState &state, Consumer &consumer,
                                    unsigned waiting) {
   grid_wait(a, grid_arrive(a));
   waiting = raise_bounds(a, storage, waiting);
   if (storage.is_producer()) return load_candidates(a, storage, state, *a.n_candidates, waiting);
-  evaluate_stream(a, storage, state, place);
+  evaluate_stream(a, storage, state, consumer);
   return 0;
 }
 
 // The stream phase for rows that wait. Returns the number of encoder rows that this block read in full.
 template <class Storage>
-__device__ int stream(const Arguments &a, const Storage &storage, PipelineState &state, Place &place, int n_ahead,
+__device__ int stream(const Arguments &a, const Storage &storage, PipelineState &state, Consumer &consumer, int n_ahead,
                       unsigned waiting) {
   const int *bound = Storage::IS_SCREENED ? a.screen_bound : a.running_max;
   int n_read = 0;
   if (storage.is_producer()) n_read = load_stream(a, storage, state, n_ahead, waiting, bound);
-  else if (Storage::IS_SCREENED) screen_stream(a, storage, state, place);
-  else evaluate_stream(a, storage, state, place);
-  return Storage::IS_SCREENED ? evaluate_candidates(a, storage, state, place, waiting) : n_read;
+  else if (Storage::IS_SCREENED) screen_stream(a, storage, state, consumer);
+  else evaluate_stream(a, storage, state, consumer);
+  return Storage::IS_SCREENED ? evaluate_candidates(a, storage, state, consumer, waiting) : n_read;
 }
 
 template <class T, bool IS_SCREENED>
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kernel_traits(IS_SCREENED).threads(), 1) steer
   const SharedStorage<T, IS_SCREENED> storage(a, launch.stages);
   const bool is_producer = storage.is_producer(), selects = block() < n_select_items(a);
   PipelineState state = {0, 0};
-  Place place;
+  Consumer consumer;
   int n_ahead = 0;
   storage.init_barriers();
   if (is_producer && !selects) n_ahead = fill_ahead(a, storage, state, 0);
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kernel_traits(IS_SCREENED).threads(), 1) steer
 
   prepare_rows(a, storage);
   if (!is_producer) {
-    evaluate_selected(a, storage, state, place);
+    evaluate_selected(a, storage, state, consumer);
   } else if (selects) {
     const int n_used = load_selected(a, storage, state);
     n_ahead = fill_ahead(a, storage, state, n_used);
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kernel_traits(IS_SCREENED).threads(), 1) steer
 
   const unsigned waiting = find_waiting_rows(a, storage);  // the same in every block
   if (waiting) {
-    const int n_read = stream(a, storage, state, place, n_ahead, waiting);
+    const int n_read = stream(a, storage, state, consumer, n_ahead, waiting);
     if (a.paths && is_producer && lane() == 0 && n_read) atomic_add(a.paths + 5, int64_t(n_read));
     const int token = grid_arrive(a);
     prefetch_tail(a, storage);

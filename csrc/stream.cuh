@@ -11,8 +11,8 @@
 
 namespace dspa {
 
-// The producer warp: streams the encoder, or its int5 copy, as long as a row waits. The first n_ahead stages are filled.
-// `bound` are the bits of lower bounds on M, which rise meanwhile. Returns the number of latents read.
+// The producer warp: streams the encoder, or its int5 copy, as long as a row waits. The first n_ahead stages are
+// filled. `bound` are the bits of lower bounds on M, which rise meanwhile. Returns the number of latents read.
 template <class Storage>
 __device__ int load_stream(const Arguments &a, const Storage &storage, PipelineState &state, int n_ahead,
                            unsigned waiting, const int *bound) {
@@ -42,9 +42,9 @@ __device__ int load_stream(const Arguments &a, const Storage &storage, PipelineS
 // Updates the running maximum of this thread's row with its latent. For top-k also adds to the rank of each selected
 // latent of the row.
 template <class Storage>
-__device__ void update_maximum(const Arguments &a, const Storage &storage, const Place &place, float pre,
+__device__ void update_maximum(const Arguments &a, const Storage &storage, const Consumer &consumer, float pre,
                                float threshold, int i_latent, bool m_row) {
-  const int l = place.l, r = place.r;
+  const int l = consumer.l, r = consumer.r;
   const RowState &row = storage.row_states[r];
   const float f = warp_max(m_row && pre > 0.f && (a.k || pre > threshold) ? pre : 0.f, MMA_M);
   // Non-negative floats order like their bits, and an integer maximum does not depend on the order of the blocks.
@@ -67,17 +67,17 @@ __device__ void update_maximum(const Arguments &a, const Storage &storage, const
 
 // The consumer warps: evaluate encoder rows until the end of the stream. With a screen these are candidates.
 template <class Storage>
-__device__ void evaluate_stream(const Arguments &a, const Storage &storage, PipelineState &state, Place &place) {
+__device__ void evaluate_stream(const Arguments &a, const Storage &storage, PipelineState &state, Consumer &consumer) {
   for_each_tile(storage, state, [&](const WorkTileInfo &tile) {
-    const bool m_latent = tile.latents >> place.l & 1;
-    const int place_in_list = tile.first + place.l;
-    const int i_latent = !m_latent ? 0 : Storage::IS_SCREENED ? a.candidates[place_in_list] : place_in_list;
+    const bool m_latent = tile.latents >> consumer.l & 1;
+    const int position = tile.first + consumer.l;
+    const int i_latent = !m_latent ? 0 : Storage::IS_SCREENED ? a.candidates[position] : position;
     const float bias = m_latent ? a.b_enc[i_latent] : 0.f, threshold = m_latent ? a.threshold[i_latent] : 0.f;
     Mma<typename Storage::T> mma;
-    multiply_rows(a, storage, state, place, mma);
-    if (place.i_warpgroup != 0) return;
-    const float pre = place.reduce_slices(storage, mma) + bias;
-    update_maximum(a, storage, place, pre, threshold, i_latent, m_latent && (tile.waiting >> place.r & 1));
+    multiply_rows(a, storage, state, consumer, mma);
+    if (consumer.i_warpgroup != 0) return;
+    const float pre = consumer.reduce_slices(storage, mma) + bias;
+    update_maximum(a, storage, consumer, pre, threshold, i_latent, m_latent && (tile.waiting >> consumer.r & 1));
   });
 }
 

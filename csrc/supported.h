@@ -17,7 +17,8 @@ constexpr int min_bytes_in_flight(KernelTraits traits, int d_in, int stages) {
   const StageLayout layout = traits.streamed;
   const int row_bytes = traits.row_bytes(d_in), k_tiles = layout.n_k_tiles(row_bytes);
   int bytes = 0;
-  for (int i = 0; i < stages; i++) bytes += layout.latents * layout.k_tile_bytes(row_bytes, (k_tiles - 1 + i) % k_tiles);
+  for (int i = 0; i < stages; i++)
+    bytes += layout.latents * layout.k_tile_bytes(row_bytes, (k_tiles - 1 + i) % k_tiles);
   return bytes;
 }
 

@@ -92,8 +92,8 @@ __device__ void add_decoder_rows(float (&delta)[8], const SlotEdit &edit, const 
   }
 }
 
-// out = h + sum_j (f'_j - f_j) W_dec[j] at TAIL_COLUMNS columns, summed in the order of the slots. By one warp. The first
-// column tile of a row also records the edits and counts the row in `paths`.
+// out = h + sum_j (f'_j - f_j) W_dec[j] at TAIL_COLUMNS columns, summed in the order of the slots. By one warp. The
+// first column tile of a row also records the edits and counts the row in `paths`.
 template <class Storage>
 __device__ void edit_row(const Arguments &a, const Storage &storage, unsigned waiting, int i_row, int o_d) {
   using T = typename Storage::T;

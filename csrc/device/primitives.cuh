@@ -30,7 +30,8 @@ __device__ inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t y) {
 // Two numbers in a word minus two others.
 template <class T> __device__ uint32_t subtract_pair(uint32_t x, uint32_t y);
 template <> __device__ inline uint32_t subtract_pair<bf16>(uint32_t x, uint32_t y) {
-  const __nv_bfloat162 difference = __hsub2(reinterpret_cast<__nv_bfloat162 &>(x), reinterpret_cast<__nv_bfloat162 &>(y));
+  using Pair = __nv_bfloat162;
+  const Pair difference = __hsub2(reinterpret_cast<Pair &>(x), reinterpret_cast<Pair &>(y));
   return reinterpret_cast<const uint32_t &>(difference);
 }
 template <> __device__ inline uint32_t subtract_pair<fp16>(uint32_t x, uint32_t y) {
@@ -260,8 +261,9 @@ inline int current_device(Device *properties) {
 
 constexpr int TOO_LARGE = cudaErrorCooperativeLaunchTooLarge;
 
-// The PTX version of a kernel on the current device, after its first call there has set its attributes; negative: a CUDA
-// error code. Launches from several host threads, and graphs, share the attribute, so it is always the device's limit.
+// The PTX version of a kernel on the current device, after its first call there has set its attributes; negative: a
+// CUDA error code. Launches from several host threads, and graphs, share the attribute, so it is always the device's
+// limit.
 template <auto KERNEL> int prepare_kernel(const Device &device) {
   constexpr int MAX_DEVICES = 64;
   static std::atomic<int> versions[MAX_DEVICES];

@@ -151,7 +151,8 @@ int launch(void (*kernel)(const void *), const void *call, int blocks, int n_thr
   ++launches;
   if (n_threads < 32 || n_threads > MAX_THREADS || n_threads % 32 || blocks < 1 || shared < 0 || shared > MAX_SHARED)
     return refuse(INVALID_VALUE, text("%d blocks of %d threads and %d bytes", blocks, n_threads, shared));
-  if (blocks > (partition ? partition : MULTIPROCESSORS)) return refuse(TOO_LARGE, text("%d blocks do not run at one time", blocks));
+  if (blocks > (partition ? partition : MULTIPROCESSORS))
+    return refuse(TOO_LARGE, text("%d blocks do not run at one time", blocks));
   if (!programmatic) end_launch_ahead();
   launched.kernel = kernel;
   launched.call = call;

@@ -247,14 +247,14 @@ inline int runtime_version() { return 0; }
 
 }  // namespace dspa
 
-// Bytes that asynchronous copies brought and number of launches, since the last reset. The order of a launch follows from
-// DSPA_EMULATED_SEED and its number since the last reset.
+// Bytes that asynchronous copies brought and number of launches, since the last reset. The order of a launch follows
+// from DSPA_EMULATED_SEED and its number since the last reset.
 DSPA_EXPORT int64_t dspa_emulated_bytes_copied();
 DSPA_EXPORT int64_t dspa_emulated_launches();
 DSPA_EXPORT void dspa_emulated_reset();
-// Number of blocks that fit at one time, as in a partition of the device, of which the device itself shows nothing; 0 is
-// all of it.
+// Number of blocks that fit at one time, as in a partition of the device, of which the device itself shows nothing; 0
+// is all of it.
 DSPA_EXPORT void dspa_emulated_partition(int blocks);
-// A write by the launch ahead. It ends before the next launch begins or, if that is programmatic, when nothing of it can go
-// on without.
+// A write by the launch ahead. It ends before the next launch begins or, if that is programmatic, when nothing of it
+// can go on without.
 DSPA_EXPORT void dspa_emulated_write_ahead(void *to, const void *from, int64_t bytes);
