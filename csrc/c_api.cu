@@ -17,7 +17,7 @@ int check(const Arguments &a) {
     if (size < 0) return DSPA_BAD_SIZE;
   if (a.n_rows < 1 || a.n_rows > MAX_ROWS) return DSPA_BAD_SIZE;
   if (a.d_in < 1 || a.d_in > MAX_D_IN || a.d_sae < 1 || a.d_sae > MAX_D_SAE) return DSPA_BAD_SIZE;
-  if (a.n_large > a.d_sae || a.k > a.d_sae || a.n_slots > MAX_D_SAE) return DSPA_BAD_SIZE;
+  if (a.n_large > a.d_sae || a.k > a.d_sae || a.n_slots > MAX_D_SAE / MAX_ROWS) return DSPA_BAD_SIZE;
   return a.dtype == DSPA_BF16 || a.dtype == DSPA_FP16 ? 0 : DSPA_BAD_DTYPE;
 }
 
