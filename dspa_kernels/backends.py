@@ -33,7 +33,7 @@ OPS = (
     "fsrl_residual",
 )
 BACKWARD = "_backward"
-DEFAULT = os.environ.get("DSPA_BACKEND", "auto")
+DEFAULT = os.environ.get("DSPA_BACKEND") or "auto"
 # Keys that PyTorch's dispatcher includes in a thread while a mode, a transformation of torch.func or functionalisation
 # intercepts the calls of operators.
 INTERCEPTORS = tuple(
@@ -137,7 +137,7 @@ def choose(
         if not reason:
             return backend
         reasons.append(f"{backend} cannot run {op}: {reason}")
-    raise BackendError("; ".join(reasons) + ". Use backend='auto' or 'reference'.")
+    raise BackendError("; ".join(reasons) + f". Use {argument}='auto' or 'reference'.")
 
 
 def implementation(op: str, backend: str) -> Callable[..., Any]:

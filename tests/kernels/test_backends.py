@@ -125,6 +125,11 @@ def test_the_environment_variable_is_checked_too(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(backends, "DEFAULT", "tpu")
     with pytest.raises(InputError, match="`DSPA_BACKEND` is 'tpu'"):
         choose("steer", CPU)
+    # backend="auto" would fail in the same way.
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(backends, "DEFAULT", "triton")
+    with pytest.raises(BackendError, match=r"Use DSPA_BACKEND='auto' or 'reference'\."):
+        choose("steer", CPU)
 
 
 def test_the_environment_variable_is_for_the_ops_that_its_backend_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,6 +277,13 @@ try:
 except BackendError as error:
     print(error)
 """
+
+
+def test_an_empty_environment_variable_is_none() -> None:
+    script = "from dspa_kernels import backends; print(backends.DEFAULT)"
+    environment = os.environ | {"DSPA_BACKEND": ""}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout == "auto\n"
 
 
 def test_environment_variable_replaces_auto_and_is_read_once() -> None:
