@@ -44,13 +44,15 @@ def clocks() -> dict[str, str]:
 def describe(commit: str) -> dict[str, Any]:
     """Commit (from git, otherwise `commit`), date, versions and device, which is the CPU if that emulates kernels."""
     gpu = torch.cuda.is_available() and not EMULATED and os.environ.get("TRITON_INTERPRET") != "1"
+    # Results that are written into the tree while it is measured do not change what is measured.
+    changes = ("git", "status", "--porcelain", "--untracked-files=no")
     known = output_of("git", "rev-parse", "--short=12", "HEAD")
     return {
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "capability": list(torch.cuda.get_device_capability()) if gpu else None,
         "host": platform.processor() or platform.machine(),
         "commit": known or commit or "unknown",
-        "dirty": bool(output_of("git", "status", "--porcelain")) if known else None,
+        "dirty": bool(output_of(*changes)) if known else None,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "python": platform.python_version(),
         "cuda": torch.version.cuda if gpu else None,

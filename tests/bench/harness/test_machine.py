@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from bench.harness import machine
@@ -24,3 +27,16 @@ def test_the_commit_is_named_where_git_does_not_know_it(monkeypatch: pytest.Monk
     monkeypatch.setattr(machine, "output_of", lambda *_: "")
     assert [machine.describe("abc")[name] for name in ("commit", "dirty")] == ["abc", None]
     assert machine.describe("")["commit"] == "unknown"
+
+
+def test_results_inside_the_tree_leave_it_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "kernel.py"
+    source.write_text("x = 1")
+    author = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (("init", "-q"), ("add", "."), (*author, "commit", "-qm", "first")):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    (tmp_path / "log.txt").touch()
+    assert machine.describe("")["dirty"] is False
+    source.write_text("x = 2")
+    assert machine.describe("")["dirty"] is True
