@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What needs a GPU, in two calls that together take eleven minutes at most: bench/gpu.sh CALL OUT [--commit C] [--seconds N]
+# What needs a GPU, in two calls that together take eleven minutes: bench/gpu.sh CALL OUT [--commit C] [--seconds N]
 #
-#   A    correctness, then P1 and P2: 4 minutes      machine compile smoke bits stream wide mean counts
+#   A    correctness, then `steer`: 4 minutes        machine compile smoke bits stream wide mean counts
 #   B    the rest: 7 minutes                         machine compile dense generate fsrl memory ncu tune
 #
 # CALL is also the name of one stage, for when time is left: ncu, tune, and what fits into neither call, with a GPU of
@@ -19,13 +19,15 @@
 #   python -m bench.tuning OUT/a/results.jsonl OUT/b/results.jsonl    # better launch parameters
 #
 # It needs a python3 (or PYTHON) with torch, Triton and transformers. The package does not have to be installed. If
-# dspa_kernels/libdspa_kernels.so does not load, it is compiled first, which takes nvcc, ninja and a minute. Where there
-# is no GPU, --rehearse tries all of it at tiny sizes, with kernels in the interpreter and the emulator.
+# dspa_kernels/libdspa_kernels.so does not load, it is compiled first, which takes nvcc and ninja. Where there is no GPU,
+# --rehearse tries all of it at tiny sizes, with kernels in the interpreter and the emulator.
 set -euo pipefail
+[ -n "${2:-}" ] || { sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2; exit 2; }
+# OUT is relative to the folder of the caller, and everything else to that of the repository.
+case $2 in /* | -*) ;; *) set -- "$1" "$PWD/$2" "${@:3}" ;; esac
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
-[ $# -ge 2 ] || { sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2; exit 2; }
 # Emulation, or a backend that somebody named, would be measured instead of the kernels.
 unset DSPA_CUDA_EMULATED TRITON_INTERPRET DSPA_BACKEND
 export PYTHONPATH=".:python${PYTHONPATH:+:$PYTHONPATH}"

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from bench import report
@@ -113,21 +114,33 @@ class Call:
         return text if len(text) <= length else f"{text[: max(0, length)]}\n... all are in {self.results.name}"
 
 
+def positive_seconds(text: str) -> float:
+    with suppress(ValueError):
+        if (seconds := float(text)) > 0:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+
+
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/gpu.sh", description="See the head of bench/gpu.sh.")
     parser.add_argument("call", choices=(*plan.CALLS, *plan.STAGES), metavar="CALL", help="A, B or a stage")
     parser.add_argument("out", type=Path, help="folder of the results")
     parser.add_argument("--commit", default="", help="the commit that is measured, where git does not know it")
-    parser.add_argument("--seconds", type=float, help="the time of the call; by default 240 for A and 430 for B")
-    parser.add_argument("--rehearse", action="store_true", help="on a CPU, at tiny sizes, without its times")
+    parser.add_argument(
+        "--seconds", type=positive_seconds, help="the time of the call; by default 240 for A, 430 for B"
+    )
+    parser.add_argument("--rehearse", action="store_true", help="try it on a CPU, at tiny sizes, with longer limits")
     return parser.parse_args(arguments)
 
 
 def main() -> int:
     chosen = parsed()
     seconds, stages = plan.call(chosen.call)
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    call = Call(chosen.call, chosen.out, chosen.seconds or seconds, chosen.commit, chosen.rehearse)
+    try:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        call = Call(chosen.call, chosen.out, chosen.seconds or seconds, chosen.commit, chosen.rehearse)
+    except OSError as error:
+        sys.exit(f"error: the results cannot be written: {error}")
     for how in (signal.SIGTERM, signal.SIGINT):
         signal.signal(how, lambda *_: call.stop.set())
     succeeded = call.run(stages)

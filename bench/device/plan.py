@@ -73,19 +73,19 @@ COMPILE = Stage("compile", needs=30, limit=75, silence=60, jobs=PARTS)
 SMOKE = Stage("smoke", needs=40, limit=60, jobs=KERNELS)
 # Graph replays, streams, and the bits of rows in any batch.
 BITS = Stage("bits", needs=25, limit=45, jobs=KERNELS)
-# P1 at 2304 x 16384: bare reads and launches of the same size, whole encoder, fixed costs.
+# At 2304 x 16384: bare reads and launches of the same size, whole encoder, fixed costs.
 STREAM = Stage("stream", needs=45, limit=90)
-# P1 and P2 at 4096 x 65536.
+# Whole encoder and realistic steps at 4096 x 65536.
 WIDE = Stage("wide", needs=45, limit=90)
-# P2 at 2304 x 16384: realistic steps, with and without the screen.
+# Realistic steps at 2304 x 16384, with and without the screen.
 MEAN = Stage("mean", needs=30, limit=60)
-# P5.
+# `activation_counts`.
 COUNTS = Stage("counts", needs=15, limit=40)
 # The same step in plain PyTorch and in SAELens, eager and compiled.
 DENSE = Stage("dense", needs=45, limit=90, silence=60)
 # Decoding with a whole model, captured by hand, then in generate().
 GENERATE = Stage("generate", needs=100, limit=160, silence=150)
-# P8: decoding and training steps under an adapter.
+# Decoding and training steps under an adapter.
 FSRL = Stage("fsrl", needs=60, limit=100, silence=60)
 CHECKED = ("memcheck triton 6", "memcheck cuda 6", "racecheck cuda 6")
 MEMORY = Stage("memory", 70, 100, 60, CHECKED, sanitizer, "compute-sanitizer", resumes=False)

@@ -26,8 +26,9 @@ class Tree:
     """A source tree with the script, and what it called."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.python = root, root / "my python"
+        self.root, self.python, self.caller = root, root / "my python", root / "a folder"
         (root / "bench").mkdir()
+        self.caller.mkdir()
         shutil.copy(SCRIPT, root / "bench")
         self.python.write_text(STAND_IN)
         self.python.chmod(0o755)
@@ -37,8 +38,8 @@ class Tree:
         calls.write_text("")
         environment = {"PATH": os.environ["PATH"], "CALLS": str(calls), "FAIL": fail, "PYTHON": str(self.python)}
         environment |= {"DSPA_CUDA_EMULATED": "a library", "TRITON_INTERPRET": "1", "DSPA_BACKEND": "reference"}
-        command = ["bash", self.root / "bench" / "gpu.sh", *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd="/", check=False)
+        command = ["bash", "../bench/gpu.sh", *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=self.caller, check=False)
         return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines()
 
 
@@ -47,7 +48,7 @@ def tree(tmp_path: Path) -> Tree:
     return Tree(tmp_path)
 
 
-@pytest.mark.parametrize("arguments", [(), ("A",)])
+@pytest.mark.parametrize("arguments", [(), ("A",), ("A", "")])
 def test_usage(tree: Tree, arguments: tuple[str, ...]) -> None:
     code, text, calls = tree.run(*arguments)
     assert code == 2 and not calls
@@ -58,13 +59,18 @@ def test_usage(tree: Tree, arguments: tuple[str, ...]) -> None:
 
 
 def test_the_kernels_are_measured_and_no_emulation(tree: Tree) -> None:
-    code, _, calls = tree.run("A", "out", "--commit", "abc")
-    assert code == 0 and calls[-1] == "-m bench.device A out --commit abc [] .:python"
+    code, _, calls = tree.run("A", "/out", "--commit", "abc")
+    assert code == 0 and calls[-1] == "-m bench.device A /out --commit abc [] .:python"
+
+
+def test_the_results_are_where_the_caller_is(tree: Tree) -> None:
+    _, _, calls = tree.run("A", "out/a", "--rehearse")
+    assert calls[-1].startswith(f"-m bench.device A {tree.caller}/out/a --rehearse [")
 
 
 def test_metadata_stands_in_for_an_installation(tree: Tree) -> None:
     _, _, calls = tree.run("A", "out", fail="*importlib.metadata*")
-    assert calls[-1] == "metadata" and calls[-2].startswith("-m bench.device A out")
+    assert calls[-1] == "metadata" and "-m bench.device A " in calls[-2]
     folder = calls[-2].rpartition(":")[2]
     assert not Path(folder).exists()
 

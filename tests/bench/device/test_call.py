@@ -191,9 +191,25 @@ def test_kernels_are_those_that_are_measured() -> None:
     assert plan.KERNELS == KERNELS
 
 
-@pytest.mark.parametrize("arguments", [["C", "out"], ["A"]])
-def test_other_calls_are_refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+SECONDS = [["A", "out", "--seconds", seconds] for seconds in ("0", "-1", "nan", "long")]
+
+
+@pytest.mark.parametrize("arguments", [["C", "out"], ["A"], *SECONDS])
+def test_other_calls_are_refused(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["gpu.sh", *arguments])
+    monkeypatch.setattr(Call, "run", lambda *_: True)
     with pytest.raises(SystemExit) as error:
         main()
-    assert error.value.code == 2
+    assert error.value.code == 2 and not list(tmp_path.iterdir())
+    if "--seconds" in arguments:
+        assert f"--seconds: {arguments[-1]!r} is not a number above 0" in capsys.readouterr().err
+
+
+def test_results_need_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["gpu.sh", "A", str(tmp_path / "file")])
+    with pytest.raises(SystemExit, match=r"error: the results cannot be written: .*exists: '.*/file'"):
+        main()
