@@ -222,6 +222,8 @@ def plain(lines: list[Result]) -> str:
         text += f" {time_of(result):>12}" + (f" {100 * share:6.1f} %" if share is not None else "")
         if result["case"] == COLUMNS[OF_READ] and READ in read:
             text += f", {percent(micro(read[READ]) / micro(result))} {OF_READ}"
+        # Without them, the lines of different launch parameters would be the same but for the times.
+        text += "".join(f" {name}={value}" for name, value in result.get("launch", {}).items())
         texts.append(text)
     return "\n".join(texts)
 
@@ -321,9 +323,9 @@ def as_json(runs: GPURuns) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="*", help="files of results")
+    parser.add_argument("files", type=results.existing, nargs="*", help="files of results")
     for file in parser.parse_args().files:
-        print(*adopt(file, RESULTS), sep="\n")
+        print(*(adopt(file, RESULTS) or [f"{file} has no run on a GPU: nothing of it is reported"]), sep="\n")
     for path, texts in sections(RESULTS).items():
         path.write_text(with_sections(path.read_text(), texts))
     GPU_RUNS.write_text(as_json(gpu_runs(RESULTS)))

@@ -11,7 +11,6 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from bench import report
@@ -117,8 +116,10 @@ def better_launches(lines: Iterable[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", help="files of results")
+    parser.add_argument("files", type=results.existing, nargs="+", help="files of results")
     runs = [run for file in parser.parse_args().files for run in results.runs(file) if run["device"] != "cpu"]
+    if not runs:
+        print("no run on a GPU: no launch parameters are proposed, and the CUDA table stays as it is")
     times: Times = {}
     for run in runs:
         print(*better_launches(run["lines"]), sep="\n")

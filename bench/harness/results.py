@@ -6,6 +6,7 @@ of cases and outcomes of stages.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -24,6 +25,13 @@ def append(path: Path, line: Line) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def existing(text: str) -> Path:
+    """Return the path of a file of results that is named on a command line."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file")
+    return Path(text)
 
 
 def read(path: Path) -> list[Line]:

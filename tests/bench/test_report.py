@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,27 @@ def test_results_of_a_gpu_are_kept(tmp_path: Path) -> None:
         assert [path.name for path in paths] == ["20300101T000000-abc.jsonl", "20300103T000000-abc.jsonl"]
     kept = report.runs_on_gpus(tmp_path / "kept")
     assert [line["device_us"]["median"] for run in kept for line in run["lines"]] == [2.0, 4.0]
+
+
+def test_a_file_without_a_run_on_a_gpu_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("README", "BENCHMARKS"):
+        page = tmp_path / name
+        page.write_text(getattr(report, name).read_text())
+        monkeypatch.setattr(report, name, page)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "kept")
+    monkeypatch.setattr(report, "GPU_RUNS", tmp_path / "gpu_runs.json")
+    file = write_lines(tmp_path / "results.jsonl", run("2030-01-01", [result("stream", 2.0)], "cpu"))
+    monkeypatch.setattr("sys.argv", ["report", str(file)])
+    report.main()
+    assert capsys.readouterr().out == f"{file} has no run on a GPU: nothing of it is reported\n"
+    assert json.loads(report.GPU_RUNS.read_text()) == {"triton": [], "cuda": []}
+    assert report.NO_TABLE in report.BENCHMARKS.read_text() and not report.RESULTS.exists()
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "nothing.jsonl")])
+    with pytest.raises(SystemExit):
+        report.main()
+    assert "nothing.jsonl' is not a file" in capsys.readouterr().err
 
 
 def test_the_newest_commit_is_shown_with_all_of_its_runs(tmp_path: Path) -> None:
@@ -132,6 +154,12 @@ def test_a_line_shows_both_shares() -> None:
     first, second, third = report.plain([result("stream", 2.0), read(1.2), result("hard", 3.0)]).splitlines()
     assert first.endswith(" 2.0   50.0 %, 60 % of read alone") and second.endswith(" 1.2   50.0 %")
     assert third.endswith(" 3.0   50.0 %")
+
+
+def test_lines_of_candidates_show_their_launch() -> None:
+    one, other = (result("stream", 2.0, launch={"BLOCK_L": size, "num_stages": 3}) for size in (64, 128))
+    first, second = report.plain([one, other]).splitlines()
+    assert first.endswith(" BLOCK_L=64 num_stages=3") and second.endswith(" BLOCK_L=128 num_stages=3")
 
 
 def test_any_screen_has_the_column() -> None:
