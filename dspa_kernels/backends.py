@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import operator
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -41,6 +42,9 @@ INTERCEPTORS = tuple(
     for name in ("Python", "PreDispatch", "FuncTorchDynamicLayerFrontMode", "Functionalize")
 )
 _is_included = torch._C._dispatch_tls_is_dispatch_key_included
+# How the dispatcher converts what is passed for a number. Triton would compile another kernel for an int in place of a
+# float, and refuse a number of NumPy's.
+NUMBERS: dict[str, Callable[[Any], object]] = {"int": operator.index, "float": float, "bool": bool}
 # The classes of tensors without a behaviour of their own.
 PLAIN = (Tensor, Parameter)
 
@@ -198,7 +202,9 @@ def define_op(
             because a compiled graph serves many shapes.
     """
     parameters, results = schema.split(" -> ")
-    names = [parameter.split()[-1] for parameter in parameters.strip("()").split(", ")]
+    types = {name: type_ for type_, name in map(str.split, parameters.strip("()").split(", "))}
+    names = list(types)
+    converters = [(name, NUMBERS[type_]) for name, type_ in types.items() if type_ in NUMBERS]
 
     def run(backend: str, arguments: dict[str, Any]) -> Any:
         if fastest and backend == "auto":
@@ -220,6 +226,8 @@ def define_op(
     def call(*, backend: str, **arguments: Any) -> Any:
         if _is_intercepted(arguments.values()):
             return registered(**arguments, backend=backend)
+        for name, convert in converters:
+            arguments[name] = convert(arguments[name])
         result = run(backend, arguments)
         for name in mutates:
             if arguments[name] is not None:

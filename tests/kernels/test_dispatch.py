@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import Parameter
 
-from dspa_kernels import steer
+from dspa_kernels import EncoderStream, backends, steer
 from dspa_kernels.testing import same_bits
 
 from .cases import make_case
@@ -51,6 +53,23 @@ def test_a_plain_call_is_not_dispatched(dispatched: list[str], gradients: bool) 
     with torch.no_grad():
         assert same_bits(edit(Parameter(CASE.h)), EXPECTED)
     assert dispatched == []
+
+
+@pytest.mark.parametrize("alpha", [1, True, np.float32(1), np.int64(1), torch.tensor(1.0)], ids=repr)
+def test_plain_calls_convert_numbers_as_the_dispatcher_does(monkeypatch: pytest.MonkeyPatch, alpha: float) -> None:
+    received: dict[str, Any] = {}
+    implementation = backends.implementation
+
+    def observed(op: str, backend: str) -> Callable[..., Any]:
+        return lambda **arguments: received.update(arguments) or implementation(op, backend)(**arguments)
+
+    monkeypatch.setattr(backends, "implementation", observed)
+    case = make_case("topk", integers=True)
+    sae: Any = replace(case.sae, k=np.int64(4))
+    stream = EncoderStream.of(sae, hot=torch.arange(9), n_large=np.int64(5))
+    steer(**case.arguments(sae=sae, stream=stream, alpha=alpha, record=np.bool_(True)))
+    assert [type(received[name]) for name in ("k", "n_large", "alpha", "record")] == [int, int, float, bool]
+    assert received["k"] == 4 and received["n_large"] == 5 and received["alpha"] == 1
 
 
 def test_a_gradient_is_dispatched(dispatched: list[str]) -> None:
