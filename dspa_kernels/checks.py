@@ -46,6 +46,12 @@ def check_device(argument: str, tensor: Tensor, like: Tensor, like_name: str) ->
         )
 
 
+def check_contiguous(argument: str, tensor: Tensor, advice: str) -> None:
+    """Raise `InputError` unless `tensor` is contiguous, as kernels read and write it."""
+    if not tensor.is_contiguous():
+        raise refuse(argument, f"not contiguous, of strides {list(tensor.stride())}", "a contiguous tensor", advice)
+
+
 def check_at_least(argument: str, value: float, least: float) -> None:
     """Raise `InputError` unless `value` is a finite number >= `least`."""
     if not least <= value < float("inf"):

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dspa_kernels.checks import check_at_least, check_device, check_dtype, check_shape, refuse
+from dspa_kernels.checks import check_at_least, check_contiguous, check_device, check_dtype, check_shape, refuse
 from dspa_kernels.formulas import Normalised, compute_dtype, latents, normalise
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -202,7 +202,7 @@ class EncoderStream:
         rows = latents = centre = None
         if screen == "int8":
             centre = torch.zeros(sae.d_in) if mean is None else mean
-            centre = centre.to(sae.encoder_rows.device, torch.float32)
+            centre = centre.to(sae.encoder_rows.device, torch.float32).contiguous()
             rows, latents = quantise_rows(encoder_rows, b_enc, centre)
         return cls(
             encoder_rows=encoder_rows,
@@ -295,6 +295,7 @@ class MapWeights:
         n_columns = self.columns.numel()
         check_shape("columns", self.columns, ("C",))
         check_dtype("columns", self.columns, (torch.int32,))
+        check_contiguous("columns", self.columns, "Pass columns.contiguous().")
         check_shape("values", self.values, ("d_sae_in", n_columns))
         check_dtype("values", self.values, (torch.float32,))
         check_shape("encoder_rows", self.encoder_rows, (n_columns, "d_in"))
@@ -416,9 +417,9 @@ def check_rows(encoder_rows: Tensor, b_enc: Tensor, threshold: Tensor, W_dec: Te
         check_dtype(name, tensor, FULL if encoder_rows.dtype == torch.float64 else FULL[:1])
     for name, tensor in (("b_enc", b_enc), ("threshold", threshold), ("W_dec", W_dec)):
         check_device(name, tensor, encoder_rows, "encoder_rows")
-    for name, tensor in (("encoder_rows", encoder_rows), ("W_dec", W_dec)):
-        if not tensor.is_contiguous():
-            raise refuse(name, "not contiguous", "one contiguous row per latent", f"Pass {name}.contiguous().")
+    rows = {"encoder_rows": encoder_rows, "b_enc": b_enc, "threshold": threshold, "W_dec": W_dec}
+    for name, tensor in rows.items():
+        check_contiguous(name, tensor, f"Pass {name}.contiguous().")
 
 
 def check_k(argument: str, k: int, width: int) -> None:

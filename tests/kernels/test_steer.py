@@ -319,6 +319,10 @@ VALID = make_case(n=11)
             {"cdmap": MapWeights.gather(torch.arange(3), torch.zeros(5, 3), random_sae("relu", 20, 9))},
             ("`cdmap.encoder_rows`", "[3, 20]", "[C, 19]", "Gather"),
         ),
+        (
+            {"paths": torch.zeros(12, dtype=torch.int64)[::2]},
+            ("`paths`", "not contiguous", "[2]", "a tensor of its own"),
+        ),
         ({"alpha": -0.1}, ("`alpha`", "-0.1", "finite number >= 0")),
         ({"alpha": float("nan")}, ("`alpha`", "nan", "finite number >= 0")),
         ({"alpha": float("inf")}, ("`alpha`", "inf", "finite number >= 0")),

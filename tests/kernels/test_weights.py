@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dspa_kernels import InputError, MapWeights, SAEWeights, SteeringPlan, sparse_encode
+from dspa_kernels import EncoderStream, InputError, MapWeights, SAEWeights, SteeringPlan, sparse_encode
 from dspa_kernels.testing import KINDS, random_sae
 from dspa_kernels.weights import NORMALIZATIONS
 from tests.kernels.cases import D_IN as CASE_D_IN
@@ -174,6 +174,8 @@ ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
             ("`encoder_rows`", "not contiguous", "encoder_rows.contiguous()"),
         ),
         ({"W_dec": torch.zeros(D_IN, D_SAE).T}, ("`W_dec`", "not contiguous", "W_dec.contiguous()")),
+        ({"b_enc": torch.zeros(D_SAE, 2)[:, 0]}, ("`b_enc`", "not contiguous", "[2]", "b_enc.contiguous()")),
+        ({"threshold": torch.zeros(1).expand(D_SAE)}, ("`threshold`", "not contiguous", "[0]")),
         ({"W_dec": SAE.W_dec.bfloat16()}, ("`W_dec`", "torch.bfloat16", "torch.float32", "W_dec.to(")),
         ({"b_enc": SAE.b_enc.bfloat16()}, ("`b_enc`", "torch.bfloat16", "torch.float32")),
         ({"threshold": SAE.threshold.half()}, ("`threshold`", "torch.float16", "torch.float32")),
@@ -197,6 +199,7 @@ def test_sae_errors(change: dict[str, Any], parts: tuple[str, ...]) -> None:
         *ROWS,
         ({"columns": CDMAP.columns[None]}, ("`columns`", "[1, 3]", "[C]")),
         ({"columns": CDMAP.columns.long()}, ("`columns`", "torch.int64", "torch.int32")),
+        ({"columns": CDMAP.columns.repeat_interleave(2)[::2]}, ("`columns`", "not contiguous", "columns.contiguous()")),
         ({"columns": CDMAP.columns.to("meta")}, ("`columns`", "meta", "cpu", "`encoder_rows`")),
         ({"values": VALUES[:, 1:]}, ("`values`", "[4, 2]", "[d_sae_in, 3]")),
         ({"values": VALUES.double()}, ("`values`", "torch.float64", "torch.float32")),
@@ -209,6 +212,12 @@ def test_map_errors(change: dict[str, Any], parts: tuple[str, ...]) -> None:
     with pytest.raises(InputError) as error:
         remade(CDMAP, change)
     assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_the_mean_of_a_screen_may_have_any_layout() -> None:
+    stream = EncoderStream.of(SAE, screen="int8", mean=torch.arange(2.0 * D_IN)[::2])
+    assert stream.screen_mean is not None and stream.screen_mean.is_contiguous()
+    assert stream.screen_mean.tolist() == [0, 2, 4, 6, 8]
 
 
 @pytest.mark.parametrize("columns", [[4, 1, 11], [1, 1, 4], [-1, 4, 11], [1, 4, 12]], ids=str)

@@ -89,9 +89,9 @@ def steer(
         stream: the encoder as it is read where M is needed, made from `sae`; by default `sae.stream`.
         positions: [N] int64, position of each row, or None.
         start: [B] int64, or None. A row whose position is below that of its plan row is not steered.
-        paths: [6] int64, counters that are added to: the rows that were unsteered, not finite, inactive (without an
-            active selected latent), settled (all selected latents went to 0, by a bound on M) and streamed, and the
-            encoder rows that were read in full for them. The last depends on timing where rows settle early.
+        paths: [6] int64, contiguous, counters that are added to: the rows that were unsteered, not finite, inactive
+            (without an active selected latent), settled (all selected latents went to 0, by a bound on M) and streamed,
+            and the encoder rows that were read in full for them. The last depends on timing where rows settle early.
         backend: "auto", "reference", "triton" or "cuda". "cuda" takes up to 8 rows, in bf16 or fp16 like the weights,
             of an SAE that does not normalise.
 

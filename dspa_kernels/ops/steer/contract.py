@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dspa_kernels import cuda_library
 from dspa_kernels.backends import choose, is_auto
-from dspa_kernels.checks import check_at_least, check_device, check_dtype, check_shape, refuse
+from dspa_kernels.checks import check_at_least, check_contiguous, check_device, check_dtype, check_shape, refuse
 from dspa_kernels.cuda_library import DTYPES, MAX_ROWS
 from dspa_kernels.formulas import compute_dtype
 from dspa_kernels.launch import NATIVE, CudaEntry, cuda_entry, precision, steer_variant
@@ -101,6 +101,8 @@ def check_residual(
             check_shape(name, tensor, shape)
             check_dtype(name, tensor, (dtype,))
             check_device(name, tensor, h, "h")
+    if paths is not None:
+        check_contiguous("paths", paths, "Pass a tensor of its own, to which the counters are added.")
 
 
 def empty_results(h: Tensor, encoder_rows: Tensor, n_slots: int, record: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
