@@ -2,7 +2,7 @@
 
 `launch_table.json` holds one entry per line: kernel, precision (0 for operands of one 16-bit dtype, 1 for fp32 rows
 with bf16 weights, 2 for fp32), compute capability, largest number of rows, the shape for which it was measured, and the
-parameters. What a line leaves out may be anything, and an entry of `steer` serves `steer+topk`, too. The first entry
+parameters. What a line leaves out may be anything, and an entry of `steer` serves `steer+int5`, too. The first entry
 that fits is taken. Entries for any capability need at most 96 KB of shared memory per multiprocessor. The entries of
 `steer` for one precision and capability have one BLOCK_K, on which the order of sums depends.
 
@@ -42,7 +42,7 @@ def precision(h: Tensor, W: Tensor, normalize: str) -> int:
 
 def steer_variant(k: int, screen_rows: Tensor | None) -> str:
     """Return the name of a launch of `steer` in the tables."""
-    return "steer" + ("+topk" if k else "") + ("" if screen_rows is None else "+int8")
+    return "steer" + ("" if screen_rows is None else "+int5") + ("+topk" if k else "")
 
 
 @dataclass(frozen=True)

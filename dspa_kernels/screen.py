@@ -49,6 +49,8 @@ BLOCK, BLOCK_BYTES = 256, 160
 LARGEST = 15
 # Largest number that a scale reaches, as shares of the largest in its row. The least square error chooses.
 CLIPS = (1.0, 0.9, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
+# g / (d_in + 32), for rows that are multiplied as they are and for those that are split into parts.
+ROUNDING, SPLIT_ROUNDING = 2.0**-22, 2.0**-20
 # Rows that are quantised together.
 HEIGHT = 4096
 

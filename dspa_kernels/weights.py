@@ -10,10 +10,11 @@ from torch import Tensor
 
 from dspa_kernels.checks import check_at_least, check_contiguous, check_device, check_dtype, check_shape, refuse
 from dspa_kernels.formulas import Normalised, compute_dtype, latents, normalise
+from dspa_kernels.screen import quantise_rows
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FULL = (torch.float32, torch.float64)
-SCREENS = ("none", "int8")
+SCREENS = ("none", "int5")
 NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
 
 # Arguments of an op's schema for an encoder, and for the columns of a map.
@@ -140,7 +141,7 @@ class EncoderStream:
     """The encoder as `steer` reads it for the maximum of a row. Make it with `EncoderStream.of`.
 
     Rows are sorted by how often their latents hold the maximum, so that reading can stop early. The first `n_large` of
-    them are evaluated before the others and often settle a row alone. With a screen, steer reads an int8 copy, and of
+    them are evaluated before the others and often settle a row alone. With a screen, steer reads an int5 copy, and of
     the rows themselves only those that could hold a maximum. Neither order nor screen changes a bit of the result. The
     large latents, which are evaluated apart, may change the rounding of M.
 
@@ -152,8 +153,9 @@ class EncoderStream:
         normalize: as in `SAEWeights`.
         order: [d_sae] int32, the latent of each row; None if row j is latent j.
         n_large: number of rows that are evaluated first.
-        screen_rows: [d_sae, d_in] int8, or None without a screen.
-        screen_latents: [4, d_sae] fp32, scale, offset, error and size of each row.
+        screen_rows: [d_sae, 160 ceil(d_in / 256)] uint8, as `dspa_kernels.screen.pack` describes, or None without a
+            screen.
+        screen_latents: [5, d_sae] fp32, scale, offset, slack, error and size of each row.
         screen_mean: [d_in] fp32.
     """
 
@@ -184,7 +186,7 @@ class EncoderStream:
             sae: the SAE. Its rows are copied if `hot` is given.
             hot: [H] latents that come first, beginning with the one that holds the maximum of a row most often.
             n_large: number of them that are evaluated before the others.
-            screen: "none" or "int8". The latter adds one byte per number of the encoder.
+            screen: "none" or "int5". The latter adds five bits per number of the encoder.
             mean: [d_in], roughly the mean of the normalised rows. The closer it is, the tighter is the screen.
 
         Raises:
@@ -200,7 +202,7 @@ class EncoderStream:
         if mean is not None:
             check_shape("mean", mean, (sae.d_in,))
         rows = latents = centre = None
-        if screen == "int8":
+        if screen == "int5":
             centre = torch.zeros(sae.d_in) if mean is None else mean
             centre = centre.to(sae.encoder_rows.device, torch.float32).contiguous()
             rows, latents = quantise_rows(encoder_rows, b_enc, centre)
@@ -241,32 +243,6 @@ def _order_led_by(hot: Tensor, d_sae: int) -> Tensor:
     if not inside or int(first.sum()) != len(hot):
         raise refuse("hot", hot.tolist(), f"distinct latents below d_sae = {d_sae}")
     return torch.cat([hot.to(torch.int32), (~first).nonzero().flatten().to(torch.int32)])
-
-
-def quantise_rows(encoder_rows: Tensor, b_enc: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an int8 copy Q of encoder rows, and scale, offset, error and size of each row [4, n_rows] fp32.
-
-    They bound a pre-activation from above: with `z = scale (h . Q) + offset`,
-    `h . W + b <= z + ||h - mean|| error + g ||h|| size`, where g bounds the relative rounding error of a sum of d_in
-    products. With the remainder r = W - scale Q: offset = b + <mean, r>, plus slightly more than both sums can lose;
-    error >= ||r||; size >= ||W|| + scale ||Q||. They are computed in fp64, in blocks.
-    """
-    Q = torch.empty(encoder_rows.shape, dtype=torch.int8, device=encoder_rows.device)
-    latents = torch.empty(4, len(encoder_rows), dtype=torch.float32, device=encoder_rows.device)
-    up = 1 + 2.0**-20  # more than rounding fp64 to fp32 can lose
-    for rows in torch.arange(len(encoder_rows), device=encoder_rows.device).split(4096):
-        W = encoder_rows[rows].double()
-        # A smaller scale would make products subnormal, and less exact.
-        scale = (W.abs().amax(dim=1) / 127).clamp(min=2.0**-100).float()
-        q = (W / scale[:, None].double()).round().clamp(-127, 127)
-        r = W - q * scale[:, None].double()
-        b = b_enc[rows].double()
-        offset = b + r @ mean.double()
-        slack = 2.0**-18 * (b.abs() + offset.abs()) + 1e-30
-        size = W.norm(dim=1) + scale.double() * q.norm(dim=1)
-        Q[rows] = q.to(torch.int8)
-        latents[:, rows] = torch.stack([scale.double(), offset + slack, r.norm(dim=1) * up, size * up]).float()
-    return Q, latents
 
 
 @dataclass(frozen=True, eq=False)

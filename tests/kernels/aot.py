@@ -139,6 +139,19 @@ def unfinished_waits(ptx: str) -> int:
     return sum("ld." in rest.partition("bar.sync")[0] or "bar.sync" not in rest for rest in after)
 
 
+def unpacking_loop(sass: str) -> int:
+    """Count the instructions of the loop that unpacks a screen, 0 without one. Packed multiply-adds identify it."""
+    instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    jumps = ((at, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for at, text in instructions)
+    loops = [
+        [text for place, text in instructions if int(jump[1], 16) <= place <= at]
+        for at, jump in jumps
+        if jump and int(jump[1], 16) < at
+    ]
+    unpacking = (loop for loop in loops if sum("HFMA2" in text and "RZ" not in text for text in loop) >= 32)
+    return min(map(len, unpacking), default=0)
+
+
 def facts(kernel: Compiled) -> dict[str, Any]:
     """Return what the tests check of a compiled kernel."""
     sass = kernel.dump("--dump-sass")
@@ -156,6 +169,7 @@ def facts(kernel: Compiled) -> dict[str, Any]:
         "narrow_copies": len(re.findall(r"\bLDGSTS\b(?![\w.]*\.128\b)", sass)),
         "descriptor_copies": len(re.findall(r"\bUTMALDG\b", sass)),
         "products_under_way": len(re.findall(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x[1-9]", sass)),
+        "unpacking_loop": unpacking_loop(sass),
         "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         **kernel.resources(),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from dspa_kernels import EncoderStream, MapWeights, SAEWeights, SteeringPlan, steer
 from dspa_kernels.launch import FULL, Launch, table
 from dspa_kernels.ops.steer import triton_impl
+from dspa_kernels.testing import random_sae
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="loads are counted in Triton's interpreter"
@@ -88,15 +89,46 @@ def test_an_encoder_is_read_once_or_not_at_all(n: int, value: float, streams: bo
     assert loads.of(arguments["sae"].W_dec) == loads.of(arguments["sae"].encoder_rows) == 0
 
 
-def test_a_screened_stream_reads_a_byte_a_number_and_few_rows() -> None:
-    arguments = settled_or_not(5, 1.5)
-    stream, paths = hot(arguments["sae"], "int8"), torch.zeros(6, dtype=torch.int64)
-    assert stream.screen_rows is not None
+@pytest.mark.parametrize("n", [1, 33, 64])
+def test_a_screened_stream_reads_five_bits_a_number_and_few_rows(n: int) -> None:
+    arguments = settled_or_not(n, 1.5)
+    stream, paths = hot(arguments["sae"], "int5"), torch.zeros(6, dtype=torch.int64)
+    assert stream.screen_rows is not None and stream.screen_latents is not None
     with counted() as loads:
         steer(**arguments, stream=stream, paths=paths, backend="triton")
     read = int(paths[-1])
-    assert loads.of(stream.screen_rows) == D_SAE * D_IN
-    assert loads.of(stream.encoder_rows) == (N_LARGE + read) * ROW and read < D_SAE / 10
+    # A block of each row, once for all rows together.
+    assert loads.of(stream.screen_rows) == D_SAE * 160
+    assert loads.of(stream.screen_latents) == D_SAE * 5 * 4
+    # Large latents are evaluated for 16 rows at a time where phases are launches of their own.
+    assert loads.of(stream.encoder_rows) == (-(-n // 16) * N_LARGE + read) * ROW and read < D_SAE / 10
+    assert loads.of(arguments["sae"].encoder_rows) == 0
+
+
+@pytest.mark.parametrize("BLOCK_N", [64, 128])
+def test_more_than_64_rows_read_the_encoder_instead_of_a_screen(BLOCK_N: int) -> None:
+    arguments = settled_or_not(70, 1.5)
+    stream = hot(arguments["sae"], "int5")
+    assert stream.screen_rows is not None
+    wide = Launch(BLOCK_N=BLOCK_N, BLOCK_L=64, BLOCK_K=32, num_stages=2)
+    with counted() as loads, mock.patch.object(triton_impl, "launch_parameters", lambda *_: wide):
+        steer(**arguments, stream=stream, backend="triton")
+    assert loads.of(stream.screen_rows) == 0 and loads.of(stream.encoder_rows) >= D_SAE * ROW
+
+
+def test_products_in_fp32_read_the_encoder_instead_of_a_screen() -> None:
+    arguments = settled_or_not(1, 1.5)
+    arguments["h"] = arguments["h"].half()
+    sae = random_sae("relu", D_IN, D_SAE, dtype=torch.float16)
+    arguments["sae"] = replace(sae, encoder_rows=arguments["sae"].encoder_rows.half())
+    arguments["cdmap"] = MapWeights.gather(torch.arange(20), torch.zeros(1, 20), arguments["sae"])
+    for dtype, screened in ((torch.float16, True), (torch.float32, False)):
+        arguments["h"] = arguments["h"].to(dtype)
+        stream = hot(arguments["sae"], "int5")
+        assert stream.screen_rows is not None
+        with counted() as loads:
+            steer(**arguments, stream=stream, backend="triton")
+        assert (loads.of(stream.screen_rows) > 0) == screened
 
 
 def test_many_rows_read_each_tile_for_every_block_of_rows() -> None:

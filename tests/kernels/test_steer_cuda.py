@@ -24,7 +24,6 @@ from dspa_kernels.cuda_library import EMULATED
 from dspa_kernels.ops.steer import cuda_impl
 from dspa_kernels.screen import quantise, quantise_rows
 from dspa_kernels.testing import random_map, random_plan, random_sae, run_on, same_bits, tensors
-from dspa_kernels.weights import SCREENS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 DEVICE = "cpu" if EMULATED else "cuda"
@@ -34,12 +33,8 @@ ROWS = (1, 5, 8)
 
 
 def stream_of(sae: SAEWeights, screen: str = "none", **options: Any) -> EncoderStream:
-    stream = EncoderStream.of(sae, **options)
-    if screen == "none":
-        return stream
     mean = torch.randn(sae.d_in, generator=torch.Generator().manual_seed(5))
-    rows, latents = quantise_rows(stream.encoder_rows, stream.b_enc, mean)
-    return replace(stream, screen_rows=rows, screen_latents=latents, screen_mean=mean)
+    return EncoderStream.of(sae, screen=screen, mean=mean, **options)
 
 
 def make_arguments(
@@ -171,9 +166,8 @@ def test_the_barrier_is_left_as_it_was_found_but_for_its_sign(word: int, monkeyp
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Launches that read the first of the encoder before they know whether they need it."""
-    kinds = [variant + screen for variant in ("steer", "steer+topk") for screen in ("", f"+{SCREENS[-1]}")]
-    entries = [launch.CudaEntry(kind, 0, programmatic=True, ahead=True) for kind in kinds]
-    monkeypatch.setattr(launch, "cuda_table", lambda: tuple(entries))
+    entry = launch.CudaEntry("steer", 0, programmatic=True, ahead=True)
+    monkeypatch.setattr(launch, "cuda_table", lambda: (entry,))
     launch.cuda_entry.cache_clear()
     yield
     launch.cuda_entry.cache_clear()

@@ -211,17 +211,18 @@ ADVERSARIAL = [
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["relu", "topk"])
 @pytest.mark.parametrize("name", ADVERSARIAL)
+@pytest.mark.usefixtures("ordered_sums")
 def test_the_screen_never_loses_a_maximum(backend: str, name: str, kind: str, dtype: torch.dtype) -> None:
     h, encoder_rows = adversarial(name, dtype)
     arguments = wide_case(h, encoder_rows, kind=kind)
     plain, plain_edits = run_on(backend, steer, **arguments, record=True)
     for mean in (None, h.float().mean(dim=0)):
-        stream = EncoderStream.of(arguments["sae"], screen="int8", mean=mean)
+        stream = EncoderStream.of(arguments["sae"], screen="int5", mean=mean)
         out, edits = run_on(backend, steer, **arguments, record=True, stream=stream)
         assert same_bits(out, plain) and same_bits(edits.maximum, plain_edits.maximum)
 
 
-@pytest.mark.parametrize("screen", ["none", "int8"])
+@pytest.mark.parametrize("screen", ["none", "int5"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_row_of_outlying_norm_is_steered_by_its_own_maximum(backend: str, dtype: torch.dtype, screen: str) -> None:
     """As the first token of a text in many models: it is edited by the formula, and so are the rows with it."""
@@ -243,16 +244,16 @@ def test_a_row_of_outlying_norm_is_steered_by_its_own_maximum(backend: str, dtyp
 
 
 def test_the_screen_reads_few_rows() -> None:
-    """On ordinary rows the int8 copy rules out most of the encoder; where all rows tie it rules out none."""
+    """On ordinary rows the int5 copy rules out most of the encoder; where all rows tie it rules out none."""
     h, encoder_rows = adversarial("ordinary", torch.bfloat16)
     arguments = wide_case(h[:1], encoder_rows, kind="relu")
     _, plain = steered("triton", **arguments, alpha=0)
-    screened = EncoderStream.of(arguments["sae"], screen="int8")
+    screened = EncoderStream.of(arguments["sae"], screen="int5")
     _, few = steered("triton", **arguments, alpha=0, stream=screened)
     assert plain["read"] == 150 and 0 < few["read"] < 30
     tied = wide_case(*adversarial("all rows are candidates", torch.bfloat16), kind="relu")
     tied = {**tied, "h": tied["h"][:1].abs() * tied["sae"].encoder_rows[0].sign(), "plan": _first(tied["plan"])}
-    _, all_rows = steered("triton", **tied, alpha=0, stream=EncoderStream.of(tied["sae"], screen="int8"))
+    _, all_rows = steered("triton", **tied, alpha=0, stream=EncoderStream.of(tied["sae"], screen="int5"))
     assert all_rows["read"] == 150
 
 
@@ -274,8 +275,8 @@ def test_a_stream_ends_as_soon_as_rows_are_settled() -> None:
 def test_a_screen_reports_its_memory() -> None:
     sae = random_sae("jumprelu", 64, 512)
     assert EncoderStream.of(sae).added_bytes(sae) == 0
-    added = EncoderStream.of(sae, screen="int8").added_bytes(sae)
-    assert added == 64 * 512 + 4 * 4 * 512 + 4 * 64  # the copy, four numbers per latent, the mean
+    added = EncoderStream.of(sae, screen="int5").added_bytes(sae)
+    assert added == 160 * 512 + 4 * 5 * 512 + 4 * 64  # a block per row, five numbers per latent, the mean
 
 
 # Bits

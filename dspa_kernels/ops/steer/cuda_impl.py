@@ -64,8 +64,6 @@ def steer(
     if not n_rows:
         return out, before, after, maximum
 
-    if screen_rows is not None and screen_rows.dtype != torch.uint8:
-        screen_rows = screen_latents = screen_mean = None  # the int8 copy: the encoder itself gives the same bits
     # References keep the tensors alive until the launch is made. Addresses would not.
     tensors: dict[str, Tensor | None] = {
         **unchanged,

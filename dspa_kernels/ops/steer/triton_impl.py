@@ -3,6 +3,7 @@
 - *prepare* (with a lookup or normalised rows): a prompt's slots, a row's normalisation.
 - *select*: the row's state, its selected latents, and the large latents that bound its maximum.
 - *stream*: the running maxima over the encoder, tile by tile, until every row is settled.
+- *evaluate* (with a screen, whose copy is streamed instead): the running maxima over the candidates that it leaves.
 - *tail*: `h + scale sum_j (f'_j - f_j) W_dec[j]`.
 
 Phases hand results on in scratch that is written before it is read, so nothing is cleared. More rows than a tile holds
@@ -18,13 +19,15 @@ import triton
 from torch import Tensor
 
 from dspa_kernels.barriers import barrier_word
-from dspa_kernels.launch import launch_parameters, precision, steer_variant
+from dspa_kernels.launch import FULL, launch_parameters, precision, steer_variant
 from dspa_kernels.ops.shared.triton_grid import launch_cooperative, n_programs
 from dspa_kernels.ops.shared.triton_tiles import INTERPRETED
 from dspa_kernels.ops.steer.contract import empty_results
-from dspa_kernels.ops.steer.triton_kernel import ALL, PREPARE, SELECT, STREAM, TAIL, steer_kernel
+from dspa_kernels.ops.steer.triton_kernel import ALL, EVALUATE, PREPARE, SELECT, STREAM, TAIL, steer_kernel
 from dspa_kernels.ops.steer.triton_select import BLOCK_S
 from dspa_kernels.ops.steer.triton_tail import BLOCK_D
+
+SCREENED_ROWS = 64
 
 
 class Encoder(NamedTuple):
@@ -82,7 +85,11 @@ class Scratch(NamedTuple):
         partials: [P, N] fp32, the partial summaries that `summarise` describes.
         x: [N, d_in] fp32, normalised rows.
         scale: [N] fp32, what an edit of a normalised row is multiplied by.
-        norms: [N, 2] fp32, for a screen.
+        norms: [N, 2] fp32, for a screen, like the next four.
+        screen_bound: [N] int32, bits of a lower bound on the largest latent.
+        n_candidates: [1] int32.
+        candidates: [d_sae] int32, of which the first n_candidates are written.
+        upper: [d_sae, N] fp32, upper bounds of the candidates.
     """
 
     state: Tensor
@@ -93,9 +100,15 @@ class Scratch(NamedTuple):
     x: Tensor | None
     scale: Tensor | None
     norms: Tensor | None
+    screen_bound: Tensor | None
+    n_candidates: Tensor | None
+    candidates: Tensor | None
+    upper: Tensor | None
 
     @classmethod
-    def of(cls, h: Tensor, n_slots: int, n_large: int, *, ranked: bool, normalised: bool, screened: bool) -> Scratch:
+    def of(
+        cls, h: Tensor, d_sae: int, n_slots: int, n_large: int, *, ranked: bool, normalised: bool, screened: bool
+    ) -> Scratch:
         """Allocate what a launch needs."""
         n_rows, d_in = h.shape
 
@@ -112,6 +125,10 @@ class Scratch(NamedTuple):
             x=empty(n_rows, d_in) if normalised else None,
             scale=empty(n_rows) if normalised else None,
             norms=empty(n_rows, 2) if screened else None,
+            screen_bound=empty(n_rows, dtype=torch.int32) if screened else None,
+            n_candidates=empty(1, dtype=torch.int32) if screened else None,
+            candidates=empty(d_sae, dtype=torch.int32) if screened else None,
+            upper=empty(d_sae, n_rows) if screened else None,
         )
 
 
@@ -151,11 +168,12 @@ def steer(
 
     shape = (d_in, d_sae, precision(h, encoder_rows, normalize), h.device)
     stream, screen = launch_parameters(steer_variant(k, screen_rows), n_rows, *shape), None
-    # The products of more rows take longer than the read of the encoder that a screen could spare.
-    if screen_rows is not None and n_rows <= stream.BLOCK_N:
-        screen = Screen(screen_rows, screen_latents, screen_mean)
-    elif screen_rows is not None:
-        stream = launch_parameters(steer_variant(k, None), n_rows, *shape)
+    # Products in fp32, and those of more rows, take longer than the read of the encoder that a screen could spare.
+    if screen_rows is not None:
+        if shape[2] < FULL and n_rows <= min(stream.BLOCK_N, SCREENED_ROWS):
+            screen = Screen(screen_rows, screen_latents, screen_mean)
+        else:
+            stream = launch_parameters(steer_variant(k, None), n_rows, *shape)
     arguments: dict[str, Any] = {
         "p_h": h.contiguous(),
         "p_out": out,
@@ -171,7 +189,7 @@ def steer(
         "record": Record(before, after, maximum) if record else None,
         "lookup": None,
         "scratch": Scratch.of(
-            h, n_slots, n_large, ranked=k > 0, normalised=normalize != "none", screened=screen is not None
+            h, d_sae, n_slots, n_large, ranked=k > 0, normalised=normalize != "none", screened=screen is not None
         ),
         "p_barrier": barrier_word(h.device),
         "alpha": alpha,
@@ -202,6 +220,7 @@ def steer(
         (PREPARE, max(n_rows, n_prompts) if lookup or normalize != "none" else 0, few),
         (SELECT, n_large_items + n_rows * (1 + triton.cdiv(n_slots, BLOCK_S)), few),
         (STREAM, programs, stream),
+        (EVALUATE, programs if screen else 0, stream),
         (TAIL, n_rows * triton.cdiv(d_in, BLOCK_D), few),
     ):
         if n_items:

@@ -5,15 +5,16 @@ import triton.language as tl
 
 from dspa_kernels.ops.map_lookup.triton_impl import lookup_prompt
 from dspa_kernels.ops.shared.triton_grid import grid_arrive, grid_wait
-from dspa_kernels.ops.steer.triton_select import BLOCK_S, plan_rows, prepare_row, select_latents
+from dspa_kernels.ops.steer.triton_screen import evaluate_candidates, screen_tile
+from dspa_kernels.ops.steer.triton_select import BLOCK_G, BLOCK_S, plan_rows, prepare_row, select_latents
 from dspa_kernels.ops.steer.triton_stream import stream_tile, waiting_rows
 from dspa_kernels.ops.steer.triton_tail import BLOCK_D, edit_row, prefetch_row
 
 # A launch runs one phase, or all of them with grid barriers between.
-PREPARE, SELECT, STREAM, TAIL, ALL = range(5)
+PREPARE, SELECT, STREAM, EVALUATE, TAIL, ALL = range(6)
 _PREPARE, _SELECT, _STREAM = tl.constexpr(PREPARE), tl.constexpr(SELECT), tl.constexpr(STREAM)
-_TAIL, _ALL = tl.constexpr(TAIL), tl.constexpr(ALL)
-_BLOCK_S, _BLOCK_D = tl.constexpr(BLOCK_S), tl.constexpr(BLOCK_D)
+_EVALUATE, _TAIL, _ALL = tl.constexpr(EVALUATE), tl.constexpr(TAIL), tl.constexpr(ALL)
+_BLOCK_S, _BLOCK_G, _BLOCK_D = tl.constexpr(BLOCK_S), tl.constexpr(BLOCK_G), tl.constexpr(BLOCK_D)
 
 SIZES = ("k", "d_sae", "d_sae_in", "n_rows", "n_prompts", "n_columns", "n_slots", "n_large", "k_prompt", "k_diff")
 # Callers slice these, and another alignment would be another kernel, compiled in the middle of decoding.
@@ -145,38 +146,85 @@ def steer_kernel(
         grid_wait(p_barrier, grid_arrive(p_barrier, n_programs))
 
     n_waiting = 0
-    if PHASE == _ALL or PHASE == _STREAM:
+    if PHASE == _ALL or PHASE == _STREAM or PHASE == _EVALUATE:
         n_read = 0
         b_state, m_waiting, summary = waiting_rows(scratch, 0, alpha, n_rows, n_slots, n_large, SETTLE, BLOCK_N)
         n_waiting = n_rows if MANY_ROWS else tl.sum(m_waiting.to(tl.int32), axis=0)
-        if n_waiting > 0:
-            # Latents are the outer loop, so that each encoder row comes from memory once for all rows.
-            for i_tile in range(i_program, tl.cdiv(d_sae, BLOCK_L), n_programs):
-                for i_first in range(0, n_rows, BLOCK_N):
-                    if MANY_ROWS:
-                        b_state, m_waiting, summary = waiting_rows(
-                            scratch, i_first, alpha, n_rows, n_slots, n_large, SETTLE, BLOCK_N
-                        )
-                    n_read += stream_tile(
+        if n_waiting > 0 and PHASE != _EVALUATE:
+            # Latents are the outer loop, so that each encoder row comes from memory once for all rows. Addresses that
+            # tiles share are computed for each, because keeping them takes registers that a tile needs.
+            for i_tile in tl.range(i_program, tl.cdiv(d_sae, BLOCK_L), n_programs, disable_licm=True):
+                if screen is not None:
+                    screen_tile(
                         p_x,
                         encoder,
                         screen,
-                        columns,
-                        p_slots,
                         scratch,
                         i_tile * BLOCK_L,
-                        i_first,
-                        b_state,
                         m_waiting,
                         summary,
                         alpha,
                         d_in,
                         d_sae,
-                        n_slots,
+                        n_rows,
                         SETTLE,
                         PRECISION,
                         BLOCK_N,
                         BLOCK_L,
+                    )
+                else:
+                    for i_first in range(0, n_rows, BLOCK_N):
+                        if MANY_ROWS:
+                            b_state, m_waiting, summary = waiting_rows(
+                                scratch, i_first, alpha, n_rows, n_slots, n_large, SETTLE, BLOCK_N
+                            )
+                        n_read += stream_tile(
+                            p_x,
+                            encoder,
+                            columns,
+                            p_slots,
+                            scratch,
+                            i_tile * BLOCK_L,
+                            i_first,
+                            b_state,
+                            m_waiting,
+                            summary,
+                            alpha,
+                            d_in,
+                            d_sae,
+                            n_slots,
+                            SETTLE,
+                            PRECISION,
+                            BLOCK_N,
+                            BLOCK_L,
+                            BLOCK_K,
+                        )
+        if screen is not None and PHASE != _STREAM:
+            if n_waiting > 0:
+                if PHASE == _ALL:
+                    grid_wait(p_barrier, grid_arrive(p_barrier, n_programs))
+                n_candidates = tl.load(scratch.n_candidates, cache_modifier=".cg")
+                # As even a share for each program as tiles allow.
+                n_latents = tl.minimum(tl.cdiv(n_candidates, n_programs), _BLOCK_G)
+                for i in range(i_program, tl.cdiv(n_candidates, tl.maximum(n_latents, 1)), n_programs):
+                    n_read += evaluate_candidates(
+                        p_x,
+                        encoder,
+                        columns,
+                        p_slots,
+                        scratch,
+                        i * n_latents,
+                        tl.minimum(n_latents, n_candidates - i * n_latents),
+                        b_state,
+                        m_waiting,
+                        summary,
+                        alpha,
+                        d_in,
+                        n_rows,
+                        n_slots,
+                        SETTLE,
+                        PRECISION,
+                        BLOCK_N,
                         BLOCK_K,
                     )
         if p_paths is not None:

@@ -43,11 +43,15 @@ def plan_rows(p_rows, p_positions, p_start, o_row, m_row):
 
 @triton.jit
 def prepare_row(p_h, screen, scratch, i_row, b_plan, d_in, n_slots, NORMALIZE: tl.constexpr):
-    """state = the plan row, or why there is none; running_max = 0 and rank = 0.
+    """state = the plan row, or why there is none; running_max, screen_bound, n_candidates and rank are 0.
 
     Where needed also x = n(h), its scale, and norms = ||x - mean||, ||x||.
     """
     tl.store(scratch.running_max + i_row, 0)
+    if screen is not None:
+        tl.store(scratch.screen_bound + i_row, 0)
+        if i_row == 0:
+            tl.store(scratch.n_candidates, 0)
     tl.store(scratch.state + i_row, _UNSTEERED)
     if b_plan >= 0:
         p_row = p_h + i_row * d_in

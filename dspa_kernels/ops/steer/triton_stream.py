@@ -7,9 +7,6 @@ from dspa_kernels.launch import STEER_WARPS
 from dspa_kernels.ops.shared.triton_tiles import product_tile
 from dspa_kernels.ops.steer.triton_select import summarise
 
-# Relative rounding error per term, truncation included, of two sums of products together. Split rows have three
-# products per term.
-ROUNDING, SPLIT_ROUNDING = tl.constexpr(2.0**-22), tl.constexpr(2.0**-20)
 THREADS = tl.constexpr(32 * STEER_WARPS)
 
 
@@ -42,7 +39,6 @@ def running_maxima(p_running_max, i_row, m_row, BLOCK_N: tl.constexpr):
 def stream_tile(
     p_x,
     encoder,
-    screen,
     columns,
     p_slots,
     scratch,
@@ -63,66 +59,41 @@ def stream_tile(
 ):
     """running_max_n = max(running_max_n, f_nj) over the latents j of a tile, for the rows n that are not settled.
 
-    Returns the number of encoder rows that were read in full. With a screen, an upper bound on each pre-activation
-    decides which latents could raise a maximum or, for top-k, be ahead of a selected latent. Only their rows are read,
-    through the same products.
+    Returns the number of encoder rows that were read.
     """
-    TOP_K: tl.constexpr = scratch.rank is not None
     o_latent, o_row = i_latent + tl.arange(0, BLOCK_L), i_row + tl.arange(0, BLOCK_N)
     b_running_max = running_maxima(scratch.running_max, i_row, m_waiting, BLOCK_N)
-    b_lower_bound = tl.maximum(summary.lower_bound, b_running_max)
-    m_unsettled = m_waiting
-    if SETTLE:
-        m_unsettled = m_waiting & (summary.required_shift > alpha * b_lower_bound)
-    b_any_unsettled = tl.max(m_unsettled.to(tl.int32), axis=0)
-    m_latent = o_latent < d_sae * b_any_unsettled
-    b_threshold = tl.load(encoder.threshold + o_latent, mask=m_latent, other=0.0)
-    if screen is not None:
-        if b_any_unsettled > 0:
-            b_z = product_tile(
-                screen.rows, p_x, i_latent, m_latent, i_row, m_unsettled, d_in, BLOCK_L, BLOCK_N, BLOCK_K, PRECISION
-            )
-            b_scale = tl.load(screen.latents + o_latent, mask=m_latent, other=0.0)
-            b_offset = tl.load(screen.latents + d_sae + o_latent, mask=m_latent, other=0.0)
-            b_error = tl.load(screen.latents + 2 * d_sae + o_latent, mask=m_latent, other=0.0)
-            b_weight_norms = tl.load(screen.latents + 3 * d_sae + o_latent, mask=m_latent, other=0.0)
-            b_centered_norm = tl.load(scratch.norms + 2 * o_row, mask=m_unsettled, other=0.0)
-            b_rounding_loss = (d_in + 32) * (SPLIT_ROUNDING if PRECISION == 1 else ROUNDING)
-            b_norm_loss = tl.load(scratch.norms + 2 * o_row + 1, mask=m_unsettled, other=0.0) * b_rounding_loss
-            b_upper = b_z * b_scale[:, None] + b_offset[:, None]
-            b_upper += b_error[:, None] * b_centered_norm[None, :] + b_weight_norms[:, None] * b_norm_loss[None, :]
-            if TOP_K:
-                m_excluded = b_upper < summary.min_active[None, :]
-            else:
-                m_excluded = b_upper <= tl.maximum(b_lower_bound[None, :], b_threshold[:, None])
-            # Comparisons with NaN are false, so that a NaN is a candidate.
-            m_candidate = m_unsettled[None, :] & ~m_excluded
-            m_latent = m_latent & (tl.max(m_candidate.to(tl.int32), axis=1) > 0)
-    b_n_read = tl.sum(m_latent.to(tl.int32), axis=0)
-    if b_n_read > 0:
+    m_unsettled = unsettled_rows(m_waiting, summary, b_running_max, alpha, SETTLE)
+    m_latent = o_latent < d_sae * tl.max(m_unsettled.to(tl.int32), axis=0)
+    n_read = tl.sum(m_latent.to(tl.int32), axis=0)
+    if n_read > 0:
         b_pre = product_tile(
             encoder.rows, p_x, i_latent, m_latent, i_row, m_unsettled, d_in, BLOCK_L, BLOCK_N, BLOCK_K, PRECISION
         )
-        b_pre += tl.load(encoder.b_enc + o_latent, mask=m_latent, other=0.0)[:, None]
-        m_active = m_latent[:, None] & (b_pre > 0)
-        if not TOP_K:
-            m_active = m_active & (b_pre > b_threshold[:, None])
-        raise_maxima(scratch.running_max, o_row, m_unsettled, tl.max(tl.where(m_active, b_pre, 0.0), axis=0))
-        if TOP_K:
-            count_ahead(
-                b_pre,
-                encoder.order,
-                columns,
-                p_slots,
-                scratch,
-                o_latent,
-                m_latent,
-                o_row,
-                m_unsettled,
-                b_state,
-                n_slots,
-            )
-    return b_n_read
+        update_rows(b_pre, encoder, columns, p_slots, scratch, o_latent, m_latent, o_row, m_unsettled, b_state, n_slots)
+    return n_read
+
+
+@triton.jit
+def unsettled_rows(m_waiting, summary, b_bound, alpha, SETTLE: tl.constexpr):
+    """Return the waiting rows that a bound on their maxima does not settle."""
+    m_unsettled = m_waiting
+    if SETTLE:
+        m_unsettled = m_waiting & (summary.required_shift > alpha * tl.maximum(summary.lower_bound, b_bound))
+    return m_unsettled
+
+
+@triton.jit
+def update_rows(b_product, encoder, columns, p_slots, scratch, o_latent, m_latent, o_row, m_row, b_state, n_slots):
+    """running_max_n = max(running_max_n, f_nj) over the latents j of a tile, and their part in the ranks of top-k."""
+    TOP_K: tl.constexpr = scratch.rank is not None
+    b_pre = b_product + tl.load(encoder.b_enc + o_latent, mask=m_latent, other=0.0)[:, None]
+    m_active = m_latent[:, None] & (b_pre > 0)
+    if not TOP_K:
+        m_active = m_active & (b_pre > tl.load(encoder.threshold + o_latent, mask=m_latent, other=0.0)[:, None])
+    raise_maxima(scratch.running_max, o_row, m_row, tl.max(tl.where(m_active, b_pre, 0.0), axis=0))
+    if TOP_K:
+        count_ahead(b_pre, encoder.order, columns, p_slots, scratch, o_latent, m_latent, o_row, m_row, b_state, n_slots)
 
 
 @triton.jit

@@ -68,7 +68,12 @@ def edit_row(
     )
     b_state, b_lower_bound = tl.max(b_states, axis=0), tl.max(summary.lower_bound, axis=0)
     b_required_shift = tl.max(summary.required_shift, axis=0)
-    b_maximum = tl.where(b_state >= 0, tl.maximum(b_running_max, b_lower_bound), 0.0)
+    b_maximum = tl.maximum(b_running_max, b_lower_bound)
+    if scratch.screen_bound is not None:
+        # It is never above a maximum that is known, and settles rows whose maximum is not.
+        b_screen_bound = tl.load(scratch.screen_bound + i_row, cache_modifier=".cg")
+        b_maximum = tl.maximum(b_maximum, b_screen_bound.to(tl.float32, bitcast=True))
+    b_maximum = tl.where(b_state >= 0, b_maximum, 0.0)
     b_shift = alpha * b_maximum
 
     b_delta = tl.zeros([_BLOCK_D], dtype=tl.float32)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from dspa.steering.trace import Trace
 
 BACKENDS = ("auto", "reference", "triton", "cuda")
-SCREENS = ("none", "int8")
+SCREENS = ("none", "int5")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class BackendOptions:
     screen: str = field(
         default="none",
         metadata={
-            "help": "Read an int8 copy of the output SAE's encoder first, if int8; this changes no answer.",
+            "help": "Read an int5 copy of the output SAE's encoder first, if int5; this changes no answer.",
             "choices": SCREENS,
         },
     )

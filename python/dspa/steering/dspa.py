@@ -75,8 +75,8 @@ class Steering(Attachable, nn.Module):
             sequences in bf16 or fp16 like the SAEs, which do not normalise. "auto" then does the rest.
         record: keep a record of every edit in `trace`. It holds each edited token's largest latent, and so costs a
             read of the whole encoder for every token with an active selected latent.
-        screen: "none", or "int8": read an int8 copy of the output SAE's encoder first, and the encoder itself only
-            if the copy does not decide. The result is the same. Adds one byte for each number of the encoder.
+        screen: "none", or "int5": read an int5 copy of the output SAE's encoder first, and the encoder itself only
+            where the copy does not decide. The result is the same. Adds five bits for each number of the encoder.
 
     Raises:
         BackendError: a backend that cannot run here.

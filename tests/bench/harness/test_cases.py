@@ -82,7 +82,7 @@ def test_launch_parameters_are_used_and_then_forgotten() -> None:
 
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_a_kind_of_launch_is_chosen_and_then_forgotten(name: str) -> None:
-    entries = [("steer", 1, 2304, 16384, 0, CPU), ("steer+topk+int8", 500, 64, 512, 2, CPU)]
+    entries = [("steer", 1, 2304, 16384, 0, CPU), ("steer+int5+topk", 500, 64, 512, 2, CPU)]
     before = [launch.cuda_entry(*entry) for entry in entries]
     with running(name) as backend:
         chosen = [launch.cuda_entry(*entry) for entry in entries]

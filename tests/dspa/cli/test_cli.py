@@ -196,7 +196,7 @@ def test_generate(run, folder, built, tmp_path):
     arguments = ["generate", *common(folder), "--map", built, "--max-new-tokens", 3]
     code, text = run(*arguments, "--prompt", "the cat is")
     assert code == 0 and text
-    code, screened = run(*arguments, "--prompt", "the cat is", "--screen", "int8")
+    code, screened = run(*arguments, "--prompt", "the cat is", "--screen", "int5")
     assert code == 0 and screened.split("Loading")[0] == text.split("Loading")[0] != ""
     code, _ = run(
         *arguments, "--file", folder / "prompts.txt", "--out", tmp_path / "o.jsonl", "--trace", tmp_path / "t.jsonl"

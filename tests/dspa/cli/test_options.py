@@ -252,7 +252,7 @@ INVALID = {
         ("--positions", "prompt", "--positions is 'prompt'; accepted: response, generated, all."),
         ("--scoring", "best", "--scoring is 'best'; accepted: raw, demixed, whitened, confident."),
         ("--backend", "jax", "--backend is 'jax'; accepted: auto, reference, triton, cuda."),
-        ("--screen", "fp8", "--screen is 'fp8'; accepted: none, int8."),
+        ("--screen", "fp8", "--screen is 'fp8'; accepted: none, int5."),
         ("--dtype", "int8", "--dtype is 'int8'; accepted: auto, bfloat16, float16, float32."),
         ("--seed", str(2**70), "; accepted: a whole number of 64 bits."),
         ("--temperature", "-1", "Invalid value for '--temperature'"),

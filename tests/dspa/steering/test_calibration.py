@@ -37,7 +37,7 @@ def test_the_same_tokens(model, sae_in, sae_out, cdmap, calibrated, config):
     loop = Plain(model, decoder_layers(model), sae_in, sae_out, cdmap, config)
     wanted = [loop.generate(prompt, N_NEW) for prompt in PROMPTS]
     for used in (cdmap, calibrated):
-        for screen in ("none", "int8"):
+        for screen in ("none", "int5"):
             with dspa.Steering(sae_in, sae_out, used, config, screen=screen, backend="reference").attach(model):
                 assert new_tokens(model.generate(**padded(PROMPTS), **SETTINGS)) == wanted, (used is cdmap, screen)
 
@@ -56,7 +56,7 @@ def test_other_saes(model, sae_in, arch):
     config = dspa.SteeringConfig(alpha=0.6, mode="both")
     settings = {**SETTINGS, "output_logits": True, "return_dict_in_generate": True}
     outputs = []
-    for cdmap, screen in ((plain, "none"), (used, "none"), (used, "int8")):
+    for cdmap, screen in ((plain, "none"), (used, "none"), (used, "int5")):
         with dspa.Steering(sae_in, sae_out, cdmap, config, screen=screen).attach(model) as steering:
             outputs.append(model.generate(**padded(PROMPTS), **settings))
         assert steering.paths["streamed"] > 0
@@ -75,18 +75,18 @@ def test_the_stream_is_the_maps(sae_in, sae_out, cdmap, calibrated):
         and plain.n_large == 0
         and plain.encoder_rows.data_ptr() == sae_out.weights.encoder_rows.data_ptr()
     )
-    stream = dspa.Steering(sae_in, sae_out, calibrated, screen="int8")._stream
+    stream = dspa.Steering(sae_in, sae_out, calibrated, screen="int5")._stream
     assert torch.equal(stream.order[:90], calibrated.hot) and stream.n_large == 64
     assert torch.equal(stream.screen_mean, calibrated.mean)
     assert static_map(calibrated).hot is calibrated.hot and static_map(calibrated).mean is calibrated.mean
 
 
 def test_memory_is_reported(sae_in, sae_out, calibrated):
-    steering = dspa.Steering(sae_in, sae_out, calibrated, screen="int8")
+    steering = dspa.Steering(sae_in, sae_out, calibrated, screen="int5")
     added = steering._stream.added_bytes(sae_out.weights)
-    # The encoder in fp32 again, and one byte per number.
-    assert added > 5 * D_SAE_OUT * D_IN
-    assert f"90 hot latents, screen='int8', {added / 1e6:.1f} MB" in repr(steering)
+    # The encoder in fp32 again, and per row a block of 256 numbers of five bits.
+    assert D_IN <= 256 and added > D_SAE_OUT * (4 * D_IN + 160)
+    assert f"90 hot latents, screen='int5', {added / 1e6:.1f} MB" in repr(steering)
 
 
 def test_placement(gemma, sae_in, sae_out, calibrated, monkeypatch):
@@ -229,7 +229,7 @@ def test_a_compiled_step_is_compiled_once_and_finds_its_tensors_in_place(gemma, 
     config.compile_config.backend = backend
     torch.compiler.reset()
     settings = dspa.SteeringConfig(alpha=0.6, mode="both")
-    with dspa.Steering(sae_in, sae_out, calibrated, settings, screen="int8").attach(gemma) as steering:
+    with dspa.Steering(sae_in, sae_out, calibrated, settings, screen="int5").attach(gemma) as steering:
         wanted = gemma.generate(**padded(PROMPTS), **SETTINGS)
         before = steering.paths
         first = gemma.generate(**padded(PROMPTS), generation_config=config)

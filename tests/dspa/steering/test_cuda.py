@@ -26,7 +26,7 @@ def runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dspa.steering.dspa._check_backend", lambda backend: None)
 
 
-@pytest.mark.parametrize("screen", ["none", "int8"])
+@pytest.mark.parametrize("screen", ["none", "int5"])
 @pytest.mark.parametrize("family", ["gemma2", "qwen3"])
 def test_the_tokens_of_the_reference(family, screen, sae_in, sae_out, calibrated):
     model = make_model(family, dtype=torch.bfloat16)

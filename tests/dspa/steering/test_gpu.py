@@ -18,7 +18,7 @@ pytestmark = [
 PROMPT = torch.tensor([[1, 5, 9, 33, 20, 7]])
 
 
-@pytest.mark.parametrize("screen", ["none", "int8"])
+@pytest.mark.parametrize("screen", ["none", "int5"])
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("family", ["gemma2", "qwen3"])
 @pytest.mark.parametrize("backend", ["triton", "cuda"])

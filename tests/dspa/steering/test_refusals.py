@@ -244,7 +244,7 @@ def test_wrong_kinds_of_arguments(sae_in, sae_out, cdmap):
         if not status.available:
             with pytest.raises(BackendError, match=f"backend='{name}' cannot run here: {status.reason}"):
                 dspa.Steering(sae_in, sae_out, cdmap, backend=name)
-    with pytest.raises(ValueError, match="`screen` is 'int4'; accepted: none, int8"):
+    with pytest.raises(ValueError, match="`screen` is 'int4'; accepted: none, int5"):
         dspa.Steering(sae_in, sae_out, cdmap, screen="int4")
 
 
