@@ -215,7 +215,7 @@ def test_map_errors(change: dict[str, Any], parts: tuple[str, ...]) -> None:
 
 
 def test_the_mean_of_a_screen_may_have_any_layout() -> None:
-    stream = EncoderStream.of(SAE, screen="int8", mean=torch.arange(2.0 * D_IN)[::2])
+    stream = EncoderStream.of(SAE, screen="int5", mean=torch.arange(2.0 * D_IN)[::2])
     assert stream.screen_mean is not None and stream.screen_mean.is_contiguous()
     assert stream.screen_mean.tolist() == [0, 2, 4, 6, 8]
 

@@ -168,7 +168,7 @@ def steer(
 
     shape = (d_in, d_sae, precision(h, encoder_rows, normalize), h.device)
     stream, screen = launch_parameters(steer_variant(k, screen_rows), n_rows, *shape), None
-    # By their instruction counts, products in fp32 and of more rows take longer than the read that a screen could spare.
+    # By instruction counts, products in fp32 and of more rows take longer than the read that a screen could spare.
     if screen_rows is not None:
         if shape[2] < FULL and n_rows <= min(stream.BLOCK_N, SCREENED_ROWS):
             screen = Screen(screen_rows, screen_latents, screen_mean)
