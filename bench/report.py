@@ -234,7 +234,7 @@ def described(line: Result) -> str:
 
 
 def missing(lines: Iterable[Result]) -> list[str]:
-    """What was wrong, failed, hung or was not reached, one text each."""
+    """List what was wrong, failed, hung or was not reached."""
     texts = []
     for line in lines:
         kind = next((kind for kind in ("wrong", "failed") if kind in line), "")
@@ -250,7 +250,7 @@ def missing(lines: Iterable[Result]) -> list[str]:
 
 
 def outcomes(lines: list[Result]) -> str:
-    """What ran, failed, hung and was not reached, and how long each stage took; one line per stage."""
+    """Write a line per stage: what ran, failed, hung and was not reached, and the seconds that it took."""
     texts = []
     stages: dict[str, list[Result]] = {}
     for line in lines:

@@ -101,7 +101,7 @@ def as_text(entries: Iterable[CudaEntry]) -> str:
 
 
 def better_launches(lines: Iterable[dict[str, Any]]) -> list[str]:
-    """What to change in the launch table: per number of rows, the best candidate if it is faster by more than noise."""
+    """List changes of the launch table: per number of rows, the best candidate if it is faster by more than noise."""
     by_rows: dict[int, list[tuple[float, dict[str, Any]]]] = {}
     for line in lines:
         if "launch" in line and report.is_timed(line):

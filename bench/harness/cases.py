@@ -46,7 +46,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Steps:
-    """What a case calls, once its inputs are made.
+    """The calls of a case, once its inputs are made.
 
     Attributes:
         calls: one call per step; none if there is only something to check.

@@ -30,7 +30,7 @@ ROUNDING = 2.0**-22
 
 @dataclass(frozen=True)
 class Counted:
-    """What steps read.
+    """Bytes that steps read.
 
     Attributes:
         d_in: width of the residual stream.

@@ -173,7 +173,7 @@ def test_a_sequence_that_does_not_exist_is_written_nowhere(kind: str) -> None:
 
 @pytest.mark.parametrize("normalize", ["none", "layer_norm"])
 def test_latents_are_not_stored(monkeypatch: pytest.MonkeyPatch, normalize: str) -> None:
-    """What the launcher allocates; the kernels do not run, since the interpreter copies their arguments."""
+    """Count what the launcher allocates; the kernels do not run, since the interpreter copies their arguments."""
     encode = pytest.importorskip("dspa_kernels.ops.shared.triton_encode", reason="Triton is not installed")
     for name in ("encode_kernel", "normalise_kernel", "n_programs"):
         monkeypatch.setattr(encode, name, mock.MagicMock())

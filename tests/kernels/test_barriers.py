@@ -76,7 +76,7 @@ def test_captures_allocate_nothing_and_have_words_of_their_own(driver: Driver) -
 
 
 def test_launches_that_run_in_order_share_a_word(driver: Driver) -> None:
-    """Of one stream, or of one stream in a capture: other streams, captures and devices have their own."""
+    """Those of one stream, or of one stream in a capture, do; other streams, captures and devices have their own."""
     places = [(0, None), (1, None), (1, 7), (2, 7), (1, 8)]
     first = [driver.word(*place).data_ptr() for place in places]
     again = [driver.word(*place).data_ptr() for place in reversed(places)]

@@ -75,7 +75,7 @@ class Lookup(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """What one phase hands to the next, written before it is read.
+    """Memory in which one phase hands on to the next, written before it is read.
 
     Attributes:
         state: [N] int32, the plan row of each row, or why it has none.

@@ -49,7 +49,7 @@ sys.exit(stages.main())
 
 
 def test_planted_faults_cost_only_themselves(tmp_path: Path) -> None:
-    """What hangs at one row is left out at four, what crashes or fails at one row is not."""
+    """A case that hangs at one row is left out at four; one that crashes or fails is not."""
     call = Call("A", tmp_path, 300, commit="abc", rehearse=True)
     program = plan.command(plan.STREAM, "", "A", call.results, "abc", True)
     assert program[:3] == [sys.executable, "-m", "bench.device.stages"]

@@ -1,4 +1,4 @@
-"""What is recorded of a machine."""
+"""The record of a machine."""
 
 from __future__ import annotations
 
