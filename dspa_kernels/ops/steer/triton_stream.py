@@ -15,9 +15,7 @@ def waiting_rows(scratch, i_row, alpha, n_rows, n_slots, n_large, SETTLE: tl.con
     """Return the state, m_waiting (rows that need the encoder) and the summary of BLOCK_N rows."""
     o_row = i_row + tl.arange(0, BLOCK_N)
     b_state, summary = summarise(scratch, o_row, o_row < n_rows, n_rows, n_slots, n_large, BLOCK_N)
-    m_waiting = summary.required_shift > 0
-    if SETTLE:
-        m_waiting = m_waiting & (summary.required_shift > alpha * summary.lower_bound)
+    m_waiting = unsettled_rows(summary.required_shift > 0, summary, summary.lower_bound, alpha, SETTLE)
     return b_state, m_waiting, summary
 
 
@@ -76,7 +74,7 @@ def stream_tile(
 
 @triton.jit
 def unsettled_rows(m_waiting, summary, b_bound, alpha, SETTLE: tl.constexpr):
-    """Return the waiting rows that a bound on their maxima does not settle."""
+    """Return the waiting rows that neither their own bound on the maximum nor another one settles."""
     m_unsettled = m_waiting
     if SETTLE:
         m_unsettled = m_waiting & (summary.required_shift > alpha * tl.maximum(summary.lower_bound, b_bound))
