@@ -6,9 +6,12 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from dspa.data.lines import read_lines
 from dspa.data.records import ACCEPTED as RECORDS
 from dspa.data.records import is_plain_text, read_records
+from dspa.data.tokens import tokenize_triple
 from dspa.data.triples import Triple, load_triples
 from dspa.errors import TextError, refusal
 
@@ -53,6 +56,20 @@ class TextFile:
         if self.kind == "records":
             return (_text_of(name, record) for name, record in read_records(self.path, TextError))
         return (line.strip() for _, line in read_lines(self.path, TextError))
+
+
+def tokenize_entry(entry: str | Triple, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
+    """Return the token ids of each document of an entry as the model reads them, cut to `max_length` at its end.
+
+    Raises:
+        PreferenceError: a triple that cannot be tokenized.
+    """
+    if isinstance(entry, Triple):
+        ids = tokenize_triple(entry, tokenizer)
+        documents = [ids.prompt + ids.chosen, ids.prompt + ids.rejected]
+    else:
+        documents = [list(tokenizer(entry)["input_ids"])]
+    return [document[:max_length] for document in documents]
 
 
 def _kind_of(path: Path) -> str:

@@ -7,18 +7,17 @@ on from any place by reading only the block of that place again.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dspa.data.texts import TextFile
-from dspa.data.tokens import tokenize_triple
-from dspa.data.triples import Triple
+from dspa.data.texts import TextFile, tokenize_entry
 from dspa.errors import TextError
 from dspa.models.layers import base_model, check_finite, device_of
 from dspa.models.reading import read_layers
@@ -143,7 +142,7 @@ class Activations:
         """
         rows, shown = [], {"unit": "token", "unit_scale": True, "leave": False, "disable": not self.progress}
         with tqdm(total=sum(map(len, documents)), desc=purpose, **shown) as bar:
-            for batch in _batches(documents, self.batch_tokens):
+            for batch in batches_by_length(documents, self.batch_tokens):
                 rows.append(self._read(batch))
                 bar.update(sum(map(len, batch)))
         return torch.cat(rows)
@@ -168,7 +167,7 @@ class Activations:
         """
         while True:
             for number, content in enumerate(islice(self.texts.entries(), entry, None), start=entry + 1):
-                yield number, self._tokenized(content)
+                yield number, tokenize_entry(content, self.tokenizer, self.max_length)
             entry = first
 
     def _block(self, entries: Iterator[tuple[int, list[list[int]]]], n_tokens: int) -> tuple[list[list[int]], int]:
@@ -181,22 +180,17 @@ class Activations:
             n_rows += sum(token not in self.left_out for ids in documents for token in ids)
         return block, end
 
-    def _tokenized(self, entry: str | Triple) -> list[list[int]]:
-        if isinstance(entry, Triple):
-            ids = tokenize_triple(entry, self.tokenizer)
-            documents = [ids.prompt + ids.chosen, ids.prompt + ids.rejected]
-        else:
-            documents = [list(self.tokenizer(entry)["input_ids"])]
-        return [document[: self.max_length] for document in documents]
+
+T = TypeVar("T", bound=Sized)
 
 
-def _batches(documents: Sequence[list[int]], batch_tokens: int) -> Iterator[list[list[int]]]:
+def batches_by_length(documents: Iterable[T], batch_tokens: int) -> Iterator[list[T]]:
     """Yield batches of documents of similar length, as many as fit `batch_tokens`, and at least one."""
-    batch: list[list[int]] = []
-    for ids in sorted(filter(None, documents), key=len):
-        if batch and (len(batch) + 1) * len(ids) > batch_tokens:
+    batch: list[T] = []
+    for document in sorted(filter(len, documents), key=len):
+        if batch and (len(batch) + 1) * len(document) > batch_tokens:
             yield batch
             batch = []
-        batch.append(ids)
+        batch.append(document)
     if batch:
         yield batch
