@@ -67,7 +67,8 @@ class Steering(Attachable, nn.Module):
     `attach()`, so call `torch.compiler.reset()` now and then in a long sweep.
 
     Args:
-        sae_in, sae_out: the SAEs that the map was made with.
+        sae_in: the SAE that gates, with which the map was made.
+        sae_out: the SAE whose latents are edited, with which the map was made.
         cdmap: the conditional-difference map. If it has a calibration, a second copy of the output SAE's encoder is
             kept, its rows in the order of the hot latents.
         config: settings of steering.
