@@ -1,4 +1,4 @@
-# make demo, make test, make bench, make lint: each sets up what it needs in .venv, once.
+# make demo, make test, make bench, make lint, make docs: each sets up what it needs, once, in .venv (docs: in build/).
 PYTHON ?= python3
 # 2.13 is what the project is tested with; any torch from 2.9 on that is in .venv already is kept.
 TORCH ?= torch==2.13.0
@@ -10,7 +10,7 @@ PIP := $(BIN)/pip install $(if $(MAKE_TERMOUT),,--quiet)
 PACKAGE := pyproject.toml setup.py
 CSRC := $(wildcard csrc/build.py csrc/*.cu csrc/*.cuh csrc/*.h csrc/device/*)
 
-.PHONY: demo test test-triton36 bench lint clean
+.PHONY: demo test test-triton36 bench lint docs clean
 # Two pips would write to one .venv.
 .NOTPARALLEL:
 
@@ -36,6 +36,18 @@ lint: .venv/tested
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Into build/site, without torch: the reference is read from the sources. A broken link or anchor is an error.
+docs: build/docs-venv/installed
+	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build --strict
+
+# Dependency groups need a newer pip than Python may bring.
+build/docs-venv/installed: pyproject.toml
+	@echo "== Installing mkdocs into build/docs-venv: 0.2 GB on disk"
+	$(PYTHON) -m venv build/docs-venv
+	build/docs-venv/bin/pip install $(if $(MAKE_TERMOUT),,--quiet) --upgrade "pip>=25.1"
+	build/docs-venv/bin/pip install $(if $(MAKE_TERMOUT),,--quiet) --group docs
+	@touch $@
 
 # torch first: another package that needs it would choose the version.
 .venv/torch:
