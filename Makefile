@@ -10,7 +10,7 @@ PIP := $(BIN)/pip install $(if $(MAKE_TERMOUT),,--quiet)
 PACKAGE := pyproject.toml setup.py
 CSRC := $(wildcard csrc/build.py csrc/*.cu csrc/*.cuh csrc/*.h csrc/device/*)
 
-.PHONY: demo test test-triton36 bench lint docs clean
+.PHONY: demo test test-triton36 bench lint docs tutorials clean
 # Two pips would write to one .venv.
 .NOTPARALLEL:
 
@@ -40,6 +40,12 @@ lint: .venv/tested
 # Into build/site, without torch: the reference is read from the sources. A broken link or anchor is an error.
 docs: build/docs-venv/installed
 	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build --strict
+
+# Executed copies of docs/tutorials/*.py, which the site shows: to be made again where these change.
+tutorials: .venv/tested
+	@echo "== Installing nbclient and ipykernel"
+	$(PIP) nbclient ipykernel
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python docs/execute.py
 
 # Dependency groups need a newer pip than Python may bring.
 build/docs-venv/installed: pyproject.toml

@@ -163,7 +163,7 @@ def notebook_page(notebook: dict[str, Any]) -> str:
 def _cell_parts(cell: dict[str, Any]) -> list[str]:
     source = "".join(cell["source"])
     if cell["cell_type"] == "markdown":
-        return [source]
+        return [re.sub(r"\.ipynb(?=[)#])", ".md", source)]
     return [f"```python\n{source}\n```", *(_output(output) for output in cell["outputs"])]
 
 
@@ -171,8 +171,6 @@ def _output(output: dict[str, Any]) -> str:
     data = output.get("data", {})
     if "image/png" in data:
         return f'<img alt="plot" src="data:image/png;base64,{"".join(data["image/png"]).strip()}">'
-    if "text/html" in data:
-        return "".join(data["text/html"])
     text = "".join(output.get("text") or data["text/plain"])
     return f"```text\n{text.rstrip()}\n```"
 

@@ -1,0 +1,54 @@
+"""The tutorials run on the tiny world and show what their text says, and their executed copies are up to date."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dspa_kernels import PATHS
+
+DOCS = Path(__file__).parents[2] / "docs"
+SOURCES = sorted((DOCS / "tutorials").glob("*.py"))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that runs a tutorial on the tiny world and returns its variables."""
+    monkeypatch.setenv("DSPA_TUTORIAL_WORLD", "tiny")
+    return lambda name: runpy.run_path(str(DOCS / "tutorials" / f"{name}.py"))
+
+
+def test_kernels_agree_and_are_timed(run, capsys):
+    """The tutorial asserts that results agree."""
+    names, printed = run("microbenchmark"), capsys.readouterr().out
+    assert int(names["paths"][: len(PATHS)].sum()) == len(names["h"])
+    assert all(re.search(rf"^{re.escape(name)} +[\d.]+ us$", printed, re.MULTILINE) for name in names["cases"])
+
+
+def load_execute() -> Any:
+    spec = importlib.util.spec_from_file_location("execute", DOCS / "execute.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_the_executed_copy_is_of_this_source(path):
+    executed = json.loads(path.with_suffix(".ipynb").read_text())["cells"]
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in executed]
+    assert cells == load_execute().cells(path.read_text()), "run make tutorials"
+    outputs = [output for cell in executed for output in cell.get("outputs", ())]
+    assert outputs and {output["output_type"] for output in outputs} <= {"stream", "display_data", "execute_result"}
+
+
+def test_cells():
+    source = '# %% [markdown]\n# # Title\n#\n# text\n\n# %%\nx = 1\n\n\ny = "# %%"\n# %%\nz\n'
+    cells = [("markdown", "# Title\n\ntext"), ("code", 'x = 1\n\n\ny = "# %%"'), ("code", "z")]
+    assert load_execute().cells(source) == cells
