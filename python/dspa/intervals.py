@@ -3,8 +3,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
-from scipy.stats import binomtest
+import numpy as np
+from scipy import stats
+
+Values: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+
+RESAMPLES = 9999
+
+
+def bootstrap(
+    samples: Sequence[Values], statistic: Callable[..., Any], confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of a statistic of paired samples.
+
+    Args:
+        samples: arrays [n] whose n-th entries belong together, and are drawn together.
+        statistic: takes the samples [..., n] and `axis`, and returns its value [...].
+        confidence: level of the interval.
+        seed: of the draws.
+    """
+    result = stats.bootstrap(
+        tuple(samples),
+        statistic,
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=1000,
+        confidence_level=confidence,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -16,7 +48,7 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
         confidence: level of the interval.
     """
     low, high = (
-        binomtest(k, n).proportion_ci(confidence, method="wilson")
+        stats.binomtest(k, n).proportion_ci(confidence, method="wilson")
         for k in (math.floor(successes), math.ceil(successes))
     )
     return float(low.low), float(high.high)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -17,16 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from dspa.errors import refusal
 from dspa.evaluate.generation import check_prompts, continue_prompts, decode, end_tokens
 from dspa.evaluate.responses import Response, batches, log_probabilities
+from dspa.intervals import Values, bootstrap
 from dspa.models.attachment import Attachable
 from dspa.models.layers import CausalLM, base_model, check_eval
-
-Values: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 # Measures of a text. distinct_n: the number of different n-grams per n-gram; repetition: the share of its 4-grams that
 # stood in it before; length: in tokens; ended: 1 if it ends by itself, before the limit.
 METRICS = ("distinct_1", "distinct_2", "distinct_3", "repetition", "length", "ended", "perplexity")
 REPEATED = 4
-RESAMPLES = 9999
 
 
 @dataclass(frozen=True)
@@ -75,17 +72,7 @@ class Coherence:
             advice = "Use more prompts or longer texts."
             raise refusal(ValueError, what, f"{len(base)} of {len(both)}", "2 or more", advice)
         differences = steered - base
-        generator = np.random.default_rng(seed)
-        bootstrap = stats.bootstrap(
-            (differences,),
-            np.mean,
-            n_resamples=RESAMPLES,
-            batch=1000,
-            confidence_level=confidence,
-            method="percentile",
-            random_state=generator,
-        )
-        low, high = bootstrap.confidence_interval
+        low, high = bootstrap([differences], np.mean, confidence, seed)
         means = {"base": base.mean(), "steered": steered.mean(), "difference": differences.mean()}
         ends = {"low": low, "high": high}
         return MetricChange(metric, len(base), **{name: float(value) for name, value in (means | ends).items()})

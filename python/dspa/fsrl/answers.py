@@ -9,9 +9,10 @@ from itertools import islice
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dspa.evaluate.coherence import Values, compare_texts
+from dspa.evaluate.coherence import compare_texts
 from dspa.evaluate.responses import Response
 from dspa.fsrl.adapter import FSRLAdapter
+from dspa.intervals import Values
 from dspa.models.layers import CausalLM, context_length
 
 # A look, not a measurement: `dspa fsrl analyse coherence` takes any number of prompts and adds intervals.
