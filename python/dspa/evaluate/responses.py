@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dspa.data.tokens import response_tokens
 from dspa.data.triples import Triple, load_triples
 from dspa.errors import refusal
+from dspa.models.attachment import Attachment
 from dspa.models.layers import CausalLM, base_model, context_length, device_of
 
 
@@ -86,14 +88,28 @@ def padded(model: CausalLM, batch: Sequence[Response]) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def teacher_forced(model: CausalLM, batch: Sequence[Response]) -> Iterator[None]:
+    """Let all that is attached to the model act on a pass over `padded(model, batch)`, within a `with` block."""
+    starts = [len(response.prompt) for response in batch]
+    with ExitStack() as acting:
+        for attachable in Attachment.of(model).attached:
+            acting.enter_context(attachable.responses(starts))
+        yield
+
+
 @torch.no_grad()
 def log_probabilities(model: CausalLM, batch: Sequence[Response]) -> Tensor:
-    """Return the mean log-probability per token of each response after its prompt, [B] fp32 on the CPU."""
+    """Return the mean log-probability per token of each response after its prompt, [B] fp32 on the CPU.
+
+    All that is attached to the model acts on them.
+    """
     inputs = padded(model, batch)
     # A row of logits is as wide as the vocabulary: none are computed where all rows of the batch are prompt.
     first = min(len(response.prompt) for response in batch) - 1
     kept = inputs["input_ids"].shape[1] - first
-    logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits
+    with teacher_forced(model, batch):
+        logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits
     means = []
     for row, response in zip(logits, batch, strict=True):
         start = len(response.prompt) - 1 - first

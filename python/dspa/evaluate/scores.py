@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def score_triples(
     progress: bool = True,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Scores:
-    """Score triples under the model as it is now, an attached adapter included.
+    """Score triples under the model as it is now, all that is attached to it included.
 
     Args:
         model: a transformers causal language model in evaluation mode.
@@ -152,10 +152,12 @@ def score_responses(
     gamma_beta_ratio: float = 0.5,
     batch_tokens: int = 8192,
     progress: bool = True,
+    on_batch: Callable[[list[int]], None] | None = None,
 ) -> Scores:
     """Score the responses that `responses_of` made of triples, as `score_triples` does.
 
-    For triples that are scored several times.
+    For triples that are scored several times. `on_batch` is called with the indices of the responses of each batch,
+    after it.
     """
     inner = base_model(model)
     check_eval(inner)
@@ -165,6 +167,8 @@ def score_responses(
         for batch in batches(responses, batch_tokens):
             values[batch] = log_probabilities(inner, [responses[n] for n in batch])
             bar.update(len(batch))
+            if on_batch is not None:
+                on_batch(batch)
     if not bool(values.isfinite().all()):
         raise ModelError(f"Log-probabilities of responses are NaN or infinite. {NOT_FINITE}")
     return Scores(values[0::2], values[1::2], beta, gamma_beta_ratio)

@@ -12,7 +12,7 @@ import functools
 import inspect
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -96,6 +96,15 @@ class Attachable(ABC):
             yield
         finally:
             self.enabled = before
+
+    def responses(self, starts: Sequence[int] | Tensor) -> AbstractContextManager[None]:
+        """Act on plain forward passes over prompts with given responses, within a `with` block.
+
+        Args:
+            starts: column of each row's first response token [B].
+        """
+        del starts
+        return nullcontext()
 
     def check_attached(self, model: nn.Module) -> None:
         """Raise `ModelError` unless this is attached to `model`."""
