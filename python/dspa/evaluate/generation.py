@@ -108,7 +108,7 @@ def answer_prompts(
                 prompt=prompt,
                 text=decode(tokenizer, text.ids),
                 base=None if unsteered is None else decode(tokenizer, unsteered.ids),
-                edited=_edited_characters(tokenizer, text, steerings, row) if compare else (),
+                edited=edited_characters(tokenizer, text.ids, _edited_tokens(text, steerings, row)) if compare else (),
             )
             for row, (prompt, text, unsteered) in enumerate(zip(batch_of_texts, texts, base, strict=True))
         ]
@@ -223,25 +223,35 @@ def _check_steered(steerings: Sequence[Steering], start: int) -> None:
             )
 
 
-def _edited_characters(
-    tokenizer: PreTrainedTokenizerBase, response: Response, steerings: Sequence[Steering], row: int
+def edited_characters(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], edited: Collection[int]
 ) -> tuple[tuple[int, int], ...]:
-    """Return the ranges of characters whose tokens were predicted from an edited residual, neighbours joined.
+    """Return the ranges of characters of a text whose tokens were predicted from an edited residual, neighbours joined.
 
     Args:
         tokenizer: the model's tokenizer.
+        ids: token ids of the text.
+        edited: numbers of these tokens, from 0.
+    """
+    text, ranges, end, pending = decode(tokenizer, ids), list[tuple[int, int]](), 0, False
+    for n in range(len(ids)):
+        start, end = end, shared_length(text, decode(tokenizer, ids[: n + 1]))
+        pending |= n in edited
+        # The first tokens of a character that has several end in a replacement character.
+        if start < end:
+            if pending:
+                ranges.append((ranges.pop()[0] if ranges and ranges[-1][1] == start else start, end))
+            pending = False
+    return tuple(ranges)
+
+
+def _edited_tokens(response: Response, steerings: Sequence[Steering], row: int) -> set[int]:
+    """Return the numbers of a response's tokens that were predicted from an edited residual, by the traces.
+
+    Args:
         response: prompt and response.
         steerings: what steered it. Their traces hold its edits.
         row: its row in the batch.
     """
-    positions = {edit.position for steering in steerings for edit in steering.trace if edit.row == row}
-    text, ranges, end, edited = decode(tokenizer, response.ids), list[tuple[int, int]](), 0, False
-    for n in range(len(response.ids)):
-        start, end = end, shared_length(text, decode(tokenizer, response.ids[: n + 1]))
-        edited |= len(response.prompt) + n - 1 in positions
-        # The first tokens of a character that has several end in a replacement character.
-        if start < end:
-            if edited:
-                ranges.append((ranges.pop()[0] if ranges and ranges[-1][1] == start else start, end))
-            edited = False
-    return tuple(ranges)
+    first = len(response.prompt) - 1
+    return {edit.position - first for steering in steerings for edit in steering.trace if edit.row == row}

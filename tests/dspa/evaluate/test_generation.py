@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dspa.config import SteeringConfig
 from dspa.errors import ModelError
-from dspa.evaluate.generation import Answer, answer_prompts
-from dspa.evaluate.responses import Response
+from dspa.evaluate.generation import Answer, answer_prompts, edited_characters
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.steering.dspa import Steering
 from dspa.testing import (
@@ -175,12 +174,8 @@ def test_what_is_not_attached_is_refused(model, tokenizer, cdmap):
         next(answer_prompts(model, tokenizer, [steering_of(cdmap)], PROMPTS, lambda text: tokenizer(text)["input_ids"]))
 
 
-def test_a_character_of_several_tokens_is_marked_as_a_whole(monkeypatch):
+def test_a_character_of_several_tokens_is_marked_as_a_whole():
     """Bytes as tokens: an edit before the first byte of a character marks it, and nothing else."""
-    from types import SimpleNamespace
-
-    from dspa.evaluate.generation import _edited_characters
-
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -189,5 +184,4 @@ def test_a_character_of_several_tokens_is_marked_as_a_whole(monkeypatch):
     ids = tokenizer("aé€b")["input_ids"]
     assert len(ids) == 1 + 2 + 3 + 1
     for token, expected in ((0, (0, 1)), (1, (1, 2)), (2, (1, 2)), (3, (2, 3)), (5, (2, 3)), (6, (3, 4))):
-        steering: Any = SimpleNamespace(trace=[SimpleNamespace(row=0, position=2 + token - 1)])
-        assert _edited_characters(tokenizer, Response([0, 0], ids), [steering], 0) == (expected,)
+        assert edited_characters(tokenizer, ids, {token}) == (expected,)
