@@ -1,1 +1,1 @@
-"""Methods that DSPA is compared with."""
+"""Methods that DSPA is compared with, and controls: DSPA with one of its parts replaced."""

@@ -9,15 +9,4 @@ def static_map(cdmap: ConditionalDifferenceMap) -> ConditionalDifferenceMap:
     Steer with it at `k_prompt=1`. `k_diff`, `alpha` and `mode` mean what they mean for DSPA.
     """
     sums = cdmap.values.double().sum(dim=0).float()
-    return ConditionalDifferenceMap(
-        cdmap.columns,
-        sums.expand_as(cdmap.values).contiguous(),
-        n_open=cdmap.n_open,
-        variance=cdmap.variance,
-        gate_latents=cdmap.gate_latents,
-        gates=cdmap.gates,
-        meta=cdmap.meta,
-        hot=cdmap.hot,
-        hot_counts=cdmap.hot_counts,
-        mean=cdmap.mean,
-    )
+    return cdmap.replaced(values=sums.expand_as(cdmap.values).contiguous())

@@ -186,8 +186,12 @@ class ConditionalDifferenceMap:
         """Return the map on `device`, or the map itself where it is there already."""
         if torch.device(device) == self.values.device:
             return self
-        tensors = {name: getattr(self, name).to(device) for name in TENSORS}
-        return ConditionalDifferenceMap(**tensors, meta=self.meta, sources=self.sources)
+        return self.replaced(**{name: getattr(self, name).to(device) for name in TENSORS})
+
+    def replaced(self, *, meta: MapMeta | None = None, **tensors: Tensor) -> ConditionalDifferenceMap:
+        """Return the map with other metadata, or with some of its tensors replaced."""
+        kept = {name: getattr(self, name) for name in TENSORS}
+        return ConditionalDifferenceMap(**kept | tensors, meta=meta or self.meta, sources=self.sources)
 
     def hot_share(self) -> float:
         """Return the fraction of the sampled maxima that the first N_LARGE latents of `hot` hold."""
