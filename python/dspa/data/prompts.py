@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dspa.data.lines import read_lines, split_lines
 from dspa.data.records import ACCEPTED as RECORDS
 from dspa.data.records import is_plain_text, read_records
 from dspa.data.templates import check_template_kwargs
+from dspa.data.triples import Text, check_text, content_of
 from dspa.errors import refusal
 
 ACCEPTED = f"plain text, one prompt per line; or {RECORDS}, with `prompt`"
@@ -35,28 +36,59 @@ def read_prompts(prompt: str | None, file: Path | None) -> Iterator[str]:
             raise refusal(ValueError, "--prompt", "empty", "a text", "Steering selects latents from the prompt.")
         return iter([prompt])
     if file is not None:
-        return iter(_read_file(file))
+        return iter(_read_file("--file", file, _text_of))
     return _read_input()
 
 
-def _read_file(file: Path) -> list[str]:
+def read_prompt_file(what: str, file: Path) -> list[Text]:
+    """Return the prompts of a file, texts or lists of messages, as `read_prompts` and triples have them.
+
+    Args:
+        what: what errors call the file.
+        file: its path.
+
+    Raises:
+        ValueError: a file that holds no prompt, or something else.
+    """
+    return _read_file(what, file, _prompt_of)
+
+
+T = TypeVar("T", bound=Text)
+
+
+def _read_file(what: str, file: Path, prompt_of: Callable[[str, Mapping[str, Any]], T]) -> list[T | str]:
     if not file.is_file():
-        raise refusal(ValueError, "--file", f"{file}, which is not a file", ACCEPTED)
+        raise refusal(ValueError, what, f"{file}, which is not a file", ACCEPTED)
+    prompts: list[T | str]
     if is_plain_text(file, ValueError):
         prompts = [line for _, line in read_lines(file, ValueError)]
     else:
-        prompts = [_prompt_of(name, record) for name, record in read_records(file, ValueError)]
+        prompts = [prompt_of(name, _record(name, record)) for name, record in read_records(file, ValueError)]
     if not prompts:
-        raise refusal(ValueError, "--file", f"{file}, which holds no prompt", ACCEPTED)
+        raise refusal(ValueError, what, f"{file}, which holds no prompt", ACCEPTED)
     return prompts
 
 
-def _prompt_of(name: str, record: object) -> str:
+def _prompt_of(name: str, record: Mapping[str, Any]) -> Text:
+    prompt = record["prompt"]
+    if not isinstance(prompt, list):
+        return _text_of(name, record)
+    check_text(name, "prompt", prompt)
+    if not any(content_of(message) for message in prompt):
+        raise refusal(ValueError, f"{name}: `prompt`", "without text", "a text, or messages with text")
+    return prompt
+
+
+def _record(name: str, record: object) -> Mapping[str, Any]:
     if not isinstance(record, Mapping):
         raise refusal(ValueError, name, f"a JSON {type(record).__name__}", RECORD)
     if "prompt" not in record:
         got, advice = f"without `prompt`, with only the keys {sorted(record)}", "Rename or add the key."
         raise refusal(ValueError, name, got, RECORD, advice)
+    return record
+
+
+def _text_of(name: str, record: Mapping[str, Any]) -> str:
     prompt = record["prompt"]
     if not isinstance(prompt, str) or not prompt.strip():
         raise refusal(ValueError, f"{name}: `prompt`", repr(prompt), "a text that is not empty")
@@ -81,26 +113,28 @@ def _read_terminal() -> Iterator[str]:
 
 
 def tokenize_prompt(
-    tokenizer: Any, text: str, chat: bool, chat_template_kwargs: Mapping[str, Any] | None = None
+    tokenizer: Any, prompt: Text, chat: bool, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> list[int]:
     """Return the token ids of one prompt.
 
     Args:
         tokenizer: the model's tokenizer.
-        text: the prompt.
-        chat: put the prompt into the tokenizer's chat template, as a user's turn.
+        prompt: a text, or messages for the tokenizer's chat template.
+        chat: put a text into the chat template too, as a user's turn.
         chat_template_kwargs: values of the chat template's variables by name.
 
     Raises:
         ValueError: `chat_template_kwargs` without `chat`, or that `check_template_kwargs` refuses.
     """
-    if chat:
+    if chat and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, list):
         check_template_kwargs(tokenizer, chat_template_kwargs)
-        messages, options = [{"role": "user", "content": text}], dict(chat_template_kwargs or {})
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
+        options = dict(chat_template_kwargs or {})
+        encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **options)
     elif chat_template_kwargs:
         got, accepted = f"{dict(chat_template_kwargs)} for a prompt without the chat template", "none without chat"
         raise refusal(ValueError, "`chat_template_kwargs`", got, accepted, "Put prompts into the template: --chat.")
     else:
-        encoded = tokenizer(text)
+        encoded = tokenizer(prompt)
     return list(encoded["input_ids"])

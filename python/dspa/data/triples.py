@@ -214,7 +214,7 @@ def _type_name(value: object) -> str:
 def _check_fields(name: str, fields: Mapping[str, object]) -> None:
     """Raise unless the fields are all text or all messages, none is empty, and the two responses differ."""
     for field_name, value in fields.items():
-        _check_type(name, field_name, value)
+        check_text(name, field_name, value)
     kinds = {key: "text" if isinstance(value, str) else "messages" for key, value in fields.items()}
     if len(set(kinds.values())) > 1:
         got = f"mixed: {'; '.join(f'`{key}` is {kind}' for key, kind in kinds.items())}"
@@ -230,7 +230,8 @@ def _check_fields(name: str, fields: Mapping[str, object]) -> None:
         raise refusal(PreferenceError, f"{name}: `chosen`", got, "two different responses", "Remove the triple.")
 
 
-def _check_type(name: str, field_name: str, value: object) -> None:
+def check_text(name: str, field_name: str, value: object) -> None:
+    """Raise `PreferenceError` unless a field of a record is text or messages."""
     if not isinstance(value, (str, list)):
         advice = "Convert it; leave the key out where a prompt is implicit."
         accepted = f"text, or a list of {MESSAGES}"
