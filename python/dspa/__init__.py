@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     from dspa.config import SteeringConfig
     from dspa.data.triples import Triple, load_triples
     from dspa.errors import AdapterError, MapError, ModelError, PreferenceError, SAEError
+    from dspa.evaluate.compare.comparison import Comparison
+    from dspa.evaluate.compare.methods import Method
+    from dspa.evaluate.compare.run import compare
     from dspa.maps.build import build_map
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.maps.collect import collect
@@ -21,7 +24,10 @@ if TYPE_CHECKING:
 # and `dspa --help` should not wait for them.
 HOMES = {
     "ConditionalDifferenceMap": "dspa.maps.cdmap",
+    "Comparison": "dspa.evaluate.compare.comparison",
+    "Method": "dspa.evaluate.compare.methods",
     "build_map": "dspa.maps.build",
+    "compare": "dspa.evaluate.compare.run",
     "collect": "dspa.maps.collect",
     "Collection": "dspa.maps.collection",
     "reduce": "dspa.maps.reduce",
@@ -42,9 +48,11 @@ HOMES = {
 __all__ = [
     "AdapterError",
     "Collection",
+    "Comparison",
     "ConditionalDifferenceMap",
     "FrozenSAE",
     "MapError",
+    "Method",
     "ModelError",
     "PreferenceError",
     "SAEError",
@@ -54,6 +62,7 @@ __all__ = [
     "__version__",
     "build_map",
     "collect",
+    "compare",
     "detach",
     "fsrl",
     "load_triples",

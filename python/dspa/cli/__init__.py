@@ -20,6 +20,7 @@ from rich.table import Table
 
 from dspa.cli import fsrl, sae
 from dspa.cli import map as maps
+from dspa.cli.compare import compare
 from dspa.cli.generate import generate
 from dspa.cli.loading import check_writable
 from dspa.cli.stopping import StoppableCommands
@@ -29,14 +30,14 @@ from dspa.errors import install_command
 HELP = """Steer language models with sparse autoencoders (SAEs). No weight of the model changes.
 
 **DSPA**: preference data become a map, once (`dspa map`). With it, each prompt selects SAE latents, which are edited
-while the model generates (`dspa generate`).
+while the model generates (`dspa generate`). `dspa compare` shows what that changes, next to other methods and controls.
 
 **FSRL**: a small adapter learns to move SAE latents (`dspa fsrl`).
 
 To begin, `dspa demo` and `dspa fsrl demo` show the two on a small model that comes with the package.
 """
 # As a new user needs them.
-ORDER = ("demo", "map", "generate", "fsrl", "sae", "info")
+ORDER = ("demo", "map", "generate", "compare", "fsrl", "sae", "info")
 
 
 class Commands(StoppableCommands):
@@ -58,6 +59,7 @@ app.add_typer(maps.app, name="map")
 app.add_typer(sae.app, name="sae")
 app.add_typer(fsrl.app, name="fsrl")
 app.command()(generate)
+app.command()(compare)
 
 PACKAGES = ("dspa-kernels", "torch", "triton", "transformers", "safetensors", "numpy")
 # Optional packages, and what they are for.

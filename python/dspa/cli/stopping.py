@@ -23,6 +23,7 @@ KEPT = {
     "sae train": CHECKPOINT,
     "sae finetune": CHECKPOINT,
     "fsrl train": CHECKPOINT,
+    "compare": "Finished runs are kept",
     "fsrl analyse layers": "Finished adapters and the last checkpoint are kept",
 }
 

@@ -1,0 +1,247 @@
+"""`dspa compare`: methods side by side on a user's prompts and held-out triples."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dspa.cli.generate import BackendOptions
+from dspa.cli.loading import check_model, check_writable, device_named, load_adapter, load_model, load_pair
+from dspa.cli.options import (
+    FILES,
+    AdapterSAE,
+    AdapterSAEOptions,
+    ChatTemplateKwargs,
+    OnRecordedModel,
+    Options,
+    RecordedModelOptions,
+    RecordedSAEPair,
+    RecordedSAEPairOptions,
+    SamplingOptions,
+    with_options,
+)
+from dspa.cli.tables import console, print_line
+from dspa.cli.texts import print_comparison
+from dspa.config import MODES, SteeringConfig
+from dspa.errors import refusal
+
+if TYPE_CHECKING:
+    from dspa.evaluate.compare.comparison import Comparison
+    from dspa.evaluate.compare.methods import Method
+    from dspa.fsrl.adapter import FSRLAdapter
+    from dspa.maps.cdmap import ConditionalDifferenceMap
+    from dspa.models.sources import Source
+
+
+@dataclass(frozen=True)
+class CompareSamplingOptions(SamplingOptions):
+    """Settings of generation, sampled by default, since every prompt is answered by several seeds."""
+
+    max_new_tokens: int = field(
+        default=100, metadata={"help": "Largest number of tokens to generate per answer.", "min": 1}
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of sampling; 0 is greedy decoding, by one seed.", "min": 0}
+    )
+
+
+@with_options
+def compare(
+    prompts: Annotated[
+        Path,
+        typer.Argument(
+            help=f"Prompts: text, one per line, or {FILES} with `prompt`, as text or messages, such as triples."
+        ),
+    ],
+    on: OnRecordedModel,
+    pair: RecordedSAEPair,
+    adapter_sae: AdapterSAE,
+    config: Annotated[SteeringConfig, Options("Steering", without=["alpha", "mode", "ridge", "delta"])],
+    ops: Annotated[BackendOptions, Options("Steering")],
+    sampling: Annotated[CompareSamplingOptions, Options("Sampling", without=["seed"])],
+    map_paths: Annotated[
+        list[Path] | None,
+        typer.Option("--map", help="Map of DSPA. May be given several times, like all options of lists below."),
+    ] = None,
+    alpha: Annotated[
+        list[float] | None, typer.Option(help="Strength; by default 0.2. Every map, mode and alpha is a method.")
+    ] = None,
+    mode: Annotated[
+        list[str] | None, typer.Option(help=f"Edits to make: {', '.join(MODES)}; by default ablate.")
+    ] = None,
+    static: Annotated[
+        bool, typer.Option(help="Also steer by Static-SAE, the same latents for every prompt, at each setting.")
+    ] = True,
+    controls: Annotated[
+        bool, typer.Option(help="Also run the controls of each setting: random set, shuffled map, wrong layer.")
+    ] = True,
+    adapter: Annotated[list[Path] | None, typer.Option(help="FSRL adapter, a folder.")] = None,
+    fraction: Annotated[
+        list[float] | None, typer.Option(help="Share of each token's v that adapters keep; by default 1, all.")
+    ] = None,
+    prefix: Annotated[
+        list[str] | None,
+        typer.Option(help="Instruction to the base model: a system message, or text before a plain prompt."),
+    ] = None,
+    held_out: Annotated[
+        Path | None, typer.Option(help=f"Preference triples that no map or adapter was made with: {FILES}.")
+    ] = None,
+    count: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=REGEX", help="Count the matches of a regular expression (Python's) per answer."),
+    ] = None,
+    prefer: Annotated[
+        str | None,
+        typer.Option(help="Measure that decides what is recommended: margin (the default with --held-out), or a NAME."),
+    ] = None,
+    max_perplexity: Annotated[
+        float, typer.Option(help="Recommend nothing above this multiple of the base model's perplexity.", min=0)
+    ] = 1.15,
+    seeds: Annotated[int, typer.Option(help="Number of answers per prompt, with the seeds 0, 1, ...", min=1)] = 3,
+    batch_size: Annotated[int, typer.Option(help="Number of answers that are generated together.", min=1)] = 16,
+    json_path: Annotated[
+        Path,
+        typer.Option(
+            "--json", help="File of all results; the same command continues a stopped comparison, and uses runs again."
+        ),
+    ] = Path("dspa-compare.json"),
+    show: Annotated[int, typer.Option(help="Print the answers to the first N prompts, base against DSPA.", min=0)] = 2,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+) -> None:
+    """Compare DSPA with the base model, other methods and controls, and recommend a setting if the evidence allows.
+
+    Every method answers the same prompts by the same seeds, and scores the same held-out triples. For example, to find
+    the best alpha:
+
+    `dspa compare prompts.txt --map map.dspa.safetensors --held-out test.jsonl --alpha 0.2 --alpha 0.5 --alpha 1
+    --count "greetings=(?i)\\b(hello|hi)\\b"`
+    """
+    from dspa.data.prompts import read_prompt_file
+    from dspa.data.triples import load_triples
+    from dspa.evaluate.compare.methods import CONTROLS
+    from dspa.evaluate.compare.run import compare as run
+
+    if not map_paths and not adapter and not prefix:
+        raise ValueError("None of --map, --adapter and --prefix was given; accepted: one of them, or more.")
+    if fraction and not adapter:
+        raise ValueError("Without --adapter there is no use for --fraction. Pass --adapter, or leave it out.")
+    counters = dict(map(_counter, count or []))
+    if count and len(counters) < len(count):
+        raise refusal(ValueError, "--count", "one name twice", "different names")
+    if prefer == "margin" and held_out is None:
+        raise refusal(ValueError, "--prefer", "margin without held-out triples", "a NAME of --count", "Or --held-out.")
+    if prefer not in (None, "margin", *counters):
+        raise refusal(ValueError, "--prefer", repr(prefer), ", ".join(("margin", *counters)))
+    read = {"PROMPTS": prompts, "--held-out": held_out} | {f"--map {path}": path for path in map_paths or []}
+    check_writable("--json", json_path, read)
+    texts = read_prompt_file("PROMPTS", prompts)
+    triples = None if held_out is None else list(load_triples(held_out))
+    settings = [replace(config, alpha=a, mode=m) for m in mode or [config.mode] for a in alpha or [config.alpha]]
+    model, tokenizer, methods = _load(
+        on, map_paths or [], pair, settings, ops, static, adapter or [], adapter_sae, fraction or [1.0], prefix or []
+    )
+    comparison = run(
+        *(model, tokenizer, texts, methods),
+        held_out=triples,
+        counters=counters,
+        controls=CONTROLS if controls else (),
+        prefer=prefer,
+        max_perplexity=max_perplexity,
+        seeds=range(seeds),
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        batch_size=batch_size,
+        chat=sampling.chat,
+        chat_template_kwargs=chat_template_kwargs,
+        results=json_path,
+        layers=on.layers,
+        model_name=on.model_name,
+    )
+    print_results(comparison, show)
+    print_line(f"All results: {json_path}")
+
+
+def print_results(comparison: Comparison, show: int) -> None:
+    """Print the tables, the recommendation, and the answers to the first prompts."""
+    from dspa.evaluate.compare.table import LEGEND
+
+    for table in comparison.tables():
+        console.print(table.rich())
+    print_line(LEGEND)
+    print_line(comparison.recommendation.reason)
+    recommended = comparison.recommendation.method
+    dspa = [method.name for method in comparison.methods if method.kind == "DSPA"]
+    shown = recommended or [*dspa, *(method.name for method in comparison.methods[1:])][0]
+    for number in range(min(show, len(comparison.prompts))):
+        answer = comparison.answer(shown, number)
+        print_line(f"\nPrompt {number + 1}, seed {comparison.seeds[0]}, {shown}: {answer.prompt}")
+        print_comparison(answer)
+
+
+def _counter(text: str) -> tuple[str, re.Pattern[str]]:
+    """Return the name and the compiled expression of one --count."""
+    name, equals, expression = text.partition("=")
+    if not (name.strip() and equals and expression):
+        raise refusal(ValueError, "--count", repr(text), "NAME=REGEX, such as 'thanks=(?i)thank'")
+    try:
+        return name.strip(), re.compile(expression)
+    except re.error as error:
+        got = f"{expression!r}, which does not compile ({error})"
+        raise refusal(ValueError, f"--count {name}", got, "a regular expression of Python's re") from error
+
+
+def _load(
+    on: RecordedModelOptions,
+    map_paths: Sequence[Path],
+    pair: RecordedSAEPairOptions,
+    settings: Sequence[SteeringConfig],
+    ops: BackendOptions,
+    static: bool,
+    adapter_paths: Sequence[Path],
+    adapter_sae: AdapterSAEOptions,
+    fractions: Sequence[float],
+    prefixes: Sequence[str],
+) -> tuple[Any, Any, list[Method]]:
+    """Load a model and its tokenizer, and make every method."""
+    from dspa.evaluate.compare.methods import Method
+    from dspa.maps.cdmap import ConditionalDifferenceMap
+
+    # The model last: the others are quick to load, and wrong more often.
+    device = device_named(on.device)
+    check_model(on)
+    maps = {path: ConditionalDifferenceMap.load(path) for path in map_paths}
+    saes = {path: load_pair(pair, device, cdmap) for path, cdmap in maps.items()}
+    adapters = {path: load_adapter(path, adapter_sae, device, ops.backend) for path in adapter_paths}
+    recorded = _recorded_models(maps.values(), adapters.values())
+    if on.model is None and len({source.digest for source in recorded}) > 1:
+        raise ValueError("Maps and adapters were made with different models. Pass --model to choose one.")
+    model, tokenizer = load_model(on, next(iter(recorded), None))
+    methods = []
+    for path, cdmap in maps.items():
+        sae_in, sae_out = (sae.to(dtype=model.dtype) for sae in saes[path])
+        of_map = f", {path.name.split('.')[0]}" if len(maps) > 1 else ""
+        for config in settings:
+            name = f"DSPA {config.mode} {config.alpha:g}{of_map}"
+            made = Method.dspa(sae_in, sae_out, cdmap, config, name=name, backend=ops.backend, screen=ops.screen)
+            methods.append(made)
+            if static:
+                methods.append(Method.static(made, name=f"Static-SAE {name.removeprefix('DSPA ')}"))
+    for path, loaded in adapters.items():
+        loaded.sae = loaded.sae.to(dtype=model.dtype)
+        for kept in fractions:
+            top = "" if kept == 1 else f" top {kept:.3g}"
+            methods.append(Method.adapted(loaded, fraction=kept, name=f"FSRL {path.name}{top}"))
+    methods += [Method.prefixed(text) for text in prefixes]
+    return model, tokenizer, methods
+
+
+def _recorded_models(maps: Iterable[ConditionalDifferenceMap], adapters: Iterable[FSRLAdapter]) -> list[Source]:
+    """Return where the models of maps and adapters were loaded from, as far as that is known."""
+    places = [*(cdmap.sources.get("model") for cdmap in maps), *(adapter.trained_on for adapter in adapters)]
+    return [place for place in places if place is not None]

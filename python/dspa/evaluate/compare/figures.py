@@ -1,0 +1,120 @@
+"""Figures of every method of a comparison, with intervals, and their paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dspa.errors import refusal
+from dspa.evaluate.compare.measures import (
+    OF_ANSWERS,
+    OF_TRIPLES,
+    Counter,
+    Figure,
+    Sums,
+    answer_measures,
+    triple_measures,
+)
+from dspa.evaluate.compare.methods import BASE, Method
+from dspa.evaluate.compare.runs import Answers, TripleScores
+
+
+@dataclass(frozen=True, eq=False)
+class Figures:
+    """What methods wrote and scored on the same prompts and triples, and measures of it.
+
+    Measures are "margin", "chosen", "rejected" and "accuracy" of held-out triples, and of answers the counters,
+    "perplexity", "answer_perplexity", "distinct_1" to "distinct_3", "length", "ended" and "edited".
+
+    Attributes:
+        methods: the base model, then every method, each DSPA method followed by its controls.
+        prompts: texts of the N prompts.
+        seeds: of sampling.
+        settings: of generation; the model; versions of packages.
+        answers: by method, one run per seed.
+        scores: by method, one run, or one per seed for methods that draw; empty without held-out triples.
+        texts: texts of the answers, by method, seed and prompt.
+        ends: end tokens.
+        counters: of text, by name.
+        prefer: measure whose gain decides the recommendation; None for none.
+        max_perplexity: largest perplexity of a recommended method, as a multiple of the base model's.
+        tokenizer: the model's tokenizer.
+    """
+
+    methods: list[Method]
+    prompts: list[str]
+    seeds: list[int]
+    settings: dict[str, Any]
+    answers: dict[str, list[Answers]]
+    scores: dict[str, list[TripleScores]]
+    texts: dict[str, list[list[str]]]
+    ends: set[int]
+    counters: Mapping[str, Counter]
+    prefer: str | None
+    max_perplexity: float
+    tokenizer: PreTrainedTokenizerBase
+
+    @cached_property
+    def sums(self) -> dict[str, dict[str, Sums]]:
+        """Measures by method and name, as sums over prompts or triples."""
+        sums = {
+            name: answer_measures(runs, self.texts[name], self.prompts, self.ends, self.counters)
+            for name, runs in self.answers.items()
+        }
+        for name, runs in self.scores.items():
+            sums[name] |= triple_measures(runs)
+        return sums
+
+    @property
+    def measures(self) -> list[str]:
+        """Names of the measures, those of triples first, then the counters."""
+        return [*(OF_TRIPLES if self.scores else ()), *self.counters, *OF_ANSWERS]
+
+    def figure(self, measure: str, method: str, units: Sequence[int] | None = None) -> Figure | None:
+        """Return a measure of a method with its interval, None where the method does not have it.
+
+        Args:
+            measure: name of the measure.
+            method: name of the method.
+            units: numbers of prompts, or of triples for a measure of them; None for all.
+        """
+        sums = self._sums(measure, method)
+        return None if sums is None else sums.of(units).figure()
+
+    def gain(self, measure: str, method: str, over: str = BASE, units: Sequence[int] | None = None) -> Figure | None:
+        """Return the paired difference of a measure over another method, None where one does not have it.
+
+        For "perplexity" it is relative: 0.1 for ten percent more.
+
+        Args:
+            measure: as for `figure`.
+            method: as for `figure`.
+            over: name of the other method.
+            units: as for `figure`.
+        """
+        mine, theirs = self._sums(measure, method), self._sums(measure, over)
+        return mine.of(units).difference(theirs.of(units)) if mine and theirs else None
+
+    def _sums(self, measure: str, method: str) -> Sums | None:
+        for what, name, known in (("measure", measure, self.measures), ("method", method, list(self.sums))):
+            if name not in known:
+                raise refusal(ValueError, f"`{what}`", repr(name), ", ".join(known))
+        return self.sums[method].get(measure)
+
+    def controls(self, method: str) -> list[str]:
+        """Return the names of the controls of a DSPA method."""
+        return [other.name for other in self.methods if other.control_of == method]
+
+    def unsteered(self, method: str) -> int | None:
+        """Return the number of prompts that selected nothing to edit; of controls that draw, the largest of a seed."""
+        counts = [sum(run.unsteered) for run in self.answers[method] if run.unsteered is not None]
+        return max(counts, default=None)
+
+    def speed(self, method: str) -> float:
+        """Return the tokens per second of generation alone, prompts included in the time."""
+        runs = self.answers[method]
+        return sum(len(ids) for run in runs for ids in run.ids) / sum(run.seconds for run in runs)

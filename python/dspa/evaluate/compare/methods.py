@@ -1,0 +1,237 @@
+"""The methods of a comparison: the base model, DSPA, what it is compared with, and its controls."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from dspa.baselines.random_set import random_set_map
+from dspa.baselines.shuffled_map import shuffled_map
+from dspa.baselines.static_sae import static_map
+from dspa.baselines.wrong_layer import at_layer, wrong_layer
+from dspa.config import SteeringConfig
+from dspa.errors import refusal
+from dspa.files import checksum
+from dspa.maps.cdmap import TENSORS, ConditionalDifferenceMap
+from dspa.models.attachment import Attachable
+from dspa.models.layers import CausalLM, find_layers
+from dspa.saes.frozen import FrozenSAE
+from dspa.saes.placement import required_layer
+from dspa.steering.dspa import Steering
+
+BASE = "base"
+CONTROLS = ("random set", "shuffled map", "wrong layer")
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """All that a `Steering` is made of."""
+
+    sae_in: FrozenSAE
+    sae_out: FrozenSAE
+    cdmap: ConditionalDifferenceMap
+    config: SteeringConfig
+    backend: str = "auto"
+    screen: str = "none"
+
+    def steering(self) -> Steering:
+        """Return a new `Steering`."""
+        return Steering(self.sae_in, self.sae_out, self.cdmap, self.config, backend=self.backend, screen=self.screen)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings, and digests of the map and the SAEs."""
+        tensors = {name: getattr(self.cdmap, name).cpu() for name in TENSORS}
+        return {
+            "config": asdict(self.config),
+            "map": checksum(tensors)[:16],
+            "sae_in": self.sae_in.fingerprint,
+            "sae_out": self.sae_out.fingerprint,
+            "layers": [self.sae_in.layer, self.sae_out.layer],
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """One way to answer prompts. Make it with `dspa`, `static`, `adapted` or `prefixed`; `base` is in every comparison.
+
+    Attributes:
+        name: name in tables and files, different from the others'.
+        kind: "base", "DSPA", "Static-SAE", "adapter", "prefix", or "control".
+        settings: all that its answers depend on, as JSON: digests of maps, SAEs and adapters are among them.
+        attachable: returns what steers, not attached, for a seed; None for nothing.
+        drawn: True if that is another one for each seed.
+        prefix: text that is put in as a system message, or before a prompt that is plain text.
+        parts: what a DSPA method is made of, from which its controls are made.
+        control_of: name of the method that this is a control of.
+    """
+
+    name: str
+    kind: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    attachable: Callable[[int], Attachable] | None = None
+    drawn: bool = False
+    prefix: str = ""
+    parts: Parts | None = None
+    control_of: str = ""
+
+    @classmethod
+    def base(cls) -> Method:
+        """Return the base model, as it is."""
+        return cls(BASE, "base")
+
+    @classmethod
+    def dspa(
+        cls,
+        sae_in: FrozenSAE,
+        sae_out: FrozenSAE,
+        cdmap: ConditionalDifferenceMap,
+        config: SteeringConfig | None = None,
+        *,
+        name: str = "",
+        backend: str = "auto",
+        screen: str = "none",
+    ) -> Method:
+        """Return steering by DSPA, with the arguments of `dspa.Steering`.
+
+        Args:
+            sae_in: as for `dspa.Steering`, like all others but the name.
+            sae_out: the SAE whose latents are edited.
+            cdmap: the map.
+            config: settings of steering.
+            name: by default the mode and alpha.
+            backend: implementation that computes the edits.
+            screen: copy of the encoder that is read first.
+        """
+        parts = Parts(sae_in, sae_out, cdmap, config or SteeringConfig(), backend, screen)
+        name = name or f"DSPA {parts.config.mode} {parts.config.alpha:g}"
+        return cls(name, "DSPA", parts.settings(), lambda _seed: parts.steering(), parts=parts)
+
+    @classmethod
+    def static(cls, dspa: Method, *, name: str = "") -> Method:
+        """Return Static-SAE at the `k_diff`, `alpha` and `mode` of a DSPA method.
+
+        Args:
+            dspa: a method that `Method.dspa` made.
+            name: by default the mode and alpha.
+
+        Raises:
+            ValueError: another kind of method.
+        """
+        if dspa.parts is None:
+            raise refusal(ValueError, "`dspa`", f"the method {dspa.name!r}", "one that Method.dspa made")
+        config = replace(dspa.parts.config, k_prompt=1)
+        parts = replace(dspa.parts, cdmap=static_map(dspa.parts.cdmap), config=config)
+        name = name or f"Static-SAE {config.mode} {config.alpha:g}"
+        return cls(name, "Static-SAE", parts.settings(), lambda _seed: parts.steering())
+
+    @classmethod
+    def adapted(cls, adapter: Attachable, *, fraction: float = 1.0, name: str = "") -> Method:
+        """Return an FSRL adapter, of whose v only the top fraction of each token is kept.
+
+        Args:
+            adapter: an `FSRLAdapter`, not attached.
+            fraction: share of a token's nonzero v_j that is kept, the largest by size.
+            name: by default "FSRL" and the fraction.
+
+        Raises:
+            AdapterError: an invalid fraction.
+        """
+        assert isinstance(adapter, nn.Module)
+        tensors = {key: parameter.detach().cpu() for key, parameter in adapter.named_parameters()}
+        mask: Tensor | None = getattr(adapter, "mask", None)
+        settings = {
+            "adapter": checksum(tensors)[:16],
+            "mask": None if mask is None else mask.nonzero().flatten().tolist(),
+            "fraction": fraction,
+            "layers": [adapter.layer],
+        }
+
+        def make(_seed: int) -> Attachable:
+            adapter.fraction = fraction  # type: ignore[assignment]
+            return adapter
+
+        name = name or ("FSRL" if fraction == 1 else f"FSRL top {fraction:.3g}")
+        return cls(name, "adapter", settings, make)
+
+    @classmethod
+    def prefixed(cls, text: str, *, name: str = "") -> Method:
+        """Return the base model with an instruction: a system message, or text before a plain prompt.
+
+        Args:
+            text: the instruction.
+            name: by default "prefix" and its first words.
+
+        Raises:
+            ValueError: an empty text.
+        """
+        if not text.strip():
+            raise refusal(ValueError, "A prefix", "empty", "a text")
+        shown = text if len(text) <= 24 else f"{text[:23].rstrip()}…"
+        return cls(name or f'prefix "{shown}"', "prefix", {"prefix": text}, prefix=text)
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that identify what the method does."""
+        return digest_of([self.kind, self.settings])
+
+
+def controls_of(
+    method: Method,
+    names: Sequence[str],
+    model: CausalLM,
+    layers: str | None,
+    densities: Callable[[FrozenSAE], Tensor],
+    seed: int,
+) -> list[Method]:
+    """Return the controls of a DSPA method, at its own `alpha` and `mode`.
+
+    Args:
+        method: the method.
+        names: some of CONTROLS. "wrong layer" is left out where the model has no other layer for it.
+        model: the model that is steered.
+        layers: dotted path of its decoder layers, for an unknown architecture.
+        densities: returns the share of response tokens on which each latent of an SAE is active.
+        seed: seed of the base model's answers that the densities are of.
+    """
+    parts = method.parts
+    assert parts is not None
+
+    def random_set(draw: int) -> Attachable:
+        changed = random_set_map(parts.cdmap, densities(parts.sae_out), draw)
+        return replace(parts, cdmap=changed).steering()
+
+    def shuffled(draw: int) -> Attachable:
+        return replace(parts, cdmap=shuffled_map(parts.cdmap, draw)).steering()
+
+    made: dict[str, tuple[Callable[[int], Attachable], dict[str, Any], bool]] = {
+        "random set": (random_set, {"densities": f"of the base model's answers, seed {seed}"}, True),
+        "shuffled map": (shuffled, {}, True),
+    }
+    n_layers = len(find_layers(model, layers))
+    other = wrong_layer(required_layer(parts.sae_in), required_layer(parts.sae_out), n_layers)
+    if other is not None:
+        sae_out, cdmap = at_layer(parts.sae_out, parts.cdmap, other)
+        moved = replace(parts, sae_out=sae_out, cdmap=cdmap)
+        made["wrong layer"] = (lambda _seed: moved.steering(), {"layer": other}, False)
+    return [
+        Method(
+            f"{method.name}: {name}",
+            "control",
+            {**method.settings, "control": name, **settings},
+            attachable,
+            drawn=drawn,
+            control_of=method.name,
+        )
+        for name, (attachable, settings, drawn) in made.items()
+        if name in names
+    ]
+
+
+def digest_of(content: object) -> str:
+    """Return 16 hexadecimal digits that identify what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

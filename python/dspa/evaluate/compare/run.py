@@ -1,0 +1,409 @@
+"""The comparison: every method answers the same prompts by every seed, and scores the same triples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dspa.baselines.random_set import response_densities
+from dspa.data.triples import Text, Triple, load_triples
+from dspa.errors import refusal
+from dspa.evaluate.compare.comparison import Comparison
+from dspa.evaluate.compare.measures import MARGIN, Counter, check_counters
+from dspa.evaluate.compare.methods import BASE, CONTROLS, Method, controls_of, digest_of
+from dspa.evaluate.compare.prompts import encode, spoken, triple_with_prefix
+from dspa.evaluate.compare.runs import FORMAT, Answers, RunStore, TripleScores
+from dspa.evaluate.generation import check_prompts, continue_prompts, decode, end_tokens, sampling_arguments
+from dspa.evaluate.responses import Response, batches, log_probabilities, padded, responses_of, teacher_forced
+from dspa.evaluate.scores import score_responses
+from dspa.models.attachment import Attachable, Attachment
+from dspa.models.layers import CausalLM, base_model, check_eval, loaded_name
+from dspa.models.sources import model_digest
+from dspa.saes.frozen import FrozenSAE
+from dspa.steering.dspa import Steering
+
+
+def compare(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[Text],
+    methods: Iterable[Method],
+    *,
+    held_out: Iterable[Triple | Mapping[str, Any]] | str | Path | None = None,
+    counters: Mapping[str, Counter] | None = None,
+    controls: Sequence[str] = CONTROLS,
+    prefer: str | None = None,
+    max_perplexity: float = 1.15,
+    seeds: Sequence[int] = (0, 1, 2),
+    max_new_tokens: int = 100,
+    temperature: float = 1.0,
+    top_p: float | None = None,
+    batch_size: int = 16,
+    batch_tokens: int = 8192,
+    chat: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    results: str | Path | None = None,
+    progress: bool = True,
+    layers: str | None = None,
+    model_name: str | None = None,
+) -> Comparison:
+    """Compare methods on the same prompts, seeds and held-out triples, with the base model and with controls.
+
+    The base model comes first, and each DSPA method is followed by its controls. Answers are drawn with the same random
+    numbers for every method. A run of a method and seed is kept as it ends.
+
+    Args:
+        model: a transformers causal language model in evaluation mode, to which nothing is attached.
+        tokenizer: the model's tokenizer.
+        prompts: texts, or lists of messages.
+        methods: what `Method.dspa`, `.static`, `.adapted` and `.prefixed` made.
+        held_out: preference triples that no method was made with, to measure log-probabilities on.
+        counters: by name, a compiled regular expression, whose matches in an answer are counted, or a function of
+            prompt (of messages, the text of the last one) and answer.
+        controls: those to run for each DSPA method, of "random set", "shuffled map" and "wrong layer".
+        prefer: measure whose gain decides the recommendation: "margin" (default where `held_out` is given), or a
+            counter, of which more is better.
+        max_perplexity: largest perplexity of a recommended method's answers, as a multiple of that of the base model's.
+        seeds: of sampling; the first alone for greedy decoding.
+        max_new_tokens: largest number of tokens per answer.
+        temperature: 0 for greedy decoding.
+        top_p: as in a `GenerationConfig`; None for the model's own.
+        batch_size: number of answers that are generated together. The draws depend on it.
+        batch_tokens: tokens per batch, padding included, in passes over given texts.
+        chat: put prompts that are text into the chat template, as a user's turn.
+        chat_template_kwargs: values of the chat template's variables by name, for conversations.
+        results: file to write everything to, as JSON. Runs with the same inputs that are in it, or that a stopped
+            comparison left next to it, are not run again.
+        progress: show a bar.
+        layers: dotted path of the decoder layers, for an unknown architecture.
+        model_name: name of the model, if its own name or path does not give it.
+
+    Raises:
+        ModelError: a method that does not fit the model, a model in training mode, or one with something attached.
+        PreferenceError: a bad triple.
+        ValueError: no prompts or methods, methods of one name, an unknown control or `prefer`, or an invalid setting.
+    """
+    inner, prompts, methods, counters = base_model(model), list(prompts), list(methods), dict(counters or {})
+    check_eval(inner)
+    triples = None if held_out is None else list(load_triples(held_out))
+    _check(inner, prompts, methods, counters, controls, prefer, max_perplexity, seeds, triples, batch_size)
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "batch_size": batch_size,
+        "chat": chat,
+        "chat_template_kwargs": None if chat_template_kwargs is None else dict(chat_template_kwargs),
+        "model": {
+            "name": loaded_name(inner),
+            "digest": model_digest(inner),
+            "dtype": str(inner.dtype).removeprefix("torch."),
+            "generation_config": inner.generation_config.to_diff_dict(),
+        },
+    }
+    runner = _Runner(
+        inner,
+        tokenizer,
+        prompts,
+        triples or [],
+        settings,
+        layers,
+        model_name,
+        batch_tokens,
+        RunStore.open(_path(results)),
+    )
+    seeds = list(seeds) if temperature > 0 else list(seeds)[:1]
+    everything = [Method.base()]
+    for method in methods:
+        everything.append(method)
+        if method.kind == "DSPA":
+            everything += controls_of(method, controls, inner, layers, runner.densities(seeds[0]), seeds[0])
+    runner.check(everything)
+    answers: dict[str, list[Answers]] = {}
+    scores: dict[str, list[TripleScores]] = {}
+    for method, seed in runner.work(everything, seeds, progress):
+        answers.setdefault(method.name, []).append(runner.answers(method, seed))
+        if triples and (method.drawn or seed == seeds[0]):
+            scores.setdefault(method.name, []).append(runner.scores(method, seed))
+    comparison = Comparison(
+        methods=everything,
+        prompts=[spoken(prompt) for prompt in prompts],
+        seeds=seeds,
+        settings={**settings, "versions": _versions(), "n_triples": len(triples or [])},
+        answers=answers,
+        scores=scores,
+        texts={name: [[decode(tokenizer, ids) for ids in run.ids] for run in runs] for name, runs in answers.items()},
+        ends=runner.ends,
+        counters=counters,
+        prefer=prefer or (MARGIN if triples else None),
+        max_perplexity=max_perplexity,
+        tokenizer=tokenizer,
+    )
+    if results is not None:
+        comparison.save(results, runner.store.runs)
+        runner.store.finish()
+    return comparison
+
+
+def _path(results: str | Path | None) -> Path | None:
+    return None if results is None else Path(results)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "dspa-kernels": version("dspa-kernels"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _check(
+    model: CausalLM,
+    prompts: Sequence[Text],
+    methods: Sequence[Method],
+    counters: Mapping[str, Counter],
+    controls: Sequence[str],
+    prefer: str | None,
+    max_perplexity: float,
+    seeds: Sequence[int],
+    triples: Sequence[Triple] | None,
+    batch_size: int,
+) -> None:
+    """Raise for what cannot be compared, before the model runs."""
+    if Attachment.of(model).attached:
+        got = f"steered already ({', '.join(type(other).__name__ for other in Attachment.of(model).attached)})"
+        raise refusal(ValueError, "`model`", got, "one to which nothing is attached", "Call dspa.detach(model) first.")
+    if not prompts:
+        raise refusal(ValueError, "`prompts`", "empty", "one prompt or more")
+    if not methods:
+        raise refusal(ValueError, "`methods`", "empty", "one method or more besides the base model")
+    names = [BASE, *(method.name for method in methods)]
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise refusal(ValueError, "`methods`", f"with the name {doubled[0]!r} twice", "methods of different names")
+    if unknown := sorted(set(controls) - set(CONTROLS)):
+        raise refusal(ValueError, "`controls`", repr(unknown[0]), ", ".join(CONTROLS))
+    if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**31 for seed in seeds):
+        raise refusal(ValueError, "`seeds`", list(seeds), "one or more different whole numbers from 0 to 2^31 - 1")
+    if batch_size < 1:
+        raise refusal(ValueError, "`batch_size`", batch_size, "a whole number >= 1")
+    if not max_perplexity > 0:
+        raise refusal(ValueError, "`max_perplexity`", max_perplexity, "a number > 0, such as 1.15")
+    check_counters(counters)
+    accepted = [*counters, *([MARGIN] if triples else [])]
+    if prefer is not None and prefer not in accepted:
+        advice = "Give held-out triples." if prefer == MARGIN else ""
+        raise refusal(ValueError, "`prefer`", repr(prefer), ", ".join(accepted) or "nothing without counters", advice)
+
+
+@dataclass
+class _Runner:
+    """Runs methods on one model."""
+
+    model: CausalLM
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Text]
+    triples: list[Triple]
+    settings: dict[str, Any]
+    layers: str | None
+    model_name: str | None
+    batch_tokens: int
+    store: RunStore
+    bar: Any = None
+    _encoded: dict[str, list[list[int]]] = field(default_factory=dict)
+    _responses: dict[str, list[Response]] = field(default_factory=dict)
+    _densities: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def ends(self) -> set[int]:
+        """Tokens that end an answer."""
+        return end_tokens(self.model, self.tokenizer)
+
+    @cached_property
+    def order(self) -> list[int]:
+        """Numbers of the prompts in the order in which they are answered, the longest first."""
+        plain = self.encoded("")
+        return sorted(range(len(plain)), key=lambda n: len(plain[n]), reverse=True)
+
+    def encoded(self, prefix: str) -> list[list[int]]:
+        """Return the token ids of all prompts, after a prefix."""
+        if prefix not in self._encoded:
+            options = {name: self.settings[name] for name in ("chat", "chat_template_kwargs")}
+            self._encoded[prefix] = [encode(self.tokenizer, prompt, prefix, **options) for prompt in self.prompts]
+        return self._encoded[prefix]
+
+    def responses(self, prefix: str) -> list[Response]:
+        """Return both responses of all triples, after a prefix, in turn."""
+        if prefix not in self._responses:
+            triples = [triple_with_prefix(triple, prefix) for triple in self.triples]
+            kwargs = self.settings["chat_template_kwargs"]
+            conversations = not all(isinstance(triple.prompt, str) for triple in triples)
+            self._responses[prefix] = responses_of(
+                self.model, self.tokenizer, triples, chat_template_kwargs=kwargs if conversations else None
+            )
+        return self._responses[prefix]
+
+    def check(self, methods: Sequence[Method]) -> None:
+        """Raise for a method that does not fit the model, or prompts and triples that do not, before the work."""
+        special = set(self.tokenizer.all_special_ids)
+        for prefix in dict.fromkeys(method.prefix for method in methods):
+            check_prompts(self.model, self.encoded(prefix), self.settings["max_new_tokens"], special=special)
+            if self.triples:
+                self.responses(prefix)
+        for method in methods:
+            # What a control draws from is not known yet. It fits where its method does.
+            if method.control_of == "" or not method.drawn:
+                with self.attached(method, 0):
+                    pass
+
+    @contextmanager
+    def attached(self, method: Method, seed: int) -> Iterator[Attachable | None]:
+        """Attach what a method steers by within a `with` block."""
+        if method.attachable is None:
+            yield None
+            return
+        with method.attachable(seed).attach(self.model, layers=self.layers, model_name=self.model_name) as attachable:
+            yield attachable
+
+    def work(self, methods: Sequence[Method], seeds: Sequence[int], progress: bool) -> Iterator[tuple[Method, int]]:
+        """Yield every method and seed, with a bar that names the method."""
+        n_scored = sum(len(seeds) if method.drawn else 1 for method in methods) * len(self.triples)
+        total = len(methods) * len(seeds) * len(self.prompts) + n_scored
+        with tqdm(total=total, unit="text", disable=not progress) as self.bar:
+            for method in methods:
+                for seed in seeds:
+                    self.bar.set_description(f"{method.name}, seed {seed}")
+                    yield method, seed
+
+    def answers(self, method: Method, seed: int) -> Answers:
+        """Return the answers of a method by one seed, from the store where they are there."""
+        prompts = self.encoded(method.prefix)
+        key = digest_of([FORMAT, "answers", self.settings, prompts, method.digest, seed])
+        if (run := self.store.get(key, Answers)) is not None:
+            self.bar.update(len(prompts))
+            return run
+        settings = self.settings
+        arguments = {
+            "max_new_tokens": settings["max_new_tokens"],
+            **sampling_arguments(settings["temperature"], settings["top_p"]),
+        }
+        texts: dict[int, Response] = {}
+        seconds = 0.0
+        with self.attached(method, seed) as attachable:
+            for start in range(0, len(prompts), settings["batch_size"]):
+                numbers = self.order[start : start + settings["batch_size"]]
+                # Different for every seed and batch, and the same for every method.
+                torch.manual_seed((seed << 32) + start)
+                began = time.perf_counter()
+                batch = [prompts[n] for n in numbers]
+                responses = continue_prompts(self.model, self.tokenizer, batch, self.ends, **arguments)
+                seconds += time.perf_counter() - began
+                texts |= zip(numbers, responses, strict=True)
+                self.bar.update(len(numbers))
+            written = [texts[n] for n in range(len(prompts))]
+            edited, unsteered = None, None
+            if isinstance(attachable, Steering):
+                edited, unsteered = self._edits(attachable, written)
+        plain = [Response(prompt, text.ids) for prompt, text in zip(self.encoded(""), written, strict=True)]
+        run = Answers([text.ids for text in written], self._nll(plain), edited, unsteered, seconds)
+        self.store.add(key, run)
+        return run
+
+    def scores(self, method: Method, seed: int) -> TripleScores:
+        """Return the scores of the triples under a method, from the store where they are there."""
+        responses = self.responses(method.prefix)
+        ids = [[response.prompt, response.ids] for response in responses]
+        draw = seed if method.drawn else None
+        key = digest_of([FORMAT, "scores", self.settings["model"], ids, method.digest, draw])
+        if (run := self.store.get(key, TripleScores)) is None:
+            unsteered = [False] * len(responses)
+            with self.attached(method, seed) as attachable:
+                steering = attachable if isinstance(attachable, Steering) else None
+
+                def note(numbers: list[int]) -> None:
+                    if steering is not None:
+                        for n, empty in zip(numbers, _unsteered(steering), strict=True):
+                            unsteered[n] = empty
+
+                scored = score_responses(
+                    self.model, responses, batch_tokens=self.batch_tokens, progress=False, on_batch=note
+                )
+            empty = unsteered[0::2] if steering is not None else None
+            run = TripleScores(scored.chosen.tolist(), scored.rejected.tolist(), empty)
+            self.store.add(key, run)
+        self.bar.update(len(self.triples))
+        return run
+
+    @torch.no_grad()
+    def _edits(self, steering: Steering, texts: Sequence[Response]) -> tuple[list[list[int]], list[bool]]:
+        """Return the numbers of each text's tokens that were predicted from an edited residual, and its `unsteered`.
+
+        The texts are read once more for it, so that generation is not slowed down.
+        """
+        edited, unsteered = [list[int]() for _ in texts], [False] * len(texts)
+        steering.record = True
+        for numbers in batches(texts, self.batch_tokens):
+            batch = [texts[n] for n in numbers]
+            steering.trace.clear()
+            with teacher_forced(self.model, batch):
+                self.model(**padded(self.model, batch), use_cache=False, logits_to_keep=1)
+            for edit in steering.trace:
+                token = edit.position - len(batch[edit.row].prompt) + 1
+                # The last token predicts what was not generated any more.
+                if 0 <= token < len(batch[edit.row].ids):
+                    edited[numbers[edit.row]].append(token)
+            for n, empty in zip(numbers, _unsteered(steering), strict=True):
+                unsteered[n] = empty
+        steering.record = False
+        return edited, unsteered
+
+    def _nll(self, responses: Sequence[Response]) -> list[float]:
+        """Return minus the log-probability of each response under the model as it is, the sum over its tokens."""
+        nll = [0.0] * len(responses)
+        for numbers in batches(responses, self.batch_tokens):
+            means = log_probabilities(self.model, [responses[n] for n in numbers])
+            for n, mean in zip(numbers, means.tolist(), strict=True):
+                nll[n] = -mean * len(responses[n].ids)
+        return nll
+
+    def densities(self, seed: int) -> Any:
+        """Return a function of an SAE: the share of tokens of the base model's answers on which its latents are active.
+
+        Args:
+            seed: of the answers.
+        """
+
+        def measure(sae: FrozenSAE) -> Tensor:
+            key = f"{sae.fingerprint} at {sae.layer}"
+            if key not in self._densities:
+                self._densities[key] = self._measure_densities(sae, seed)
+            return self._densities[key]
+
+        return measure
+
+    def _measure_densities(self, sae: FrozenSAE, seed: int) -> Tensor:
+        bar, self.bar = self.bar, tqdm(disable=True)
+        try:
+            answers = self.answers(Method.base(), seed)
+        finally:
+            self.bar = bar
+        responses = [Response(*pair) for pair in zip(self.encoded(""), answers.ids, strict=True)]
+        return response_densities(self.model, sae, responses, layers=self.layers, batch_tokens=self.batch_tokens)
+
+
+def _unsteered(steering: Steering) -> list[bool]:
+    """Return True for each prompt of the latest call that selected nothing to edit."""
+    assert steering.plan is not None
+    empty: list[bool] = (steering.plan.slots < 0).all(dim=1).tolist()
+    return empty

@@ -1,0 +1,116 @@
+"""What one method did: its answers for a seed, and its scores of triples; kept so that a comparison can go on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dspa.errors import refusal
+
+FORMAT = "dspa.compare.1"
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a method answered to N prompts, by one seed.
+
+    Attributes:
+        ids: token ids of each answer, up to and including an end token.
+        nll: minus the log-probability of each answer's tokens under the base model after the plain prompt, their sum.
+        edited: numbers of each answer's tokens that were predicted from an edited residual; None where edits are not
+            recorded, as for adapters.
+        unsteered: True for each prompt that selected nothing to edit; None where none is selected.
+        seconds: time of generation alone.
+    """
+
+    ids: list[list[int]]
+    nll: list[float]
+    edited: list[list[int]] | None
+    unsteered: list[bool] | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TripleScores:
+    """Mean log-probability per token that a method gives to both responses of N triples.
+
+    Attributes:
+        chosen, rejected: of each triple.
+        unsteered: as in `Answers`, of the triples' prompts.
+    """
+
+    chosen: list[float]
+    rejected: list[float]
+    unsteered: list[bool] | None
+
+
+R = TypeVar("R", Answers, TripleScores)
+
+
+@dataclass
+class RunStore:
+    """Finished runs by a key of all their inputs, each written to a file as it is added.
+
+    Attributes:
+        path: the file of results. Runs of an earlier comparison in it are used again; those of a stopped one are next
+            to it, in a file that ends in ".partial". None keeps runs in memory.
+        runs: finished runs, as JSON.
+    """
+
+    path: Path | None
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path | None) -> RunStore:
+        """Read the runs that are kept for `path`.
+
+        Raises:
+            ValueError: a file of something else.
+        """
+        store = cls(path)
+        if path is None:
+            return store
+        if path.is_file():
+            store.runs |= _finished(path)
+        if store._partial.is_file():
+            for line in store._partial.read_text(encoding="utf-8").splitlines():
+                # The last line of a run that was killed may be cut.
+                if line.endswith("}"):
+                    store.runs |= json.loads(line)
+        return store
+
+    @property
+    def _partial(self) -> Path:
+        assert self.path is not None
+        return self.path.with_name(self.path.name + PARTIAL)
+
+    def get(self, key: str, kind: type[R]) -> R | None:
+        """Return a finished run, or None."""
+        return kind(**self.runs[key]) if key in self.runs else None
+
+    def add(self, key: str, run: Answers | TripleScores) -> None:
+        """Keep a finished run."""
+        self.runs[key] = asdict(run)
+        if self.path is not None:
+            with self._partial.open("a", encoding="utf-8") as file:
+                # A cut line before it, if there is one, stays alone.
+                file.write("\n" + json.dumps({key: self.runs[key]}))
+
+    def finish(self) -> None:
+        """Remove the file of a stopped comparison: all runs are in the file of results."""
+        self._partial.unlink(missing_ok=True)
+
+
+def _finished(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["format"] == FORMAT:
+            runs: dict[str, dict[str, Any]] = record["runs"]
+            return runs
+    except (ValueError, KeyError, TypeError):
+        pass
+    accepted = "a new file, or one that a comparison wrote, whose runs are used again"
+    raise refusal(ValueError, "The file of results", f"{path}, which holds something else", accepted, "Name another.")
