@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dspa.maps.collect import collect
     from dspa.maps.collection import Collection
     from dspa.maps.reduce import reduce
+    from dspa.models.load import load_model
     from dspa.saes.frozen import FrozenSAE
     from dspa.steering.dspa import Steering, detach
     from dspa.version import __version__
@@ -38,6 +39,7 @@ HOMES = {
     "PreferenceError": "dspa.errors",
     "Triple": "dspa.data.triples",
     "load_triples": "dspa.data.triples",
+    "load_model": "dspa.models.load",
     "SAEError": "dspa.errors",
     "FrozenSAE": "dspa.saes.frozen",
     "Steering": "dspa.steering.dspa",
@@ -65,6 +67,7 @@ __all__ = [
     "compare",
     "detach",
     "fsrl",
+    "load_model",
     "load_triples",
     "reduce",
 ]

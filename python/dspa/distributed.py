@@ -11,6 +11,8 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
 
+from dspa.errors import refusal
+
 # Longest wait for another process to finish a piece of work.
 PATIENCE = timedelta(hours=1)
 # Seconds between two looks at the store.
@@ -116,6 +118,30 @@ def rank() -> int:
 def local_rank() -> int:
     """Return the rank of this process on its machine, which is also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def device_named(name: str) -> str:
+    """Return the device that a name means; each of several processes has the GPU of its own number."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda", "mps"):
+        raise refusal(ValueError, "`device`", repr(name), "auto, cuda, cuda:1, cpu, mps")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise refusal(ValueError, "`device`", f"{name!r}, and this machine has no CUDA device", "cpu, auto")
+    if name != "cuda":
+        return name
+    if local_rank() >= torch.cuda.device_count():
+        raise ValueError(
+            f"This is process {local_rank()} on a machine of {torch.cuda.device_count()} GPUs; accepted: at most one "
+            "process per GPU. Start fewer, or pass cpu as `device`."
+        )
+    return f"cuda:{local_rank()}"
 
 
 @lru_cache(maxsize=1)

@@ -15,10 +15,31 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from tqdm import tqdm
 
 from dspa.errors import MapError
 
 METADATA_KEY = "dspa"
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be made or fetched again: $DSPA_CACHE, $XDG_CACHE_HOME/dspa or ~/.cache/dspa."""
+    if given := os.environ.get("DSPA_CACHE"):
+        return Path(given).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "dspa"
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, with a bar if it takes more than two seconds."""
+    sha, size = hashlib.sha256(), path.stat().st_size
+    with (
+        path.open("rb") as file,
+        tqdm(total=size, unit="B", unit_scale=True, desc="check", delay=2, leave=False) as bar,
+    ):
+        while block := file.read(1 << 22):
+            sha.update(block)
+            bar.update(len(block))
+    return sha.hexdigest()
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -20,7 +20,7 @@ from torch.distributed import HashStore
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dspa import ConditionalDifferenceMap, collect, distributed, reduce
-from dspa.distributed import Team
+from dspa.distributed import Team, device_named
 from dspa.testing import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_model, make_sae, make_tokenizer
 
 from .support.counts import SEED, as_rows, make_ids, shards, write_lines
@@ -345,3 +345,20 @@ def test_a_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Team()
+
+
+def test_each_process_has_its_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert device_named("auto") == device_named("cuda") == "cuda:0"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert device_named("auto") == "cuda:1" and device_named("cuda:0") == "cuda:0" and device_named("cpu") == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="process 2 on a machine of 2 GPUs"):
+        device_named("auto")
+
+
+@pytest.mark.parametrize("name", ["xyz", "meta"])
+def test_an_invalid_device_is_refused(name):
+    with pytest.raises(ValueError, match=f"`device` is '{name}'; accepted: auto, cuda, cuda:1, cpu, mps"):
+        device_named(name)

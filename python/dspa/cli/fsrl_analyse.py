@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from dspa.cli.loading import device_named, load_adapter, load_model
+from dspa.cli.loading import load_adapter, load_model
 from dspa.cli.options import (
     FILES,
     AdapterOptions,
@@ -22,6 +22,7 @@ from dspa.cli.options import (
     with_options,
 )
 from dspa.cli.tables import cell, column_table, console, print_line, print_table, print_warning
+from dspa.distributed import device_named
 from dspa.errors import refusal
 from dspa.fsrl.config import LOSSES, TrainingConfig
 

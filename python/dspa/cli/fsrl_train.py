@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dspa.cli.loading import check_model, check_writable, device_named, load_model, load_sae, triple_source
+from dspa.cli.loading import check_model, check_writable, load_model, load_sae, triple_source
 from dspa.cli.options import (
     FILES,
     SAE_HELP,
@@ -26,7 +26,7 @@ from dspa.cli.options import (
     with_options,
 )
 from dspa.cli.tables import column_table, console, print_line, print_next, print_warning
-from dspa.distributed import rank
+from dspa.distributed import device_named, rank
 from dspa.errors import require_package
 from dspa.fsrl.config import FSRLConfig, TrainingConfig
 

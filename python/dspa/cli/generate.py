@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dspa.cli.loading import check_model, check_writable, device_named, load_adapter, load_model, load_pair
+from dspa.cli.loading import check_model, check_writable, load_adapter, load_model, load_pair
 from dspa.cli.options import (
     FILES,
     AdapterSAE,
@@ -30,6 +30,7 @@ from dspa.cli.options import (
 )
 from dspa.cli.texts import as_record, print_comparison
 from dspa.config import SteeringConfig
+from dspa.distributed import device_named
 
 if TYPE_CHECKING:
     from dspa.models.attachment import Attachable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +15,7 @@ from dspa.cli.options import (
     messages_of_options,
 )
 from dspa.data.records import ENDINGS, ending_of
-from dspa.distributed import local_rank
+from dspa.distributed import device_named
 from dspa.errors import refusal, require_package
 
 if TYPE_CHECKING:
@@ -44,30 +43,6 @@ def check_writable(option: str, path: Path | None, others: Mapping[str, Path | N
     for name, other in (others or {}).items():
         if other is not None and other.resolve() == path.resolve():
             raise refusal(ValueError, option, f"{path}, as {name} is", f"{accepted}, other than {name}")
-
-
-def device_named(name: str) -> str:
-    """Return the device that --device means; each of several processes has the GPU of its own number."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        kind = ""
-    if kind not in ("cpu", "cuda", "mps"):
-        raise refusal(ValueError, "--device", repr(name), "auto, cuda, cuda:1, cpu, mps")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise refusal(ValueError, "--device", f"{name!r}, and this machine has no CUDA device", "cpu, auto")
-    if name != "cuda":
-        return name
-    if local_rank() >= torch.cuda.device_count():
-        raise ValueError(
-            f"This is process {local_rank()} on a machine of {torch.cuda.device_count()} GPUs; accepted: at most one "
-            "process per GPU. Start fewer, or use --device cpu."
-        )
-    return f"cuda:{local_rank()}"
 
 
 def check_model(options: RecordedModelOptions) -> None:
@@ -121,33 +96,15 @@ def load_recorded(option: str, source: Source | None, load: Callable[[str], T], 
 
 def load_model(options: RecordedModelOptions, recorded: Source | None = None) -> tuple[Any, Any]:
     """Load a model, in evaluation mode, and its tokenizer; without --model, from the place that is recorded."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    from dspa.models.attention import use_same_function
-    from dspa.models.places import model_place
+    from dspa.models import load
     from dspa.models.sources import model_digest
 
-    device = device_named(options.device)
-
-    def load(name: str) -> tuple[Any, Any]:
-        place = model_place(name, "--model")
-        tokenizer = AutoTokenizer.from_pretrained(place.name, **place.arguments)
-        arguments: dict[str, Any] = {**place.arguments, "dtype": options.dtype}
-        if place.gguf_file:
-            warnings.warn(
-                f"The weights in {place.gguf_file} are dequantized, and take the memory of the data type (--dtype).",
-                stacklevel=3,
-            )
-            arguments["quantization_config"] = GgufConfig(dequantize=True)
-        model: Any = AutoModelForCausalLM.from_pretrained(place.name, **arguments)
-        if place.gguf_file:
-            model.config.name_or_path = place.path
-        use_same_function(model)
-        return model.to(device).eval(), tokenizer
+    def load_named(name: str) -> tuple[Any, Any]:
+        return load.load_model(name, dtype=options.dtype, device=options.device)
 
     if options.model is not None:
-        return load(options.model)
-    return load_recorded("--model", recorded, load, lambda loaded: model_digest(loaded[0]))
+        return load_named(options.model)
+    return load_recorded("--model", recorded, load_named, lambda loaded: model_digest(loaded[0]))
 
 
 def load_recorded_sae(

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from dspa.errors import ModelError, refusal
+from dspa.models.gguf import weights_dtype
 from dspa.models.layers import CausalLM, find_layers
 from dspa.models.places import model_place
 
@@ -59,6 +60,8 @@ def empty_model(name: str) -> CausalLM:
     place = model_place(name)
     config = AutoConfig.from_pretrained(place.name, **place.arguments)
     config.name_or_path = place.path
+    if place.gguf_file:
+        config.dtype = weights_dtype(Path(place.path))
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dspa.cli import main
-from dspa.cli.loading import device_named, triple_source
+from dspa.cli.loading import triple_source
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.testing import ENGLISH, L_IN, L_OUT, make_sae
 
@@ -264,17 +264,6 @@ def test_help_lists_the_commands_in_the_order_of_their_use(run):
     assert places == sorted(places)
 
 
-def test_each_process_has_its_gpu(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert device_named("auto") == device_named("cuda") == "cuda:0"
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert device_named("auto") == "cuda:1" and device_named("cuda:0") == "cuda:0" and device_named("cpu") == "cpu"
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="process 2 on a machine of 2 GPUs"):
-        device_named("auto")
-
-
 @pytest.mark.parametrize("command", [("map", "collect"), ("map", "build"), ("fsrl", "train")])
 @pytest.mark.parametrize("value", ["polite", "[1]", "{polite: true}"])
 def test_settings_of_the_chat_template_that_are_no_object(run, command, value):
@@ -328,9 +317,3 @@ def test_a_folder_without_a_data_set_is_refused(tmp_path):
     (tmp_path / "b.jsonl").write_text("[1, 2\n")
     with pytest.raises(ValueError, match=r"cannot be read as a data set .*accepted: a file of triples, a folder of"):
         triple_source(str(tmp_path), "train", stream=False)
-
-
-@pytest.mark.parametrize("name", ["xyz", "meta"])
-def test_an_invalid_device_is_refused(name):
-    with pytest.raises(ValueError, match=f"--device is '{name}'; accepted: auto, cuda, cuda:1, cpu, mps"):
-        device_named(name)

@@ -10,7 +10,7 @@ import pytest
 
 from dspa.cli import main
 from dspa.maps.cdmap import ConditionalDifferenceMap
-from dspa.testing import ENGLISH, L_IN, L_OUT, make_model, make_sae
+from dspa.testing import D_IN, ENGLISH, L_IN, L_OUT, make_model, make_sae
 
 from ..support.adapters import TRIPLES as HELD_OUT
 from ..support.adapters import acting_adapter
@@ -197,3 +197,36 @@ def test_an_adapter_is_enough(run, folder, tmp_path, monkeypatch):
     make_sae(L_OUT, 128, seed=7).save(folder / "sae_out")
     code, _, text = run(*arguments, "--out", tmp_path / "c", "--device", "cpu")
     assert code == 2 and "Pass --sae." in text
+
+
+@pytest.mark.filterwarnings("ignore:The weights in")
+def test_a_map_of_a_gguf_file_finds_it_and_takes_the_folder_of_its_weights(run, folder, tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    from ..support.gguf_files import gguf_llama, write_gguf
+
+    monkeypatch.setenv("DSPA_CACHE", str(tmp_path / "cache"))
+    model = gguf_llama(D_IN)
+    write_gguf(folder / "tiny.gguf", model)
+    named = ["--model", "tiny.gguf", *NAMED[2:], "--dtype", "float32"]
+    with pytest.warns(UserWarning, match="dequantized: in float32 they take"):
+        code, _, text = run("map", "build", "triples.jsonl", *named, "--out", "map")
+    assert code == 0, text
+    assert ConditionalDifferenceMap.load("map").sources["model"].path == str(folder / "tiny.gguf")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["generate", "--map", folder / "map", *PROMPT, "--dtype", "float32"]
+    code, expected, text = run(*arguments)
+    assert code == 0, text
+    # The ordinary folder that the file was made from, which has its values in fp32.
+    model.save_pretrained(folder / "plain")
+    for tokens in (tmp_path / "cache" / "gguf").glob("*/tokenizer*"):
+        shutil.copy(tokens, folder / "plain")
+    assert run(*arguments, "--model", folder / "plain")[:2] == (0, expected)
+    # The recorded place may have become such a folder, but not another file.
+    (folder / "tiny.gguf").unlink()
+    shutil.move(folder / "plain", folder / "tiny.gguf")
+    assert run(*arguments)[:2] == (0, expected)
+    shutil.rmtree(folder / "tiny.gguf")
+    write_gguf(folder / "tiny.gguf", gguf_llama(D_IN, seed=1))
+    code, _, text = run(*arguments)
+    assert code == 2 and "another one now" in text and "Pass --model." in text

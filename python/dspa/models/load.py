@@ -1,0 +1,47 @@
+"""Loading a model and its tokenizer by the name that a user gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from dspa.distributed import device_named
+from dspa.errors import refusal
+from dspa.models.attention import use_same_function
+from dspa.models.gguf import converted_folder
+from dspa.models.layers import CausalLM
+from dspa.models.places import model_place
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def load_model(
+    model: str | Path, *, dtype: str = "auto", device: str = "auto"
+) -> tuple[CausalLM, PreTrainedTokenizerBase]:
+    """Return a causal language model, in evaluation mode, and its tokenizer.
+
+    A GGUF file is dequantized, once: `$DSPA_CACHE/gguf`, by default `~/.cache/dspa/gguf`, keeps its model.
+
+    Args:
+        model: a folder, a GGUF file or a folder that holds one, or a name on the Hub.
+        dtype: "bfloat16", "float16", "float32", or "auto": that of its files, for quantized GGUF weights bfloat16.
+        device: "cpu", "cuda", "cuda:1", "mps", or "auto": "cuda" where there is one.
+
+    Raises:
+        ValueError: there is no such model, dtype or device, or the model cannot be read.
+        RuntimeError: a package that reads GGUF files is not installed.
+        OSError: a GGUF file was not converted, because the cache cannot be written.
+    """
+    if dtype not in DTYPES:
+        raise refusal(ValueError, "`dtype`", repr(dtype), ", ".join(DTYPES))
+    device, place = device_named(device), model_place(str(model))
+    folder = str(converted_folder(Path(place.path), dtype)) if place.gguf_file else place.name
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    if place.gguf_file:
+        # The conversion may be made again, elsewhere; the file is what a map records.
+        loaded.config.name_or_path = place.path
+    use_same_function(loaded)
+    return loaded.to(device).eval(), tokenizer
