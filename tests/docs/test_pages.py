@@ -70,6 +70,14 @@ def test_names_in_the_text_exist(page: Path) -> None:
             resolve_name(name)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_in_the_text_exist(page: Path) -> None:
+    """Paths in backticks that begin with a folder of the repository; what a command makes is in one that is ignored."""
+    folders = "|".join(("bench", "csrc", "docs", "dspa_kernels", "python", "tests", r"\.ci"))
+    for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", page.read_text()):
+        assert (ROOT / name).exists(), name
+
+
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_exists_with_its_options(line: str) -> None:
     # A vertical bar separates alternatives, and dots stand for more options.
