@@ -26,6 +26,9 @@ PACKAGES = {
 # Modules with public names that no package exports, and their pages.
 MODULES = {
     "dspa.baselines.static_sae": "dspa.baselines",
+    "dspa.baselines.random_set": "dspa.baselines",
+    "dspa.baselines.shuffled_map": "dspa.baselines",
+    "dspa.baselines.wrong_layer": "dspa.baselines",
     "dspa.saes.config": "dspa.saes",
     "dspa.saes.training": "dspa.saes",
     "dspa_kernels.nn": "dspa_kernels.nn",
