@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "tutorials"
+# Bold and colours of a terminal.
+ESCAPES = re.compile(r"\x1b\[[\d;]*m")
 MARKER = re.compile(r"^# %%( \[markdown\])?\n", re.MULTILINE)
 
 
@@ -42,7 +44,7 @@ def notebook(source: str) -> dict[str, Any]:
 
 
 def execute(path: Path) -> dict[str, Any]:
-    """Return a tutorial with its outputs, without what goes to stderr, such as progress bars and warnings."""
+    """Return a tutorial with its outputs as text and pictures, without what goes to stderr, such as progress bars."""
     import nbformat
     from nbclient import NotebookClient
 
@@ -52,6 +54,9 @@ def execute(path: Path) -> dict[str, Any]:
         cell["metadata"] = {}
         if cell["cell_type"] == "code":
             cell["outputs"] = [output for output in cell["outputs"] if output.get("name") != "stderr"]
+            for data in (output["data"] for output in cell["outputs"] if "data" in output):
+                data.pop("text/html", None)
+                data["text/plain"] = ESCAPES.sub("", data["text/plain"])
     del executed["metadata"]["language_info"]
     return dict(executed)
 

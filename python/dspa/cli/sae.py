@@ -32,6 +32,7 @@ Training = Annotated[
     SAETrainingConfig,
     Options(
         "Training",
+        without=["dead_feature_window"],
         names={
             "n_tokens": "--tokens",
             "held_out_tokens": "--held-out",
@@ -40,9 +41,7 @@ Training = Annotated[
     ),
 ]
 # Arguments that errors name, in addition to the settings of the config.
-NAMES = {"k": "--k", "d_sae": "--d-sae", "layer": "--layer", "indices": "--layer"}
-D_SAE, K = [16_384], [64.0]
-PER_LAYER = "; for several layers one for all, or one per layer in their order."
+NAMES = {"k": "--k", "layer": "--layer"}
 # Label and format of each figure of a training.
 FIGURES = {
     "explained_variance": ("explained variance", ".4f"),
@@ -84,28 +83,20 @@ def _quality(path: Path, figures: Mapping[str, float]) -> dict[str, str]:
 @with_options
 def sae_train(
     texts: Texts,
-    layer: Annotated[
-        list[int],
-        typer.Option(
-            help="Decoder layer whose output the SAE reads, from 0. Several, each with its own --layer, are trained in "
-            "one pass over the text, into layer_N in the folder."
-        ),
-    ],
+    layer: Annotated[int, typer.Option(help="Decoder layer whose output the SAE reads, from 0.")],
     out: TrainingOut,
     on: OnModel,
     config: Training,
-    d_sae: Annotated[list[int], typer.Option(help=f"Number of latents{PER_LAYER}", min=1)] = D_SAE,
-    k: Annotated[list[float], typer.Option(help=f"Active latents per token, on average over a batch{PER_LAYER}")] = K,
+    d_sae: Annotated[int, typer.Option(help="Number of latents.", min=1)] = 16_384,
+    k: Annotated[float, typer.Option(help="Active latents per token, on average over a batch.")] = 64.0,
 ) -> None:
-    """Train BatchTopK SAEs for layers of a model, and save them as JumpReLU SAEs in SAELens folders."""
-    from dspa.saes.training import layer_folders, train_saes
+    """Train a BatchTopK SAE for a layer of a model, and save it as a JumpReLU SAE in a SAELens folder."""
+    from dspa.saes.training import train_sae
 
-    with messages_of_options(NAMES):
-        folders = layer_folders(out, layer)
-    file = _check_texts(texts)
+    file = _check_texts(texts, out)
     model, tokenizer = load_model(on)
     with messages_of_options(NAMES):
-        train_saes(
+        train_sae(
             *(model, tokenizer, file, layer, out),
             d_sae=d_sae,
             k=k,
@@ -113,8 +104,7 @@ def sae_train(
             layers=on.layers,
             model_name=on.model_name,
         )
-    for folder in folders:
-        _print_qualities(folder.path)
+    _print_qualities(out)
 
 
 @app.command("finetune")
@@ -132,10 +122,8 @@ def sae_finetune(
 ) -> None:
     """Continue training an SAE on a text of your own, and save it as a JumpReLU SAE in a SAELens folder."""
     from dspa.saes.training import finetune_sae
-    from dspa.training_folder import TrainingFolder
 
-    TrainingFolder(out).check()
-    file = _check_texts(texts)
+    file = _check_texts(texts, out)
     check_model(on)
     start = load_sae(sae, layer, "cpu")
     model, tokenizer = load_model(on)
@@ -146,11 +134,13 @@ def sae_finetune(
     _print_qualities(out)
 
 
-def _check_texts(texts: Path) -> TextFile:
+def _check_texts(texts: Path, out: Path) -> TextFile:
     """Check what is quick to check before a model is loaded, and return the texts."""
     from dspa.data.texts import TextFile
+    from dspa.training_folder import TrainingFolder
 
     require_package("sae-lens", "Training an SAE")
+    TrainingFolder(out).check()
     return TextFile(texts)
 
 
