@@ -32,7 +32,6 @@ Training = Annotated[
     SAETrainingConfig,
     Options(
         "Training",
-        without=["dead_feature_window"],
         names={
             "n_tokens": "--tokens",
             "held_out_tokens": "--held-out",
@@ -41,7 +40,9 @@ Training = Annotated[
     ),
 ]
 # Arguments that errors name, in addition to the settings of the config.
-NAMES = {"k": "--k", "layer": "--layer"}
+NAMES = {"k": "--k", "d_sae": "--d-sae", "layer": "--layer", "indices": "--layer"}
+D_SAE, K = [16_384], [64.0]
+PER_LAYER = "; for several layers one for all, or one per layer in their order."
 # Label and format of each figure of a training.
 FIGURES = {
     "explained_variance": ("explained variance", ".4f"),
@@ -83,20 +84,28 @@ def _quality(path: Path, figures: Mapping[str, float]) -> dict[str, str]:
 @with_options
 def sae_train(
     texts: Texts,
-    layer: Annotated[int, typer.Option(help="Decoder layer whose output the SAE reads, from 0.")],
+    layer: Annotated[
+        list[int],
+        typer.Option(
+            help="Decoder layer whose output the SAE reads, from 0. Several, each with its own --layer, are trained in "
+            "one pass over the text, into layer_N in the folder."
+        ),
+    ],
     out: TrainingOut,
     on: OnModel,
     config: Training,
-    d_sae: Annotated[int, typer.Option(help="Number of latents.", min=1)] = 16_384,
-    k: Annotated[float, typer.Option(help="Active latents per token, on average over a batch.")] = 64.0,
+    d_sae: Annotated[list[int], typer.Option(help=f"Number of latents{PER_LAYER}", min=1)] = D_SAE,
+    k: Annotated[list[float], typer.Option(help=f"Active latents per token, on average over a batch{PER_LAYER}")] = K,
 ) -> None:
-    """Train a BatchTopK SAE for a layer of a model, and save it as a JumpReLU SAE in a SAELens folder."""
-    from dspa.saes.training import train_sae
+    """Train BatchTopK SAEs for layers of a model, and save them as JumpReLU SAEs in SAELens folders."""
+    from dspa.saes.training import layer_folders, train_saes
 
-    file = _check_texts(texts, out)
+    with messages_of_options(NAMES):
+        folders = layer_folders(out, layer)
+    file = _check_texts(texts)
     model, tokenizer = load_model(on)
     with messages_of_options(NAMES):
-        train_sae(
+        train_saes(
             *(model, tokenizer, file, layer, out),
             d_sae=d_sae,
             k=k,
@@ -104,7 +113,8 @@ def sae_train(
             layers=on.layers,
             model_name=on.model_name,
         )
-    _print_qualities(out)
+    for folder in folders:
+        _print_qualities(folder.path)
 
 
 @app.command("finetune")
@@ -122,8 +132,10 @@ def sae_finetune(
 ) -> None:
     """Continue training an SAE on a text of your own, and save it as a JumpReLU SAE in a SAELens folder."""
     from dspa.saes.training import finetune_sae
+    from dspa.training_folder import TrainingFolder
 
-    file = _check_texts(texts, out)
+    TrainingFolder(out).check()
+    file = _check_texts(texts)
     check_model(on)
     start = load_sae(sae, layer, "cpu")
     model, tokenizer = load_model(on)
@@ -134,13 +146,11 @@ def sae_finetune(
     _print_qualities(out)
 
 
-def _check_texts(texts: Path, out: Path) -> TextFile:
+def _check_texts(texts: Path) -> TextFile:
     """Check what is quick to check before a model is loaded, and return the texts."""
     from dspa.data.texts import TextFile
-    from dspa.training_folder import TrainingFolder
 
     require_package("sae-lens", "Training an SAE")
-    TrainingFolder(out).check()
     return TextFile(texts)
 
 

@@ -1,15 +1,16 @@
-"""Residuals of one layer for a file of text: documents are streamed through the model, and their rows shuffled.
+"""Residuals of layers for a file of text: documents are streamed through the model, and their rows shuffled.
 
 The order depends only on the file, the settings and a seed. Rows are shuffled block by block, so that the stream can go
-on from any place by reading only the block of that place again.
+on from any place by reading only the block of that place again. The rows of a layer, and their order, are the same
+whether it is read alone or with others.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import TypeVar
 
 import torch
@@ -26,7 +27,7 @@ from dspa.saes.outliers import typical_rows
 
 @dataclass(frozen=True)
 class Position:
-    """A place in the stream.
+    """A place in the stream of a layer.
 
     Attributes:
         block: number of the block.
@@ -42,7 +43,7 @@ class Position:
 
 
 class Activations:
-    """Residuals at the output of one decoder layer, one row per token of the documents of a file.
+    """Residuals at the outputs of decoder layers, one row per token of the documents of a file.
 
     A document is tokenised as the model reads it (`tokenizer(text)`, `tokenize_triple`) and cut to `max_length` at
     its end. Its special tokens are read by the model. `exclude_special_tokens` leaves them out of the rows.
@@ -50,12 +51,12 @@ class Activations:
     Args:
         model, tokenizer: the model, in evaluation mode.
         texts: the file.
-        layer: the decoder layer, from 0.
+        indices: the decoder layers, from 0. One pass of the model reads them all.
         max_length: tokens per document.
         exclude_special_tokens: leave special tokens out of the rows.
         batch_tokens: padded tokens per forward pass.
-        max_norm_ratio: leave rows with more than this many times the median norm of their block out of the batches; 0
-            keeps all.
+        max_norm_ratio: leave rows with more than this many times the median norm of their block and layer out of the
+            batches; 0 keeps all.
         layers: dotted path of the list of decoder layers, for an unknown architecture.
         progress: show a bar while the model reads, with the tokens read.
     """
@@ -65,7 +66,7 @@ class Activations:
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         texts: TextFile,
-        layer: int,
+        indices: Sequence[int],
         *,
         max_length: int,
         exclude_special_tokens: bool,
@@ -74,14 +75,15 @@ class Activations:
         layers: str | None = None,
         progress: bool = False,
     ) -> None:
-        self.model, self.tokenizer, self.texts, self.layer, self.layers = model, tokenizer, texts, layer, layers
+        self.model, self.tokenizer, self.texts, self.indices, self.layers = model, tokenizer, texts, indices, layers
         self.max_length, self.batch_tokens, self.max_norm_ratio = max_length, batch_tokens, max_norm_ratio
         self.progress = progress
         self.left_out = set(tokenizer.all_special_ids) if exclude_special_tokens else set()
 
-    def held_out(self, n_tokens: int) -> tuple[Tensor, int]:
-        """Return the rows [N, d_in] of the first entries of the file, N >= n_tokens, and the number of these entries.
+    def held_out(self, n_tokens: int) -> tuple[dict[int, Tensor], int]:
+        """Return the rows of the first entries of the file, and the number of these entries.
 
+        The rows are [N, d_in] per layer, N >= n_tokens.
         Rows of any norm are among them: `evaluate_sae` leaves out and counts those of outlying norm.
 
         Raises:
@@ -96,42 +98,57 @@ class Activations:
         return self.rows(documents, "reading held-out text"), end
 
     def batches(
-        self, n_held_out: int, batch_size: int, buffer_tokens: int, seed: int, start: Position | None = None
-    ) -> Iterator[tuple[Position, Tensor]]:
-        """Yield batches [batch_size, d_in] fp32 without end, each with the place right after it.
+        self,
+        n_held_out: int,
+        batch_size: int,
+        buffer_tokens: int,
+        seed: int,
+        starts: Mapping[int, Position | None] | None = None,
+    ) -> Iterator[tuple[int, Position, Tensor]]:
+        """Yield batches [batch_size, d_in] fp32 without end, each with its layer and the layer's place right after it.
 
         They are rows of the entries after the first `n_held_out`, which are read over and over. A block is as many
-        whole entries as give `buffer_tokens` rows. It is shuffled by itself, without its rows of outlying norm. Rows at
-        its end that fill no batch are left out.
+        whole entries as give `buffer_tokens` rows. It gives the batches of the first layer, then those of the next.
+        The rows of a layer are shuffled by themselves, without those of outlying norm. Rows at the end of a block that
+        fill no batch are left out.
 
         Args:
             n_held_out: entries at the start of the file to leave out.
             batch_size: rows per batch.
-            buffer_tokens: rows per block.
+            buffer_tokens: rows per block and layer.
             seed: seed of the order.
-            start: place from which to go on as an earlier call did.
+            starts: place of each layer from which to go on as an earlier call did; None for its beginning. A layer that
+                is ahead of the others waits for them.
         """
-        at = start or Position(entry=n_held_out)
-        entries = self._entries(at.entry, n_held_out)
+        places = {index: (starts or {}).get(index) or Position(entry=n_held_out) for index in self.indices}
+        begin = min(places.values(), key=lambda place: place.block)
+        entries = self._entries(begin.entry, n_held_out)
         # At least half of the rows have a typical norm, so that a block always gives a batch.
         n_tokens = max(buffer_tokens, 2 * batch_size if self.max_norm_ratio else batch_size)
-        while True:
+        for block in count(begin.block):
             documents, end = self._block(entries, n_tokens)
-            rows = self.rows(documents, "filling shuffle buffer")
-            typical = typical_rows(rows, self.max_norm_ratio)
-            # A place within a block has counted the block.
-            n_left_out = at.n_left_out + (0 if at.batch else int((~typical).sum()))
-            rows = rows[typical]
-            # torch would use only a part of a number beyond 32 bits.
-            shuffle = torch.Generator().manual_seed(random.Random(f"{seed}/{at.block}").getrandbits(32))
-            order = torch.randperm(len(rows), generator=shuffle).to(rows.device)
-            for i in range(at.batch, len(rows) // batch_size):
-                batch = rows[order[i * batch_size : (i + 1) * batch_size]].float()
-                yield Position(at.block, at.entry, i + 1, n_left_out), batch
-            at = Position(at.block + 1, end, n_left_out=n_left_out)
+            read = self.rows(documents, "filling shuffle buffer")
+            for index in [index for index in self.indices if places[index].block == block]:
+                reached = places[index]
+                for reached, batch in self._shuffled(read.pop(index), places[index], batch_size, seed):
+                    yield index, reached, batch
+                places[index] = Position(block + 1, end, n_left_out=reached.n_left_out)
 
-    def rows(self, documents: Sequence[list[int]], purpose: str = "reading") -> Tensor:
-        """Return the residuals [N, d_in] of documents' tokens, in the model's dtype.
+    def _shuffled(self, rows: Tensor, at: Position, batch_size: int, seed: int) -> Iterator[tuple[Position, Tensor]]:
+        """Yield the batches of a block's rows [N, d_in] from a place in it on, each with the place right after it."""
+        typical = typical_rows(rows, self.max_norm_ratio)
+        # A place within a block has counted the block.
+        n_left_out = at.n_left_out + (0 if at.batch else int((~typical).sum()))
+        rows = rows[typical]
+        # torch would use only a part of a number beyond 32 bits.
+        shuffle = torch.Generator().manual_seed(random.Random(f"{seed}/{at.block}").getrandbits(32))
+        order = torch.randperm(len(rows), generator=shuffle).to(rows.device)
+        for i in range(at.batch, len(rows) // batch_size):
+            batch = rows[order[i * batch_size : (i + 1) * batch_size]].float()
+            yield Position(at.block, at.entry, i + 1, n_left_out), batch
+
+    def rows(self, documents: Sequence[list[int]], purpose: str = "reading") -> dict[int, Tensor]:
+        """Return the residuals [N, d_in] of documents' tokens per layer, in the model's dtype.
 
         Args:
             documents: token ids of each document.
@@ -140,14 +157,16 @@ class Activations:
         Raises:
             ModelError: residuals that are not finite.
         """
-        rows, shown = [], {"unit": "token", "unit_scale": True, "leave": False, "disable": not self.progress}
+        rows: dict[int, list[Tensor]] = {index: [] for index in self.indices}
+        shown = {"unit": "token", "unit_scale": True, "leave": False, "disable": not self.progress}
         with tqdm(total=sum(map(len, documents)), desc=purpose, **shown) as bar:
             for batch in batches_by_length(documents, self.batch_tokens):
-                rows.append(self._read(batch))
+                for index, residuals in self._read(batch).items():
+                    rows[index].append(residuals)
                 bar.update(sum(map(len, batch)))
-        return torch.cat(rows)
+        return {index: torch.cat(rows.pop(index)) for index in self.indices}
 
-    def _read(self, documents: Sequence[list[int]]) -> Tensor:
+    def _read(self, documents: Sequence[list[int]]) -> dict[int, Tensor]:
         tokens = torch.zeros(len(documents), max(map(len, documents)), dtype=torch.long)
         kept = torch.zeros(tokens.shape, dtype=torch.bool)
         for i, ids in enumerate(documents):
@@ -155,9 +174,10 @@ class Activations:
             tokens[i, : len(ids)] = torch.tensor(ids)
             kept[i, : len(ids)] = torch.tensor([token not in self.left_out for token in ids])
         device = device_of(base_model(self.model).get_input_embeddings())
-        h = read_layers(self.model, [self.layer], self.layers, input_ids=tokens.to(device))[self.layer]
-        rows = h[kept.to(h.device)]
-        check_finite(rows, self.layer)
+        read = read_layers(self.model, self.indices, self.layers, input_ids=tokens.to(device))
+        rows = {index: h[kept.to(h.device)] for index, h in read.items()}
+        for index in self.indices:
+            check_finite(rows[index], index)
         return rows
 
     def _entries(self, entry: int, first: int) -> Iterator[tuple[int, list[list[int]]]]:

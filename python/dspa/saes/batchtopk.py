@@ -60,6 +60,17 @@ def _training_sae(
 
 
 @torch.no_grad()
+def begin_at_mean(sae: Any, rows: Tensor) -> None:
+    """Set the decoder bias of a new SAE to the mean of `rows` [N, d_in].
+
+    The encoder subtracts it from its input. With a bias of 0 it would spend its first steps on the mean, with which the
+    latents on its side win and the others die.
+    """
+    assert sae.cfg.apply_b_dec_to_input
+    sae.b_dec.copy_(rows.mean(dim=0))
+
+
+@torch.no_grad()
 def begin_threshold(sae: Any, rows: Tensor) -> None:
     """Set the running mean of the threshold, otherwise 0, to the one that keeps `k` latents of `rows` [N, d_in]."""
     f = sae.encode(rows)

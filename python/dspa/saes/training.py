@@ -1,40 +1,33 @@
-"""Train an SAE for one layer of a model, or fine-tune one, with SAELens' trainer on streamed activations.
+"""Train SAEs for layers of a model, or fine-tune one, with SAELens' trainer on streamed activations.
 
-Both train a BatchTopK SAE and save what it is at inference: a JumpReLU SAE, in a SAELens folder. A training that was
+All train BatchTopK SAEs and save what they are at inference: JumpReLU SAEs, in SAELens folders. A training that was
 stopped goes on from its last checkpoint to the result that it would have had.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dspa.data.templates import at_date, date_of_today
 from dspa.data.texts import TextFile
 from dspa.errors import ModelError, TrainingError, refusal, require_package
 from dspa.models.layers import base_model, check_eval, context_length, decoder_layers, is_model_name, loaded_name
-from dspa.saes.activations import Activations, Position
-from dspa.saes.batchtopk import begin_threshold, jumprelu, new_sae, started_sae
-from dspa.saes.checkpoints import restore_checkpoint, save_checkpoint
+from dspa.saes.activations import Activations
 from dspa.saes.config import SAETrainingConfig
-from dspa.saes.formats import FIGURES
+from dspa.saes.fitting import Job, check_k, fit
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.metadata import CENTERED, LOADED_WITH
 from dspa.saes.placement import check_made_for, required_layer
-from dspa.saes.quality import Quality, evaluate_sae
-from dspa.training_folder import History, TrainingFolder
+from dspa.saes.quality import Quality
+from dspa.training_folder import TrainingFolder
 
-# Entries in the history of a training.
-REPORTS = 100
 # What a folder means in which a setting is not recorded, because it was made before there was this setting.
 EARLIER = {"max_norm_ratio": 0.0}
 
@@ -65,8 +58,9 @@ def train_sae(
         d_sae: number of latents.
         k: active latents per token, on average over a batch.
         config: settings of the training.
-        progress: show a bar with loss, explained variance, L0 and dead latents of the latest reported batch, and one
-            with the tokens read wherever the model reads.
+        progress: show a bar with loss, explained variance and L0 of the latest reported batch, and the latents that
+            were dead in the last window (from the first report on), and one with the tokens read wherever the model
+            reads.
         layers: dotted path of the list of decoder layers, for an unknown architecture.
         model_name: name of the model, if its own name or path does not give it.
 
@@ -78,9 +72,70 @@ def train_sae(
         TrainingError: an `out` with something else, or a `k` out of range.
         ValueError: held-out tokens without variance.
     """
-    _check_k(k, d_sae)
-    job = _prepare(model, tokenizer, texts, layer, out, config, layers, model_name, progress, d_sae=d_sae, k=k)
-    return _fit(job, progress)
+    return train_saes(
+        *(model, tokenizer, texts, [layer], out),
+        d_sae=d_sae,
+        k=k,
+        config=config,
+        progress=progress,
+        layers=layers,
+        model_name=model_name,
+    )[0]
+
+
+def train_saes(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: TextFile | str | Path,
+    indices: Sequence[int],
+    out: str | Path,
+    *,
+    d_sae: int | Sequence[int],
+    k: float | Sequence[float] = 64,
+    config: SAETrainingConfig | None = None,
+    progress: bool = True,
+    layers: str | None = None,
+    model_name: str | None = None,
+) -> list[FrozenSAE]:
+    """Train a new SAE on each of several layers, all from one pass of the model over the text.
+
+    Each is the SAE that `train_sae` would make of its layer with the same settings. Layers that are finished are left
+    as they are, so a stopped training goes on, also if another layer was finished.
+
+    Args:
+        model: as for `train_sae`.
+        tokenizer: as for `train_sae`.
+        texts: as for `train_sae`.
+        indices: the decoder layers, from 0.
+        out: the folder in which layer 8 gets the folder `layer_8`, as `train_sae` writes it, and so on. One layer alone
+            gets `out` itself.
+        d_sae: number of latents, for all layers or one per layer.
+        k: active latents per token, for all layers or one per layer.
+        config: as for `train_sae`.
+        progress: as for `train_sae`.
+        layers: as for `train_sae`.
+        model_name: as for `train_sae`.
+
+    Returns:
+        SAEs in the order of `indices`.
+
+    Raises:
+        ModelError: as for `train_sae`.
+        PreferenceError: as for `train_sae`.
+        RuntimeError: as for `train_sae`.
+        TextError: as for `train_sae`.
+        TrainingError: as for `train_sae`, no layer or one given twice, or a number of values that is not that of the
+            layers.
+        ValueError: as for `train_sae`.
+    """
+    if not indices or len(set(indices)) < len(indices):
+        raise refusal(TrainingError, "`indices`", repr(list(indices)), "one or more layers, each once")
+    widths, ks = _per_layer("d_sae", d_sae, len(indices)), _per_layer("k", k, len(indices))
+    for width, active in zip(widths, ks, strict=True):
+        check_k(active, width)
+    folders = layer_folders(out, indices)
+    saes = [_SAE(*given) for given in zip(indices, folders, widths, ks, strict=True)]
+    return _train(model, tokenizer, texts, saes, config, layers, model_name, progress)
 
 
 def finetune_sae(
@@ -122,9 +177,25 @@ def finetune_sae(
         ValueError: as for `train_sae`.
     """
     if k is not None:
-        _check_k(k, sae.d_sae)
-    given = (model, tokenizer, texts, required_layer(sae), out, config, layers, model_name, progress)
-    return _fit(_prepare(*given, d_sae=sae.d_sae, k=k, start=sae), progress)
+        check_k(k, sae.d_sae)
+    folder = TrainingFolder(Path(out))
+    folder.check()
+    start = _SAE(required_layer(sae), folder, sae.d_sae, k, sae)
+    return _train(model, tokenizer, texts, [start], config, layers, model_name, progress)[0]
+
+
+def layer_folders(out: str | Path, indices: Sequence[int]) -> list[TrainingFolder]:
+    """Return the folder of each layer in `out`, and `out` itself for one layer alone.
+
+    Raises:
+        TrainingError: trainings can neither begin nor continue in these folders, or all of them are finished.
+    """
+    out = Path(out)
+    folders = [TrainingFolder(out / f"layer_{index}" if len(indices) > 1 else out) for index in indices]
+    if len(indices) == 1 or out.exists() or not out.parent.is_dir():
+        for folder in [folder for folder in folders if not folder.finished] or folders:
+            folder.check()
+    return folders
 
 
 def read_qualities(out: str | Path) -> dict[str, Quality]:
@@ -133,144 +204,103 @@ def read_qualities(out: str | Path) -> dict[str, Quality]:
     return {when: Quality(**record[when]) for when in ("before", "after")}
 
 
-def _check_k(k: float, d_sae: int, advice: str = "") -> None:
-    if not 1 <= k <= d_sae:
-        raise refusal(TrainingError, "`k`", repr(k), f"1 to d_sae = {d_sae}", advice)
+def _per_layer(name: str, values: Any, n_layers: int) -> list[Any]:
+    """Return a value per layer, of one for all or of one each."""
+    given = list(values) if isinstance(values, Sequence) else [values]
+    if len(given) not in (1, n_layers):
+        raise refusal(TrainingError, f"`{name}`", f"{len(given)} values", f"one, or one per layer ({n_layers})")
+    return given * n_layers if len(given) == 1 else given
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A training that is checked and about to begin.
+@dataclass(frozen=True, eq=False)
+class _SAE:
+    """An SAE to train, as it was asked for.
 
     Attributes:
-        batches: batches of residuals [batch_size, d_in] from a place in the stream on.
-        held_out: residuals to report on [N, d_in], those of outlying norm among them.
+        layer: the decoder layer.
+        folder: where it goes.
         d_sae: number of latents.
         k: active latents per token; None for as many as `start` has.
-        start: the SAE to continue, in fp32, or None for a new one.
-        metadata: metadata of the saved SAE.
+        start: the SAE to continue, or None for a new one.
     """
 
-    config: SAETrainingConfig
+    layer: int
     folder: TrainingFolder
-    batches: Callable[[Position | None], Iterator[tuple[Position, Tensor]]]
-    held_out: Tensor
     d_sae: int
     k: float | None
-    start: FrozenSAE | None
-    metadata: dict[str, Any]
-
-    def read(self, rows: Tensor) -> Tensor:
-        """Return what the SAE encodes of residuals [N, d_in], fp32."""
-        return self.start.normalise(rows) if self.start else rows.float()
-
-    def new_sae(self, k: float, scale: float) -> Any:
-        """Return the training SAE before its first step."""
-        # The threshold is a running mean. A short training should not keep its beginning.
-        shared: dict[str, Any] = {
-            "threshold_lr": min(1.0, max(0.01, 10 / self.config.n_steps)),
-            "metadata": self.metadata,
-        }
-        if self.start is None:
-            sae = new_sae(self.held_out.shape[1], self.d_sae, k, seed=self.config.seed, **shared)
-        else:
-            sae = started_sae(self.start, k, scale=scale, **shared)
-        return sae.to(self.held_out.device)
-
-    def evaluate(self, sae: FrozenSAE) -> Quality:
-        """Return the quality of an SAE on the held-out residuals."""
-        return evaluate_sae(sae, self.held_out, max_norm_ratio=self.config.max_norm_ratio)
-
-    def inference(self, sae: Any, scale: float) -> Any:
-        """Return a training SAE as SAELens saves it."""
-        return jumprelu(sae, scale=scale, normalize_activations=self.start.weights.normalize if self.start else "none")
-
-    def evaluate_training(self, sae: Any, scale: float) -> Quality:
-        """Return the quality of a training SAE, at inference."""
-        return self.evaluate(FrozenSAE.from_sae_lens(self.inference(sae, scale)).to(self.held_out.device))
+    start: FrozenSAE | None = None
 
 
-@dataclass(frozen=True)
-class _Beginning:
-    """Numbers that the first batches decide, kept in `training.json`: a resumed training need not read them again.
-
-    Attributes:
-        k: active latents per token.
-        scale: factor to a mean norm of sqrt(d_in), at which a learning rate means the same for any model.
-        before: quality of the SAE before its first step.
-    """
-
-    k: float
-    scale: float
-    before: Quality
-
-
-def _prepare(
+def _train(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     texts: TextFile | str | Path,
-    layer: int,
-    out: str | Path,
+    saes: Sequence[_SAE],
     config: SAETrainingConfig | None,
     layers: str | None,
     model_name: str | None,
     progress: bool,
-    *,
-    d_sae: int,
-    k: float | None,
-    start: FrozenSAE | None = None,
-) -> _Job:
-    """Check the arguments, claim the folder, and read the held-out text."""
+) -> list[FrozenSAE]:
+    """Check the arguments, claim the folders, read the held-out text, and train what is not finished."""
     require_package("sae-lens", "Training an SAE")
-    config, inner, folder = config or SAETrainingConfig(), base_model(model), TrainingFolder(Path(out))
+    given, inner = config or SAETrainingConfig(), base_model(model)
     model_name = model_name or loaded_name(inner)
-    _check_model(inner, layer, layers, start, model_name)
-    folder.check()
+    for sae in saes:
+        _check_model(inner, sae.layer, layers, sae.start, model_name)
+    unfinished = [sae for sae in saes if not sae.folder.finished]
     file = texts if isinstance(texts, TextFile) else TextFile(texts)
-    max_length = min(config.max_length, context_length(inner) or config.max_length)
-    date = folder.first_date(date_of_today(tokenizer))
-    settings = {
-        "model_name": model_name,
-        "model_dtype": str(inner.dtype),
-        "layer": layer,
-        "sae": start.fingerprint if start else None,
-        "d_sae": d_sae,
-        "k": k,
-        "data": file.digest,
-        "template_date": date,
-    }
-    folder.claim({**settings, **asdict(config), "max_length": max_length}, earlier=EARLIER)
+    max_length = min(given.max_length, context_length(inner) or given.max_length)
+    date = date_of_today(tokenizer)
+    configs = [replace(given, max_length=max_length).resolved(sae.d_sae) for sae in saes]
+    for sae, resolved in zip(saes, configs, strict=True):
+        sae.folder.path.parent.mkdir(exist_ok=True)
+        date = sae.folder.first_date(date)
+        settings = {
+            "model_name": model_name,
+            "model_dtype": str(inner.dtype),
+            "layer": sae.layer,
+            "sae": sae.start.fingerprint if sae.start else None,
+            "d_sae": sae.d_sae,
+            "k": sae.k,
+            "data": file.digest,
+            "template_date": date,
+        }
+        sae.folder.claim({**settings, **asdict(resolved)}, finished=sae not in unfinished, earlier=EARLIER)
     activations = Activations(
         inner,
         at_date(tokenizer, date),
         file,
-        layer,
+        [sae.layer for sae in unfinished],
         max_length=max_length,
-        exclude_special_tokens=config.exclude_special_tokens,
-        batch_tokens=config.batch_tokens,
-        max_norm_ratio=config.max_norm_ratio,
+        exclude_special_tokens=given.exclude_special_tokens,
+        batch_tokens=given.batch_tokens,
+        max_norm_ratio=given.max_norm_ratio,
         layers=layers,
         progress=progress,
     )
-    held_out, n_held_out = activations.held_out(config.held_out_tokens)
-    buffer_tokens = min(config.buffer_tokens, config.n_tokens)
-    return _Job(
-        config=config,
-        folder=folder,
-        batches=functools.partial(activations.batches, n_held_out, config.batch_size, buffer_tokens, config.seed),
-        held_out=held_out,
-        d_sae=d_sae,
-        k=k,
-        start=start.to(held_out.device, torch.float32) if start else None,
-        metadata=_metadata(tokenizer, file, layer, max_length, config, model_name, start),
-    )
+    held_out, n_held_out = activations.held_out(given.held_out_tokens)
+    jobs = [
+        Job(
+            config=resolved,
+            folder=sae.folder,
+            layer=sae.layer,
+            held_out=held_out[sae.layer],
+            d_sae=sae.d_sae,
+            k=sae.k,
+            start=sae.start.to(held_out[sae.layer].device, torch.float32) if sae.start else None,
+            metadata=_metadata(tokenizer, file, sae.layer, resolved, model_name, sae.start),
+        )
+        for sae, resolved in zip(saes, configs, strict=True)
+        if sae in unfinished
+    ]
+    fit(jobs, activations, n_held_out, progress)
+    return [FrozenSAE.load(sae.folder.path, device=held_out[jobs[0].layer].device) for sae in saes]
 
 
 def _metadata(
     tokenizer: PreTrainedTokenizerBase,
     file: TextFile,
     layer: int,
-    max_length: int,
     config: SAETrainingConfig,
     model_name: str,
     start: FrozenSAE | None,
@@ -279,7 +309,7 @@ def _metadata(
     metadata = {
         "model_name": model_name if is_model_name(model_name) else start and start.model_name,
         "hook_name": f"blocks.{layer}.hook_resid_post",
-        "context_size": max_length,
+        "context_size": config.max_length,
         "prepend_bos": tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id],
         "exclude_special_tokens": config.exclude_special_tokens,
         "max_norm_ratio": config.max_norm_ratio,
@@ -297,89 +327,3 @@ def _check_model(model: nn.Module, layer: int, layers: str | None, start: Frozen
         raise refusal(ModelError, "`layer`", repr(layer), f"0 to {n_layers - 1}, the model's layers")
     if start is not None:
         check_made_for("sae", start, model, model_name)
-
-
-def _begin(job: _Job, first: list[Tensor]) -> tuple[Any, _Beginning]:
-    """Return the SAE before its first step, and what its first batches [batch_size, d_in] decided."""
-    sample, k = torch.cat(first), job.k
-    if k is None:
-        assert job.start is not None
-        # Outliers have left the batches already.
-        k = evaluate_sae(job.start, sample, max_norm_ratio=0).l0
-        _check_k(k, job.d_sae, "It is the L0 of `sae` on these tokens: is it the SAE of this layer? Or pass `k`.")
-    scale = float(sample.shape[1] ** 0.5 / job.read(sample).norm(dim=-1).mean())
-    sae = job.new_sae(k, scale)
-    begin_threshold(sae, job.read(first[0]) * scale)
-    before = job.evaluate(job.start) if job.start else job.evaluate_training(sae, scale)
-    return sae, _Beginning(k, scale, before)
-
-
-def _fit(job: _Job, progress: bool) -> FrozenSAE:
-    """Train an SAE from its start or its checkpoint, and save what it is at inference."""
-    config, total = job.config, job.config.n_steps * job.config.batch_size
-    record, stream = job.folder.read(), job.batches(None)
-    first: list[tuple[Position, Tensor]] = []
-    if "before" in record:
-        begun = _Beginning(record["k"], record["scale"], Quality(**record["before"]))
-        sae = job.new_sae(begun.k, begun.scale)
-    else:
-        first = list(islice(stream, max(1, config.held_out_tokens // config.batch_size)))
-        sae, begun = _begin(job, [rows for _, rows in first])
-        job.folder.write(record | asdict(begun))
-    trainer = _trainer(config, sae)
-    trainer.activation_scaler.scaling_factor = begun.scale
-    position, history = restore_checkpoint(job.folder, trainer)
-    batches = job.batches(position) if position else chain(first, stream)
-    done, every = trainer.n_training_samples, max(1, config.n_steps // REPORTS)
-    with tqdm(total=total, initial=done, unit="token", unit_scale=True, disable=not progress, desc="train") as bar:
-        while trainer.n_training_steps < config.n_steps:
-            position, rows = next(batches)
-            output = trainer.step(job.read(rows))
-            trainer.n_training_steps += 1
-            bar.update(len(rows))
-            if trainer.n_training_steps % every == 0:
-                history.append(_report(trainer, output))
-                bar.set_postfix({name: f"{value:.4g}" for name, value in history[-1].items() if name != "tokens"})
-            if trainer.n_training_steps % config.checkpoint_every == 0:
-                save_checkpoint(job.folder, trainer, position, history)
-    return _finish(job, sae, begun.scale, history, position.n_left_out if position else 0)
-
-
-def _finish(job: _Job, sae: Any, scale: float, history: History, n_left_out: int) -> FrozenSAE:
-    """Save what a trained SAE is at inference, with its quality and the number of rows left out of the training."""
-    after, inference = job.evaluate_training(sae, scale), job.inference(sae, scale)
-    for name, field in FIGURES.items():
-        setattr(inference.cfg.metadata, name, getattr(after, field))
-    inference.save_model(job.folder.path)
-    job.folder.finish({"after": asdict(after), "n_left_out": n_left_out, "history": history})
-    return FrozenSAE.load(job.folder.path, device=job.held_out.device)
-
-
-def _trainer(config: SAETrainingConfig, sae: Any) -> Any:
-    from sae_lens.config import SAETrainerConfig
-    from sae_lens.training.sae_trainer import SAETrainer
-
-    schedule = SAETrainerConfig(
-        total_training_samples=config.n_steps * config.batch_size,
-        train_batch_size_samples=config.batch_size,
-        lr=config.lr,
-        lr_end=config.lr,
-        lr_warm_up_steps=config.n_steps // 20,
-        lr_decay_steps=config.n_steps // 5,
-        dead_feature_window=config.dead_feature_window,
-        device=str(sae.device),
-    )
-    # `step` gets the rows, one batch at a time.
-    return SAETrainer(schedule, sae, iter(()))
-
-
-def _report(trainer: Any, output: Any) -> dict[str, float]:
-    """Return the numbers of the latest batch, in the units of the training."""
-    log = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
-    return {
-        "tokens": trainer.n_training_samples,
-        "loss": log["losses/overall_loss"],
-        "explained_variance": log["metrics/explained_variance"],
-        "l0": log["metrics/l0"],
-        "dead": log["sparsity/dead_features"],
-    }

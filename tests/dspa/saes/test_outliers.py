@@ -73,7 +73,7 @@ def residuals(model, tokenizer, documents) -> list[np.ndarray]:
 
 def stream(model, tokenizer, path, **settings) -> Activations:
     given = {"max_length": 128, "exclude_special_tokens": True, "batch_tokens": 256, "max_norm_ratio": 10.0} | settings
-    return Activations(model, tokenizer, TextFile(path), LAYER, **given)
+    return Activations(model, tokenizer, TextFile(path), [LAYER], **given)
 
 
 def kept(rows: np.ndarray, ratio: float = 10.0) -> np.ndarray:
@@ -130,19 +130,19 @@ def test_batches_hold_the_other_tokens(model, tokenizer, texts, residuals):
     wanted = kept(block)
     assert len(block) - len(wanted) == N_TEXTS - N_HELD_OUT
     batches = activations.batches(N_HELD_OUT, 1, len(block), seed=0)
-    places, rows = zip(*(next(batches) for _ in range(len(wanted))), strict=True)
+    _, places, rows = zip(*(next(batches) for _ in range(len(wanted))), strict=True)
     assert places[-1] == Position(0, N_HELD_OUT, len(wanted), N_TEXTS - N_HELD_OUT)
     got = torch.cat(rows).double().numpy()
     np.testing.assert_allclose(sorted_rows(got), sorted_rows(wanted), atol=rounding(PASS, abs(wanted).max()), rtol=0)
     everything = stream(model, tokenizer, texts, max_norm_ratio=0).batches(N_HELD_OUT, 1, len(block), seed=0)
-    assert len(kept(torch.cat([next(everything)[1] for _ in range(len(block))]).double().numpy())) == len(wanted)
+    assert len(kept(torch.cat([next(everything)[2] for _ in range(len(block))]).double().numpy())) == len(wanted)
 
 
 def test_a_place_counts_what_was_left_out_before_it(model, tokenizer, texts):
     activations = stream(model, tokenizer, texts)
 
     def batches(start: Position | None):
-        return activations.batches(N_HELD_OUT, 16, 100, 0, start)
+        return ((place, rows) for _, place, rows in activations.batches(N_HELD_OUT, 16, 100, 0, {LAYER: start}))
 
     whole = batches(None)
     seen = [next(whole) for _ in range(60)]
@@ -157,7 +157,7 @@ def test_a_place_counts_what_was_left_out_before_it(model, tokenizer, texts):
 def test_a_block_of_one_batch_gives_a_batch(model, tokenizer, texts):
     """Without what is left out of it, a block must still be a batch, or the stream would read for ever."""
     batches = stream(model, tokenizer, texts).batches(N_HELD_OUT, 64, 64, seed=0)
-    blocks = [next(batches)[0].block for _ in range(20)]
+    blocks = [next(batches)[1].block for _ in range(20)]
     assert set(blocks) == set(range(blocks[-1] + 1)) and blocks[-1] > 8
 
 
@@ -235,7 +235,7 @@ def test_a_folder_that_records_no_ratio_kept_all(tmp_path, monkeypatch, model, t
         run("old", 0)
     record, checkpoint = tmp_path / "old" / "training.json", next((tmp_path / "old").glob("checkpoint-*"))
     content, place = json.loads(record.read_text()), json.loads((checkpoint / "stream.json").read_text())
-    content = {"settings": {name: v for name, v in content["settings"].items() if name != "max_norm_ratio"}}
+    content["settings"].pop("max_norm_ratio")
     del place["position"]["n_left_out"]
     record.write_text(json.dumps(content))
     (checkpoint / "stream.json").write_text(json.dumps(place))

@@ -21,7 +21,7 @@ from dspa.saes.batchtopk import jumprelu, started_sae
 from dspa.saes.config import SAETrainingConfig
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.quality import evaluate_sae
-from dspa.saes.training import finetune_sae, read_qualities, train_sae
+from dspa.saes.training import finetune_sae, read_qualities, train_sae, train_saes
 from dspa.testing import D_IN, ENGLISH, make_model, make_sae, word_tokenizer
 
 from ...rounding import PASS, rounding
@@ -94,7 +94,7 @@ def start() -> FrozenSAE:
 
 def stream(model, tokenizer, path, **settings) -> Activations:
     given = {"max_length": 128, "exclude_special_tokens": True, "batch_tokens": 256} | settings
-    return Activations(model, tokenizer, TextFile(path), LAYER, **given)
+    return Activations(model, tokenizer, TextFile(path), [LAYER], **given)
 
 
 def residuals(model, ids: list[int]) -> torch.Tensor:
@@ -117,7 +117,7 @@ def test_triples_are_prompt_and_response(tmp_path, model, tokenizer):
     rows, n_held_out = activations.held_out(1)
     texts = [TRIPLES[0]["prompt"] + TRIPLES[0][part] for part in ("chosen", "rejected")]
     wanted = torch.cat([residuals(model, tokenizer(text)["input_ids"]) for text in texts])
-    assert n_held_out == 1 and same_rows(rows, wanted)
+    assert n_held_out == 1 and same_rows(rows[LAYER], wanted)
 
 
 def test_conversations(tmp_path, model):
@@ -127,7 +127,7 @@ def test_conversations(tmp_path, model):
         stream(model, tokenizer, file).held_out(1)
     tokenizer.chat_template = TEMPLATE
     rows, _ = stream(model, tokenizer, file).held_out(1)
-    assert len(rows) > 0
+    assert len(rows[LAYER]) > 0
 
 
 # The stream
@@ -135,15 +135,15 @@ def test_conversations(tmp_path, model):
 
 def test_rows_are_the_models_residuals(model, tokenizer, texts):
     ids = [tokenizer(text)["input_ids"] for text in TextFile(texts).entries()]
-    rows = stream(model, tokenizer, texts).rows(ids)
+    rows = stream(model, tokenizer, texts).rows(ids)[LAYER]
     assert same_rows(rows, torch.cat([residuals(model, document)[1:] for document in ids]))
-    everything = stream(model, tokenizer, texts, exclude_special_tokens=False).rows(ids)
+    everything = stream(model, tokenizer, texts, exclude_special_tokens=False).rows(ids)[LAYER]
     assert len(everything) == len(rows) + len(ids)
 
 
 def test_long_documents_are_cut(model, tokenizer, texts):
     rows, _ = stream(model, tokenizer, texts, max_length=5).held_out(8)
-    assert len(rows) == 8
+    assert len(rows[LAYER]) == 8
 
 
 def test_one_pass_has_every_row_once(model, tokenizer, texts):
@@ -151,13 +151,13 @@ def test_one_pass_has_every_row_once(model, tokenizer, texts):
     activations = stream(model, tokenizer, texts)
     held_out, n = activations.held_out(100)
     ids = [tokenizer(text)["input_ids"] for text in TextFile(texts).entries()]
-    left = activations.rows(ids[n:])
+    left = activations.rows(ids[n:])[LAYER]
     batches = activations.batches(n, 1, len(left), seed=0)
-    taken = torch.cat([next(batches)[1] for _ in range(len(left))])
+    taken = torch.cat([next(batches)[2] for _ in range(len(left))])
     assert same_rows(taken, left) and not torch.equal(taken, left)
-    assert same_rows(held_out, activations.rows(ids[:n]))
+    assert same_rows(held_out[LAYER], activations.rows(ids[:n])[LAYER])
     # The next pass goes on at the same rows, in an order of its own.
-    again = torch.cat([next(batches)[1] for _ in range(len(left))])
+    again = torch.cat([next(batches)[2] for _ in range(len(left))])
     assert same_rows(again, left) and not torch.equal(again, taken)
 
 
@@ -165,7 +165,7 @@ def test_stream_goes_on_from_any_place(model, tokenizer, texts):
     activations = stream(model, tokenizer, texts)
 
     def batches(start: Position | None, seed: int = 0):
-        return activations.batches(5, 32, 100, seed, start)
+        return ((place, rows) for _, place, rows in activations.batches(5, 32, 100, seed, {LAYER: start}))
 
     whole = batches(None)
     seen = [next(whole) for _ in range(40)]
@@ -176,6 +176,28 @@ def test_stream_goes_on_from_any_place(model, tokenizer, texts):
             next_place, next_rows = next(rest)
             assert next_place == place and torch.equal(next_rows, rows)
     assert not torch.equal(next(batches(None, seed=1))[1], seen[0][1])
+
+
+def test_layers_have_the_batches_of_each_alone(model, tokenizer, texts):
+    """Also where they go on from places of their own, in any order."""
+    alone = {}
+    for layer in (0, LAYER):
+        activations = Activations(
+            *(model, tokenizer, TextFile(texts), [layer]), max_length=128, exclude_special_tokens=True, batch_tokens=256
+        )
+        batches = activations.batches(5, 32, 100, 0)
+        alone[layer] = [next(batches) for _ in range(20)]
+    together = Activations(
+        *(model, tokenizer, TextFile(texts), [LAYER, 0]), max_length=128, exclude_special_tokens=True, batch_tokens=256
+    )
+    for n_taken in ({0: 0, LAYER: 0}, {0: 2, LAYER: 7}, {0: 12, LAYER: 1}, {0: 4, LAYER: 4}):
+        starts = {layer: alone[layer][n - 1][1] if n else None for layer, n in n_taken.items()}
+        left = {layer: list(alone[layer][n:]) for layer, n in n_taken.items()}
+        for layer, place, rows in together.batches(5, 32, 100, 0, starts):
+            if not all(left.values()):
+                break
+            _, wanted_place, wanted = left[layer].pop(0)
+            assert place == wanted_place and torch.equal(rows, wanted)
 
 
 def test_too_little_text(model, tokenizer, texts):
@@ -245,7 +267,7 @@ def test_train(tmp_path, model, tokenizer, texts):
     loaded = FrozenSAE.load(tmp_path / "sae")
     assert (loaded.arch, loaded.layer, loaded.model_name, loaded.d_sae) == ("jumprelu", LAYER, "m", D_SAE)
     torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(D_SAE), atol=rounding(D_IN, 1.0), rtol=0)
-    held_out, _ = stream(model, tokenizer, texts).held_out(TINY.held_out_tokens)
+    held_out = stream(model, tokenizer, texts).held_out(TINY.held_out_tokens)[0][LAYER]
     assert evaluate_sae(loaded, held_out) == after and loaded.fingerprint == sae.fingerprint
     theirs = SAE.load_from_disk(tmp_path / "sae")
     close_but_at_thresholds(theirs.encode(held_out), loaded.encode(held_out), loaded.threshold)
@@ -271,7 +293,7 @@ def test_k_is_the_starts_own_l0(tmp_path, model, tokenizer, texts, start):
     finetune_sae(model, tokenizer, texts, start, tmp_path / "sae", config=TINY, progress=False)
     details = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]["training_architecture_details"]
     ids = [tokenizer(text)["input_ids"] for text in TextFile(texts).entries()]
-    own = evaluate_sae(start, stream(model, tokenizer, texts).rows(ids)).l0
+    own = evaluate_sae(start, stream(model, tokenizer, texts).rows(ids)[LAYER]).l0
     assert own * 1.01 != pytest.approx(details["k"], rel=0.001) and details["k"] == pytest.approx(own, rel=0.1)
 
 
@@ -295,6 +317,80 @@ def test_a_stopped_run_goes_on_to_the_same_sae(tmp_path, monkeypatch, model, tok
         assert torch.equal(getattr(got, name), getattr(wanted, name)), name
     records = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("whole", "stopped")]
     assert records[0] == records[1]
+
+
+def test_layers_in_one_pass(tmp_path, monkeypatch, model, tokenizer, texts):
+    """Each is the SAE of its layer alone, after a stop too, and the model reads the text once for all."""
+    alone = {
+        layer: train_sae(
+            *(model, tokenizer, texts, layer, tmp_path / f"{layer}"), d_sae=d_sae, k=k, config=TINY, progress=False
+        )
+        for layer, d_sae, k in ((LAYER, D_SAE, 6), (0, 64, 4))
+    }
+
+    def run() -> list[FrozenSAE]:
+        options = {"d_sae": [D_SAE, 64], "k": [6, 4], "config": TINY, "progress": False}
+        return train_saes(model, tokenizer, texts, [LAYER, 0], tmp_path / "both", **options)
+
+    # The one layer is steps ahead of the other, at its end as well.
+    for steps in (6, 4, 33):
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            stop_after(patch, steps)
+            run()
+    finished = run()
+    with pytest.raises(TrainingError, match="holds a finished training"):
+        run()
+    for layer, sae in zip((LAYER, 0), finished, strict=True):
+        assert sae.layer == layer and sae.fingerprint == alone[layer].fingerprint
+        records = [tmp_path / name / "training.json" for name in (f"{layer}", f"both/layer_{layer}")]
+        assert json.loads(records[0].read_text()) == json.loads(records[1].read_text())
+
+
+def test_one_pass_reads_once(tmp_path, monkeypatch, model, tokenizer, texts):
+    config = replace(TINY, n_tokens=256, max_norm_ratio=0)
+    read = documents_read(monkeypatch, model)
+    train_sae(model, tokenizer, texts, LAYER, tmp_path / "one", d_sae=D_SAE, k=6, config=config, progress=False)
+    one = sum(read)
+    read.clear()
+    train_saes(model, tokenizer, texts, [0, LAYER], tmp_path / "two", d_sae=D_SAE, k=6, config=config, progress=False)
+    assert sum(read) == one
+
+
+def test_a_new_sae_begins_at_the_mean(tmp_path, monkeypatch, model, tokenizer, texts):
+    from dspa.saes import fitting
+
+    begun = []
+    monkeypatch.setattr(fitting, "begin_threshold", lambda sae, rows: begun.append((sae.b_dec.detach().clone(), rows)))
+    config = replace(TINY, n_tokens=64, held_out_tokens=64)
+    train_sae(model, tokenizer, texts, LAYER, tmp_path / "sae", d_sae=D_SAE, k=6, config=config, progress=False)
+    (b_dec, rows), scale = begun[0], json.loads((tmp_path / "sae" / "training.json").read_text())["scale"]
+    torch.testing.assert_close(b_dec, rows.mean(dim=0), atol=rounding(64, float(rows.abs().max())), rtol=0)
+    torch.testing.assert_close(rows.norm(dim=1).mean(), torch.tensor(D_IN**0.5), atol=1e-3, rtol=0)
+    assert scale != 1
+
+
+def test_windows_scale_with_the_training(tmp_path, model, tokenizer, texts):
+    def settings(**changed: int | None) -> dict[str, object]:
+        config = replace(TINY, lr=None, dead_feature_window=None, **changed)
+        out = tmp_path / str(config.n_tokens)
+        train_sae(model, tokenizer, texts, LAYER, out, d_sae=D_SAE, k=6, config=config, progress=False)
+        return json.loads((out / "training.json").read_text())["settings"]
+
+    for n_steps in (25, 50):
+        recorded = settings(n_tokens=64 * n_steps)
+        assert recorded["dead_feature_window"] == n_steps // 10
+        assert recorded["lr"] == pytest.approx(3e-4 * (16384 / D_SAE * 1000 / n_steps) ** 0.5)
+    assert SAETrainingConfig().resolved(16384).lr == 3e-4
+
+
+def test_dead_is_counted_from_the_first_report_on(tmp_path, model, tokenizer, texts):
+    """A window longer than the training once showed none, whatever the latents did."""
+    config = replace(TINY, dead_feature_window=1000, lr=1e-6, n_tokens=640)
+    train_sae(model, tokenizer, texts, LAYER, tmp_path / "sae", d_sae=2048, k=1, config=config, progress=False)
+    dead = [report["dead"] for report in json.loads((tmp_path / "sae" / "training.json").read_text())["history"]]
+    # At most one latent per token is active.
+    assert len(dead) == 10 and all(n >= 2048 - 64 * (i + 1) for i, n in enumerate(dead))
+    assert dead == sorted(dead, reverse=True)
 
 
 def test_a_run_on_conversations_goes_on_after_midnight(tmp_path, monkeypatch, model):
@@ -354,7 +450,7 @@ def test_nothing_is_read_twice(tmp_path, monkeypatch, model, tokenizer, texts, s
 
 
 def test_bars_move_with_the_tokens_read(tmp_path, monkeypatch, capsys, model, tokenizer, texts):
-    from dspa.saes import activations, training
+    from dspa.saes import activations, fitting
 
     bars = []
 
@@ -368,7 +464,7 @@ def test_bars_move_with_the_tokens_read(tmp_path, monkeypatch, capsys, model, to
             self.moves.append(n)
             return super().update(n)
 
-    for module in (activations, training):
+    for module in (activations, fitting):
         monkeypatch.setattr(module, "tqdm", Bar)
 
     def run(progress: bool) -> None:
@@ -384,13 +480,11 @@ def test_bars_move_with_the_tokens_read(tmp_path, monkeypatch, capsys, model, to
         stop_after(patch, 6)
         run(True)
     names = [bar.desc.rstrip(": ") for bar in bars]
-    assert names[:3] == ["reading held-out text", "filling shuffle buffer", "train"]
-    for bar in bars[:2]:
+    assert names[:3] == ["reading held-out text", "train", "filling shuffle buffer"]
+    for bar in (bars[0], bars[2]):
         assert len(bar.moves) > 1 and sum(bar.moves) == bar.total > 200
     shown = capsys.readouterr().err
-    assert (
-        shown.index("reading held-out text:   0%") < shown.index("filling shuffle buffer:   0%") < shown.index("train:")
-    )
+    assert shown.index("reading held-out text:   0%") < shown.index("filling shuffle buffer:   0%")
     bars.clear()
     run(True)
     names = [bar.desc.rstrip(": ") for bar in bars]
@@ -517,9 +611,9 @@ def test_finetuning_beats_its_start(tmp_path):
         out = tmp_path / f"tuned-{start.d_sae}"
         tuned = finetune_sae(model, tokenizer, texts, start, out, config=longer, progress=False)
         held_out, _ = Activations(
-            model, tokenizer, TextFile(texts), 4, max_length=128, exclude_special_tokens=True, batch_tokens=4096
+            model, tokenizer, TextFile(texts), [4], max_length=128, exclude_special_tokens=True, batch_tokens=4096
         ).held_out(short.held_out_tokens)
-        before, after = evaluate_sae(start, held_out), evaluate_sae(tuned, held_out)
+        before, after = evaluate_sae(start, held_out[4]), evaluate_sae(tuned, held_out[4])
         assert 1 - after.explained_variance < left * (1 - before.explained_variance)
         assert after.l0 <= before.l0 * 1.01
 
@@ -577,6 +671,10 @@ def test_commands(tmp_path, monkeypatch, capsys, model, tokenizer, texts):
     assert settings["n_tokens"] == 640 and not settings["exclude_special_tokens"]
     assert settings["model_name"] == "./tiny" and FrozenSAE.load(tmp_path / "sae").model_name is None
     shows_what_was_recorded(dspa, tmp_path / "sae", read_qualities(tmp_path / "sae")["after"])
+    several = ["train", texts, *shared, "--layer", LAYER, "--layer", 0, "--k", 4, "--out", tmp_path / "both"]
+    code, text = dspa(*several, "--d-sae", 64, "--d-sae", 32)
+    assert code == 0 and "both/layer_2." in text.replace(" ", "") and "both/layer_0." in text.replace(" ", "")
+    assert [FrozenSAE.load(tmp_path / "both" / f"layer_{n}").d_sae for n in (LAYER, 0)] == [64, 32]
     finetune = ["finetune", texts, *shared, "--sae", tmp_path / "sae"]
     code, text = dspa(*finetune, "--out", tmp_path / "tuned")
     assert code == 0 and "before" in text and FrozenSAE.load(tmp_path / "tuned").layer == LAYER
@@ -586,6 +684,12 @@ def test_commands(tmp_path, monkeypatch, capsys, model, tokenizer, texts):
         ((*train, "--out", tmp_path / "no" / "sae"), "The output folder is"),
         ((*finetune, "--out", texts), "The output folder is"),
         (("train", tmp_path / "bad.jsonl", *train[2:], "--out", tmp_path / "new"), "bad.jsonl line 2 is not JSON"),
+        ((*several, "--d-sae", 64), "holds a finished training"),
+        ((*several[:-1], tmp_path / "new", *["--d-sae", 64] * 3), "--d-sae is 3 values; accepted: one, or one per"),
+        (
+            (*train, "--layer", LAYER, "--out", tmp_path / "new"),
+            "--layer is [2, 2]; accepted: one or more layers, each",
+        ),
         ((*train, "--out", tmp_path / "new", "--tokens", 63), "--tokens is 63; accepted: one batch (64) or more"),
     ):
         code, text = dspa(*arguments)
