@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dspa.cli.generate import BackendOptions
-from dspa.cli.loading import check_model, check_writable, device_named, load_adapter, load_model, load_pair
+from dspa.cli.loading import check_model, check_writable, load_adapter, load_model, load_pair
 from dspa.cli.options import (
     FILES,
     AdapterSAE,
@@ -28,6 +28,7 @@ from dspa.cli.options import (
 from dspa.cli.tables import console, print_line
 from dspa.cli.texts import print_comparison
 from dspa.config import MODES, SteeringConfig
+from dspa.distributed import device_named
 from dspa.errors import refusal
 
 if TYPE_CHECKING:
