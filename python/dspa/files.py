@@ -8,7 +8,8 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,26 @@ def cache_folder() -> Path:
     if given := os.environ.get("DSPA_CACHE"):
         return Path(given).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "dspa"
+
+
+@contextmanager
+def writing_cache(path: Path, size: int) -> Iterator[None]:
+    """Say what to do where a file or folder in the cache cannot be written.
+
+    Args:
+        path: what is written.
+        size: bytes that it takes.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{path} ({size / 1e6:,.1f} MB) could not be written: {error}. Make room, or set DSPA_CACHE to another "
+            "folder, then start again."
+        ) from error
 
 
 def file_sha256(path: Path) -> str:

@@ -7,20 +7,17 @@ import math
 import shutil
 import struct
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
 
 from dspa.errors import listed, refusal
-from dspa.files import cache_folder, file_sha256
+from dspa.files import cache_folder, file_sha256, writing_cache
 
 # Written last, beside the files of a converted model: what they were made from, and their checksums.
 RECORD = "conversion.json"
@@ -60,7 +57,7 @@ def converted_folder(path: Path, dtype: str = "auto") -> Path:
     folder = cache_folder() / "gguf" / "-".join([path.stem, made_from["sha256"][:16], *list(made_from.values())[1:]])
     memory = f"The weights in {path.name} ({path.stat().st_size / 1e6:,.1f} MB) are dequantized: in {dtype} they take "
     memory += f"{size / 1e6:,.1f} MB of memory."
-    with _writing(folder, size):
+    with writing_cache(folder, size):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if _is_whole(folder, made_from):
@@ -136,15 +133,3 @@ def _dequantized(path: Path, dtype: str) -> tuple[Any, Any]:
     if absent := sorted(loaded[1]["missing_keys"]):
         raise refusal(ValueError, "`model`", f"{what} (it has no {listed(absent, 3)})", accepted, advice)
     return loaded[0], tokenizer
-
-
-@contextmanager
-def _writing(folder: Path, size: int) -> Iterator[None]:
-    """Say what to do where the cache cannot be written."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"{folder} ({size / 1e6:,.1f} MB) could not be written: {error}. Make room, or set DSPA_CACHE to another "
-            "folder, then start again."
-        ) from error

@@ -88,6 +88,11 @@ def _gguf(path: Path, option: str) -> ModelPlace:
     if PART.search(path.stem):
         advice = "Join the parts: llama-gguf-split --merge."
         raise refusal(ValueError, option, f"{path}, one of several parts of a model", "a whole GGUF file", advice)
-    for package in ("gguf", "accelerate"):
-        require_package(package, f"{path.name}, a GGUF file,")
+    require_gguf(f"{path.name}, a GGUF file,")
     return ModelPlace(str(path.parent), path.name)
+
+
+def require_gguf(what: str) -> None:
+    """Raise `RuntimeError` unless the packages that read GGUF files are installed; `what` needs them."""
+    for package in ("gguf", "accelerate"):
+        require_package(package, what)
