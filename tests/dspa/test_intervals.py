@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from dspa.intervals import wilson
+from dspa.intervals import bootstrap, wilson
 
 from ..rounding import rounding
 
@@ -19,3 +20,22 @@ def test_wilson_is_the_closed_form(k, n):
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     apart = rounding(20, 1.0, torch.float64)
     assert wilson(k, n) == pytest.approx((max(0.0, middle - half), min(1.0, middle + half)), rel=0, abs=apart)
+
+
+def test_a_bootstrap_draws_paired_samples_together():
+    """The difference of two samples that differ by a constant has no width; that of their means apart would."""
+    one = np.random.default_rng(0).normal(size=30)
+
+    def difference(a, b, axis=-1):
+        return a.mean(axis=axis) - b.mean(axis=axis)
+
+    assert bootstrap([one + 2, one], difference) == pytest.approx((2, 2))
+
+
+def test_a_bootstrap_of_a_mean_is_near_the_normal_interval():
+    values = np.random.default_rng(0).normal(size=400)
+    half = 1.959963984540054 * values.std() / math.sqrt(400)
+    expected = values.mean() - half, values.mean() + half
+    # The ends of 9999 draws are known to about 0.025 deviations.
+    assert bootstrap([values], np.mean) == pytest.approx(expected, abs=0.05 * values.std() / math.sqrt(400))
+    assert bootstrap([values], np.mean, seed=1) != bootstrap([values], np.mean)

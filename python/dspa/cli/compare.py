@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from dspa.cli.generate import BackendOptions
+from dspa.cli.generate import BackendOptions, warn_of_other_template
 from dspa.cli.loading import check_model, check_writable, load_adapter, load_model, load_pair
 from dspa.cli.options import (
     FILES,
@@ -23,6 +23,7 @@ from dspa.cli.options import (
     RecordedSAEPair,
     RecordedSAEPairOptions,
     SamplingOptions,
+    messages_of_options,
     with_options,
 )
 from dspa.cli.tables import console, print_line
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
     from dspa.evaluate.compare.methods import Method
     from dspa.fsrl.adapter import FSRLAdapter
     from dspa.maps.cdmap import ConditionalDifferenceMap
-    from dspa.models.sources import Source
+    from dspa.saes.frozen import FrozenSAE
+
+    Pair: TypeAlias = tuple[FrozenSAE, FrozenSAE]
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,10 @@ def compare(
     """
     from dspa.data.prompts import read_prompt_file
     from dspa.data.triples import load_triples
-    from dspa.evaluate.compare.methods import CONTROLS
+    from dspa.evaluate.compare.methods import CONTROLS, Method
     from dspa.evaluate.compare.run import compare as run
+    from dspa.fsrl.training import trained_template
+    from dspa.maps.cdmap import ConditionalDifferenceMap
 
     if not map_paths and not adapter and not prefix:
         raise ValueError("None of --map, --adapter and --prefix was given; accepted: one of them, or more.")
@@ -142,10 +147,21 @@ def compare(
     check_writable("--json", json_path, read)
     texts = read_prompt_file("PROMPTS", prompts)
     triples = None if held_out is None else list(load_triples(held_out))
-    settings = [replace(config, alpha=a, mode=m) for m in mode or [config.mode] for a in alpha or [config.alpha]]
-    model, tokenizer, methods = _load(
-        on, map_paths or [], pair, settings, ops, static, adapter or [], adapter_sae, fraction or [1.0], prefix or []
-    )
+    with messages_of_options({"alpha": "--alpha", "mode": "--mode"}):
+        settings = [replace(config, alpha=a, mode=m) for m in mode or [config.mode] for a in alpha or [config.alpha]]
+    maps = {path: ConditionalDifferenceMap.load(path) for path in map_paths or []}
+    model, tokenizer, pairs, adapters = _load(on, maps, pair, adapter or [], adapter_sae, ops.backend)
+    methods = list(_dspa_methods(maps, pairs, settings, ops, static))
+    labels = _labels(adapters)
+    for path, loaded in adapters.items():
+        for kept in fraction or [1.0]:
+            top = "" if kept == 1 else f" top {kept:.3g}"
+            methods.append(Method.adapted(loaded, fraction=kept, name=f"FSRL {labels[path]}{top}"))
+    methods += [Method.prefixed(text) for text in prefix or []]
+    if sampling.chat or not all(isinstance(text, str) for text in texts):
+        made = [("--map", cdmap.meta.chat_template_kwargs) for cdmap in maps.values()]
+        made += [("--adapter", trained_template(tokenizer, path)[1]) for path in adapters]
+        warn_of_other_template(made, chat_template_kwargs)
     comparison = run(
         *(model, tokenizer, texts, methods),
         held_out=triples,
@@ -199,50 +215,62 @@ def _counter(text: str) -> tuple[str, re.Pattern[str]]:
 
 def _load(
     on: RecordedModelOptions,
-    map_paths: Sequence[Path],
+    maps: Mapping[Path, ConditionalDifferenceMap],
     pair: RecordedSAEPairOptions,
-    settings: Sequence[SteeringConfig],
-    ops: BackendOptions,
-    static: bool,
     adapter_paths: Sequence[Path],
     adapter_sae: AdapterSAEOptions,
-    fractions: Sequence[float],
-    prefixes: Sequence[str],
-) -> tuple[Any, Any, list[Method]]:
-    """Load a model and its tokenizer, and make every method."""
-    from dspa.evaluate.compare.methods import Method
-    from dspa.maps.cdmap import ConditionalDifferenceMap
-
+    backend: str,
+) -> tuple[Any, Any, dict[str, Pair], dict[Path, FSRLAdapter]]:
+    """Load a model, its tokenizer, the SAEs of maps by `_key`, and adapters."""
     # The model last: the others are quick to load, and wrong more often.
     device = device_named(on.device)
     check_model(on)
-    maps = {path: ConditionalDifferenceMap.load(path) for path in map_paths}
-    saes = {path: load_pair(pair, device, cdmap) for path, cdmap in maps.items()}
-    adapters = {path: load_adapter(path, adapter_sae, device, ops.backend) for path in adapter_paths}
-    recorded = _recorded_models(maps.values(), adapters.values())
+    pairs: dict[str, Pair] = {}
+    for cdmap in maps.values():
+        if _key(cdmap) not in pairs:
+            pairs[_key(cdmap)] = load_pair(pair, device, cdmap)
+    adapters = {path: load_adapter(path, adapter_sae, device, backend) for path in adapter_paths}
+    made_with = [*(cdmap.sources.get("model") for cdmap in maps.values()), *(a.trained_on for a in adapters.values())]
+    recorded = [source for source in made_with if source is not None]
     if on.model is None and len({source.digest for source in recorded}) > 1:
         raise ValueError("Maps and adapters were made with different models. Pass --model to choose one.")
     model, tokenizer = load_model(on, next(iter(recorded), None))
-    methods = []
+    for adapter in adapters.values():
+        adapter.sae = adapter.sae.to(dtype=model.dtype)
+    as_model = {
+        key: (sae_in.to(dtype=model.dtype), sae_out.to(dtype=model.dtype)) for key, (sae_in, sae_out) in pairs.items()
+    }
+    return model, tokenizer, as_model, adapters
+
+
+def _key(cdmap: ConditionalDifferenceMap) -> str:
+    """Return what tells apart the pairs of SAEs of maps."""
+    return f"{cdmap.meta.sae_in} {cdmap.meta.sae_out}"
+
+
+def _dspa_methods(
+    maps: Mapping[Path, ConditionalDifferenceMap],
+    pairs: Mapping[str, Pair],
+    settings: Sequence[SteeringConfig],
+    ops: BackendOptions,
+    static: bool,
+) -> Iterator[Method]:
+    """Yield DSPA with every map and setting, each followed by Static-SAE if that is wanted."""
+    from dspa.evaluate.compare.methods import Method
+
+    labels = _labels(maps)
     for path, cdmap in maps.items():
-        sae_in, sae_out = (sae.to(dtype=model.dtype) for sae in saes[path])
-        of_map = f", {path.name.split('.')[0]}" if len(maps) > 1 else ""
         for config in settings:
-            name = f"DSPA {config.mode} {config.alpha:g}{of_map}"
-            made = Method.dspa(sae_in, sae_out, cdmap, config, name=name, backend=ops.backend, screen=ops.screen)
-            methods.append(made)
+            setting = f"{config.mode} {config.alpha:g}" + (f", {labels[path]}" if len(maps) > 1 else "")
+            method = Method.dspa(
+                *(*pairs[_key(cdmap)], cdmap, config), name=f"DSPA {setting}", backend=ops.backend, screen=ops.screen
+            )
+            yield method
             if static:
-                methods.append(Method.static(made, name=f"Static-SAE {name.removeprefix('DSPA ')}"))
-    for path, loaded in adapters.items():
-        loaded.sae = loaded.sae.to(dtype=model.dtype)
-        for kept in fractions:
-            top = "" if kept == 1 else f" top {kept:.3g}"
-            methods.append(Method.adapted(loaded, fraction=kept, name=f"FSRL {path.name}{top}"))
-    methods += [Method.prefixed(text) for text in prefixes]
-    return model, tokenizer, methods
+                yield Method.static(method, name=f"Static-SAE {setting}")
 
 
-def _recorded_models(maps: Iterable[ConditionalDifferenceMap], adapters: Iterable[FSRLAdapter]) -> list[Source]:
-    """Return where the models of maps and adapters were loaded from, as far as that is known."""
-    places = [*(cdmap.sources.get("model") for cdmap in maps), *(adapter.trained_on for adapter in adapters)]
-    return [place for place in places if place is not None]
+def _labels(paths: Collection[Path]) -> dict[Path, str]:
+    """Return what files or folders are called in tables: how their names begin, or paths where these are alike."""
+    names = {path: path.name.split(".")[0] for path in paths}
+    return names if len(set(names.values())) == len(names) else {path: str(path) for path in paths}

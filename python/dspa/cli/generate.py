@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -109,6 +109,7 @@ def generate(
 
     from dspa.data.prompts import read_prompts, tokenize_prompt
     from dspa.evaluate.generation import answer_prompts, check_prompts
+    from dspa.steering.dspa import Steering
 
     _check_given(map_path, adapter, pair, adapter_sae, config, ops, trace)
     if stream and (file or out or compare):
@@ -121,7 +122,12 @@ def generate(
         on, map_path, pair, config, ops, adapter, adapter_sae, record=compare or trace is not None
     )
     if sampling.chat:
-        _warn_of_other_template(tokenizer, attachables, adapter, chat_template_kwargs)
+        made = [("--map", part.cdmap.meta.chat_template_kwargs) for part in attachables if isinstance(part, Steering)]
+        if adapter is not None:
+            from dspa.fsrl.training import trained_template
+
+            made.append(("--adapter", trained_template(tokenizer, adapter)[1]))
+        warn_of_other_template(made, chat_template_kwargs)
     encode = partial(tokenize_prompt, tokenizer, chat=sampling.chat, chat_template_kwargs=chat_template_kwargs)
     if file is not None:
         prompts = list(prompts)
@@ -223,16 +229,15 @@ def _load(
     return model, tokenizer, attachables, None if steering is None else steering.trace
 
 
-def _warn_of_other_template(
-    tokenizer: Any, attachables: Sequence[Attachable], adapter_path: Path | None, given: Mapping[str, Any] | None
+def warn_of_other_template(
+    made: Iterable[tuple[str, Mapping[str, Any] | None]], given: Mapping[str, Any] | None
 ) -> None:
-    """Warn where prompts get other values for the chat template than the conversations of the map or adapter got."""
-    from dspa.fsrl.training import trained_template
-    from dspa.steering.dspa import Steering
+    """Warn where prompts get other values for the chat template than the conversations of a map or adapter got.
 
-    made = [("--map", part.cdmap.meta.chat_template_kwargs) for part in attachables if isinstance(part, Steering)]
-    if adapter_path is not None:
-        made.append(("--adapter", trained_template(tokenizer, adapter_path)[1]))
+    Args:
+        made: option of each map or adapter, and the values that it was made with.
+        given: values for the prompts.
+    """
     for option, kwargs in made:
         if (kwargs or {}) != (given or {}):
             warnings.warn(

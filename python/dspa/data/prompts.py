@@ -11,7 +11,7 @@ from dspa.data.lines import read_lines, split_lines
 from dspa.data.records import ACCEPTED as RECORDS
 from dspa.data.records import is_plain_text, read_records
 from dspa.data.templates import check_template_kwargs
-from dspa.data.triples import Text, check_text, content_of
+from dspa.data.triples import Text, check_text, content_of, load_triples
 from dspa.errors import refusal
 
 ACCEPTED = f"plain text, one prompt per line; or {RECORDS}, with `prompt`"
@@ -41,14 +41,18 @@ def read_prompts(prompt: str | None, file: Path | None) -> Iterator[str]:
 
 
 def read_prompt_file(what: str, file: Path) -> list[Text]:
-    """Return the prompts of a file, texts or lists of messages, as `read_prompts` and triples have them.
+    """Return the prompts of a file as `read_prompts` does, and those of records that are preference triples.
 
     Args:
         what: what errors call the file.
         file: its path.
 
+    Returns:
+        Texts, and lists of messages.
+
     Raises:
         ValueError: a file that holds no prompt, or something else.
+        PreferenceError: a bad triple, or messages of another form.
     """
     return _read_file(what, file, _prompt_of)
 
@@ -63,35 +67,37 @@ def _read_file(what: str, file: Path, prompt_of: Callable[[str, Mapping[str, Any
     if is_plain_text(file, ValueError):
         prompts = [line for _, line in read_lines(file, ValueError)]
     else:
-        prompts = [prompt_of(name, _record(name, record)) for name, record in read_records(file, ValueError)]
+        prompts = [prompt_of(name, _mapping(name, record)) for name, record in read_records(file, ValueError)]
     if not prompts:
         raise refusal(ValueError, what, f"{file}, which holds no prompt", ACCEPTED)
     return prompts
 
 
-def _prompt_of(name: str, record: Mapping[str, Any]) -> Text:
+def _mapping(name: str, record: object) -> Mapping[str, Any]:
+    if not isinstance(record, Mapping):
+        raise refusal(ValueError, name, f"a JSON {type(record).__name__}", RECORD)
+    return record
+
+
+def _text_of(name: str, record: Mapping[str, Any]) -> str:
+    if "prompt" not in record:
+        got, advice = f"without `prompt`, with only the keys {sorted(record)}", "Rename or add the key."
+        raise refusal(ValueError, name, got, RECORD, advice)
     prompt = record["prompt"]
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise refusal(ValueError, f"{name}: `prompt`", repr(prompt), "a text that is not empty")
+    return prompt
+
+
+def _prompt_of(name: str, record: Mapping[str, Any]) -> Text:
+    if "chosen" in record and "rejected" in record:
+        return next(load_triples([record])).prompt
+    prompt = record.get("prompt")
     if not isinstance(prompt, list):
         return _text_of(name, record)
     check_text(name, "prompt", prompt)
     if not any(content_of(message) for message in prompt):
         raise refusal(ValueError, f"{name}: `prompt`", "without text", "a text, or messages with text")
-    return prompt
-
-
-def _record(name: str, record: object) -> Mapping[str, Any]:
-    if not isinstance(record, Mapping):
-        raise refusal(ValueError, name, f"a JSON {type(record).__name__}", RECORD)
-    if "prompt" not in record:
-        got, advice = f"without `prompt`, with only the keys {sorted(record)}", "Rename or add the key."
-        raise refusal(ValueError, name, got, RECORD, advice)
-    return record
-
-
-def _text_of(name: str, record: Mapping[str, Any]) -> str:
-    prompt = record["prompt"]
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise refusal(ValueError, f"{name}: `prompt`", repr(prompt), "a text that is not empty")
     return prompt
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dspa.data.prompts import read_prompts
+from dspa.data.prompts import read_prompt_file, read_prompts
+from dspa.errors import PreferenceError
 
 PROMPTS = ["the cat\u2028is", "a dog\x85 of my own ", "{not} first"]
 
@@ -55,3 +56,38 @@ def test_files_without_prompts(tmp_path: Path, name: str, content: bytes, messag
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(read_prompts(None, tmp_path / name))
+
+
+def test_prompts_that_are_messages_or_of_triples(tmp_path: Path) -> None:
+    user = {"role": "user", "content": "the cat"}
+    answers = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    rows = [
+        {"prompt": "a dog"},
+        {"prompt": [user]},
+        {"prompt": [user], **answers},
+        # An implicit prompt.
+        {name: [user, *answer] for name, answer in answers.items()},
+        {"chosen": "my own tree", "rejected": "my own house"},
+    ]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_prompt_file("PROMPTS", file) == ["a dog", [user], [user], [user], "my own"]
+    (tmp_path / "b.txt").write_text("a dog\nthe cat\n")
+    assert read_prompt_file("PROMPTS", tmp_path / "b.txt") == ["a dog", "the cat"]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "message"),
+    [
+        ({"text": "a"}, ValueError, r"a\.jsonl line 1 is without `prompt`"),
+        ({"prompt": [{"role": "user"}]}, PreferenceError, r"line 1: `prompt\[0\]` is without 'content'"),
+        ({"prompt": [{"role": "user", "content": ""}]}, ValueError, r"line 1: `prompt` is without text"),
+        ({"prompt": " "}, ValueError, r"line 1: `prompt` is ' '; accepted: a text"),
+    ],
+)
+def test_records_without_a_prompt(tmp_path: Path, row: dict[str, object], kind: type[Exception], message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    with pytest.raises(kind, match=message):
+        read_prompt_file("PROMPTS", tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=r"PROMPTS is .*, which is not a file"):
+        read_prompt_file("PROMPTS", tmp_path / "b.jsonl")

@@ -8,10 +8,12 @@ import math
 import pytest
 import torch
 
+from dspa.config import SteeringConfig
 from dspa.errors import ModelError
 from dspa.fsrl import Scores, held_out, responses_of, score_triples
 from dspa.intervals import wilson
-from dspa.testing import make_model
+from dspa.steering.dspa import Steering
+from dspa.testing import D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_map, make_model, make_sae
 
 from ...rounding import PASS, rounding
 from ..support.adapters import TRIPLES, acting_adapter, ending_tokenizer
@@ -56,6 +58,27 @@ def test_an_attached_adapter_is_scored_and_a_disabled_one_is_not(tokenizer):
             still = score_triples(model, tokenizer, TRIPLES, progress=False)
     assert torch.equal(still.margins, base.margins)
     assert float((moved.margins - base.margins).abs().min()) > 1e-4
+
+
+def test_an_attached_steering_is_scored(tokenizer):
+    """As a caller's own passes, who says where each response begins."""
+    model, saes = make_model("gemma2"), (make_sae(L_IN, D_SAE_IN, seed=1), make_sae(L_OUT, D_SAE_OUT, seed=2))
+    responses = responses_of(model, tokenizer, TRIPLES[:4])
+    base = score_triples(model, tokenizer, TRIPLES[:4], progress=False)
+    with Steering(*saes, make_map(*saes), SteeringConfig(alpha=1.0, mode="both")).attach(model) as steering:
+        scores = score_triples(model, tokenizer, TRIPLES[:4], progress=False)
+        expected = []
+        for response in responses:
+            start = len(response.prompt)
+            with torch.no_grad(), steering.responses([start]):
+                logits = model(torch.tensor([response.prompt + response.ids])).logits[0]
+            picked = logits.log_softmax(dim=-1)[start - 1 : -1].gather(1, torch.tensor(response.ids)[:, None])
+            expected.append(float(picked.mean()))
+        with steering.disabled():
+            assert torch.equal(score_triples(model, tokenizer, TRIPLES[:4], progress=False).chosen, base.chosen)
+    assert scores.chosen.tolist() == pytest.approx(expected[0::2], rel=1e-4)
+    assert scores.rejected.tolist() == pytest.approx(expected[1::2], rel=1e-4)
+    assert not torch.allclose(scores.chosen, base.chosen, rtol=1e-3)
 
 
 def test_measures_worked_by_hand():

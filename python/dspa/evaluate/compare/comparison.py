@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from dspa.evaluate.compare.figures import Figures
 from dspa.evaluate.compare.measures import Figure
 from dspa.evaluate.compare.methods import BASE, Method
@@ -45,8 +47,17 @@ class Comparison(Figures):
         """Return the tables of held-out triples, of counters and of answers, those that there are."""
         return tables(self)
 
-    def record(self) -> dict[str, Any]:
-        """Return everything as JSON can hold it, but the token ids."""
+    def markdown(self) -> str:
+        """Return the tables in Markdown."""
+        return "\n\n".join(table.markdown() for table in self.tables())
+
+    def record(self, *, progress: bool = False) -> dict[str, Any]:
+        """Return everything as JSON can hold it, but the token ids.
+
+        Args:
+            progress: show a bar while intervals are computed.
+        """
+        methods = tqdm(self.methods, desc="intervals", unit="method", leave=False, disable=not progress)
         return {
             "format": FORMAT,
             "settings": {
@@ -60,16 +71,17 @@ class Comparison(Figures):
                 },
             },
             "recommendation": self.recommendation.record(),
-            "methods": [self._method_record(method) for method in self.methods],
+            "methods": [self._method_record(method) for method in methods],
             "prompts": self.prompts,
         }
 
     def _method_record(self, method: Method) -> dict[str, Any]:
         name, measures = method.name, {}
         for measure, sums in self.sums[name].items():
-            over = {control: self.gain(measure, name, control) for control in self.controls(name)}
+            controls = self.controls(name) if measure in self.preferable else []
+            over = {control: self.gain(measure, name, control) for control in controls}
             measures[measure] = {
-                "figure": _record(sums.figure()),
+                "figure": _record(self.figure(measure, name)),
                 "gain": None if name == BASE else _record(self.gain(measure, name)),
                 "over_controls": {control: _record(figure) for control, figure in over.items()},
                 "values": sums.values(),
@@ -91,17 +103,18 @@ class Comparison(Figures):
             ],
         }
 
-    def save(self, path: str | Path, runs: Mapping[str, Any] | None = None) -> None:
+    def save(self, path: str | Path, runs: Mapping[str, Any] | None = None, *, progress: bool = False) -> None:
         """Write everything as JSON.
 
         Args:
             path: the file.
             runs: finished runs by their keys, for later comparisons.
+            progress: show a bar while intervals are computed.
 
         Raises:
             OSError: the file cannot be written.
         """
-        text = json.dumps({**self.record(), "runs": dict(runs or {})}, indent=1)
+        text = json.dumps({**self.record(progress=progress), "runs": dict(runs or {})}, indent=1)
         write_atomically(Path(path), text.encode())
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dspa.errors import refusal
 from dspa.evaluate.compare.measures import (
+    MARGIN,
     OF_ANSWERS,
     OF_TRIPLES,
     Counter,
@@ -57,6 +58,7 @@ class Figures:
     prefer: str | None
     max_perplexity: float
     tokenizer: PreTrainedTokenizerBase
+    _computed: dict[tuple[Any, ...], Figure | None] = field(default_factory=dict, repr=False)
 
     @cached_property
     def sums(self) -> dict[str, dict[str, Sums]]:
@@ -74,6 +76,11 @@ class Figures:
         """Names of the measures, those of triples first, then the counters."""
         return [*(OF_TRIPLES if self.scores else ()), *self.counters, *OF_ANSWERS]
 
+    @property
+    def preferable(self) -> list[str]:
+        """Names of the measures that can decide a recommendation."""
+        return [*([MARGIN] if self.scores else ()), *self.counters]
+
     def figure(self, measure: str, method: str, units: Sequence[int] | None = None) -> Figure | None:
         """Return a measure of a method with its interval, None where the method does not have it.
 
@@ -83,7 +90,7 @@ class Figures:
             units: numbers of prompts, or of triples for a measure of them; None for all.
         """
         sums = self._sums(measure, method)
-        return None if sums is None else sums.of(units).figure()
+        return self._once(lambda: sums.of(units).figure() if sums else None, measure, method, None, units)
 
     def gain(self, measure: str, method: str, over: str = BASE, units: Sequence[int] | None = None) -> Figure | None:
         """Return the paired difference of a measure over another method, None where one does not have it.
@@ -97,7 +104,19 @@ class Figures:
             units: as for `figure`.
         """
         mine, theirs = self._sums(measure, method), self._sums(measure, over)
-        return mine.of(units).difference(theirs.of(units)) if mine and theirs else None
+        return self._once(
+            lambda: mine.of(units).difference(theirs.of(units)) if mine and theirs else None,
+            *(measure, method, over, units),
+        )
+
+    def _once(
+        self, compute: Callable[[], Figure | None], measure: str, method: str, over: str | None, units: Any
+    ) -> Figure | None:
+        """Return a figure, computed on first use."""
+        key = (measure, method, over, None if units is None else tuple(units))
+        if key not in self._computed:
+            self._computed[key] = compute()
+        return self._computed[key]
 
     def _sums(self, measure: str, method: str) -> Sums | None:
         for what, name, known in (("measure", measure, self.measures), ("method", method, list(self.sums))):

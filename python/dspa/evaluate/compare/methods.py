@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -152,8 +153,10 @@ class Method:
         }
 
         def make(_seed: int) -> Attachable:
-            adapter.fraction = fraction  # type: ignore[assignment]
-            return adapter
+            # The same parameters with a fraction of its own, so that the adapter stays as it is.
+            kept = copy.copy(adapter)
+            kept.fraction = fraction  # type: ignore[assignment]
+            return kept
 
         name = name or ("FSRL" if fraction == 1 else f"FSRL top {fraction:.3g}")
         return cls(name, "adapter", settings, make)

@@ -130,7 +130,6 @@ def compare(
         everything.append(method)
         if method.kind == "DSPA":
             everything += controls_of(method, controls, inner, layers, runner.densities(seeds[0]), seeds[0])
-    runner.check(everything)
     answers: dict[str, list[Answers]] = {}
     scores: dict[str, list[TripleScores]] = {}
     for method, seed in runner.work(everything, seeds, progress):
@@ -152,7 +151,7 @@ def compare(
         tokenizer=tokenizer,
     )
     if results is not None:
-        comparison.save(results, runner.store.runs)
+        comparison.save(results, runner.store.runs, progress=progress)
         runner.store.finish()
     return comparison
 
@@ -280,7 +279,8 @@ class _Runner:
         """Yield every method and seed, with a bar that names the method."""
         n_scored = sum(len(seeds) if method.drawn else 1 for method in methods) * len(self.triples)
         total = len(methods) * len(seeds) * len(self.prompts) + n_scored
-        with tqdm(total=total, unit="text", disable=not progress) as self.bar:
+        with tqdm(total=total, unit="text", desc="check", disable=not progress) as self.bar:
+            self.check(methods)
             for method in methods:
                 for seed in seeds:
                     self.bar.set_description(f"{method.name}, seed {seed}")

@@ -135,8 +135,3 @@ def _gain(comparison: Figures, measure: str, method: Method, style: str = ".3f")
         return ""
     value, low, high = (format(number, f"+{style}") for number in (gain.value, gain.low, gain.high))
     return f"{value} [{low}, {high}]"
-
-
-def markdown(made: Sequence[TextTable]) -> str:
-    """Return tables in Markdown, one after the other."""
-    return "\n\n".join(table.markdown() for table in made)

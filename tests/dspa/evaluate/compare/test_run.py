@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dspa import Comparison, Method, SteeringConfig, compare
+from dspa.errors import ModelError
 from dspa.evaluate.compare import run as running
 from dspa.evaluate.scores import score_triples
 from dspa.fsrl import FSRLAdapter, responses_of
@@ -282,6 +283,19 @@ def test_what_cannot_be_compared(model, tokenizer, dspa_method, change, message)
     settings |= change
     with pytest.raises(ValueError, match=re.escape(message)):
         compare(model, tokenizer, settings.pop("prompts"), settings.pop("methods"), **settings)
+
+
+def test_an_adapter_keeps_its_fraction(model, tokenizer, adapter):
+    adapter.fraction = 0.7
+    compare(model, tokenizer, PROMPTS[:2], [Method.adapted(adapter, fraction=0.1)], **SETTINGS)
+    assert adapter.fraction == 0.7
+    adapter.fraction = 1.0
+
+
+def test_an_adapter_of_another_model(model, tokenizer):
+    other = FSRLAdapter(make_sae(L_OUT, D_SAE_OUT, d_in=32))
+    with pytest.raises(ModelError, match="it is an SAE of another model"):
+        compare(model, tokenizer, PROMPTS, [Method.adapted(other.eval())], **SETTINGS)
 
 
 def test_a_model_that_is_steered_already(model, tokenizer, dspa_method):
