@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 # Number of neighbours, by rank, that are permuted among each other.
-BLOCK = 16
+BLOCK = 8
 
 
 def matched_permutation(values: Tensor, seed: int) -> Tensor:

@@ -93,7 +93,7 @@ def test_a_shuffled_map_holds_rows_of_gates_that_are_open_as_often(cdmap):
     assert torch.equal(shuffled.values[closed], cdmap.values[closed])
     assert not bool((origin == torch.arange(D_SAE_IN))[~closed].any())
     assert sorted(origin.tolist()) == list(range(D_SAE_IN))
-    # 24 gates of each number, in runs of 16: at most one run holds gates of two numbers, and another of the next two.
+    # 24 gates of each number, in runs of 8: at most one run holds gates of two numbers, and another of the next two.
     same = n_open[origin] == n_open
     assert float(same[~closed].double().mean()) > 0.5
     assert torch.equal(shuffled.columns, cdmap.columns) and torch.equal(shuffled.n_open, n_open)

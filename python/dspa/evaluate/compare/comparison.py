@@ -95,6 +95,7 @@ class Comparison(Figures):
             "measures": measures,
             "unsteered_prompts": self.unsteered(name),
             "unsteered": [run.unsteered for run in self.answers[name]],
+            "unsteered_triples": [run.unsteered for run in self.scores.get(name, [])],
             "tokens_per_second": self.speed(name),
             "answers": self.texts[name],
             "edited": [

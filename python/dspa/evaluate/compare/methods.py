@@ -189,7 +189,7 @@ def controls_of(
     model: CausalLM,
     layers: str | None,
     densities: Callable[[FrozenSAE], Tensor],
-    seed: int,
+    origin: str,
 ) -> list[Method]:
     """Return the controls of a DSPA method, at its own `alpha` and `mode`.
 
@@ -199,7 +199,7 @@ def controls_of(
         model: the model that is steered.
         layers: dotted path of its decoder layers, for an unknown architecture.
         densities: returns the share of response tokens on which each latent of an SAE is active.
-        seed: seed of the base model's answers that the densities are of.
+        origin: digest of all that the densities depend on.
     """
     parts = method.parts
     assert parts is not None
@@ -212,7 +212,7 @@ def controls_of(
         return replace(parts, cdmap=shuffled_map(parts.cdmap, draw)).steering()
 
     made: dict[str, tuple[Callable[[int], Attachable], dict[str, Any], bool]] = {
-        "random set": (random_set, {"densities": f"of the base model's answers, seed {seed}"}, True),
+        "random set": (random_set, {"densities": origin}, True),
         "shuffled map": (shuffled, {}, True),
     }
     n_layers = len(find_layers(model, layers))

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from dspa.models.layers import CausalLM, base_model, check_eval, loaded_name
 from dspa.models.sources import model_digest
 from dspa.saes.frozen import FrozenSAE
 from dspa.steering.dspa import Steering
+from dspa.version import __version__
 
 
 def compare(
@@ -129,7 +129,8 @@ def compare(
     for method in methods:
         everything.append(method)
         if method.kind == "DSPA":
-            everything += controls_of(method, controls, inner, layers, runner.densities(seeds[0]), seeds[0])
+            origin = runner.answers_key(everything[0], seeds[0])
+            everything += controls_of(method, controls, inner, layers, runner.densities(seeds[0]), origin)
     answers: dict[str, list[Answers]] = {}
     scores: dict[str, list[TripleScores]] = {}
     for method, seed in runner.work(everything, seeds, progress):
@@ -162,7 +163,7 @@ def _path(results: str | Path | None) -> Path | None:
 
 def _versions() -> dict[str, str]:
     return {
-        "dspa-kernels": version("dspa-kernels"),
+        "dspa-kernels": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -286,10 +287,14 @@ class _Runner:
                     self.bar.set_description(f"{method.name}, seed {seed}")
                     yield method, seed
 
+    def answers_key(self, method: Method, seed: int) -> str:
+        """Return the digest of all that the answers of a method by one seed depend on."""
+        inputs = [self.settings, self.encoded(method.prefix), method.digest, seed]
+        return digest_of([FORMAT, __version__, "answers", *inputs])
+
     def answers(self, method: Method, seed: int) -> Answers:
         """Return the answers of a method by one seed, from the store where they are there."""
-        prompts = self.encoded(method.prefix)
-        key = digest_of([FORMAT, "answers", self.settings, prompts, method.digest, seed])
+        prompts, key = self.encoded(method.prefix), self.answers_key(method, seed)
         if (run := self.store.get(key, Answers)) is not None:
             self.bar.update(len(prompts))
             return run
@@ -325,7 +330,7 @@ class _Runner:
         responses = self.responses(method.prefix)
         ids = [[response.prompt, response.ids] for response in responses]
         draw = seed if method.drawn else None
-        key = digest_of([FORMAT, "scores", self.settings["model"], ids, method.digest, draw])
+        key = digest_of([FORMAT, __version__, "scores", self.settings["model"], ids, method.digest, draw])
         if (run := self.store.get(key, TripleScores)) is None:
             unsteered = [False] * len(responses)
             with self.attached(method, seed) as attachable:

@@ -253,6 +253,15 @@ def test_a_stopped_comparison_goes_on(model, tokenizer, methods, comparison, tmp
     assert len(generated) - n_before == 2 * 3 * 2
 
 
+def test_a_random_set_is_that_of_the_answers_in_hand(model, tokenizer, dspa_method, tmp_path):
+    """Its densities are of the base model's answers, so other prompts make another set, also for the same triples."""
+    settings = {"held_out": TRIPLES[:5], "controls": ["random set"], "seeds": [0], **SETTINGS}
+    compare(model, tokenizer, PROMPTS[:4], [dspa_method], results=tmp_path / "out.json", **settings)
+    again = compare(model, tokenizer, PROMPTS[4:], [dspa_method], results=tmp_path / "out.json", **settings)
+    alone = compare(model, tokenizer, PROMPTS[4:], [dspa_method], **settings)
+    assert again.scores[f"{DSPA}: random set"][0] == alone.scores[f"{DSPA}: random set"][0]
+
+
 def test_the_bar_names_methods_from_the_start(model, tokenizer, dspa_method, capsys):
     compare(model, tokenizer, PROMPTS, [dspa_method], held_out=TRIPLES, **SETTINGS | {"progress": True})
     err = capsys.readouterr().err
