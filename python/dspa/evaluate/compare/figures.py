@@ -124,6 +124,13 @@ class Figures:
                 raise refusal(ValueError, f"`{what}`", repr(name), ", ".join(known))
         return self.sums[method].get(measure)
 
+    def apart(self, measure: str, method: str) -> bool:
+        """Return True if the interval of a gain over the base model is above 0, and above those of all controls."""
+        gain = self.gain(measure, method)
+        others = [self.gain(measure, control) for control in self.controls(method)]
+        bounds = [0.0, *(other.high for other in others if other is not None)]
+        return gain is not None and gain.low > max(bounds)
+
     def controls(self, method: str) -> list[str]:
         """Return the names of the controls of a DSPA method."""
         return [other.name for other in self.methods if other.control_of == method]

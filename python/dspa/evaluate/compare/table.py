@@ -11,16 +11,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from dspa.evaluate.compare.figures import Figures
-from dspa.evaluate.compare.measures import EDITED, OF_TRIPLES, PERPLEXITY, Figure
+from dspa.evaluate.compare.measures import EDITED, MARGIN, OF_TRIPLES, PERPLEXITY, Figure
 from dspa.evaluate.compare.methods import BASE, Method
 
 # Counters per table, as many as 80 columns hold.
 COUNTERS = 2
 LEGEND = (
     "Brackets hold 95 % bootstrap intervals of the paired difference to the base model, over prompts or triples, all "
-    "seeds of a prompt drawn together. Controls are indented below their method. perplexity: of all answers' tokens "
-    "under the base model; tokens: per answer; ended: share of answers that end by themselves; edited: share of tokens "
-    "that were predicted from an edited residual; unsteered: prompts that select nothing to edit."
+    "seeds of a prompt drawn together. Controls are indented below their method. *: the interval is above 0 and above "
+    "those of all controls. perplexity: of all answers' tokens under the base model; tokens: per answer; ended: share "
+    "of answers that end by themselves; edited: share of tokens that were predicted from an edited residual; "
+    "unsteered: prompts that select nothing to edit."
 )
 
 
@@ -87,7 +88,7 @@ def _of_triples(comparison: Figures, method: Method) -> Cells:
         ("chosen", _number(chosen, "+.3f")),
         ("rejected", _number(rejected, "+.3f")),
         ("margin", _number(margin, "+.3f")),
-        ("over base", _gain(comparison, "margin", method)),
+        ("over base", _gain(comparison, MARGIN, method) + _star(comparison, MARGIN, method)),
         ("accuracy", _number(accuracy, ".1%")),
     ]
 
@@ -98,7 +99,7 @@ def _of_counters(comparison: Figures, method: Method, names: Sequence[str]) -> C
         for name in names
         for cell in (
             (name, _number(comparison.figure(name, method.name), ".2f")),
-            ("over base", _gain(comparison, name, method, ".2f")),
+            ("over base", _gain(comparison, name, method, ".2f") + _star(comparison, name, method)),
         )
     ]
 
@@ -127,6 +128,10 @@ def _of_runs(comparison: Figures, method: Method) -> Cells:
 
 def _number(figure: Figure | None, style: str) -> str:
     return "" if figure is None else format(figure.value, style)
+
+
+def _star(comparison: Figures, measure: str, method: Method) -> str:
+    return "*" if comparison.controls(method.name) and comparison.apart(measure, method.name) else ""
 
 
 def _gain(comparison: Figures, measure: str, method: Method, style: str = ".3f") -> str:

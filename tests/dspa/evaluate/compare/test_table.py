@@ -18,10 +18,17 @@ def test_tables_of_a_comparison():
     assert [row[0] for row in triples.rows] == ["base", "a", "  random set"]
     assert [label(method) for method in comparison.methods] == [row[0] for row in runs.rows]
     gain = comparison.gain("margin", "a")
-    assert triples.rows[1][4] == f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]" and triples.rows[0][4] == ""
+    assert triples.rows[1][4] == f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]*" and triples.rows[0][4] == ""
     assert counters.columns == ["method", "the", "over base"] and counters.rows[1][1] == "1.00"
     assert answers.rows[1][1:3] == ["11.00", "+10.0% [+10.0%, +10.0%]"]
     assert runs.rows[0][1:] == ["1.0", "0%", "", "", "40"]
+
+
+def test_a_star_is_for_intervals_above_those_of_all_controls():
+    stars = [row[4][-1:] == "*" for row in made({"a": 0.1, "a: x": 0.02, "a: y": 0.03}).tables()[0].rows]
+    assert stars == [False, True, False, False]
+    for margins in ({"a": 0.1, "a: x": 0.02, "a: y": 0.1}, {"a": -0.1, "a: x": -0.5}, {"a": 0.1}):
+        assert not any(row[4][-1:] == "*" for row in made(margins).tables()[0].rows)
 
 
 def test_markdown():
