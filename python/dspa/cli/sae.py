@@ -11,8 +11,17 @@ import typer
 from rich.table import Table
 
 from dspa.cli.loading import check_model, load_model, load_sae
-from dspa.cli.options import FILES, SAE_HELP, OnModel, Options, TrainingOut, messages_of_options, with_options
-from dspa.cli.tables import console, print_line, print_table
+from dspa.cli.options import (
+    FILES,
+    SAE_HELP,
+    OnModel,
+    Options,
+    TrainingOut,
+    messages_of_options,
+    name_options,
+    with_options,
+)
+from dspa.cli.tables import console, print_line, print_table, print_warning
 from dspa.errors import require_package
 from dspa.saes.config import SAETrainingConfig
 
@@ -42,12 +51,18 @@ Training = Annotated[
 # Arguments that errors name, in addition to the settings of the config.
 NAMES = {"k": "--k", "d_sae": "--d-sae", "layer": "--layer", "indices": "--layer"}
 D_SAE, K = [16_384], [64.0]
+OPTION_NAMES = {"k": "--k", "d_sae": "--d-sae", "lr": "--lr", "max_norm_ratio": "--max-norm-ratio"}
 PER_LAYER = "; for several layers one for all, or one per layer in their order."
 # Label and format of each figure of a training.
 FIGURES = {
     "explained_variance": ("explained variance", ".4f"),
+    "explained_variance_all": ("explained variance with outlying tokens", ".4f"),
+    "top_variance": ("variance held by 1 % of the tokens", ".1%"),
     "l0": ("L0", ".2f"),
     "dead": ("dead latents", ".0f"),
+    "dead_training": ("latents silent in the last training tokens", ".0f"),
+    "dead_window_tokens": ("number of these tokens", ".0f"),
+    "n_uses": ("training tokens on which a latent was active, on average", ".0f"),
     "mse": ("squared error per token", ".4g"),
     "n_tokens": ("held-out tokens", ".0f"),
     "n_left_out": ("held-out tokens left out for their norm", ".0f"),
@@ -68,16 +83,27 @@ def sae_show(sae: Annotated[str, typer.Argument(help=SAE_HELP)], layer: Layer = 
         "k": loaded.weights.k or "-",
         "normalize": loaded.weights.normalize,
     }
-    print_table(sae, details | _quality(Path(sae), loaded.figures))
+    figures = {"d_sae": loaded.d_sae, **_figures(Path(sae), loaded.figures)}
+    print_table(
+        sae, details | {label: format(figures[n], form) for n, (label, form) in FIGURES.items() if n in figures}
+    )
+    _print_weaknesses(figures)
 
 
-def _quality(path: Path, figures: Mapping[str, float]) -> dict[str, str]:
+def _figures(path: Path, recorded: Mapping[str, float]) -> Mapping[str, float]:
     """Return the figures of an SAE's training, from its folder or else those in the SAE's metadata."""
     from dspa.saes.quality import read_figures
 
-    if path.exists():
-        figures = read_figures(path if path.is_dir() else path.parent) or figures
-    return {label: format(figures[name], form) for name, (label, form) in FIGURES.items() if name in figures}
+    folder = path if path.is_dir() else path.parent
+    return (read_figures(folder) if path.exists() else {}) or recorded
+
+
+def _print_weaknesses(figures: Mapping[str, float]) -> None:
+    """Print what is wrong with an SAE, with options in place of settings."""
+    from dspa.saes.quality import weaknesses
+
+    for text in weaknesses(figures):
+        print_warning(name_options(text, OPTION_NAMES))
 
 
 @app.command("train")
@@ -159,10 +185,12 @@ def _print_qualities(out: Path) -> None:
     from dspa.saes.quality import read_figures
     from dspa.saes.training import read_qualities
 
-    table = Table("", "before", "after", title="On held-out tokens")
+    table, figures = Table("", "before", "after", title="On held-out tokens"), read_figures(out)
     before = asdict(read_qualities(out)["before"])
-    for name, after in read_figures(out).items():
-        label, form = FIGURES[name]
-        table.add_row(label, format(before[name], form) if name in before else "", format(after, form))
+    for name, (label, form) in FIGURES.items():
+        if name in figures:
+            earlier = format(before[name], form) if before.get(name) is not None else ""
+            table.add_row(label, earlier, format(figures[name], form))
     console.print(table)
+    _print_weaknesses(figures)
     print_line(f"Written to {out}.")

@@ -73,8 +73,8 @@ class Job:
         return sae.to(self.held_out.device)
 
     def evaluate(self, sae: FrozenSAE) -> Quality:
-        """Return the quality of an SAE on the held-out residuals."""
-        return evaluate_sae(sae, self.held_out, max_norm_ratio=self.config.max_norm_ratio)
+        """Return the quality of an SAE on the held-out residuals, without outliers even if it is trained on them."""
+        return evaluate_sae(sae, self.held_out, max_norm_ratio=self.config.max_norm_ratio or MAX_NORM_RATIO)
 
     def inference(self, sae: Any, scale: float) -> Any:
         """Return a training SAE as SAELens saves it."""
@@ -175,14 +175,21 @@ class Training:
             save_checkpoint(self.job.folder, trainer, position, self.history)
 
     def finish(self) -> FrozenSAE:
-        """Save what the SAE is at inference, with its quality and the number of rows left out of the training."""
+        """Save what the SAE is at inference, with its quality and what the training left out and left dead."""
         job, sae, scale = self.job, self._trainer.sae, self._begun.scale
         after, inference = job.evaluate_training(sae, scale), job.inference(sae, scale)
         for name, field in FIGURES.items():
             setattr(inference.cfg.metadata, name, getattr(after, field))
         inference.save_model(job.folder.path)
-        n_left_out = self.position.n_left_out if self.position else 0
-        job.folder.finish({"after": asdict(after), "n_left_out": n_left_out, "history": self.history})
+        n_dead, n_steps = _dead(self._trainer)
+        results = {
+            "after": asdict(after),
+            "n_left_out": self.position.n_left_out if self.position else 0,
+            "dead_training": n_dead,
+            "dead_window_tokens": n_steps * job.config.batch_size,
+            "history": self.history,
+        }
+        job.folder.finish(results)
         return FrozenSAE.load(job.folder.path, device=job.held_out.device)
 
 
@@ -236,16 +243,21 @@ def _trainer(config: SAETrainingConfig, sae: Any) -> Any:
 
 
 def _report(trainer: Any, output: Any) -> dict[str, float]:
-    """Return the numbers of the latest batch, in the units of the training.
-
-    Dead are latents that were silent in the last `dead_feature_window` steps, or in all steps if they are fewer.
-    """
+    """Return the numbers of the latest batch, in the units of the training."""
     log = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
-    window = min(trainer.cfg.dead_feature_window, trainer.n_training_steps)
     return {
         "tokens": trainer.n_training_samples,
         "loss": log["losses/overall_loss"],
         "explained_variance": log["metrics/explained_variance"],
         "l0": log["metrics/l0"],
-        "dead": int((trainer.n_forward_passes_since_fired >= window).sum()),
+        "dead": _dead(trainer)[0],
     }
+
+
+def _dead(trainer: Any) -> tuple[int, int]:
+    """Return the number of latents that were silent in the last steps, and the number of these steps.
+
+    They are the last `dead_feature_window`, or all that were taken so far.
+    """
+    n_steps = min(trainer.cfg.dead_feature_window, trainer.n_training_steps)
+    return int((trainer.n_forward_passes_since_fired >= n_steps).sum()), n_steps

@@ -251,7 +251,7 @@ def _train(
     file = texts if isinstance(texts, TextFile) else TextFile(texts)
     max_length = min(given.max_length, context_length(inner) or given.max_length)
     date = date_of_today(tokenizer)
-    configs = [replace(given, max_length=max_length).resolved(sae.d_sae) for sae in saes]
+    configs = [replace(given, max_length=max_length).resolved(sae.d_sae, new=sae.start is None) for sae in saes]
     for sae, resolved in zip(saes, configs, strict=True):
         sae.folder.path.parent.mkdir(exist_ok=True)
         date = sae.folder.first_date(date)

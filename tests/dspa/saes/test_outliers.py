@@ -16,7 +16,7 @@ from dspa.errors import TrainingError
 from dspa.saes.activations import Activations, Position
 from dspa.saes.config import SAETrainingConfig
 from dspa.saes.outliers import typical_rows
-from dspa.saes.quality import evaluate_sae
+from dspa.saes.quality import evaluate_sae, read_figures, weaknesses
 from dspa.saes.training import finetune_sae, read_qualities, train_sae
 from dspa.testing import D_IN, ENGLISH, make_model, make_sae, word_tokenizer
 
@@ -184,10 +184,12 @@ def test_figures_are_those_of_the_other_tokens(tmp_path, model, tokenizer, texts
     run(tmp_path / "all", max_norm_ratio=0)
     n_held_out = int(np.argmax(np.cumsum([len(document) for document in residuals]) >= TINY.held_out_tokens)) + 1
     held_out = np.concatenate(residuals[:n_held_out])
-    for out, rows in (("typical", kept(held_out)), ("all", held_out)):
+    typical = kept(held_out)
+    for out in ("typical", "all"):
         quality = read_qualities(tmp_path / out)["after"]
-        assert quality.n_tokens == len(rows) and quality.n_left_out == len(held_out) - len(rows)
-        assert quality.explained_variance == pytest.approx(explained_variance(tmp_path / out, rows), abs=1e-4)
+        assert quality.n_tokens == len(typical) and quality.n_left_out == len(held_out) - len(typical)
+        assert quality.explained_variance == pytest.approx(explained_variance(tmp_path / out, typical), abs=1e-4)
+        assert quality.explained_variance_all == pytest.approx(explained_variance(tmp_path / out, held_out), abs=1e-4)
         metadata = json.loads((tmp_path / out / "cfg.json").read_text())["metadata"]
         assert metadata["explained_variance"] == quality.explained_variance
     # A file is read over and over: one token is left out of every text.
@@ -195,8 +197,11 @@ def test_figures_are_those_of_the_other_tokens(tmp_path, model, tokenizer, texts
     per_text = np.mean([len(document) - 1 for document in residuals])
     assert records["typical"]["n_left_out"] == pytest.approx(TINY.n_tokens / per_text, rel=0.3)
     assert records["all"]["n_left_out"] == 0
-    typical, everything = (read_qualities(tmp_path / name)["after"].explained_variance for name in ("typical", "all"))
-    assert everything > 0.9 > typical
+    # An SAE that was trained on outliers explains these, and nothing else.
+    ruled = read_figures(tmp_path / "all")
+    assert ruled["explained_variance_all"] > 0.9 and ruled["explained_variance"] < 0.5
+    assert any("Outlying tokens rule" in text for text in weaknesses(ruled))
+    assert not any("Outlying tokens rule" in text for text in weaknesses(read_figures(tmp_path / "typical")))
 
 
 def test_figures_of_given_rows():
@@ -205,8 +210,11 @@ def test_figures_of_given_rows():
     sae = make_sae(LAYER, D_SAE)
     quality = evaluate_sae(sae, rows)
     assert (quality.n_tokens, quality.n_left_out) == (101, 3)
-    assert replace(quality, n_left_out=0) == evaluate_sae(sae, rows[:101], max_norm_ratio=0)
-    assert evaluate_sae(sae, rows, max_norm_ratio=0).n_tokens == 104
+    typical, everything = evaluate_sae(sae, rows[:101], max_norm_ratio=0), evaluate_sae(sae, rows, max_norm_ratio=0)
+    for name in ("explained_variance", "l0", "dead", "mse", "top_variance"):
+        assert getattr(quality, name) == pytest.approx(getattr(typical, name), rel=1e-6)
+    assert everything.n_tokens == 104 and everything.explained_variance == quality.explained_variance_all
+    assert typical.explained_variance_all == typical.explained_variance
 
 
 def test_a_stopped_run_leaves_the_same_tokens_out(tmp_path, monkeypatch, model, tokenizer, texts):

@@ -379,8 +379,23 @@ def test_windows_scale_with_the_training(tmp_path, model, tokenizer, texts):
     for n_steps in (25, 50):
         recorded = settings(n_tokens=64 * n_steps)
         assert recorded["dead_feature_window"] == n_steps // 10
-        assert recorded["lr"] == pytest.approx(3e-4 * (16384 / D_SAE * 1000 / n_steps) ** 0.5)
-    assert SAETrainingConfig().resolved(16384).lr == 3e-4
+        assert recorded["lr"] == 5e-3
+
+
+@pytest.mark.parametrize(
+    ("n_steps", "d_sae", "new", "lr"),
+    [
+        (12_000, 16_384, True, 3e-4),
+        (12_000, 4096, True, 6e-4),
+        (750, 4096, True, 1.2e-3),
+        (750, 4096, False, 6e-4),
+        (30, 4096, True, 5e-3),
+    ],
+)
+def test_learning_rate_by_default(n_steps, d_sae, new, lr):
+    config = SAETrainingConfig(n_tokens=4096 * n_steps)
+    assert config.resolved(d_sae, new=new).lr == pytest.approx(lr)
+    assert replace(config, lr=7.0).resolved(d_sae, new=new).lr == 7.0
 
 
 def test_dead_is_counted_from_the_first_report_on(tmp_path, model, tokenizer, texts):
@@ -667,6 +682,9 @@ def test_commands(tmp_path, monkeypatch, capsys, model, tokenizer, texts):
     train = ["train", texts, *shared, "--layer", LAYER, "--d-sae", 64, "--k", 4]
     code, text = dspa(*train, "--out", tmp_path / "sae", "--special-tokens")
     assert code == 0 and "explained variance" in text and "dead latents" in text
+    warned = "Warning: A latent was active on 40 tokens of the training on average (accepted: from 1000)."
+    advice = "Train on more tokens, or lower --d-sae."
+    assert f"{warned} {advice}" in text and warned in dspa("show", tmp_path / "sae")[1]
     settings = json.loads((tmp_path / "sae" / "training.json").read_text())["settings"]
     assert settings["n_tokens"] == 640 and not settings["exclude_special_tokens"]
     assert settings["model_name"] == "./tiny" and FrozenSAE.load(tmp_path / "sae").model_name is None
