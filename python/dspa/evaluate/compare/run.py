@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +122,15 @@ def compare(
         layers,
         model_name,
         batch_tokens,
-        RunStore.open(_path(results)),
+        RunStore.open(None if results is None else Path(results)),
     )
     seeds = list(seeds) if temperature > 0 else list(seeds)[:1]
-    everything = [Method.base()]
+    everything, densities = [Method.base()], runner.densities(seeds[0])
+    origin = runner.answers_key(everything[0], seeds[0])
     for method in methods:
         everything.append(method)
         if method.kind == "DSPA":
-            origin = runner.answers_key(everything[0], seeds[0])
-            everything += controls_of(method, controls, inner, layers, runner.densities(seeds[0]), origin)
+            everything += controls_of(method, controls, inner, layers, densities, origin)
     answers: dict[str, list[Answers]] = {}
     scores: dict[str, list[TripleScores]] = {}
     for method, seed in runner.work(everything, seeds, progress):
@@ -155,10 +155,6 @@ def compare(
         comparison.save(results, runner.store.runs, progress=progress)
         runner.store.finish()
     return comparison
-
-
-def _path(results: str | Path | None) -> Path | None:
-    return None if results is None else Path(results)
 
 
 def _versions() -> dict[str, str]:
@@ -223,7 +219,6 @@ class _Runner:
     bar: Any = None
     _encoded: dict[str, list[list[int]]] = field(default_factory=dict)
     _responses: dict[str, list[Response]] = field(default_factory=dict)
-    _densities: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def ends(self) -> set[int]:
@@ -382,29 +377,21 @@ class _Runner:
                 nll[n] = -mean * len(responses[n].ids)
         return nll
 
-    def densities(self, seed: int) -> Any:
+    def densities(self, seed: int) -> Callable[[FrozenSAE], Tensor]:
         """Return a function of an SAE: the share of tokens of the base model's answers on which its latents are active.
 
         Args:
-            seed: of the answers.
+            seed: of the answers, which are in the store when the function is called.
         """
 
+        @cache
         def measure(sae: FrozenSAE) -> Tensor:
-            key = f"{sae.fingerprint} at {sae.layer}"
-            if key not in self._densities:
-                self._densities[key] = self._measure_densities(sae, seed)
-            return self._densities[key]
+            answers = self.store.get(self.answers_key(Method.base(), seed), Answers)
+            assert answers is not None
+            responses = [Response(*pair) for pair in zip(self.encoded(""), answers.ids, strict=True)]
+            return response_densities(self.model, sae, responses, layers=self.layers, batch_tokens=self.batch_tokens)
 
         return measure
-
-    def _measure_densities(self, sae: FrozenSAE, seed: int) -> Tensor:
-        bar, self.bar = self.bar, tqdm(disable=True)
-        try:
-            answers = self.answers(Method.base(), seed)
-        finally:
-            self.bar = bar
-        responses = [Response(*pair) for pair in zip(self.encoded(""), answers.ids, strict=True)]
-        return response_densities(self.model, sae, responses, layers=self.layers, batch_tokens=self.batch_tokens)
 
 
 def _unsteered(steering: Steering) -> list[bool]:
