@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from dspa.distributed import device_named
 from dspa.errors import refusal
@@ -30,7 +30,8 @@ def load_model(
         device: "cpu", "cuda", "cuda:1", "mps", or "auto": "cuda" where there is one.
 
     Raises:
-        ValueError: there is no such model, dtype or device, or the model cannot be read.
+        ValueError: there is no such model, dtype or device, or the model cannot be read, or is quantized for another
+            dtype.
         RuntimeError: a package that reads GGUF files is not installed.
         OSError: a GGUF file was not converted, because the cache cannot be written.
     """
@@ -40,8 +41,20 @@ def load_model(
     folder = str(converted_folder(Path(place.path), dtype)) if place.gguf_file else place.name
     tokenizer = AutoTokenizer.from_pretrained(folder)
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    _check_quantized(loaded, dtype)
     if place.gguf_file:
         # The conversion may be made again, elsewhere; the file is what a map records.
         loaded.config.name_or_path = place.path
     use_same_function(loaded)
     return loaded.to(device).eval(), tokenizer
+
+
+def _check_quantized(model: CausalLM, dtype: str) -> None:
+    """Raise `ValueError` if a quantized model was asked for in another dtype than its layers compute in."""
+    if dtype == "auto" or getattr(model, "hf_quantizer", None) is None:
+        return
+    name = model.config.name_or_path
+    stored = str(AutoConfig.from_pretrained(name).dtype).removeprefix("torch.")
+    if dtype != stored:
+        got = f"{dtype!r}, and {name} is quantized for {stored}"
+        raise refusal(ValueError, "`dtype`", got, f"auto, {stored}", "Or quantize the model anew.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,14 +45,41 @@ def model_digest(model: nn.Module) -> str | None:
 
     They begin a SHA-256 over the shape and SAMPLED numbers of each weight, rounded to bf16. So they are the same in
     fp32 and bf16, on any device and whatever the weights are called, and differ after training or under a LoRA.
+    Quantized weights take part with their codes and scales: in other bits, a model has another digest.
     """
     parameters = list(base_model(model).parameters())
     if any(parameter.is_meta for parameter in parameters):
         return None
-    # Packed weights of quantized layers have formats of their own: their shapes have to do.
-    samples = [_sample(p) if type(p) is nn.Parameter and p.is_floating_point() else b"" for p in parameters]
-    described = sorted(f"{list(p.shape)}".encode() + sample for p, sample in zip(parameters, samples, strict=True))
+    described = sorted(
+        f"{list(shape)}".encode() + b"".join(map(_sample, tensors)) for shape, tensors in map(_stored, parameters)
+    )
     return hashlib.sha256(b"".join(described)).hexdigest()[:16]
+
+
+def _stored(weight: nn.Parameter) -> tuple[torch.Size, list[Tensor]]:
+    """Return the shape of a weight, and the tensors that it is stored in."""
+    state: Any = getattr(weight, "quant_state", None)
+    if state is not None:
+        return state.shape, [_block_scales(state)]
+    data = weight.data
+    # Quantized weights of torchao are tensors that are made of others.
+    names = data.__tensor_flatten__()[0] if hasattr(data, "__tensor_flatten__") else []
+    parts = [getattr(data, name) for name in names] or [data]
+    # Others have formats of their own: their shapes have to do.
+    return data.shape, [part for part in parts if type(part) is Tensor]
+
+
+def _block_scales(state: Any) -> Tensor:
+    """Return the scale of each block of a 4-bit weight of bitsandbytes, in the order of its rows.
+
+    Its codes are in another order once a CPU has run a pass, and the scales in another shape.
+    """
+    scales: Tensor = state.absmax
+    if state.nested:
+        from bitsandbytes.functional import dequantize_blockwise
+
+        scales = dequantize_blockwise(scales, state.state2) + state.offset
+    return scales.T if getattr(state, "packing_format_for_cpu", False) else scales
 
 
 def _sample(weight: Tensor) -> bytes:

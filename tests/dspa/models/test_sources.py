@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from dspa.models.sources import model_digest, model_source
 from dspa.testing import make_model
 
+from ..support.quantisers import KINDS, quantised
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -57,3 +59,14 @@ def test_offloaded_weights_have_no_source(saved):
     model = AutoModelForCausalLM.from_pretrained(saved)
     model.model.layers[3].to("meta")
     assert model_source(model) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantised_weights_take_part(kind, tmp_path):
+    """In the layout too that bitsandbytes gives its weights in a pass."""
+    model = quantised(kind, tmp_path)
+    digest = model_digest(model)
+    with torch.no_grad():
+        model(torch.tensor([[1, 5, 9]]))
+    assert model_digest(model) == digest != model_digest(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert model_digest(quantised(kind, tmp_path, scale=1.1)) != digest
