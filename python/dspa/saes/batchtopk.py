@@ -60,14 +60,21 @@ def _training_sae(
 
 
 @torch.no_grad()
-def begin_at_mean(sae: Any, rows: Tensor) -> None:
-    """Set the decoder bias of a new SAE to the mean of `rows` [N, d_in].
+def begin_at_data(sae: Any, rows: Tensor, seed: int) -> None:
+    """Let a new SAE begin at its data, `rows` [N, d_in].
 
-    The encoder subtracts it from its input. With a bias of 0 it would spend its first steps on the mean, with which the
-    latents on its side win and the others die.
+    Its decoder bias becomes their mean, which the encoder subtracts from its input. With a bias of 0 the first steps
+    would be spent on the mean: the latents on its side win, and the others die. Each latent's direction becomes the
+    middle between its own and that of a row as seen from the mean, for the decoder and the encoder. The norms stay.
     """
     assert sae.cfg.apply_b_dec_to_input
     sae.b_dec.copy_(rows.mean(dim=0))
+    order, n_latents = torch.Generator().manual_seed(seed), sae.cfg.d_sae
+    drawn = torch.cat([torch.randperm(len(rows), generator=order) for _ in range(-(-n_latents // len(rows)))])
+    unit, norm = torch.nn.functional.normalize, sae.get_W_dec_norm()[:, None]
+    toward = unit(rows[drawn[:n_latents].to(rows.device)] - sae.b_dec, dim=1)
+    sae.W_dec.copy_(unit(toward + sae.W_dec / norm, dim=1) * norm)
+    sae.W_enc.copy_(sae.W_dec.T)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dspa.errors import TrainingError, refusal
 from dspa.saes.activations import Activations, Position
-from dspa.saes.batchtopk import begin_at_mean, begin_threshold, jumprelu, new_sae, started_sae
+from dspa.saes.batchtopk import begin_at_data, begin_threshold, jumprelu, new_sae, started_sae
 from dspa.saes.checkpoints import restore_checkpoint, save_checkpoint
 from dspa.saes.config import MAX_NORM_RATIO, SAETrainingConfig
 from dspa.saes.formats import FIGURES
@@ -157,7 +157,7 @@ class Training:
         sae = job.new_sae(k, scale)
         if job.start is None:
             # Also where outliers are trained on, which would move the mean away from all other rows.
-            begin_at_mean(sae, sample[typical_rows(sample, MAX_NORM_RATIO)] * scale)
+            begin_at_data(sae, sample[typical_rows(sample, MAX_NORM_RATIO)] * scale, job.config.seed)
         begin_threshold(sae, job.read(first[0]) * scale)
         before = job.evaluate(job.start) if job.start else job.evaluate_training(sae, scale)
         self._begun, self._trainer = Beginning(k, scale, before), _trainer(job.config, sae)

@@ -17,7 +17,7 @@ from dspa.cli import main
 from dspa.data.texts import TextFile
 from dspa.errors import ModelError, PreferenceError, TextError, TrainingError
 from dspa.saes.activations import Activations, Position
-from dspa.saes.batchtopk import jumprelu, started_sae
+from dspa.saes.batchtopk import begin_at_data, jumprelu, new_sae, started_sae
 from dspa.saes.config import SAETrainingConfig
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.quality import evaluate_sae
@@ -354,6 +354,23 @@ def test_one_pass_reads_once(tmp_path, monkeypatch, model, tokenizer, texts):
     read.clear()
     train_saes(model, tokenizer, texts, [0, LAYER], tmp_path / "two", d_sae=D_SAE, k=6, config=config, progress=False)
     assert sum(read) == one
+
+
+def test_directions_of_a_new_sae_lie_halfway_to_rows():
+    """Each row is taken once before any is taken twice."""
+    sae = new_sae(D_IN, D_SAE, 8, seed=0, threshold_lr=0.01, metadata={})
+    random = sae.W_dec.detach().clone()
+    rows = 5 + torch.randn(40, D_IN, generator=torch.Generator().manual_seed(1))
+    begin_at_data(sae, rows, 0)
+    unit = torch.nn.functional.normalize
+    toward = unit(unit(random, dim=1)[:, None] + unit(rows - rows.mean(0), dim=1), dim=2)
+    W_dec = sae.W_dec.detach()
+    cosines = (toward * unit(W_dec, dim=1)[:, None]).sum(-1)
+    torch.testing.assert_close(cosines.amax(dim=1), torch.ones(D_SAE), atol=rounding(D_IN, 1.0), rtol=0)
+    taken = cosines.argmax(dim=1).bincount(minlength=40)
+    assert taken.min() == 2 and taken.max() == 3
+    torch.testing.assert_close(W_dec.norm(dim=1), random.norm(dim=1), atol=rounding(D_IN, 1.0), rtol=0)
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
 
 
 def test_a_new_sae_begins_at_the_mean(tmp_path, monkeypatch, model, tokenizer, texts):
