@@ -24,6 +24,25 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda name: runpy.run_path(str(DOCS / "tutorials" / f"{name}.py"))
 
 
+def test_aligning_beats_the_controls(run):
+    """Plans follow the register of the prompt (even prompts are formal), and so does the margin."""
+    names = run("align")
+    a, b, c, d = names["plans"]
+    assert len(a & c) > len(a & b) and len(b & d) > len(b & c)
+    comparison = names["comparison"]
+    gain = comparison.gain("margin", "DSPA ablate 1")
+    for control in ("DSPA ablate 1: random set", "DSPA ablate 1: shuffled map", "Static-SAE ablate 1"):
+        assert gain.low > comparison.gain("margin", control).high
+    assert names["base"] != names["steered"]
+
+
+def test_an_sae_of_ones_own_is_good_and_steers(run):
+    names = run("own_sae")
+    assert names["quality"].explained_variance > 0.8 and names["quality"].dead < names["d_sae"] / 2
+    gain = names["comparison"].gain("margin", "DSPA both 1")
+    assert gain.low > 0
+
+
 def test_kernels_agree_and_are_timed(run, capsys):
     """The tutorial asserts that results agree."""
     names, printed = run("microbenchmark"), capsys.readouterr().out
