@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dspa.maps.reduce import reduce
     from dspa.models.load import load_model
     from dspa.saes.frozen import FrozenSAE
+    from dspa.saes.meanings import top_contexts, top_tokens
     from dspa.steering.dspa import Steering, detach
     from dspa.version import __version__
 
@@ -42,6 +43,8 @@ HOMES = {
     "load_model": "dspa.models.load",
     "SAEError": "dspa.errors",
     "FrozenSAE": "dspa.saes.frozen",
+    "top_contexts": "dspa.saes.meanings",
+    "top_tokens": "dspa.saes.meanings",
     "Steering": "dspa.steering.dspa",
     "detach": "dspa.steering.dspa",
     "__version__": "dspa.version",
@@ -70,6 +73,8 @@ __all__ = [
     "load_model",
     "load_triples",
     "reduce",
+    "top_contexts",
+    "top_tokens",
 ]
 
 
