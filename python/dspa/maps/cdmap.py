@@ -117,6 +117,8 @@ class ConditionalDifferenceMap:
         sources: where "model", "sae_in" and "sae_out" were loaded from, as far as that is known. They are written with
             the map, so that it can be used without naming them again, and are no part of its identity. Before
             publishing a map that was made with local files, remove their paths: `cdmap.sources.clear()`.
+        promoted: the tokens that `latents()` promote most (`dspa.top_tokens`), for people. Empty in maps of earlier
+            versions, and no part of the map's identity.
     """
 
     def __init__(
@@ -133,9 +135,11 @@ class ConditionalDifferenceMap:
         hot_counts: Tensor | None = None,
         mean: Tensor | None = None,
         sources: Mapping[str, Source] | None = None,
+        promoted: Mapping[str, Mapping[int, list[str]]] | None = None,
     ) -> None:
         self.columns, self.values, self.meta = columns, values, meta
         self.sources = dict(sources or {})
+        self.promoted = dict(promoted or {})
         self.n_open, self.variance = n_open, variance
         self.gate_latents, self.gates = gate_latents, gates
         self.hot = columns.new_empty(0, dtype=torch.int32) if hot is None else hot
@@ -191,7 +195,13 @@ class ConditionalDifferenceMap:
     def replaced(self, *, meta: MapMeta | None = None, **tensors: Tensor) -> ConditionalDifferenceMap:
         """Return the map with other metadata, or with some of its tensors replaced."""
         kept = {name: getattr(self, name) for name in TENSORS}
-        return ConditionalDifferenceMap(**kept | tensors, meta=meta or self.meta, sources=self.sources)
+        return ConditionalDifferenceMap(
+            **kept | tensors, meta=meta or self.meta, sources=self.sources, promoted=self.promoted
+        )
+
+    def latents(self) -> dict[str, list[int]]:
+        """Return the latents of "sae_in" whose rows are not 0, and those of "sae_out" that have a column."""
+        return {"sae_in": self.values.any(dim=1).nonzero().flatten().tolist(), "sae_out": self.columns.tolist()}
 
     def hot_share(self) -> float:
         """Return the fraction of the sampled maxima that the first N_LARGE latents of `hot` hold."""
@@ -312,9 +322,11 @@ class ConditionalDifferenceMap:
         if not Path(path).parent.is_dir() or Path(path).is_dir():
             raise refusal(MapError, "The path of the map", str(path), "a file in a folder that exists")
         tensors = {name: getattr(self, name).cpu() for name in TENSORS}
-        header = {"format": FORMAT, "meta": asdict(self.meta)}
+        header: dict[str, Any] = {"format": FORMAT, "meta": asdict(self.meta)}
         if self.sources:
             header["sources"] = {name: asdict(source) for name, source in self.sources.items()}
+        if self.promoted:
+            header["promoted"] = self.promoted
         write_tensors(Path(path), tensors, header)
 
     @classmethod
@@ -345,7 +357,7 @@ class ConditionalDifferenceMap:
             if header["format"] in EARLIER:
                 tensors["gate_latents"] = _partly_open(tensors["n_open"], meta.n_triples)
                 tensors["gates"] = tensors["gates"][tensors["gate_latents"].long()]
-            return cls(**tensors, meta=meta, sources=sources)
+            return cls(**tensors, meta=meta, sources=sources, promoted=read_promoted(header.get("promoted", {})))
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise MapError(f"{path} is damaged ({error}). Copy it again from where it was made.") from error
 
@@ -357,6 +369,11 @@ EARLIER = {
     "dspa.map.2": ("columns", "values", "n_open", "variance", "gates", "hot", "hot_counts", "mean"),
 }
 FORMATS = EARLIER | {FORMAT: TENSORS}
+
+
+def read_promoted(record: Mapping[str, Mapping[str, list[str]]]) -> dict[str, dict[int, list[str]]]:
+    """Return the tokens that latents promote out of JSON, whose keys are text."""
+    return {name: {int(latent): texts for latent, texts in tokens.items()} for name, tokens in record.items()}
 
 
 def _partly_open(n_open: Tensor, n_triples: int) -> Tensor:

@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from dspa.data.templates import at_date
 from dspa.data.triples import Triple
 from dspa.distributed import Team
-from dspa.errors import PreferenceError, listed, refusal
+from dspa.errors import ModelError, PreferenceError, listed, refusal
 from dspa.maps.collection import Collection
 from dspa.maps.counting import TripleCounter
 from dspa.maps.pieces import DataRecord, Tally, TripleSource
 from dspa.saes.frozen import FrozenSAE
+from dspa.saes.meanings import top_tokens
 
 # Triples that cannot be tokenized, by name in a message.
 N_NAMED = 100
@@ -107,6 +108,8 @@ def collect(
             f"`first` is {first} and the data hold {counted.n_triples} triples: all were counted.", stacklevel=2
         )
     team.in_turn("counted", lambda: collection.record(counted))
+    if team.rank == 0 and not collection.promoted:
+        _record_promoted(collection, counter, progress)
     team.leave()
     return collection
 
@@ -162,3 +165,17 @@ def _count_all(
         counted = tally.record()
         team.wait(counted.n_pieces, show)
     return counted
+
+
+def _record_promoted(collection: Collection, counter: TripleCounter, progress: bool) -> None:
+    """Record the tokens that the latents of both SAEs promote, or warn where the model does not show them."""
+    options: dict[str, Any] = {"layers": counter.layers, "model_name": counter.name, "progress": progress}
+    try:
+        promoted = {
+            name: top_tokens(sae, counter.model, counter.tokenizer, **options)
+            for name, sae in (("sae_in", counter.sae_in), ("sae_out", counter.sae_out))
+        }
+    except ModelError as error:
+        warnings.warn(f"Maps of these counts will not show what their latents mean. {error}", stacklevel=3)
+        return
+    collection.record_promoted(promoted)

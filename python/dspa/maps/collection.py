@@ -16,11 +16,12 @@ from torch import Tensor
 
 from dspa.errors import MapError, refusal
 from dspa.files import read_header, read_tensors, write_atomically, write_tensors
+from dspa.maps.cdmap import read_promoted
 from dspa.maps.pieces import DataRecord
 from dspa.maps.shards import FORMAT, NAMES, PARTS, Shard
 from dspa.models.sources import Source
 
-MANIFEST, DATA, SOURCES = "manifest.json", "data.json", "sources.json"
+MANIFEST, DATA, SOURCES, TOKENS = "manifest.json", "data.json", "sources.json", "tokens.json"
 # Settings of folders whose manifest does not name them.
 EARLIER = {"boundary": "apart"}
 # Settings that a folder records and that may differ when a collection goes on.
@@ -114,6 +115,7 @@ class Collection:
         # Without a shard, nothing is lost with earlier settings.
         if not path.exists() or not self._has_shards():
             write_atomically(path, json.dumps(asdict(settings), indent=2).encode())
+            (self.folder / TOKENS).unlink(missing_ok=True)
         self.check_settings(settings)
         if sources and sources != self.sources:
             record = {name: asdict(source) for name, source in sources.items()}
@@ -159,6 +161,23 @@ class Collection:
             return {name: Source(**source) for name, source in _read_json(path).items()} if path.is_file() else {}
         except TypeError as error:
             raise MapError(f"{path} is not what collect wrote ({error}). Delete it.") from error
+
+    @property
+    def promoted(self) -> dict[str, dict[int, list[str]]]:
+        """The tokens that all latents of "sae_in" and "sae_out" promote; empty in folders of earlier versions."""
+        path = self.folder / TOKENS
+        try:
+            return read_promoted(_read_json(path)) if path.is_file() else {}
+        except (AttributeError, ValueError) as error:
+            raise MapError(f"{path} is not what collect wrote ({error}). Delete it.") from error
+
+    def record_promoted(self, promoted: Mapping[str, Mapping[int, list[str]]]) -> None:
+        """Write the tokens that latents promote, which a model is needed for, so that all maps of the counts have them.
+
+        Args:
+            promoted: as `promoted`.
+        """
+        write_atomically(self.folder / TOKENS, json.dumps(promoted).encode())
 
     @property
     def data(self) -> DataRecord | None:

@@ -44,6 +44,8 @@ def merge(out: str | Path, folders: Sequence[str | Path], *, progress: bool = Tr
     merged = Collection.start(Path(out).with_name(f"{Path(out).name}.partial"), settings, parts[0].sources)
     try:
         _copy_shards(parts, merged, progress)
+        if promoted := next((part.promoted for part in parts if part.promoted), None):
+            merged.record_promoted(promoted)
         merged.folder.rename(out)
     except BaseException:
         shutil.rmtree(merged.folder, ignore_errors=True)

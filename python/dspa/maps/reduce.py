@@ -71,7 +71,10 @@ def reduce(
     check_settings(percentile, gate_rule, k_diff, collection.settings.d_sae_out, count_tokens)
     collection.verify()
     table = DensityTable(collection, count_tokens, subset)
-    return reduce_table(table, percentile, gate_rule, k_diff, sparsify, progress)
+    cdmap = reduce_table(table, percentile, gate_rule, k_diff, sparsify, progress)
+    for name, promoted in collection.promoted.items():
+        cdmap.promoted[name] = {latent: promoted[latent] for latent in cdmap.latents()[name]}
+    return cdmap
 
 
 def check_settings(percentile: float, gate_rule: str, k_diff: int, d_sae_out: int | None, count_tokens: str) -> None:

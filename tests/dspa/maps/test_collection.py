@@ -12,7 +12,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dspa import MapError, PreferenceError, reduce
+from dspa import ConditionalDifferenceMap, MapError, PreferenceError, reduce, top_tokens
 from dspa.files import read_header, read_tensors
 from dspa.maps import pieces
-from dspa.maps.collection import DATA, MANIFEST, Collection
+from dspa.maps.collection import DATA, MANIFEST, TOKENS, Collection
 from dspa.maps.merge import merge
 from dspa.maps.shards import COUNTED, FORMAT, NAMES
+from dspa.testing import D_SAE_OUT, L_OUT, make_sae
 
 from ..support.clock import set_clock
 from ..support.counts import (
@@ -195,6 +196,7 @@ def test_what_is_on_disk(case: Case, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {
         MANIFEST,
         DATA,
+        TOKENS,
         *(f"shard-00000{n}.safetensors" for n in range(4)),
     }
     check_same(Collection.open(tmp_path), got)
@@ -320,6 +322,59 @@ def test_settings_that_were_given_up(case: Case, tmp_path: Path) -> None:
     assert not shards(tmp_path)
     case.collect(case.ids[:3], work_dir=tmp_path)
     assert reduce(tmp_path).meta.n_triples == 3
+
+
+# Tokens that latents promote
+
+
+def test_counts_record_the_tokens_that_latents_promote(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = {name: top_tokens(getattr(case, name), case.model, case.tokenizer) for name in ("sae_in", "sae_out")}
+    case.collect(work_dir=tmp_path / "one")
+    case.collect(make_ids(7), work_dir=tmp_path / "other")
+    assert Collection.open(tmp_path / "one").promoted == expected
+    # Maps have those of their rows and columns, with which they are written and read.
+    for made in (
+        reduce(tmp_path / "one", gate_rule="active", k_diff=1),
+        reduce(merge(tmp_path / "both", [tmp_path / "one", tmp_path / "other"], progress=False), k_diff=1),
+    ):
+        rows, columns = made.values.any(dim=1), made.columns.tolist()
+        assert made.promoted["sae_in"] == {i: expected["sae_in"][i] for i in rows.nonzero().flatten().tolist()}
+        assert made.promoted["sae_out"] == {j: expected["sae_out"][j] for j in columns}
+        made.save(tmp_path / "map")
+        assert ConditionalDifferenceMap.load(tmp_path / "map").promoted == made.promoted == made.to("cpu").promoted
+    # Computed once.
+    monkeypatch.setattr("dspa.maps.collect.top_tokens", None)
+    case.collect(work_dir=tmp_path / "one")
+
+
+def test_a_folder_of_an_earlier_version_has_no_tokens(case: Case, tmp_path: Path) -> None:
+    case.collect(work_dir=tmp_path)
+    promoted = reduce(tmp_path).promoted
+    (tmp_path / TOKENS).unlink()
+    assert reduce(tmp_path).promoted == {}
+    # To go on records them.
+    case.collect(work_dir=tmp_path)
+    assert reduce(tmp_path).promoted == promoted != {}
+
+
+def test_tokens_are_those_of_the_folders_saes(case: Case, tmp_path: Path) -> None:
+    """Without a shard, another start takes the folder, here with an SAE of other rows."""
+    case.collect(work_dir=tmp_path)
+    for shard in shards(tmp_path):
+        shard.unlink()
+    other = replace(case, sae_out=make_sae(L_OUT, D_SAE_OUT, seed=9))
+    promoted = other.collect(work_dir=tmp_path).promoted
+    assert promoted["sae_out"] == top_tokens(other.sae_out, case.model, case.tokenizer)
+
+
+def test_a_model_that_does_not_show_its_end_is_counted(case: Case, tmp_path: Path) -> None:
+    model: Any = case.model
+    model.model.norm = torch.nn.Identity()
+    with pytest.warns(UserWarning, match="will not show what their latents mean. The final norm of Qwen3ForCausalLM"):
+        case.collect(work_dir=tmp_path)
+    assert reduce(tmp_path).promoted == {} and not (tmp_path / TOKENS).exists()
 
 
 # Damaged
