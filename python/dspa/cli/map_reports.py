@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dspa.cli.loading import check_writable, load_pair
+from dspa.cli.map_show import Plot, map_show
 from dspa.cli.options import (
     MapOptions,
     Options,
@@ -20,86 +21,13 @@ from dspa.cli.options import (
     RecordedSAEPairOptions,
     with_options,
 )
-from dspa.cli.tables import console, print_figures, print_line, print_warning
+from dspa.cli.tables import console, print_figures, print_line
 from dspa.config import SteeringConfig
 from dspa.errors import refusal
 
 if TYPE_CHECKING:
-    from dspa.maps.cdmap import MapMeta
     from dspa.maps.cost import Setup
-    from dspa.maps.reports import Column
     from dspa.maps.stability import Stability
-
-Plot = Annotated[Path | None, typer.Option(help="Write a plot here, as PNG.")]
-
-
-def map_show(
-    path: Annotated[Path, typer.Argument(help="Map to show.")],
-    top: Annotated[int, typer.Option(help="Number of output latents to list at each end.", min=0)] = 10,
-    delta: Annotated[
-        float, typer.Option(help="Level of the confidence radius of rows: 0.05 for 95 % confidence.")
-    ] = 0.05,
-    labels: Annotated[
-        Path | None,
-        typer.Option(help="Labels of the output SAE's latents: a Neuronpedia export, or categories in JSON."),
-    ] = None,
-    explainer: Annotated[
-        str | None, typer.Option(help="Use only the descriptions of this `explanationModelName`.")
-    ] = None,
-    plot: Plot = None,
-) -> None:
-    """Show what a map was made from, how sure its rows are, and which output latents it moves most.
-
-    Each line says what its figure means, and warnings say what to do.
-
-    For example: `dspa map show map.dspa.safetensors --plot map.png`
-    """
-    from dspa.maps.cdmap import ConditionalDifferenceMap
-    from dspa.maps.reports import origin, places, summary, top_columns, warnings
-
-    check_writable("--plot", plot, {"the map": path, "--labels": labels})
-    if not 0 < delta < 1:
-        raise refusal(ValueError, "--delta", delta, "a number between 0 and 1")
-    cdmap = ConditionalDifferenceMap.load(path)
-    described = _descriptions(labels, cdmap.meta, explainer)
-    print_figures(f"{path}", [*origin(cdmap.meta), *places(cdmap)])
-    print_figures("What it holds", summary(cdmap, delta))
-    for title, columns in zip(("most augmented", "most ablated"), top_columns(cdmap, top), strict=True):
-        if columns:
-            _print_columns(title, columns, described)
-    for text in warnings(cdmap):
-        print_warning(text)
-    if plot is not None:
-        from dspa.maps.plots import plot_map
-
-        plot_map(cdmap, plot, delta=delta)
-        print_line(f"Plot: {plot}")
-
-
-def _descriptions(labels: Path | None, meta: MapMeta, explainer: str | None) -> dict[int, str]:
-    """Read what is known of output latents; nothing without a file."""
-    if labels is None:
-        if explainer is not None:
-            raise refusal(ValueError, "--explainer", f"{explainer!r} without --labels", "both, or neither")
-        return {}
-    from dspa.saes.labels import LatentSpace, read_descriptions
-
-    place = meta.neuronpedia_out or str(meta.layer_out)
-    space = LatentSpace(meta.layer_out, place, meta.d_sae_out, meta.model_name)
-    return read_descriptions(labels, space, explainer=explainer)
-
-
-def _print_columns(title: str, columns: Sequence[Column], described: Mapping[int, str]) -> None:
-    """Print some columns of a map, with what is known of their latents."""
-    table = Table(title=f"Output latents that are {title}, by column sum of A")
-    for name in ("latent", "column sum", "rows"):
-        table.add_column(name, justify="right")
-    if described:
-        table.add_column("label")
-    for column in columns:
-        label = (described.get(column.latent, ""),) if described else ()
-        table.add_row(*map(escape, (str(column.latent), f"{column.total:+.4g}", str(column.n_rows), *label)))
-    console.print(table)
 
 
 def map_diff(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from matplotlib.figure import Figure
 from dspa.maps.cdmap import ConditionalDifferenceMap, confidence_radius
 from dspa.maps.reports import largest_means, top_columns
 from dspa.maps.stability import Stability
+
+# Tokens that an output latent promotes, beside its number.
+N_TOKENS = 3
 
 
 def plot_map(cdmap: ConditionalDifferenceMap, path: Path, top: int = 20, delta: float = 0.05) -> None:
@@ -38,7 +42,10 @@ def plot_map(cdmap: ConditionalDifferenceMap, path: Path, top: int = 20, delta: 
     augmented, ablated = top_columns(cdmap, top)
     shown = sorted({c.latent: c.total for c in (*augmented, *ablated)}.items(), key=lambda item: item[1])
     columns.barh(range(len(shown)), [total for _, total in shown], color=["C3" if t < 0 else "C0" for _, t in shown])
-    columns.set_yticks(range(len(shown)), [str(latent) for latent, _ in shown], fontsize=5)
+    promoted = cdmap.promoted.get("sae_out", {})
+    # In ASCII, which every font has, and without TeX.
+    names = [f"{' '.join(map(json.dumps, promoted.get(latent, [])[:N_TOKENS]))} {latent}" for latent, _ in shown]
+    columns.set_yticks(range(len(shown)), names, fontsize=5, parse_math=False)
     columns.set(title="latents by column sum of A", xlabel="column sum", ylabel="output latent")
     figure.savefig(path, dpi=150)
 

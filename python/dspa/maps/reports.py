@@ -223,3 +223,30 @@ def top_columns(cdmap: ConditionalDifferenceMap, n: int) -> tuple[list[Column], 
 
     positive, negative = order[sums[order] > 0], order.flip(0)
     return columns_at(positive[:n]), columns_at(negative[sums[negative] < 0][:n])
+
+
+@dataclass(frozen=True)
+class Row:
+    """An input latent, the number of prompts on which its gate is open, and the largest entry of its row of A."""
+
+    latent: int
+    n_open: int
+    column: int
+    value: float
+
+
+def top_rows(cdmap: ConditionalDifferenceMap, n: int) -> list[Row]:
+    """Return the rows with the largest absolute entries, of the gates that are open on some prompts and not on all.
+
+    Args:
+        cdmap: the map.
+        n: largest number of rows.
+    """
+    latents = cdmap.gate_latents.long()
+    sizes, places = cdmap.values[latents].abs().max(dim=1)
+    order = sizes.argsort(descending=True, stable=True)
+    return [
+        Row(i, int(cdmap.n_open[i]), int(cdmap.columns[j]), float(cdmap.values[i, j]))
+        for i, j in zip(latents[order].tolist(), places[order].tolist(), strict=True)
+        if cdmap.values[i, j] != 0
+    ][:n]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 
 from dspa.cli import main
 from dspa.cli.loading import triple_source
+from dspa.data.token_texts import quoted
 from dspa.maps.cdmap import ConditionalDifferenceMap
-from dspa.testing import ENGLISH, L_IN, L_OUT, make_sae
+from dspa.saes.meanings import top_contexts
+from dspa.testing import ENGLISH, L_IN, L_OUT, make_model, make_sae, word_tokenizer
 
 from ..support.files import save_model_and_saes
 
@@ -183,13 +186,71 @@ def test_map_show(run, built, tmp_path, monkeypatch):
     assert "the map has no calibration" in run("map", "show", built.parent / "uncalibrated")[1]
 
 
-def test_map_show_with_labels(run, built, tmp_path):
+def test_map_show_with_labels(run, built, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
     cdmap = ConditionalDifferenceMap.load(built)
     latent = int(cdmap.columns[cdmap.values.double().sum(dim=0).argmax()])
     (tmp_path / "labels.json").write_text(json.dumps({latent: "letters [to] friends"}))
     code, text = run("map", "show", built, "--top", 1, "--labels", tmp_path / "labels.json")
     assert code == 0 and "letters [to] friends" in text
+    # Also where an input latent moves it.
+    moved = cdmap.columns[cdmap.values[largest(cdmap)[1]].abs().argmax()]
+    (tmp_path / "labels.json").write_text(json.dumps({int(moved): "that is moved"}))
+    code, text = run("map", "show", built, "--top", 1, "--labels", tmp_path / "labels.json")
+    assert code == 0 and "that is moved" in text
     assert run("map", "show", built, "--explainer", "x")[0] == 2
+
+
+def largest(cdmap: ConditionalDifferenceMap) -> tuple[int, int]:
+    """The output latent of the largest column sum, and the input latent of the largest entry, of a partly open gate."""
+    latents = cdmap.gate_latents.long()
+    row = int(latents[cdmap.values[latents].abs().amax(dim=1).argmax()])
+    return int(cdmap.columns[cdmap.values.double().sum(dim=0).argmax()]), row
+
+
+def test_map_show_says_what_latents_mean(run, folder, built, tmp_path, monkeypatch):
+    """From the map alone; of one without tokens, from the model."""
+    monkeypatch.setenv("COLUMNS", "300")
+    cdmap = ConditionalDifferenceMap.load(built)
+    column, row = largest(cdmap)
+    told = (quoted(cdmap.promoted["sae_out"][column]), quoted(cdmap.promoted["sae_in"][row]))
+    code, text = run("map", "show", built, "--top", 1)
+    assert code == 0 and all(tokens in text for tokens in told) and "Loading" not in text
+    cdmap.promoted.clear()
+    cdmap.save(tmp_path / "without")
+    code, text = run("map", "show", tmp_path / "without", "--top", 1)
+    assert code == 0 and not any(tokens in text for tokens in told) and "--model shows them" in text
+    code, text = run("map", "show", tmp_path / "without", "--top", 1, "--model", folder / "tiny", "--device", "cpu")
+    assert code == 0 and all(tokens in text for tokens in told) and "--model shows them" not in text
+
+
+def test_map_show_with_texts(run, folder, built, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    texts = folder / "prompts.txt"
+    column, row = largest(ConditionalDifferenceMap.load(built))
+    # The model and the SAEs are those that the map records.
+    code, text = run("map", "show", built, "--top", 1, "--device", "cpu", "--texts", texts)
+    assert code == 0 and "strongest in" in text
+    model, tokenizer = make_model("gemma2"), word_tokenizer()
+    for sae, latent in ((make_sae(L_OUT, 128, seed=2), column), (make_sae(L_IN, 96, seed=1), row)):
+        contexts = top_contexts(sae, model, tokenizer, texts, [latent], progress=False)[latent]
+        assert contexts
+        for context in contexts:
+            assert " ".join(f"{context.before}**{context.token}**{context.after}".split()) in text
+            assert f"{context.value:.4g}" in text
+    assert "contexts" in text and "token/s" in text
+    code, text = run("map", "show", built, "--device", "cpu", "--texts", tmp_path / "none.txt")
+    assert code == 2 and "none.txt" in text
+
+
+def test_map_show_takes_no_model_or_sae_that_is_another(run, folder, built, tmp_path):
+    code, text = run("map", "show", built, "--device", "cpu", "--sae-out", folder / "sae_in")
+    assert code == 2 and "--sae-out has fingerprint" in text
+    cdmap = ConditionalDifferenceMap.load(built)
+    cdmap.meta = replace(cdmap.meta, model_name="meta/one")
+    cdmap.save(tmp_path / "named")
+    code, text = run("map", "show", tmp_path / "named", "--device", "cpu", "--model-name", "meta/other")
+    assert code == 2 and "made with 'meta/one' and the model is 'meta/other'" in text
 
 
 def test_generate(run, folder, built, tmp_path):

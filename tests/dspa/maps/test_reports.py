@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from dspa import ConditionalDifferenceMap, reduce
 from dspa.maps.collection import Collection
 from dspa.maps.plots import plot_difference, plot_map, plot_stability
-from dspa.maps.reports import origin, summary, top_columns, warnings
+from dspa.maps.reports import origin, summary, top_columns, top_rows, warnings
 from dspa.maps.stability import Stability
 from dspa.testing import with_tensors
 
@@ -179,6 +179,24 @@ def test_each_column_is_at_one_end(cdmap: ConditionalDifferenceMap) -> None:
     assert [c.total for c in (*up, *down[::-1])] == sorted(sums.values(), reverse=True)
 
 
+# Rows
+
+
+def test_top_rows(cdmap: ConditionalDifferenceMap) -> None:
+    """The largest entries of partly open gates; a row that is open on all prompts or empty is none."""
+    values, n_open = torch.zeros_like(cdmap.values), cdmap.n_open.clone()
+    values[5, 7], values[5, 3], values[9, 2], values[0, 1] = 0.5, -0.75, 0.5, 2.0
+    n_open[0], n_open[9] = cdmap.meta.n_triples, 7
+    partly = (n_open < cdmap.meta.n_triples).nonzero().flatten().to(torch.int32)
+    made = with_tensors(cdmap, values=values, n_open=n_open, gate_latents=partly, gates=cdmap.gates[1:])
+    rows, latents = top_rows(made, 10), cdmap.columns.tolist()
+    assert [(row.latent, row.n_open, row.column, row.value) for row in rows] == [
+        (5, 25, latents[3], -0.75),
+        (9, 7, latents[2], 0.5),
+    ]
+    assert top_rows(made, 1) == rows[:1] and top_rows(made, 0) == []
+
+
 # Plots
 
 
@@ -218,6 +236,23 @@ def test_a_plot_shows_what_numpy_computes(figures: list[Figure]) -> None:
     assert radius == pytest.approx(np.sqrt(2 * math.log(2 * A.shape[1] / 0.5) / places), rel=1e-6)
     sums = np.sort(A.sum(axis=0))
     assert [bar.get_width() for bar in columns.patches] == pytest.approx([*sums[:2], *sums[-2:]], rel=1e-6)
+
+
+def test_a_plot_names_latents_by_their_tokens(
+    cdmap: ConditionalDifferenceMap, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Also where the font has no such letter, and where a token would be TeX."""
+    made = with_tensors(cdmap)
+    made.promoted["sae_out"] = {j: [" 你好", "$x^{", "\n", "unused"] for j in cdmap.columns.tolist()}
+    figure: list[Figure] = []
+    with pytest.MonkeyPatch.context() as patch:
+        save = Figure.savefig
+        patch.setattr(Figure, "savefig", lambda self, *args, **kw: (figure.append(self), save(self, *args, **kw)))
+        plot_map(made, tmp_path / "map.png", top=1)
+    labels = [label.get_text() for label in figure[0].axes[2].get_yticklabels()]
+    up, down = top_columns(cdmap, 1)
+    assert labels == [rf'" \u4f60\u597d" "$x^{{" "\n" {c.latent}' for c in (*down, *up)]
+    assert (tmp_path / "map.png").read_bytes().startswith(PNG) and not recwarn.list
 
 
 def test_a_plot_of_stability_is_in_the_order_of_sizes(figures: list[Figure]) -> None:
