@@ -60,8 +60,8 @@ class Steering(Attachable, nn.Module):
     `generate()` is steered within `responses(starts)` and refused otherwise.
 
     `plan` is the plan of the latest call, one row per prompt, in places of `cdmap.columns`. With `record=True`, `trace`
-    holds every edit: `print(steering.trace)` shows the most edited latents and tokens, with the text of tokens where
-    `steering.trace.tokenizer` is set.
+    holds every edit: `print(steering.trace)` shows the most edited latents, with the tokens that they promote, and the
+    most edited tokens, with their text where `steering.trace.tokenizer` is set.
 
     Attaching moves the SAEs to where their layers compute. Compile the model afterwards: it is compiled anew for each
     `attach()`, so call `torch.compiler.reset()` now and then in a long sweep.
@@ -121,7 +121,7 @@ class Steering(Attachable, nn.Module):
         self.sae_in, self.sae_out, self.cdmap = sae_in, sae_out, cdmap
         self.backend, self.record, self.screen = backend, record, screen
         self.plan: SteeringPlan | None = None
-        self.trace = Trace()
+        self.trace = Trace(promoted=cdmap.promoted.get("sae_out"))
         self._weights = MapWeights.gather(cdmap.columns, cdmap.values, sae_out.weights)
         self._stream = self._encoder_stream()
         self._starts: Tensor | None = None

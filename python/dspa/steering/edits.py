@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import html
-import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+
+from dspa.data.token_texts import quoted
 
 # Rows of a table, and names in a cell.
 N_ROWS, N_NAMES = 10, 3
@@ -26,6 +27,7 @@ class Edit:
         before, after: their values.
         token: id of the token, None where the model was given embeddings.
         text: its text, None without a tokenizer.
+        promoted: the tokens that each of `latents` promotes most, None where the map does not record them.
     """
 
     call: int
@@ -37,6 +39,7 @@ class Edit:
     after: list[float]
     token: int | None = None
     text: str | None = None
+    promoted: list[list[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,8 @@ class Summary:
     tables: Sequence[TraceTable]
 
     @classmethod
-    def of(cls, edits: Iterable[Edit]) -> Summary:
-        """Summarise edits."""
+    def of(cls, edits: Iterable[Edit], promoted: Mapping[int, Sequence[str]] | None = None) -> Summary:
+        """Summarise edits, with the tokens that latents promote where they are known."""
         edits = list(edits)
         if not edits:
             return cls("Trace: no token was edited, or nothing was recorded (record=True).", ())
@@ -90,7 +93,7 @@ class Summary:
         line = f"Trace: {len(edits)} edited tokens in {n_sequences} sequences"
         if all(edit.text is None for edit in edits):
             line += ". Tokens are named by their ids: set `trace.tokenizer` for their text"
-        return cls(f"{line}.", (_latent_table(edits), _token_table(edits)))
+        return cls(f"{line}.", (_latent_table(edits, promoted or {}), _token_table(edits, promoted or {})))
 
     def text(self) -> str:
         """Return the summary for a terminal."""
@@ -101,7 +104,7 @@ class Summary:
         return "".join((f"<p>{html.escape(self.line)}</p>", *(table.html() for table in self.tables)))
 
 
-def _latent_table(edits: Sequence[Edit]) -> TraceTable:
+def _latent_table(edits: Sequence[Edit], promoted: Mapping[int, Sequence[str]]) -> TraceTable:
     values: dict[int, list[tuple[float, float]]] = defaultdict(list)
     tokens: dict[int, Counter[str]] = defaultdict(Counter)
     for edit in edits:
@@ -112,19 +115,25 @@ def _latent_table(edits: Sequence[Edit]) -> TraceTable:
     rows = []
     for latent in most:
         means = (f"{fmean(value):.4g}" for value in zip(*values[latent], strict=True))
-        rows.append((str(latent), str(len(values[latent])), *means, _most_common(tokens[latent])))
+        name = f"{latent} {quoted(promoted.get(latent, ())[:N_NAMES])}".rstrip()
+        rows.append((name, str(len(values[latent])), *means, _most_common(tokens[latent])))
     title = f"Most edited latents, {len(most)} of {len(values)}, with means"
+    title += ", and the tokens that they promote" if promoted else ""
     return TraceTable(title, ("latent", "tokens", "before", "after", "most often at"), rows)
 
 
-def _token_table(edits: Sequence[Edit]) -> TraceTable:
+def _token_table(edits: Sequence[Edit], promoted: Mapping[int, Sequence[str]]) -> TraceTable:
     named: dict[str, list[Edit]] = defaultdict(list)
     for edit in edits:
         named[_name(edit)].append(edit)
     most = sorted(named, key=lambda name: (-len(named[name]), name))[:N_ROWS]
     rows = []
     for name in most:
-        latents = Counter(str(latent) for edit in named[name] for latent in edit.latents)
+        latents = Counter(
+            f"{latent} {quoted(promoted.get(latent, ())[:1])}".rstrip()
+            for edit in named[name]
+            for latent in edit.latents
+        )
         per_edit = fmean(len(edit.latents) for edit in named[name])
         rows.append((name, str(len(named[name])), f"{per_edit:.4g}", _most_common(latents)))
     title = f"Most edited tokens, {len(most)} of {len(named)}; an edit changes the prediction of the token after it"
@@ -134,7 +143,7 @@ def _token_table(edits: Sequence[Edit]) -> TraceTable:
 def _name(edit: Edit) -> str:
     """Return the text of an edited token in quotes, so that spaces show, or else its id."""
     if edit.text is not None:
-        return json.dumps(edit.text, ensure_ascii=False)
+        return quoted([edit.text])
     return "embedding" if edit.token is None else str(edit.token)
 
 

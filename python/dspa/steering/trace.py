@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TextIO
@@ -11,7 +11,8 @@ from typing import TextIO
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dspa.steering.edits import Edit, Summary
+from dspa.data.token_texts import token_text
+from dspa.steering.edits import N_NAMES, Edit, Summary
 from dspa_kernels import Edits
 
 
@@ -20,10 +21,13 @@ class Trace:
 
     Attributes:
         tokenizer: the model's tokenizer, which gives edits their text. It can be set at any time.
+        promoted: the tokens that latents promote most, which show what latents mean; those of the map, if it has them.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | None = None, promoted: Mapping[int, list[str]] | None = None
+    ) -> None:
+        self.tokenizer, self.promoted = tokenizer, promoted or {}
         self._edits: list[Edit] = []
 
     def add(
@@ -69,26 +73,24 @@ class Trace:
         return f"Trace({len(self)} edited tokens)"
 
     def __str__(self) -> str:
-        return Summary.of(self).text()
+        return Summary.of(self, self.promoted).text()
 
     def _repr_html_(self) -> str:
-        return Summary.of(self).html()
+        return Summary.of(self, self.promoted).html()
 
     def __len__(self) -> int:
         return len(self._edits)
 
     def __iter__(self) -> Iterator[Edit]:
-        if self.tokenizer is None:
-            yield from self._edits
-            return
         texts: dict[int, str] = {}
         for edit in self._edits:
-            if edit.token is None:
-                yield edit
-                continue
-            if edit.token not in texts:
-                texts[edit.token] = str(self.tokenizer.decode([edit.token]))
-            yield replace(edit, text=texts[edit.token])
+            if self.promoted:
+                edit = replace(edit, promoted=[self.promoted.get(latent, [])[:N_NAMES] for latent in edit.latents])
+            if self.tokenizer is not None and edit.token is not None:
+                if edit.token not in texts:
+                    texts[edit.token] = token_text(self.tokenizer, edit.token)
+                edit = replace(edit, text=texts[edit.token])
+            yield edit
 
     def save(self, path: str | Path) -> None:
         """Write JSON Lines, one record per edited token."""

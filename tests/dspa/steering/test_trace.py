@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import dspa
+from dspa.maps.cdmap import TENSORS, ConditionalDifferenceMap
 from dspa.steering.trace import Edit, Trace
 from dspa.testing import word_tokenizer
 from dspa_kernels import Edits
@@ -89,13 +90,14 @@ def test_text_comes_with_a_tokenizer(tmp_path):
         "after": [0.0, 0.0],
         "token": ids[1],
         "text": "cat",
+        "promoted": None,
     }
 
 
 def test_an_edit_is_made_as_before():
     """By the fields that it had before tokens were recorded."""
     edit = Edit(0, 0, 7, 9.0, [40], [1.0], [0.0])
-    assert (edit.token, edit.text) == (None, None)
+    assert (edit.token, edit.text, edit.promoted) == (None, None, None)
 
 
 def test_print_shows_latents_and_tokens():
@@ -113,6 +115,30 @@ def test_print_shows_latents_and_tokens():
     assert "trace.tokenizer" not in str(trace)
 
 
+def test_latents_come_with_the_tokens_that_they_promote(sae_in, sae_out, cdmap, model, tmp_path):
+    trace = filled([4, 5, 4, 6])
+    trace.promoted = {40: [" warm", "\n", " kind", " soft"], 42: [" No"]}
+    lines = [" ".join(line.split()) for line in str(trace).splitlines()]
+    assert r'40 " warm" "\n" " kind" 3 1.667 0 4 (2), 5 (1)' in lines
+    assert "41 3 2.667 0 4 (2), 6 (1)" in lines and '42 " No" 2 3 0 5 (1), 6 (1)' in lines
+    assert '5 1 2 40 " warm" (1), 42 " No" (1)' in lines
+    assert "<td>42 &quot; No&quot;</td>" in trace._repr_html_()
+    assert [edit.promoted for edit in trace][1] == [[" warm", "\n", " kind"], [" No"]]
+    trace.save(tmp_path / "t.jsonl")
+    assert json.loads((tmp_path / "t.jsonl").read_text().splitlines()[0])["promoted"] == [[" warm", "\n", " kind"], []]
+
+
+def test_a_steering_has_the_tokens_of_its_map(sae_in, sae_out, cdmap):
+    described = cdmap.to("cpu")
+    assert dspa.Steering(sae_in, sae_out, described).trace.promoted == {}
+    described = ConditionalDifferenceMap(
+        **{name: getattr(cdmap, name) for name in TENSORS},
+        meta=cdmap.meta,
+        promoted={"sae_in": {1: ["a"]}, "sae_out": {2: ["b"]}},
+    )
+    assert dspa.Steering(sae_in, sae_out, described).trace.promoted == {2: ["b"]}
+
+
 def test_long_traces_show_their_beginning():
     trace = Trace()
     for n in range(300):
@@ -125,6 +151,9 @@ def test_long_traces_show_their_beginning():
 def test_a_notebook_shows_the_same_with_nothing_to_interpret():
     class Tokenizer:
         def decode(self, ids: list[int]) -> str:
+            return "<b>&"
+
+        def convert_ids_to_tokens(self, token: int) -> str:
             return "<b>&"
 
     trace = filled([4, 5, 4, 6])
