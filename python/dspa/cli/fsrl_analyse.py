@@ -22,8 +22,9 @@ from dspa.cli.options import (
     with_options,
 )
 from dspa.cli.tables import cell, column_table, console, print_line, print_table, print_warning
+from dspa.data.token_texts import quoted
 from dspa.distributed import device_named
-from dspa.errors import refusal
+from dspa.errors import ModelError, refusal
 from dspa.fsrl.config import LOSSES, TrainingConfig
 
 if TYPE_CHECKING:
@@ -87,11 +88,12 @@ def usage(
     held_out = _start(out, triples, data.first)
     model, tokenizer, loaded = _load(on, _adapter(adapter, on.device))
     measured = _usage(model, loaded, _responses(model, tokenizer, held_out, data.max_length, adapter.adapter), data, on)
-    names = ("rank", "latent", "share", "mean_abs")
-    rows = [dict(zip(names, row, strict=True)) for row in measured.rows()]
+    names = ("rank", "latent", "share", "mean_abs", "promotes")
+    promoted = _promoted(loaded, model, tokenizer, measured, on)
+    rows = [dict(zip(names, (*row, quoted(promoted.get(row[1], ()))), strict=True)) for row in measured.rows()]
     _write(out / "usage.csv", rows, names)
     console.print(column_table(f"{len(rows)} latents are moved on {measured.n_tokens} tokens", rows[:top], names))
-    print_line("share: of tokens with v ≠ 0; mean_abs: mean of |v| over all tokens.")
+    print_line("share: of tokens with v ≠ 0; mean_abs: mean of |v| over all tokens; promotes: by the logit lens.")
     decay = _decay(measured, out)
     plot_usage(measured, decay, out / "usage.png")
     print_line(f"CSV and PNG: {out}")
@@ -337,6 +339,20 @@ def _usage(
     return latent_usage(
         *(model, adapter, responses), batch_tokens=data.batch_tokens, layers=on.layers, model_name=on.model_name
     )
+
+
+def _promoted(
+    adapter: FSRLAdapter, model: Any, tokenizer: Any, usage: Usage, on: RecordedModelOptions
+) -> dict[int, list[str]]:
+    """Return the tokens that the moved latents promote; nothing, with a warning, where the model does not show them."""
+    from dspa.saes.meanings import top_tokens
+
+    given: dict[str, Any] = {"layers": on.layers, "model_name": on.model_name, "progress": True}
+    try:
+        return top_tokens(adapter.sae, model, tokenizer, usage.ranked.tolist(), **given)
+    except ModelError as error:
+        print_warning(f"It is not shown what the latents promote. {error}")
+        return {}
 
 
 def _decay(usage: Usage, out: Path) -> Decay | None:

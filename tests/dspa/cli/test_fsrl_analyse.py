@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from dspa.cli import main
+from dspa.data.token_texts import quoted
 from dspa.evaluate.coherence import METRICS
 from dspa.fsrl import Usage, fit_decay, fraction_curve, mask_effect
+from dspa.saes.meanings import top_tokens
 from dspa.testing import D_SAE_OUT, L_OUT, make_model, make_sae
 
 from ..support.adapters import TRIPLES, acting_adapter
@@ -59,12 +61,17 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_commands_write_what_the_library_says(run, folder, model, adapter, responses, used, tmp_path, monkeypatch):
+def test_commands_write_what_the_library_says(
+    run, folder, model, tokenizer, adapter, responses, used, tmp_path, monkeypatch
+):
     triples = folder / "triples.jsonl"
     code, said = run("usage", triples, out=tmp_path / "usage")
     assert code == 0, said
     rows = table(tmp_path / "usage" / "usage.csv")
     assert [int(row["latent"]) for row in rows] == used.ranked.tolist()
+    promoted = top_tokens(adapter.sae, model, tokenizer, used.ranked.tolist())
+    assert [row["promotes"] for row in rows] == [quoted(promoted[int(row["latent"])]) for row in rows]
+    assert rows[0]["promotes"] in said
     assert float(table(tmp_path / "usage" / "decay.csv")[0]["tau"]) == pytest.approx(fit_decay(used).tau)
     # The fit of an adapter that moves all latents on all tokens has nothing to fit, and the rest is shown.
     with monkeypatch.context() as patch:
