@@ -104,6 +104,18 @@ for n, plan in enumerate(plans):
     print("".join(f"  {len(plan & other) / max(1, len(plan | other)):.2f}" for other in plans))
 
 # %% [markdown]
+# And what are these latents? The decoder row of a latent, read through the model's output layer (the *logit
+# lens*), shows which tokens it makes more likely. These are the first five of two plans, and so the tokens that
+# steering makes *less* likely after these prompts:
+
+# %%
+meanings = dspa.top_tokens(sae_out, model, tokenizer, set().union(*plans))
+for n in (0, 1):
+    print("prompt:", text_of(prompts[n]))
+    for latent in [latent for latent in latents[n].tolist() if latent in plans[n]][:5]:
+        print(f"  weakens {latent}, which promotes {', '.join(map(repr, meanings[latent]))}")
+
+# %% [markdown]
 # ## What was edited
 #
 # A planned latent is edited only on tokens where it is active. The trace holds every edit.
@@ -113,9 +125,9 @@ steering.trace.tokenizer = tokenizer
 print(steering.trace)
 
 # %% [markdown]
-# Each row of the first table is a latent: on how many tokens it was weakened, from what mean value to what, and
-# on which tokens most often. The second table has the tokens. The edit at a token changes the prediction of the
-# *next* one.
+# Each row of the first table is a latent with the tokens that it promotes: on how many tokens it was weakened,
+# from what mean value to what, and on which tokens most often. The second table has the tokens. The edit at a
+# token changes the prediction of the *next* one.
 
 # %% [markdown]
 # ## What it is worth

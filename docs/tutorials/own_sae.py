@@ -84,6 +84,19 @@ for layer in layers:
 # - *L0* is the mean number of active latents per token, which should be near k.
 # - *Never active* counts latents that no held-out token activates. Some are rare, and some are dead: they never
 #   learned anything. If it is more than half, train for longer or with fewer latents.
+#
+# ## What the latents mean
+#
+# A number is not a meaning. Two looks at a latent: which tokens it makes more likely, and where it is most
+# active.
+
+# %%
+contexts = dspa.top_contexts(sae_out, model, tokenizer, texts, range(40), n=2, progress=False)
+shown = [latent for latent in contexts if contexts[latent]][:6]
+for latent, promoted in dspa.top_tokens(sae_out, model, tokenizer, shown, n=3).items():
+    print(f"latent {latent}, promotes {', '.join(map(repr, promoted))}")
+    for context in contexts[latent]:
+        print(f"  {context.value:5.1f}  ...{context.before[-50:]}[{context.token}]{context.after[:30]}...")
 
 # %% [markdown]
 # ## Map and steer

@@ -24,7 +24,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda name: runpy.run_path(str(DOCS / "tutorials" / f"{name}.py"))
 
 
-def test_aligning_beats_the_controls(run):
+def test_aligning_beats_the_controls(run, capsys):
     """Plans follow the register of the prompt (even prompts are formal), and so does the margin."""
     names = run("align")
     a, b, c, d = names["plans"]
@@ -33,7 +33,7 @@ def test_aligning_beats_the_controls(run):
     gain = comparison.gain("margin", "DSPA ablate 1")
     for control in ("DSPA ablate 1: random set", "DSPA ablate 1: shuffled map", "Static-SAE ablate 1"):
         assert gain.low > comparison.gain("margin", control).high
-    assert names["base"] != names["steered"]
+    assert names["base"] != names["steered"] and "promotes" in capsys.readouterr().out
 
 
 def test_an_sae_of_ones_own_is_good_and_steers(run):
