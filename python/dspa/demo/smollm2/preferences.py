@@ -1,0 +1,168 @@
+"""Preference triples that SmolLM2 writes itself: under contrasting instructions, which are then removed.
+
+As RAHF contrasts a preferred and a dispreferred instruction (ACL 2024, acl-long.572, section 3.1). An instruction is a
+system message and three turns that show the style. An answer is kept if it has the markers of its style, so that the
+triples of a preference differ in what its markers count. `python -m dspa.demo.smollm2.preferences FOLDER` writes the
+files that the package ships.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dspa.demo.smollm2 import markers
+from dspa.demo.smollm2.prompts import ASSETS, is_formal, letters, questions, split_tasks
+from dspa.evaluate.generation import continue_prompts, decode, end_tokens
+from dspa.models.layers import CausalLM
+
+N_MAP, N_HELD_OUT, N_HELD_OUT_TASKS = 250, 100, 30
+BATCH_SIZE = 32
+SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.6, "top_k": 50, "top_p": 1.0}
+
+
+@dataclass(frozen=True)
+class Style:
+    """A way to answer.
+
+    Attributes:
+        instruction: the system message that asks for it.
+        shown: turns that show it, question and answer.
+        accepts: decides on an answer.
+        max_new_tokens: at most as many tokens are written.
+    """
+
+    instruction: str
+    shown: tuple[tuple[str, str], ...]
+    accepts: Callable[[str], bool]
+    max_new_tokens: int
+
+    def messages(self, prompt: str) -> list[dict[str, str]]:
+        """Return a prompt under the instruction."""
+        shown = [
+            {"role": role, "content": text}
+            for turn in self.shown
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        return [{"role": "system", "content": self.instruction}, *shown, {"role": "user", "content": prompt}]
+
+
+def _style(name: str, accepts: Callable[[str], bool]) -> Style:
+    record = json.loads((ASSETS / "styles.json").read_text(encoding="utf-8"))[name]
+    shown = tuple((question, answer) for question, answer in record["shown"])
+    return Style(record["instruction"], shown, accepts, record["max_new_tokens"])
+
+
+WARM = _style("warm", lambda answer: markers.count_warm(answer) >= 1 and markers.warm_and_structured("", answer) >= 3)
+CURT = _style(
+    "curt",
+    lambda answer: not markers.count_warm(answer) and not markers.count_list_lines(answer) and "!" not in answer,
+)
+FORMAL = _style("formal", lambda answer: markers.register_balance(answer, "formal") >= 2)
+CASUAL = _style("casual", lambda answer: markers.register_balance(answer, "casual") >= 2)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A preference between two styles.
+
+    Attributes:
+        name: name of its files.
+        prompts: return a number of prompts about tasks, by a seed.
+        chosen: the style that a prompt prefers.
+        rejected: the other one.
+    """
+
+    name: str
+    prompts: Callable[[list[str], int, int], list[str]]
+    chosen: Callable[[str], Style]
+    rejected: Callable[[str], Style]
+
+
+WARMTH = Preference("warmth", questions, lambda _: WARM, lambda _: CURT)
+REGISTER = Preference(
+    "register",
+    lambda tasks, n, seed: [letter.text for letter in letters(tasks, n, seed)],
+    lambda prompt: FORMAL if is_formal(prompt) else CASUAL,
+    lambda prompt: CASUAL if is_formal(prompt) else FORMAL,
+)
+PREFERENCES = (WARMTH, REGISTER)
+
+
+def write_triples(
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, preference: Preference, folder: Path, *, seed: int = 0
+) -> None:
+    """Write the triples for the map and the held-out ones, about other tasks, as JSON Lines.
+
+    The same seed gives the same files on one machine and one version of torch.
+    """
+    learned, held_out = split_tasks(N_HELD_OUT_TASKS, seed)
+    for name, tasks, n in (("map", learned, N_MAP), ("heldout", held_out, N_HELD_OUT)):
+        path = folder / f"{preference.name}-{name}.jsonl"
+        with path.open("w", encoding="utf-8") as file, tqdm(total=n, unit="triple", desc=path.name) as bar:
+            for triple in _triples(model, tokenizer, preference, tasks, n, seed):
+                file.write(json.dumps(triple) + "\n")
+                file.flush()
+                bar.update()
+
+
+def _triples(
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, preference: Preference, tasks: list[str], n: int, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Yield `n` triples of different prompts; a prompt whose answers are not both accepted is drawn again later."""
+    waiting, accepted, n_written = preference.prompts(tasks, 2 * n, seed), dict[tuple[str, bool], str](), 0
+    for attempt in count():
+        batch = waiting[:BATCH_SIZE]
+        torch.manual_seed(seed + attempt)
+        for side, style_of in ((True, preference.chosen), (False, preference.rejected)):
+            asked = [prompt for prompt in batch if (prompt, side) not in accepted]
+            for style in dict.fromkeys(map(style_of, asked)):
+                prompts = [prompt for prompt in asked if style_of(prompt) == style]
+                for prompt, answer in zip(prompts, _answers(model, tokenizer, style, prompts), strict=True):
+                    if len(answer.split()) >= 5 and style.accepts(answer) and not markers.repeats(answer):
+                        accepted[prompt, side] = answer
+        complete = [prompt for prompt in batch if {(prompt, True), (prompt, False)} <= accepted.keys()]
+        for prompt in complete[: n - n_written]:
+            yield {
+                "prompt": [{"role": "user", "content": prompt}],
+                "chosen": [{"role": "assistant", "content": accepted[prompt, True]}],
+                "rejected": [{"role": "assistant", "content": accepted[prompt, False]}],
+            }
+        n_written += len(complete)
+        if n_written >= n:
+            return
+        waiting = waiting[len(batch) :] + [prompt for prompt in batch if prompt not in complete]
+
+
+def _answers(model: CausalLM, tokenizer: PreTrainedTokenizerBase, style: Style, prompts: Sequence[str]) -> list[str]:
+    """Return one answer to each prompt in a style, up to its last whole sentence."""
+    ids = [
+        tokenizer.apply_chat_template(style.messages(prompt), add_generation_prompt=True, return_dict=False)
+        for prompt in prompts
+    ]
+    arguments = {"max_new_tokens": style.max_new_tokens, **SAMPLING}
+    responses = continue_prompts(model, tokenizer, ids, end_tokens(model, tokenizer), **arguments)
+    return [_whole_sentences(decode(tokenizer, response.ids)) for response in responses]
+
+
+def _whole_sentences(text: str) -> str:
+    """Return a text up to the end of its last sentence, or as it is if it has none."""
+    ended = re.match(r"(?s).*[.!?,](?=\s|$)", text.strip())
+    return ended[0] if ended else text.strip()
+
+
+if __name__ == "__main__":
+    from dspa.demo.smollm2.model import load
+
+    for wanted in PREFERENCES:
+        write_triples(*load(), wanted, Path(sys.argv[1]))
