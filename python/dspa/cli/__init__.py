@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -21,8 +18,8 @@ from rich.table import Table
 from dspa.cli import fsrl, sae
 from dspa.cli import map as maps
 from dspa.cli.compare import compare
+from dspa.cli.demo import demo
 from dspa.cli.generate import generate
-from dspa.cli.loading import check_writable
 from dspa.cli.stopping import StoppableCommands
 from dspa.cli.tables import console, print_line, print_table
 from dspa.errors import install_command
@@ -34,7 +31,8 @@ while the model generates (`dspa generate`). `dspa compare` shows what that chan
 
 **FSRL**: a small adapter learns to move SAE latents (`dspa fsrl`).
 
-To begin, `dspa demo` and `dspa fsrl demo` show the two on a small model that comes with the package.
+To begin, `dspa demo` and `dspa fsrl demo` show the two on a small model that comes with the package, and
+`dspa demo smollm2` shows DSPA on a chat model.
 """
 # As a new user needs them.
 ORDER = ("demo", "map", "generate", "compare", "fsrl", "sae", "info")
@@ -58,6 +56,7 @@ app = typer.Typer(
 app.add_typer(maps.app, name="map")
 app.add_typer(sae.app, name="sae")
 app.add_typer(fsrl.app, name="fsrl")
+app.command()(demo)
 app.command()(generate)
 app.command()(compare)
 
@@ -90,31 +89,6 @@ def _options(
 ) -> None:
     # Nothing to do before a command: `main` looks for --debug when one fails.
     del debug, show_version
-
-
-@app.command()
-def demo(
-    retrain: Annotated[bool, typer.Option(help="Train the demo's model and SAEs again first.")] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="File to write all results to.")] = Path(
-        "dspa-demo.json"
-    ),
-) -> None:
-    """Try DSPA on a small model that comes with the package, compared with the base model and fixed latents.
-
-    Runs on two CPU cores in under two minutes, without a network.
-    """
-    from dspa.demo import steer
-    from dspa.demo.load import ASSETS
-
-    check_writable("--json", json_path)
-    if retrain:
-        from dspa.demo.train import train
-
-        # A training that is stopped leaves the demo as it was.
-        with TemporaryDirectory() as folder:
-            train(Path(folder))
-            shutil.copytree(folder, ASSETS, dirs_exist_ok=True)
-    steer.run(json_path)
 
 
 @app.command()

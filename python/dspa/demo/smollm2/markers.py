@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from dspa.demo.smollm2.prompts import Register
+from dspa.demo.smollm2.prompts import Register, is_formal
 
 # Words of warmth: thanks, joy, praise, encouragement and good wishes.
 WARM = re.compile(
@@ -52,6 +52,11 @@ def register_balance(answer: str, register: Register) -> int:
     """Return the number of markers of a register, less those of the other one."""
     balance = len(FORMAL.findall(answer)) - len(CASUAL.findall(answer))
     return balance if register == "formal" else -balance
+
+
+def own_register(prompt: str, answer: str) -> float:
+    """Return the number of markers of the register of a letter in its answer, less those of the other one."""
+    return float(register_balance(answer, "formal" if is_formal(prompt) else "casual"))
 
 
 def repeats(answer: str) -> bool:

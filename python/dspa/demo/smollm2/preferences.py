@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dspa.config import SteeringConfig
+from dspa.data.prompts import tokenize_prompt
 from dspa.demo.smollm2 import markers
 from dspa.demo.smollm2.prompts import ASSETS, is_formal, letters, questions, split_tasks
 from dspa.evaluate.generation import continue_prompts, decode, end_tokens
@@ -78,23 +80,48 @@ class Preference:
 
     Attributes:
         name: name of its files.
+        wish: what is preferred, in a sentence.
         prompts: return a number of prompts about tasks, by a seed.
         chosen: the style that a prompt prefers.
         rejected: the other one.
+        counted: name of what is counted in an answer; more is preferred.
+        count: counts it, by prompt and answer.
+        config: the setting of DSPA that a sweep recommended.
     """
 
     name: str
+    wish: str
     prompts: Callable[[list[str], int, int], list[str]]
     chosen: Callable[[str], Style]
     rejected: Callable[[str], Style]
+    counted: str
+    count: Callable[[str, str], float]
+    config: SteeringConfig
+
+    def path(self, part: Literal["map", "heldout"]) -> Path:
+        """Return the file of its triples for the map, or of the held-out ones."""
+        return ASSETS / f"{self.name}-{part}.jsonl"
 
 
-WARMTH = Preference("warmth", questions, lambda _: WARM, lambda _: CURT)
+WARMTH = Preference(
+    "warmth",
+    "An answer should be warm and structured rather than curt.",
+    questions,
+    lambda _: WARM,
+    lambda _: CURT,
+    "warm words and list lines",
+    markers.warm_and_structured,
+    SteeringConfig(alpha=0.5, mode="both"),
+)
 REGISTER = Preference(
     "register",
+    "A formal letter should get a formal answer, and a casual one a casual answer.",
     lambda tasks, n, seed: [letter.text for letter in letters(tasks, n, seed)],
     lambda prompt: FORMAL if is_formal(prompt) else CASUAL,
     lambda prompt: CASUAL if is_formal(prompt) else FORMAL,
+    "markers of its register",
+    markers.own_register,
+    SteeringConfig(alpha=1.0),
 )
 PREFERENCES = (WARMTH, REGISTER)
 
@@ -146,10 +173,7 @@ def _triples(
 
 def _answers(model: CausalLM, tokenizer: PreTrainedTokenizerBase, style: Style, prompts: Sequence[str]) -> list[str]:
     """Return one answer to each prompt in a style, up to its last whole sentence."""
-    ids = [
-        tokenizer.apply_chat_template(style.messages(prompt), add_generation_prompt=True, return_dict=False)
-        for prompt in prompts
-    ]
+    ids = [tokenize_prompt(tokenizer, style.messages(prompt), chat=True) for prompt in prompts]
     arguments = {"max_new_tokens": style.max_new_tokens, **SAMPLING}
     responses = continue_prompts(model, tokenizer, ids, end_tokens(model, tokenizer), **arguments)
     return [_whole_sentences(decode(tokenizer, response.ids)) for response in responses]

@@ -19,7 +19,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dspa.data.prompts import tokenize_prompt
 from dspa.demo.smollm2.prompts import chat_prompts
+from dspa.errors import require_package
 from dspa.evaluate.generation import continue_prompts, end_tokens
 from dspa.models.layers import CausalLM
 
@@ -57,6 +59,7 @@ PROSE = (
 
 def write_texts(model: CausalLM, tokenizer: PreTrainedTokenizerBase, path: Path, *, seed: int = 0) -> None:
     """Write prose and chats as JSON Lines with `text`, in one random order."""
+    require_package("bs4", "Reading prose from web pages", "It is the package beautifulsoup4.")
     documents = [*_prose(seed), *_chats(model, tokenizer, seed)]
     random.Random(seed).shuffle(documents)
     with path.open("w", encoding="utf-8") as file:
@@ -106,12 +109,8 @@ def _chats(model: CausalLM, tokenizer: PreTrainedTokenizerBase, seed: int) -> It
     ends = end_tokens(model, tokenizer)
     with tqdm(total=len(asked), unit="chat", desc="chats") as bar:
         for start in range(0, len(asked), BATCH_SIZE):
-            prompts = [
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-                )
-                for prompt in asked[start : start + BATCH_SIZE]
-            ]
+            batch = asked[start : start + BATCH_SIZE]
+            prompts = [tokenize_prompt(tokenizer, prompt, chat=True) for prompt in batch]
             for chat in continue_prompts(model, tokenizer, prompts, ends, max_new_tokens=MAX_NEW_TOKENS, **SAMPLING):
                 yield str(tokenizer.decode(chat.prompt + chat.ids))
                 bar.update()
