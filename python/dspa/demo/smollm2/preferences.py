@@ -86,7 +86,8 @@ class Preference:
         rejected: the other one.
         counted: name of what is counted in an answer; more is preferred.
         count: counts it, by prompt and answer.
-        config: the setting of DSPA that a sweep recommended.
+        instruction: asks the base model for it.
+        config: the setting of DSPA that a sweep found best.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Preference:
     rejected: Callable[[str], Style]
     counted: str
     count: Callable[[str, str], float]
+    instruction: str
     config: SteeringConfig
 
     def path(self, part: Literal["map", "heldout"]) -> Path:
@@ -111,7 +113,8 @@ WARMTH = Preference(
     lambda _: CURT,
     "warm words and list lines",
     markers.warm_and_structured,
-    SteeringConfig(alpha=0.5, mode="both"),
+    "Be warm, and answer in a numbered list.",
+    SteeringConfig(alpha=1.0, k_diff=64),
 )
 REGISTER = Preference(
     "register",
@@ -121,7 +124,8 @@ REGISTER = Preference(
     lambda prompt: CASUAL if is_formal(prompt) else FORMAL,
     "markers of its register",
     markers.own_register,
-    SteeringConfig(alpha=1.0),
+    "Answer formal letters formally and casual ones casually.",
+    SteeringConfig(alpha=1.0, k_diff=64),
 )
 PREFERENCES = (WARMTH, REGISTER)
 

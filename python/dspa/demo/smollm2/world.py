@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from dspa.config import SteeringConfig
 from dspa.data.triples import Triple, load_triples
 from dspa.demo.smollm2.model import load
 from dspa.demo.smollm2.preferences import Preference
@@ -22,7 +23,7 @@ from dspa.saes.frozen import FrozenSAE
 
 # Held-out triples whose prompts are answered; all of them are scored.
 N_PROMPTS = 20
-MAX_NEW_TOKENS = 80
+MAX_NEW_TOKENS, TEMPERATURE, BATCH_SIZE = 80, 0.7, 20
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ class World:
         seeds: Sequence[int] = (0, 1, 2),
         progress: bool = True,
     ) -> Comparison:
-        """Compare the preference's setting of DSPA with the published one, Static-SAE, the instruction and controls.
+        """Compare two settings of DSPA, with their controls, Static-SAE and an instruction.
+
+        The settings are the published one and the preference's own.
 
         Args:
             preference: the preference.
@@ -82,18 +85,23 @@ class World:
             progress: show a bar.
         """
         held_out = held_out_triples(preference)
-        dspa = Method.dspa(self.sae_in, self.sae_out, cdmap, preference.config)
+        published, best = (
+            Method.dspa(self.sae_in, self.sae_out, cdmap, config, name=f"DSPA {config.alpha:g}, k_diff {config.k_diff}")
+            for config in (SteeringConfig(), preference.config)
+        )
+        static = Method.static(best, name=f"Static-SAE {best.name.removeprefix('DSPA ')}")
         return compare(
             self.model,
             self.tokenizer,
             [triple.prompt for triple in held_out[:n_prompts]],
-            [dspa, Method.static(dspa)],
+            [published, best, static, Method.prefixed(preference.instruction, name="instruction")],
             held_out=held_out,
             counters={preference.counted: preference.count},
             prefer=preference.counted,
             seeds=seeds,
             max_new_tokens=MAX_NEW_TOKENS,
-            batch_size=n_prompts,
+            temperature=TEMPERATURE,
+            batch_size=BATCH_SIZE,
             results=results,
             progress=progress,
         )

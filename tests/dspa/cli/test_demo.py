@@ -1,0 +1,33 @@
+"""`dspa demo` takes a model and what belongs to it, and says what does not."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from dspa.cli import app
+from dspa.demo.smollm2.world import World
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tiny", "--file", "x.gguf"], "--file is for smollm2"),
+        (["smollm2", "--retrain"], "--retrain is for the tiny model"),
+        (["smollm2", "--preference", "kindness"], "accepted: warmth, register"),
+        (["smollm2", "--json", "no/such/folder/x.json"], "a file in a folder that exists"),
+    ],
+    ids=" ".join,
+)
+def test_what_does_not_belong_together(arguments, words, monkeypatch):
+    def load(*_, **__):
+        raise AssertionError("nothing is loaded for a wrong command")
+
+    monkeypatch.setattr(World, "load", load)
+    result = CliRunner().invoke(app, ["demo", *arguments])
+    assert isinstance(result.exception, ValueError) and words in str(result.exception)
+
+
+def test_an_unknown_model_is_refused():
+    result = CliRunner().invoke(app, ["demo", "gpt"])
+    assert result.exit_code == 2 and "smollm2" in result.output
