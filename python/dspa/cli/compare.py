@@ -86,7 +86,8 @@ def compare(
     ] = True,
     adapter: Annotated[list[Path] | None, typer.Option(help="FSRL adapter, a folder.")] = None,
     fraction: Annotated[
-        list[float] | None, typer.Option(help="Share of each token's v that adapters keep; by default 1, all.")
+        list[float] | None,
+        typer.Option(help="Share of each token's v that adapters keep; by default 1, all.", min=0, max=1),
     ] = None,
     prefix: Annotated[
         list[str] | None,
@@ -127,8 +128,10 @@ def compare(
     """
     from dspa.data.prompts import read_prompt_file
     from dspa.data.triples import load_triples
+    from dspa.evaluate.compare.measures import check_counters
     from dspa.evaluate.compare.methods import CONTROLS, Method
     from dspa.evaluate.compare.run import compare as run
+    from dspa.evaluate.compare.runs import RunStore
     from dspa.fsrl.training import trained_template
     from dspa.maps.cdmap import ConditionalDifferenceMap
 
@@ -136,7 +139,12 @@ def compare(
         raise ValueError("None of --map, --adapter and --prefix was given; accepted: one of them, or more.")
     if fraction and not adapter:
         raise ValueError("Without --adapter there is no use for --fraction. Pass --adapter, or leave it out.")
+    _check_repeated({"--map": map_paths, "--alpha": alpha, "--mode": mode, "--adapter": adapter})
+    _check_repeated({"--fraction": fraction, "--prefix": prefix})
+    if not max_perplexity:
+        raise refusal(ValueError, "--max-perplexity", 0, "a number > 0, such as 1.15")
     counters = dict(map(_counter, count or []))
+    check_counters(counters)
     if count and len(counters) < len(count):
         raise refusal(ValueError, "--count", "one name twice", "different names")
     if prefer == "margin" and held_out is None:
@@ -145,6 +153,9 @@ def compare(
         raise refusal(ValueError, "--prefer", repr(prefer), ", ".join(("margin", *counters)))
     read = {"PROMPTS": prompts, "--held-out": held_out} | {f"--map {path}": path for path in map_paths or []}
     check_writable("--json", json_path, read)
+    # Refuses a file of something else before anything is loaded.
+    RunStore.open(json_path)
+    prefixed = _prefixed(prefix or [])
     texts = read_prompt_file("PROMPTS", prompts)
     triples = None if held_out is None else list(load_triples(held_out))
     with messages_of_options({"alpha": "--alpha", "mode": "--mode"}):
@@ -157,7 +168,7 @@ def compare(
         for kept in fraction or [1.0]:
             top = "" if kept == 1 else f" top {kept:.3g}"
             methods.append(Method.adapted(loaded, fraction=kept, name=f"FSRL {labels[path]}{top}"))
-    methods += [Method.prefixed(text) for text in prefix or []]
+    methods += prefixed
     if sampling.chat or not all(isinstance(text, str) for text in texts):
         made = [("--map", cdmap.meta.chat_template_kwargs) for cdmap in maps.values()]
         made += [("--adapter", trained_template(tokenizer, path)[1]) for path in adapters]
@@ -199,6 +210,14 @@ def print_results(comparison: Comparison, show: int) -> None:
         answer = comparison.answer(shown, number)
         print_line(f"\nPrompt {number + 1}, seed {comparison.seeds[0]}, {shown}: {answer.prompt}")
         print_comparison(answer)
+
+
+def _check_repeated(given: Mapping[str, Sequence[Any] | None]) -> None:
+    """Raise for an option that got one value twice, which would be one method twice."""
+    for option, values in given.items():
+        for n, value in enumerate(values or ()):
+            if value in (values or ())[:n]:
+                raise refusal(ValueError, option, f"{value} twice", "different values")
 
 
 def _counter(text: str) -> tuple[str, re.Pattern[str]]:
@@ -268,6 +287,16 @@ def _dspa_methods(
             yield method
             if static:
                 yield Method.static(method, name=f"Static-SAE {setting}")
+
+
+def _prefixed(texts: Sequence[str]) -> list[Method]:
+    """Return the methods of prefixes, with whole texts for names where those of two begin alike."""
+    from dspa.evaluate.compare.methods import Method
+
+    methods = [Method.prefixed(text) for text in texts]
+    if len({method.name for method in methods}) < len(methods):
+        methods = [Method.prefixed(text, name=f'prefix "{text}"') for text in texts]
+    return methods
 
 
 def _labels(paths: Collection[Path]) -> dict[Path, str]:

@@ -165,13 +165,28 @@ def test_several_maps(run, folder, tmp_path):
         (["--prefix", "my own"], "Pass --model"),
         (["--map", "map", "--prefix", " "], "A prefix is empty"),
         (["--adapter", "map"], "holds no adapter.json"),
+        (["--map", "map", "--alpha", 0.5, "--alpha", 0.5], "--alpha is 0.5 twice; accepted: different values"),
+        (["--map", "map", "--map", "map"], "--map is map twice"),
+        (["--adapter", "map", "--fraction", 2], "--fraction"),
+        (["--map", "map", "--max-perplexity", 0], "--max-perplexity is 0; accepted: a number > 0"),
+        (["--map", "map", "--json", "map.json"], "map.json, which holds something else"),
     ],
 )
-def test_bad_input(run, folder, tmp_path, arguments, message):
+def test_bad_input_is_refused_before_the_model_is_loaded(run, folder, tmp_path, arguments, message):
     for name in ("map", "prompts.txt"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "map.json").write_text('{"a": 1}')
     code, out, err = run(*arguments)
-    assert code == 2 and message in err and out == ""
+    assert code == 2 and message in err and out == "" and "Loading" not in err
+
+
+def test_prefixes_that_begin_alike(run, folder, tmp_path):
+    prefixes = [f"you are a good old friend, {ending}" for ending in ("cat", "dog")]
+    arguments = [word for prefix in prefixes for word in ("--prefix", prefix)]
+    code, _, err = run(*arguments, "--model", folder / "tiny", "--json", "out.json", "--seeds", 1)
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert code == 0, err
+    assert [method["name"] for method in record["methods"]] == ["base", *(f'prefix "{text}"' for text in prefixes)]
 
 
 def test_maps_and_adapters_of_different_models(run, folder, tmp_path):

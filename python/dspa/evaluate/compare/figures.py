@@ -110,7 +110,12 @@ class Figures:
         )
 
     def _once(
-        self, compute: Callable[[], Figure | None], measure: str, method: str, over: str | None, units: Any
+        self,
+        compute: Callable[[], Figure | None],
+        measure: str,
+        method: str,
+        over: str | None,
+        units: Sequence[int] | None,
     ) -> Figure | None:
         """Return a figure, computed on first use."""
         key = (measure, method, over, None if units is None else tuple(units))

@@ -9,6 +9,7 @@ import numpy as np
 
 from dspa.evaluate.compare.figures import Figures
 from dspa.evaluate.compare.measures import OF_TRIPLES, PERPLEXITY, Figure
+from dspa.evaluate.compare.methods import BASE
 
 SEED = 0
 # Units per half that an interval needs.
@@ -76,10 +77,10 @@ def recommend(comparison: Figures) -> Recommendation:
     n_prompts = len(comparison.prompts)
     n_units = len(comparison.scores[names[0]][0].chosen) if measure in OF_TRIPLES else n_prompts
     unit = "triples" if measure in OF_TRIPLES else "prompts"
+    # Answers to prompts give the perplexity, whatever is preferred.
+    needed = " and ".join(dict.fromkeys(("prompts", unit)))
     if min(n_units, n_prompts) < 2 * FEWEST:
-        return Recommendation(
-            None, f"No setting is recommended: {2 * FEWEST} prompts and {unit} or more are needed.", measure
-        )
+        return Recommendation(None, f"No setting is recommended: {2 * FEWEST} {needed} or more are needed.", measure)
     (first, second), (prompts_1, prompts_2) = halves(n_units), halves(n_prompts)
     bound = comparison.max_perplexity - 1
     gains = {
@@ -122,7 +123,7 @@ def recommend(comparison: Figures) -> Recommendation:
     )
 
 
-def _required(comparison: Figures, measure: str, method: str, units: list[int], over: str = "base") -> Figure:
+def _required(comparison: Figures, measure: str, method: str, units: list[int], over: str = BASE) -> Figure:
     gain = comparison.gain(measure, method, over, units)
     assert gain is not None
     return gain

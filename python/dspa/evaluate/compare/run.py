@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dspa.baselines.random_set import response_densities
 from dspa.data.triples import Text, Triple, load_triples
-from dspa.errors import refusal
+from dspa.errors import ModelError, refusal
 from dspa.evaluate.compare.comparison import Comparison
 from dspa.evaluate.compare.measures import MARGIN, Counter, check_counters
 from dspa.evaluate.compare.methods import BASE, CONTROLS, Method, controls_of, digest_of
@@ -93,7 +93,8 @@ def compare(
     Raises:
         ModelError: a method that does not fit the model, a model in training mode, or one with something attached.
         PreferenceError: a bad triple.
-        ValueError: no prompts or methods, methods of one name, an unknown control or `prefer`, or an invalid setting.
+        ValueError: no prompts or methods, methods of one name, an unknown control or `prefer`, an invalid setting, or
+            `results` of something else.
     """
     inner, prompts, methods, counters = base_model(model), list(prompts), list(methods), dict(counters or {})
     check_eval(inner)
@@ -180,7 +181,7 @@ def _check(
     """Raise for what cannot be compared, before the model runs."""
     if Attachment.of(model).attached:
         got = f"steered already ({', '.join(type(other).__name__ for other in Attachment.of(model).attached)})"
-        raise refusal(ValueError, "`model`", got, "one to which nothing is attached", "Call dspa.detach(model) first.")
+        raise refusal(ModelError, "`model`", got, "one to which nothing is attached", "Call dspa.detach(model) first.")
     if not prompts:
         raise refusal(ValueError, "`prompts`", "empty", "one prompt or more")
     if not methods:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,17 +69,19 @@ class RunStore:
         """Read the runs that are kept for `path`.
 
         Raises:
-            ValueError: a file of something else.
+            ValueError: a file of something else, or a path where no file can be.
         """
         store = cls(path)
         if path is None:
             return store
+        if path.is_dir() or not path.parent.is_dir():
+            raise refusal(ValueError, "The file of results", str(path), "a file in a folder that exists")
         if path.is_file():
             store.runs |= _finished(path)
         if store._partial.is_file():
             for line in store._partial.read_text(encoding="utf-8").splitlines():
                 # The last line of a run that was killed may be cut.
-                if line.endswith("}"):
+                with suppress(ValueError):
                     store.runs |= json.loads(line)
         return store
 

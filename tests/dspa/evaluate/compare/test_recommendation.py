@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,12 @@ def test_a_preferred_counter():
 def test_nothing_to_decide_by():
     assert "no counter was preferred" in made({"a": 0.3}, prefer=None).recommendation.reason
     assert "no DSPA method" in made({}).recommendation.reason
+
+
+@pytest.mark.parametrize(("prefer", "needed"), [("margin", "4 prompts and triples"), ("the", "4 prompts")])
+def test_too_little_to_decide_by(prefer, needed):
+    few = replace(made({"a": 0.3}, prefer=prefer), prompts=["p"] * 3)
+    assert few.recommendation.reason == f"No setting is recommended: {needed} or more are needed."
 
 
 def test_its_record():

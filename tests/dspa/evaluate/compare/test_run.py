@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dspa import Comparison, Method, SteeringConfig, compare
-from dspa.errors import ModelError
+from dspa.errors import AdapterError, ModelError
 from dspa.evaluate.compare import run as running
 from dspa.evaluate.scores import score_triples
 from dspa.fsrl import FSRLAdapter, responses_of
@@ -231,8 +231,8 @@ def test_a_stopped_comparison_goes_on(model, tokenizer, methods, comparison, tmp
     with pytest.raises(KeyboardInterrupt):
         compare(model, tokenizer, PROMPTS, methods, **settings)
     assert partial.exists() and not results.exists()
-    # As after a loss of power.
-    partial.write_text(partial.read_text()[:-20])
+    # As after a loss of power. One more bracket is left at the end.
+    partial.write_text(partial.read_text()[:-1])
     limit = -1
     n_before = len(generated)
     again = compare(model, tokenizer, PROMPTS, methods, **settings)
@@ -308,7 +308,7 @@ def test_an_adapter_of_another_model(model, tokenizer):
 
 
 def test_a_model_that_is_steered_already(model, tokenizer, dspa_method):
-    with dspa_method.attachable(0).attach(model), pytest.raises(ValueError, match="steered already"):
+    with dspa_method.attachable(0).attach(model), pytest.raises(ModelError, match="steered already"):
         compare(model, tokenizer, PROMPTS, [dspa_method], **SETTINGS)
 
 
@@ -323,3 +323,19 @@ def test_results_of_something_else(model, tokenizer, dspa_method, tmp_path: Path
     with pytest.raises(ValueError, match="which holds something else"):
         compare(model, tokenizer, PROMPTS, [dspa_method], results=path, **SETTINGS)
     assert path.read_text() == "[1, 2]"
+
+
+@pytest.mark.parametrize("place", [".", "no/such/folder.json"])
+def test_results_where_no_file_can_be(model, tokenizer, dspa_method, tmp_path: Path, place):
+    with pytest.raises(ValueError, match=r"The file of results is .*; accepted: a file in a folder that exists"):
+        compare(model, tokenizer, PROMPTS, [dspa_method], results=tmp_path / place, **SETTINGS)
+
+
+def test_what_is_not_an_adapter(dspa_method):
+    with pytest.raises(AdapterError, match="`adapter` is a Steering; accepted: an FSRLAdapter"):
+        Method.adapted(dspa_method.attachable(0))
+
+
+def test_an_invalid_fraction(adapter):
+    with pytest.raises(AdapterError, match="`fraction` is 2"):
+        Method.adapted(adapter, fraction=2)
