@@ -48,10 +48,16 @@ Training = Annotated[
         },
     ),
 ]
-# Arguments that errors name, in addition to the settings of the config.
-NAMES = {"k": "--k", "d_sae": "--d-sae", "layer": "--layer", "indices": "--layer"}
+# Options of the arguments and settings that errors and reports name.
+NAMES = {
+    "k": "--k",
+    "d_sae": "--d-sae",
+    "layer": "--layer",
+    "indices": "--layer",
+    "lr": "--lr",
+    "max_norm_ratio": "--max-norm-ratio",
+}
 D_SAE, K = [16_384], [64.0]
-OPTION_NAMES = {"k": "--k", "d_sae": "--d-sae", "lr": "--lr", "max_norm_ratio": "--max-norm-ratio"}
 PER_LAYER = "; for several layers one for all, or one per layer in their order."
 # Label and format of each figure of a training.
 FIGURES = {
@@ -103,7 +109,7 @@ def _print_weaknesses(figures: Mapping[str, float]) -> None:
     from dspa.saes.quality import weaknesses
 
     for text in weaknesses(figures):
-        print_warning(name_options(text, OPTION_NAMES))
+        print_warning(name_options(text, NAMES))
 
 
 @app.command("train")
@@ -124,9 +130,10 @@ def sae_train(
     k: Annotated[list[float], typer.Option(help=f"Active latents per token, on average over a batch{PER_LAYER}")] = K,
 ) -> None:
     """Train BatchTopK SAEs for layers of a model, and save them as JumpReLU SAEs in SAELens folders."""
-    from dspa.saes.training import layer_folders, train_saes
+    from dspa.saes.training import layer_folders, sizes_of_layers, train_saes
 
     with messages_of_options(NAMES):
+        sizes_of_layers(layer, d_sae, k)
         folders = layer_folders(out, layer)
     file = _check_texts(texts)
     model, tokenizer = load_model(on)

@@ -128,13 +128,8 @@ def train_saes(
             layers.
         ValueError: as for `train_sae`.
     """
-    if not indices or len(set(indices)) < len(indices):
-        raise refusal(TrainingError, "`indices`", repr(list(indices)), "one or more layers, each once")
-    widths, ks = _per_layer("d_sae", d_sae, len(indices)), _per_layer("k", k, len(indices))
-    for width, active in zip(widths, ks, strict=True):
-        check_k(active, width)
-    folders = layer_folders(out, indices)
-    saes = [_SAE(*given) for given in zip(indices, folders, widths, ks, strict=True)]
+    widths, ks = sizes_of_layers(indices, d_sae, k)
+    saes = [_SAE(*given) for given in zip(indices, layer_folders(out, indices), widths, ks, strict=True)]
     return _train(model, tokenizer, texts, saes, config, layers, model_name, progress)
 
 
@@ -182,6 +177,22 @@ def finetune_sae(
     folder.check()
     start = _SAE(required_layer(sae), folder, sae.d_sae, k, sae)
     return _train(model, tokenizer, texts, [start], config, layers, model_name, progress)[0]
+
+
+def sizes_of_layers(
+    indices: Sequence[int], d_sae: int | Sequence[int], k: float | Sequence[float]
+) -> tuple[list[int], list[float]]:
+    """Return the number of latents and that of active latents of each layer's SAE, with the arguments of `train_saes`.
+
+    Raises:
+        TrainingError: as for `train_saes`.
+    """
+    if not indices or len(set(indices)) < len(indices):
+        raise refusal(TrainingError, "`indices`", repr(list(indices)), "one or more layers, each once")
+    widths, ks = _per_layer("d_sae", d_sae, len(indices)), _per_layer("k", k, len(indices))
+    for width, active in zip(widths, ks, strict=True):
+        check_k(active, width)
+    return widths, ks
 
 
 def layer_folders(out: str | Path, indices: Sequence[int]) -> list[TrainingFolder]:

@@ -289,6 +289,8 @@ INVALID = {
         ("--tokens", "63", "--tokens is 63; accepted: one batch (4096) or more. Lower --batch-size, or train"),
         ("--held-out", "0", "--held-out is 0; accepted: a finite number > 0."),
         ("--seed", "-1", "--seed is -1; accepted: a whole number from 0 to"),
+        ("--k", "nan", "--k is nan; accepted: 1 to d_sae = 16384."),
+        ("--layer", "1", "--layer is [1, 1]; accepted: one or more layers, each once."),
     ],
     ("sae", "finetune", "text.txt", *ON, "--sae", "sae", "--out", "tuned"): [
         ("--max-length", "0", "--max-length is 0; accepted: a finite number > 0."),
