@@ -130,11 +130,16 @@ def tokenize_prompt(
         chat_template_kwargs: values of the chat template's variables by name.
 
     Raises:
-        ValueError: `chat_template_kwargs` without `chat`, or that `check_template_kwargs` refuses.
+        ValueError: a tokenizer without a chat template that the prompt needs, or `chat_template_kwargs` without `chat`,
+            or that `check_template_kwargs` refuses.
     """
     if chat and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list):
+        if not tokenizer.chat_template:
+            got, accepted = "for a chat template, and the tokenizer has none", "text, without chat"
+            advice = "Set tokenizer.chat_template, or use the instruction-tuned model."
+            raise refusal(ValueError, "A prompt", got, accepted, advice)
         check_template_kwargs(tokenizer, chat_template_kwargs)
         options = dict(chat_template_kwargs or {})
         encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **options)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dspa.data.prompts import read_prompt_file, read_prompts
+from dspa.data.prompts import read_prompt_file, read_prompts, tokenize_prompt
+from dspa.data.triples import Text
 from dspa.errors import PreferenceError
+from dspa.testing import word_tokenizer
 
 PROMPTS = ["the cat\u2028is", "a dog\x85 of my own ", "{not} first"]
 
@@ -56,6 +58,12 @@ def test_files_without_prompts(tmp_path: Path, name: str, content: bytes, messag
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(read_prompts(None, tmp_path / name))
+
+
+@pytest.mark.parametrize(("prompt", "chat"), [("a cat", True), ([{"role": "user", "content": "a cat"}], False)])
+def test_a_prompt_for_a_template_that_is_absent(prompt: Text, chat: bool) -> None:
+    with pytest.raises(ValueError, match=r"for a chat template, and the tokenizer has none.*instruction-tuned"):
+        tokenize_prompt(word_tokenizer(), prompt, chat)
 
 
 def test_prompts_that_are_messages_or_of_triples(tmp_path: Path) -> None:
