@@ -88,7 +88,7 @@ def map_show(
     if rows:
         _print_rows(rows, cdmap.promoted, described)
     for title, name in (("Output", "sae_out"), ("Input", "sae_in")):
-        if name in contexts:
+        if contexts.get(name):
             _print_contexts(f"{title} latents, where they are strongest in {texts}", contexts[name])
     if not promoted:
         print_line("This map does not record which tokens its latents promote; --model shows them.")

@@ -136,11 +136,13 @@ def top_contexts(
         ModelError: an SAE that does not fit the model, a model in training mode, or residuals that are not finite.
         TextError: as for `TextFile`.
         PreferenceError: an invalid triple.
-        ValueError: a number below 1.
+        ValueError: a number below 1, or a `window` below 0.
     """
     for name, number in (("n", n), ("n_tokens", n_tokens), ("max_length", max_length), ("batch_tokens", batch_tokens)):
         if number < 1:
             raise refusal(ValueError, f"`{name}`", number, "1 or more")
+    if window < 0:
+        raise refusal(ValueError, "`window`", window, "0 or more")
     inner, wanted = base_model(model), _checked(latents, sae)
     check_eval(inner)
     check_sae("sae", sae, inner, len(decoder_layers(inner, layers)), model_name)

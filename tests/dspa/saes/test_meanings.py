@@ -165,6 +165,8 @@ def test_contexts_of_bad_arguments(model: Any, sae_out: dspa.FrozenSAE, lines: P
     for name in ("n", "n_tokens", "max_length", "batch_tokens"):
         with pytest.raises(ValueError, match=f"`{name}` is 0; accepted: 1 or more"):
             dspa.top_contexts(*given, [1], **{name: 0})
+    with pytest.raises(ValueError, match="`window` is -1; accepted: 0 or more"):
+        dspa.top_contexts(*given, [1], window=-1)
     with pytest.raises(SAEError, match="`latents` is 128"):
         dspa.top_contexts(*given, [128])
     with pytest.raises(ModelError, match="training mode"):
