@@ -48,7 +48,7 @@ print(f"{sum(1 for _ in texts.open())} documents, {texts.stat().st_size / 1e6:.1
 #
 # `d_sae` is how many latents there are, usually 4 to 16 times the model's width; `k` how many are active per
 # token. The number of tokens here is far too small for a real model: it is chosen so that this page runs in
-# minutes. Take tens of millions, and see [training your own SAE](../maps.md#training-your-own-sae).
+# minutes. Take tens of millions, and see [training your own SAE](../saes.md#what-makes-an-sae-worth-steering-with).
 
 # %%
 from dspa.saes.config import SAETrainingConfig
@@ -83,7 +83,7 @@ for layer in layers:
 #   steering with has about 0.8 or more.
 # - *L0* is the mean number of active latents per token, which should be near k.
 # - *Never active* counts latents that no held-out token activates. Some are rare, and some are dead: they never
-#   learned anything. If it is more than half, train for longer or with fewer latents.
+#   learned anything. If it is more than a tenth, train for longer or with fewer latents.
 #
 # ## What the latents mean
 #
