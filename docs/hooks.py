@@ -104,7 +104,7 @@ def reference() -> dict[str, list[str]]:
         homes = _homes(folder / "__init__.py")
         for name in _exported(folder / "__init__.py"):
             if name in homes:
-                page = _room(package, homes[name])
+                page = _page_of(package, homes[name])
                 pages.setdefault(page, []).append(f"{package}.{name}")
     for module, page in MODULES.items():
         nodes = ast.parse(_file(module).read_text(encoding="utf-8")).body
@@ -128,12 +128,11 @@ def _homes(path: Path) -> dict[str, str]:
     return {alias.name: node.module or "" for node in imports for alias in node.names if node.module != "dspa"}
 
 
-def _room(package: str, home: str) -> str:
+def _page_of(package: str, home: str) -> str:
     """Return the page of a name: its folder or module in the package. All of FSRL is one page."""
     if package == "dspa.fsrl":
         return package
-    top, room = home.split(".")[:2]
-    return f"{top}.{room}"
+    return ".".join(home.split(".")[:2])
 
 
 def _file(module: str) -> Path:
@@ -148,7 +147,7 @@ def _reference_path(name: str) -> str:
 
 
 def _reference_page(name: str, members: list[str]) -> str:
-    """Return a page with the docstring of a room or module, and its public names."""
+    """Return a page with the docstring of a folder or module, and its public names."""
     intro = ast.get_docstring(ast.parse(_file(name).read_text(encoding="utf-8")))
     if not intro:
         raise PluginError(f"{name} has no docstring.")

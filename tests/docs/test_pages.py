@@ -116,7 +116,7 @@ class Instance:
 
 
 class Names:
-    """What the names in the Python blocks of a page stand for, as far as that can be known without running them."""
+    """The objects that names in the Python blocks of a page stand for, as far as is known without running them."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}

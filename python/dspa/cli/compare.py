@@ -263,7 +263,7 @@ def _load(
 
 
 def _key(cdmap: ConditionalDifferenceMap) -> str:
-    """Return what tells apart the pairs of SAEs of maps."""
+    """Return the key of a map's pair of SAEs."""
     return f"{cdmap.meta.sae_in} {cdmap.meta.sae_out}"
 
 

@@ -1,4 +1,4 @@
-"""What the tutorials work on: a model with two SAEs and preference triples."""
+"""Worlds of the tutorials: a model with two SAEs and preference triples."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from dspa.maps.cdmap import ConditionalDifferenceMap, confidence_radius
 from dspa.maps.reports import largest_means, top_columns
 from dspa.maps.stability import Stability
 
-# Tokens that an output latent promotes, beside its number.
+# Tokens that an output latent promotes, shown next to its number.
 N_TOKENS = 3
 
 

@@ -19,7 +19,7 @@ from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
 from dspa.errors import listed, refusal
 from dspa.files import cache_folder, file_sha256, writing_cache
 
-# Written last, beside the files of a converted model: what they were made from, and their checksums.
+# Written last, next to the files of a converted model: what they were made from, and their checksums.
 RECORD = "conversion.json"
 
 
@@ -116,7 +116,7 @@ def _convert(path: Path, folder: Path, made_from: dict[str, str]) -> None:
 def _dequantized(path: Path, dtype: str) -> tuple[Any, Any]:
     """Return the model and the tokenizer in a GGUF file."""
     if "tokenizer.ggml.model" not in read_gguf_metadata(str(path))[0]:
-        accepted, advice = "a GGUF file with a tokenizer", "Convert the model again, with its tokenizer beside it."
+        accepted, advice = "a GGUF file with a tokenizer", "Convert the model again, together with its tokenizer."
         raise refusal(ValueError, "`model`", f"{path}, a GGUF file without a tokenizer", accepted, advice)
     place: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     what = f"{path}, which transformers {version('transformers')} cannot convert"

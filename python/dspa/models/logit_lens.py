@@ -11,7 +11,7 @@ from tqdm import tqdm
 from dspa.errors import ModelError, refusal
 from dspa.models.layers import CausalLM, base_model, find_layers
 
-# Logits that are held at once: of so many directions and tokens.
+# Logits of this many directions and tokens are held at once.
 DIRECTIONS_PER_BLOCK = 1024
 TOKENS_PER_BLOCK = 8192
 

@@ -57,8 +57,8 @@ class SAETrainingConfig:
     max_norm_ratio: float = field(
         default=MAX_NORM_RATIO,
         metadata={
-            "help": "Leave out tokens with more than this many times the median norm, of the training and of the "
-            f"reports; 0 trains on all, and leaves out more than {MAX_NORM_RATIO:.0f} times of the reports."
+            "help": "Leave tokens with more than this many times the median norm out of the training and of the "
+            f"reports. 0 trains on all, and reports leave out those with more than {MAX_NORM_RATIO:.0f} times."
         },
     )
     held_out_tokens: int = field(

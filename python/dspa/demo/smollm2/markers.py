@@ -60,7 +60,7 @@ def own_register(prompt: str, answer: str) -> float:
 
 
 def repeats(answer: str) -> bool:
-    """Return whether an answer goes in circles: fewer than two thirds of its runs of three words are different."""
+    """Return True if an answer goes in circles: fewer than two thirds of its runs of three words are different."""
     words = answer.lower().split()
     runs = list(zip(words, words[1:], words[2:], strict=False))
     return len(set(runs)) * 3 < len(runs) * 2

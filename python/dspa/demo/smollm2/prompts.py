@@ -128,7 +128,7 @@ def letters(tasks: list[str], n: int, seed: int = 0) -> list[Letter]:
 
 
 def is_formal(letter: str) -> bool:
-    """Return whether a letter is one of the formal ones, by its greeting."""
+    """Return True if a letter is one of the formal ones, by its greeting."""
     return letter.startswith(FORMAL[0])
 
 

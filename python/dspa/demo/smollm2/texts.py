@@ -39,7 +39,7 @@ class Prose:
         package: name of the package.
         pages: pattern of its pages, in the package's files.
         licence: licence of the text.
-        characters: at most as much of it.
+        characters: largest number of characters that are taken of it.
     """
 
     package: str
@@ -91,7 +91,7 @@ def _documents(page: str) -> Iterator[str]:
     document = ""
     for paragraph in BeautifulSoup(page, "html.parser").find_all("p"):
         text = " ".join(paragraph.get_text().split())
-        # Captions, links and what else is no sentence.
+        # Captions, links and other text that is not a sentence.
         if len(text) < 40 or text[-1] not in ".!?:":
             continue
         if document and len(document) + len(text) > DOCUMENT_CHARACTERS:

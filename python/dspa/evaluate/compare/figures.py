@@ -26,7 +26,7 @@ from dspa.evaluate.compare.runs import Answers, TripleScores
 
 @dataclass(frozen=True, eq=False)
 class Figures:
-    """What methods wrote and scored on the same prompts and triples, and measures of it.
+    """Answers and scores of methods on the same prompts and triples, and measures of them.
 
     Measures are "margin", "chosen", "rejected" and "accuracy" of held-out triples, and of answers the counters,
     "perplexity", "answer_perplexity", "distinct_1" to "distinct_3", "length", "ended" and "edited".

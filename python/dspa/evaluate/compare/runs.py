@@ -1,4 +1,4 @@
-"""What one method did: its answers for a seed, and its scores of triples; kept so that a comparison can go on."""
+"""Runs of one method: its answers for a seed, and its scores of triples, kept so that a comparison can go on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARTIAL = ".partial"
 
 @dataclass(frozen=True)
 class Answers:
-    """What a method answered to N prompts, by one seed.
+    """Answers of a method to N prompts, by one seed.
 
     Attributes:
         ids: token ids of each answer, up to and including an end token.

@@ -1,4 +1,4 @@
-"""What is shipped is what it is said to be, and the comparison has every method, on the tiny demo's model."""
+"""The shipped files are what the docs say, and the comparison has every method, on the tiny demo's model."""
 
 from __future__ import annotations
 

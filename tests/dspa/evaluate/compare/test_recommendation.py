@@ -66,7 +66,7 @@ def test_the_best_setting_above_its_controls():
 
 
 def test_choosing_and_judging_see_different_triples():
-    """Of two settings, one is good where is chosen and bad where is judged."""
+    """One of two settings is good on the half that chooses, and bad on the half that judges."""
     lucky = np.full(N, 0.5)
     lucky[SECOND] = -0.2
     got = made({"lucky": lucky, "steady": 0.1}).recommendation
