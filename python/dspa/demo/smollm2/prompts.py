@@ -133,13 +133,14 @@ def is_formal(letter: str) -> bool:
 
 
 def chat_prompts(n: int, seed: int = 0) -> list[str]:
-    """Return `n` prompts of every kind: questions, letters, and requests about many subjects."""
+    """Return `n` different prompts: questions about all tasks, and requests about many subjects.
+
+    Letters are not among them.
+    """
     tasks, _ = split_tasks(0, seed)
     requests = [form.format(subject=subject) for subject, form in product(SUBJECTS, REQUESTS)]
     asked = [form.format(task=task) for task, form in product(tasks, QUESTIONS)]
-    written = [letter.text for letter in letters(tasks, n, seed)]
-    every = [*requests, *asked, *written[: max(0, n - len(requests) - len(asked))]]
-    return random.Random(seed).sample(every, n)
+    return random.Random(seed).sample([*requests, *asked], n)
 
 
 def _letter(register: Register, task: str, draw: random.Random) -> Letter:

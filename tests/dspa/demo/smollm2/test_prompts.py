@@ -30,7 +30,12 @@ def test_letters_take_the_registers_in_turn_and_mix_no_phrases():
         assert not letter.text.startswith(other[0]) and not letter.text.endswith(other[3])
 
 
-def test_chat_prompts_are_of_every_kind():
+def test_chat_prompts_are_questions_and_requests():
     asked = prompts.chat_prompts(1600)
-    assert len(asked) == 1600 and len(set(asked)) > 1500
-    assert any(text.endswith(prompts.CASUAL[3]) for text in prompts.chat_prompts(2400))
+    assert len(asked) == len(set(asked)) == 1600
+    n_questions = sum(any(task in text for task in prompts.TASKS) for text in asked)
+    n_requests = sum(any(subject in text for subject in prompts.SUBJECTS) for text in asked)
+    # Of 880 questions and 1260 requests.
+    assert 600 < n_questions < 720 and 880 < n_requests < 1100
+    with pytest.raises(ValueError):
+        prompts.chat_prompts(880 + 1260 + 1)
