@@ -4,7 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 # On a terminal pip shows its progress; in a log it shows warnings and errors alone.
-PIP := $(BIN)/pip install $(if $(MAKE_TERMOUT),,--quiet)
+QUIET := $(if $(MAKE_TERMOUT),,--quiet)
+PIP := $(BIN)/pip install $(QUIET)
 # What an installation is made from, and what the CUDA library is. DSPA_BUILD_CUDA, in the environment, says whether
 # that is compiled.
 PACKAGE := pyproject.toml setup.py
@@ -55,8 +56,8 @@ tutorials: .venv/tested
 build/docs-venv/installed: pyproject.toml
 	@echo "== Installing mkdocs into build/docs-venv: 0.2 GB on disk"
 	$(PYTHON) -m venv build/docs-venv
-	build/docs-venv/bin/pip install $(if $(MAKE_TERMOUT),,--quiet) --upgrade "pip>=25.1"
-	build/docs-venv/bin/pip install $(if $(MAKE_TERMOUT),,--quiet) --group docs
+	build/docs-venv/bin/pip install $(QUIET) --upgrade "pip>=25.1"
+	build/docs-venv/bin/pip install $(QUIET) --group docs
 	@touch $@
 
 # torch first: another package that needs it would choose the version.
