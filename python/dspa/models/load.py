@@ -33,7 +33,8 @@ def load_model(
         ValueError: there is no such model, dtype or device, or the model cannot be read, or is quantized for another
             dtype.
         RuntimeError: a package that reads GGUF files is not installed.
-        OSError: a GGUF file was not converted, because the cache cannot be written.
+        OSError: the Hub has no such model or cannot be reached, or a GGUF file was not converted, because the cache
+            cannot be written.
     """
     if dtype not in DTYPES:
         raise refusal(ValueError, "`dtype`", repr(dtype), ", ".join(DTYPES))

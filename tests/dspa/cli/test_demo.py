@@ -21,7 +21,7 @@ from dspa.demo.smollm2.world import World
         (["smollm2", "--json", "pyproject.toml"], "which holds something else"),
         (["smollm2", "--json", "no/such/folder/x.json"], "a file in a folder that exists"),
     ],
-    ids=" ".join,
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_what_does_not_belong_together(arguments, words, monkeypatch):
     def load(*_, **__):
