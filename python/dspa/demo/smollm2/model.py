@@ -50,10 +50,10 @@ def load(
         RuntimeError: the file was not fetched, or a package that reads it is not installed.
         OSError: the cache cannot be written.
     """
-    require_gguf("SmolLM2-135M-Instruct, a GGUF file,")
     if file is not None and not _is_model(Path(file)):
         got = f"{file}, " + ("another file" if Path(file).is_file() else "which is not a file")
         raise refusal(ValueError, "`file`", got, f"{MEMBER} of {REQUIREMENT}, SHA-256 {SHA256}")
+    require_gguf("SmolLM2-135M-Instruct, a GGUF file,")
     return load_model(file or model_file(), dtype=dtype, device=device)
 
 
