@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from dspa.data.lines import read_lines, split_lines
 from dspa.data.records import ACCEPTED as RECORDS
@@ -95,10 +95,25 @@ def _prompt_of(name: str, record: Mapping[str, Any]) -> Text:
     prompt = record.get("prompt")
     if not isinstance(prompt, list):
         return _text_of(name, record)
-    check_text(name, "prompt", prompt)
-    if not any(content_of(message) for message in prompt):
-        raise refusal(ValueError, f"{name}: `prompt`", "without text", "a text, or messages with text")
+    check_prompt(name, prompt)
     return prompt
+
+
+def check_prompt(name: str, prompt: object) -> None:
+    """Raise unless a prompt is text or messages, and has text.
+
+    Args:
+        name: what messages call it.
+        prompt: the prompt.
+
+    Raises:
+        PreferenceError: neither text nor messages.
+        ValueError: no text.
+    """
+    check_text(name, "prompt", prompt)
+    texts = [prompt] if isinstance(prompt, str) else map(content_of, cast(list[Any], prompt))
+    if not any(text.strip() for text in texts):
+        raise refusal(ValueError, f"{name}: `prompt`", "without text", "a text, or messages with text")
 
 
 def _read_input() -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -116,7 +117,15 @@ def answer_prompts(
 
 
 def sampling_arguments(temperature: float, top_p: float | None = None) -> dict[str, Any]:
-    """Return the arguments of `generate()` that mean greedy decoding (a temperature of 0) or sampling."""
+    """Return the arguments of `generate()` that mean greedy decoding (a temperature of 0) or sampling.
+
+    Raises:
+        ValueError: a number that is out of range.
+    """
+    if not 0 <= temperature < math.inf:
+        raise refusal(ValueError, "`temperature`", temperature, "a finite number >= 0")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise refusal(ValueError, "`top_p`", top_p, "a number above 0, up to 1")
     if temperature == 0:
         return {"do_sample": False}
     return {"do_sample": True, "temperature": temperature} | ({} if top_p is None else {"top_p": top_p})

@@ -107,6 +107,20 @@ def _within(answer: Answer, n: int) -> bool:
     return any(first < end <= last for first, last in answer.edited)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "`temperature` is -1.0; accepted: a finite number >= 0"),
+        ({"temperature": float("nan")}, "`temperature` is nan"),
+        ({"temperature": 1.0, "top_p": 3.0}, "`top_p` is 3.0; accepted: a number above 0, up to 1"),
+    ],
+    ids=str,
+)
+def test_bad_sampling(answer, settings, message):
+    with pytest.raises(ValueError, match=message):
+        answer(**settings)
+
+
 def test_sampling(answer):
     greedy = [result.text for result in answer()]
     # Of the likeliest tokens, the first alone has any probability as small as this.

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dspa.baselines.random_set import response_densities
+from dspa.data.prompts import check_prompt
 from dspa.data.triples import Text, Triple, load_triples
 from dspa.errors import ModelError, refusal
 from dspa.evaluate.compare.comparison import Comparison
@@ -92,10 +93,17 @@ def compare(
 
     Raises:
         ModelError: a method that does not fit the model, a model in training mode, or one with something attached.
-        PreferenceError: a bad triple.
+        PreferenceError: a bad triple, or a prompt that is neither text nor messages.
         ValueError: no prompts or methods, methods of one name, an unknown control or `prefer`, an invalid setting, or
             `results` of something else.
     """
+    if isinstance(prompts, str):
+        accepted = "a list of texts, or of lists of messages"
+        raise refusal(
+            ValueError, "`prompts`", f"the text {prompts[:60]!r}", accepted, "Put a single prompt into a list."
+        )
+    if isinstance(methods, Method):
+        raise refusal(ValueError, "`methods`", "a single method", "a list of methods")
     inner, prompts, methods, counters = base_model(model), list(prompts), list(methods), dict(counters or {})
     check_eval(inner)
     triples = None if held_out is None else list(load_triples(held_out))
@@ -184,8 +192,13 @@ def _check(
         raise refusal(ModelError, "`model`", got, "one to which nothing is attached", "Call dspa.detach(model) first.")
     if not prompts:
         raise refusal(ValueError, "`prompts`", "empty", "one prompt or more")
+    for number, prompt in enumerate(prompts, start=1):
+        check_prompt(f"prompt {number}", prompt)
     if not methods:
         raise refusal(ValueError, "`methods`", "empty", "one method or more besides the base model")
+    if strays := [method for method in methods if not isinstance(method, Method)]:
+        made = "what Method.dspa, .static, .adapted and .prefixed make"
+        raise refusal(ValueError, "`methods`", f"with a {type(strays[0]).__name__}", made)
     names = [BASE, *(method.name for method in methods)]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise refusal(ValueError, "`methods`", f"with the name {doubled[0]!r} twice", "methods of different names")

@@ -331,6 +331,28 @@ def test_results_where_no_file_can_be(model, tokenizer, dspa_method, tmp_path: P
         compare(model, tokenizer, PROMPTS, [dspa_method], results=tmp_path / place, **SETTINGS)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("the cat", "`prompts` is the text 'the cat'; accepted: a list of texts"),
+        (["the cat", 5], "prompt 2: `prompt` is of type int"),
+        (["  "], "prompt 1: `prompt` is without text"),
+        ([[]], "prompt 1: `prompt` is without text"),
+        ([[{"role": "user"}]], "`prompt[0]` is without 'content'"),
+    ],
+)
+def test_bad_prompts(model, tokenizer, dspa_method, prompts, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compare(model, tokenizer, prompts, [dspa_method], **SETTINGS)
+
+
+def test_what_is_not_a_list_of_methods(model, tokenizer, dspa_method):
+    with pytest.raises(ValueError, match="`methods` is a single method"):
+        compare(model, tokenizer, PROMPTS, dspa_method, **SETTINGS)
+    with pytest.raises(ValueError, match=r"`methods` is with a Steering; accepted: what Method\.dspa"):
+        compare(model, tokenizer, PROMPTS, [dspa_method.attachable(0)], **SETTINGS)
+
+
 def test_what_is_not_an_adapter(dspa_method):
     with pytest.raises(AdapterError, match="`adapter` is a Steering; accepted: an FSRLAdapter"):
         Method.adapted(dspa_method.attachable(0))
