@@ -97,7 +97,6 @@ class World:
             [published, best, static, Method.prefixed(preference.instruction, name="instruction")],
             held_out=held_out,
             counters={preference.counted: preference.count},
-            prefer=preference.counted,
             seeds=seeds,
             max_new_tokens=MAX_NEW_TOKENS,
             temperature=TEMPERATURE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -317,8 +318,9 @@ class _Runner:
         with self.attached(method, seed) as attachable:
             for start in range(0, len(prompts), settings["batch_size"]):
                 numbers = self.order[start : start + settings["batch_size"]]
-                # Different for every seed and batch, and the same for every method.
-                torch.manual_seed((seed << 32) + start)
+                # Different for every seed and batch, and the same for every method. torch's generator on a CPU uses 32
+                # bits of a seed.
+                torch.manual_seed(random.Random(f"{seed}/{start}").getrandbits(32))
                 began = time.perf_counter()
                 batch = [prompts[n] for n in numbers]
                 responses = continue_prompts(self.model, self.tokenizer, batch, self.ends, **arguments)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from dspa.errors import refusal
 
-FORMAT = "dspa.compare.1"
+FORMAT = "dspa.compare.2"
 PARTIAL = ".partial"
 
 

@@ -62,7 +62,7 @@ def test_every_method_and_control_is_compared(tiny, tmp_path):
     comparison = world.compare(preference, cdmap, path, n_prompts=4, seeds=[0], progress=False)
     kinds = [method.kind for method in comparison.methods]
     assert kinds == ["base", *["DSPA", *["control"] * 3] * 2, "Static-SAE", "prefix"]
-    assert comparison.prefer == preference.counted
+    assert comparison.prefer == "margin"
     figure = comparison.figure(preference.counted, "base")
     lengths = [len(text) for text in comparison.texts["base"][0]]
     assert figure is not None and figure.value == pytest.approx(sum(lengths) / 4)

@@ -47,6 +47,7 @@ def test_dspa_is_above_its_controls_and_a_fixed_set(comparison):
     assert comparison.recommendation.method == DSPA
 
 
-def test_a_random_set_edits_about_as_much(comparison):
+def test_a_random_set_edits_as_much_or_more(comparison):
+    """Else it would be a weak control: of 16 latents that are as often active, a draw can meet more tokens or fewer."""
     own, drawn = (comparison.figure("edited", name).value for name in (DSPA, f"{DSPA}: random set"))
-    assert drawn == pytest.approx(own, abs=0.1)
+    assert drawn > own - 0.1
