@@ -88,6 +88,8 @@ def _from_root(text: str) -> str:
             return link[0]
         pages = {source: page for page, source in PAGES.items()}
         target = pages.get(target) or (target.removeprefix("docs/") if target.startswith("docs/") else f"../{target}")
+        # Executed notebooks are pages of the site.
+        target = re.sub(r"\.ipynb$", ".md", target)
         return f"[{title}]({target}{anchor})"
 
     text = re.sub(r"(!\[[^\]]*\])\(docs/", r"\1(", text)

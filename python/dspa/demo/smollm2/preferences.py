@@ -41,7 +41,7 @@ class Style:
         instruction: the system message that asks for it.
         shown: turns that show it, question and answer.
         accepts: decides on an answer.
-        max_new_tokens: at most as many tokens are written.
+        max_new_tokens: largest number of tokens of an answer.
     """
 
     instruction: str
@@ -87,7 +87,7 @@ class Preference:
         counted: name of what is counted in an answer; more is preferred.
         count: counts it, by prompt and answer.
         instruction: asks the base model for it.
-        config: the setting of DSPA that a sweep found best.
+        config: a setting of DSPA that suits SAEs of 2048 latents, found on the held-out triples (docs/smollm2.md).
     """
 
     name: str
@@ -184,7 +184,7 @@ def _answers(model: CausalLM, tokenizer: PreTrainedTokenizerBase, style: Style, 
 
 
 def _whole_sentences(text: str) -> str:
-    """Return a text up to the end of its last sentence, or as it is if it has none."""
+    """Return a text up to its last whole sentence or clause, or as it is if it has none."""
     ended = re.match(r"(?s).*[.!?,](?=\s|$)", text.strip())
     return ended[0] if ended else text.strip()
 

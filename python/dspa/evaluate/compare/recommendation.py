@@ -98,7 +98,7 @@ def recommend(comparison: Figures) -> Recommendation:
     over = {name: _required(comparison, measure, best, second, name) for name in controls}
     failed = []
     if perplexity.value > bound:
-        failed.append(f"its perplexity is {perplexity.value:+.1%} of the base model's, above {bound:+.1%}")
+        failed.append(f"its perplexity is {perplexity.value:.1%} above the base model's, and {bound:.1%} is the most")
     if gain.low <= 0:
         failed.append(f"its gain is not above 0 ({shown(gain)})")
     for name, control in controls.items():
@@ -116,7 +116,7 @@ def recommend(comparison: Figures) -> Recommendation:
         against = f"above those of its controls ({others})" if others else "and no controls were run to compare it with"
         reason = (
             f"Recommended: {best}. Its gain in {measure} over the base model is {shown(gain)} {where}, {against}, at "
-            f"a perplexity {perplexity.value:+.1%} of the base model's."
+            f"{perplexity.value:+.1%} in perplexity."
         )
     return Recommendation(
         None if failed else best, reason, measure, best, gain, perplexity, controls, over, first, second
