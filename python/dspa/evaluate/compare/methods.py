@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dspa.baselines.random_set import random_set_map
 from dspa.baselines.shuffled_map import shuffled_map
@@ -18,7 +18,6 @@ from dspa.baselines.wrong_layer import at_layer, wrong_layer
 from dspa.config import SteeringConfig
 from dspa.errors import AdapterError, refusal
 from dspa.files import checksum
-from dspa.fsrl.adapter import FSRLAdapter
 from dspa.maps.cdmap import TENSORS, ConditionalDifferenceMap
 from dspa.models.attachment import Attachable
 from dspa.models.layers import CausalLM, find_layers
@@ -132,23 +131,24 @@ class Method:
         return cls(name, "Static-SAE", parts.settings(), lambda _seed: parts.steering())
 
     @classmethod
-    def adapted(cls, adapter: FSRLAdapter, *, fraction: float = 1.0, name: str = "") -> Method:
+    def adapted(cls, adapter: Attachable, *, fraction: float = 1.0, name: str = "") -> Method:
         """Return an FSRL adapter, of whose v only the top fraction of each token is kept.
 
         Args:
-            adapter: the adapter, not attached.
+            adapter: an `FSRLAdapter`, not attached.
             fraction: share of a token's nonzero v_j that is kept, the largest by size.
             name: by default "FSRL" and the fraction.
 
         Raises:
             AdapterError: an invalid fraction, or something else than an adapter.
         """
-        if not isinstance(adapter, FSRLAdapter):
+        if not isinstance(adapter, nn.Module) or not hasattr(adapter, "fraction"):
             raise refusal(AdapterError, "`adapter`", f"a {type(adapter).__name__}", "an FSRLAdapter")
         tensors = {key: parameter.detach().cpu() for key, parameter in adapter.named_parameters()}
+        mask: Tensor | None = getattr(adapter, "mask", None)
         settings = {
             "adapter": checksum(tensors)[:16],
-            "mask": None if adapter.mask is None else adapter.mask.nonzero().flatten().tolist(),
+            "mask": None if mask is None else mask.nonzero().flatten().tolist(),
             "fraction": fraction,
             "layers": [adapter.layer],
         }
@@ -156,7 +156,7 @@ class Method:
         def make(_seed: int) -> Attachable:
             # The same parameters with a fraction of its own, so that the adapter stays as it is.
             kept = copy.copy(adapter)
-            kept.fraction = fraction
+            kept.fraction = fraction  # type: ignore[assignment]
             return kept
 
         # An invalid fraction raises here.
