@@ -69,7 +69,7 @@ class World:
         results: Path | None = None,
         *,
         n_prompts: int = N_PROMPTS,
-        seeds: Sequence[int] = (0, 1, 2),
+        seeds: Sequence[int] = (0,),
         progress: bool = True,
     ) -> Comparison:
         """Compare two settings of DSPA, with their controls, Static-SAE and an instruction.
