@@ -55,7 +55,7 @@ def demo(
 ) -> None:
     """Try DSPA: build a map of preferences, steer with it, and compare with the base model and controls.
 
-    On the tiny model this takes two CPU cores less than two minutes, on SmolLM2 several.
+    On the tiny model this takes two CPU cores less than two minutes, on SmolLM2 five after the download.
     """
     if model == DemoModel.TINY:
         for option, value in (("--file", file), ("--preference", preference), ("--prompts", n_prompts)):
