@@ -103,7 +103,7 @@ def sampled(model: Any, tokenizer: Any, seed: int) -> dict[int, list[int]]:
 
 
 def test_every_seed_draws_other_answers(comparison):
-    """Of 0 and 1 alone the upper bits would be lost: a generator on a CPU uses 32 of them."""
+    """A generator on a CPU uses 32 bits of its seed, so seeds that differ in upper bits alone would draw the same."""
     for runs in comparison.answers.values():
         drawn = [tuple(map(tuple, run.ids)) for run in runs]
         assert len(set(drawn)) == len(drawn) == 3
