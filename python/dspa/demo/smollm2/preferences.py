@@ -29,6 +29,8 @@ from dspa.evaluate.generation import continue_prompts, decode, end_tokens
 from dspa.models.layers import CausalLM
 
 N_MAP, N_HELD_OUT, N_HELD_OUT_TASKS = 250, 100, 30
+# Batches of prompts without one triple after which styles are taken to be out of the model's reach.
+MAX_BATCHES = 50
 BATCH_SIZE = 32
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.6, "top_k": 50, "top_p": 1.0}
 
@@ -150,9 +152,19 @@ def write_triples(
 def _triples(
     model: CausalLM, tokenizer: PreTrainedTokenizerBase, preference: Preference, tasks: list[str], n: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield `n` triples of different prompts; a prompt whose answers are not both accepted is drawn again later."""
+    """Yield `n` triples of different prompts; a prompt whose answers are not both accepted is asked again later.
+
+    Raises:
+        RuntimeError: no more answers are accepted.
+    """
     waiting, accepted, n_written = preference.prompts(tasks, 2 * n, seed), dict[tuple[str, bool], str](), 0
+    n_without = 0
     for attempt in count():
+        if n_without == MAX_BATCHES:
+            raise RuntimeError(
+                f"{n_without} batches of prompts gave no triple of {preference.name!r}: the model's answers lack "
+                "the markers of its styles. Change the instructions, the turns that show them, or the rules."
+            )
         batch = waiting[:BATCH_SIZE]
         torch.manual_seed(seed + attempt)
         for side, style_of in ((True, preference.chosen), (False, preference.rejected)):
@@ -170,6 +182,7 @@ def _triples(
                 "rejected": [{"role": "assistant", "content": accepted[prompt, False]}],
             }
         n_written += len(complete)
+        n_without = 0 if complete else n_without + 1
         if n_written >= n:
             return
         waiting = waiting[len(batch) :] + [prompt for prompt in batch if prompt not in complete]

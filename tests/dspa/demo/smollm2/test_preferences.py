@@ -60,6 +60,12 @@ def test_triples(preference, monkeypatch, tmp_path):
             assert any(task in text for task in tasks[part])
 
 
+def test_styles_that_the_model_cannot_write_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(preferences, "_answers", lambda model, tokenizer, style, asked: ["no"] * len(asked))
+    with pytest.raises(RuntimeError, match="50 batches of prompts gave no triple of 'warmth'"):
+        preferences.write_triples(None, None, WARMTH, tmp_path)
+
+
 def test_a_formal_letter_prefers_a_formal_answer():
     formal, casual = (letter.text for letter in prompts.letters(["fly a kite"], 2))
     assert (REGISTER.chosen(formal), REGISTER.rejected(formal)) == (FORMAL, CASUAL)
