@@ -1,11 +1,11 @@
-"""The SAEs that the package ships: those that `dspa sae train` wrote, with their matrices in bf16.
+"""The SAEs that the package ships: those that `dspa sae train` wrote, in bf16 and with the name of their model.
 
 `python -m dspa.demo.smollm2.saes FOLDER_IN FOLDER_OUT` makes them of two folders.
 """
 
 from __future__ import annotations
 
-import shutil
+import json
 import sys
 from pathlib import Path
 
@@ -14,16 +14,22 @@ from safetensors.torch import load_file, save_file
 
 from dspa.demo.smollm2.prompts import ASSETS
 
+MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
 
 
 def ship(folder: Path, out: Path) -> None:
-    """Write an SAE with its matrices in bf16. Biases and thresholds stay as they are, and so do its figures."""
+    """Write an SAE with its matrices in bf16 and the name of its model, which a GGUF file does not say.
+
+    Biases and thresholds stay as they are, and so do its figures.
+    """
     out.mkdir(parents=True, exist_ok=True)
     weights = load_file(folder / WEIGHTS)
     half = {name: weight.to(torch.bfloat16) if weight.ndim == 2 else weight for name, weight in weights.items()}
     save_file(half, out / WEIGHTS)
-    shutil.copyfile(folder / CONFIG, out / CONFIG)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config["metadata"]["model_name"] = MODEL_NAME
+    (out / CONFIG).write_text(json.dumps(config), encoding="utf-8")
 
 
 if __name__ == "__main__":

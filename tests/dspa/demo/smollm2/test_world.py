@@ -11,6 +11,7 @@ from dspa.data.triples import load_triples
 from dspa.demo.load import World as TinyWorld
 from dspa.demo.smollm2.preferences import PREFERENCES, REGISTER, Preference
 from dspa.demo.smollm2.prompts import ASSETS, split_tasks
+from dspa.demo.smollm2.saes import MODEL_NAME
 from dspa.demo.smollm2.world import World, held_out_triples
 from dspa.saes.frozen import FrozenSAE
 
@@ -18,7 +19,7 @@ from dspa.saes.frozen import FrozenSAE
 @pytest.mark.parametrize(("name", "layer"), [("sae_in", 8), ("sae_out", 20)])
 def test_the_saes_are_worth_steering_with(name, layer):
     sae = FrozenSAE.load(ASSETS / name)
-    assert (sae.layer, sae.d_in, sae.d_sae) == (layer, 576, 2048)
+    assert (sae.layer, sae.d_in, sae.d_sae, sae.model_name) == (layer, 576, 2048, MODEL_NAME)
     assert sae.figures["explained_variance"] > 0.8 and 32 <= sae.figures["l0"] <= 64
     assert sae.figures["dead"] < 0.1 * sae.d_sae
 
