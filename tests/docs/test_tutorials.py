@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import runpy
@@ -50,24 +49,16 @@ def test_kernels_agree_and_are_timed(run, capsys):
     assert all(re.search(rf"^{re.escape(name)} +[\d.]+ us$", printed, re.MULTILINE) for name in names["cases"])
 
 
-def load_execute() -> Any:
-    spec = importlib.util.spec_from_file_location("execute", DOCS / "execute.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_the_executed_copy_is_of_this_source(path):
+def test_the_executed_copy_is_of_this_source(execute, path):
     executed = json.loads(path.with_suffix(".ipynb").read_text())["cells"]
     cells = [(cell["cell_type"], "".join(cell["source"])) for cell in executed]
-    assert cells == load_execute().cells(path.read_text()), "run make tutorials"
+    assert cells == execute.cells(path.read_text()), "run make tutorials"
     outputs = [output for cell in executed for output in cell.get("outputs", ())]
     assert outputs and {output["output_type"] for output in outputs} <= {"stream", "display_data", "execute_result"}
 
 
-def test_cells():
+def test_cells(execute):
     source = '# %% [markdown]\n# # Title\n#\n# text\n\n# %%\nx = 1\n\n\ny = "# %%"\n# %%\nz\n'
     cells = [("markdown", "# Title\n\ntext"), ("code", 'x = 1\n\n\ny = "# %%"'), ("code", "z")]
-    assert load_execute().cells(source) == cells
+    assert execute.cells(source) == cells
