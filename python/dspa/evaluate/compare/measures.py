@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -121,11 +122,18 @@ def check_counters(counters: Mapping[str, Counter]) -> None:
             raise refusal(ValueError, f"The counter {name!r}", got, f"{accepted} of prompt and answer")
 
 
-def count(counter: Counter, prompt: str, answer: str) -> float:
-    """Return the matches of a regular expression in an answer, or the value of a function."""
+def count(name: str, counter: Counter, prompt: str, answer: str) -> float:
+    """Return the matches of a regular expression in an answer, or the value of a function.
+
+    Raises:
+        ValueError: a value that is no finite number.
+    """
     if isinstance(counter, re.Pattern):
         return float(sum(1 for _ in counter.finditer(answer)))
-    return float(counter(prompt, answer))
+    value = counter(prompt, answer)
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise refusal(ValueError, f"The counter {name!r}", f"a function that returned {value!r}", "a finite number")
+    return float(value)
 
 
 def answer_measures(
@@ -148,7 +156,7 @@ def answer_measures(
     nll = np.array([run.nll for run in runs], dtype=np.float64)
     tokens = np.array([[len(ids) for ids in run.ids] for run in runs], dtype=np.float64)
     measures = {
-        name: _means([[count(counter, *pair) for pair in zip(prompts, row, strict=True)] for row in texts])
+        name: _means([[count(name, counter, *pair) for pair in zip(prompts, row, strict=True)] for row in texts])
         for name, counter in counters.items()
     }
     measures[PERPLEXITY] = Sums(nll, tokens, exponential=True)

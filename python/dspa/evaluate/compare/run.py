@@ -22,7 +22,7 @@ from dspa.data.prompts import check_prompt
 from dspa.data.triples import Text, Triple, load_triples
 from dspa.errors import ModelError, refusal
 from dspa.evaluate.compare.comparison import Comparison
-from dspa.evaluate.compare.measures import MARGIN, Counter, check_counters
+from dspa.evaluate.compare.measures import MARGIN, Counter, check_counters, count
 from dspa.evaluate.compare.methods import BASE, CONTROLS, Method, controls_of, digest_of
 from dspa.evaluate.compare.prompts import encode, spoken, triple_with_prefix
 from dspa.evaluate.compare.runs import FORMAT, Answers, RunStore, TripleScores
@@ -144,7 +144,12 @@ def compare(
     answers: dict[str, list[Answers]] = {}
     scores: dict[str, list[TripleScores]] = {}
     for method, seed in runner.work(everything, seeds, progress):
-        answers.setdefault(method.name, []).append(runner.answers(method, seed))
+        drawn = runner.answers(method, seed)
+        if not answers:
+            # A function that counts nothing is told of now, and not after all runs.
+            for name, counter in counters.items():
+                count(name, counter, spoken(prompts[0]), decode(tokenizer, drawn.ids[0]))
+        answers.setdefault(method.name, []).append(drawn)
         if triples and (method.drawn or seed == seeds[0]):
             scores.setdefault(method.name, []).append(runner.scores(method, seed))
     comparison = Comparison(
@@ -205,6 +210,8 @@ def _check(
         raise refusal(ValueError, "`methods`", f"with the name {doubled[0]!r} twice", "methods of different names")
     if unknown := sorted(set(controls) - set(CONTROLS)):
         raise refusal(ValueError, "`controls`", repr(unknown[0]), ", ".join(CONTROLS))
+    if not isinstance(seeds, Sequence):
+        raise refusal(ValueError, "`seeds`", repr(seeds), "a list of whole numbers", "For 3 seeds write range(3).")
     if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**31 for seed in seeds):
         raise refusal(ValueError, "`seeds`", list(seeds), "one or more different whole numbers from 0 to 2^31 - 1")
     if batch_size < 1:

@@ -99,5 +99,5 @@ def test_triples_by_hand():
 
 
 def test_counters():
-    assert count(re.compile("(?i)hello|hi"), "", "Hello, hi there") == 2
-    assert count(lambda prompt, answer: len(answer) - len(prompt), "abc", "abcde") == 2
+    assert count("greeting", re.compile("(?i)hello|hi"), "", "Hello, hi there") == 2
+    assert count("longer", lambda prompt, answer: len(answer) - len(prompt), "abc", "abcde") == 2
