@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dspa.errors import MapError
+from dspa.schemas import parse_json
 
 METADATA_KEY = "dspa"
 
@@ -98,9 +99,10 @@ def read_header(path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-    except (SafetensorError, ValueError) as error:
+            text = (file.metadata() or {}).get(METADATA_KEY, "{}")
+    except SafetensorError as error:
         raise MapError(f"{path} is damaged ({error}).") from error
+    header = parse_json(text, MapError, f"{path}: its header")
     return header if isinstance(header, dict) else {}
 
 

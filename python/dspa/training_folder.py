@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from dspa.errors import TrainingError, refusal
 from dspa.files import write_atomically
+from dspa.schemas import read_json
 
 RECORD = "training.json"
 PARTIAL = ".partial"
@@ -107,7 +108,7 @@ class TrainingFolder:
     def read(self) -> dict[str, Any]:
         """Return the content of `training.json`."""
         try:
-            record = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
+            record = read_json(self.path / RECORD, ValueError)
             return {**record, "settings": dict(record["settings"])}
         except (ValueError, TypeError, KeyError) as error:
             raise TrainingError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 import warnings
@@ -23,6 +22,7 @@ from dspa.cli.generate import generate
 from dspa.cli.stopping import StoppableCommands
 from dspa.cli.tables import console, print_line, print_table
 from dspa.errors import install_command
+from dspa.schemas import parse_json
 
 HELP = """Steer language models with sparse autoencoders (SAEs). No weight of the model changes.
 
@@ -115,7 +115,9 @@ def info() -> None:
         title="Backends",
         caption="On a CUDA device, auto takes triton, or cuda where it was measured to be faster; elsewhere reference.",
     )
-    gpu_runs: dict[str, list[str]] = json.loads(files("dspa_kernels").joinpath("gpu_runs.json").read_text())
+    gpu_runs: dict[str, list[str]] = parse_json(
+        files("dspa_kernels").joinpath("gpu_runs.json").read_text(), ValueError, "gpu_runs.json"
+    )
     for name, status in available_backends().items():
         places = "; ".join(gpu_runs[name]) or "not yet" if name in gpu_runs else ""
         runs = "yes" if status.available else "no"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import math
 import re
 import warnings
@@ -22,6 +21,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from dspa.errors import refusal
+from dspa.schemas import parse_json
 
 
 @dataclass(frozen=True)
@@ -328,12 +328,10 @@ First = Annotated[int | None, typer.Option(help="Use only the first N triples.",
 
 def _parse_kwargs(text: str) -> dict[str, Any]:
     """Return the JSON object of --chat-template-kwargs."""
-    try:
-        kwargs = json.loads(text)
-    except json.JSONDecodeError as error:
-        kwargs, text = None, f"{text} ({error})"
+    accepted = "a JSON object such as '{\"enable_thinking\": false}'"
+    kwargs = parse_json(text, typer.BadParameter, "the value", accepted)
     if not isinstance(kwargs, dict):
-        raise typer.BadParameter(f"{text} is not a JSON object such as '{{\"enable_thinking\": false}}'.")
+        raise refusal(typer.BadParameter, "the value", text, accepted)
     return kwargs
 
 

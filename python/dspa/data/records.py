@@ -6,7 +6,6 @@ All readers of user files leave it to this module what a file holds.
 from __future__ import annotations
 
 import csv
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Literal, TypeAlias, TypeVar
 
 from dspa.data.lines import BOM, decode, open_text, read_lines, read_text
 from dspa.errors import refusal, require_package
+from dspa.schemas import parse_json
 
 E = TypeVar("E", bound=Exception)
 Layout: TypeAlias = Literal["text", "lines", "list", "csv", "parquet"]
@@ -104,11 +104,7 @@ def _read_list(path: str | Path, kind: type[E]) -> Iterator[tuple[str, object]]:
 
 
 def _parse(name: str, text: str, kind: type[E]) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        got, accepted = f"not JSON ({error}): {text[:60]!r}", "one JSON object per line, or one JSON list"
-        raise refusal(kind, name, got, accepted, "Correct or remove it.") from error
+    return parse_json(text, kind, name, "one JSON object per line, or one JSON list", "Correct or remove it.")
 
 
 def _read_csv(path: str | Path, kind: type[E]) -> Iterator[tuple[str, object]]:

@@ -6,7 +6,6 @@ explicit or an implicit prompt.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from dspa.data.records import ACCEPTED as RECORDS
 from dspa.data.records import read_records
 from dspa.data.templates import check_names
 from dspa.errors import PreferenceError, refusal
+from dspa.schemas import parse_json
 
 Message: TypeAlias = dict[str, Any]
 Text: TypeAlias = str | list[Message]
@@ -156,11 +156,7 @@ def _parse_tools(name: str, tools: Any) -> Any:
     """Return the tools of a row, which may be JSON because Arrow has no type for lists of different schemas."""
     if not isinstance(tools, str):
         return tools
-    try:
-        return json.loads(tools)
-    except ValueError as error:
-        got = f"text that is not JSON ({error})"
-        raise refusal(PreferenceError, f"{name}: `tools`", got, TOOLS, "Correct or remove it.") from error
+    return parse_json(tools, PreferenceError, f"{name}: `tools`", TOOLS, "Correct or remove it.")
 
 
 def _split_off_prompt(name: str, chosen: object, rejected: object, expected: str | None) -> tuple[Text, Text, Text]:

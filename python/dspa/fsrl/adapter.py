@@ -21,6 +21,7 @@ from dspa.models.layers import CausalLM, device_of
 from dspa.models.sources import Source
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_sae, required_layer
+from dspa.schemas import read_json
 from dspa_kernels import fsrl_residual
 
 FORMAT = "dspa.fsrl.1"
@@ -282,7 +283,7 @@ def read_record(path: Path) -> dict[str, Any]:
     if not (path / RECORD).is_file():
         raise AdapterError(f"{path} holds no {RECORD}; accepted: a folder that FSRLAdapter.save wrote.")
     try:
-        record: dict[str, Any] = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        record: dict[str, Any] = read_json(path / RECORD, AdapterError)
         if record["format"] != FORMAT:
             raise AdapterError(f"{path} is of format {record['format']!r}; this version reads {FORMAT!r}.")
         return record | {

@@ -20,6 +20,7 @@ from dspa.maps.cdmap import read_promoted
 from dspa.maps.pieces import DataRecord
 from dspa.maps.shards import FORMAT, NAMES, PARTS, Shard
 from dspa.models.sources import Source
+from dspa.schemas import check, read_json
 
 MANIFEST, DATA, SOURCES, TOKENS = "manifest.json", "data.json", "sources.json", "tokens.json"
 # Settings of folders whose manifest does not name them.
@@ -312,7 +313,5 @@ def _differing(manifest: Path, settings: CollectSettings) -> list[str]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise MapError(f"{path} is not what collect wrote ({error}). Use another folder.") from error
+    advice = "Use another folder."
+    return check(dict[str, Any], read_json(path, MapError, advice), MapError, str(path), advice)

@@ -18,6 +18,7 @@ from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
 
 from dspa.errors import listed, refusal
 from dspa.files import cache_folder, file_sha256, writing_cache
+from dspa.schemas import read_json
 
 # Written last, next to the files of a converted model: what they were made from, and their checksums.
 RECORD = "conversion.json"
@@ -85,7 +86,7 @@ def _header(path: Path) -> GgufHeader:
 def _is_whole(folder: Path, made_from: dict[str, str]) -> bool:
     """Return True if a converted model is in `folder` with the files that were written, and no others."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = read_json(folder / RECORD, ValueError)
         files = {path.name: file_sha256(path) for path in folder.iterdir() if path.name != RECORD}
     except (OSError, ValueError):
         files = record = {}

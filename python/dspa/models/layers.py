@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from dspa.errors import ModelError, refusal
 from dspa.models.attention import check_attention
+from dspa.schemas import read_json
 
 # A PreTrainedModel that generates. Its methods come from a mixin that its type does not show.
 CausalLM: TypeAlias = Any
@@ -120,7 +120,8 @@ def loaded_name(model: nn.Module) -> str:
     if cached := re.search(r"/models--([^/]+)/snapshots/", path.as_posix()):
         return cached[1].replace("--", "/")
     config = path / "config.json"
-    recorded = json.loads(config.read_text(encoding="utf-8")).get("_name_or_path") if config.is_file() else None
+    record = read_json(config, ModelError) if config.is_file() else None
+    recorded = record.get("_name_or_path") if isinstance(record, dict) else None
     return recorded if isinstance(recorded, str) and is_model_name(recorded) else f"./{path.name}"
 
 

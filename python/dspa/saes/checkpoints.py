@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dspa.errors import TrainingError
 from dspa.saes.activations import Position
+from dspa.schemas import read_json
 from dspa.training_folder import History, TrainingFolder
 
 
@@ -39,7 +40,7 @@ def restore_checkpoint(folder: TrainingFolder, trainer: Any) -> tuple[Position |
         # SAELens reads its state with torch.load's default, weights_only.
         trainer.load_trainer_state(newest)
         trainer.sae.load_state_dict(load_file(newest / "sae.safetensors"))
-        stream = json.loads((newest / "stream.json").read_text(encoding="utf-8"))
+        stream = read_json(newest / "stream.json", TrainingError)
         return Position(**stream["position"]), stream["history"]
     # Each of the three formats has its own errors, and torch's would advise to unpickle what is not trusted.
     except Exception as error:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dspa.errors import SAEError, refusal
 from dspa.saes.metadata import CENTERED, LOADED_WITH, is_centered, residual_hook
+from dspa.schemas import read_json
 
 SAE_LENS_CONFIG = "cfg.json"
 SAE_LENS_WEIGHTS = "sae_weights.safetensors"
@@ -337,7 +338,7 @@ def _section(name: str, cfg: Mapping[str, Any], key: str, default: Any = None) -
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    value = _read(file, lambda path: json.loads(path.read_text(encoding="utf-8")))
+    value = _read(file, lambda path: read_json(path, SAEError))
     if not isinstance(value, dict):
         raise refusal(SAEError, str(file), f"a JSON {type(value).__name__}", "a JSON object")
     return value

@@ -14,7 +14,6 @@ or `label`. `modelId` and `layer` are allowed in them.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from dspa.data.records import JSON, ending_of
 from dspa.errors import LabelError, listed, refusal
 from dspa.models.layers import same_model
 from dspa.saes.frozen import FrozenSAE
+from dspa.schemas import is_json, parse_json
 
 Rules: TypeAlias = dict[str, list[re.Pattern[str]]]
 
@@ -155,10 +155,7 @@ def _by(explainer: str | None) -> str:
 def read_rules(path: str | Path) -> Rules:
     """Read rules, in their order; raise `LabelError` for another file or an invalid expression."""
     text, accepted = read_text(path, LabelError), 'a JSON object {"category": ["regular expression", ...]}'
-    try:
-        given = json.loads(text, object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
-        raise LabelError(f"{path} holds no rules ({error}); accepted: {accepted}.") from error
+    given = parse_json(text, LabelError, str(path), accepted)
     if not isinstance(given, dict) or not given:
         raise LabelError(f"{path} holds no rules; accepted: {accepted}.")
     rules: Rules = {}
@@ -187,34 +184,24 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, row
 
 
-def _entries(file: Path) -> list[Any]:
-    text = read_text(file, LabelError)
-    try:
-        given = json.loads(text, object_pairs_hook=_once)
-    except json.JSONDecodeError:
-        return _lines(file)
-    if isinstance(given, dict) and "index" not in given:
-        return [{"index": latent, "category": category} for latent, category in given.items()]
-    return given if isinstance(given, list) else [given]
+def _entries(file: Path) -> Iterator[Any]:
+    for given in _values(file):
+        if isinstance(given, dict) and "index" not in given:
+            yield from ({"index": latent, "category": category} for latent, category in given.items())
+        elif isinstance(given, list):
+            yield from given
+        else:
+            yield given
 
 
-def _lines(path: Path) -> list[Any]:
-    entries = []
-    for name, line in read_lines(path, LabelError):
-        try:
-            entries.append(json.loads(line, object_pairs_hook=_once))
-        except json.JSONDecodeError as error:
-            raise refusal(LabelError, name, f"not JSON ({error})", ACCEPTED) from error
-    return entries
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; raise if a key has two values, of which `json` would keep the last."""
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if values.setdefault(key, value) != value:
-            raise LabelError(f"{key!r} is given twice, as {values[key]!r} and as {value!r}; accepted: one.")
-    return values
+def _values(file: Path) -> Iterator[Any]:
+    """Yield the values of JSON Lines, or the one value of another file."""
+    _, first = next(read_lines(file, LabelError), ("", ""))
+    if is_json(first):
+        for name, line in read_lines(file, LabelError):
+            yield parse_json(line, LabelError, name, ACCEPTED)
+    else:
+        yield parse_json(read_text(file, LabelError), LabelError, str(file), ACCEPTED)
 
 
 def _latent(name: str, index: object) -> int:

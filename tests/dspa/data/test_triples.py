@@ -159,7 +159,7 @@ def test_triples_keep_their_name_or_get_one() -> None:
 @pytest.mark.parametrize(
     ("bad", "problem"),
     [
-        (b'{"prompt": "x", ', "is not JSON (Expecting property name"),
+        (b'{"prompt": "x", ', "is not JSON (EOF while parsing"),
         (b'{"prompt": "\xff"}', "is not UTF-8 ('utf-8' codec can't decode byte 0xff"),
         (b'["x", "y"]', "is of type list; accepted: an object with 'chosen', 'rejected'"),
     ],
@@ -225,7 +225,7 @@ def test_source_of_another_type() -> None:
         ({"prompt": "x", "chosen": "y"}, "is without 'rejected', with only the keys ['chosen', 'prompt']"),
         (TURNS | {"tools": {"name": "f"}}, "`tools` is {'name': 'f'}; accepted: a list of JSON schemas"),
         (TURNS | {"tools": ["f"]}, "`tools` is ['f']; accepted: a list of JSON schemas"),
-        (TURNS | {"tools": "[{"}, "`tools` is text that is not JSON"),
+        (TURNS | {"tools": "[{"}, "`tools` is not JSON"),
         (
             TURNS | {"chat_template_kwargs": '{"polite": true}'},
             "`chat_template_kwargs` is '{\"polite\": true}'; accepted",

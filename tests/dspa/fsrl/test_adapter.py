@@ -396,7 +396,7 @@ def test_damaged_folders_are_refused(sae_out, tmp_path) -> None:
         (folder / "adapter.safetensors").write_bytes(tensors)
 
     (folder / "adapter.json").write_bytes(record[:40])
-    refused(r"adapter\.json is damaged")
+    refused(r"adapter\.json is not JSON")
     (folder / "adapter.json").write_bytes(record.replace(b"dspa.fsrl.1", b"dspa.fsrl.9"))
     refused("is of format 'dspa.fsrl.9'; this version reads 'dspa.fsrl.1'")
     (folder / "adapter.json").write_bytes(record.replace(b"soft_threshold", b"gelu"))

@@ -147,7 +147,7 @@ def test_files_that_cannot_be_used(tmp_path, sae, rules):
         (plain, written(tmp_path / "r3.json", {"a": ["("]}), "'a' has an invalid expression"),
         (plain, written(tmp_path / "r4.json", {"a": [3]}), "'a' has an invalid expression"),
         (plain, written(tmp_path / "r5.json", {"unlabelled": ["x"]}), "not 'unlabelled'"),
-        (plain, tmp_path / "broken.jsonl", "holds no rules"),
+        (plain, tmp_path / "broken.jsonl", "broken.jsonl is not JSON"),
     ):
         with pytest.raises(LabelError, match=message):
             read_labels(path, sae, rules=given)

@@ -27,6 +27,7 @@ from dspa.demo.smollm2 import markers
 from dspa.demo.smollm2.prompts import ASSETS, is_formal, letters, questions, split_tasks
 from dspa.evaluate.generation import continue_prompts, decode, end_tokens
 from dspa.models.layers import CausalLM
+from dspa.schemas import read_json
 
 N_MAP, N_HELD_OUT, N_HELD_OUT_TASKS = 250, 100, 30
 # Batches of prompts without one triple after which styles are taken to be out of the model's reach.
@@ -62,7 +63,7 @@ class Style:
 
 
 def _style(name: str, accepts: Callable[[str], bool]) -> Style:
-    record = json.loads((ASSETS / "styles.json").read_text(encoding="utf-8"))[name]
+    record = read_json(ASSETS / "styles.json", ValueError)[name]
     shown = tuple((question, answer) for question, answer in record["shown"])
     return Style(record["instruction"], shown, accepts, record["max_new_tokens"])
 

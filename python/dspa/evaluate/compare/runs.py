@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dspa.errors import refusal
+from dspa.schemas import parse_json, read_json
 
 FORMAT = "dspa.compare.2"
 PARTIAL = ".partial"
@@ -82,7 +83,7 @@ class RunStore:
             for line in store._partial.read_text(encoding="utf-8").splitlines():
                 # The last line of a run that was killed may be cut.
                 with suppress(ValueError):
-                    store.runs |= json.loads(line)
+                    store.runs |= parse_json(line, ValueError, "a run")
         return store
 
     @property
@@ -109,7 +110,7 @@ class RunStore:
 
 def _finished(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path, ValueError)
         if record["format"] == FORMAT:
             runs: dict[str, dict[str, Any]] = record["runs"]
             return runs
