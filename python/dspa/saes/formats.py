@@ -349,6 +349,8 @@ def _read(file: Path, reader: Callable[[Path], Any]) -> Any:
         raise refusal(SAEError, str(file), "not there", "the file that belongs to the SAE's other file")
     try:
         return reader(file)
+    except SAEError:
+        raise
     # Each of the four formats has its own errors. Whatever they are, the file is the reason.
     except Exception as error:
         raise refusal(

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dspa.demo.smollm2.prompts import ASSETS
+from dspa.schemas import read_json
 
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
@@ -27,7 +28,7 @@ def ship(folder: Path, out: Path) -> None:
     weights = load_file(folder / WEIGHTS)
     half = {name: weight.to(torch.bfloat16) if weight.ndim == 2 else weight for name, weight in weights.items()}
     save_file(half, out / WEIGHTS)
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_json(folder / CONFIG, ValueError)
     config["metadata"]["model_name"] = MODEL_NAME
     (out / CONFIG).write_text(json.dumps(config), encoding="utf-8")
 
