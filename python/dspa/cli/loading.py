@@ -156,7 +156,7 @@ def triple_source(triples: str, split: str, stream: bool) -> Any:
     if not triples.strip():
         raise refusal(ValueError, "TRIPLES", "an empty name", "a file, a folder, or the name of a data set")
     path = Path(triples)
-    if path.is_file() or ending_of(path) in ENDINGS or not (path.is_dir() or "/" in triples):
+    if (path.exists() and not path.is_dir()) or ending_of(path) in ENDINGS or not (path.is_dir() or "/" in triples):
         return path
     require_package("datasets", f"Reading the data set {triples}")
     from datasets import load_dataset, load_from_disk

@@ -9,14 +9,16 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from dspa.errors import refusal
 
 E = TypeVar("E", bound=Exception)
-Stream: TypeAlias = io.BufferedReader | gzip.GzipFile
 
 GZIP = b"\x1f\x8b"
+# A file may unpack to this many times its size, which text does not: gzip can make 1,000 zeros of one byte. Files below
+# SMALL bytes may be as repetitive as they like.
+MOST_EXPANSION, SMALL = 200, 1 << 16
 BOM = "\ufeff"
 # The mark of UTF-16 in little-endian order is also the beginning of that of UTF-32.
 WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
@@ -59,16 +61,15 @@ def read_text(path: str | Path, kind: type[E]) -> str:
 
 
 @contextmanager
-def open_text(path: str | Path, kind: type[E]) -> Iterator[Stream]:
+def open_text(path: str | Path, kind: type[E]) -> Iterator[io.BufferedReader]:
     """Open a file of text for reading its bytes, unpacked where it is gzipped.
 
     Raises:
         E: a path that is not a file, a damaged gzip file, one within another, or UTF-16.
     """
-    if not Path(path).is_file():
-        raise refusal(kind, str(path), "not a file", "a file that exists")
+    check_file(path, kind)
     with open(path, "rb") as file:
-        stream: Stream = gzip.GzipFile(fileobj=file) if file.peek(2).startswith(GZIP) else file
+        stream = _unpacked(file, path, kind) if file.peek(2).startswith(GZIP) else file
         try:
             if stream is not file and stream.peek(2).startswith(GZIP):
                 raise refusal(kind, str(path), "gzipped twice", "packed once", "Unpack it by gunzip.")
@@ -78,6 +79,41 @@ def open_text(path: str | Path, kind: type[E]) -> Iterator[Stream]:
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             got, advice = f"a damaged gzip file ({error})", "Copy or download it again."
             raise refusal(kind, str(path), got, "a whole one", advice) from error
+
+
+def check_file(path: str | Path, kind: type[E]) -> None:
+    """Raise `kind` for a path that is not a file, or is a stream: files are read more than once."""
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        advice = "Write it to a file first, such as by cat."
+        raise refusal(kind, str(path), "a stream, which can be read only once", "a regular file", advice)
+    if not path.is_file():
+        raise refusal(kind, str(path), "not a file", "a file that exists")
+
+
+class _Unpacked(io.RawIOBase):
+    """The content of a gzip file, which is refused where it is far larger than the file."""
+
+    def __init__(self, file: gzip.GzipFile, most: int, error: Exception) -> None:
+        self.file, self.left, self.error = file, most, error
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        n_read = self.file.readinto(buffer)
+        self.left -= n_read
+        if self.left < 0:
+            raise self.error
+        return n_read
+
+
+def _unpacked(file: io.BufferedReader, path: str | Path, kind: type[E]) -> io.BufferedReader:
+    size = Path(path).stat().st_size
+    got = f"a gzip file of {size} bytes that unpacks to more than {MOST_EXPANSION} times as many"
+    error = refusal(kind, str(path), got, "a gzip file of text", "If it is what it should be, unpack it by gunzip.")
+    most = MOST_EXPANSION * max(size, SMALL)
+    return io.BufferedReader(_Unpacked(gzip.GzipFile(fileobj=file), most, error))
 
 
 def decode(name: str, line: bytes, kind: type[E]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from dspa.data.lines import read_lines, split_lines
+from dspa.data.lines import check_file, read_lines, split_lines
 from dspa.data.records import ACCEPTED as RECORDS
 from dspa.data.records import is_plain_text, read_records
 from dspa.data.templates import check_template_kwargs
@@ -61,8 +61,9 @@ T = TypeVar("T", bound=Text)
 
 
 def _read_file(what: str, file: Path, prompt_of: Callable[[str, Mapping[str, Any]], T]) -> list[T | str]:
-    if not file.is_file():
+    if not file.exists():
         raise refusal(ValueError, what, f"{file}, which is not a file", ACCEPTED)
+    check_file(file, ValueError)
     prompts: list[T | str]
     if is_plain_text(file, ValueError):
         prompts = [line for _, line in read_lines(file, ValueError)]

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path, PurePath
 from typing import Literal, TypeAlias, TypeVar
 
-from dspa.data.lines import BOM, decode, open_text, read_lines, read_text
+from dspa.data.lines import BOM, check_file, decode, open_text, read_lines, read_text
 from dspa.errors import refusal, require_package
 from dspa.schemas import parse_json
 
@@ -139,8 +139,7 @@ def _csv_record(name: str, columns: list[str], values: list[str], kind: type[E])
 
 
 def _read_parquet(path: str | Path, kind: type[E]) -> Iterator[tuple[str, object]]:
-    if not Path(path).is_file():
-        raise refusal(kind, str(path), "not a file", "a file that exists")
+    check_file(path, kind)
     require_package("datasets", f"Reading {path}")
     from datasets import Features
     from pyarrow import ArrowException

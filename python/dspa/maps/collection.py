@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import weakref
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from dspa.models.sources import Source
 from dspa.schemas import check, read_json
 
 MANIFEST, DATA, SOURCES, TOKENS = "manifest.json", "data.json", "sources.json", "tokens.json"
+SHARD = re.compile(r"shard-([0-9]{6}|[1-9][0-9]{6,})\.safetensors")
 # Settings of folders whose manifest does not name them.
 EARLIER = {"boundary": "apart"}
 # Settings that a folder records and that may differ when a collection goes on.
@@ -268,11 +270,13 @@ class Collection:
         Raises:
             MapError: the data have not been read to their end, or shards are missing.
         """
-        present = set(self.folder.glob("shard-*.safetensors"))
-        paths = [self.path(piece) for piece in range(self._require_data().n_pieces)]
-        if n_missing := len(set(paths) - present):
-            raise self._incomplete(f"{n_missing} of {len(paths)} shards are missing")
-        return paths
+        n_pieces = self._require_data().n_pieces
+        names = (SHARD.fullmatch(path.name) for path in self.folder.iterdir())
+        # Those that are there, however many a record says.
+        pieces = sorted(piece for piece in (int(name[1]) for name in names if name) if piece < n_pieces)
+        if n_missing := n_pieces - len(pieces):
+            raise self._incomplete(f"{n_missing} of {n_pieces} shards are missing")
+        return [self.path(piece) for piece in pieces]
 
     def shards(self, *names: str) -> Iterator[dict[str, Tensor]]:
         """Yield, for every shard, some of its tensors by their names in the file."""

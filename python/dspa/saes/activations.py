@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dspa.data.texts import TextFile, tokenize_entry
-from dspa.errors import TextError
+from dspa.errors import TextError, refusal
 from dspa.models.layers import base_model, check_finite, device_of
 from dspa.models.reading import read_layers
 from dspa.saes.outliers import typical_rows
@@ -184,11 +184,28 @@ class Activations:
         """Yield the documents of each entry, with the number of the entry after it.
 
         Begins at `entry`, and after the last entry of the file again at `first`, without end.
+
+        Raises:
+            TextError: no entry from `first` on has a token for a row.
         """
         while True:
+            has_rows, whole = False, entry <= first
             for number, content in enumerate(islice(self.texts.entries(), entry, None), start=entry + 1):
-                yield number, tokenize_entry(content, self.tokenizer, self.max_length)
+                documents = tokenize_entry(content, self.tokenizer, self.max_length)
+                has_rows = has_rows or self._n_rows(documents) > 0
+                yield number, documents
+            if whole and not has_rows:
+                raise refusal(
+                    TextError,
+                    f"{self.texts.path}: its text after the {first} held-out entries",
+                    "without a token to train on: all of them are special tokens",
+                    "text that has other tokens",
+                    "Add text, or train on special tokens too: `exclude_special_tokens=False`.",
+                )
             entry = first
+
+    def _n_rows(self, documents: Iterable[list[int]]) -> int:
+        return sum(token not in self.left_out for ids in documents for token in ids)
 
     def _block(self, entries: Iterator[tuple[int, list[list[int]]]], n_tokens: int) -> tuple[list[list[int]], int]:
         """Return the documents of the next entries, enough for `n_tokens` rows, and the number of the entry after."""
@@ -197,7 +214,7 @@ class Activations:
         while n_rows < n_tokens and (entry := next(entries, None)):
             end, documents = entry
             block += documents
-            n_rows += sum(token not in self.left_out for ids in documents for token in ids)
+            n_rows += self._n_rows(documents)
         return block, end
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dspa.data.lines import MOST_EXPANSION, SMALL
 from dspa.errors import SAEError, refusal
 from dspa.saes.metadata import CENTERED, LOADED_WITH, is_centered, residual_hook
 from dspa.schemas import read_json
@@ -246,11 +247,24 @@ def _read_sae_lens(file: Path) -> SourceSAE:
 def _read_gemma_scope(file: Path) -> SourceSAE:
     def arrays(path: Path) -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as data:
-            return {re.sub("^w_", "W_", name): torch.from_numpy(data[name]) for name in data.files}
+            # Names and sizes before contents, which can be far larger than the file.
+            _check_names(str(path), [_renamed(name) for name in data.files], SAE_LENS_TENSORS["jumprelu"])
+            _check_expansion(path, sum(entry.file_size for entry in data.zip.infolist()))
+            return {_renamed(name): torch.from_numpy(data[name]) for name in data.files}
 
     tensors = _read(file, arrays)
-    _check_names(str(file), tensors, SAE_LENS_TENSORS["jumprelu"])
     return SourceSAE(str(file), "jumprelu", tensors, owned=True)
+
+
+def _renamed(name: str) -> str:
+    return re.sub("^w_", "W_", name)
+
+
+def _check_expansion(file: Path, unpacked: int) -> None:
+    size = file.stat().st_size
+    if unpacked > MOST_EXPANSION * max(size, SMALL):
+        got = f"{size} bytes that unpack to {unpacked}"
+        raise refusal(SAEError, str(file), got, f"at most {MOST_EXPANSION} times as many", "Save it by numpy.savez.")
 
 
 def _read_dictionary(file: Path, dict_class: str | None) -> SourceSAE:
@@ -324,7 +338,8 @@ def _check_names(
     file: str, tensors: Collection[str], required: frozenset[str], optional: frozenset[str] = frozenset()
 ) -> None:
     missing = sorted(required - set(tensors))
-    unknown = sorted(set(tensors) - required - optional)
+    twice = [f"{name} twice" for name in sorted(set(tensors)) if list(tensors).count(name) > 1]
+    unknown = sorted(set(tensors) - required - optional) + twice
     if missing or unknown:
         got = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(unknown)}"] * bool(unknown)
         raise SAEError(f"{file} {' and '.join(got)}; accepted: exactly {', '.join(sorted(required))}.")

@@ -509,7 +509,7 @@ def test_damaged_files(tmp_path: Path, write: Callable[[Path], Path], damage: st
 
 def test_damaged_config(tmp_path: Path) -> None:
     (lens_folder(tmp_path) / "cfg.json").write_text("{")
-    with pytest.raises(SAEError, match=r"cfg.json is not readable"):
+    with pytest.raises(SAEError, match=r"cfg.json is not JSON"):
         FrozenSAE.load(tmp_path)
     (tmp_path / "cfg.json").write_text("[]")
     with pytest.raises(SAEError, match=r"cfg.json is a JSON list; accepted: a JSON object"):
@@ -537,7 +537,8 @@ def test_nothing_is_unpickled(tmp_path: Path, name: str) -> None:
     if name == "ae.pt":
         torch.save(dictionary("AutoEncoder") | {"more": Trap()}, tmp_path / name)
     else:
-        np.savez(tmp_path / name, W_enc=np.array([Trap()], dtype=object))
+        names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+        np.savez(tmp_path / name, **dict.fromkeys(names, np.array([Trap()], dtype=object)))
     Trap.sprung = False
     with pytest.raises(SAEError, match=r"not readable .*without pickled objects"):
         FrozenSAE.load(tmp_path)
