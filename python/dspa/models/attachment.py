@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dspa.errors import ModelError, refusal
-from dspa.models.layers import CausalLM, base_model, decoder_layers, hidden_size
+from dspa.models.layers import CausalLM, base_model, check_eval, decoder_layers, hidden_size
 from dspa.models.prompts import Prompts, generate_prompts
 from dspa.models.reading import check_residual, forget_graphs, hidden
 
@@ -119,8 +119,9 @@ class Attachable(ABC):
         Several threads may call the model at the same time, so `_acted` is reset only when no other call runs.
         """
         if self._attachment is not None:
-            # The attention implementation may have been changed since attach().
+            # The attention implementation and the mode may have been changed since attach().
             decoder_layers(self._attachment.model, self._layers)
+            check_eval(self._attachment.model)
         with _COUNTING:
             self._acted = self._acted and self._n_calls > 0
             self._n_calls += 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dspa.errors import ModelError, refusal
+from dspa.errors import ModelError, listed, refusal
 from dspa.models.attention import check_attention
 from dspa.schemas import read_json
 
@@ -18,6 +18,9 @@ from dspa.schemas import read_json
 CausalLM: TypeAlias = Any
 # Llama, Mistral, Gemma, Gemma-2, Gemma-3 text, Qwen-2, Qwen-3; Gemma-3 with images; GPT-2; GPT-NeoX.
 LAYER_PATHS = ("model.layers", "model.language_model.layers", "transformer.h", "gpt_neox.layers")
+# Attributes of modules with the probability or size of what they draw in training mode: attention_dropout, embd_pdrop,
+# rank_dropout, router_jitter_noise.
+DRAWN = re.compile("drop|jitter|noise")
 NOT_FINITE = "Check the model's weights and dtype (fp16 overflows in Gemma models: use bfloat16)."
 
 
@@ -150,10 +153,35 @@ def _spelled_alike(name: str) -> str:
     return re.sub(r"-instruct\b", "-it", name)
 
 
+def in_training(model: nn.Module) -> list[str]:
+    """Return the names of the modules whose training mode changes residuals, "" for the model itself.
+
+    The mode of the model is no evidence of its modules': those that PEFT adds later have their own. A module in
+    training mode that has nothing to draw, as a new linear layer, computes the same.
+    """
+    inner = base_model(model)
+    modules = inner.named_modules()
+    return [name for name, module in modules if module.training and (module is inner or _differs_in_training(module))]
+
+
+def _differs_in_training(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    drawn = [value for name, value in vars(module).items() if DRAWN.search(name)]
+    # PEFT has one value per adapter.
+    numbers = [number for value in drawn for number in (value.values() if isinstance(value, dict) else [value])]
+    return isinstance(module, nn.modules.batchnorm._NormBase | nn.RReLU) or any(
+        isinstance(number, float) and number > 0 for number in numbers
+    )
+
+
 def check_eval(model: CausalLM) -> None:
-    """Raise `ModelError` in training mode, in which dropout changes residuals."""
-    if model.training:
-        raise ModelError("The model is in training mode, where dropout changes residuals: call model.eval() first.")
+    """Raise `ModelError` if the model or a part of it is in training mode, where dropout changes residuals."""
+    if names := in_training(model):
+        part = "" if names[0] == "" else f" in part ({listed(names, 3)})"
+        raise ModelError(
+            f"The model is in training mode{part}, where dropout changes residuals: call model.eval() first."
+        )
 
 
 def check_finite(h: Tensor, layer: int, what: str = "Hidden states") -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from dspa.errors import ModelError, refusal
-from dspa.models.layers import CausalLM, base_model, device_of, find_layers, hidden_size
+from dspa.models.layers import CausalLM, base_model, device_of, find_layers, hidden_size, in_training
 
 # What models call a key/value cache: since transformers 5.24, and before.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -60,7 +60,7 @@ def check_residual(model: nn.Module, layer: int, layers: str | None = None, *, k
         ModelError: the layer does not run, returns no single residual stream, or gets no keywords.
     """
     inner = base_model(model)
-    if inner.training:
+    if in_training(inner):
         return
     token, names = torch.zeros(1, 1, dtype=torch.long, device=device_of(inner.get_input_embeddings())), set[str]()
     handle = find_layers(inner, layers)[layer].register_forward_pre_hook(
