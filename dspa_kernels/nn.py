@@ -23,8 +23,8 @@ class FusedSAE(nn.Module):
     as in SAELens. Sums are in fp32. Not differentiable.
 
     Args:
-        weights: the SAE, for instance `dspa.FrozenSAE.weights`, where everything is folded.
-        b_dec: [d_in] decoder bias, for instance `dspa.FrozenSAE.b_dec`; zeros if None.
+        weights: the SAE, for instance `dspa.FrozenSAE.weights`, where everything is folded. It is copied.
+        b_dec: [d_in] decoder bias, for instance `dspa.FrozenSAE.b_dec`; zeros if None. It is copied.
         capacity: places per row for active latents, by default k of a top-k SAE, else unbounded. A row with more
             active latents becomes NaN as a whole.
         backend: "auto", "reference", "triton" or "cuda".
@@ -64,11 +64,11 @@ class FusedSAE(nn.Module):
         if capacity is not None:
             check_k("capacity", capacity, weights.d_sae)
         for name in ROWS:
-            self.register_buffer(name, getattr(weights, name).detach())
-        self.register_buffer("b_dec", b_dec.detach().to(weights.W_dec.dtype))
+            self.register_buffer(name, getattr(weights, name).detach().clone())
+        self.register_buffer("b_dec", b_dec.detach().to(weights.W_dec.dtype, copy=True))
         self.capacity = capacity or weights.k or None
         self.backend = backend
-        self._weights = weights
+        self._weights = replace(weights, **{name: getattr(self, name) for name in ROWS})
         self._removed: tuple[Tensor, Tensor] | None = None
 
     @property

@@ -24,7 +24,7 @@ DSPA = (
     {"saes"},
     {"training_folder"},
     {"data", "models", "files"},
-    {"config", "distributed", "errors", "intervals", "schemas", "version"},
+    {"config", "distributed", "errors", "intervals", "schemas", "snapshot", "version"},
 )
 KERNELS = (
     {"nn"},

@@ -72,6 +72,11 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def digest_of(content: object) -> str:
+    """Return 16 hexadecimal digits that identify what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write a safetensors file.
 

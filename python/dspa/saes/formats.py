@@ -30,6 +30,8 @@ DICTIONARY_WEIGHTS = "ae.pt"
 DICTIONARY_CONFIG = "config.json"
 # The entry of a SAELens folder's metadata in which `FrozenSAE.save` records what it wrote.
 RECORD = "dspa"
+# The entry of that record which covers the others.
+SEAL = "seal"
 # Figures of quality in a SAELens folder's metadata, and as `Quality` names them.
 FIGURES = {"explained_variance": "explained_variance", "l0": "l0", "num_dead_features": "dead"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dspa.errors import SAEError, refusal, require_package
+from dspa.files import digest_of
 from dspa.models.sources import Source, absolute
 from dspa.saes.autoencoder import Autoencoder
 from dspa.saes.folding import (
@@ -27,8 +29,9 @@ from dspa.saes.folding import (
     ungated,
     weights_digest,
 )
-from dspa.saes.formats import RECORD, SourceSAE, read_sae, sae_lens_source, write_sae_lens
+from dspa.saes.formats import RECORD, SEAL, SourceSAE, read_sae, sae_lens_source, write_sae_lens
 from dspa.saes.metadata import CENTERED, refused_hook, residual_hook, without_model_advice
+from dspa.snapshot import Snapshot
 
 
 class FrozenSAE(Autoencoder):
@@ -50,7 +53,7 @@ class FrozenSAE(Autoencoder):
     - `center_writing_weights`: the SAE was trained on residuals less their mean over d_in, and `h` stands for these.
       That is the residual of a model with LayerNorm that TransformerLens loaded with this setting.
 
-    The tensors are copied, and use does not change them.
+    The tensors are copied, and use does not change them. An SAE whose tensors were changed is refused.
 
     Args:
         arch: "standard", "jumprelu" or "topk".
@@ -132,6 +135,7 @@ class FrozenSAE(Autoencoder):
         self.weights = fold(weights, b_dec, **folds)
         self.b_dec = b_dec.to(weights.encoder_rows.dtype)
         self.loaded_from: str | None = None
+        self._made = Snapshot(**self._tensors())
         self._fingerprint = ""
         self._source: Content | None = content(
             source.arch, weights, b_dec, source.apply_b_dec_to_input, source.rescale_acts_by_decoder_norm
@@ -256,24 +260,37 @@ class FrozenSAE(Autoencoder):
                 )
             )
             if source.record is not None:
-                sae._restore_record(source.record)
+                sae._restore_record(source.record, source.name)
         except ValueError as error:
             raise SAEError(f"{source.name}: {error}") from error
         if gated and sae._source is not None:
             sae.folded = ("gated", *sae.folded)
             # Of the stored tensors: another machine's `exp` may round the folded ones differently.
             tensors = tuple(source.tensors[name] for name in sorted(source.tensors))
-            sae._source = (("gated", *sae._source[0][1:]), tensors)
+            # Now, since they are the file's or the caller's, who may change them.
+            digest = weights_digest((("gated", *sae._source[0][1:]), tensors))
+            sae._fingerprint, sae._source = centered_fingerprint(digest) if sae.centered else digest, None
         return sae
 
-    def _restore_record(self, record: dict[str, Any]) -> None:
-        if record.keys() != {"fingerprint", "weights", "folded"} or record["weights"] != self.fingerprint:
+    def _restore_record(self, record: dict[str, Any], name: str) -> None:
+        """Take the fingerprint of the source SAE, of which the tensors may be a folded or rounded copy."""
+        own, claimed = self.fingerprint, {key: value for key, value in record.items() if key != SEAL}
+        seal = record.get(SEAL)
+        is_whole = claimed.keys() == {"fingerprint", "weights", "folded"} and seal in (None, digest_of(claimed))
+        if not is_whole or record["weights"] != own:
             raise refusal(
                 SAEError,
-                f"the SAE (fingerprint {self.fingerprint})",
+                f"the SAE (fingerprint {own})",
                 f"not the one that was saved ({record})",
                 "what FrozenSAE.save wrote, neither changed nor rounded",
                 f"If the change is intended, remove {RECORD!r} from the metadata, which makes it another SAE.",
+            )
+        if seal is None and record["fingerprint"] != own:
+            warnings.warn(
+                f"{name} says that its SAE is a folded or rounded copy of the one with fingerprint "
+                f"{record['fingerprint']}. An earlier version saved it, and did not make sure that nobody edits that. "
+                "If you are sure that it is, FrozenSAE.load and save it again.",
+                stacklevel=4,
             )
         self._fingerprint, self.folded = str(record["fingerprint"]), tuple(record["folded"])
 
@@ -281,12 +298,18 @@ class FrozenSAE(Autoencoder):
         """Write a SAELens folder at `path`, in the folded form. SAELens itself loads it and encodes the same.
 
         Tensors keep their dtypes. `cfg.json` nevertheless states fp32, or fp64 for an fp64 SAE, because SAELens would
-        round the thresholds to a narrower dtype. The folder records the fingerprint of the source SAE, and one of the
-        written tensors, by which `load` refuses a changed folder.
+        round the thresholds to a narrower dtype. The folder records the fingerprint of the source SAE, one of the
+        written tensors, and a seal of both, by which `load` refuses a folder in which any of them was changed. A seal
+        shows edits. It does not show who sealed.
         """
         tensors = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
         if self.arch == "jumprelu":
             tensors["threshold"] = self.threshold
+        record: dict[str, Any] = {
+            "fingerprint": self.fingerprint,
+            "weights": weights_digest(content(self.arch, self.weights, self.b_dec)),
+            "folded": self.folded,
+        }
         stored = SourceSAE(
             name=str(path),
             arch=self.arch,
@@ -298,11 +321,7 @@ class FrozenSAE(Autoencoder):
             neuronpedia_id=self.neuronpedia_id,
             normalize_activations=self.weights.normalize,
             center_writing_weights=self.centered,
-            record={
-                "fingerprint": self.fingerprint,
-                "weights": weights_digest(content(self.arch, self.weights, self.b_dec)),
-                "folded": self.folded,
-            },
+            record=record | {SEAL: digest_of(record)},
         )
         write_sae_lens(Path(path), stored)
 
@@ -333,7 +352,31 @@ class FrozenSAE(Autoencoder):
             W_dec=self.W_dec.to(device, dtype),
         )
         check_values(new.weights, new.b_dec)
+        new._made = Snapshot(**new._tensors())
         return new
+
+    def _tensors(self) -> dict[str, Tensor]:
+        names = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")
+        return {name: self.weights.encoder_rows if name == "W_enc" else getattr(self, name) for name in names}
+
+    def check_unchanged(self) -> None:
+        """Raise `SAEError` if a tensor was changed in place or replaced, as far as `Snapshot` sees it."""
+        if changed := self._made.changed(**self._tensors()):
+            raise refusal(
+                SAEError,
+                "A tensor of the SAE",
+                f"changed ({', '.join(changed)}) after the SAE was made, so that its fingerprint is of another one",
+                "what the SAE was made with",
+                "Make a new FrozenSAE of the tensors.",
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.check_unchanged()
+        return {name: value for name, value in vars(self).items() if name != "_made"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._made = Snapshot(**self._tensors())
 
     @property
     def fingerprint(self) -> str:
@@ -341,7 +384,11 @@ class FrozenSAE(Autoencoder):
 
         They begin a SHA-256 over architecture, k, normalisation and the values of all tensors before anything was
         folded or converted. It is computed on first use.
+
+        Raises:
+            SAEError: the SAE was changed, as `check_unchanged` sees it.
         """
+        self.check_unchanged()
         if self._source is not None:
             digest = weights_digest(self._source)
             self._fingerprint, self._source = centered_fingerprint(digest) if self.centered else digest, None

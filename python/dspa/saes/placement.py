@@ -46,7 +46,11 @@ def check_sae(name: str, sae: FrozenSAE, model: nn.Module, n_layers: int, model_
 
 
 def check_made_for(name: str, sae: FrozenSAE, model: nn.Module, model_name: str | None) -> None:
-    """Raise `ModelError` unless `sae` has the width of `model` and can read it, and was not made for another one."""
+    """Raise `ModelError` unless `sae` has the width of `model` and can read it, and was not made for another one.
+
+    Raise `SAEError` if `sae` was changed after it was made.
+    """
+    sae.check_unchanged()
     if sae.d_in != hidden_size(model):
         raise ModelError(
             f"`{name}` reads {sae.d_in} dimensions and the model's hidden size is {hidden_size(model)}: it is an SAE "

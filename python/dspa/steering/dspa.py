@@ -246,7 +246,12 @@ class Steering(Attachable, nn.Module):
 
     @contextmanager
     def checked_call(self) -> Iterator[None]:
-        """Raise `ModelError` at the end of a call that was not steered, or met residuals that are not finite."""
+        """Raise `ModelError` at the end of a call that was not steered, or met residuals that are not finite.
+
+        Raise `SAEError` at its beginning if an SAE was changed.
+        """
+        for sae in (self.sae_in, self.sae_out):
+            sae.check_unchanged()
         before = self.paths["not_finite"]
         with super().checked_call():
             yield

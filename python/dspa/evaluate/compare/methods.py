@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -17,7 +15,7 @@ from dspa.baselines.static_sae import static_map
 from dspa.baselines.wrong_layer import at_layer, wrong_layer
 from dspa.config import SteeringConfig
 from dspa.errors import AdapterError, refusal
-from dspa.files import checksum
+from dspa.files import checksum, digest_of
 from dspa.maps.cdmap import TENSORS, ConditionalDifferenceMap
 from dspa.models.attachment import Attachable
 from dspa.models.layers import CausalLM, find_layers
@@ -236,8 +234,3 @@ def controls_of(
         for name, (attachable, settings, drawn) in made.items()
         if name in names
     ]
-
-
-def digest_of(content: object) -> str:
-    """Return 16 hexadecimal digits that identify what JSON can hold."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

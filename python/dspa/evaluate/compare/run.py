@@ -23,12 +23,13 @@ from dspa.data.triples import Text, Triple, load_triples
 from dspa.errors import ModelError, refusal
 from dspa.evaluate.compare.comparison import Comparison
 from dspa.evaluate.compare.measures import MARGIN, Counter, check_counters, count
-from dspa.evaluate.compare.methods import BASE, CONTROLS, Method, controls_of, digest_of
+from dspa.evaluate.compare.methods import BASE, CONTROLS, Method, controls_of
 from dspa.evaluate.compare.prompts import encode, spoken, triple_with_prefix
 from dspa.evaluate.compare.runs import FORMAT, Answers, RunStore, TripleScores
 from dspa.evaluate.generation import check_prompts, continue_prompts, decode, end_tokens, sampling_arguments
 from dspa.evaluate.responses import Response, batches, log_probabilities, padded, responses_of, teacher_forced
 from dspa.evaluate.scores import score_responses
+from dspa.files import digest_of
 from dspa.models.attachment import Attachable, Attachment
 from dspa.models.layers import CausalLM, base_model, check_eval, loaded_name
 from dspa.models.sources import model_digest
