@@ -22,6 +22,7 @@ from dspa.models.sources import Source
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_sae, required_layer
 from dspa.schemas import read_json
+from dspa.snapshot import Snapshot
 from dspa_kernels import fsrl_residual
 
 FORMAT = "dspa.fsrl.1"
@@ -90,14 +91,14 @@ class FSRLAdapter(Attachable, nn.Module):
             self.log_threshold = nn.Parameter(thresholds.log())
         self._moves: Moves | None = None
         self._cast: Tensor | None = None
-        self._cast_version = 0
+        self._cast_of = Snapshot()
 
     def forward(self, h: Tensor) -> Tensor:
         """Return residuals [..., d_in] with their latents moved, in their dtype."""
         steered, l1, l0 = fsrl_residual(
             h.reshape(-1, h.shape[-1]),
             self.sae.weights,
-            self._weights(h.dtype),
+            self._weights(h.dtype, decoding=h.dim() == 1 or h.shape[-2] == 1),
             self.b_a,
             self.thresholds,
             self.config.activation,
@@ -147,7 +148,7 @@ class FSRLAdapter(Attachable, nn.Module):
     @torch.no_grad()
     def steering_vector(self, h: Tensor) -> Tensor:
         """Return v [..., d_sae] of residuals [..., d_in], dense and in fp32, before mask and fraction."""
-        W_a, thresholds = self._weights(h.dtype).float(), self.thresholds
+        W_a, thresholds = self._weights(h.dtype, decoding=False).float(), self.thresholds
         u = nn.functional.linear(h.float(), W_a, self.b_a)
         if thresholds is None:
             return u.relu()
@@ -155,25 +156,47 @@ class FSRLAdapter(Attachable, nn.Module):
             return u.where(u > thresholds, 0)
         return (u - thresholds).relu() - (-u - thresholds).relu()
 
-    def _weights(self, dtype: torch.dtype) -> Tensor:
+    def _weights(self, dtype: torch.dtype, *, decoding: bool) -> Tensor:
         """Return W_a in the dtype of 16-bit residuals, else in fp32.
 
-        Outside training, the 16-bit copy is made once and kept.
+        Converting it costs more than using it for one token. So passes without gradients over one token per row, as
+        those of decoding, read a copy. It is refreshed where `generate()` begins, by passes over more tokens, and where
+        `Snapshot` sees a change.
         """
         if dtype not in (torch.bfloat16, torch.float16):
             return self.W_a
-        if self.training or (torch.is_grad_enabled() and self.W_a.requires_grad):
+        if self.training or torch.is_grad_enabled():
             return self.W_a.to(dtype)
-        stale = self._cast is None or self._cast.dtype != dtype
-        # A compiled graph uses the copy that existed when it was traced.
-        if not torch.compiler.is_compiling():
-            stale = stale or self._cast_version != self.W_a._version
-        if stale:
-            self._cast, self._cast_version = self.W_a.detach().to(dtype), self.W_a._version
-        return self._cast  # type: ignore[return-value]
+        kept = self._cast if self._cast is not None and self._cast.dtype == dtype else None
+        if torch.compiler.is_compiling():
+            return kept if kept is not None and decoding else self.W_a.to(dtype)
+        if kept is None or not decoding or self.W_a.is_inference() or self._cast_of.changed(W_a=self.W_a):
+            return self._refresh_cast(dtype)
+        return kept
+
+    @torch.no_grad()
+    def _refresh_cast(self, dtype: torch.dtype) -> Tensor:
+        """Convert W_a, in place where there is a copy: compiled graphs read that one."""
+        with torch.inference_mode(False):
+            kept = self._cast
+            if kept is None or (kept.dtype, kept.shape) != (dtype, self.W_a.shape) or kept.device != self.W_a.device:
+                kept = self._cast = self.W_a.detach().to(dtype)
+            else:
+                kept.copy_(self.W_a)
+            self._cast_of = Snapshot(W_a=self.W_a)
+        return kept
+
+    @contextmanager
+    def checked_call(self) -> Iterator[None]:
+        """Also raise `SAEError` at the beginning if the SAE was changed, and read all of W_a."""
+        self.sae.check_unchanged()
+        if self._cast is not None:
+            self._refresh_cast(self._cast.dtype)
+        with super().checked_call():
+            yield
 
     def train(self, mode: bool = True) -> FSRLAdapter:
-        """Set training mode, or evaluation mode, in which a 16-bit copy of W_a is kept for 16-bit residuals."""
+        """Set training mode, or evaluation mode, in which a copy of W_a is kept for 16-bit residuals."""
         self._cast = None
         return super().train(mode)
 

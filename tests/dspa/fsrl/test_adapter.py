@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import vector_to_parameters
 from transformers import PreTrainedModel
 
 import dspa
@@ -241,6 +243,135 @@ def test_sixteen_bit_models_see_what_is_trained(sae_out, dtype) -> None:
         adapter.train()
         assert torch.equal(model(ids).logits, first)
     assert {p.dtype for p in adapter.parameters()} == {torch.float32}
+
+
+def assign_data(W_a: Tensor) -> None:
+    W_a.data = 0.5 * W_a
+
+
+def assign_data_twice(W_a: Tensor) -> None:
+    """The second tensor may get the memory that the parameter had before."""
+    W_a.data = torch.zeros_like(W_a)
+    W_a.data = torch.full_like(W_a, 0.3)
+
+
+def write_to_numpy(W_a: Tensor) -> None:
+    array = W_a.detach().numpy()
+    array *= 0.5
+
+
+CHANGES: dict[str, Callable[[Tensor], object]] = {
+    "in place": lambda W_a: W_a.mul_(0.5),
+    "data": assign_data,
+    "data, twice": assign_data_twice,
+    "vector_to_parameters": lambda W_a: vector_to_parameters(0.5 * W_a.flatten(), [W_a]),
+    "data in place": lambda W_a: W_a.data.mul_(0.5),
+    "a NumPy array": write_to_numpy,
+}
+# Those that leave the address and the version of a tensor as they are.
+UNSEEN = ("data in place", "a NumPy array")
+
+
+def fresh(adapter: FSRLAdapter) -> FSRLAdapter:
+    """An adapter of the same parameters that has converted nothing yet."""
+    other = FSRLAdapter(adapter.sae, adapter.config)
+    other.load_state_dict({name: tensor.clone() for name, tensor in adapter.state_dict().items()})
+    return other.requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_pass_sees_every_change_of_the_parameter(sae_out, change) -> None:
+    adapter = make_adapter(sae_out.to(dtype=torch.bfloat16))
+    h = torch.randn(2, 7, D_IN, generator=torch.Generator().manual_seed(5)).bfloat16()
+    with torch.no_grad():
+        before, step = adapter(h), adapter(h[:, :1])
+        CHANGES[change](adapter.W_a)
+        if change not in UNSEEN:
+            assert torch.equal(adapter(h[:, :1]), fresh(adapter)(h[:, :1])), "a pass over one token"
+        after = adapter(h)
+        assert torch.equal(after, fresh(adapter)(h)) and not torch.equal(after, before)
+        assert torch.equal(adapter(h[:, :1]), fresh(adapter)(h[:, :1])) and not torch.equal(adapter(h[:, :1]), step)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("prompt", [PROMPTS[2], PROMPTS[2][:1]], ids=["prompt", "one token"])
+def test_generate_sees_every_change_of_the_parameter(sae_out, prompt, change) -> None:
+    model, adapter = make_model("qwen3").to(torch.bfloat16), make_adapter(sae_out.to(dtype=torch.bfloat16))
+    ids = torch.tensor([prompt])
+
+    def logits() -> Tensor:
+        kept = {"return_dict_in_generate": True, "output_logits": True}
+        return torch.stack(model.generate(ids, max_new_tokens=3, do_sample=False, **kept).logits)
+
+    with torch.no_grad():
+        with adapter.attach(model):
+            before = logits()
+            CHANGES[change](adapter.W_a)
+            after = logits()
+        with fresh(adapter).attach(model):
+            assert torch.equal(after, logits()) and not torch.equal(after, before)
+
+
+def test_another_parameter_in_its_place(sae_out) -> None:
+    adapter = make_adapter(sae_out.to(dtype=torch.bfloat16))
+    step = torch.randn(1, 1, D_IN, generator=torch.Generator().manual_seed(5)).bfloat16()
+    with torch.no_grad():
+        before = adapter(step)
+        adapter.W_a = torch.nn.Parameter(0.5 * adapter.W_a, requires_grad=False)
+        assert torch.equal(adapter(step), fresh(adapter)(step)) and not torch.equal(adapter(step), before)
+
+
+def test_passes_with_gradients_read_the_parameter(sae_out) -> None:
+    adapter = make_adapter(sae_out.to(dtype=torch.bfloat16))
+    step = torch.randn(1, 1, D_IN, generator=torch.Generator().manual_seed(5)).bfloat16()
+    with torch.no_grad():
+        before = adapter(step)
+    adapter.W_a.data.mul_(0.5)
+    assert torch.equal(adapter(step), fresh(adapter)(step)) and not torch.equal(adapter(step), before)
+
+
+def test_an_adapter_made_in_inference_mode(sae_out) -> None:
+    """Its parameters have no version."""
+    step = torch.randn(1, 1, D_IN, generator=torch.Generator().manual_seed(5)).bfloat16()
+    narrow = sae_out.to(dtype=torch.bfloat16)
+    with torch.inference_mode():
+        adapter = make_adapter(narrow)
+        before = adapter(step)
+        adapter.W_a.mul_(0.5)
+        assert torch.equal(adapter(step), fresh(adapter)(step)) and not torch.equal(adapter(step), before)
+    with torch.no_grad():
+        assert torch.equal(adapter(step), fresh(adapter)(step))
+
+
+def test_decoding_converts_nothing(sae_out, monkeypatch) -> None:
+    """W_a is read by the prompt's pass and by nothing after it."""
+    model, adapter = make_model("qwen3").to(torch.bfloat16), make_adapter(sae_out.to(dtype=torch.bfloat16))
+    calls, refresh = [], FSRLAdapter._refresh_cast
+    monkeypatch.setattr(FSRLAdapter, "_refresh_cast", lambda *args: [calls.append(1), refresh(*args)][1])
+    with adapter.attach(model):
+        for _ in range(2):
+            calls.clear()
+            model.generate(**padded(PROMPTS), max_new_tokens=2, do_sample=False)
+            few = len(calls)
+            calls.clear()
+            model.generate(**padded(PROMPTS), max_new_tokens=9, do_sample=False)
+            assert few <= len(calls) == 2
+
+
+def test_a_compiled_step_sees_changes_since_the_last_call(sae_out) -> None:
+    model, adapter = make_model("qwen3").to(torch.bfloat16), make_adapter(sae_out.to(dtype=torch.bfloat16))
+    config = compiled_decoding()
+    torch.compiler.reset()
+    with adapter.attach(model):
+        before = model.generate(**padded(PROMPTS), generation_config=config)
+        with torch.no_grad():
+            adapter.W_a.data.mul_(-3)
+        after = model.generate(**padded(PROMPTS), generation_config=config)
+    torch.compiler.reset()
+    with fresh(adapter).attach(model):
+        expected = model.generate(**padded(PROMPTS), generation_config=config)
+    torch.compiler.reset()
+    assert torch.equal(after, expected) and not torch.equal(after, before)
 
 
 def test_attached_to_the_model_yet_no_part_of_it(model, sae_out) -> None:
