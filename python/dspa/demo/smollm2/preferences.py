@@ -90,7 +90,7 @@ class Preference:
         counted: name of what is counted in an answer; more is preferred.
         count: counts it, by prompt and answer.
         instruction: asks the base model for it.
-        config: a setting of DSPA that suits SAEs of 2048 latents, found on the held-out triples (docs/smollm2.md).
+        config: a setting of DSPA that suits SAEs of 2048 latents (docs/smollm2.md says how it was chosen).
     """
 
     name: str
@@ -117,7 +117,7 @@ WARMTH = Preference(
     "warm words and list lines",
     markers.warm_and_structured,
     "Be warm, and answer in a numbered list.",
-    SteeringConfig(alpha=1.0, k_diff=64),
+    SteeringConfig(alpha=0.5, k_diff=32),
 )
 REGISTER = Preference(
     "register",
@@ -128,7 +128,7 @@ REGISTER = Preference(
     "markers of its register",
     markers.own_register,
     "Answer formal letters formally and casual ones casually.",
-    SteeringConfig(alpha=1.0, k_diff=64),
+    SteeringConfig(alpha=0.5, k_diff=32),
 )
 PREFERENCES = (WARMTH, REGISTER)
 
