@@ -21,7 +21,7 @@ from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.models.layers import CausalLM
 from dspa.saes.frozen import FrozenSAE
 
-# Held-out triples whose prompts are answered; all of them are scored.
+# Held-out triples whose prompts are answered, the last ones, which chose no setting; all triples are scored.
 N_PROMPTS = 20
 MAX_NEW_TOKENS, TEMPERATURE, BATCH_SIZE = 80, 0.7, 20
 
@@ -80,7 +80,7 @@ class World:
             preference: the preference.
             cdmap: its map.
             results: as for `dspa.compare`.
-            n_prompts: number of held-out prompts to answer.
+            n_prompts: number of held-out prompts to answer, from the last one backwards.
             seeds: seeds of sampling.
             progress: show a bar.
         """
@@ -93,7 +93,7 @@ class World:
         return compare(
             self.model,
             self.tokenizer,
-            [triple.prompt for triple in held_out[:n_prompts]],
+            [triple.prompt for triple in held_out[-n_prompts:]],
             [published, best, static, Method.prefixed(preference.instruction, name="instruction")],
             held_out=held_out,
             counters={preference.counted: preference.count},
