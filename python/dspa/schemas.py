@@ -163,8 +163,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object; raise if a name has two values, of which `json` would keep the last."""
     values: dict[str, Any] = {}
     for name, value in pairs:
-        if values.setdefault(name, value) != value:
+        # Not by setdefault: NaN differs from itself.
+        if name in values and values[name] != value:
             raise ValueError(f"{name!r} is given twice, as {values[name]!r} and as {value!r}")
+        values[name] = value
     return values
 
 

@@ -129,6 +129,7 @@ def test_json_is_what_json_says() -> None:
     value = {"a": [1, 2.5, None, True, "ä\n"], "b": {"a": [[]]}, "n": 10**300}
     assert parse_json(json.dumps(value), ValueError, "x") == value
     assert parse_json('{"a": 1, "a": 1}', ValueError, "x") == {"a": 1}
+    assert json.dumps(parse_json('{"a": NaN}', ValueError, "x")) == '{"a": NaN}'
     nested = "[" * 150 + "]" * 150
     assert json.dumps(parse_json(nested, ValueError, "x")) == nested
 
