@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import sys
+import traceback
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
+from io import TextIOWrapper
+from itertools import takewhile
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from dspa.cli import fsrl, sae
@@ -20,7 +22,7 @@ from dspa.cli.compare import compare
 from dspa.cli.demo import demo
 from dspa.cli.generate import generate
 from dspa.cli.stopping import StoppableCommands
-from dspa.cli.tables import console, print_line, print_table
+from dspa.cli.tables import console, print_error, print_line, print_table
 from dspa.errors import install_command
 from dspa.schemas import parse_json
 
@@ -134,21 +136,51 @@ def _version(package: str) -> str:
 
 
 def main() -> None:
-    """Run the command line: an error is one message and exit code 2, and a warning is its text alone."""
-    from safetensors import SafetensorError
+    """Run the command line: an error is one message and exit code 2, a bug is one and 1, a warning is its text alone.
 
+    With `--debug`, errors and bugs show their traceback.
+    """
+    debug = "--debug" in takewhile(lambda word: word.startswith("-"), sys.argv[1:])
+    # Text that the terminal cannot show, such as half of a surrogate pair, is escaped.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     formatted = warnings.formatwarning
-    if "--debug" not in sys.argv:
+    if not debug:
         warnings.formatwarning = _format_warning
     try:
         app(prog_name="dspa")
-    except (ValueError, RuntimeError, OSError, ImportError, SafetensorError) as error:
-        if "--debug" in sys.argv:
+    except Exception as error:
+        if debug:
             raise
-        Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}")
-        raise SystemExit(2) from error
+        text = _expected(error)
+        print_error(_bug(error) if text is None else text)
+        raise SystemExit(1 if text is None else 2) from error
     finally:
         warnings.formatwarning = formatted
+
+
+def _expected(error: Exception) -> str | None:
+    """Return the message of an error that input or the machine can cause, and None for any other."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, RecursionError):
+        return f"A file or an option is nested too deeply to be read ({error})."
+    if isinstance(error, MemoryError):
+        return "There is not enough memory. Use smaller batches or inputs, or a machine with more."
+    if isinstance(error, (ValueError, RuntimeError, OSError, ImportError, OverflowError, SafetensorError)):
+        return str(error) or type(error).__name__
+    return None
+
+
+def _bug(error: Exception) -> str:
+    """Return the message of an error that no input should cause."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f"This is a bug in dspa: {type(error).__name__} in {place.filename}, line {place.lineno}: {error}\n"
+        "Please report it on the project's issue tracker, with what this shows: "
+        f"{shlex.join(('dspa', '--debug', *sys.argv[1:]))}"
+    )
 
 
 def _format_warning(message: Warning | str, *_: Any, **__: Any) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from dspa.cli.loading import load_adapter, load_model
 from dspa.cli.options import (
@@ -224,7 +224,7 @@ def categories(
     title = f"{len(labelled.categories)} of {labelled.d_sae} latents are labelled, {len(measured.ranked)} are moved"
     console.print(column_table(title, rows, ("category", "n_latents", "latents", "active", "mass", "mass_enrichment")))
     style = "bold red" if hand is None else "bold"
-    console.print(f"[{style}]Quality of the labels: {escape(quality)}[/{style}]")
+    console.print(Text(f"Quality of the labels: {quality}", style=style))
     print_line(f"CSV and PNG: {out}")
 
 

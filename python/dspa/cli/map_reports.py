@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from dspa.cli.loading import check_writable, load_pair
@@ -183,9 +182,9 @@ def map_cost(
     setups = PUBLISHED if not any(given) else [_setup(map_path, on, pair)]
     columns = [figures(setup, Tokens(prompt, chosen, rejected), config) for setup in setups]
     title = f"Predicted for triples of {prompt} + {chosen} and {rejected} tokens; nothing was measured"
-    table = Table("", *(escape(setup.model.name) for setup in setups), "what it is", title=title)
+    table = Table("", *(setup.model.name for setup in setups), "what it is", title=title)
     for line in zip(*columns, strict=True):
-        table.add_row(line[0].name, *(figure.value for figure in line), escape(line[0].meaning))
+        table.add_row(line[0].name, *(figure.value for figure in line), line[0].meaning)
     console.print(table)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from dspa.cli.loading import check_model, check_writable, load_model, load_pair
@@ -145,11 +144,11 @@ def _read_meanings(
 
 def _print_contexts(title: str, contexts: Mapping[int, Sequence[Context]]) -> None:
     """Print where latents are strongest, each token within `**`."""
-    table = Table("latent", "value", "context", title=escape(title))
+    table = Table("latent", "value", "context", title=title)
     for latent, strongest in contexts.items():
         for n, context in enumerate(strongest):
             text = f"{context.before}**{context.token}**{context.after}".replace("\n", "\\n")
-            table.add_row("" if n else str(latent), f"{context.value:.4g}", escape(text))
+            table.add_row("" if n else str(latent), f"{context.value:.4g}", text)
         if not strongest:
             table.add_row(str(latent), "", "not active there")
     console.print(table)
@@ -168,7 +167,7 @@ def _print_rows(
             for name, latent in (("sae_in", row.latent), ("sae_out", row.column))
         )
         moved = f"{row.column} {moved} {described.get(row.column, '')}"
-        table.add_row(*map(escape, (str(row.latent), tokens, str(row.n_open), f"{row.value:+.4g}", moved)))
+        table.add_row(str(row.latent), tokens, str(row.n_open), f"{row.value:+.4g}", moved)
     console.print(table)
 
 
@@ -185,5 +184,5 @@ def _print_columns(
             table.add_column(name)
     for column in columns:
         meaning = (texts.get(column.latent, "") for texts in meanings.values() if texts)
-        table.add_row(*map(escape, (str(column.latent), f"{column.total:+.4g}", str(column.n_rows), *meaning)))
+        table.add_row(str(column.latent), f"{column.total:+.4g}", str(column.n_rows), *meaning)
     console.print(table)

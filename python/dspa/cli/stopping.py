@@ -9,9 +9,9 @@ import sys
 from typing import Any, NoReturn
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
+from dspa.cli.tables import errors
 from dspa.distributed import rank
 
 COUNTS = "The counts so far are kept"
@@ -44,7 +44,7 @@ class StoppableCommands(TyperGroup):
         except KeyboardInterrupt as stop:
             if rank() == 0:
                 text = farewell(sys.argv[1:], alone=_is_alone())
-                Console(stderr=True).print(f"\n{text}", markup=False, highlight=False, soft_wrap=True)
+                errors.print(f"\n{text}", highlight=False, soft_wrap=True)
             number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
             raise typer.Exit(128 + number) from stop
         finally:

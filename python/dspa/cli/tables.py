@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
-console = Console()
+# Without markup: text of users and models, such as [red] or :smile:, is printed as it is.
+console = Console(markup=False, emoji=False)
+errors = Console(stderr=True, markup=False, emoji=False)
 
 
 def print_table(title: str, rows: dict[str, Any]) -> None:
@@ -25,15 +27,15 @@ def print_figures(title: str, figures: Sequence[tuple[str, str, str]]) -> None:
 
 def _print_rows(title: str, rows: Sequence[tuple[str, ...]]) -> None:
     """Print rows of text without a header. A long path is broken into lines, and not cut off."""
-    table = Table(*(Column(overflow="fold") for _ in rows[0]), title=escape(title), show_header=False)
+    table = Table(*(Column(overflow="fold") for _ in rows[0]), title=title, show_header=False)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     console.print(table)
 
 
 def print_line(text: str) -> None:
-    """Print a line as it is, without markup and unbroken, so that a path or a command in it can be copied."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print a line as it is and unbroken, so that a path or a command in it can be copied."""
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def print_next(*command: object) -> None:
@@ -43,7 +45,12 @@ def print_next(*command: object) -> None:
 
 def print_warning(text: str) -> None:
     """Print a warning."""
-    console.print(f"[yellow]Warning:[/yellow] {escape(text)}")
+    console.print(Text("Warning:", style="yellow"), text)
+
+
+def print_error(text: str) -> None:
+    """Print an error, unbroken, to standard error."""
+    errors.print(Text("Error:", style="red"), text, highlight=False, soft_wrap=True)
 
 
 def column_table(title: str, rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> Table:
@@ -58,4 +65,4 @@ def cell(value: object) -> str:
     """Format one value for a table."""
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

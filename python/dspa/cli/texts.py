@@ -6,7 +6,6 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -37,7 +36,7 @@ def print_comparison(answer: Answer) -> None:
     steered = Text(answer.text)
     for start, end in answer.edited:
         steered.stylize("bold", start, end)
-    table = Table("base", "steered", title=escape(answer.prompt), caption=MARKED if answer.edited else None)
+    table = Table("base", "steered", title=answer.prompt, caption=MARKED if answer.edited else None)
     table.add_row(Text(answer.base or ""), steered)
     console.print(table)
 

@@ -81,7 +81,7 @@ def measure(
 
 def run(json_path: Path | None = None, *, progress: bool = True) -> list[AdapterOutcome]:
     """Train and measure, print the table, and write all results as JSON."""
-    console, demo = Console(), World()
+    console, demo = Console(markup=False, emoji=False), World()
     console.print(
         "A small language model answers letters in a formal or a casual style. The preferred answer is in the "
         f"register of its letter. Adapters at layer {demo.sae_in.layer} are trained on {N_TRAIN} triples with SimPO, "

@@ -139,7 +139,7 @@ def choose(answered: list[Example]) -> list[Example]:
 
 def run(json_path: Path | None = None, *, assets: Path = ASSETS, progress: bool = True) -> list[MethodOutcome]:
     """Build the map, measure every method, print the table and chosen examples, and write all results as JSON."""
-    console = Console()
+    console = Console(markup=False, emoji=False)
     demo = World(assets)
     console.print(
         "A small language model answers letters in a formal or a casual style. The preferred answer is in the register "

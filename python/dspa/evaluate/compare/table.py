@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from dspa.evaluate.compare.figures import Figures
 from dspa.evaluate.compare.measures import EDITED, MARGIN, OF_TRIPLES, PERPLEXITY, Figure
@@ -35,13 +35,15 @@ class TextTable:
 
     def rich(self) -> Table:
         """Return the table for a terminal."""
-        table = Table(title=escape(self.title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+        table = Table(
+            title=Text(self.title, style="table.title"), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left"
+        )
         for n, column in enumerate(self.columns):
             table.add_column(
-                escape(column), justify="right" if n else "left", overflow="fold", no_wrap=column == "over base"
+                Text(column), justify="right" if n else "left", overflow="fold", no_wrap=column == "over base"
             )
         for row in self.rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*map(Text, row))
         return table
 
     def markdown(self) -> str:
