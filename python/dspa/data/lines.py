@@ -127,6 +127,15 @@ def decode(name: str, line: bytes, kind: type[E]) -> str:
     return text
 
 
+def check_encodable(kind: type[E], what: str, text: str) -> None:
+    """Raise `kind` for text that no tokenizer takes: JSON and the command line can hold half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        got = f"text with a lone surrogate {text[error.start]!r} at character {error.start}"
+        raise refusal(kind, what, got, "text that UTF-8 can encode", "Write the whole character.") from error
+
+
 def _all_lines(label: str, blocks: Iterable[bytes], kind: type[E]) -> Iterator[tuple[str, str]]:
     r"""Yield every line. It ends with \n, \r\n or \r; U+2028 and others that Unicode counts as ends are text."""
     number = 0

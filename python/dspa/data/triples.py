@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+from dspa.data.lines import check_encodable
 from dspa.data.records import ACCEPTED as RECORDS
 from dspa.data.records import read_records
 from dspa.data.templates import check_names
@@ -233,7 +234,7 @@ def check_text(name: str, field_name: str, value: object) -> None:
         accepted = f"text, or a list of {MESSAGES}"
         raise refusal(PreferenceError, f"{name}: `{field_name}`", f"of type {_type_name(value)}", accepted, advice)
     if isinstance(value, str):
-        _check_encodable(f"{name}: `{field_name}`", value)
+        check_encodable(PreferenceError, f"{name}: `{field_name}`", value)
         return
     for number, message in enumerate(value):
         _check_message(name, f"`{field_name}[{number}]`", message)
@@ -250,22 +251,12 @@ def _check_message(name: str, where: str, message: object) -> None:
         if not isinstance(message[key], str):
             got, advice = f"of type {_type_name(message[key])}", "Keep only text, or remove the triple."
             raise refusal(PreferenceError, what, got, MESSAGES, advice)
-        _check_encodable(what, message[key])
+        check_encodable(PreferenceError, what, message[key])
 
 
 def _check_tools(name: str, tools: object) -> None:
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise refusal(PreferenceError, f"{name}: `tools`", repr(tools)[:60], TOOLS, "Convert it.")
-
-
-def _check_encodable(what: str, text: str) -> None:
-    # JSON can escape half of a surrogate pair. Tokenizers then report only that they got no text.
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        got = f"text with a lone surrogate {text[error.start]!r} at character {error.start}"
-        accepted, advice = "text that UTF-8 can encode", "Write the whole character."
-        raise refusal(PreferenceError, what, got, accepted, advice) from error
 
 
 def _check_assistant_first(name: str, field_name: str, response: Text) -> None:
