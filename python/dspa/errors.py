@@ -27,6 +27,10 @@ class TextError(ValueError):
     """A file of text that cannot be used. The message names the line and says what to do."""
 
 
+class ChatTemplateError(ValueError):
+    """A chat template that fails on messages, or does not come to an end with them."""
+
+
 class TrainingError(ValueError):
     """A training that cannot begin or continue."""
 

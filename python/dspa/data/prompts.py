@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from dspa.data.lines import check_file, read_lines, split_lines
+from dspa.data.lines import check_encodable, check_file, read_lines, split_lines
 from dspa.data.records import ACCEPTED as RECORDS
 from dspa.data.records import is_plain_text, read_records
-from dspa.data.templates import check_template_kwargs
+from dspa.data.templates import apply_template, check_template_kwargs
 from dspa.data.triples import Text, check_text, content_of, load_triples
 from dspa.errors import refusal
 
@@ -34,6 +34,7 @@ def read_prompts(prompt: str | None, file: Path | None) -> Iterator[str]:
     if prompt is not None:
         if not prompt.strip():
             raise refusal(ValueError, "--prompt", "empty", "a text", "Steering selects latents from the prompt.")
+        check_encodable(ValueError, "--prompt", prompt)
         return iter([prompt])
     if file is not None:
         return iter(_read_file("--file", file, _text_of))
@@ -146,9 +147,12 @@ def tokenize_prompt(
         chat_template_kwargs: values of the chat template's variables by name.
 
     Raises:
-        ValueError: a tokenizer without a chat template that the prompt needs, or `chat_template_kwargs` without `chat`,
-            or that `check_template_kwargs` refuses.
+        ValueError: text that is not Unicode, a tokenizer without a chat template that the prompt needs, or
+            `chat_template_kwargs` without `chat`, or that `check_template_kwargs` refuses.
+        ChatTemplateError: as for `apply_template`.
     """
+    for text in [prompt] if isinstance(prompt, str) else map(content_of, prompt):
+        check_encodable(ValueError, "A prompt", text)
     if chat and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list):
@@ -158,7 +162,7 @@ def tokenize_prompt(
             raise refusal(ValueError, "A prompt", got, accepted, advice)
         check_template_kwargs(tokenizer, chat_template_kwargs)
         options = dict(chat_template_kwargs or {})
-        encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **options)
+        encoded = apply_template(tokenizer, prompt, add_generation_prompt=True, return_dict=True, **options)
     elif chat_template_kwargs:
         got, accepted = f"{dict(chat_template_kwargs)} for a prompt without the chat template", "none without chat"
         raise refusal(ValueError, "`chat_template_kwargs`", got, accepted, "Put prompts into the template: --chat.")

@@ -1,22 +1,26 @@
-"""Chat templates: the variables they read, the settings that a user passes to them, and the date they write."""
+"""Chat templates: applying them, the variables they read, the settings they are passed, and the date they write."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from inspect import signature
+from pathlib import Path
 from string import ascii_letters
+from types import FrameType
 from typing import Any, cast
 
+import jinja2
 from jinja2 import Environment, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from transformers import PreTrainedTokenizerBase
 
-from dspa.errors import refusal
+from dspa.errors import ChatTemplateError, refusal
 
 # Function by which templates read the clock.
 CLOCK = "strftime_now"
@@ -26,6 +30,60 @@ RESERVED = frozenset(signature(PreTrainedTokenizerBase.apply_chat_template).para
     "raise_exception",
     CLOCK,
 }
+# Steps that a template may take, and characters that it may write, whatever it is given, and per character of that.
+# Published templates take up to 100 steps per message, and those that look at each character take 50 for one.
+STEPS, STEPS_PER_CHARACTER = 10_000_000, 100
+# Compiled templates, and what runs in them.
+TEMPLATE_CODE = ("<template>", str(Path(jinja2.__file__).parent))
+
+
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+    """Return `tokenizer.apply_chat_template(messages, **options)`, with an end to templates that have none.
+
+    Args:
+        tokenizer: a tokenizer that has a chat template.
+        messages: the conversation.
+        options: further arguments of the method.
+
+    Raises:
+        ChatTemplateError: the template refuses the messages or fails, or takes more steps than any published one would.
+    """
+    size = len(str((messages, options)))
+    meter, tracing = _Meter(STEPS + STEPS_PER_CHARACTER * size), sys.gettrace()
+    # Steps are counted by tracing, which works in every thread, and does not depend on how fast a machine is.
+    sys.settrace(meter.trace)
+    try:
+        return tokenizer.apply_chat_template(cast(Any, messages), **options)
+    except _TooManyStepsError as error:
+        raise ChatTemplateError(
+            f"The chat template does not come to an end after {meter.limit:,} steps or characters, on a conversation "
+            f"of {size:,} characters. Do not use the model that brings it, or set tokenizer.chat_template."
+        ) from error
+    # A template that does not expect a message raises what its expressions do.
+    except Exception as error:
+        raise ChatTemplateError(f"The chat template refuses the messages ({error}).") from error
+    finally:
+        sys.settrace(tracing)
+
+
+class _TooManyStepsError(BaseException):
+    """The end of a template, past all handlers of `Exception` in what it calls."""
+
+
+class _Meter:
+    """The count of the lines of Python that a template has run, and of the characters that these have returned."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.steps, self.characters = limit, 0, 0
+
+    def trace(self, frame: FrameType, event: str, result: object) -> Any:
+        """Count an event, and return what traces the lines of its function; see `sys.settrace`."""
+        self.steps += 1
+        if event == "return" and isinstance(result, str):
+            self.characters += len(result)
+        if max(self.steps, self.characters) > self.limit:
+            raise _TooManyStepsError
+        return self.trace if frame.f_code.co_filename.startswith(TEMPLATE_CODE) else None
 
 
 def check_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None) -> None:

@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias, cast
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from dspa.data.templates import unread_names
+from dspa.data.templates import apply_template, unread_names
 from dspa.data.triples import Message, Triple, shared_length
-from dspa.errors import PreferenceError, refusal
+from dspa.errors import ChatTemplateError, PreferenceError, refusal
 
 # Rule of the place where a text's prompt ends. Earlier versions tokenized prompt and response "apart".
 BOUNDARY = "joint"
@@ -158,12 +157,11 @@ def _apply_template(
     """Return the ids of messages of a triple under the chat template, or their text without `tokenize`."""
     options: dict[str, Any] = {"tokenize": tokenize, "add_generation_prompt": add_generation_prompt, **kwargs}
     try:
-        encoded = tokenizer.apply_chat_template(messages, tools=cast(Any, triple.tools), return_dict=True, **options)
-    # A template that does not expect a message raises what its expressions do.
-    except (TemplateError, TypeError) as error:
+        encoded = apply_template(tokenizer, messages, tools=triple.tools, return_dict=True, **options)
+    except ChatTemplateError as error:
         roles = [message["role"] for message in messages]
-        got = f"a conversation of roles {roles}, which the chat template refuses ({error})"
-        advice = "Change the messages or the template, or remove the triple."
+        got = f"a conversation of roles {roles}"
+        advice = f"{error} Change the messages or the template, or remove the triple."
         raise refusal(PreferenceError, triple.name, got, "what the template accepts", advice) from error
     return cast(Mapping[str, object], encoded)["input_ids"] if tokenize else encoded
 

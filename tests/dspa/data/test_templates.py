@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dspa.data import templates
 from dspa.data.prompts import tokenize_prompt
-from dspa.data.templates import at_date, check_template_kwargs, date_of_today, template_variables
+from dspa.data.templates import apply_template, at_date, check_template_kwargs, date_of_today, template_variables
+from dspa.errors import ChatTemplateError
 from dspa.testing import word_tokenizer
 
 from ..support.clock import set_clock
@@ -124,3 +128,56 @@ def test_a_fixed_date_changes_nothing_else(before: str, written: str, monkeypatc
 def test_templates_that_write_no_date() -> None:
     for tokenizer in (tokenizer_of(SETTINGS), word_tokenizer()):
         assert date_of_today(tokenizer) is None and at_date(tokenizer, None) is tokenizer
+
+
+# Templates without an end
+
+RANGE = "range(99999)"
+ENDLESS = {
+    "nested loops": f"{{% for i in {RANGE} %}}{{% for j in {RANGE} %}}{{% endfor %}}{{% endfor %}}",
+    "that write": f"{{% for i in {RANGE} %}}{{% for j in {RANGE} %}}x{{% endfor %}}{{% endfor %}}",
+    "that write much": f"{{% for i in {RANGE} %}}{{{{ messages[0].content * 9999 ~ i }}}}{{% endfor %}}",
+    "a macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+    "filters": f"{{% for i in {RANGE} %}}{{{{ {RANGE} | map('string') | join | length }}}}{{% endfor %}}",
+    "a global": "{{ lipsum(n=10 ** 9) }}",
+    "doubling": "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS)
+def test_a_template_without_an_end(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "STEPS", 100_000)
+    with pytest.raises(ChatTemplateError, match=r"does not come to an end after 1\d\d,\d{3} steps or characters"):
+        tokenize_prompt(tokenizer_of(template), "the cat", chat=True)
+    assert sys.gettrace() is None
+
+
+def test_a_template_without_an_end_in_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "STEPS", 100_000)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ChatTemplateError, match="does not come to an end"):
+        pool.submit(tokenize_prompt, tokenizer_of(ENDLESS["nested loops"]), "the cat", chat=True).result()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3_2", "gptoss", "smolvlm"])
+def test_long_conversations_under_published_templates(name: str) -> None:
+    """The one of SmolVLM looks at each character."""
+    tokenizer = tokenizer_of((PUBLISHED / f"{name}.jinja").read_text())
+    turns = [{"role": role, "content": "the cat is a dog " * 5} for _ in range(100) for role in ("user", "assistant")]
+    assert apply_template(tokenizer, turns, tokenize=False) == tokenizer.apply_chat_template(turns, tokenize=False)
+
+
+@pytest.mark.parametrize("error", ["1 / 0", "messages[9].content", "'a' + 1", "raise_exception('no')", "'%d' % 'a'"])
+def test_a_template_that_fails(error: str) -> None:
+    with pytest.raises(ChatTemplateError, match=r"The chat template refuses the messages \(.+\)\."):
+        tokenize_prompt(tokenizer_of(f"{{{{ {error} }}}}"), "the cat", chat=True)
+
+
+def test_a_debugger_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = list[str]()
+    sys.settrace(lambda _frame, event, _result: events.append(event))
+    try:
+        apply_template(tokenizer_of("a"), [{"role": "user", "content": ""}])
+        tracing = sys.gettrace()
+    finally:
+        sys.settrace(None)
+    assert tracing is not None and events

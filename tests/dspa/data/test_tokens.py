@@ -189,7 +189,7 @@ def test_template_that_refuses_the_conversation() -> None:
         [{"role": "critic", "content": "hello"}], [assistant("blue")], [assistant("green")], name="triple 8"
     )
     with pytest.raises(
-        PreferenceError, match=r"triple 8 is a conversation of roles \['critic'\].*refuses \(no critics\)"
+        PreferenceError, match=r"triple 8 is a conversation of roles \['critic'\].*refuses the messages \(no critics\)"
     ):
         tokenize_triple(triple, make_tokenizer())
 

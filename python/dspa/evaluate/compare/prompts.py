@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from dspa.data.prompts import tokenize_prompt
 from dspa.data.triples import Text, Triple, content_of
-from dspa.errors import refusal
+from dspa.errors import ChatTemplateError, refusal
 
 
 def with_prefix(prompt: Text, prefix: str, *, chat: bool = False) -> Text:
@@ -52,10 +51,10 @@ def encode(
     given = with_prefix(prompt, prefix, chat=chat)
     try:
         return tokenize_prompt(tokenizer, given, chat, chat_template_kwargs)
-    except TemplateError as error:
-        got = f"refused by the chat template ({error}): {spoken(prompt)[:60]!r}"
+    except ChatTemplateError as error:
+        got = repr(spoken(prompt)[:60])
         accepted = "messages that the template accepts" + (", a system message before them" if prefix else "")
-        raise refusal(ValueError, "A prompt", got, accepted) from error
+        raise refusal(ValueError, "A prompt", got, accepted, str(error)) from error
 
 
 def spoken(prompt: Text) -> str:

@@ -38,7 +38,9 @@ def test_tokens():
     bare = ids("the cat run")[1:]
     assert encode(tokenizer, [USER], "", **plain)[-3:] == bare
     assert encode(tokenizer, "the cat", "my", **plain | {"chat": True})[-4:] == ids("my the cat run")[1:]
-    with pytest.raises(ValueError, match=r"refused by the chat template \(no system\): 'the cat'; .* system message"):
+    with pytest.raises(
+        ValueError, match=r"'the cat'; .* a system message before them\. The .* refuses the messages \(no system\)"
+    ):
         encode(tokenizer, "the cat", "my", chat=True, chat_template_kwargs={"refuse": True})
 
 
