@@ -55,11 +55,12 @@ def check_model(options: RecordedModelOptions) -> None:
 
 def load_sae(spec: str, layer: int | None, device: str, layer_option: str = "--layer") -> FrozenSAE:
     """Load an SAE from a path, or from RELEASE:SAE_ID; `layer_option` is what gave the layer."""
+    from dspa.models.places import is_hub_name
     from dspa.saes.frozen import FrozenSAE
 
     release, _, sae_id = spec.partition(":")
     with messages_of_options({"layer": layer_option}):
-        if sae_id and not Path(spec).exists():
+        if sae_id and not Path(spec).exists() and is_hub_name(release):
             return FrozenSAE.from_pretrained(release, sae_id, device=device, layer=layer)
         return FrozenSAE.load(spec, layer=layer, device=device)
 
@@ -155,8 +156,11 @@ def triple_source(triples: str, split: str, stream: bool) -> Any:
     """Return a file of triples, or a data set from the Hub or a folder."""
     if not triples.strip():
         raise refusal(ValueError, "TRIPLES", "an empty name", "a file, a folder, or the name of a data set")
+    from dspa.models.places import is_hub_name
+
     path = Path(triples)
-    if (path.exists() and not path.is_dir()) or ending_of(path) in ENDINGS or not (path.is_dir() or "/" in triples):
+    of_hub = "/" in triples and is_hub_name(triples)
+    if (path.exists() and not path.is_dir()) or ending_of(path) in ENDINGS or not (path.is_dir() or of_hub):
         return path
     require_package("datasets", f"Reading the data set {triples}")
     from datasets import load_dataset, load_from_disk

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from dspa.errors import refusal, require_package
 from dspa.models.layers import is_model_name
@@ -16,6 +18,8 @@ ACCEPTED = "a folder with config.json, a GGUF file, or a name on the Hub"
 # Files by which transformers knows a folder of weights, or of a PEFT adapter.
 WEIGHTS = ("*.safetensors", "*.bin")
 RECORDS = ("config.json", "adapter_config.json")
+# Endings of files, which no name on the Hub has.
+FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".json")
 # One of several files of one model, which transformers does not join.
 PART = re.compile(r"-\d{5}-of-\d{5}$")
 
@@ -63,12 +67,29 @@ def model_place(name: str, option: str = "`model`") -> ModelPlace:
         if path.suffix.lower() != ".gguf":
             raise refusal(ValueError, option, f"{name}, a file of another kind", ACCEPTED)
         return _gguf(path, option)
-    if not is_model_name(name) or path.suffix.lower() == ".gguf":
-        raise refusal(ValueError, option, f"{name}, where there is nothing", ACCEPTED)
+    if not is_hub_name(name):
+        here = "/" in name and path.parent.is_dir() and is_model_name(name)
+        advice = "Start in another folder to load it from the Hub." if here else ""
+        raise refusal(ValueError, option, f"{name}, where there is nothing", ACCEPTED, advice)
     if HF_HUB_OFFLINE and not any(isinstance(try_to_load_from_cache(name, record), str) for record in RECORDS):
         got = f"{name!r}, which is no folder here and not in the cache of the Hub, and HF_HUB_OFFLINE is set"
         raise refusal(ValueError, option, got, ACCEPTED, "Unset HF_HUB_OFFLINE to load it from the Hub.")
     return ModelPlace(name)
+
+
+def is_hub_name(name: str) -> bool:
+    """Return True for a name of the Hub, and False for one that looks like a path, or that the Hub cannot have.
+
+    The file or folder of a path need not exist. "models/gemma" is a path where there is a folder "models".
+    """
+    path = Path(name)
+    if not is_model_name(name) or path.suffix.lower() in FILES or ("/" in name and path.parent.is_dir()):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _in_folder(folder: Path, option: str) -> ModelPlace:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dspa.errors import SAEError, refusal, require_package
 from dspa.files import digest_of
+from dspa.models.places import is_hub_name
 from dspa.models.sources import Source, absolute
 from dspa.saes.autoencoder import Autoencoder
 from dspa.saes.folding import (
@@ -200,8 +201,11 @@ class FrozenSAE(Autoencoder):
 
         Raises:
             RuntimeError: sae-lens is not installed.
-            SAEError: as for `from_sae_lens`.
+            SAEError: a release that looks like a path, and as for `from_sae_lens`.
         """
+        if not is_hub_name(release):
+            accepted = "a release of SAELens' catalogue, or a repository on the Hub"
+            raise refusal(SAEError, "`release`", f"{release!r}, a path", accepted, "Use FrozenSAE.load(path).")
         advice = "Or download the SAE and use FrozenSAE.load(path)."
         require_package("sae-lens", "FrozenSAE.from_pretrained", advice)
         from sae_lens import SAE

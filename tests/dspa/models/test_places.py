@@ -26,10 +26,35 @@ def folder(*names: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["./x", "../x", "/x", "~/x", "x/y/z", "x/", "x.gguf", "x/y.GGUF", "a\\b"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "./x",
+        "../x",
+        "/x",
+        "~/x",
+        "x/y/z",
+        "x/",
+        "x.gguf",
+        "x/y.GGUF",
+        "a\\b",
+        "x/m.bin",
+        "x.json",
+        "a b",
+        "a--b",
+        "[x]",
+    ],
+)
 def test_a_path_where_there_is_nothing(name: str) -> None:
     with pytest.raises(ValueError, match=r"--model is .*, where there is nothing; accepted: a folder with config.json"):
         model_place(name, "--model")
+
+
+def test_a_path_into_a_folder_that_is_here() -> None:
+    folder()
+    with pytest.raises(ValueError, match=r"models/gemma, where there is nothing; .* Start in another folder"):
+        model_place("models/gemma")
+    assert model_place("model/gemma") == ModelPlace("model/gemma")
 
 
 @pytest.mark.parametrize("name", ["", " "])
