@@ -101,7 +101,9 @@ def load_model(options: RecordedModelOptions, recorded: Source | None = None) ->
     from dspa.models.sources import model_digest
 
     def load_named(name: str) -> tuple[Any, Any]:
-        return load.load_model(name, dtype=options.dtype, device=options.device)
+        return load.load_model(
+            name, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
+        )
 
     if options.model is not None:
         return load_named(options.model)

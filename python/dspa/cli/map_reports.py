@@ -203,7 +203,7 @@ def _setup(map_path: Path | None, on: RecordedModelOptions, pair: RecordedSAEPai
     name = on.model or (recorded and recorded.path)
     if not name:
         raise refusal(ValueError, "--model", "not given, nor recorded in a map", "a folder, or a name on the Hub")
-    model = empty_model(name)
+    model = empty_model(name, trust_remote_code=on.trust_remote_code)
     sizes, shares = sizes_of(model, on.dtype, on.layers), shares_prompts(model)
     if cdmap is not None:
         meta = cdmap.meta

@@ -182,6 +182,10 @@ class RecordedModelOptions:
         default=None,
         metadata={"help": "Dotted path of the decoder layers, such as model.layers, for an unknown architecture."},
     )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run Python code that comes with the model, if transformers has none for it. Read it first."},
+    )
 
 
 @dataclass(frozen=True)

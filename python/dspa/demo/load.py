@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from dspa.baselines.static_sae import static_map
 from dspa.config import SteeringConfig
@@ -20,7 +19,7 @@ from dspa.demo import language
 from dspa.demo.train import MODEL_NAME
 from dspa.maps.build import build_map
 from dspa.maps.cdmap import ConditionalDifferenceMap
-from dspa.models.attention import use_same_function
+from dspa.models.load import load_model
 from dspa.saes.frozen import FrozenSAE
 from dspa.steering.dspa import Steering
 
@@ -43,9 +42,8 @@ class World:
 
     def __init__(self, assets: Path = ASSETS) -> None:
         self.triples = assets / "preferences.jsonl"
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(assets / MODEL_NAME)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(assets / MODEL_NAME, dtype=torch.float32).eval()
-        use_same_function(self.model)
+        loaded: tuple[Any, Any] = load_model(assets / MODEL_NAME, dtype="float32", device="cpu")
+        self.model, self.tokenizer = loaded
         self.sae_in = FrozenSAE.load(assets / "sae_in", dtype=torch.float32)
         self.sae_out = FrozenSAE.load(assets / "sae_out", dtype=torch.float32)
         self.held_out: list[Any] = [row for _, row in read_records(assets / "heldout.jsonl", ValueError)]

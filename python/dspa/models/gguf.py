@@ -119,7 +119,11 @@ def _dequantized(path: Path, dtype: str) -> tuple[Any, Any]:
     if "tokenizer.ggml.model" not in read_gguf_metadata(str(path))[0]:
         accepted, advice = "a GGUF file with a tokenizer", "Convert the model again, together with its tokenizer."
         raise refusal(ValueError, "`model`", f"{path}, a GGUF file without a tokenizer", accepted, advice)
-    place: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    place: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(path.parent),
+        "gguf_file": path.name,
+        "trust_remote_code": False,
+    }
     what = f"{path}, which transformers {version('transformers')} cannot convert"
     accepted, advice = "a GGUF file of an architecture that it reads", "Use the folder that the file was made from."
     try:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pickle  # nosec B403: for its error alone
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -111,6 +115,33 @@ def _gguf(path: Path, option: str) -> ModelPlace:
         raise refusal(ValueError, option, f"{path}, one of several parts of a model", "a whole GGUF file", advice)
     require_gguf(f"{path.name}, a GGUF file,")
     return ModelPlace(str(path.parent), path.name)
+
+
+@contextmanager
+def reading_model(place: ModelPlace) -> Iterator[None]:
+    """Turn what transformers raises for the files of a model into `ValueError`, except for `OSError`.
+
+    Raises:
+        ValueError: files that are damaged, that hold more than tensors, or that bring code which may not run.
+    """
+    try:
+        yield
+    except (OSError, ImportError, MemoryError):
+        raise
+    except pickle.UnpicklingError:
+        got, advice = f"{place.path}, whose weights are pickled with other objects", "Convert them to safetensors."
+        # Without torch's own error, which advises to unpickle them.
+        raise refusal(ValueError, "`model`", got, "weights in safetensors, or tensors alone", advice) from None
+    # A damaged file leads to an error of any class, in transformers and in what it reads files with.
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            got = f"{place.path}, which brings Python code of its own"
+            accepted, advice = "a model that transformers knows", "Read that code, then pass `trust_remote_code`."
+        else:
+            got = f"{place.path}, which transformers {version('transformers')} cannot load "
+            got += f"({type(error).__name__}: {error})"
+            accepted, advice = "undamaged files of a causal language model", "Download or save it again."
+        raise refusal(ValueError, "`model`", got, accepted, advice) from error
 
 
 def require_gguf(what: str) -> None:

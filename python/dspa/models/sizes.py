@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from dspa.errors import ModelError, refusal
 from dspa.models.gguf import weights_dtype
 from dspa.models.layers import CausalLM, find_layers
-from dspa.models.places import model_place
+from dspa.models.places import model_place, reading_model
 
 
 @dataclass(frozen=True)
@@ -47,23 +47,26 @@ class ModelSizes:
         return sum(self.layers[: layer + 1])
 
 
-def empty_model(name: str) -> CausalLM:
+def empty_model(name: str, *, trust_remote_code: bool = False) -> CausalLM:
     """Return a model without data, on the device "meta", from its configuration alone.
 
     Args:
         name: a folder, or a name on the Hub.
+        trust_remote_code: run Python code that comes with the model, if transformers has none for it.
 
     Raises:
         OSError: there is no such configuration.
-        ValueError: there is no model, or its configuration is not that of a causal language model.
+        ValueError: there is no model, its configuration is not that of a causal language model, or it brings code that
+            is not trusted.
     """
     place = model_place(name)
-    config = AutoConfig.from_pretrained(place.name, **place.arguments)
+    with reading_model(place):
+        config = AutoConfig.from_pretrained(place.name, trust_remote_code=trust_remote_code, **place.arguments)
     config.name_or_path = place.path
     if place.gguf_file:
         config.dtype = weights_dtype(Path(place.path))
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    with reading_model(place), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def sizes_of(model: CausalLM, dtype: str = "auto", layers: str | None = None) -> ModelSizes:
