@@ -157,6 +157,9 @@ class AdapterTrainer(ABC):
         """Return 0: counting takes a pass over all parameters of the model every time."""
         return 0
 
+    def _send_telemetry(self) -> None:  # noqa: B027
+        """Send nothing. TRL would report the class and the model, unless an environment variable prevents it."""
+
     def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:  # noqa: B027
         """Write nothing, since a checkpoint holds no model."""
 
