@@ -29,7 +29,7 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 # Emulation, or a backend that somebody named, would be measured instead of the kernels.
-unset DSPA_CUDA_EMULATED TRITON_INTERPRET DSPA_BACKEND
+unset DSPA_TESTS_EMULATED_CUDA TRITON_INTERPRET DSPA_BACKEND
 export PYTHONPATH=".:python${PYTHONPATH:+:$PYTHONPATH}"
 
 # `dspa` reads its own version. Where the package is not installed, metadata of a version 0 stands in.

@@ -16,7 +16,7 @@ from torch import Tensor
 FOLDER = Path(__file__).parent
 LIBRARY, RECORD = FOLDER / "libdspa_kernels.so", FOLDER / "cuda_build.json"
 # For tests, a library in which csrc/ runs on the CPU. The CUDA backend then takes CPU tensors if requested by name.
-EMULATED = os.environ.get("DSPA_CUDA_EMULATED", "")
+EMULATED = os.environ.get("DSPA_TESTS_EMULATED_CUDA", "")
 OLDEST_CAPABILITY = 80
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 # Residual rows of a launch at most.
@@ -80,7 +80,7 @@ def library() -> ctypes.CDLL:
     try:
         loaded = ctypes.CDLL(path)
     except OSError as error:
-        advice = "DSPA_CUDA_EMULATED names it." if EMULATED else "Install the package again on this machine."
+        advice = "DSPA_TESTS_EMULATED_CUDA names it." if EMULATED else "Install the package again on this machine."
         raise CudaError(f"{path} cannot be loaded: {error}. {advice}") from error
     if not hasattr(loaded, "dspa_driver_version") or loaded.dspa_steer_arguments_size() != ctypes.sizeof(
         SteerArguments

@@ -22,7 +22,7 @@ COMPILING = {"kernels/test_compiled.py": 0, "csrc/test_compiled.py": 2}
 # have to be chosen before they are imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    os.environ.setdefault("DSPA_CUDA_EMULATED", str(EMULATED / "libdspa_emulated.so"))
+    os.environ.setdefault("DSPA_TESTS_EMULATED_CUDA", str(EMULATED / "libdspa_emulated.so"))
 
 # The readline library exports the size of a terminal to the processes that pytest starts. A console of rich would keep
 # that width from its import on, and tests choose their own.

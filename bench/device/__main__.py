@@ -28,7 +28,7 @@ SLOWER = 4
 # What a rehearsal on a CPU runs: kernels in the interpreter and the emulator, and nothing compiled.
 REHEARSAL = {
     "TRITON_INTERPRET": "1",
-    "DSPA_CUDA_EMULATED": str(ROOT / "build" / "emulated" / "libdspa_emulated.so"),
+    "DSPA_TESTS_EMULATED_CUDA": str(ROOT / "build" / "emulated" / "libdspa_emulated.so"),
     "TORCH_COMPILE_DISABLE": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }

@@ -14,7 +14,7 @@ from bench.device import plan
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.sh"
 # Records how it was called and with which environment, and fails where $FAIL matches.
 STAND_IN = """#!/usr/bin/env bash
-echo "$* [$DSPA_CUDA_EMULATED$TRITON_INTERPRET$DSPA_BACKEND] $PYTHONPATH" >>"$CALLS"
+echo "$* [$DSPA_TESTS_EMULATED_CUDA$TRITON_INTERPRET$DSPA_BACKEND] $PYTHONPATH" >>"$CALLS"
 for folder in ${PYTHONPATH//:/ }; do
     [ -f "$folder/dspa_kernels-0.dist-info/METADATA" ] && echo "metadata" >>"$CALLS"
 done
@@ -37,7 +37,7 @@ class Tree:
         calls = self.root / "calls"
         calls.write_text("")
         environment = {"PATH": os.environ["PATH"], "CALLS": str(calls), "FAIL": fail, "PYTHON": str(self.python)}
-        environment |= {"DSPA_CUDA_EMULATED": "a library", "TRITON_INTERPRET": "1", "DSPA_BACKEND": "reference"}
+        environment |= {"DSPA_TESTS_EMULATED_CUDA": "a library", "TRITON_INTERPRET": "1", "DSPA_BACKEND": "reference"}
         command = ["bash", "../bench/gpu.sh", *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=self.caller, check=False)
         return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines()

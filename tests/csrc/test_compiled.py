@@ -219,7 +219,7 @@ def test_exports_what_the_header_declares_and_nothing_else(library: Path) -> Non
 
 def run_python(library: Path, code: str, **variables: str) -> str:
     """Run a program without a GPU, with the path of the library as its argument; return what it prints."""
-    environment = os.environ | {"DSPA_CUDA_EMULATED": "", "CUDA_VISIBLE_DEVICES": "", **variables}
+    environment = os.environ | {"DSPA_TESTS_EMULATED_CUDA": "", "CUDA_VISIBLE_DEVICES": "", **variables}
     command = [sys.executable, "-c", code, str(library)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import sys
@@ -62,6 +63,7 @@ app.command()(demo)
 app.command()(generate)
 app.command()(compare)
 
+EMULATED = "DSPA_TESTS_EMULATED_CUDA"
 PACKAGES = ("dspa-kernels", "torch", "triton", "transformers", "safetensors", "numpy")
 # Optional packages, and what they are for.
 EXTRAS = {
@@ -145,6 +147,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    # A library that the tests of kernels load in place of the package's own.
+    emulated = os.environ.pop(EMULATED, None)
     formatted = warnings.formatwarning
     if not debug:
         warnings.formatwarning = _format_warning
@@ -158,6 +162,8 @@ def main() -> None:
         raise SystemExit(1 if text is None else 2) from error
     finally:
         warnings.formatwarning = formatted
+        if emulated is not None:
+            os.environ[EMULATED] = emulated
 
 
 def _expected(error: Exception) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +129,31 @@ def test_an_option_that_is_nested_too_deeply(run: Run):
     nested = "[" * (sys.getrecursionlimit() * 100)
     code, printed = run("generate", "--map", "none", "--prompt", "a", "--chat-template-kwargs", nested)
     assert code == 2 and "bug" not in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("command", [["info"], ["sae", "show", "none"]])
+def test_commands_load_no_library_of_the_tests(tmp_path: Path, command: list[str]):
+    environment = os.environ | {"DSPA_TESTS_EMULATED_CUDA": str(tmp_path / "x.so")}
+    words = [sys.executable, "-m", "dspa", *command]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 2) and "x.so" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["d/x", "./x", "x.safetensors", "../x:y", "d/x:y"])
+def test_a_value_that_looks_like_a_path_is_one(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    """Nothing asks the Hub, which would say so in other words."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    monkeypatch.setattr("dspa.models.places.HF_HUB_OFFLINE", False)
+    for asks in ("sae_lens.SAE.from_pretrained", "datasets.load_dataset", "transformers.AutoConfig.from_pretrained"):
+        monkeypatch.setattr(asks, lambda *_, **__: pytest.fail("The Hub was asked."))
+    for command, text in (
+        (["sae", "show", name], "is not there"),
+        (["map", "cost", "--model", name, "--sae-in", "a", "--sae-out", "b"], "where there is nothing"),
+        (["map", "collect", name, "--model", "m", "--sae-in", "a", "--sae-out", "b", "--out", "c"], "does not exist"),
+    ):
+        code, printed = run(*command)
+        assert code == 2 and text in printed and name.removeprefix("./") in printed
 
 
 @pytest.mark.parametrize("option", ["--alpha", "--temperature", "--top-p", "--seed", "--layer-in"])
