@@ -23,7 +23,7 @@ DSPA = (
     {"maps"},
     {"saes"},
     {"training_folder"},
-    {"data", "models", "files"},
+    {"data", "expressions", "models", "files"},
     {"config", "distributed", "errors", "intervals", "schemas", "snapshot", "version"},
 )
 KERNELS = (

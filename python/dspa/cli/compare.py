@@ -225,9 +225,11 @@ def _counter(text: str) -> tuple[str, re.Pattern[str]]:
     name, equals, expression = text.partition("=")
     if not (name.strip() and equals and expression):
         raise refusal(ValueError, "--count", repr(text), "NAME=REGEX, such as 'thanks=(?i)thank'")
+    from dspa.expressions import compile_expression
+
     try:
-        return name.strip(), re.compile(expression)
-    except re.error as error:
+        return name.strip(), compile_expression(expression)
+    except ValueError as error:
         got = f"{expression!r}, which does not compile ({error})"
         raise refusal(ValueError, f"--count {name}", got, "a regular expression of Python's re") from error
 

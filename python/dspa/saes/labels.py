@@ -15,7 +15,7 @@ or `label`. `modelId` and `layer` are allowed in them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -24,6 +24,7 @@ from typing import Any, TypeAlias
 from dspa.data.lines import read_lines, read_text
 from dspa.data.records import JSON, ending_of
 from dspa.errors import LabelError, listed, refusal
+from dspa.expressions import compile_expression, count_matches
 from dspa.models.layers import same_model
 from dspa.saes.frozen import FrozenSAE
 from dspa.schemas import is_json, parse_json
@@ -163,8 +164,8 @@ def read_rules(path: str | Path) -> Rules:
         if category == UNLABELLED or not isinstance(expressions, list) or not expressions:
             raise LabelError(f"{path}: {category!r}: {expressions!r}; accepted: {accepted}, not {UNLABELLED!r}.")
         try:
-            rules[category] = [re.compile(expression, re.IGNORECASE) for expression in expressions]
-        except (re.error, TypeError) as error:
+            rules[category] = [compile_expression(expression, re.IGNORECASE) for expression in expressions]
+        except ValueError as error:
             raise LabelError(f"{path}: {category!r} has an invalid expression ({error}).") from error
     return rules
 
@@ -228,8 +229,14 @@ def _category(name: str, row: Mapping[str, Any], rules: Rules | None) -> str | N
     description = row["description"] or ""
     if not description.strip():
         return None
-    matching = (category for category, patterns in rules.items() if any(p.search(description) for p in patterns))
-    return next(matching, OTHER)
+    try:
+        return next((category for category, patterns in rules.items() if _matches(patterns, description)), OTHER)
+    except ValueError as error:
+        raise LabelError(f"{name}: {error}") from error
+
+
+def _matches(patterns: Iterable[re.Pattern[str]], text: str) -> bool:
+    return any(count_matches(pattern, text, most=1) for pattern in patterns)
 
 
 def _place(given: str, sae: FrozenSAE | LatentSpace) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from dspa.errors import refusal
 from dspa.evaluate.coherence import distinct
 from dspa.evaluate.compare.runs import Answers, TripleScores
+from dspa.expressions import compile_expression, count_matches
 from dspa.intervals import Values, bootstrap
 
 Counter: TypeAlias = re.Pattern[str] | Callable[[str, str], float]
@@ -120,16 +121,18 @@ def check_counters(counters: Mapping[str, Counter]) -> None:
         if not isinstance(counter, re.Pattern) and not callable(counter):
             got, accepted = f"a {type(counter).__name__}", "a compiled regular expression, or a function"
             raise refusal(ValueError, f"The counter {name!r}", got, f"{accepted} of prompt and answer")
+        if isinstance(counter, re.Pattern):
+            compile_expression(counter.pattern, counter.flags)
 
 
 def count(name: str, counter: Counter, prompt: str, answer: str) -> float:
     """Return the matches of a regular expression in an answer, or the value of a function.
 
     Raises:
-        ValueError: a value that is no finite number.
+        ValueError: a value that is no finite number, or a search that takes too long.
     """
     if isinstance(counter, re.Pattern):
-        return float(sum(1 for _ in counter.finditer(answer)))
+        return float(count_matches(counter, answer))
     value = counter(prompt, answer)
     if not isinstance(value, Real) or not math.isfinite(value):
         raise refusal(ValueError, f"The counter {name!r}", f"a function that returned {value!r}", "a finite number")
