@@ -11,7 +11,7 @@ PIP := $(BIN)/pip install $(QUIET)
 PACKAGE := pyproject.toml setup.py
 CSRC := $(wildcard csrc/build.py csrc/*.cu csrc/*.cuh csrc/*.h csrc/device/*)
 
-.PHONY: demo demo-smollm2 test test-triton36 bench lint docs tutorials clean
+.PHONY: demo demo-smollm2 test test-triton36 bench lint audit docs tutorials clean
 # Two pips would write to one .venv.
 .NOTPARALLEL:
 
@@ -41,6 +41,18 @@ lint: .venv/tested
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Known vulnerabilities of the installed packages. It asks PyPI itself, so it is no part of the gate; a package that
+# PyPI does not know, such as a CPU build of torch, is an error.
+audit: .venv/tested build/audit-venv/installed
+	$(BIN)/pip freeze --exclude-editable >build/audited.txt
+	build/audit-venv/bin/pip-audit --strict --no-deps --disable-pip --requirement build/audited.txt
+
+build/audit-venv/installed:
+	@echo "== Installing pip-audit into build/audit-venv"
+	$(PYTHON) -m venv build/audit-venv
+	build/audit-venv/bin/pip install $(QUIET) pip-audit
+	@touch $@
 
 # Into build/site, without torch: the reference is read from the sources. A broken link or anchor is an error.
 docs: build/docs-venv/installed

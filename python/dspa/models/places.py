@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle  # nosec B403: for its error alone
+import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
