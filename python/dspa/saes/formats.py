@@ -176,7 +176,8 @@ def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Ten
     metadata = {**cfg, **_section(name, cfg, "metadata", {})}
     activation = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
     arch = "topk" if activation == "topk" else cfg.get("architecture", "standard")
-    if arch not in SAE_LENS_TENSORS:
+    # A list, because a value that JSON can hold may have no hash.
+    if arch not in list(SAE_LENS_TENSORS):
         raise refusal(
             SAEError,
             f"{name}: the architecture",
@@ -279,7 +280,7 @@ def _read_dictionary(file: Path, dict_class: str | None) -> SourceSAE:
     config = file.with_name(DICTIONARY_CONFIG)
     trainer = _section(str(config), _read_json(config), "trainer") if config.is_file() else {}
     name = _agreed(file, "dict_class", dict_class, trainer.get("dict_class")) or _inferred_class(file, state)
-    if name not in DICT_CLASSES:
+    if name not in list(DICT_CLASSES):
         raise refusal(SAEError, f"{file}: the class", name, ", ".join(DICT_CLASSES))
     kind = DICT_CLASSES[name]
     _check_names(str(file), state, kind.required, kind.optional)

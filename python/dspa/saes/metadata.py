@@ -44,7 +44,7 @@ SAME_RESIDUAL = frozenset(
 )
 
 
-def residual_hook(name: str, hook: str) -> tuple[int, int] | None:
+def residual_hook(name: str, hook: object) -> tuple[int, int] | None:
     """Return the decoder layer whose output an SAE reads, and the number of the layer in the name of its hook.
 
     They differ for the residual before a layer, which is the output of the layer before it. None for a name that shows
@@ -55,8 +55,10 @@ def residual_hook(name: str, hook: str) -> tuple[int, int] | None:
         hook: its place in the model, as the SAE calls it.
 
     Raises:
-        SAEError: a place that is not the output of a decoder layer.
+        SAEError: a place that is not the output of a decoder layer, or not text.
     """
+    if not isinstance(hook, str):
+        raise refused_hook(name, repr(hook), "Correct the name.")
     for pattern, before in RESIDUAL_HOOKS.items():
         if match := re.fullmatch(pattern, hook):
             number = int(match[1])

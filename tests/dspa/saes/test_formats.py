@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -559,3 +560,22 @@ def test_paths_refused(tmp_path: Path) -> None:
     with pytest.raises(SAEError, match=r"a folder with 2 of these.*Name the file"):
         FrozenSAE.load(tmp_path)
     assert FrozenSAE.load(tmp_path / "ae.pt").arch == "standard"
+
+
+@pytest.mark.parametrize("value", [["x"], {"x": 1}, [[]], 3.5, True])
+@pytest.mark.parametrize("key", ["architecture", "hook_name"])
+def test_values_of_other_types(tmp_path: Path, key: str, value: object) -> None:
+    file = lens_folder(tmp_path) / "cfg.json"
+    cfg = json.loads(file.read_text())
+    cfg["metadata"] = {**cfg.get("metadata", {}), key: value}
+    file.write_text(json.dumps(cfg | {key: value}))
+    with pytest.raises(SAEError, match=re.escape(repr(value)[:20])):
+        FrozenSAE.load(tmp_path)
+
+
+@pytest.mark.parametrize("value", [["x"], {"x": 1}])
+@pytest.mark.parametrize("key", ["dict_class", "submodule_name"])
+def test_values_of_other_types_of_dictionary_learning(tmp_path: Path, key: str, value: object) -> None:
+    dictionary_folder(tmp_path, "AutoEncoder", trainer_config("AutoEncoder", **{key: value}))
+    with pytest.raises(SAEError, match=re.escape(repr(value))):
+        FrozenSAE.load(tmp_path)
