@@ -190,6 +190,7 @@ def compare(
         results=json_path,
         layers=on.layers,
         model_name=on.model_name,
+        other_weights=on.other_weights,
     )
     print_results(comparison, show)
     print_line(f"All results: {json_path}")
@@ -243,6 +244,8 @@ def _load(
     backend: str,
 ) -> tuple[Any, Any, dict[str, Pair], dict[Path, FSRLAdapter]]:
     """Load a model, its tokenizer, the SAEs of maps by `_key`, and adapters."""
+    from dspa.models.sources import may_be_one
+
     # The model last: the others are quick to load, and wrong more often.
     device = device_named(on.device)
     check_model(on)
@@ -253,8 +256,11 @@ def _load(
     adapters = {path: load_adapter(path, adapter_sae, device, backend) for path in adapter_paths}
     made_with = [*(cdmap.sources.get("model") for cdmap in maps.values()), *(a.trained_on for a in adapters.values())]
     recorded = [source for source in made_with if source is not None]
-    if on.model is None and len({source.digest for source in recorded}) > 1:
-        raise ValueError("Maps and adapters were made with different models. Pass --model to choose one.")
+    if on.model is None and not may_be_one(source.digest for source in recorded):
+        raise ValueError(
+            "Maps and adapters were made with different models. Pass --model to choose one, and --other-weights to use "
+            "it with all."
+        )
     model, tokenizer = load_model(on, next(iter(recorded), None))
     for adapter in adapters.values():
         adapter.sae = adapter.sae.to(dtype=model.dtype)

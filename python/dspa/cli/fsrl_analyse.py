@@ -118,7 +118,7 @@ def fraction(
 
     held_out = _start(out, triples, data.first)
     model, tokenizer, loaded = _load(on, _adapter(adapter, on.device))
-    with loaded.attach(model, layers=on.layers, model_name=on.model_name):
+    with loaded.attach(model, **on.names):
         curve = fraction_curve(
             model,
             loaded,
@@ -167,7 +167,7 @@ def mask(
     check_latents(latent or [], loaded.sae.d_sae)
     model, tokenizer, loaded = _load(on, loaded)
     responses = _responses(model, tokenizer, held_out, data.max_length, adapter.adapter)
-    with loaded.attach(model, layers=on.layers, model_name=on.model_name):
+    with loaded.attach(model, **on.names):
         effect = mask_effect(
             model,
             loaded,
@@ -254,7 +254,7 @@ def coherence(
     model, tokenizer, loaded = _load(on, _adapter(adapter, on.device))
     kwargs = trained_template(tokenizer, adapter.adapter)[1] if sampling.chat else None
     prompts = [tokenize_prompt(tokenizer, text, sampling.chat, kwargs) for text in texts]
-    with loaded.attach(model, layers=on.layers, model_name=on.model_name):
+    with loaded.attach(model, **on.names):
         measured = compare_texts(
             model,
             tokenizer,

@@ -135,7 +135,7 @@ def generate(
         check_prompts(model, map(encode, prompts), sampling.max_new_tokens)
     with ExitStack() as stack:
         for attachable in attachables:
-            stack.enter_context(attachable.attach(model, layers=on.layers, model_name=on.model_name))
+            stack.enter_context(attachable.attach(model, **on.names))
         write_edits = stack.enter_context(_writing(edits, trace))
         sink = stack.enter_context(out.open("w", encoding="utf-8")) if out else sys.stdout
         total = len(prompts) if isinstance(prompts, list) else None
@@ -204,6 +204,7 @@ def _load(
 ) -> tuple[Any, Any, list[Attachable], Trace | None]:
     """Load a model, its tokenizer and what steers it; also return the trace of DSPA."""
     from dspa.maps.cdmap import ConditionalDifferenceMap
+    from dspa.models.sources import may_be_one
     from dspa.steering.dspa import Steering
 
     # The model last: the others are quick to load, and wrong more often.
@@ -213,8 +214,11 @@ def _load(
     saes = None if cdmap is None else load_pair(pair, device, cdmap)
     adapter = None if adapter_path is None else load_adapter(adapter_path, adapter_sae, device, ops.backend)
     recorded = {cdmap.sources.get("model") if cdmap else None, adapter.trained_on if adapter else None} - {None}
-    if on.model is None and len({source.digest for source in recorded if source}) > 1:
-        raise ValueError("--map and --adapter were made with different models. Pass --model to choose one.")
+    if on.model is None and not may_be_one(source.digest for source in recorded if source):
+        raise ValueError(
+            "--map and --adapter were made with different models. Pass --model to choose one, and --other-weights to "
+            "use it with both."
+        )
     model, tokenizer = load_model(on, next(iter(recorded), None))
     attachables: list[Attachable] = []
     steering = None

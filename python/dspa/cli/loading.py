@@ -100,6 +100,10 @@ def load_model(options: RecordedModelOptions, recorded: Source | None = None) ->
     from dspa.models import load
     from dspa.models.sources import model_digest
 
+    def digest(loaded: tuple[Any, Any]) -> str | None:
+        like = recorded.digest if recorded else ""
+        return like if options.other_weights else model_digest(loaded[0], like)
+
     def load_named(name: str) -> tuple[Any, Any]:
         return load.load_model(
             name, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
@@ -107,7 +111,7 @@ def load_model(options: RecordedModelOptions, recorded: Source | None = None) ->
 
     if options.model is not None:
         return load_named(options.model)
-    return load_recorded("--model", recorded, load_named, lambda loaded: model_digest(loaded[0]))
+    return load_recorded("--model", recorded, load_named, digest)
 
 
 def load_recorded_sae(

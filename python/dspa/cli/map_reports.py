@@ -160,7 +160,7 @@ def _write_draws(reports: Sequence[Stability], path: Path) -> None:
 
 @with_options
 def map_cost(
-    on: Annotated[RecordedModelOptions, Options("Model", without=["device", "model_name"])],
+    on: Annotated[RecordedModelOptions, Options("Model", without=["device", "model_name", "other_weights"])],
     pair: RecordedSAEPair,
     config: Annotated[SteeringConfig, Options("Steering", without=["alpha", "positions", "scoring", "ridge", "delta"])],
     map_path: Annotated[

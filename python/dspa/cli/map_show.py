@@ -124,6 +124,7 @@ def _read_meanings(
     """Put the tokens that latents promote into a map, and return where in `texts` they are strongest."""
     from dspa.data.texts import TextFile
     from dspa.models.layers import check_model_name, loaded_name
+    from dspa.models.sources import check_weights
     from dspa.saes.meanings import top_contexts, top_tokens
 
     file = None if texts is None else TextFile(texts)
@@ -132,6 +133,7 @@ def _read_meanings(
     cdmap.check_saes(*saes.values())
     model, tokenizer = load_model(on, cdmap.sources.get("model"))
     check_model_name("The map was made with", cdmap.meta.model_name, on.model_name or loaded_name(model))
+    check_weights("The map was made with", cdmap.model_digest, model, other_weights=on.other_weights)
     contexts = {}
     for name, latents in listed.items():
         sae = saes[name].to(dtype=model.dtype)

@@ -186,6 +186,18 @@ class RecordedModelOptions:
         default=False,
         metadata={"help": "Run Python code that comes with the model, if transformers has none for it. Read it first."},
     )
+    other_weights: bool = field(
+        default=False,
+        metadata={
+            "help": "Accept a model with other weights than the map or adapter was made with: tuned, merged, quantized "
+            "or in float16."
+        },
+    )
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """Arguments of `attach` that say which model it is."""
+        return {"layers": self.layers, "model_name": self.model_name, "other_weights": self.other_weights}
 
 
 @dataclass(frozen=True)
@@ -309,7 +321,8 @@ class MapOptions:
         check_settings(self.percentile, self.gate_rule, self.k_diff, None, self.count_tokens)
 
 
-OnModel = Annotated[ModelOptions, Options("Model and device")]
+# What is made with a model accepts any weights.
+OnModel = Annotated[ModelOptions, Options("Model and device", without=["other_weights"])]
 OnRecordedModel = Annotated[RecordedModelOptions, Options("Model and device")]
 SAEPair = Annotated[SAEPairOptions, Options("SAEs")]
 RecordedSAEPair = Annotated[RecordedSAEPairOptions, Options("SAEs")]

@@ -60,6 +60,8 @@ class FSRLAdapter(Attachable, nn.Module):
     Attributes:
         mask: [d_sae] bool, True for latents that may be moved; None for all.
         fraction: share of a token's nonzero v_j that is kept, the largest by size.
+        trained_with: digest of the weights of the model that it was trained on, by `dspa.models.sources.model_digest`.
+            Empty if that is not known. It is saved with the adapter.
         trained_on: where the model was loaded from that it was trained on, None if that is not known. It is saved with
             the adapter, and so is where the SAE was loaded from.
 
@@ -77,6 +79,7 @@ class FSRLAdapter(Attachable, nn.Module):
         required_layer(sae)
         self.sae, self.config, self.backend = sae, config, backend
         self.trained_on: Source | None = None
+        self.trained_with = ""
         self._mask: Tensor | None = None
         self._fraction = 1.0
         start = self.config.initial_threshold
@@ -217,6 +220,11 @@ class FSRLAdapter(Attachable, nn.Module):
         """Layer of the SAE."""
         return required_layer(self.sae)
 
+    @property
+    def model_digest(self) -> str:
+        """Digest of the weights that it was trained with, empty if that is not known."""
+        return self.trained_with or (self.trained_on.digest if self.trained_on else "")
+
     def _prepare(self, model: CausalLM, stack: nn.ModuleList, model_name: str | None) -> None:
         check_sae("sae", self.sae, model, len(stack), model_name)
         self.to(device_of(stack[self.layer]))
@@ -259,6 +267,7 @@ class FSRLAdapter(Attachable, nn.Module):
             "config": asdict(self.config),
             "sae": {name: getattr(self.sae, name) for name in ("fingerprint", "layer", "model_name", "d_in", "d_sae")},
             "sources": {name: asdict(source) for name, source in sources.items() if source is not None},
+            "model_digest": self.model_digest,
             "sha256": checksum(tensors),
             "package": version("dspa-kernels"),
         }
@@ -284,7 +293,7 @@ class FSRLAdapter(Attachable, nn.Module):
             names = [name for name, _ in adapter.named_parameters()]
             tensors = read_tensors(Path(path) / TENSORS, names)
             adapter.load_state_dict(tensors)
-            adapter.trained_on = record["sources"].get("model")
+            adapter.trained_on, adapter.trained_with = record["sources"].get("model"), record["model_digest"]
         except OSError as error:
             raise AdapterError(f"{path} cannot be read ({error}).") from error
         except (TypeError, ValueError, RuntimeError) as error:
@@ -314,6 +323,7 @@ def read_record(path: Path) -> dict[str, Any]:
             "sae": dict(record["sae"]),
             # Folders of earlier versions have none.
             "sources": {name: Source(**source) for name, source in record.get("sources", {}).items()},
+            "model_digest": str(record.get("model_digest", "")),
             "sha256": str(record["sha256"]),
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -30,7 +30,7 @@ from dspa.fsrl.gradients import check_gradients, check_output_layer
 from dspa.fsrl.lending import trainable
 from dspa.fsrl.results import HeldOut, held_out
 from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of, loaded_name
-from dspa.models.sources import model_source
+from dspa.models.sources import model_source, recorded_weights
 from dspa.training_folder import RECORD, History, TrainingFolder
 
 
@@ -91,7 +91,8 @@ def train(
     check_eval(inner)
     _check_padding(tokenizer)
     check_template_kwargs(tokenizer, chat_template_kwargs)
-    with adapter.attach(model, layers=layers, model_name=model_name):
+    # The adapter's weights are only a start: on this model they are trained.
+    with adapter.attach(model, layers=layers, model_name=model_name, other_weights=True):
         args = _arguments(inner, config, folder, evaluated=eval_triples is not None)
         progress = progress and args.process_index == 0
         if config.loss == "dpo":
@@ -110,9 +111,10 @@ def train(
             raise refusal(TrainingError, "The number of triples", len(data.rows), accepted, "Lower `batch_size`.")
         settings = _settings(inner, adapter, config, data, held_data, model_name)
         settings |= {"chat_template_kwargs": dict(chat_template_kwargs or {}) or None, "template_date": date}
-        adapter.trained_on = model_source(inner)
+        weights = recorded_weights(inner)
+        adapter.trained_on, adapter.trained_with = model_source(inner), weights.get("model_digest", "")
         with args.main_process_first(local=False):
-            folder.claim(settings, finished=True)
+            folder.claim(settings | weights, finished=True, earlier=weights)
         if not folder.finished:
             history = _fit(inner, tokenizer, adapter, folder, config, args, data, held_data, progress)
             figures = None

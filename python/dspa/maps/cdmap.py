@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ class MapMeta:
         boundary, chat_template_kwargs, template_date: as for `CollectSettings`. The defaults are those of earlier
             versions, which did not record a date.
         attention: as for `CollectSettings`.
+        model_digest: as for `CollectSettings`.
     """
 
     sae_in: str
@@ -69,6 +71,7 @@ class MapMeta:
     chat_template_kwargs: dict[str, Any] | None = None
     template_date: str | None = None
     attention: str = ""
+    model_digest: str = ""
 
 
 def confidence_radius(n_open: Tensor, d_sae_out: int, delta: float) -> Tensor:
@@ -185,6 +188,12 @@ class ConditionalDifferenceMap:
             f"ConditionalDifferenceMap({m.model_name or 'model'}, layer {m.layer_in} [{m.d_sae_in}] -> layer "
             f"{m.layer_out} [{m.d_sae_out}], {len(self.columns)} columns from {m.n_triples} triples)"
         )
+
+    @property
+    def model_digest(self) -> str:
+        """Digest of the model's weights (`dspa.models.sources.model_digest`), empty if the map does not record it."""
+        source = self.sources.get("model")
+        return self.meta.model_digest or (source.digest if source else "")
 
     def to(self, device: torch.device | str) -> ConditionalDifferenceMap:
         """Return the map on `device`, or the map itself where it is there already."""
@@ -357,9 +366,16 @@ class ConditionalDifferenceMap:
             if header["format"] in EARLIER:
                 tensors["gate_latents"] = _partly_open(tensors["n_open"], meta.n_triples)
                 tensors["gates"] = tensors["gates"][tensors["gate_latents"].long()]
-            return cls(**tensors, meta=meta, sources=sources, promoted=read_promoted(header.get("promoted", {})))
+            cdmap = cls(**tensors, meta=meta, sources=sources, promoted=read_promoted(header.get("promoted", {})))
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise MapError(f"{path} is damaged ({error}). Copy it again from where it was made.") from error
+        if "model_digest" not in header["meta"] and not cdmap.model_digest:
+            warnings.warn(
+                f"{path} is of an earlier version and does not record the weights of its model. Whether a model has "
+                f"them is not checked, but for its name, {meta.model_name or 'where there is one'}.",
+                stacklevel=2,
+            )
+        return cdmap
 
 
 TENSORS = ("columns", "values", "n_open", "variance", "gate_latents", "gates", "hot", "hot_counts", "mean")

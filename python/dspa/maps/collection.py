@@ -29,6 +29,8 @@ SHARD = re.compile(r"shard-([0-9]{6}|[1-9][0-9]{6,})\.safetensors")
 EARLIER = {"boundary": "apart"}
 # Settings that a folder records and that may differ when a collection goes on.
 RECORDED = ("attention", "neuronpedia_out")
+# Settings that are not compared where one of both is empty.
+UNKNOWN = ("model_digest",)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class CollectSettings:
         neuronpedia_out: `FrozenSAE.neuronpedia_place` of the output SAE; empty in folders of earlier versions. The
             counts do not depend on it, so it is recorded and not compared.
         format: format of the shards.
+        model_digest: digest of the model's weights, by `dspa.models.sources.model_digest`. Empty in folders of earlier
+            versions and where weights are offloaded. It is then not compared.
         attention: names of the implementations that computed attention, joined by commas; empty in folders of earlier
             versions. Those of one function differ in rounding alone, so this is recorded and not compared.
     """
@@ -69,6 +73,7 @@ class CollectSettings:
     neuronpedia_out: str = ""
     format: str = FORMAT
     attention: str = ""
+    model_digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -312,7 +317,8 @@ class Collection:
 def _differing(manifest: Path, settings: CollectSettings) -> list[str]:
     """Return how a manifest differs from settings, one text per setting."""
     mine, theirs = asdict(settings), EARLIER | _read_json(manifest)
-    differing = [name for name in mine if name not in RECORDED and theirs.get(name) != mine[name]]
+    unknown = [name for name in UNKNOWN if not (mine[name] and theirs.get(name))]
+    differing = [name for name in mine if name not in (*RECORDED, *unknown) and theirs.get(name) != mine[name]]
     return [f"{name}: {theirs.get(name)!r} there, {mine[name]!r} now" for name in differing]
 
 

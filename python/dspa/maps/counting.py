@@ -32,7 +32,7 @@ from dspa.models.layers import (
     device_of,
     loaded_name,
 )
-from dspa.models.sources import Source, model_source
+from dspa.models.sources import Source, model_digest, model_source
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_saes, required_layer
 from dspa_kernels import activation_counts
@@ -106,6 +106,7 @@ class TripleCounter:
             template_date=date_of_today(tokenizer),
             attention=attention_implementation(self.model),
             neuronpedia_out=self.sae_out.neuronpedia_place,
+            model_digest=model_digest(self.model) or "",
         )
 
     def sources(self) -> dict[str, Source]:

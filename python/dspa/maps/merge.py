@@ -34,12 +34,15 @@ def merge(out: str | Path, folders: Sequence[str | Path], *, progress: bool = Tr
     parts = [Collection.open(folder) for folder in folders]
     if Path(out).exists():
         raise refusal(MapError, f"The folder {out}", "there already", "a new folder")
-    for part in parts:
+    for n, part in enumerate(parts):
         part.verify()
-        part.check_settings(parts[0].settings)
+        for other in parts[:n]:
+            part.check_settings(other.settings)
     _check_disjoint(parts)
     attention = join_attention({part.settings.attention for part in parts})
-    settings = dataclasses.replace(parts[0].settings, attention=attention)
+    # Parts of earlier versions do not know theirs.
+    model_digest = next(filter(None, (part.settings.model_digest for part in parts)), "")
+    settings = dataclasses.replace(parts[0].settings, attention=attention, model_digest=model_digest)
     # Under another name until it is complete.
     merged = Collection.start(Path(out).with_name(f"{Path(out).name}.partial"), settings, parts[0].sources)
     try:

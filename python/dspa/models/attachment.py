@@ -23,6 +23,7 @@ from dspa.errors import ModelError, refusal
 from dspa.models.layers import CausalLM, base_model, check_eval, decoder_layers, hidden_size
 from dspa.models.prompts import Prompts, generate_prompts
 from dspa.models.reading import check_residual, forget_graphs, hidden
+from dspa.models.sources import check_weights
 
 ATTRIBUTE = "_dspa_attachment"
 # Held while `Attachable` counts its calls. Not an attribute of it, since a lock cannot be copied.
@@ -46,16 +47,26 @@ class Attachable(ABC):
         self._n_calls = 0
         self._acted = False
 
-    def attach(self: A, model: nn.Module, *, layers: str | None = None, model_name: str | None = None) -> A:
+    def attach(
+        self: A,
+        model: nn.Module,
+        *,
+        layers: str | None = None,
+        model_name: str | None = None,
+        other_weights: bool = False,
+    ) -> A:
         """Act on `model` until `detach()`, or until the end of a `with` block.
 
         Args:
             model: a transformers causal language model, or one in a PEFT wrapper.
             layers: dotted path of its list of decoder layers, for an unknown architecture.
             model_name: name of the model, if its own name or path does not give it.
+            other_weights: accept a model whose weights are not those that this was made with: tuned, merged, quantized
+                or in float16. What `dspa.models.sources.model_digest` sees is compared, where it is recorded.
 
         Raises:
             ModelError: this is attached already, or another of its kind is attached to the same layer.
+            ModelError: a model of other weights.
             ModelError: a model of an unknown architecture, or one that this does not fit.
         """
         inner, kind = base_model(model), type(self).__name__
@@ -65,6 +76,7 @@ class Attachable(ABC):
         stack, attachment = decoder_layers(inner, layers), Attachment.of(inner)
         if any(isinstance(other, type(self)) and other.layer == self.layer for other in attachment.attached):
             raise ModelError(f"Layer {self.layer} of this model has another {kind}: dspa.detach(model) first.")
+        check_weights(f"The {kind} was made with", self.model_digest, inner, other_weights=other_weights)
         self._prepare(inner, stack, model_name)
         check_residual(inner, self.layer, layers, keywords=bool(self.keywords))
         self._width = hidden_size(inner)
@@ -156,6 +168,11 @@ class Attachable(ABC):
             h: residual at the output of the layer [B, T, d_in].
             kwargs: keywords that the layer was called with.
         """
+
+    @property
+    def model_digest(self) -> str:
+        """Digest of the weights that this was made with (`sources.model_digest`), empty if unknown."""
+        return ""
 
     @property
     def keywords(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from dspa.data.templates import at_date, date_of_today
 from dspa.data.texts import TextFile
 from dspa.errors import ModelError, TrainingError, refusal, require_package
 from dspa.models.layers import base_model, check_eval, context_length, decoder_layers, is_model_name, loaded_name
+from dspa.models.sources import recorded_weights
 from dspa.saes.activations import Activations
 from dspa.saes.config import SAETrainingConfig
 from dspa.saes.fitting import Job, check_k, fit
@@ -261,7 +262,7 @@ def _train(
     unfinished = [sae for sae in saes if not sae.folder.finished]
     file = texts if isinstance(texts, TextFile) else TextFile(texts)
     max_length = min(given.max_length, context_length(inner) or given.max_length)
-    date = date_of_today(tokenizer)
+    date, weights = date_of_today(tokenizer), recorded_weights(inner)
     configs = [replace(given, max_length=max_length).resolved(sae.d_sae, new=sae.start is None) for sae in saes]
     for sae, resolved in zip(saes, configs, strict=True):
         sae.folder.path.parent.mkdir(exist_ok=True)
@@ -276,7 +277,9 @@ def _train(
             "data": file.digest,
             "template_date": date,
         }
-        sae.folder.claim({**settings, **asdict(resolved)}, finished=sae not in unfinished, earlier=EARLIER)
+        sae.folder.claim(
+            {**settings, **weights, **asdict(resolved)}, finished=sae not in unfinished, earlier=EARLIER | weights
+        )
     activations = Activations(
         inner,
         at_date(tokenizer, date),

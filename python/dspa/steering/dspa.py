@@ -189,6 +189,11 @@ class Steering(Attachable, nn.Module):
         """Layer of the output SAE."""
         return required_layer(self.sae_out)
 
+    @property
+    def model_digest(self) -> str:
+        """Digest of the weights that the map was made with, empty if it does not record them."""
+        return self.cdmap.model_digest
+
     def _prepare(self, model: CausalLM, stack: nn.ModuleList, model_name: str | None) -> None:
         check_saes(self.sae_in, self.sae_out, model, len(stack), model_name)
         check_model_name("The map was made with", self.cdmap.meta.model_name, model_name or loaded_name(model))

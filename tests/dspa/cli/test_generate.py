@@ -144,8 +144,11 @@ def test_a_map_and_an_adapter_of_different_models(run, folder, tmp_path):
     cdmap.save(tmp_path / "map")
     code, _, err = run("--adapter", folder / "adapter", "--map", tmp_path / "map", "--prompt", "the cat")
     assert code == 2 and "different models. Pass --model" in err
-    given = ["--model", folder / "tiny"]
-    assert run("--adapter", folder / "adapter", "--map", tmp_path / "map", "--prompt", "the cat", *given)[0] == 0
+    given = ["--model", folder / "tiny", "--prompt", "the cat"]
+    code, _, err = run("--adapter", folder / "adapter", "--map", tmp_path / "map", *given)
+    assert code == 2 and "The Steering was made with other weights than this model's" in err
+    assert "If you mean to use this one, pass --other-weights" in err
+    assert run("--adapter", folder / "adapter", "--map", tmp_path / "map", *given, "--other-weights")[0] == 0
 
 
 def test_other_values_for_the_chat_template_than_the_map_was_made_with(run, folder, tmp_path):

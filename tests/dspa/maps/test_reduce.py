@@ -242,6 +242,7 @@ def test_meta_says_how_it_was_made() -> None:
         "template_date": None,
         "attention": "",
         "neuronpedia_out": "",
+        "model_digest": "",
         # Latent 0 is never active.
         "n_inactive": 1,
         "n_zero_percentile": int((np.percentile(data[0], 80.0, axis=0) == 0).sum()),

@@ -61,6 +61,7 @@ def compare(
     progress: bool = True,
     layers: str | None = None,
     model_name: str | None = None,
+    other_weights: bool = False,
 ) -> Comparison:
     """Compare methods on the same prompts, seeds and held-out triples, with the base model and with controls.
 
@@ -92,6 +93,7 @@ def compare(
         progress: show a bar.
         layers: dotted path of the decoder layers, for an unknown architecture.
         model_name: name of the model, if its own name or path does not give it.
+        other_weights: accept maps and adapters that were made with other weights than the model's.
 
     Raises:
         ModelError: a method that does not fit the model, a model in training mode, or one with something attached.
@@ -132,6 +134,7 @@ def compare(
         settings,
         layers,
         model_name,
+        other_weights,
         batch_tokens,
         RunStore.open(None if results is None else Path(results)),
     )
@@ -237,6 +240,7 @@ class _Runner:
     settings: dict[str, Any]
     layers: str | None
     model_name: str | None
+    other_weights: bool
     batch_tokens: int
     store: RunStore
     bar: Any = None
@@ -291,7 +295,8 @@ class _Runner:
         if method.attachable is None:
             yield None
             return
-        with method.attachable(seed).attach(self.model, layers=self.layers, model_name=self.model_name) as attachable:
+        names: dict[str, Any] = {"layers": self.layers, "model_name": self.model_name}
+        with method.attachable(seed).attach(self.model, **names, other_weights=self.other_weights) as attachable:
             yield attachable
 
     def work(self, methods: Sequence[Method], seeds: Sequence[int], progress: bool) -> Iterator[tuple[Method, int]]:
