@@ -111,23 +111,24 @@ def read_header(path: Path) -> dict[str, Any]:
     return header if isinstance(header, dict) else {}
 
 
-def read_tensors(path: Path, names: Sequence[str], *, check: bool = True) -> dict[str, Tensor]:
-    """Return tensors of a file by name.
+def read_tensors(path: Path, names: Sequence[str], header: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """Return tensors of a file by name. They are copies, which stay what they are whatever happens to the file.
 
     Args:
         path: file to read.
-        names: tensors to read; with `check`, all of them in the order in which they were written.
-        check: compare the tensors with the checksum in the header.
+        names: tensors to read; with `header`, all of them in the order in which they were written.
+        header: what `read_header` returned, whose checksum is compared with that of the copies.
 
     Raises:
         MapError: the file is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in names}
+            # The file is mapped: a view of it would change with it.
+            tensors = {name: file.get_tensor(name).clone() for name in names}
     except SafetensorError as error:
         raise MapError(f"{path} is damaged ({error}).") from error
-    if check and read_header(path).get("sha256") != checksum(tensors):
+    if header is not None and header.get("sha256") != checksum(tensors):
         raise MapError(f"{path} is damaged (its tensors are not those that were written).")
     return tensors
 

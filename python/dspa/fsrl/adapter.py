@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dspa.errors import AdapterError, refusal
-from dspa.files import checksum, read_tensors, write_atomically, write_tensors
+from dspa.files import checksum, read_header, read_tensors, write_atomically, write_tensors
 from dspa.fsrl.config import FSRLConfig
 from dspa.models.attachment import Attachable
 from dspa.models.layers import CausalLM, device_of
@@ -291,7 +291,8 @@ class FSRLAdapter(Attachable, nn.Module):
                 raise AdapterError(f"`config` has no {', '.join(missing)}")
             adapter = cls(sae, FSRLConfig(**record["config"]), backend=backend)
             names = [name for name, _ in adapter.named_parameters()]
-            tensors = read_tensors(Path(path) / TENSORS, names)
+            file = Path(path) / TENSORS
+            tensors = read_tensors(file, names, read_header(file))
             adapter.load_state_dict(tensors)
             adapter.trained_on, adapter.trained_with = record["sources"].get("model"), record["model_digest"]
         except OSError as error:

@@ -359,7 +359,7 @@ class ConditionalDifferenceMap:
         names = FORMATS.get(header.get("format", ""))
         if names is None:
             raise MapError(f"{path} is not a map of format {FORMAT} (it says {header.get('format')!r}).")
-        tensors = read_tensors(path, names)
+        tensors = read_tensors(path, names, header)
         try:
             meta = MapMeta(**header["meta"])
             sources = {name: Source(**source) for name, source in header.get("sources", {}).items()}

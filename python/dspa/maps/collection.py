@@ -265,7 +265,7 @@ class Collection:
     def read(self, path: Path) -> Shard:
         """Return one shard, whose checksum is verified."""
         try:
-            return Shard.of(read_tensors(path, NAMES))
+            return Shard.of(read_tensors(path, NAMES, read_header(path)))
         except MapError as error:
             raise MapError(f"{error} Delete it and collect again: only its triples are counted again.") from error
 
@@ -286,7 +286,7 @@ class Collection:
     def shards(self, *names: str) -> Iterator[dict[str, Tensor]]:
         """Yield, for every shard, some of its tensors by their names in the file."""
         for path in self.paths():
-            yield read_tensors(path, names, check=False)
+            yield read_tensors(path, names)
 
     def triples(self) -> dict[str, Tensor]:
         """Return, for all triples in their order, the tokens of each part and the number of responses that were cut.
@@ -304,8 +304,7 @@ class Collection:
     def verify(self) -> None:
         """Raise `MapError` for a shard that is not what was written, or not of its place in the data."""
         paths, data = self.paths(), self._require_data()
-        # Copies, because a tensor of a file keeps the whole file mapped.
-        index = [self.read(path).index.clone() for path in paths]
+        index = [self.read(path).index for path in paths]
         record = DataRecord.of(data.n_triples, [str(read_header(path).get("triples")) for path in paths])
         if record != data or not torch.equal(torch.cat(index).sort().values, torch.arange(data.n_triples)):
             raise MapError(

@@ -40,7 +40,7 @@ class DensityTable:
 
     def __init__(self, collection: Collection, count_tokens: str, subset: Sequence[int] | Tensor | None) -> None:
         self.collection, self.settings, self.count_tokens = collection, collection.settings, count_tokens
-        self._rows = _subset_rows([shard["index"].numpy().copy() for shard in collection.shards("index")], subset)
+        self._rows = _subset_rows([shard["index"].numpy() for shard in collection.shards("index")], subset)
         self.n_triples = sum(map(len, self._rows))
         if self.n_triples > MOST_TRIPLES:
             got, advice = f"{self.n_triples}", "Beyond that, sums would not be exact."

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -437,3 +438,15 @@ def test_an_sae_at_another_layer(sae_in: FrozenSAE, sae_out: FrozenSAE, cdmap: C
     assert moved.fingerprint == sae_out.fingerprint
     with pytest.raises(MapError, match=f"`sae_out` sits at layer {L_OUT + 1}, and the map was made at layer {L_OUT}"):
         cdmap.check_saes(sae_in, moved)
+
+
+def test_a_loaded_map_is_a_copy(made, saved, tmp_path) -> None:
+    """What is done to the file afterwards, in place, does not show."""
+    loaded, other = ConditionalDifferenceMap.load(saved), tmp_path / "other"
+    made[0].replaced(values=made[0].values * 2).save(other)
+    with saved.open("r+b") as file:
+        file.write(other.read_bytes())
+    assert same_bits(loaded, made[0]) and not same_bits(ConditionalDifferenceMap.load(saved), loaded)
+    # A process that reads mapped pages that are gone ends with SIGBUS.
+    os.truncate(saved, 0)
+    assert same_bits(loaded, made[0])
