@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: safetensors with a JSON header that holds a checksum of the tensors."""
+"""Files of tensors, safetensors with a JSON header that holds a checksum of them, and files of rows, as CSV."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import hashlib
 import io
 import json
 import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -19,7 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dspa.errors import MapError
+from dspa.outputs import replacing, write_atomically
 from dspa.schemas import parse_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 METADATA_KEY = "dspa"
 
@@ -148,29 +151,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]], names: Sequence[
     write_atomically(path, text.getvalue().encode())
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file, or leave the earlier one as it is where that fails, as on a full disk.
-
-    Args:
-        path: file to write.
-        content: all of its bytes.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    # A unique name, because another process may write the same file.
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(
-            f"{path} ({len(content) / 1e6:.1f} MB) could not be written: {error.strerror}. What was written before is "
-            "kept. Make room or choose another folder, then start again."
-        ) from error
-    finally:
-        if partial.is_file():
-            partial.unlink()
+def write_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG, whatever the ending of `path`."""
+    with replacing(path) as made:
+        figure.savefig(made, dpi=150, format="png")

@@ -6,17 +6,19 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from dspa.errors import TrainingError, refusal
-from dspa.files import write_atomically
+from dspa.outputs import held, is_own, try_folder, write_atomically
 from dspa.schemas import read_json
 
-RECORD = "training.json"
-PARTIAL = ".partial"
+RECORD, OUT = "training.json", "The output folder"
+# Settings one of which every training records, and files of other makers do not.
+MARKS = {"data", "template_date"}
 ACCEPTED = "a new folder in one that exists, or a folder in which this training was stopped"
 
 # Metrics that were reported on the way, one entry per report.
@@ -37,25 +39,33 @@ class TrainingFolder:
         """True where the training in this folder has ended."""
         return (self.path / RECORD).exists() and "history" in self.read()
 
-    @property
-    def partial(self) -> Path:
-        """Folder in which a checkpoint is written before it counts as one."""
-        return self.path / f"checkpoint{PARTIAL}"
-
     def check(self, *, finished: bool = False) -> None:
         """Raise `TrainingError` unless a training can begin or continue here.
 
         Args:
             finished: also accept the folder of a finished training.
         """
-        path, what, advice = self.path, "The output folder", "Name another."
+        path, advice = self.path, "Name another."
         if not path.parent.is_dir() or (path.exists() and not path.is_dir()):
-            raise refusal(TrainingError, what, str(path), ACCEPTED)
-        names = sorted(item.name for item in path.iterdir() if item.suffix != PARTIAL) if path.exists() else []
+            raise refusal(TrainingError, OUT, str(path), ACCEPTED)
+        names = sorted(item.name for item in path.iterdir() if not is_own(item)) if path.exists() else []
         if names and RECORD not in names:
-            raise refusal(TrainingError, what, f"{path}, which holds {names[:8]}", ACCEPTED, advice)
+            raise refusal(TrainingError, OUT, f"{path}, which holds {names[:8]}", ACCEPTED, advice)
         if self.finished and not finished:
-            raise refusal(TrainingError, what, f"{path}, which holds a finished training", ACCEPTED, advice)
+            raise refusal(TrainingError, OUT, f"{path}, which holds a finished training", ACCEPTED, advice)
+
+    def check_free(self) -> None:
+        """Raise `TrainingError` if a training here would write, and could not, or another process does."""
+        if not self.finished:
+            try_folder(self.path, OUT, TrainingError)
+
+    def held(self) -> AbstractContextManager[None]:
+        """Return a context in which no other process trains here. A finished training is not written any more.
+
+        Raises:
+            TrainingError: as for `check_free`, when it is entered.
+        """
+        return nullcontext() if self.finished else held(self.path, OUT, TrainingError)
 
     def claim(
         self, settings: dict[str, Any], *, finished: bool = False, earlier: Mapping[str, Any] = MappingProxyType({})
@@ -109,7 +119,10 @@ class TrainingFolder:
         """Return the content of `training.json`."""
         try:
             record = read_json(self.path / RECORD, ValueError)
-            return {**record, "settings": dict(record["settings"])}
+            settings = dict(record["settings"])
+            if not settings.keys() & MARKS:
+                raise KeyError(*MARKS)
+            return {**record, "settings": settings}
         except (ValueError, TypeError, KeyError) as error:
             raise TrainingError(
                 f"{self.path / RECORD} is not what a training wrote ({error}). Name another folder."
@@ -121,7 +134,7 @@ class TrainingFolder:
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints, oldest first. More than one are there only where a run was stopped between two."""
-        return sorted(self.path.glob("checkpoint-*"))
+        return sorted(path for path in self.path.glob(f"checkpoint-{9 * '[0-9]'}") if path.is_dir())
 
     def keep(self, written: Path, step: int) -> None:
         """Make a written folder the checkpoint of a step, and remove the earlier ones."""
@@ -135,4 +148,3 @@ class TrainingFolder:
         self.write(self.read() | results)
         for folder in self.checkpoints():
             shutil.rmtree(folder)
-        shutil.rmtree(self.partial, ignore_errors=True)

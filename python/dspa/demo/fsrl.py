@@ -20,6 +20,7 @@ from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.config import FSRLConfig, TrainingConfig
 from dspa.fsrl.results import HeldOut
 from dspa.fsrl.sweep import train_sweep
+from dspa.outputs import write_atomically
 
 # Triples to train on; the others in the file are held out.
 N_TRAIN = 300
@@ -96,7 +97,7 @@ def run(json_path: Path | None = None, *, progress: bool = True) -> list[Adapter
             "settings": {"n_train": N_TRAIN, "seed": SEED, "layer": demo.sae_in.layer, **asdict(TRAINING)},
             "outcomes": [asdict(outcome) for outcome in outcomes],
         }
-        json_path.write_text(json.dumps(record, indent=2), encoding="utf-8")
+        write_atomically(json_path, json.dumps(record, indent=2).encode())
         console.print(f"All results: {json_path}")
     return outcomes
 

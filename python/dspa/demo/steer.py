@@ -17,6 +17,7 @@ from dspa.config import SteeringConfig
 from dspa.demo import language
 from dspa.demo.load import ASSETS, N_NEW_TOKENS, N_TRIPLES, Method, World
 from dspa.maps.cdmap import ConditionalDifferenceMap
+from dspa.outputs import write_atomically
 
 SEEDS = (0, 1, 2)
 N_SHOWN = 2  # per register
@@ -164,7 +165,7 @@ def run(json_path: Path | None = None, *, assets: Path = ASSETS, progress: bool 
             "outcomes": [asdict(outcome) for outcome in outcomes],
             "examples": [asdict(example) for example in shown],
         }
-        json_path.write_text(json.dumps(record, indent=2), encoding="utf-8")
+        write_atomically(json_path, json.dumps(record, indent=2).encode())
         console.print(f"\nAll results: {json_path}")
     return outcomes
 

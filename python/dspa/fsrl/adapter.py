@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from dspa.errors import AdapterError, refusal
-from dspa.files import checksum, read_header, read_tensors, write_atomically, write_tensors
+from dspa.files import checksum, read_header, read_tensors, write_tensors
 from dspa.fsrl.config import FSRLConfig
 from dspa.models.attachment import Attachable
 from dspa.models.layers import CausalLM, device_of
 from dspa.models.sources import Source
+from dspa.outputs import write_atomically
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_sae, required_layer
 from dspa.schemas import read_json
@@ -254,11 +255,14 @@ class FSRLAdapter(Attachable, nn.Module):
         """Write the folder `path`: adapter.safetensors, and adapter.json with settings and the SAE's fingerprint.
 
         Raises:
-            AdapterError: a path that cannot be a folder.
+            AdapterError: a path that cannot be a folder, or a folder with an adapter.json of something else.
         """
         path = Path(path)
-        if path.is_file() or not path.parent.is_dir():
+        if (path.exists() and not path.is_dir()) or not path.parent.is_dir():
             raise refusal(AdapterError, "The adapter's folder", path, "a folder in one that exists")
+        if (path / RECORD).exists():
+            # Raises for a file of something else, which is not replaced.
+            read_record(path)
         path.mkdir(exist_ok=True)
         tensors = {name: parameter.detach().cpu() for name, parameter in self.named_parameters()}
         sources = {"model": self.trained_on, "sae": self.sae.source}

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dspa.evaluate.coherence import MetricChange
+from dspa.files import write_figure
 from dspa.fsrl.ablations import METRICS, FractionCurve, MaskEffect, measures
 from dspa.fsrl.categories import CategoryShare
 from dspa.fsrl.results import Sweep, Trained
@@ -34,7 +35,7 @@ def plot_usage(usage: Usage, decay: Decay | None, path: Path) -> None:
     sizes.plot(ranks, usage.mean[usage.ranked].numpy(), ".", markersize=4)
     sizes.set(yscale="log", xlabel="rank by mean |v|", ylabel="mean |v|")
     sizes.set_title(f"mean size over {usage.n_tokens} tokens", fontsize=10)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)
 
 
 def plot_fractions(curve: FractionCurve, path: Path) -> None:
@@ -52,7 +53,7 @@ def plot_fractions(curve: FractionCurve, path: Path) -> None:
         axes.set_xticks(steps, [f"{fraction:g}" for fraction in curve.fractions], fontsize=8)
         axes.set(xlabel="fraction of a token's v that is kept", ylabel=NAMES[metric])
         axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)
 
 
 def plot_masks(effect: MaskEffect, path: Path) -> None:
@@ -68,7 +69,7 @@ def plot_masks(effect: MaskEffect, path: Path) -> None:
         axes.set(xlabel=NAMES[metric], ylabel="sets")
         axes.legend(fontsize=7)
     figure.suptitle(f"{len(effect.latents)} latents masked", fontsize=10)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)
 
 
 def plot_categories(shares: Sequence[CategoryShare], quality: str, path: Path) -> None:
@@ -88,7 +89,7 @@ def plot_categories(shares: Sequence[CategoryShare], quality: str, path: Path) -
     axes.set(xlabel="share")
     axes.set_title(f"quality of labels: {quality}", fontsize=9)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)
 
 
 def plot_coherence(changes: Sequence[MetricChange], path: Path) -> None:
@@ -102,7 +103,7 @@ def plot_coherence(changes: Sequence[MetricChange], path: Path) -> None:
         axes.set_title(f"{change.metric}\nbase {change.base:.3g}, steered {change.steered:.3g}", fontsize=8)
         axes.tick_params(labelsize=7)
     figure.supylabel("steered minus base, 95 % bootstrap interval", fontsize=8)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)
 
 
 def plot_sweep(sweep: Sweep, path: Path) -> None:
@@ -124,4 +125,4 @@ def plot_sweep(sweep: Sweep, path: Path) -> None:
         axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
         axes.set(xlabel="layer" if by_layer else "λ", ylabel=title)
         axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dspa.fsrl.config import FSRLConfig, TrainingConfig
 from dspa.fsrl.results import Sweep, Trained, held_out
 from dspa.fsrl.training import read_held_out, scoring, train, trained_template
 from dspa.models.layers import base_model, check_eval, decoder_layers
+from dspa.outputs import held
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_sae, required_layer
 from dspa.training_folder import TrainingFolder
@@ -61,7 +63,8 @@ def train_sweep(
         chat_template_kwargs: as for `train`.
 
     Raises:
-        TrainingError: two SAEs of one layer, two settings alike, or whatever `train` raises.
+        TrainingError: two SAEs of one layer, two settings alike, an `out` that another process writes, or whatever
+            `train` raises.
         ModelError: an SAE that does not fit the model, or whatever `train` raises.
     """
     config, inner, path = config or TrainingConfig(), base_model(model), Path(out)
@@ -72,29 +75,29 @@ def train_sweep(
             f"The sweep's {len(saes)} SAEs and {len(adapters)} settings make {len(grid)} different adapters "
             f"({', '.join(grid)}). Give SAEs of different layers, and settings of different activation or l1."
         )
-    if not path.parent.is_dir() or path.is_file():
+    if not path.parent.is_dir() or (path.exists() and not path.is_dir()):
         raise refusal(TrainingError, "The output folder", path, "a folder in one that exists")
     for sae in saes:
         check_sae("sae", sae, inner, len(decoder_layers(inner, layers)), model_name)
-    path.mkdir(exist_ok=True)
-    data, held = list(load_triples(triples)), list(load_triples(eval_triples))
-    trained = []
-    # All begin on the same date, which the chat template may write.
-    Team().in_turn("date", lambda: _begin(date_of_today(tokenizer), [TrainingFolder(path / name) for name in grid]))
-    for name, (sae, settings) in grid.items():
-        options: dict[str, Any] = {"progress": progress, "layers": layers, "model_name": model_name}
-        options["chat_template_kwargs"] = chat_template_kwargs
-        adapter = FSRLAdapter(sae, settings)
-        train(model, tokenizer, data, adapter, path / name, config=config, eval_triples=held, **options)
-        figures = read_held_out(path / name)
-        assert figures is not None
-        trained.append(Trained(required_layer(sae), settings.activation, settings.l1, path / name, figures))
-    options = {**scoring(inner, config), "progress": progress, "chat_template_kwargs": chat_template_kwargs}
-    dated, _ = trained_template(tokenizer, path / next(iter(grid)))
-    result = Sweep(held_out(inner, dated, held, **options), trained)
-    if rank() == 0:
-        _write(result, path)
-    return result
+    with held(path, "The output folder", TrainingError) if rank() == 0 else nullcontext():
+        data, evaluated = list(load_triples(triples)), list(load_triples(eval_triples))
+        trained = []
+        # All begin on the same date, which the chat template may write.
+        Team().in_turn("date", lambda: _begin(date_of_today(tokenizer), [TrainingFolder(path / name) for name in grid]))
+        for name, (sae, settings) in grid.items():
+            options: dict[str, Any] = {"progress": progress, "layers": layers, "model_name": model_name}
+            options["chat_template_kwargs"] = chat_template_kwargs
+            adapter = FSRLAdapter(sae, settings)
+            train(model, tokenizer, data, adapter, path / name, config=config, eval_triples=evaluated, **options)
+            figures = read_held_out(path / name)
+            assert figures is not None
+            trained.append(Trained(required_layer(sae), settings.activation, settings.l1, path / name, figures))
+        options = {**scoring(inner, config), "progress": progress, "chat_template_kwargs": chat_template_kwargs}
+        dated, _ = trained_template(tokenizer, path / next(iter(grid)))
+        result = Sweep(held_out(inner, dated, evaluated, **options), trained)
+        if rank() == 0:
+            _write(result, path)
+        return result
 
 
 def _begin(today: str | None, folders: Sequence[TrainingFolder]) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from dspa.data.templates import at_date, check_template_kwargs, date_of_today
 from dspa.data.tokens import response_tokens
 from dspa.data.triples import Triple, load_triples
-from dspa.distributed import warn_if_alone
+from dspa.distributed import rank, warn_if_alone
 from dspa.errors import TrainingError, refusal, require_package
 from dspa.files import checksum
 from dspa.fsrl.adapter import FSRLAdapter
@@ -31,6 +32,7 @@ from dspa.fsrl.lending import trainable
 from dspa.fsrl.results import HeldOut, held_out
 from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of, loaded_name
 from dspa.models.sources import model_source, recorded_weights
+from dspa.outputs import workspace
 from dspa.training_folder import RECORD, History, TrainingFolder
 
 
@@ -91,8 +93,10 @@ def train(
     check_eval(inner)
     _check_padding(tokenizer)
     check_template_kwargs(tokenizer, chat_template_kwargs)
+    # Of several processes, the first holds the folder for all.
+    holding = folder.held() if rank() == 0 else nullcontext()
     # The adapter's weights are only a start: on this model they are trained.
-    with adapter.attach(model, layers=layers, model_name=model_name, other_weights=True):
+    with holding, adapter.attach(model, layers=layers, model_name=model_name, other_weights=True):
         args = _arguments(inner, config, folder, evaluated=eval_triples is not None)
         progress = progress and args.process_index == 0
         if config.loss == "dpo":
@@ -229,6 +233,7 @@ def _fit(
         adapter.load_state_dict(FSRLAdapter.load(checkpoint, adapter.sae).state_dict())
         return history
     with (
+        _writing_checkpoints(args, folder),
         trainable(model, tokenizer, adapter, gradient_checkpointing=config.gradient_checkpointing),
         tqdm(unit="step", desc="train", disable=not progress) as bar,
     ):
@@ -239,6 +244,18 @@ def _fit(
         )
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return without_times(trainer.state.log_history)
+
+
+@contextmanager
+def _writing_checkpoints(args: Any, folder: TrainingFolder) -> Iterator[None]:
+    """Let TRL write checkpoints to a workspace of all processes; `TrainingFolder.keep` takes them from there."""
+    from accelerate.utils import broadcast_object_list
+
+    with workspace(folder.path) if args.process_index == 0 else nullcontext() as place:
+        shared = [str(place)]
+        broadcast_object_list(shared)
+        args.output_dir = shared[0]
+        yield
 
 
 def scoring(model: CausalLM, config: TrainingConfig) -> dict[str, Any]:
@@ -296,7 +313,7 @@ def _arguments(model: CausalLM, config: TrainingConfig, folder: TrainingFolder, 
 
     device = device_of(model.get_input_embeddings())
     warn_if_alone()
-    args = trainers.arguments(config, folder.partial, on_cpu=device.type == "cpu", evaluated=evaluated)
+    args = trainers.arguments(config, folder.path, on_cpu=device.type == "cpu", evaluated=evaluated)
     n_launched = int(os.environ.get("WORLD_SIZE", "1"))
     if n_launched != args.world_size:
         raise TrainingError(

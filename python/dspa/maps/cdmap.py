@@ -16,6 +16,7 @@ from dspa.config import SteeringConfig
 from dspa.errors import MapError, refusal
 from dspa.files import read_header, read_tensors, write_tensors
 from dspa.models.sources import Source
+from dspa.outputs import output_file
 from dspa.saes.frozen import FrozenSAE
 from dspa_kernels import SteeringPlan, map_lookup
 
@@ -322,14 +323,13 @@ class ConditionalDifferenceMap:
         """Write the map to one safetensors file, with the metadata in its header.
 
         Args:
-            path: a file in a folder that exists.
+            path: a file in a folder that exists, or what `replacing` writes through.
 
         Raises:
             MapError: a path that cannot be a file.
             OSError: the file cannot be written.
         """
-        if not Path(path).parent.is_dir() or Path(path).is_dir():
-            raise refusal(MapError, "The path of the map", str(path), "a file in a folder that exists")
+        output_file(Path(path), "The path of the map", MapError)
         tensors = {name: getattr(self, name).cpu() for name in TENSORS}
         header: dict[str, Any] = {"format": FORMAT, "meta": asdict(self.meta)}
         if self.sources:

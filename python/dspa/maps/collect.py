@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from transformers import PreTrainedTokenizerBase
 from dspa.data.templates import at_date
 from dspa.data.triples import Triple
 from dspa.distributed import Team
-from dspa.errors import ModelError, PreferenceError, listed, refusal
-from dspa.maps.collection import Collection
+from dspa.errors import MapError, ModelError, PreferenceError, listed, refusal
+from dspa.maps.collection import FOLDER, Collection
 from dspa.maps.counting import TripleCounter
 from dspa.maps.pieces import DataRecord, Tally, TripleSource
+from dspa.outputs import held
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.meanings import top_tokens
 
@@ -77,7 +79,8 @@ def collect(
         PreferenceError: an invalid triple.
         ModelError: an SAE that does not fit, a model in training mode, hidden states that are not finite, or not
             enough memory for one triple alone.
-        MapError: a `work_dir` of other settings or data, or a damaged one.
+        MapError: a `work_dir` of other settings or data, a damaged one, or one that cannot be written or that another
+            process writes.
         OSError: a file that cannot be written.
         ValueError: an invalid `max_length`, several processes without a `work_dir`, or `chat_template_kwargs` that
             are reserved or that the template does not read.
@@ -96,22 +99,25 @@ def collect(
             stacklevel=2,
         )
     settings = counter.settings()
-    collection = team.in_turn("manifest", lambda: Collection.start(work_dir, settings, counter.sources()))
-    counter.tokenizer = at_date(tokenizer, collection.settings.template_date)
-    source = TripleSource(triples, first)
-    if source.rereadable:
-        expected = _check_triples(source, counter, team, progress)
-        team.in_turn("expected", lambda: collection.record(expected))
-    counted = _count_all(collection, source, counter, team, progress)
-    if first is not None and counted.n_triples < first and team.rank == 0:
-        warnings.warn(
-            f"`first` is {first} and the data hold {counted.n_triples} triples: all were counted.", stacklevel=2
-        )
-    team.in_turn("counted", lambda: collection.record(counted))
-    if team.rank == 0 and not collection.promoted:
-        _record_promoted(collection, counter, progress)
-    team.leave()
-    return collection
+    # Of several processes, the first holds the folder for all.
+    holding = nullcontext() if work_dir is None or team.rank else held(Path(work_dir), FOLDER, MapError)
+    with holding:
+        collection = team.in_turn("manifest", lambda: Collection.start(work_dir, settings, counter.sources()))
+        counter.tokenizer = at_date(tokenizer, collection.settings.template_date)
+        source = TripleSource(triples, first)
+        if source.rereadable:
+            expected = _check_triples(source, counter, team, progress)
+            team.in_turn("expected", lambda: collection.record(expected))
+        counted = _count_all(collection, source, counter, team, progress)
+        if first is not None and counted.n_triples < first and team.rank == 0:
+            warnings.warn(
+                f"`first` is {first} and the data hold {counted.n_triples} triples: all were counted.", stacklevel=2
+            )
+        team.in_turn("counted", lambda: collection.record(counted))
+        if team.rank == 0 and not collection.promoted:
+            _record_promoted(collection, counter, progress)
+        team.leave()
+        return collection
 
 
 def _check_triples(source: TripleSource, counter: TripleCounter, team: Team, progress: bool) -> DataRecord:

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dspa.errors import MapError, refusal
-from dspa.files import read_header, read_tensors, write_atomically, write_tensors
+from dspa.files import read_header, read_tensors, write_tensors
 from dspa.maps.cdmap import read_promoted
 from dspa.maps.pieces import DataRecord
 from dspa.maps.shards import FORMAT, NAMES, PARTS, Shard
 from dspa.models.sources import Source
+from dspa.outputs import try_folder, workspace, write_atomically
 from dspa.schemas import check, read_json
 
 MANIFEST, DATA, SOURCES, TOKENS = "manifest.json", "data.json", "sources.json", "tokens.json"
 SHARD = re.compile(r"shard-([0-9]{6}|[1-9][0-9]{6,})\.safetensors")
+FOLDER = "The folder of counts"
 # Settings of folders whose manifest does not name them.
 EARLIER = {"boundary": "apart"}
 # Settings that a folder records and that may differ when a collection goes on.
@@ -104,22 +106,24 @@ class Collection:
             sources: where model and SAEs were loaded from, on which the counts do not depend.
 
         Raises:
-            MapError: the folder cannot be made, or holds shards of other settings.
+            MapError: the folder holds shards of other settings, or files of something else.
         """
-        place = Path(mkdtemp(prefix="dspa-counts-") if folder is None else folder)
+        with ExitStack() as stack:
+            place = stack.enter_context(workspace(Path(gettempdir()))) / "counts" if folder is None else Path(folder)
+            _check_ours(place)
+            self = cls._begin(place, settings, sources)
+            # Where the folder is temporary, it goes with the collection.
+            weakref.finalize(self, stack.pop_all().close)
+        return self
+
+    @classmethod
+    def _begin(cls, place: Path, settings: CollectSettings, sources: Mapping[str, Source] | None) -> Collection:
         path = place / MANIFEST
         if settings.template_date is not None and path.exists():
             begun = replace(settings, template_date=_read_json(path).get("template_date"))
             settings = settings if _differing(path, begun) else begun
         self = cls(place, settings)
-        if folder is None:
-            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            got = f"{folder}, which cannot be made ({error.strerror})"
-            accepted = "a new folder, or one in which a collection was begun"
-            raise refusal(MapError, "The folder of counts", got, accepted) from error
+        self.folder.mkdir(parents=True, exist_ok=True)
         # Without a shard, nothing is lost with earlier settings.
         if not path.exists() or not self._has_shards():
             write_atomically(path, json.dumps(asdict(settings), indent=2).encode())
@@ -129,6 +133,16 @@ class Collection:
             record = {name: asdict(source) for name, source in sources.items()}
             write_atomically(self.folder / SOURCES, json.dumps(record, indent=2).encode())
         return self
+
+    @staticmethod
+    def check_free(folder: Path) -> None:
+        """Raise `MapError` for a folder in which counts cannot be collected, or in which another process does it.
+
+        Args:
+            folder: a folder, there or not. It is neither made nor changed.
+        """
+        _check_ours(folder)
+        try_folder(folder, FOLDER, MapError)
 
     def _has_shards(self) -> bool:
         return any(self.folder.glob("shard-*.safetensors"))
@@ -319,6 +333,20 @@ def _differing(manifest: Path, settings: CollectSettings) -> list[str]:
     unknown = [name for name in UNKNOWN if not (mine[name] and theirs.get(name))]
     differing = [name for name in mine if name not in (*RECORDED, *unknown) and theirs.get(name) != mine[name]]
     return [f"{name}: {theirs.get(name)!r} there, {mine[name]!r} now" for name in differing]
+
+
+def _check_ours(folder: Path) -> None:
+    """Raise `MapError` for a folder in which files of something else would be replaced."""
+    manifest, accepted = folder / MANIFEST, "a new folder, or one in which a collection was begun"
+    if manifest.exists():
+        if not str(_read_json(manifest).get("format")).startswith(FORMAT.rstrip("0123456789")):
+            got = f"{folder}, whose {MANIFEST} is of something else"
+            raise refusal(MapError, FOLDER, got, accepted, "Name another.")
+        return
+    patterns = (DATA, SOURCES, TOKENS, "shard-*.safetensors")
+    if names := sorted(path.name for pattern in patterns for path in folder.glob(pattern)):
+        got = f"{folder}, which holds {', '.join(names[:4])} and no {MANIFEST}"
+        raise refusal(MapError, FOLDER, got, accepted, "Name another.")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from dspa.files import read_header
 from dspa.maps.collection import Collection
 from dspa.maps.pieces import DataRecord
 from dspa.maps.provenance import join_attention
+from dspa.outputs import new_folder, try_folder
 
 
 def merge(out: str | Path, folders: Sequence[str | Path], *, progress: bool = True) -> Collection:
@@ -27,13 +27,15 @@ def merge(out: str | Path, folders: Sequence[str | Path], *, progress: bool = Tr
 
     Raises:
         MapError: a collection that is incomplete, damaged or of other settings, triples that are in two of them, or an
-            `out` that exists.
+            `out` that exists or cannot be made.
     """
     if not folders:
         raise refusal(MapError, "`folders`", "empty", "one folder of counts or more")
     parts = [Collection.open(folder) for folder in folders]
-    if Path(out).exists():
+    out = Path(out)
+    if out.exists() or out.is_symlink():
         raise refusal(MapError, f"The folder {out}", "there already", "a new folder")
+    try_folder(out, "The merged folder", MapError)
     for n, part in enumerate(parts):
         part.verify()
         for other in parts[:n]:
@@ -43,16 +45,12 @@ def merge(out: str | Path, folders: Sequence[str | Path], *, progress: bool = Tr
     # Parts of earlier versions do not know theirs.
     model_digest = next(filter(None, (part.settings.model_digest for part in parts)), "")
     settings = dataclasses.replace(parts[0].settings, attention=attention, model_digest=model_digest)
-    # Under another name until it is complete.
-    merged = Collection.start(Path(out).with_name(f"{Path(out).name}.partial"), settings, parts[0].sources)
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(out) as made:
+        merged = Collection.start(made, settings, parts[0].sources)
         _copy_shards(parts, merged, progress)
         if promoted := next((part.promoted for part in parts if part.promoted), None):
             merged.record_promoted(promoted)
-        merged.folder.rename(out)
-    except BaseException:
-        shutil.rmtree(merged.folder, ignore_errors=True)
-        raise
     return Collection.open(out)
 
 

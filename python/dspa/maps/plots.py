@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from dspa.files import write_figure
 from dspa.maps.cdmap import ConditionalDifferenceMap, confidence_radius
 from dspa.maps.reports import largest_means, top_columns
 from dspa.maps.stability import Stability
@@ -47,7 +48,7 @@ def plot_map(cdmap: ConditionalDifferenceMap, path: Path, top: int = 20, delta: 
     names = [f"{' '.join(map(json.dumps, promoted.get(latent, [])[:N_TOKENS]))} {latent}" for latent, _ in shown]
     columns.set_yticks(range(len(shown)), names, fontsize=5, parse_math=False)
     columns.set(title="latents by column sum of A", xlabel="column sum", ylabel="output latent")
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)
 
 
 def plot_difference(a: ConditionalDifferenceMap, b: ConditionalDifferenceMap, path: Path) -> None:
@@ -65,7 +66,7 @@ def plot_difference(a: ConditionalDifferenceMap, b: ConditionalDifferenceMap, pa
     axes.axline((0, 0), slope=1, color="grey", linewidth=0.8)
     axes.scatter([x.get(j, 0.0) for j in latents], [y.get(j, 0.0) for j in latents], s=10, alpha=0.6)
     axes.set(title="column sums of A", xlabel="first map", ylabel="second map", aspect="equal", adjustable="datalim")
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)
 
 
 def plot_stability(results: Sequence[Stability], path: Path) -> None:
@@ -88,4 +89,4 @@ def plot_stability(results: Sequence[Stability], path: Path) -> None:
     axes.minorticks_off()
     axes.set_title("how few triples are enough (mean, lowest and highest draw)", fontsize=10)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)

@@ -18,6 +18,7 @@ from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
 
 from dspa.errors import listed, refusal
 from dspa.files import cache_folder, file_sha256, writing_cache
+from dspa.outputs import new_folder
 from dspa.schemas import read_json
 
 # Written last, next to the files of a converted model: what they were made from, and their checksums.
@@ -100,18 +101,12 @@ def _is_whole(folder: Path, made_from: dict[str, str]) -> bool:
 def _convert(path: Path, folder: Path, made_from: dict[str, str]) -> None:
     """Write `folder`, which appears when it is complete."""
     model, tokenizer = _dequantized(path, made_from["dtype"])
-    partial = folder.with_name(f"{folder.name}.partial")
-    # What a conversion left that was killed.
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        files = {path.name: file_sha256(path) for path in partial.iterdir()}
-        (partial / RECORD).write_text(json.dumps({"made_from": made_from, "files": files}), encoding="utf-8")
+    with new_folder(folder) as made:
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        files = {path.name: file_sha256(path) for path in made.iterdir()}
+        (made / RECORD).write_text(json.dumps({"made_from": made_from, "files": files}), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _dequantized(path: Path, dtype: str) -> tuple[Any, Any]:

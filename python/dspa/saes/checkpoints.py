@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
 from dspa.errors import TrainingError
+from dspa.outputs import workspace
 from dspa.saes.activations import Position
 from dspa.schemas import read_json
 from dspa.training_folder import History, TrainingFolder
@@ -17,13 +17,13 @@ from dspa.training_folder import History, TrainingFolder
 
 def save_checkpoint(folder: TrainingFolder, trainer: Any, position: Position, history: History) -> None:
     """Save the state of an `SAETrainer`, its place in the stream and its history, in place of the checkpoint before."""
-    partial = folder.partial
-    shutil.rmtree(partial, ignore_errors=True)
-    trainer.save_trainer_state(partial)
-    save_file(trainer.sae.state_dict(), partial / "sae.safetensors")
-    stream = {"position": asdict(position), "history": history}
-    (partial / "stream.json").write_text(json.dumps(stream), encoding="utf-8")
-    folder.keep(partial, trainer.n_training_steps)
+    with workspace(folder.path) as place:
+        made = place / "checkpoint"
+        trainer.save_trainer_state(made)
+        save_file(trainer.sae.state_dict(), made / "sae.safetensors")
+        stream = {"position": asdict(position), "history": history}
+        (made / "stream.json").write_text(json.dumps(stream), encoding="utf-8")
+        folder.keep(made, trainer.n_training_steps)
 
 
 def restore_checkpoint(folder: TrainingFolder, trainer: Any) -> tuple[Position | None, History]:

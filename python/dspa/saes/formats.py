@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dspa.data.lines import MOST_EXPANSION, SMALL
 from dspa.errors import SAEError, refusal
+from dspa.outputs import replacing, write_atomically
 from dspa.saes.metadata import CENTERED, LOADED_WITH, is_centered, residual_hook
 from dspa.schemas import read_json
 
@@ -131,7 +132,15 @@ def read_sae(path: Path, dict_class: str | None = None) -> SourceSAE:
 
 
 def write_sae_lens(folder: Path, sae: SourceSAE) -> None:
-    """Write an SAE that needs no more folding as a SAELens folder, in the format of version 6."""
+    """Write an SAE that needs no more folding as a SAELens folder, in the format of version 6.
+
+    Raises:
+        SAEError: the folder holds the `cfg.json` of something else.
+    """
+    config = folder / SAE_LENS_CONFIG
+    if config.exists() and "d_sae" not in _read_json(config):
+        got = f"{folder}, whose {SAE_LENS_CONFIG} is of something else"
+        raise refusal(SAEError, "The SAE's folder", got, "a new folder, or one of an SAE", "Name another.")
     metadata = {"sae_lens_version": "6.0.0", "model_name": sae.model_name, RECORD: sae.record}
     if sae.neuronpedia_id is not None:
         metadata["neuronpedia_id"] = sae.neuronpedia_id
@@ -158,8 +167,9 @@ def write_sae_lens(folder: Path, sae: SourceSAE) -> None:
         cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in sae.tensors.items()}
-    save_file(tensors, folder / SAE_LENS_WEIGHTS)
-    (folder / SAE_LENS_CONFIG).write_text(json.dumps(cfg, indent=2) + "\n", encoding="utf-8")
+    with replacing(folder / SAE_LENS_WEIGHTS) as made:
+        save_file(tensors, made)
+    write_atomically(config, (json.dumps(cfg, indent=2) + "\n").encode())
 
 
 def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SourceSAE:

@@ -7,6 +7,7 @@ stopped goes on from its last checkpoint to the result that it would have had.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def train_sae(
         PreferenceError: a file of triples that cannot be used.
         RuntimeError: sae-lens is not installed.
         TextError: a file that cannot be used.
-        TrainingError: an `out` with something else, or a `k` out of range.
+        TrainingError: an `out` with something else, or that another process trains in, or a `k` out of range.
         ValueError: held-out tokens without variance.
     """
     return train_saes(
@@ -259,56 +260,58 @@ def _train(
     model_name = model_name or loaded_name(inner)
     for sae in saes:
         _check_model(inner, sae.layer, layers, sae.start, model_name)
-    unfinished = [sae for sae in saes if not sae.folder.finished]
-    file = texts if isinstance(texts, TextFile) else TextFile(texts)
-    max_length = min(given.max_length, context_length(inner) or given.max_length)
-    date, weights = date_of_today(tokenizer), recorded_weights(inner)
-    configs = [replace(given, max_length=max_length).resolved(sae.d_sae, new=sae.start is None) for sae in saes]
-    for sae, resolved in zip(saes, configs, strict=True):
-        sae.folder.path.parent.mkdir(exist_ok=True)
-        date = sae.folder.first_date(date)
-        settings = {
-            "model_name": model_name,
-            "model_dtype": str(inner.dtype),
-            "layer": sae.layer,
-            "sae": sae.start.fingerprint if sae.start else None,
-            "d_sae": sae.d_sae,
-            "k": sae.k,
-            "data": file.digest,
-            "template_date": date,
-        }
-        sae.folder.claim(
-            {**settings, **weights, **asdict(resolved)}, finished=sae not in unfinished, earlier=EARLIER | weights
+    with ExitStack() as holding:
+        for sae in saes:
+            holding.enter_context(sae.folder.held())
+        unfinished = [sae for sae in saes if not sae.folder.finished]
+        file = texts if isinstance(texts, TextFile) else TextFile(texts)
+        max_length = min(given.max_length, context_length(inner) or given.max_length)
+        date, weights = date_of_today(tokenizer), recorded_weights(inner)
+        configs = [replace(given, max_length=max_length).resolved(sae.d_sae, new=sae.start is None) for sae in saes]
+        for sae, resolved in zip(saes, configs, strict=True):
+            date = sae.folder.first_date(date)
+            settings = {
+                "model_name": model_name,
+                "model_dtype": str(inner.dtype),
+                "layer": sae.layer,
+                "sae": sae.start.fingerprint if sae.start else None,
+                "d_sae": sae.d_sae,
+                "k": sae.k,
+                "data": file.digest,
+                "template_date": date,
+            }
+            sae.folder.claim(
+                {**settings, **weights, **asdict(resolved)}, finished=sae not in unfinished, earlier=EARLIER | weights
+            )
+        activations = Activations(
+            inner,
+            at_date(tokenizer, date),
+            file,
+            [sae.layer for sae in unfinished],
+            max_length=max_length,
+            exclude_special_tokens=given.exclude_special_tokens,
+            batch_tokens=given.batch_tokens,
+            max_norm_ratio=given.max_norm_ratio,
+            layers=layers,
+            progress=progress,
         )
-    activations = Activations(
-        inner,
-        at_date(tokenizer, date),
-        file,
-        [sae.layer for sae in unfinished],
-        max_length=max_length,
-        exclude_special_tokens=given.exclude_special_tokens,
-        batch_tokens=given.batch_tokens,
-        max_norm_ratio=given.max_norm_ratio,
-        layers=layers,
-        progress=progress,
-    )
-    held_out, n_held_out = activations.held_out(given.held_out_tokens)
-    jobs = [
-        Job(
-            config=resolved,
-            folder=sae.folder,
-            layer=sae.layer,
-            held_out=held_out[sae.layer],
-            d_sae=sae.d_sae,
-            k=sae.k,
-            start=sae.start.to(held_out[sae.layer].device, torch.float32) if sae.start else None,
-            metadata=_metadata(tokenizer, file, sae.layer, resolved, model_name, sae.start),
-        )
-        for sae, resolved in zip(saes, configs, strict=True)
-        if sae in unfinished
-    ]
-    fit(jobs, activations, n_held_out, progress)
-    return [FrozenSAE.load(sae.folder.path, device=held_out[jobs[0].layer].device) for sae in saes]
+        held_out, n_held_out = activations.held_out(given.held_out_tokens)
+        jobs = [
+            Job(
+                config=resolved,
+                folder=sae.folder,
+                layer=sae.layer,
+                held_out=held_out[sae.layer],
+                d_sae=sae.d_sae,
+                k=sae.k,
+                start=sae.start.to(held_out[sae.layer].device, torch.float32) if sae.start else None,
+                metadata=_metadata(tokenizer, file, sae.layer, resolved, model_name, sae.start),
+            )
+            for sae, resolved in zip(saes, configs, strict=True)
+            if sae in unfinished
+        ]
+        fit(jobs, activations, n_held_out, progress)
+        return [FrozenSAE.load(sae.folder.path, device=held_out[jobs[0].layer].device) for sae in saes]
 
 
 def _metadata(

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dspa.data.token_texts import token_text
+from dspa.outputs import replacing
 from dspa.steering.edits import N_NAMES, Edit, Summary
 from dspa_kernels import Edits
 
@@ -94,7 +95,7 @@ class Trace:
 
     def save(self, path: str | Path) -> None:
         """Write JSON Lines, one record per edited token."""
-        with open(path, "w", encoding="utf-8") as file:
+        with replacing(Path(path)) as made, made.open("w", encoding="utf-8") as file:
             self.write(file)
 
     def write(self, file: TextIO) -> None:

@@ -139,9 +139,10 @@ def test_a_process_that_is_killed(here, tmp_path, tokenizer):
     config = replace(TINY, max_steps=5)
     done = launch(here, tmp_path / "killed", [], config, killed=4)
     assert done.returncode == -signal.SIGKILL
-    assert (tmp_path / "killed" / "checkpoint.partial" / "checkpoint-4").is_dir()
+    assert len(list((tmp_path / "killed").glob(".dspa-partial-*/checkpoint-4"))) == 1
     done = launch(here, tmp_path / "killed", [], config)
     assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "killed").glob(".*"))
     killed, again = loaded(tmp_path / "killed")
     data = {"triples": here / "train.jsonl", "eval_triples": here / "held.jsonl"}
     whole, record = run(make_model("qwen3"), tokenizer, tmp_path / "whole", config, **data)

@@ -136,7 +136,7 @@ def test_a_run_that_is_killed_again_and_again(case: Case, tmp_path: Path, monkey
 def test_what_was_half_written_is_not_read(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """A kill between the beginning of a file and its renaming leaves a partial file."""
+    """A kill between the beginning of a file and its renaming leaves it in a workspace, and the folder's lock."""
 
     def work() -> None:
         real, n = getattr(os, step), 0
@@ -155,7 +155,8 @@ def test_what_was_half_written_is_not_read(
     child = in_a_child(work)
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    (partial,) = (tmp_path / "work").glob("*.partial")
+    (partial,) = (tmp_path / "work").glob(".dspa-partial-*/content")
+    assert (tmp_path / "work" / ".dspa.lock").is_file()
     assert [path.name for path in shards(tmp_path / "work")] == ["shard-000000.safetensors"]
     partial.write_bytes(partial.read_bytes()[:100])
     case.collect(work_dir=tmp_path / "work")
@@ -320,6 +321,46 @@ def test_settings_that_were_given_up(case: Case, tmp_path: Path) -> None:
     assert not shards(tmp_path)
     case.collect(case.ids[:3], work_dir=tmp_path)
     assert reduce(tmp_path).meta.n_triples == 3
+
+
+@pytest.mark.parametrize("content", ['{"name": "web app", "icons": []}', '{"format": "tar"}', "[]", ""])
+def test_a_manifest_of_something_else_is_kept(case: Case, tmp_path: Path, content: str) -> None:
+    (tmp_path / MANIFEST).write_text(content)
+    assert str(tmp_path) in refusal(case, tmp_path)
+
+
+@pytest.mark.parametrize("name", [DATA, TOKENS, "shard-000000.safetensors"])
+def test_files_of_something_else_are_kept(case: Case, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    assert f"{tmp_path}, which holds {name} and no {MANIFEST}; accepted: a new folder" in refusal(case, tmp_path)
+
+
+def test_one_process_counts_in_a_folder(case: Case, tmp_path: Path) -> None:
+    """The second is refused, also where the first began long ago, and goes on when that has ended."""
+    folder = tmp_path / "work"
+    messages: list[str] = []
+
+    def second(*_: Any) -> None:
+        with pytest.raises(MapError) as raised:
+            case.collect(work_dir=folder)
+        messages.append(str(raised.value))
+
+    embedding = case.model.get_input_embeddings()
+    handle = embedding.register_forward_pre_hook(lambda *_: None if messages else second())
+    case.collect(work_dir=folder)
+    handle.remove()
+    assert f"{folder}, which process {os.getpid()} on " in messages[0] and "Wait until it has ended" in messages[0]
+    case.collect(work_dir=folder)
+    case.collect(work_dir=tmp_path / "at once")
+    assert files(folder) == files(tmp_path / "at once")
+
+
+def test_files_of_a_user_in_the_folder_are_kept(case: Case, tmp_path: Path) -> None:
+    mine = {"log.txt": b"a", "all.partial": b"b", "shard-000000.safetensors.partial": b"c", ".dspa-partial-mine": b"d"}
+    for name, content in mine.items():
+        (tmp_path / name).write_bytes(content)
+    case.collect(work_dir=tmp_path)
+    assert mine.items() <= files(tmp_path).items()
 
 
 # Tokens that latents promote
@@ -540,7 +581,8 @@ def test_a_full_disk(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert isinstance(error, OSError)
     problem = r"shard-000001.safetensors (0.0 MB) could not be written: File too large. What was written before is"
     assert str(folder) in str(error) and problem in str(error) and "then start again" in str(error)
-    assert times(folder) == before and len(before) == 1 and not list(folder.glob("*.partial"))
+    assert times(folder) == before and len(before) == 1
+    assert not list(folder.glob(".*"))
     case.collect(work_dir=folder)
     check_same(Collection.open(folder), Collection.open(tmp_path / "at once"), batched_alike=False)
 
@@ -573,7 +615,7 @@ def test_a_folder_that_may_not_be_written(case: Case, below: bool) -> None:
                 assert not calls
 
         error = outcome(work)
-    assert isinstance(error, MapError if below else OSError) and "Permission denied" in str(error)
+    assert isinstance(error, MapError) and f"which cannot be {'made' if below else 'written'} (Permission" in str(error)
     assert str(folder) in str(error)
 
 

@@ -133,3 +133,20 @@ def test_a_merge_goes_into_a_new_folder(case: Case, tmp_path: Path) -> None:
     with pytest.raises(MapError, match=f"The folder {one} is there already; accepted: a new folder"):
         merge(one, [one, two])
     assert files(one) == before
+
+
+def test_folders_of_a_user_are_kept(case: Case, tmp_path: Path) -> None:
+    parts = halves(case, tmp_path)
+    (tmp_path / "all.partial").mkdir()
+    (tmp_path / "all.partial" / "notes.txt").write_text("kept")
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(MapError, match="twice"):
+        merge(tmp_path / "all", [parts[0], parts[0]], progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == before
+    merge(tmp_path / "all", parts, progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == before | {"all"}
+    assert (tmp_path / "all.partial" / "notes.txt").read_text() == "kept"
+    (tmp_path / "link").symlink_to("nowhere")
+    for out in (tmp_path / "all.partial", tmp_path / "link", Path("/dev/null")):
+        with pytest.raises(MapError, match="there already"):
+            merge(out, parts, progress=False)

@@ -163,10 +163,13 @@ def test_a_conversion_that_stops_leaves_nothing(stop, file, cache, monkeypatch):
 @pytest.mark.filterwarnings("ignore:The weights in")
 def test_what_a_killed_conversion_left_is_not_read(file, cache):
     folder = converted_folder(file)
-    shutil.move(folder, f"{folder}.partial")
-    (cache / f"{folder.name}.partial" / "model.safetensors").write_bytes(b"half")
+    left = cache / ".dspa-partial-abcdefgh"
+    left.mkdir()
+    (left / ".dspa-owner").write_text('{"format": "dspa.writer.1", "host": "h", "pid": 1, "since": "then"}')
+    shutil.move(folder, left / "content")
+    (left / "content" / "model.safetensors").write_bytes(b"half")
     AutoModelForCausalLM.from_pretrained(converted_folder(file))
-    assert not list(cache.glob("*.partial"))
+    assert not left.exists()
 
 
 def test_two_at_once_convert_once(file, conversions):

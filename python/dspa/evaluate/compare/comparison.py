@@ -18,7 +18,7 @@ from dspa.evaluate.compare.recommendation import Recommendation, recommend
 from dspa.evaluate.compare.runs import FORMAT
 from dspa.evaluate.compare.table import TextTable, tables
 from dspa.evaluate.generation import Answer, edited_characters
-from dspa.files import write_atomically
+from dspa.outputs import write_atomically
 
 
 @dataclass(frozen=True, eq=False)

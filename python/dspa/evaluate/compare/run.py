@@ -138,42 +138,45 @@ def compare(
         batch_tokens,
         RunStore.open(None if results is None else Path(results)),
     )
-    seeds = list(seeds) if temperature > 0 else list(seeds)[:1]
-    everything, densities = [Method.base()], runner.densities(seeds[0])
-    origin = runner.answers_key(everything[0], seeds[0])
-    for method in methods:
-        everything.append(method)
-        if method.kind == "DSPA":
-            everything += controls_of(method, controls, inner, layers, densities, origin)
-    answers: dict[str, list[Answers]] = {}
-    scores: dict[str, list[TripleScores]] = {}
-    for method, seed in runner.work(everything, seeds, progress):
-        drawn = runner.answers(method, seed)
-        if not answers:
-            # A function that counts nothing is told of now, and not after all runs.
-            for name, counter in counters.items():
-                count(name, counter, spoken(prompts[0]), decode(tokenizer, drawn.ids[0]))
-        answers.setdefault(method.name, []).append(drawn)
-        if triples and (method.drawn or seed == seeds[0]):
-            scores.setdefault(method.name, []).append(runner.scores(method, seed))
-    comparison = Comparison(
-        methods=everything,
-        prompts=[spoken(prompt) for prompt in prompts],
-        seeds=seeds,
-        settings={**settings, "versions": _versions(), "n_triples": len(triples or [])},
-        answers=answers,
-        scores=scores,
-        texts={name: [[decode(tokenizer, ids) for ids in run.ids] for run in runs] for name, runs in answers.items()},
-        ends=runner.ends,
-        counters=counters,
-        prefer=prefer or (MARGIN if triples else None),
-        max_perplexity=max_perplexity,
-        tokenizer=tokenizer,
-    )
-    if results is not None:
-        comparison.save(results, runner.store.runs, progress=progress)
-        runner.store.finish()
-    return comparison
+    with runner.store.held():
+        seeds = list(seeds) if temperature > 0 else list(seeds)[:1]
+        everything, densities = [Method.base()], runner.densities(seeds[0])
+        origin = runner.answers_key(everything[0], seeds[0])
+        for method in methods:
+            everything.append(method)
+            if method.kind == "DSPA":
+                everything += controls_of(method, controls, inner, layers, densities, origin)
+        answers: dict[str, list[Answers]] = {}
+        scores: dict[str, list[TripleScores]] = {}
+        for method, seed in runner.work(everything, seeds, progress):
+            drawn = runner.answers(method, seed)
+            if not answers:
+                # A function that counts nothing is told of now, and not after all runs.
+                for name, counter in counters.items():
+                    count(name, counter, spoken(prompts[0]), decode(tokenizer, drawn.ids[0]))
+            answers.setdefault(method.name, []).append(drawn)
+            if triples and (method.drawn or seed == seeds[0]):
+                scores.setdefault(method.name, []).append(runner.scores(method, seed))
+        comparison = Comparison(
+            methods=everything,
+            prompts=[spoken(prompt) for prompt in prompts],
+            seeds=seeds,
+            settings={**settings, "versions": _versions(), "n_triples": len(triples or [])},
+            answers=answers,
+            scores=scores,
+            texts={
+                name: [[decode(tokenizer, ids) for ids in run.ids] for run in runs] for name, runs in answers.items()
+            },
+            ends=runner.ends,
+            counters=counters,
+            prefer=prefer or (MARGIN if triples else None),
+            max_perplexity=max_perplexity,
+            tokenizer=tokenizer,
+        )
+        if results is not None:
+            comparison.save(results, runner.store.runs, progress=progress)
+            runner.store.finish()
+        return comparison
 
 
 def _versions() -> dict[str, str]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dspa.errors import refusal
+from dspa.outputs import held, output_file, try_output
 from dspa.schemas import parse_json, read_json
 
 FORMAT = "dspa.compare.2"
 PARTIAL = ".partial"
+# First line of the file of a stopped comparison.
+HEADER = json.dumps({"format": FORMAT})
+RESULTS = "The file of results"
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,8 @@ class RunStore:
     """Finished runs by a key of all their inputs, each written to a file as it is added.
 
     Attributes:
-        path: the file of results. Runs of an earlier comparison in it are used again; those of a stopped one are next
-            to it, in a file that ends in ".partial". None keeps runs in memory.
+        path: the file of results, with links resolved. Runs of an earlier comparison in it are used again; those of a
+            stopped one are next to it, in a file that ends in ".partial". None keeps runs in memory.
         runs: finished runs, as JSON.
     """
 
@@ -70,21 +74,30 @@ class RunStore:
         """Read the runs that are kept for `path`.
 
         Raises:
-            ValueError: a file of something else, or a path where no file can be.
+            ValueError: a file of something else, a path where no file can be written, or one that another process
+                writes.
         """
-        store = cls(path)
         if path is None:
+            return cls(None)
+        try_output(path, RESULTS)
+        store = cls(output_file(path, RESULTS))
+        # No runs are kept next to a pipe.
+        if store.path is None:
             return store
-        if path.is_dir() or not path.parent.is_dir():
-            raise refusal(ValueError, "The file of results", str(path), "a file in a folder that exists")
-        if path.is_file():
-            store.runs |= _finished(path)
-        if store._partial.is_file():
-            for line in store._partial.read_text(encoding="utf-8").splitlines():
-                # The last line of a run that was killed may be cut.
-                with suppress(ValueError):
-                    store.runs |= parse_json(line, ValueError, "a run")
+        with store.held():
+            if store.path.is_file():
+                store.runs |= _finished(path)
+            if store._partial.exists():
+                store.runs |= _stopped(store._partial)
         return store
+
+    def held(self) -> AbstractContextManager[None]:
+        """Return a context in which no other process compares for the same file.
+
+        Raises:
+            ValueError: another process does, when it is entered.
+        """
+        return nullcontext() if self.path is None else held(self.path, RESULTS, ValueError, file=True)
 
     @property
     def _partial(self) -> Path:
@@ -100,12 +113,15 @@ class RunStore:
         self.runs[key] = asdict(run)
         if self.path is not None:
             with self._partial.open("a", encoding="utf-8") as file:
+                if not file.tell():
+                    file.write(HEADER)
                 # A cut line before it, if there is one, stays alone.
                 file.write("\n" + json.dumps({key: self.runs[key]}))
 
     def finish(self) -> None:
         """Remove the file of a stopped comparison: all runs are in the file of results."""
-        self._partial.unlink(missing_ok=True)
+        if self.path is not None:
+            self._partial.unlink(missing_ok=True)
 
 
 def _finished(path: Path) -> dict[str, dict[str, Any]]:
@@ -117,4 +133,17 @@ def _finished(path: Path) -> dict[str, dict[str, Any]]:
     except (ValueError, KeyError, TypeError):
         pass
     accepted = "a new file, or one that a comparison wrote, whose runs are used again"
-    raise refusal(ValueError, "The file of results", f"{path}, which holds something else", accepted, "Name another.")
+    raise refusal(ValueError, RESULTS, f"{path}, which holds something else", accepted, "Name another.")
+
+
+def _stopped(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the runs of a stopped comparison. The end of what was killed may be cut."""
+    runs, text = dict[str, dict[str, Any]](), path.read_bytes().decode(errors="replace")
+    first, *lines = text.splitlines() or [""]
+    if first != HEADER and not (HEADER.startswith(first) and not lines):
+        got = f"next to {path}, which holds something else, or a comparison of an earlier version"
+        raise refusal(ValueError, RESULTS, got, "a file without it", "Name another, or move that away.")
+    for line in lines:
+        with suppress(ValueError, TypeError):
+            runs |= parse_json(line, ValueError, "a run")
+    return runs
