@@ -94,7 +94,7 @@ def _smollm2(file: Path | None, name: str, n_prompts: int | None, json_path: Pat
     if name not in preferences:
         raise refusal(ValueError, "--preference", repr(name), ", ".join(preferences))
     json_path = json_path or Path(f"dspa-demo-{name}.json")
-    check_writable("--json", json_path)
+    check_writable("--json", json_path, {"--file": file})
     # Refuses a file of something else before anything is loaded.
     RunStore.open(json_path)
     with messages_of_options({"file": "--file"}):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from dspa.cli.loading import load_adapter, load_model
+from dspa.cli.loading import check_writable, load_adapter, load_model
 from dspa.cli.options import (
     FILES,
     AdapterOptions,
@@ -26,6 +26,7 @@ from dspa.data.token_texts import quoted
 from dspa.distributed import device_named
 from dspa.errors import ModelError, refusal
 from dspa.fsrl.config import LOSSES, TrainingConfig
+from dspa.outputs import try_folder
 
 if TYPE_CHECKING:
     from dspa.data.triples import Triple
@@ -85,7 +86,8 @@ def usage(
     """Show which latents the adapter moves, those it moves farthest first, and how fast their use decays with rank."""
     from dspa.fsrl.plots import plot_usage
 
-    held_out = _start(out, triples, data.first)
+    _make(out, ["usage.csv", "usage.png", "decay.csv"], [triples])
+    held_out = _read(triples, data.first)
     model, tokenizer, loaded = _load(on, _adapter(adapter, on.device))
     measured = _usage(model, loaded, _responses(model, tokenizer, held_out, data.max_length, adapter.adapter), data, on)
     names = ("rank", "latent", "share", "mean_abs", "promotes")
@@ -116,7 +118,8 @@ def fraction(
     from dspa.fsrl.ablations import FRACTIONS, fraction_curve
     from dspa.fsrl.plots import plot_fractions
 
-    held_out = _start(out, triples, data.first)
+    _make(out, ["fraction.csv", "fraction.png"], [triples])
+    held_out = _read(triples, data.first)
     model, tokenizer, loaded = _load(on, _adapter(adapter, on.device))
     with loaded.attach(model, **on.names):
         curve = fraction_curve(
@@ -160,7 +163,8 @@ def mask(
 
     if bool(latent) == bool(labels) or bool(labels) != bool(category):
         raise ValueError("Say what to mask in exactly one way: --latent, or --labels with --category.")
-    held_out = _start(out, triples, data.first)
+    _make(out, ["mask.csv", "comparison.csv", "mask.png"], [triples, labels, rules])
+    held_out = _read(triples, data.first)
     loaded = _adapter(adapter, on.device)
     if labels is not None and category is not None:
         latent = read_labels(labels, loaded.sae, rules=rules, explainer=explainer).of(category)
@@ -211,7 +215,12 @@ def categories(
     from dspa.fsrl.plots import plot_categories
     from dspa.saes.labels import read_labels
 
-    held_out = _start(out, triples, data.first)
+    _make(
+        out,
+        ["categories.csv", "categories.png", "quality.csv", "quality_by_category.csv"],
+        [triples, labels, rules, hand],
+    )
+    held_out = _read(triples, data.first)
     loaded = _adapter(adapter, on.device)
     labelled = read_labels(labels, loaded.sae, rules=rules, explainer=explainer)
     quality = NOT_MEASURED if hand is None else _agreement(labelled, read_labels(hand, loaded.sae), out)
@@ -249,7 +258,7 @@ def coherence(
 
     if sampling.seed < 0:
         raise refusal(ValueError, "--seed", sampling.seed, "a whole number >= 0")
-    _make(out)
+    _make(out, ["texts.csv", "coherence.csv", "coherence.png"], [file])
     texts = list(read_prompts(None, file))
     model, tokenizer, loaded = _load(on, _adapter(adapter, on.device))
     kwargs = trained_template(tokenizer, adapter.adapter)[1] if sampling.chat else None
@@ -293,18 +302,20 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def _make(out: Path) -> None:
-    """Make the output folder, before the work."""
-    if out.is_file() or not out.absolute().parent.is_dir():
+def _make(out: Path, names: Sequence[str], read: Sequence[Path | None]) -> None:
+    """Make the output folder before the work, and check that its files can be written and are none of those read."""
+    if (out.exists() and not out.is_dir()) or not out.absolute().parent.is_dir():
         raise refusal(ValueError, "--out", out, "a folder, or one to make in a folder that exists")
+    try_folder(out, "--out", ValueError)
+    for name in names if out.exists() else ():
+        check_writable("--out", out / name, {str(path): path for path in read})
     out.mkdir(exist_ok=True)
 
 
-def _start(out: Path, triples: Path, first: int | None) -> list[Triple]:
-    """Make the output folder, and return all triples, checked before a model is loaded."""
+def _read(triples: Path, first: int | None) -> list[Triple]:
+    """Return all triples, checked before a model is loaded."""
     from dspa.data.triples import load_triples
 
-    _make(out)
     return list(islice(load_triples(triples), first))
 
 

@@ -29,6 +29,8 @@ from dspa.cli.tables import column_table, console, print_line, print_next, print
 from dspa.distributed import device_named, rank
 from dspa.errors import require_package
 from dspa.fsrl.config import FSRLConfig, TrainingConfig
+from dspa.outputs import try_folder
+from dspa.training_folder import TrainingFolder
 
 if TYPE_CHECKING:
     from dspa.data.triples import Triple
@@ -63,6 +65,9 @@ def train(
     from dspa import fsrl
 
     require_package("trl", "Training an adapter")
+    if rank() == 0:
+        TrainingFolder(out).check(finished=True)
+        TrainingFolder(out).check_free()
     data, held_out_triples = _triples(triples, split, first), _held_out(held_out)
     check_model(on)
     loaded = load_sae(sae, layer, device_named(on.device))
@@ -112,6 +117,8 @@ def layers(
     with messages_of_options({"l1": "--l1"}):
         settings = [replace(adapter, l1=value) for value in l1 or [adapter.l1]]
     require_package("trl", "Training an adapter")
+    if rank() == 0:
+        try_folder(out, "--out", ValueError)
     data, held_out_triples = _triples(triples, split, first), _held_out(held_out)
     check_model(on)
     saes = [load_sae(spec, None, device_named(on.device)) for spec in sae]

@@ -31,6 +31,7 @@ from dspa.cli.options import (
 from dspa.cli.texts import as_record, print_comparison
 from dspa.config import SteeringConfig
 from dspa.distributed import device_named
+from dspa.outputs import open_output
 
 if TYPE_CHECKING:
     from dspa.models.attachment import Attachable
@@ -114,7 +115,8 @@ def generate(
     _check_given(map_path, adapter, pair, adapter_sae, config, ops, trace)
     if stream and (file or out or compare):
         raise ValueError("--stream prints one text as it grows; leave out --file, --out and --compare, or --stream.")
-    read = {"--file": file, "--map": map_path}
+    read = {"--file": file, "--map": map_path, "--adapter": adapter, "--model": on.model}
+    read |= {"--sae-in": pair.sae_in, "--sae-out": pair.sae_out, "--sae": adapter_sae.sae}
     check_writable("--out", out, read)
     check_writable("--trace", trace, read | {"--out": out})
     prompts: Iterable[str] = read_prompts(prompt, file)
@@ -137,7 +139,7 @@ def generate(
         for attachable in attachables:
             stack.enter_context(attachable.attach(model, **on.names))
         write_edits = stack.enter_context(_writing(edits, trace))
-        sink = stack.enter_context(out.open("w", encoding="utf-8")) if out else sys.stdout
+        sink = stack.enter_context(open_output(out)) if out else sys.stdout
         total = len(prompts) if isinstance(prompts, list) else None
         bar = stack.enter_context(tqdm(total=total, unit="prompt", desc="generate", disable=file is None))
         batches = answer_prompts(
@@ -258,7 +260,7 @@ def _writing(edits: Trace | None, path: Path | None) -> Iterator[Callable[[], No
     if edits is None or path is None:
         yield lambda: None
         return
-    with path.open("w", encoding="utf-8") as file:
+    with open_output(path) as file:
 
         def write() -> None:
             edits.write(file)

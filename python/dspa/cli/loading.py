@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +17,8 @@ from dspa.cli.options import (
 )
 from dspa.data.records import ENDINGS, ending_of
 from dspa.distributed import device_named
-from dspa.errors import refusal, require_package
+from dspa.errors import MapError, refusal, require_package
+from dspa.outputs import FILE, try_output
 
 if TYPE_CHECKING:
     from dspa.fsrl.adapter import FSRLAdapter
@@ -27,22 +29,44 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def check_writable(option: str, path: Path | None, others: Mapping[str, Path | None] | None = None) -> None:
+def check_writable(option: str, path: Path | None, others: Mapping[str, str | Path | None] | None = None) -> None:
     """Raise for a path that cannot be written, before the work and not after it.
 
     Args:
         option: the option that gives the path.
         path: the path, if it was given.
-        others: paths that were given for something else, by what gave them. None of them may be overwritten.
+        others: what was given for something else, by what gave it: files, folders, or names on the Hub. None of these
+            files may be overwritten, nor one in these folders, except a map.
     """
     if path is None:
         return
-    accepted = "a file in a folder that exists"
-    if not path.parent.is_dir() or path.is_dir():
-        raise refusal(ValueError, option, path, accepted)
     for name, other in (others or {}).items():
-        if other is not None and other.resolve() == path.resolve():
-            raise refusal(ValueError, option, f"{path}, as {name} is", f"{accepted}, other than {name}")
+        if other is not None and _is_same_file(path, Path(other)):
+            raise refusal(ValueError, option, f"{path}, as {name} is", f"{FILE}, other than {name}")
+        if other is not None and _is_read_from(path, Path(other)):
+            got = f"{path}, a file in the folder that {name} is"
+            raise refusal(ValueError, option, got, "a new file, one elsewhere, or a map", "Name another, or delete it.")
+    try_output(path, option)
+
+
+def _is_same_file(path: Path, other: Path) -> bool:
+    """Return True if two paths are one regular file, there or not yet, also by links of either kind."""
+    if path.exists() and other.exists():
+        return path.is_file() and path.samefile(other)
+    return os.path.realpath(path) == os.path.realpath(other)
+
+
+def _is_read_from(path: Path, folder: Path) -> bool:
+    """Return True if a path is a file in a folder and no map."""
+    within = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    if not (within and folder.is_dir() and path.is_file()):
+        return False
+    from dspa.files import read_header
+
+    try:
+        return not str(read_header(path).get("format")).startswith("dspa.map.")
+    except (MapError, OSError):
+        return True
 
 
 def check_model(options: RecordedModelOptions) -> None:

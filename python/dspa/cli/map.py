@@ -92,8 +92,11 @@ def map_build(
     gemma-scope-2b-pt-res-canonical:layer_7/width_16k/canonical --sae-out
     gemma-scope-2b-pt-res-canonical:layer_24/width_16k/canonical`
     """
-    check_writable("--out", out, {"TRIPLES": Path(triples)})
+    check_writable("--out", out, {"TRIPLES": triples, "--work-dir": work_dir} | _places(on, pair))
     from dspa.maps.build import build_map
+
+    if work_dir is not None:
+        _check_free(work_dir)
 
     options = {"first": first, "work_dir": work_dir, "chat_template_kwargs": chat_template_kwargs, **asdict(settings)}
     cdmap = _call_on_triples(build_map, triples, split, on, pair, counting, **options)
@@ -121,6 +124,7 @@ def map_collect(
     """
     from dspa.maps.collect import collect
 
+    _check_free(out)
     options: dict[str, Any] = {"first": first, "work_dir": out, "chat_template_kwargs": chat_template_kwargs}
     counts = _call_on_triples(collect, triples, split, on, pair, counting, **options)
     if rank() == 0:
@@ -145,7 +149,7 @@ def map_reduce(
 
     For example: `dspa map reduce counts --gate-rule active --out active.dspa.safetensors`
     """
-    check_writable("--out", out)
+    check_writable("--out", out, {"COUNTS": counts, "--only": only})
     from dspa.maps.collection import Collection
     from dspa.maps.reduce import reduce
 
@@ -198,6 +202,19 @@ def _call_on_triples(
             model_name=on.model_name,
             **options,
         )
+
+
+def _places(on: ModelOptions, pair: SAEPairOptions) -> dict[str, str | None]:
+    """Return the places of a model and two SAEs, by their options."""
+    return {"--model": on.model, "--sae-in": pair.sae_in, "--sae-out": pair.sae_out}
+
+
+def _check_free(folder: Path) -> None:
+    """Check a folder of counts before anything is loaded; the first of several processes does it for all."""
+    from dspa.maps.collection import Collection
+
+    if rank() == 0:
+        Collection.check_free(folder)
 
 
 def _subset(

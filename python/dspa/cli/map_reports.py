@@ -98,8 +98,8 @@ def map_stability(
     """
     from dspa.maps.stability import stability
 
-    check_writable("--plot", plot)
-    check_writable("--csv", csv_path, {"--plot": plot})
+    check_writable("--plot", plot, {"COUNTS": counts})
+    check_writable("--csv", csv_path, {"COUNTS": counts, "--plot": plot})
     reports = stability(
         counts,
         sizes=size,

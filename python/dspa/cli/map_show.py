@@ -64,7 +64,8 @@ def map_show(
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.maps.reports import origin, places, summary, top_columns, top_rows, warnings
 
-    check_writable("--plot", plot, {"the map": path, "--labels": labels, "--texts": texts})
+    read = {"the map": path, "--labels": labels, "--texts": texts, "--model": on.model}
+    check_writable("--plot", plot, read | {"--sae-in": pair.sae_in, "--sae-out": pair.sae_out})
     if not 0 < delta < 1:
         raise refusal(ValueError, "--delta", delta, "a number between 0 and 1")
     cdmap = ConditionalDifferenceMap.load(path)

@@ -135,6 +135,8 @@ def sae_train(
     with messages_of_options(NAMES):
         sizes_of_layers(layer, d_sae, k)
         folders = layer_folders(out, layer)
+    for folder in folders:
+        folder.check_free()
     file = _check_texts(texts)
     model, tokenizer = load_model(on)
     with messages_of_options(NAMES):
@@ -167,7 +169,9 @@ def sae_finetune(
     from dspa.saes.training import finetune_sae
     from dspa.training_folder import TrainingFolder
 
-    TrainingFolder(out).check()
+    folder = TrainingFolder(out)
+    folder.check()
+    folder.check_free()
     file = _check_texts(texts)
     check_model(on)
     start = load_sae(sae, layer, "cpu")
