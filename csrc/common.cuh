@@ -16,6 +16,8 @@ namespace dspa {
 using Arguments = dspa_steer_arguments;
 
 constexpr float INF = __builtin_huge_valf();
+// Residuals are smaller than this, since the squares that a norm sums up would overflow.
+constexpr float RESIDUAL_LIMIT = 0x1p56f;
 
 __device__ inline int bits_of(float x) {
   int bits;

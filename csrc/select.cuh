@@ -33,7 +33,7 @@ template <class Storage> __device__ void copy_row(const Arguments &a, const Stor
   }
 }
 
-// finite = isfinite(h) everywhere; with a screen the norms of a row, rounded up for the relative error of the sums and
+// finite = |h| < RESIDUAL_LIMIT everywhere; with a screen the norms of a row, rounded up for the relative error of the sums and
 // for squares that underflow. By the warp that copied the row.
 template <class Storage> __device__ void measure_row(const Arguments &a, const Storage &storage, int i_row) {
   using T = typename Storage::T;
@@ -50,7 +50,7 @@ template <class Storage> __device__ void measure_row(const Arguments &a, const S
     }
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      is_finite &= fabsf(x[i]) < INF;  // a NaN compares false
+      is_finite &= fabsf(x[i]) < RESIDUAL_LIMIT;  // a NaN compares false
       const float centered = x[i] - mean[i];
       squares = fmaf(x[i], x[i], squares);
       centered_squares = fmaf(centered, centered, centered_squares);

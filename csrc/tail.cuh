@@ -93,7 +93,8 @@ __device__ void add_decoder_rows(float (&delta)[8], const SlotEdit &edit, const 
 }
 
 // out = h + sum_j (f'_j - f_j) W_dec[j] at TAIL_COLUMNS columns, summed in the order of the slots. By one warp. The
-// first column tile of a row also records the edits and counts the row in `paths`.
+// first column tile of a row also records the edits and counts the row in `paths`. Each tile that is not finite once
+// edited counts there as not finite.
 template <class Storage>
 __device__ void edit_row(const Arguments &a, const Storage &storage, unsigned waiting, int i_row, int o_d) {
   using T = typename Storage::T;
@@ -122,6 +123,12 @@ __device__ void edit_row(const Arguments &a, const Storage &storage, unsigned wa
 #pragma unroll
   for (int c = 0; c < 8; c++)
     if (changed) x.x[c] = rounded<T>(x[c] + delta[c]);
+  if (a.paths && changed) {
+    bool is_finite = true;
+#pragma unroll
+    for (int c = 0; c < 8; c++) is_finite &= fabsf(x[c]) < RESIDUAL_LIMIT || c >= n_left;  // a NaN compares false
+    if (ballot(!is_finite) && lane() == 0) atomic_add(a.paths + 1, int64_t(1));
+  }
   T *out = static_cast<T *>(a.out) + int64_t(i_row) * a.d_in + o_d + 8 * lane();
   if (!aligned) x.store_part(out, n_left);
   else if (n_left > 0) x.store(out);

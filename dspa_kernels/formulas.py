@@ -9,6 +9,8 @@ from torch import Tensor
 
 # Pre-activations held at once, so that no [N, d_sae] is ever kept.
 MAX_ELEMENTS = 1 << 24
+# Residuals are smaller than this, since the squares that a norm sums up would overflow in fp32.
+RESIDUAL_LIMIT = 2.0**56
 
 
 class Normalised(NamedTuple):
@@ -52,6 +54,11 @@ def pre_activations(hn: Tensor, encoder_rows: Tensor, b_enc: Tensor) -> Tensor:
 def is_active(pre: Tensor, threshold: Tensor) -> Tensor:
     """Return where `pre > threshold` and `pre > 0`, both strict. A NaN is never active."""
     return (pre > threshold) & (pre > 0)
+
+
+def is_finite(h: Tensor) -> Tensor:
+    """Return which rows [N] of residuals h [N, d_in] hold no NaN and nothing as large as `RESIDUAL_LIMIT`."""
+    return (h.abs() < RESIDUAL_LIMIT).all(dim=-1)
 
 
 def top_k_mask(pre: Tensor, k: int) -> Tensor:

@@ -28,16 +28,19 @@ def steered(backend: str, **arguments: Any) -> tuple[Tensor, dict[str, int]]:
     tally = paths.to(device)
     moved = {name: value.to(device) if hasattr(value, "to") else value for name, value in arguments.items()}
     out = steer(**moved, paths=tally, backend=backend)
+    out = out[0] if isinstance(out, tuple) else out
     return out.cpu(), dict(zip((*PATHS, "read"), tally.tolist(), strict=True))
 
 
-def one_row(pre: list[float], selected: dict[int, int], *, k: int = 0, plan_rows: int = 1) -> dict[str, Any]:
+def one_row(
+    pre: list[float], selected: dict[int, int], *, k: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Any]:
     """A row whose latents have pre-activations `pre`, and a plan of latent -> sign. Threshold 0."""
     n = len(pre)
-    eye = torch.eye(n, dtype=torch.bfloat16)
+    eye = torch.eye(n, dtype=dtype)
     sae = SAEWeights(eye, torch.zeros(n), torch.zeros(n), eye.clone(), k=k)
     return {
-        "h": torch.tensor([pre], dtype=torch.bfloat16),
+        "h": torch.tensor([pre], dtype=dtype),
         "sae": sae,
         "cdmap": MapWeights.gather(torch.arange(n), torch.zeros(1, n), sae),
         "plan": SteeringPlan(
@@ -63,6 +66,8 @@ ABLATE, AUGMENT = -1, 1
         ([1.0, 5.0, 2.0], {0: ABLATE}, [1], 0.0, "streamed"),
         ([1.0, float("inf"), 2.0], {0: ABLATE}, [1], 0.2, "not_finite"),
         ([1.0, float("nan"), 2.0], {0: ABLATE}, [1], 0.2, "not_finite"),
+        ([1.0, 2.0**56, 2.0], {0: ABLATE}, [1], 0.2, "not_finite"),  # its square overflows in a norm
+        ([1.0, 2.0**55, 2.0], {0: ABLATE}, [1], 0.2, "settled"),
     ],
 )
 def test_each_path_is_taken_and_counted(
@@ -86,6 +91,30 @@ def test_unsteered_rows_are_counted(backend: str) -> None:
     arguments = one_row([1.0, 5.0, 2.0], {0: ABLATE})
     out, paths = steered(backend, **arguments, rows=torch.tensor([-1], dtype=torch.int32))
     assert paths["unsteered"] == 1 and same_bits(out, arguments["h"])
+
+
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "alpha"),
+    [
+        (torch.float16, 3e4),
+        (torch.bfloat16, 3e38),
+        (torch.bfloat16, 2e16),  # finite, but the norm of the next layer would take the row for 0
+        (torch.float32, 1e38),
+    ],
+    ids=str,
+)
+def test_edits_whose_result_is_not_finite_are_counted(
+    backend: str, dtype: torch.dtype, alpha: float, record: bool
+) -> None:
+    """Also if that is so in the last of several column tiles alone."""
+    for n, latent in ((3, 0), (1100, 1), (1100, 1099)):
+        pre = torch.ones(n)
+        pre[-1] = 5
+        arguments = one_row(pre.tolist(), {latent: AUGMENT}, dtype=dtype)
+        for strength, expected in ((alpha, True), (0.2, False)):
+            _, paths = steered(backend, **arguments, alpha=strength, record=record)
+            assert (paths["not_finite"] > 0) == expected and paths["settled"] + paths["streamed"] == 1
 
 
 def test_recording_reads_what_settling_would_not(backend: str) -> None:

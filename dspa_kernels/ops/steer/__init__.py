@@ -92,6 +92,8 @@ def steer(
         paths: [6] int64, contiguous, counters that are added to: the rows that were unsteered, not finite, inactive
             (without an active selected latent), settled (all selected latents went to 0, by a bound on M) and streamed,
             and the encoder rows that were read in full for them. The last depends on timing where rows settle early.
+            A row is not finite if it holds a NaN or a number of 2**56 or more, which no norm can square in fp32. A row
+            that becomes so by its edit counts as not finite too, once or more, beside how it was edited.
         backend: "auto", "reference", "triton" or "cuda". "cuda" takes up to 8 rows, in bf16 or fp16 like the weights,
             of an SAE that does not normalise.
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspa_kernels.formulas import compute_dtype, is_active, latent_blocks, normalise, pre_activations
+from dspa_kernels.formulas import compute_dtype, is_active, is_finite, latent_blocks, normalise, pre_activations
 
 
 def _stream(
@@ -76,8 +76,9 @@ def steer(
 
     f'_j = f_j + alpha M (sign +1) or max(f_j - alpha M, 0) (sign -1), with M the maximum of all latents of the row.
     A row with rows[n] < 0, without an active selected latent, or without a change is copied. So is a steered row that
-    is not finite, and its maximum is NaN. The selected and the first `n_large` latents give a lower bound on M. Unless
-    recorded, the encoder is not read for a row whose active selected latents all go to 0 by that bound.
+    is not finite, and its maximum is NaN. A row that is not finite once edited counts in paths[1] as well. The selected
+    and the first `n_large` latents give a lower bound on M. Unless recorded, the encoder is not read for a row whose
+    active selected latents all go to 0 by that bound.
     """
     dtype = compute_dtype(h, encoder_rows)
     out = h.clone(memory_format=torch.contiguous_format)
@@ -87,7 +88,7 @@ def steer(
 
     prompt = steered_rows(len(h), rows, positions, start).to(h.device)
     row = (prompt >= 0).nonzero().flatten()
-    finite = h[row].isfinite().all(dim=1)
+    finite = is_finite(h[row])
     if record:
         maximum[row[~finite]] = float("nan")
     counts = [len(h) - len(row), int((~finite).sum())]
@@ -138,5 +139,8 @@ def steer(
     change = torch.zeros(len(row), len(columns), dtype=dtype, device=h.device)
     change.scatter_add_(1, slot, edited - f)
     delta = change[changed] @ columns_W_dec.to(dtype) * scale[changed]
-    out[row[changed]] = (h[row[changed]].to(dtype) + delta).to(h.dtype)
+    steered = (h[row[changed]].to(dtype) + delta).to(h.dtype)
+    out[row[changed]] = steered
+    if paths is not None:
+        paths[1] += (~is_finite(steered)).sum()
     return out, before, after, maximum

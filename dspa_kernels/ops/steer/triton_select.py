@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from dspa_kernels.formulas import RESIDUAL_LIMIT
 from dspa_kernels.ops.shared.triton_tiles import gathered_tile, row_chunk, row_scale
 
 # States of a row in scratch: its plan row, or why it has none.
@@ -14,7 +15,7 @@ _UNSTEERED, _NOT_FINITE = tl.constexpr(UNSTEERED), tl.constexpr(NOT_FINITE)
 # time. A tile has at least BLOCK_G latents, which tensor cores need.
 BLOCK_S, BLOCK_C, BLOCK_P, BLOCK_G = 16, 1024, 8, 64
 _BLOCK_S, _BLOCK_C, _BLOCK_P = tl.constexpr(BLOCK_S), tl.constexpr(BLOCK_C), tl.constexpr(BLOCK_P)
-_BLOCK_G = tl.constexpr(BLOCK_G)
+_BLOCK_G, _RESIDUAL_LIMIT = tl.constexpr(BLOCK_G), tl.constexpr(RESIDUAL_LIMIT)
 
 
 class Summary(NamedTuple):
@@ -63,7 +64,7 @@ def prepare_row(p_h, screen, scratch, i_row, b_plan, d_in, n_slots, NORMALIZE: t
             m_k = o_k < d_in - i_k
             b_h = row_chunk(p_row, i_k, o_k, d_in, b_mean, b_divisor, "none")
             # Comparisons with NaN are false.
-            b_infinite |= tl.where(tl.abs(b_h) < float("inf"), 0, 1)
+            b_infinite |= tl.where(tl.abs(b_h) < _RESIDUAL_LIMIT, 0, 1)
             if NORMALIZE != "none":
                 b_h = row_chunk(p_row, i_k, o_k, d_in, b_mean, b_divisor, NORMALIZE)
                 tl.store(scratch.x + i_row * d_in + i_k + o_k, b_h, mask=m_k)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from dspa_kernels.formulas import RESIDUAL_LIMIT
 from dspa_kernels.ops.shared.triton_grid import prefetch
 from dspa_kernels.ops.shared.triton_tiles import rounded
 from dspa_kernels.ops.steer.triton_select import NOT_FINITE, UNSTEERED, summarise
@@ -10,6 +11,7 @@ from dspa_kernels.ops.steer.triton_select import NOT_FINITE, UNSTEERED, summaris
 # Slots that are processed together, and columns of one item.
 BLOCK_SLOTS, BLOCK_D = 16, 1024
 _BLOCK_SLOTS, _BLOCK_D = tl.constexpr(BLOCK_SLOTS), tl.constexpr(BLOCK_D)
+_RESIDUAL_LIMIT = tl.constexpr(RESIDUAL_LIMIT)
 _UNSTEERED, _NOT_FINITE = tl.constexpr(UNSTEERED), tl.constexpr(NOT_FINITE)
 # Decoder rows are prefetched in lines of 128 bytes.
 _LINES = tl.constexpr(BLOCK_D // 32)
@@ -54,7 +56,8 @@ def edit_row(
 ):
     """out = h + scale sum_j (f'_j - f_j) W_dec[j] at BLOCK_D columns; f' = f + alpha M or max(f - alpha M, 0).
 
-    The first column tile of a row also records the edits and counts the row in `paths`.
+    The first column tile of a row also records the edits and counts the row in `paths`. Each tile that is not finite
+    once edited counts there as not finite.
     """
     n_column_tiles = tl.cdiv(d_in, _BLOCK_D)
     i_row, i_column_tile = (i_item // n_column_tiles).to(tl.int64), i_item % n_column_tiles
@@ -93,7 +96,7 @@ def edit_row(
         p_w = columns.W_dec + b_slot.to(tl.int64)[:, None] * d_in + o_d[None, :]
         b_w = tl.load(p_w, mask=(b_change != 0)[:, None] & m_d[None, :], other=0.0)
         b_delta += tl.sum(b_change[:, None] * b_w.to(tl.float32), axis=0)
-        b_changed = tl.maximum(b_changed, tl.max(tl.abs(b_change), axis=0))
+        b_changed = tl.maximum(b_changed, tl.max(tl.where(b_change != 0, 1.0, 0.0), axis=0))
         b_active = tl.maximum(b_active, tl.max(b_f, axis=0))
         if record is not None:
             if i_column_tile == 0:
@@ -104,6 +107,11 @@ def edit_row(
         b_delta *= tl.load(scratch.scale + i_row, mask=b_state >= 0, other=0.0)
     b_out = rounded(b_h.to(tl.float32) + b_delta, b_h.dtype)
     tl.store(p_out + i_row * d_in + o_d, tl.where(b_changed > 0, b_out, b_h), mask=m_d)
+    if p_paths is not None:
+        # Comparisons with NaN are false.
+        m_finite = (tl.abs(b_out.to(tl.float32)) < _RESIDUAL_LIMIT) | (m_d == 0)
+        if (b_changed > 0) & (tl.min(m_finite.to(tl.int32), axis=0) == 0):
+            tl.atomic_add(p_paths + 1, 1, sem="relaxed")
 
     if i_column_tile == 0:
         if record is not None:
