@@ -112,6 +112,7 @@ VALID = {"counts": COUNTS, "values": VALUES, "k_prompt": 5, "k_diff": 4}
         ({"k_prompt": 0}, ("`k_prompt`", "is 0", ">= 1")),
         ({"k_prompt": 32}, ("`k_prompt`", "is 32", "31")),
         ({"k_diff": 0}, ("`k_diff`", "is 0", ">= 1")),
+        ({"k_diff": 10**9}, ("`k_diff`", "is 1000000000", "1048576")),
         ({"mode": "remove"}, ("`mode`", "'remove'", "ablate, augment, both")),
         ({"backend": "gpu"}, ("`backend`", "'gpu'", "reference")),
     ],

@@ -8,6 +8,8 @@ from dspa_kernels.checks import check_device, check_dtype, check_shape, refuse
 from dspa_kernels.weights import SteeringPlan, check_k
 
 MODES = ("ablate", "augment", "both")
+# The width of the widest SAEs. A plan has as many slots, used or not.
+MAX_K_DIFF = 1 << 20
 
 
 def map_lookup(
@@ -29,7 +31,7 @@ def map_lookup(
         counts: [B, d_sae_in] int32, the `activation_counts` of the prompts.
         values: [d_sae_in, C] fp32, the map at its columns.
         k_prompt: number of prompt latents (published: 32).
-        k_diff: number of latents to augment, and to ablate (published: 16).
+        k_diff: number of latents to augment, and to ablate (published: 16), up to 2**20.
         mode: "ablate", "augment" or "both".
         backend: "auto", "reference", "triton" or "cuda".
 
@@ -60,7 +62,7 @@ def check_lookup(counts: Tensor, values: Tensor, k_prompt: int, k_diff: int, mod
     check_dtype("counts", counts, (torch.int32,))
     check_device("counts", counts, values, "values")
     check_k("k_prompt", k_prompt, values.shape[0])
-    check_k("k_diff", k_diff, torch.iinfo(torch.int32).max)
+    check_k("k_diff", k_diff, MAX_K_DIFF)
     if mode not in MODES:
         raise refuse("mode", repr(mode), ", ".join(MODES))
 

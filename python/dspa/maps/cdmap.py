@@ -239,6 +239,15 @@ class ConditionalDifferenceMap:
             if sae.layer != layer:
                 raise MapError(f"`{name}` sits at layer {sae.layer}, and the map was made at layer {layer}.")
 
+    def check_sizes(self, config: SteeringConfig) -> None:
+        """Raise `ValueError` for a k larger than the width of its SAE."""
+        for name, k, end, width in (
+            ("k_prompt", config.k_prompt, "input", self.meta.d_sae_in),
+            ("k_diff", config.k_diff, "output", self.meta.d_sae_out),
+        ):
+            if k > width:
+                raise refusal(ValueError, f"`{name}`", k, f"1 to the {end} SAE's width, {width}")
+
     # Scores and plans
 
     def score(self, gates: Tensor) -> Tensor:
@@ -261,7 +270,14 @@ class ConditionalDifferenceMap:
             counts: activation counts of the prompts, [B, d_sae_in] int32.
             config: scoring, mode and sizes.
             backend: as for `dspa_kernels.map_lookup`.
+
+        Raises:
+            ValueError: counts of another shape or dtype, or a k larger than the width of its SAE.
         """
+        self.check_sizes(config)
+        accepted = f"torch.int32 [B, {self.meta.d_sae_in}]"
+        if counts.dtype != torch.int32 or counts.dim() != 2 or counts.shape[1] != self.meta.d_sae_in:
+            raise refusal(ValueError, "`counts`", f"{counts.dtype} {list(counts.shape)}", accepted)
         counts = counts.to(self.values.device)
         if config.scoring != "demixed":
             values, k_prompt = self.scored(config), config.k_prompt

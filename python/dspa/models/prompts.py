@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspa.errors import ModelError
+from dspa.errors import ModelError, refusal
 from dspa.models.layers import CausalLM, check_context
 from dspa.models.reading import cache_in
 
@@ -23,12 +23,14 @@ class Prompts:
     Attributes:
         inputs: input_ids [B, T] or inputs_embeds [B, T, d_in].
         mask: [B, T] bool, True at prompt tokens.
-        positions: position_ids of the tokens in the model [B, T].
+        positions: position_ids of the tokens in the model [B, T], 0 at padding.
+        n_cached: number of columns that the cache of the call holds already.
     """
 
     inputs: dict[str, Any]
     mask: Tensor
     positions: Tensor
+    n_cached: int = 0
 
     @property
     def last_position(self) -> Tensor:
@@ -59,12 +61,58 @@ def generate_prompts(model: CausalLM, inputs: Tensor | None, args: tuple[Any, ..
     if mask is None:
         _check_unpadded(tokens, [kwargs, kwargs.get("generation_config"), *args[:1], model.generation_config])
         mask = torch.ones(whole.shape[:2], dtype=torch.bool)
-    mask = mask.to(whole.device).bool()
-    _check_prompt(model, whole.shape[1], mask, cache_in(kwargs))
-    positions = kwargs.get("position_ids")
+    mask = token_mask(mask.to(whole.device))
+    cache = cache_in(kwargs)
+    n_cached = int(cache.get_seq_length()) if cache is not None else 0
+    _check_prompt(model, whole.shape[1], mask, n_cached)
+    return Prompts({name: whole}, mask, token_positions(kwargs.get("position_ids"), mask), n_cached)
+
+
+def token_mask(mask: Tensor) -> Tensor:
+    """Return an attention mask as bool.
+
+    Raises:
+        ModelError: anything but 0 and 1.
+    """
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        wrong = mask[(mask != 0) & (mask != 1)][0].item()
+        raise refusal(
+            ModelError, "A number of `attention_mask`", wrong, "1 at a token, 0 at padding, in two dimensions"
+        )
+    return mask.bool()
+
+
+def token_positions(positions: Tensor | None, mask: Tensor) -> Tensor:
+    """Return the positions of tokens [B, T], 0 at padding.
+
+    Args:
+        positions: position_ids [B, T] or [1, T], or None to count the tokens of each row.
+        mask: [B, T] bool, True at tokens.
+
+    Raises:
+        ModelError: positions of another shape or kind, or that do not rise from token to token in a row.
+    """
     if positions is None:
-        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    return Prompts(inputs={name: whole}, mask=mask, positions=positions.to(whole.device))
+        return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    if (
+        positions.shape not in (mask.shape, (1, mask.shape[1]))
+        or positions.is_floating_point()
+        or positions.dtype == torch.bool
+    ):
+        got = f"{positions.dtype} {list(positions.shape)}"
+        raise refusal(ModelError, "`position_ids`", got, f"whole numbers of shape {list(mask.shape)}")
+    positions = positions.to(mask.device).expand_as(mask).where(mask, -1)
+    # A token's position is above all before it. Padding has -1 here.
+    highest = torch.cat([positions.new_full((len(mask), 1), -1), positions.cummax(dim=1).values[:, :-1]], dim=1)
+    if not bool((positions > highest)[mask].all()):
+        raise refusal(
+            ModelError,
+            "`position_ids`",
+            "numbers that fall, stay or start again within a row",
+            "numbers >= 0 that rise from token to token",
+            "Pass one sequence per row, and no position_ids to have its tokens counted.",
+        )
+    return positions.where(mask, 0)
 
 
 def _check_unpadded(tokens: Tensor | None, settings: list[Any]) -> None:
@@ -82,8 +130,7 @@ def _check_unpadded(tokens: Tensor | None, settings: list[Any]) -> None:
         )
 
 
-def _check_prompt(model: CausalLM, length: int, mask: Tensor, cache: Any) -> None:
-    cached = int(cache.get_seq_length()) if cache is not None else 0
+def _check_prompt(model: CausalLM, length: int, mask: Tensor, cached: int) -> None:
     if mask.dim() != 2 or mask.shape[1] != length or cached >= length:
         raise ModelError(
             f"generate() got {length} tokens, an attention_mask of shape {list(mask.shape)} and a cache of {cached} "

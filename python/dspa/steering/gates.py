@@ -6,13 +6,14 @@ chunks, caches and compilation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dspa.errors import ModelError, refusal
-from dspa.models.prompts import Prompts
+from dspa.models.prompts import Prompts, token_mask, token_positions
 from dspa.models.reading import cache_in
 
 
@@ -49,6 +50,20 @@ def token_gate(position_ids: Tensor, start: Tensor | None, rows: Tensor | None) 
     return {"rows": _plan_rows(steered).flatten()}
 
 
+def response_columns(starts: Sequence[int] | Tensor) -> Tensor:
+    """Return the column of each row's first response token as a tensor.
+
+    Raises:
+        ModelError: anything but whole numbers.
+    """
+    columns = torch.as_tensor(starts)
+    if columns.is_floating_point() or columns.is_complex() or columns.dtype == torch.bool:
+        raise refusal(
+            ModelError, "`starts`", columns.tolist(), "whole numbers, the column of each first response token"
+        )
+    return columns
+
+
 def whole_sequences(
     args: tuple[Any, ...], kwargs: dict[str, Any], starts: Tensor, positions: str
 ) -> tuple[Prompts, Tensor]:
@@ -75,13 +90,16 @@ def whole_sequences(
         accepted = f"{shape[0]} columns, one per row, from 1 to {shape[1]}"
         raise refusal(ModelError, "`starts`", start.tolist(), accepted)
     mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    mask = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.bool()
+    mask = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else token_mask(mask.to(device))
+    if mask.shape != shape:
+        raise refusal(ModelError, "`attention_mask`", f"of shape {list(mask.shape)}", f"shape {list(shape)}")
     column = torch.arange(shape[1], device=device)
     in_prompt = mask & (column < start[:, None])
     if not bool(in_prompt.any(dim=1).all()):
         raise ModelError("A row has no prompt token before its response. Steering selects from a prompt.")
     length = int(start.max())
-    position_ids = column[None].expand(shape) if position_ids is None else position_ids.expand(shape)
+    # Without position_ids, transformers counts columns.
+    position_ids = column[None].expand(shape) if position_ids is None else token_positions(position_ids, mask)
     prompts = Prompts({name: whole[:, :length]}, in_prompt[:, :length], position_ids[:, :length])
     return prompts, _plan_rows(mask & (column >= first_steered(start - 1, positions)[:, None]))
 
