@@ -52,14 +52,16 @@ def steps(steering: Steering, layer: torch.nn.Module, n: int) -> dict[str, Calla
     positions, start = torch.full((n, 1), 9, device=DEVICE), torch.full((n,), 3, device=DEVICE)
     gate = {"positions": positions.flatten(), "start": start}
     rows = torch.arange(n, dtype=torch.int32, device=DEVICE)
-    kwargs = dict(zip(steering.keywords, (plan.slots, plan.signs, start), strict=True)) | {"position_ids": positions}
+    call = steering._new_call()
+    values = (plan.slots, plan.signs, start, call)
+    kwargs = dict(zip(steering.keywords, values, strict=True)) | {"position_ids": positions}
     inputs = (h[:, 0], sae, cdmap, plan)
     return {
         "steer": lambda: steer(*inputs, stream=stream),
         "steer, default stream": lambda: steer(*inputs),
         "steer, rows": lambda: steer(*inputs, rows, stream=stream),
         "steer, positions": lambda: steer(*inputs, stream=stream, **gate),
-        "steer, positions and paths": lambda: steer(*inputs, stream=stream, paths=steering._paths, **gate),
+        "steer, positions and paths": lambda: steer(*inputs, stream=stream, paths=call.counters, **gate),
         "hook": lambda: steering._change_output(layer, (), kwargs, h),
     }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from functools import cache, lru_cache
 from typing import Any
 
@@ -140,9 +141,10 @@ def decoding_step(case: Case, _backend: str) -> Steps:
     ids = prompts(case.rows)
     positions = torch.arange(ids.shape[1], device=DEVICE).expand(ids.shape)
     inputs: dict[str, Any] = {cache_names()[-1]: StaticCache(model().config, max_cache_len=ids.shape[1] + NEW)}
-    if steer is not None:
-        inputs |= steer.keyword_tensors(Prompts({"input_ids": ids}, torch.ones_like(ids).bool(), positions))
-    model()(input_ids=ids, position_ids=positions, use_cache=True, **inputs)
+    with steer.checked_call() if steer is not None else nullcontext():
+        if steer is not None:
+            inputs |= steer.call_keywords(Prompts({"input_ids": ids}, torch.ones_like(ids).bool(), positions))
+        model()(input_ids=ids, position_ids=positions, use_cache=True, **inputs)
     token = {"input_ids": ids[:, -1:], "position_ids": positions[:, -1:] + 1}
 
     def step() -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from dspa.errors import AdapterError, refusal
 from dspa.files import checksum, read_header, read_tensors, write_tensors
 from dspa.fsrl.config import FSRLConfig
-from dspa.models.attachment import Attachable
+from dspa.models.attachment import Attachable, Call
 from dspa.models.layers import CausalLM, device_of
+from dspa.models.scopes import Scope
 from dspa.models.sources import Source
 from dspa.outputs import write_atomically
 from dspa.saes.frozen import FrozenSAE
@@ -43,6 +44,13 @@ class Moves:
     l0: list[Tensor] = field(default_factory=list)
 
 
+@dataclass(eq=False)
+class Recording(Scope):
+    """A block in which the owner collects its moves."""
+
+    moves: Moves
+
+
 class FSRLAdapter(Attachable, nn.Module):
     """`h' = h + (ReLU(f + v) - f) W_dec` with `v = act(h W_a^T + b_a)` and the latents f of `sae` (arXiv 2509.12934).
 
@@ -59,7 +67,8 @@ class FSRLAdapter(Attachable, nn.Module):
         backend: backend of `dspa_kernels.fsrl_residual`.
 
     Attributes:
-        mask: [d_sae] bool, True for latents that may be moved; None for all.
+        mask: [d_sae] bool, True for latents that may be moved; None for all. Mask and fraction hold for all threads, so
+            they cannot be changed while a call of `generate()` runs.
         fraction: share of a token's nonzero v_j that is kept, the largest by size.
         trained_with: digest of the weights of the model that it was trained on, by `dspa.models.sources.model_digest`.
             Empty if that is not known. It is saved with the adapter.
@@ -78,7 +87,7 @@ class FSRLAdapter(Attachable, nn.Module):
             if not isinstance(value, kind):
                 raise refusal(AdapterError, f"`{name}`", f"a {type(value).__name__}", f"a {kind.__name__}")
         required_layer(sae)
-        self.sae, self.config, self.backend = sae, config, backend
+        self.sae, self._config, self.backend = sae, config, backend
         self.trained_on: Source | None = None
         self.trained_with = ""
         self._mask: Tensor | None = None
@@ -93,7 +102,6 @@ class FSRLAdapter(Attachable, nn.Module):
             self.threshold = nn.Parameter(thresholds)
         elif self.config.activation == "jumprelu":
             self.log_threshold = nn.Parameter(thresholds.log())
-        self._moves: Moves | None = None
         self._cast: Tensor | None = None
         self._cast_of = Snapshot()
 
@@ -111,10 +119,15 @@ class FSRLAdapter(Attachable, nn.Module):
             fraction=self._fraction,
             backend=self.backend,
         )
-        if self._moves is not None:
-            self._moves.l1.append(l1.view(h.shape[:-1]))
-            self._moves.l0.append(l0.view(h.shape[:-1]))
+        if recording := self._innermost(Recording):
+            recording.moves.l1.append(l1.view(h.shape[:-1]))
+            recording.moves.l0.append(l0.view(h.shape[:-1]))
         return steered.view(h.shape)
+
+    @property
+    def config(self) -> FSRLConfig:
+        """Settings of the adapter. For others, make another adapter."""
+        return self._config
 
     @property
     def mask(self) -> Tensor | None:
@@ -128,6 +141,7 @@ class FSRLAdapter(Attachable, nn.Module):
         ):
             got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
             raise refusal(AdapterError, "`mask`", got, f"a tensor of torch.bool [{self.sae.d_sae}], or None")
+        self._check_idle("mask")
         self._mask = None if mask is None else mask.to(self.b_a.device)
 
     @property
@@ -140,7 +154,15 @@ class FSRLAdapter(Attachable, nn.Module):
         is_number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
         if not is_number or not 0 <= fraction <= 1:
             raise refusal(AdapterError, "`fraction`", repr(fraction), "a number from 0 (keep none) to 1 (keep all)")
+        self._check_idle("fraction")
         self._fraction = float(fraction)
+
+    def _check_idle(self, name: str) -> None:
+        if self._n_open.get(Call.__name__):
+            raise AdapterError(
+                f"`{name}` cannot be changed while a call of generate() runs, which would use both values. Change it "
+                "before or after, or load the adapter once for each thread."
+            )
 
     @property
     def thresholds(self) -> Tensor | None:
@@ -228,16 +250,22 @@ class FSRLAdapter(Attachable, nn.Module):
 
     def _prepare(self, model: CausalLM, stack: nn.ModuleList, model_name: str | None) -> None:
         check_sae("sae", self.sae, model, len(stack), model_name)
+        self._check_finite("the adapter")
         self.to(device_of(stack[self.layer]))
+
+    def _check_finite(self, what: str) -> None:
+        wrong = [name for name, tensor in self.named_parameters() if not bool(tensor.isfinite().all())]
+        if wrong:
+            raise refusal(AdapterError, f"`{wrong[0]}` of {what}", "partly NaN or infinite", "finite numbers")
 
     @contextmanager
     def recording(self) -> Iterator[Moves]:
-        """Collect how far latents are moved, pass by pass; l1 is differentiable if the pass is."""
-        before, self._moves = self._moves, Moves()
-        try:
-            yield self._moves
-        finally:
-            self._moves = before
+        """Collect how far latents are moved, pass by pass; l1 is differentiable if the pass is.
+
+        The passes are those of the same thread or asyncio task.
+        """
+        with self._opened(Recording(self, Moves())) as scope:
+            yield scope.moves
 
     def _edit(self, h: Tensor, kwargs: dict[str, Any]) -> Tensor:
         steered: Tensor = self(h)
@@ -285,7 +313,8 @@ class FSRLAdapter(Attachable, nn.Module):
         It is in evaluation mode and its parameters require no gradient.
 
         Raises:
-            AdapterError: a folder without an adapter, damaged files, or an SAE of another fingerprint, layer or width.
+            AdapterError: a folder without an adapter, damaged files, NaN or infinite parameters, or an SAE of another
+                fingerprint, layer or width.
         """
         record = read_record(Path(path))
         _check_same_sae(record["sae"], sae, path)
@@ -305,6 +334,7 @@ class FSRLAdapter(Attachable, nn.Module):
             raise AdapterError(f"{path} is damaged ({error}). Copy or train it again.") from error
         if checksum(tensors) != record["sha256"]:
             raise AdapterError(f"{path} is damaged: {TENSORS} and {RECORD} are of two different adapters.")
+        adapter._check_finite(str(path))
         return adapter.requires_grad_(False).eval()
 
     def __repr__(self) -> str:

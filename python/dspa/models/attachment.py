@@ -4,6 +4,9 @@ Nothing here guesses what a call of the model is. A row's plan is made from its 
 It reaches the layers as keyword tensors with one row per sequence, which `generate()` itself repeats for beams and
 return sequences. A token is then gated by its position alone. So the same row is changed in the same way alone, padded,
 in chunks, with or without a cache, and in a compiled model.
+
+Threads and asyncio tasks may call one model at the same time. What belongs to a call travels with it, among the
+keywords or in a scope of its thread or task, and not in the object that acts.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -23,29 +28,53 @@ from dspa.errors import ModelError, refusal
 from dspa.models.layers import CausalLM, base_model, check_eval, decoder_layers, hidden_size
 from dspa.models.prompts import Prompts, generate_prompts
 from dspa.models.reading import check_residual, forget_graphs, hidden
+from dspa.models.scopes import S, Scope, innermost, opened
 from dspa.models.sources import check_weights
 
 ATTRIBUTE = "_dspa_attachment"
-# Held while `Attachable` counts its calls. Not an attribute of it, since a lock cannot be copied.
-_COUNTING = threading.Lock()
+# The method whose signature says which keywords a model takes, and which of ours it takes by how many blocks.
+PREPARE, ACCEPTED = "prepare_inputs_for_generation", "_dspa_accepted"
+# Held while threads change what they share. Not an attribute of an `Attachable`, since a lock cannot be copied.
+LOCK = threading.Lock()
+
+
+@dataclass(eq=False)
+class Disabled(Scope):
+    """A block in which the owner leaves residuals as they are."""
+
+
+@dataclass(eq=False)
+class Call(Scope):
+    """A call of `generate()`, or a block of forward passes, in which the owner has to act.
+
+    Attributes:
+        acted: its hook has run.
+    """
+
+    acted: bool = False
+
+    def __deepcopy__(self, _memo: object) -> Call:
+        # `generate()` copies the keywords of a call for an assistant.
+        return self
 
 
 class Attachable(ABC):
     """Something that changes the residual at the output of one layer of one model, while it is attached.
 
     A subclass has `layer`, `_prepare()` and `_edit()`. One that needs a plan per prompt adds `keywords` and
-    `keyword_tensors()`; its `_edit()` finds the plan among the keywords of the layer.
+    `call_keywords()`; its `_edit()` finds the plan among the keywords of the layer.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.enabled = True
         self._attachment: Attachment | None = None
         self._layers: str | None = None
         self._width = 0
         self._undo: list[Callable[[], None]] = []
-        self._n_calls = 0
-        self._acted = False
+        # Numbers of open scopes by kind, in all threads.
+        self._n_open: dict[str, int] = {}
+        # A compiled graph has run the hook. It cannot note that in the call.
+        self._graph_acted = False
 
     def attach(
         self: A,
@@ -100,14 +129,38 @@ class Attachable(ABC):
     def __exit__(self, *_: object) -> None:
         self.detach()
 
+    @property
+    def enabled(self) -> bool:
+        """False within `disabled()`."""
+        return self._innermost(Disabled) is None
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Leave residuals as they are within a `with` block, in all threads: the base model runs."""
-        before, self.enabled = self.enabled, False
-        try:
+        """Leave residuals as they are within a `with` block: the base model runs.
+
+        This is so for the calls of the same thread or asyncio task. Those of others are changed as before.
+        """
+        with self._opened(Disabled(self)):
             yield
+
+    @contextmanager
+    def _opened(self, scope: S) -> Iterator[S]:
+        """Open a scope of this object within a `with` block."""
+        kind = type(scope).__name__
+        with LOCK:
+            self._n_open[kind] = self._n_open.get(kind, 0) + 1
+        try:
+            with opened(scope):
+                yield scope
         finally:
-            self.enabled = before
+            with LOCK:
+                self._n_open[kind] -= 1
+
+    def _innermost(self, kind: type[S]) -> S | None:
+        """Return the innermost open scope of a kind in this thread or task. No graph breaks if no thread has one."""
+        if torch.compiler.is_compiling() and not self._n_open.get(kind.__name__):
+            return None
+        return innermost(self, kind)
 
     def responses(self, starts: Sequence[int] | Tensor) -> AbstractContextManager[None]:
         """Act on plain forward passes over prompts with given responses, within a `with` block.
@@ -126,28 +179,26 @@ class Attachable(ABC):
 
     @contextmanager
     def checked_call(self) -> Iterator[None]:
-        """Raise `ModelError` at the end of a call of the model in which nothing was edited.
-
-        Several threads may call the model at the same time, so `_acted` is reset only when no other call runs.
-        """
+        """Raise `ModelError` at the end of a call of the model in which the hook did not run."""
         if self._attachment is not None:
             # The attention implementation and the mode may have been changed since attach().
             decoder_layers(self._attachment.model, self._layers)
             check_eval(self._attachment.model)
-        with _COUNTING:
-            self._acted = self._acted and self._n_calls > 0
-            self._n_calls += 1
-        try:
+        with self._opened(self._new_call()) as call:
+            with LOCK:
+                if self._n_open[type(call).__name__] == 1:
+                    self._graph_acted = False
             yield
-            if not self._acted:
+            if not (call.acted or self._graph_acted):
                 raise ModelError(
                     f"The hook at layer {self.layer} did not run, so the {type(self).__name__} changed nothing. A "
                     "model compiled before attach() does not see the hook: attach first, or call "
                     "torch.compiler.reset() and compile again. Nor does a generate() that skips the model's layers."
                 )
-        finally:
-            with _COUNTING:
-                self._n_calls -= 1
+
+    def _new_call(self) -> Call:
+        """Return the scope of a new call."""
+        return Call(self)
 
     # What a subclass defines
 
@@ -176,12 +227,20 @@ class Attachable(ABC):
 
     @property
     def keywords(self) -> tuple[str, ...]:
-        """Names of the keyword tensors, new at each `attach()`."""
+        """Names of the keywords that a call carries, new at each `attach()`."""
         return ()
 
-    def keyword_tensors(self, prompts: Prompts) -> dict[str, Tensor]:
-        """Return the plans of prompts as keyword tensors, one row per prompt."""
+    def call_keywords(self, prompts: Prompts | None) -> dict[str, Any]:
+        """Return the keywords of a call: the plans of its prompts as tensors, one row per prompt.
+
+        Args:
+            prompts: the prompts, or None for a call within `disabled()`.
+        """
         return {}
+
+    def _acts_on(self, kwargs: dict[str, Any]) -> bool:
+        """Return True for a pass that is to be changed, by the keywords that the layer was called with."""
+        return self.enabled
 
     @property
     def unsaved(self) -> str:
@@ -192,10 +251,13 @@ class Attachable(ABC):
         return [layer.register_forward_hook(self._change_output, prepend=True, with_kwargs=True)]
 
     def _change_output(self, _layer: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        edited = self._edit(hidden(output, self._width), kwargs) if self.enabled else None
+        edited = self._edit(hidden(output, self._width), kwargs) if self._acts_on(kwargs) else None
         if edited is None:
             return None
-        self._acted = True
+        if torch.compiler.is_compiling():
+            self._graph_acted = True
+        elif call := innermost(self, Call):
+            call.acted = True
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
     def _forget_graphs(self) -> None:
@@ -247,20 +309,23 @@ class Attachment:
     def _generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-            acting = [attachable for attachable in self.attached if attachable.enabled]
-            names = [name for attachable in acting for name in attachable.keywords]
+            names = [name for attachable in self.attached for name in attachable.keywords]
             if any(name in kwargs for name in names):  # a call that `generate()` makes of itself
                 return original(inputs, *args, **kwargs)
+            acting = [attachable for attachable in self.attached if attachable.enabled]
             with ExitStack() as calls:
                 for attachable in acting:
                     calls.enter_context(attachable.checked_call())
-                plans: dict[str, Tensor] = {}
-                if names:
+                plans: dict[str, Any] = {}
+                prompts = None
+                if any(attachable.keywords for attachable in acting):
                     prompts = generate_prompts(self.model, inputs, args, kwargs)
-                    for attachable in acting:
-                        plans |= attachable.keyword_tensors(prompts)
+                    if kwargs.get("position_ids") is not None:
+                        plans["position_ids"] = prompts.positions
+                for attachable in self.attached:
+                    plans |= attachable.call_keywords(prompts if attachable in acting else None)
                 calls.enter_context(self._assistant_accepting(kwargs.get("assistant_model"), names))
-                result = original(inputs, *args, **kwargs, **plans)
+                result = original(inputs, *args, **kwargs | plans)
                 for attachable in acting:
                     if attachable not in self.attached or not attachable.enabled:
                         raise ModelError(
@@ -314,18 +379,38 @@ def accepting(model: CausalLM, names: Iterable[str]) -> Iterator[None]:
     """Let `generate()` pass the keywords `names` on to every layer, within a `with` block.
 
     `generate()` reads in the signature of `prepare_inputs_for_generation` which keywords a model knows, and refuses
-    the rest.
+    the rest. Blocks of several threads may be open for one model.
     """
-    original = model.prepare_inputs_for_generation
+    names = list(names)
+    with LOCK:
+        _accept(model, names, 1)
+    try:
+        yield
+    finally:
+        with LOCK:
+            _accept(model, names, -1)
+
+
+def _accept(model: CausalLM, names: Iterable[str], change: int) -> None:
+    """Change by how many blocks keywords are accepted, and override the method unless none is."""
+    record: tuple[Any, dict[str, int]] = model.__dict__.get(ACCEPTED) or (model.__dict__.get(PREPARE), {})
+    before, counts = record
+    counts = counts | {name: counts.get(name, 0) + change for name in names}
+    counts = {name: count for name, count in counts.items() if count}
+    original = before or getattr(type(model), PREPARE).__get__(model)
+    if not counts:
+        model.__dict__.pop(ACCEPTED, None)
+        model.__dict__.pop(PREPARE, None) if before is None else setattr(model, PREPARE, before)
+        return
 
     @functools.wraps(original)
     def prepare(*args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
 
     signature = inspect.signature(original)
-    extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+    extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in counts]
     # A keyword-only parameter stands before **kwargs, which is last.
     *known, rest = signature.parameters.values()
     prepare.__signature__ = signature.replace(parameters=[*known, *extra, rest])  # type: ignore[attr-defined]
-    with overridden(model, "prepare_inputs_for_generation", prepare):
-        yield
+    setattr(model, PREPARE, prepare)
+    setattr(model, ACCEPTED, (before, counts))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from dspa.config import SteeringConfig
 from dspa.errors import ModelError, refusal
 from dspa.maps.cdmap import N_LARGE, ConditionalDifferenceMap
 from dspa.maps.provenance import check_provenance
-from dspa.models.attachment import Attachable, Attachment
+from dspa.models.attachment import LOCK, Attachable, Attachment, Call
 from dspa.models.layers import (
     NOT_FINITE,
     CausalLM,
@@ -28,12 +30,13 @@ from dspa.models.layers import (
 )
 from dspa.models.prompts import Prompts
 from dspa.models.reading import READING, read_layers
+from dspa.models.scopes import Scope
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_saes, required_layer
-from dspa.steering.gates import first_steered, token_gate, whole_sequences
+from dspa.steering.counters import COUNTED, Counters
+from dspa.steering.gates import first_steered, response_columns, token_gate, whole_sequences
 from dspa.steering.trace import Trace
 from dspa_kernels import (
-    PATHS,
     BackendError,
     EncoderStream,
     MapWeights,
@@ -43,8 +46,38 @@ from dspa_kernels import (
     steer,
 )
 
-# What the numbers of `Steering.paths` count.
-COUNTED = (*PATHS, "encoder_rows_read")
+
+@dataclass(eq=False)
+class SteeredCall(Call):
+    """A call that is steered. It travels with the plan, among the keywords that reach the layers.
+
+    Attributes:
+        counters: what the call counts, [6] int64.
+        before: what they held when it began.
+        enabled: False for a call within `disabled()`.
+        number: number of the pass that made the latest plan.
+        starts: column of each row's first response token [B], within `responses()`.
+        traces: where its edits are recorded.
+    """
+
+    counters: Tensor | None = None
+    before: tuple[int, ...] = ()
+    enabled: bool = True
+    number: int = 0
+    starts: Tensor | None = None
+    traces: tuple[Trace, ...] = ()
+
+    def counted(self, name: str) -> int:
+        """Return how often something was counted in the call. Waits for the device."""
+        index = COUNTED.index(name)
+        return 0 if self.counters is None else int(self.counters[index]) - self.before[index]
+
+
+@dataclass(eq=False)
+class Recording(Scope):
+    """A block in which the owner records its edits in `trace`."""
+
+    trace: Trace
 
 
 class Steering(Attachable, nn.Module):
@@ -61,7 +94,10 @@ class Steering(Attachable, nn.Module):
 
     `plan` is the plan of the latest call, one row per prompt, in places of `cdmap.columns`. With `record=True`, `trace`
     holds every edit: `print(steering.trace)` shows the most edited latents, with the tokens that they promote, and the
-    most edited tokens, with their text where `steering.trace.tokenizer` is set.
+    most edited tokens, with their text where `steering.trace.tokenizer` is set. `recording()` gives a trace of its own.
+
+    Threads and asyncio tasks may share a Steering: each call carries its own plan, counters and traces. `plan` and
+    `trace` are those of all threads, and settings cannot be changed.
 
     Attaching moves the SAEs to where their layers compute. Compile the model afterwards: it is compiled anew for each
     `attach()`, so call `torch.compiler.reset()` now and then in a long sweep.
@@ -100,35 +136,29 @@ class Steering(Attachable, nn.Module):
         screen: str = "none",
     ) -> None:
         super().__init__()
-        self.config = config or SteeringConfig()
+        self._config = config or SteeringConfig()
         for name, value, kind in (
             ("sae_in", sae_in, FrozenSAE),
             ("sae_out", sae_out, FrozenSAE),
             ("cdmap", cdmap, ConditionalDifferenceMap),
-            ("config", self.config, SteeringConfig),
+            ("config", self._config, SteeringConfig),
         ):
             if not isinstance(value, kind):
                 raise refusal(TypeError, f"`{name}`", f"a {type(value).__name__}", f"a dspa.{kind.__name__}")
         _check_backend(backend)
         self._prompt_backend = "auto" if backend == "cuda" else backend
         cdmap.check_saes(sae_in, sae_out)
-        for name, k, end, width in (
-            ("k_prompt", self.config.k_prompt, "input", sae_in.d_sae),
-            ("k_diff", self.config.k_diff, "output", sae_out.d_sae),
-        ):
-            if k > width:
-                raise refusal(ValueError, f"`{name}`", k, f"1 to the {end} SAE's width, {width}")
+        cdmap.check_sizes(self.config)
         self.sae_in, self.sae_out, self.cdmap = sae_in, sae_out, cdmap
-        self.backend, self.record, self.screen = backend, record, screen
+        self.backend, self._record, self.screen = backend, record, screen
         self.plan: SteeringPlan | None = None
         self.trace = Trace(promoted=cdmap.promoted.get("sae_out"))
         self._weights = MapWeights.gather(cdmap.columns, cdmap.values, sae_out.weights)
         self._stream = self._encoder_stream()
-        self._starts: Tensor | None = None
-        self._calls = 0
+        self._n_plans = 0
+        self._warned = False
         self._keys: dict[str, str] = {}
-        with torch.inference_mode(False):
-            self._paths = torch.zeros(len(COUNTED), dtype=torch.int64, device=sae_out.device)
+        self._counters = Counters(sae_out.device)
 
     def extra_repr(self) -> str:
         """Return one line for `print(steering)`."""
@@ -139,18 +169,29 @@ class Steering(Attachable, nn.Module):
         )
 
     @property
+    def config(self) -> SteeringConfig:
+        """Settings of steering. For others, make another Steering."""
+        return self._config
+
+    @property
+    def record(self) -> bool:
+        """True if every edit is kept in `trace`."""
+        return self._record
+
+    @property
     def paths(self) -> dict[str, int]:
         """Number of rows of hidden states by what became of them, and what they cost. Waits for the device.
 
         - "unsteered": before the response, or padding.
-        - "not_finite": NaN or infinite, left as they were.
+        - "not_finite": NaN, infinite, or so large that a norm overflows (2**56): left as they were. Edited rows that
+          became so count here too, at least once each.
         - "inactive": no selected latent was active, left as they were.
         - "settled": all selected latents went to 0, as a lower bound on the largest latent showed.
         - "streamed": the largest latent itself was needed.
         - "encoder_rows_read": encoder rows read in full for the streamed rows. It depends on timing if the read may
           stop early.
         """
-        return dict(zip(COUNTED, self._paths.tolist(), strict=True))
+        return self._counters.total()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Steering:
         probe = fn(torch.zeros((), device=self.sae_out.device))
@@ -168,9 +209,7 @@ class Steering(Attachable, nn.Module):
         self.sae_in, self.sae_out = self.sae_in.to(device_in), self.sae_out.to(device_out)
         self._weights, self.cdmap = self._weights.to(device_out), self.cdmap.to(device_out)
         if moves:
-            self._stream = self._encoder_stream()
-        with torch.inference_mode(False):
-            self._paths = self._paths.to(device_out)
+            self._stream, self._counters = self._encoder_stream(), self._counters.to(device_out)
 
     def _encoder_stream(self) -> EncoderStream:
         """Return the output SAE's encoder as it is read for a largest latent.
@@ -202,7 +241,7 @@ class Steering(Attachable, nn.Module):
         self._mark_static_addresses()
         # A graph compiled for an earlier Steering must not be found again.
         serial = next(self._serial)
-        self._keys = {name: f"dspa_{serial}_{name}" for name in ("slots", "signs", "start", "rows", "tokens")}
+        self._keys = {name: f"dspa_{serial}_{name}" for name in ("slots", "signs", "start", "call", "rows", "tokens")}
 
     def _register_hooks(self, model: CausalLM, layer: nn.Module) -> list[RemovableHandle]:
         plan = model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
@@ -210,7 +249,7 @@ class Steering(Attachable, nn.Module):
 
     def _mark_static_addresses(self) -> None:
         """Mark the tensors that stay at their addresses, so that a CUDA graph need not copy them."""
-        tensors = (*self._stream.arguments().values(), *self._weights.latents().values(), self._paths)
+        tensors = (*self._stream.arguments().values(), *self._weights.latents().values())
         for tensor in tensors:
             if isinstance(tensor, Tensor):
                 torch._dynamo.mark_static_address(tensor)
@@ -222,32 +261,52 @@ class Steering(Attachable, nn.Module):
         Each pass gets whole sequences, prompt and response, with an attention_mask if they are padded, and no cache.
 
         Args:
-            starts: column of each row's first response token [B].
+            starts: column of each row's first response token [B], whole numbers.
 
         Raises:
             ModelError: this is not attached, or nothing was steered.
         """
         if self._attachment is None:
             raise ModelError("This Steering is not attached: call attach(model) first.")
-        self._starts = torch.as_tensor(starts)
-        try:
-            with self.checked_call() if self.enabled else nullcontext():
-                yield
-        finally:
-            self._starts = None
+        columns = response_columns(starts)
+        if not self.enabled:
+            yield
+            return
+        with self.checked_call():
+            call = self._innermost(SteeredCall)
+            assert call is not None
+            call.starts = columns
+            yield
+
+    @contextmanager
+    def recording(self) -> Iterator[Trace]:
+        """Record the edits of the calls that this thread or asyncio task begins within a `with` block."""
+        with self._opened(Recording(self, Trace(promoted=self.trace.promoted))) as scope:
+            yield scope.trace
 
     # One call of the model
 
     @property
     def keywords(self) -> tuple[str, ...]:
-        """Names of the keyword tensors that hold the plan in `generate()`."""
-        return self._keys["slots"], self._keys["signs"], self._keys["start"]
+        """Names of the keywords that hold the plan in `generate()`, and the call that it belongs to."""
+        return tuple(self._keys[name] for name in ("slots", "signs", "start", "call"))
 
-    def keyword_tensors(self, prompts: Prompts) -> dict[str, Tensor]:
-        """Return the plan of each prompt as keyword tensors, one row per prompt."""
-        plan = self._plan_prompts(prompts)
+    def call_keywords(self, prompts: Prompts | None) -> dict[str, Any]:
+        """Return the plan of each prompt as keyword tensors, one row per prompt, and the call."""
+        call = self._innermost(SteeredCall)
+        if prompts is None or call is None:
+            return {self._keys["call"]: SteeredCall(self, enabled=False)}
+        if self.config.positions == "all" and prompts.n_cached:
+            raise refusal(
+                ModelError,
+                "The key/value cache",
+                f"of {prompts.n_cached} tokens of the prompt",
+                "an empty one, as positions='all' steers the whole prompt",
+                "Pass no cache, or steer with positions='response'.",
+            )
+        plan = self._plan_prompts(prompts, call)
         start = first_steered(prompts.last_position, self.config.positions)
-        return dict(zip(self.keywords, (plan.slots, plan.signs, start), strict=True))
+        return dict(zip(self.keywords, (plan.slots, plan.signs, start, call), strict=True))
 
     @contextmanager
     def checked_call(self) -> Iterator[None]:
@@ -257,15 +316,26 @@ class Steering(Attachable, nn.Module):
         """
         for sae in (self.sae_in, self.sae_out):
             sae.check_unchanged()
-        before = self.paths["not_finite"]
         with super().checked_call():
-            yield
-        if self.paths["not_finite"] != before:
-            raise ModelError(
-                f"Hidden states at layer {self.layer} are NaN or infinite; those tokens were not steered. {NOT_FINITE}"
-            )
+            call = self._innermost(SteeredCall)
+            assert call is not None and call.counters is not None
+            try:
+                yield
+                if call.counted("not_finite"):
+                    raise ModelError(
+                        f"Hidden states at layer {self.layer} are NaN or infinite, as they came or by their edit "
+                        f"(alpha={self.config.alpha:g}). {NOT_FINITE} Or lower alpha."
+                    )
+            finally:
+                self._counters.give_back(call.counters)
 
-    def _plan_prompts(self, prompts: Prompts) -> SteeringPlan:
+    def _new_call(self) -> SteeredCall:
+        counters = self._counters.borrow()
+        recording = self._innermost(Recording)
+        traces = (*([self.trace] if self.record else []), *([recording.trace] if recording else []))
+        return SteeredCall(self, counters=counters, before=tuple(counters.tolist()), traces=traces)
+
+    def _plan_prompts(self, prompts: Prompts, call: SteeredCall) -> SteeringPlan:
         """Return the plan of each prompt: count its active latents at `l_in`, look up their map rows (steps 1 to 3)."""
         assert self._attachment is not None
         check_eval(self._attachment.model)
@@ -290,9 +360,23 @@ class Steering(Attachable, nn.Module):
             n_prompts,
             backend=self._prompt_backend,
         )
-        self.plan = self.cdmap.select(counts, self.config, backend=self._prompt_backend)
-        self._calls += 1
-        return self.plan
+        plan = self.cdmap.select(counts, self.config, backend=self._prompt_backend)
+        self._warn_if_empty(plan)
+        with LOCK:
+            self.plan, call.number = plan, self._n_plans
+            self._n_plans += 1
+        return plan
+
+    def _warn_if_empty(self, plan: SteeringPlan) -> None:
+        """Warn the first time that no prompt of a call selects a latent."""
+        if self._warned or bool((plan.slots >= 0).any()):
+            return
+        self._warned = True
+        warnings.warn(
+            "No prompt of this call selects a latent to edit, so that its text is the base model's: the map's rows for "
+            "its latents are 0 where this mode and scoring look. Later such calls do not warn.",
+            stacklevel=2,
+        )
 
     def _check_device(self, name: str, sae: FrozenSAE, h: Tensor) -> None:
         if h.device != sae.device:
@@ -305,28 +389,35 @@ class Steering(Attachable, nn.Module):
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # An architecture without a decoder of its own, as Llama-4's text model, is read by passes of the model itself.
-        if not self.enabled or READING in kwargs:
+        if READING in kwargs or not self._acts_on(kwargs):
             return None
-        if self.record:
-            kwargs = {**kwargs, self._keys["tokens"]: kwargs.get("input_ids", args[0] if args else None)}
-        if self._keys["slots"] in kwargs:
-            return (args, kwargs) if self.record else None
-        if self._starts is None:
-            raise ModelError(
-                "This model is steered and was called outside of generate(), or by it for another text (as with "
-                "guidance_scale), so it is not known where the response begins. Pass it, `with "
-                "steering.responses(starts): model(...)`, or call dspa.detach(model) first."
-            )
-        prompts, rows = whole_sequences(args, kwargs, self._starts, self.config.positions)
-        plan = self._plan_prompts(prompts)
-        tensors = {"slots": plan.slots, "signs": plan.signs, "rows": rows}
-        return args, {**kwargs, **{self._keys[name]: tensor for name, tensor in tensors.items()}}
+        call: SteeredCall | None = kwargs.get(self._keys["call"])
+        added: dict[str, Any] = {}
+        if call is None:
+            call = self._innermost(SteeredCall)
+            if call is None or call.starts is None:
+                raise ModelError(
+                    "This model is steered and was called outside of generate(), or by it for another text (as with "
+                    "guidance_scale), so it is not known where the response begins. Pass it, `with "
+                    "steering.responses(starts): model(...)`, or call dspa.detach(model) first."
+                )
+            prompts, rows = whole_sequences(args, kwargs, call.starts, self.config.positions)
+            plan = self._plan_prompts(prompts, call)
+            added = {"slots": plan.slots, "signs": plan.signs, "rows": rows, "call": call}
+        if call.traces:
+            added["tokens"] = kwargs.get("input_ids", args[0] if args else None)
+        return (args, {**kwargs, **{self._keys[name]: value for name, value in added.items()}}) if added else None
+
+    def _acts_on(self, kwargs: dict[str, Any]) -> bool:
+        call = kwargs.get(self._keys["call"])
+        return self.enabled if call is None else bool(call.enabled)
 
     def _edit(self, h: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """Edit the residual at the output of layer `l_out` (steps 4 and 5)."""
         if kwargs.get(READING) is not None:
             return None
-        if self._keys["slots"] not in kwargs or kwargs.get("position_ids") is None:
+        call = kwargs.get(self._keys["call"])
+        if call is None or kwargs.get("position_ids") is None:
             raise ModelError(
                 "This model is steered, and its layers were called without a plan or position_ids: directly, by a "
                 "serving loop, or because this architecture keeps them from its layers and cannot be steered. Call "
@@ -340,19 +431,20 @@ class Steering(Attachable, nn.Module):
         settings: dict[str, Any] = {
             "alpha": self.config.alpha,
             "stream": self._stream,
-            "paths": self._paths,
+            "paths": call.counters,
             "backend": self.backend if h.shape[1] == 1 else self._prompt_backend,
             **gate,
         }
         inputs = (h.flatten(0, 1), self.sae_out.weights, self._weights, plan)
-        if self.record:
+        if call.traces:
             if torch.compiler.is_compiling():
                 raise ModelError("A compiled model cannot be recorded: make the Steering with record=False.")
             edited, edits = steer(*inputs, record=True, **settings)
             latents = plan.latents(self._weights.columns)
             tokens = kwargs.get(self._keys["tokens"])
             tokens = None if tokens is None else tokens.flatten()
-            self.trace.add(self._calls - 1, gate.get("rows"), positions.flatten(), tokens, latents, edits)
+            for trace in call.traces:
+                trace.add(call.number, gate.get("rows"), positions.flatten(), tokens, latents, edits)
         else:
             edited = steer(*inputs, **settings)
         return edited.view_as(h)

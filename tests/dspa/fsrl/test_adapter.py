@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils import vector_to_parameters
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 import dspa
 from dspa.errors import AdapterError, ModelError
@@ -542,6 +542,39 @@ def test_damaged_folders_are_refused(sae_out, tmp_path) -> None:
     (folder / "adapter.safetensors").write_bytes((tmp_path / "other" / "adapter.safetensors").read_bytes())
     refused("are of two different adapters")
     FSRLAdapter.load(folder, sae_out)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_parameters_that_are_not_finite(gemma, sae_out, tmp_path, activation, wrong) -> None:
+    """One of them is enough to give token 0 for ever."""
+    for name in dict(make_adapter(sae_out, activation).named_parameters()):
+        adapter = make_adapter(sae_out, activation)
+        adapter.get_parameter(name).data.view(-1)[-1] = wrong
+        adapter.save(tmp_path / name)
+        with pytest.raises(AdapterError, match=f"`{name}` of .*{name} is partly NaN or infinite; accepted: finite"):
+            FSRLAdapter.load(tmp_path / name, sae_out)
+        with pytest.raises(AdapterError, match=f"`{name}` of the adapter is partly NaN or infinite"):
+            adapter.attach(gemma)
+    gemma(torch.tensor([PROMPTS[0]]))
+
+
+def test_mask_and_fraction_stay_within_a_call(gemma, sae_out) -> None:
+    """A text would follow both values, in this thread or another."""
+
+    class Change(StoppingCriteria):
+        def __call__(self, *_: object, **__: object) -> Tensor:
+            for name, value in (("fraction", 0.5), ("mask", torch.ones(D_SAE_OUT, dtype=torch.bool))):
+                with pytest.raises(AdapterError, match=f"`{name}` cannot be changed while a call of generate"):
+                    setattr(adapter, name, value)
+            return torch.tensor([False])
+
+    adapter = make_adapter(sae_out)
+    with adapter.attach(gemma):
+        criteria = StoppingCriteriaList([Change()])
+        gemma.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=2, stopping_criteria=criteria)
+        adapter.fraction = 0.5
+    assert adapter.fraction == 0.5 and adapter.mask is None
 
 
 def test_saving_where_it_cannot_be(sae_out, tmp_path) -> None:

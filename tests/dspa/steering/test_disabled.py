@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -103,12 +105,14 @@ def test_detached_while_disabled(gemma, attached):
 def test_while_generating(gemma, attached):
     """Text with an unsteered end is an error."""
 
+    blocks = ExitStack()
+
     class Disable(StoppingCriteria):
         def __call__(self, *_: object, **__: object) -> torch.Tensor:
-            attached.enabled = False
+            blocks.enter_context(attached.disabled())
             return torch.tensor([False])
 
-    with pytest.raises(dspa.ModelError, match="Steering was detached or disabled while generate"):
+    with blocks, pytest.raises(dspa.ModelError, match="Steering was detached or disabled while generate"):
         gemma.generate(SEQUENCE, max_new_tokens=4, stopping_criteria=StoppingCriteriaList([Disable()]))
 
 

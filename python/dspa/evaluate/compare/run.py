@@ -384,20 +384,17 @@ class _Runner:
         The texts are read once more for it, so that generation is not slowed down.
         """
         edited, unsteered = [list[int]() for _ in texts], [False] * len(texts)
-        steering.record = True
         for numbers in batches(texts, self.batch_tokens):
             batch = [texts[n] for n in numbers]
-            steering.trace.clear()
-            with teacher_forced(self.model, batch):
+            with steering.recording() as trace, teacher_forced(self.model, batch):
                 self.model(**padded(self.model, batch), use_cache=False, logits_to_keep=1)
-            for edit in steering.trace:
+            for edit in trace:
                 token = edit.position - len(batch[edit.row].prompt) + 1
                 # The last token predicts what was not generated any more.
                 if 0 <= token < len(batch[edit.row].ids):
                     edited[numbers[edit.row]].append(token)
             for n, empty in zip(numbers, _unsteered(steering), strict=True):
                 unsteered[n] = empty
-        steering.record = False
         return edited, unsteered
 
     def _nll(self, responses: Sequence[Response]) -> list[float]:
