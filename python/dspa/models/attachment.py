@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dspa.errors import ModelError, refusal
-from dspa.models.layers import CausalLM, base_model, check_eval, decoder_layers, hidden_size
+from dspa.models.layers import NOT_FINITE, CausalLM, base_model, check_eval, decoder_layers, hidden_size
 from dspa.models.prompts import Prompts, generate_prompts
 from dspa.models.reading import check_residual, forget_graphs, hidden
 from dspa.models.scopes import S, Scope, innermost, opened
@@ -56,6 +56,25 @@ class Call(Scope):
     def __deepcopy__(self, _memo: object) -> Call:
         # `generate()` copies the keywords of a call for an assistant.
         return self
+
+
+@dataclass(eq=False)
+class Generation(Scope):
+    """A call of `generate()` of the owner's model.
+
+    Attributes:
+        logits: those of the latest pass that was not compiled.
+    """
+
+    logits: Tensor | None = None
+
+    def check(self) -> None:
+        """Raise `ModelError` if the logits are NaN, as they stay for all tokens after one that is NaN in some layer."""
+        if self.logits is not None and bool(self.logits.isnan().any()):
+            raise ModelError(
+                "The model's logits are NaN, so that the text means nothing: what is attached moved a residual so far "
+                f"that a later layer overflowed, or the model does so by itself. {NOT_FINITE} Or lower the strength."
+            )
 
 
 class Attachable(ABC):
@@ -299,12 +318,17 @@ class Attachment:
             return
         names = [name for attachable in attached for name in attachable.keywords]
         self._undo.enter_context(accepting(self.model, names))
+        self._undo.callback(self.model.register_forward_hook(self._keep_logits).remove)
         self._undo.enter_context(overridden(self.model, "generate", self._generate(self.model.generate)))
         unsaved = " ".join(attachable.unsaved for attachable in attached if attachable.unsaved)
         if unsaved:
             self._undo.enter_context(overridden(self.model, "save_pretrained", functools.partial(_refuse, unsaved)))
         setattr(self.model, ATTRIBUTE, self)
         self._undo.callback(delattr, self.model, ATTRIBUTE)
+
+    def _keep_logits(self, _model: Any, _args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling() and (generation := innermost(self, Generation)):
+            generation.logits = getattr(output, "logits", None)
 
     def _generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -325,13 +349,16 @@ class Attachment:
                 for attachable in self.attached:
                     plans |= attachable.call_keywords(prompts if attachable in acting else None)
                 calls.enter_context(self._assistant_accepting(kwargs.get("assistant_model"), names))
-                result = original(inputs, *args, **kwargs | plans)
+                with opened(Generation(self)) as generation:
+                    result = original(inputs, *args, **kwargs | plans)
                 for attachable in acting:
                     if attachable not in self.attached or not attachable.enabled:
                         raise ModelError(
                             f"The {type(attachable).__name__} was detached or disabled while generate() ran: the end "
                             "of its text is unsteered."
                         )
+            if acting:
+                generation.check()
             return result
 
         return generate

@@ -106,6 +106,22 @@ def test_a_compiled_model_sees_every_change(gemma, vector):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_residuals_from_which_a_later_layer_overflows(family, vector):
+    """They are finite where they are changed: fp16 ends at 65504."""
+    model = make_model(family, dtype=torch.float16)
+    vector.vector = torch.full((D_IN,), 6e4, dtype=torch.float16)
+    vector.vector[::2] *= -1
+    following = decoder_layers(model)[L_OUT + 1]
+    following.mlp.register_forward_hook(lambda _module, _args, output: output * 0 + 2e4)
+    base = model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), **SETTINGS)
+    with vector.attach(model):
+        with pytest.raises(dspa.ModelError, match="logits are NaN"):
+            model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), **SETTINGS)
+        with vector.disabled():
+            assert torch.equal(model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), **SETTINGS), base)
+
+
 def test_a_call_without_an_edit(gemma, vector):
     with vector.attach(gemma):
         with vector.checked_call():
