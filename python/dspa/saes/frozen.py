@@ -271,9 +271,10 @@ class FrozenSAE(Autoencoder):
             sae.folded = ("gated", *sae.folded)
             # Of the stored tensors: another machine's `exp` may round the folded ones differently.
             tensors = tuple(source.tensors[name] for name in sorted(source.tensors))
-            # Now, since they are the file's or the caller's, who may change them.
-            digest = weights_digest((("gated", *sae._source[0][1:]), tensors))
-            sae._fingerprint, sae._source = centered_fingerprint(digest) if sae.centered else digest, None
+            sae._source = (("gated", *sae._source[0][1:]), tensors)
+            if not source.owned:
+                # Now, since they are the file's or the caller's, who may change them.
+                sae._identify()
         return sae
 
     def _restore_record(self, record: dict[str, Any], name: str) -> None:
@@ -393,10 +394,14 @@ class FrozenSAE(Autoencoder):
             SAEError: the SAE was changed, as `check_unchanged` sees it.
         """
         self.check_unchanged()
+        self._identify()
+        return self._fingerprint
+
+    def _identify(self) -> None:
+        """Compute the fingerprint, and let go of the tensors that it is of."""
         if self._source is not None:
             digest = weights_digest(self._source)
             self._fingerprint, self._source = centered_fingerprint(digest) if self.centered else digest, None
-        return self._fingerprint
 
     @property
     def neuronpedia_place(self) -> str:

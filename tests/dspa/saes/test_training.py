@@ -591,8 +591,10 @@ def test_refusals(tmp_path, monkeypatch, model, tokenizer, texts, start):
 
     training, overflowing = make_model("gemma2").train(), make_model("gemma2")
     overflowing.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.inf
-    silent = make_sae(LAYER, D_SAE)
-    silent.weights.threshold.fill_(torch.inf)
+    sae = make_sae(LAYER, D_SAE)
+    silent = FrozenSAE(
+        "jumprelu", sae.W_enc, sae.b_enc, sae.W_dec, threshold=torch.full((D_SAE,), torch.inf), layer=LAYER
+    )
     for call, error, message in (
         (lambda: train(layer=4), ModelError, "`layer` is 4; accepted: 0 to 3"),
         (lambda: train(k=97), TrainingError, "`k` is 97; accepted: 1 to d_sae = 96"),
