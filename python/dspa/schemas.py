@@ -55,6 +55,20 @@ class Accepts:
         return core_schema.custom_error_schema(handler(source), "accepts", custom_error_message=self.words)
 
 
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """An annotation of a text that is one of `names`."""
+
+    names: tuple[str, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Return the schema of these texts, with them in place of its errors."""
+        words = ", ".join(self.names)
+        return core_schema.custom_error_schema(
+            core_schema.literal_schema(list(self.names)), "accepts", custom_error_message=words
+        )
+
+
 Text: TypeAlias = Annotated[StrictStr, Accepts("text")]
 Flag: TypeAlias = Annotated[StrictBool, Accepts("true or false")]
 Count: TypeAlias = Annotated[StrictInt, Field(ge=0), Accepts("a whole number >= 0")]
@@ -67,6 +81,11 @@ NonNegative: TypeAlias = Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)
 Positive: TypeAlias = Annotated[StrictFloat, Field(gt=0, allow_inf_nan=False), Accepts("a finite number > 0")]
 Fraction: TypeAlias = Annotated[StrictFloat, Field(ge=0, le=1), Accepts("a number from 0 to 1")]
 Percentile: TypeAlias = Annotated[StrictFloat, Field(ge=0, le=100), Accepts("0 to 100")]
+
+
+def whole(least: int, most: int | None, words: str) -> Any:
+    """Return the type of whole numbers from `least` to `most`, None for no limit, that messages describe by `words`."""
+    return Annotated[StrictInt, Field(ge=least, le=most), Accepts(words)]
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import dspa
+from dspa import SteeringConfig
 from dspa.cli.options import _parse_kwargs
 from dspa.data.prompts import read_prompts
 from dspa.data.triples import load_triples
 from dspa.evaluate.compare.runs import RunStore
 from dspa.files import read_header
-from dspa.fsrl import FSRLAdapter, read_labels
+from dspa.fsrl import FSRLAdapter, FSRLConfig, TrainingConfig, read_labels
 from dspa.maps.collection import Collection
 from dspa.models.layers import loaded_name
+from dspa.saes.config import SAETrainingConfig
 from dspa.saes.formats import read_sae
 from dspa.saes.labels import read_descriptions, read_rules
 from dspa.schemas import parse_json
@@ -137,3 +143,40 @@ def test_json_is_what_json_says() -> None:
 def test_json_is_read_in_one_place() -> None:
     for path in SOURCES.rglob("*.py"):
         assert path.name == "schemas.py" or "json.load" not in path.read_text(), path
+
+
+# Every setting of these kinds, and values that it must not have.
+WRONG: dict[str, list[Any]] = {
+    "int": [True, 3.7, 3.0, "3", -1, math.nan, math.inf, [3]],
+    "float": [True, "0.2", -1.0, math.nan, math.inf, -math.inf, 10**400, [0.2]],
+    "bool": ["false", "true", 0, 1, None],
+    "str": ["x", b"simpo", ["x"], 3, None],
+}
+SETTINGS = [SteeringConfig, FSRLConfig, TrainingConfig, SAETrainingConfig]
+EVERY = [(kind, setting.name) for kind in SETTINGS for setting in dataclasses.fields(kind)]
+
+
+@pytest.mark.parametrize(("kind", "name"), EVERY, ids=[f"{kind.__name__}.{name}" for kind, name in EVERY])
+def test_no_setting_takes_a_value_of_another_kind(kind: type, name: str) -> None:
+    hint = get_type_hints(kind)[name]
+    hint = next((arg for arg in get_args(hint) if arg is not type(None)), hint)
+    for value in WRONG[hint.__name__]:
+        with pytest.raises(ValueError, match=rf"^`{name}` is .*; accepted: "):
+            kind(**{name: value})
+    kind(**{name: getattr(kind(), name)})
+
+
+def test_a_setting_that_is_not_known() -> None:
+    with pytest.raises(ValueError, match="`alhpa` is not known; accepted: names that this version"):
+        SteeringConfig(alhpa=0.2)  # type: ignore[call-arg]
+
+
+def test_a_checked_class_is_a_dataclass() -> None:
+    config = SteeringConfig(alpha=1, k_diff=3)
+    assert config == pickle.loads(pickle.dumps(config)) == copy.deepcopy(config)
+    assert hash(config) == hash(SteeringConfig(k_diff=3, alpha=1.0))
+    assert SteeringConfig(**dataclasses.asdict(config)) == config
+    with pytest.raises(ValueError, match="`k_diff` is 0; accepted: a whole number >= 1"):
+        dataclasses.replace(config, k_diff=0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.alpha = 2.0  # type: ignore[misc]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import field, replace
 
 from dspa.errors import refusal
+from dspa.schemas import Flag, NonNegative, Positive, PositiveInt, Seed, schema
 
 # Training and reports leave out tokens with more than this many times the median norm, by default. The first tokens of
 # texts that SmolLM2-135M reads have 5 to 7 times the median norm at layer 8, and 100 times at layer 20.
@@ -16,7 +17,7 @@ MAX_NORM_RATIO = 4.0
 REFERENCE_LR, REFERENCE_D_SAE, REFERENCE_STEPS, MAX_LR = 3e-4, 16_384, 3000, 5e-3
 
 
-@dataclass(frozen=True)
+@schema
 class SAETrainingConfig:
     """Settings of training an SAE; the metadata of each field hold its help.
 
@@ -29,58 +30,55 @@ class SAETrainingConfig:
         ValueError: a number that is out of range, or fewer tokens than a batch.
     """
 
-    n_tokens: int = field(
+    n_tokens: PositiveInt = field(
         default=50_000_000,
         metadata={"help": "Number of tokens to train on, in whole batches (a shorter file is read several times)."},
     )
-    batch_size: int = field(default=4096, metadata={"help": "Tokens per step."})
-    lr: float | None = field(
+    batch_size: PositiveInt = field(default=4096, metadata={"help": "Tokens per step."})
+    lr: Positive | None = field(
         default=None,
         metadata={
             "help": "Highest learning rate, reached after a warm-up and kept until a final decay. By default 3e-4 * "
             "sqrt(16384 / d_sae), for a new SAE of fewer than 3000 steps times sqrt(3000 / steps), and at most 5e-3."
         },
     )
-    dead_feature_window: int | None = field(
+    dead_feature_window: PositiveInt | None = field(
         default=None,
         metadata={
             "help": "Steps without activity after which a latent is dead, and trained to explain errors. By default a "
             "tenth of the steps."
         },
     )
-    max_length: int = field(
+    max_length: PositiveInt = field(
         default=1024, metadata={"help": "Tokens to read per document, at most the context of the model."}
     )
-    exclude_special_tokens: bool = field(
+    exclude_special_tokens: Flag = field(
         default=True, metadata={"help": "Leave special tokens out of the training and of the reports."}
     )
-    max_norm_ratio: float = field(
+    max_norm_ratio: NonNegative = field(
         default=MAX_NORM_RATIO,
         metadata={
             "help": "Leave tokens with more than this many times the median norm out of the training and of the "
             f"reports. 0 trains on all, and reports leave out those with more than {MAX_NORM_RATIO:.0f} times."
         },
     )
-    held_out_tokens: int = field(
+    held_out_tokens: PositiveInt = field(
         default=16_384,
         metadata={"help": "Number of tokens to report on, in the first documents of the file, never trained on."},
     )
-    buffer_tokens: int = field(default=65_536, metadata={"help": "Tokens that are shuffled together, in memory."})
-    batch_tokens: int = field(default=8192, metadata={"help": "Padded tokens per forward pass of the model."})
-    checkpoint_every: int = field(default=500, metadata={"help": "Steps between two checkpoints."})
-    seed: int = field(default=0, metadata={"help": "Seed of the order of the tokens, and of the weights of a new SAE."})
+    buffer_tokens: PositiveInt = field(
+        default=65_536, metadata={"help": "Tokens that are shuffled together, in memory."}
+    )
+    batch_tokens: PositiveInt = field(default=8192, metadata={"help": "Padded tokens per forward pass of the model."})
+    checkpoint_every: PositiveInt = field(default=500, metadata={"help": "Steps between two checkpoints."})
+    seed: Seed = field(
+        default=0, metadata={"help": "Seed of the order of the tokens, and of the weights of a new SAE."}
+    )
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if name == "seed":
-                if not 0 <= value < 2**63:
-                    raise refusal(ValueError, "`seed`", repr(value), "a whole number from 0 to 2**63 - 1")
-            elif name == "max_norm_ratio":
-                # Below 1, most rows or all of them would be left out.
-                if value and not 1 <= value < math.inf:
-                    raise refusal(ValueError, "`max_norm_ratio`", repr(value), "a finite number >= 1, or 0")
-            elif name != "exclude_special_tokens" and value is not None and not 0 < value < math.inf:
-                raise refusal(ValueError, f"`{name}`", repr(value), "a finite number > 0")
+        # Below 1, most rows or all of them would be left out.
+        if 0 < self.max_norm_ratio < 1:
+            raise refusal(ValueError, "`max_norm_ratio`", self.max_norm_ratio, "a finite number >= 1, or 0")
         if self.n_tokens < self.batch_size:
             raise refusal(
                 ValueError,

@@ -124,9 +124,8 @@ def test_names_and_defaults_are_those_of_the_fields(path, kind, without):
 
 def test_defaults_of_maps_are_those_of_reduce():
     from dspa.maps.build import build_map
-    from dspa.maps.cdmap import GATE_RULES
+    from dspa.maps.cdmap import COUNT_TOKENS, GATE_RULES
     from dspa.maps.reduce import reduce
-    from dspa.maps.table import COUNT_TOKENS
 
     for function in (reduce, build_map):
         parameters = inspect.signature(function).parameters
@@ -267,7 +266,7 @@ INVALID = {
         ("--gate-rule", "none", "--gate-rule is 'none'; accepted: published, active."),
         ("--count-tokens", "some", "--count-tokens is 'some'; accepted: all, text."),
         ("--percentile", "-1", "--percentile is -1.0; accepted: 0 to 100."),
-        ("--k-diff", "0", "--k-diff is 0; accepted: 1 to"),
+        ("--k-diff", "0", "--k-diff is 0; accepted: a whole number >= 1"),
     ],
     ("map", "reduce", "counts"): [
         ("--percentile", "nan", "--percentile is nan; accepted: 0 to 100."),
@@ -285,15 +284,15 @@ INVALID = {
     ("sae", "show", "sae"): [("--layer", "x", "Invalid value for '--layer'")],
     ("sae", "train", "text.txt", *ON, "--layer", "1", "--out", "sae"): [
         ("--lr", "nan", "--lr is nan; accepted: a finite number > 0."),
-        ("--batch-size", "0", "--batch-size is 0; accepted: a finite number > 0."),
+        ("--batch-size", "0", "--batch-size is 0; accepted: a whole number >= 1."),
         ("--tokens", "63", "--tokens is 63; accepted: one batch (4096) or more. Lower --batch-size, or train"),
-        ("--held-out", "0", "--held-out is 0; accepted: a finite number > 0."),
+        ("--held-out", "0", "--held-out is 0; accepted: a whole number >= 1."),
         ("--seed", "-1", "--seed is -1; accepted: a whole number from 0 to"),
         ("--k", "nan", "--k is nan; accepted: 1 to d_sae = 16384."),
         ("--layer", "1", "--layer is [1, 1]; accepted: one or more layers, each once."),
     ],
     ("sae", "finetune", "text.txt", *ON, "--sae", "sae", "--out", "tuned"): [
-        ("--max-length", "0", "--max-length is 0; accepted: a finite number > 0."),
+        ("--max-length", "0", "--max-length is 0; accepted: a whole number >= 1."),
         ("--seed", str(2**70), "; accepted: a whole number from 0 to 2**63 - 1."),
     ],
     ("fsrl", "train", "triples.jsonl", *ON, "--sae", "sae", "--out", "adapter"): [
