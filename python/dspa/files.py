@@ -110,7 +110,7 @@ def read_header(path: Path) -> dict[str, Any]:
             text = (file.metadata() or {}).get(METADATA_KEY, "{}")
     except SafetensorError as error:
         raise MapError(f"{path} is damaged ({error}).") from error
-    header = parse_json(text, MapError, f"{path}: its header")
+    header = parse_json(text, MapError, f"{path} is damaged: its header")
     return header if isinstance(header, dict) else {}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Model, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -140,7 +140,8 @@ def make_map(
     """Return a map with random entries in some of its columns."""
     g = torch.Generator().manual_seed(seed)
     columns = torch.randperm(sae_out.d_sae, generator=g)[:n_columns].sort().values.to(torch.int32)
-    gates = torch.randint(0, 256, (sae_in.d_sae, -(-n_triples // 8)), generator=g, dtype=torch.uint8)
+    gates = torch.randint(0, 256, (sae_in.d_sae, -(-n_triples // 8), 1), generator=g, dtype=torch.uint8)
+    gates = ((gates >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(1)[:, :n_triples].bool()
     meta = MapMeta(
         sae_in=sae_in.fingerprint,
         sae_out=sae_out.fingerprint,
@@ -161,15 +162,30 @@ def make_map(
         boundary=BOUNDARY,
         attention="eager",
     )
+    tensors = gate_tensors(gates)
     return ConditionalDifferenceMap(
         columns,
         torch.randn(sae_in.d_sae, n_columns, generator=g),
-        n_open=torch.full((sae_in.d_sae,), n_triples // 2, dtype=torch.int32),
+        n_open=tensors["n_open"],
+        gate_latents=tensors["gate_latents"],
+        gates=tensors["gates"],
         variance=0.1 + torch.rand(n_columns, generator=g),
-        gate_latents=torch.arange(sae_in.d_sae, dtype=torch.int32),
-        gates=gates,
         meta=meta,
     )
+
+
+def gate_tensors(gates: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of a map that hold its gates, of all gates [d_sae_in, N] bool."""
+    n_open = gates.sum(dim=1).to(torch.int32)
+    partly = ((n_open > 0) & (n_open < gates.shape[1])).nonzero().flatten()
+    bits = nn.functional.pad(gates[partly].to(torch.uint8), (0, -gates.shape[1] % 8)).unflatten(1, (-1, 8))
+    packed = (bits << torch.arange(8, dtype=torch.uint8)).sum(dim=2).to(torch.uint8)
+    return {"n_open": n_open, "gate_latents": partly.to(torch.int32), "gates": packed}
+
+
+def first_prompts(n_open: Tensor, n_triples: int) -> Tensor:
+    """Return gates [d_sae_in, N] bool that are open on the first `n_open` [d_sae_in] of N prompts."""
+    return torch.arange(n_triples) < n_open[:, None]
 
 
 def with_tensors(cdmap: ConditionalDifferenceMap, **tensors: Tensor) -> ConditionalDifferenceMap:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from dspa.config import SteeringConfig
@@ -18,15 +19,23 @@ from dspa.files import read_header, read_tensors, write_tensors
 from dspa.models.sources import Source
 from dspa.outputs import output_file
 from dspa.saes.frozen import FrozenSAE
+from dspa.schemas import Accepts, Count, Flag, OneOf, Percentile, PositiveInt, Text, check, schema
 from dspa_kernels import SteeringPlan, map_lookup
 
 FORMAT = "dspa.map.3"
 GATE_RULES = ("published", "active")
+COUNT_TOKENS = ("all", "text")
 # Number of hot latents that steering evaluates before it reads the encoder.
 N_LARGE = 64
 
 
-@dataclass(frozen=True)
+# Tokens by SAE and latent, which is text in JSON.
+Latent: TypeAlias = Annotated[int, Field(ge=0), Accepts("the number of a latent")]
+Promoted: TypeAlias = dict[Annotated[str, OneOf(("sae_in", "sae_out"))], dict[Latent, list[Text]]]
+COPY = "Copy it again from where it was made."
+
+
+@schema
 class MapMeta:
     """Origin of a map: SAEs, model, data and every setting.
 
@@ -49,30 +58,53 @@ class MapMeta:
         model_digest: as for `CollectSettings`.
     """
 
-    sae_in: str
-    sae_out: str
-    model_name: str
-    layer_in: int
-    layer_out: int
-    d_sae_in: int
-    d_sae_out: int
-    n_triples: int
-    n_cut: int
-    count_tokens: str
-    max_length: int | None
-    percentile: float
-    gate_rule: str
-    k_diff: int
-    sparsify: bool
-    package: str
-    n_inactive: int | None = None
-    n_zero_percentile: int | None = None
-    neuronpedia_out: str = ""
-    boundary: str = "apart"
-    chat_template_kwargs: dict[str, Any] | None = None
-    template_date: str | None = None
-    attention: str = ""
-    model_digest: str = ""
+    sae_in: Text
+    sae_out: Text
+    model_name: Text
+    layer_in: Count
+    layer_out: Count
+    d_sae_in: PositiveInt
+    d_sae_out: PositiveInt
+    n_triples: PositiveInt
+    n_cut: Count
+    count_tokens: Annotated[str, OneOf(COUNT_TOKENS)]
+    max_length: PositiveInt | None
+    percentile: Percentile
+    gate_rule: Annotated[str, OneOf(GATE_RULES)]
+    k_diff: PositiveInt
+    sparsify: Flag
+    package: Text
+    n_inactive: Count | None = None
+    n_zero_percentile: Count | None = None
+    neuronpedia_out: Text = ""
+    boundary: Text = "apart"
+    chat_template_kwargs: dict[Text, Any] | None = None
+    template_date: Text | None = None
+    attention: Text = ""
+    model_digest: Text = ""
+
+    def __post_init__(self) -> None:
+        check_at_most("n_cut", self.n_cut, "responses", 2 * self.n_triples)
+        for name in ("n_inactive", "n_zero_percentile"):
+            check_at_most(name, getattr(self, name) or 0, "input latents", self.d_sae_in)
+        check_at_most("k_diff", self.k_diff, "output latents", self.d_sae_out)
+
+
+@schema
+class _Header:
+    """The header of a map's file."""
+
+    format: Text
+    sha256: Text
+    meta: MapMeta
+    sources: dict[Text, Source] = field(default_factory=dict)
+    promoted: Promoted = field(default_factory=dict)
+
+
+def check_at_most(name: str, value: int, of: str, number: int) -> None:
+    """Raise `ValueError` for a count above the number of what is counted."""
+    if value > number:
+        raise refusal(ValueError, f"`{name}`", value, f"at most {number}, the number of {of}")
 
 
 def confidence_radius(n_open: Tensor, d_sae_out: int, delta: float) -> Tensor:
@@ -182,6 +214,18 @@ class ConditionalDifferenceMap:
         for name in ("values", "variance", "mean"):
             if not bool(getattr(self, name).isfinite().all()):
                 raise MapError(f"`{name}` hold NaN or infinity. The map is damaged.")
+        for name, least, most in (
+            ("n_open", 0, meta.n_triples),
+            ("variance", 0, math.inf),
+            ("hot_counts", 1, math.inf),
+        ):
+            tensor = getattr(self, name)
+            if bool(((tensor < least) | (tensor > most)).any()):
+                raise MapError(f"`{name}` are not all from {least} to {most}. The map is damaged.")
+        if bool((self.hot_counts.diff() > 0).any()):
+            raise MapError("`hot_counts` are not in decreasing order. The map is damaged.")
+        if not torch.equal(_set_bits(self.gates, meta.n_triples), self.n_open[self.gate_latents.long()].long()):
+            raise MapError("`gates` are not open on as many prompts as `n_open` says. The map is damaged.")
 
     def __repr__(self) -> str:
         m = self.meta
@@ -375,16 +419,17 @@ class ConditionalDifferenceMap:
         names = FORMATS.get(header.get("format", ""))
         if names is None:
             raise MapError(f"{path} is not a map of format {FORMAT} (it says {header.get('format')!r}).")
+        record = check(_Header, header, MapError, f"{path} is damaged", COPY)
+        meta = record.meta
         tensors = read_tensors(path, names, header)
         try:
-            meta = MapMeta(**header["meta"])
-            sources = {name: Source(**source) for name, source in header.get("sources", {}).items()}
             if header["format"] in EARLIER:
                 tensors["gate_latents"] = _partly_open(tensors["n_open"], meta.n_triples)
                 tensors["gates"] = tensors["gates"][tensors["gate_latents"].long()]
-            cdmap = cls(**tensors, meta=meta, sources=sources, promoted=read_promoted(header.get("promoted", {})))
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise MapError(f"{path} is damaged ({error}). Copy it again from where it was made.") from error
+            cdmap = cls(**tensors, meta=meta, sources=record.sources, promoted=record.promoted)
+        # Tensors of the wrong shape.
+        except (IndexError, RuntimeError, TypeError) as error:
+            raise MapError(f"{path} is damaged ({error}). {COPY}") from error
         if "model_digest" not in header["meta"] and not cdmap.model_digest:
             warnings.warn(
                 f"{path} is of an earlier version and does not record the weights of its model. Whether a model has "
@@ -403,9 +448,11 @@ EARLIER = {
 FORMATS = EARLIER | {FORMAT: TENSORS}
 
 
-def read_promoted(record: Mapping[str, Mapping[str, list[str]]]) -> dict[str, dict[int, list[str]]]:
-    """Return the tokens that latents promote out of JSON, whose keys are text."""
-    return {name: {int(latent): texts for latent, texts in tokens.items()} for name, tokens in record.items()}
+def _set_bits(gates: Tensor, n_triples: int) -> Tensor:
+    """Return the number of prompts on which each gate is open, [R] int64, or -1 for one with bits of no prompt."""
+    bits = (gates[:, :, None] >> torch.arange(8, device=gates.device, dtype=torch.uint8)) & 1
+    bits = bits.flatten(1)
+    return bits.sum(dim=1).where(~bits[:, n_triples:].any(dim=1), -1)
 
 
 def _partly_open(n_open: Tensor, n_triples: int) -> Tensor:

@@ -10,32 +10,35 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dspa.errors import MapError, refusal
 from dspa.files import read_header, read_tensors, write_tensors
-from dspa.maps.cdmap import read_promoted
+from dspa.maps.cdmap import Promoted
 from dspa.maps.pieces import DataRecord
 from dspa.maps.shards import FORMAT, NAMES, PARTS, Shard
 from dspa.models.sources import Source
 from dspa.outputs import try_folder, workspace, write_atomically
-from dspa.schemas import check, read_json
+from dspa.schemas import Count, PositiveInt, Text, check, read_json, schema
+
+T = TypeVar("T")
 
 MANIFEST, DATA, SOURCES, TOKENS = "manifest.json", "data.json", "sources.json", "tokens.json"
 SHARD = re.compile(r"shard-([0-9]{6}|[1-9][0-9]{6,})\.safetensors")
 FOLDER = "The folder of counts"
 # Settings of folders whose manifest does not name them.
 EARLIER = {"boundary": "apart"}
+OTHER = "Use another folder."
 # Settings that a folder records and that may differ when a collection goes on.
 RECORDED = ("attention", "neuronpedia_out")
 # Settings that are not compared where one of both is empty.
 UNKNOWN = ("model_digest",)
 
 
-@dataclass(frozen=True)
+@schema
 class CollectSettings:
     """All that the counts of given triples depend on.
 
@@ -59,23 +62,23 @@ class CollectSettings:
             versions. Those of one function differ in rounding alone, so this is recorded and not compared.
     """
 
-    model_name: str
-    sae_in: str
-    sae_out: str
-    layer_in: int
-    layer_out: int
-    d_sae_in: int
-    d_sae_out: int
-    dtypes: str
-    max_length: int | None
-    tokenizer: str
-    boundary: str = "apart"
-    chat_template_kwargs: dict[str, Any] | None = None
-    template_date: str | None = None
-    neuronpedia_out: str = ""
-    format: str = FORMAT
-    attention: str = ""
-    model_digest: str = ""
+    model_name: Text
+    sae_in: Text
+    sae_out: Text
+    layer_in: Count
+    layer_out: Count
+    d_sae_in: PositiveInt
+    d_sae_out: PositiveInt
+    dtypes: Text
+    max_length: PositiveInt | None
+    tokenizer: Text
+    boundary: Text = "apart"
+    chat_template_kwargs: dict[Text, Any] | None = None
+    template_date: Text | None = None
+    neuronpedia_out: Text = ""
+    format: Text = FORMAT
+    attention: Text = ""
+    model_digest: Text = ""
 
 
 @dataclass(frozen=True)
@@ -170,28 +173,19 @@ class Collection:
         manifest = _read_json(path)
         if manifest.get("format") != FORMAT:
             raise refusal(MapError, str(path), f"of format {manifest.get('format')!r}", FORMAT, "Collect again.")
-        try:
-            return cls(Path(folder), CollectSettings(**manifest))
-        except TypeError as error:
-            raise MapError(f"{path} is not what collect wrote ({error}). Collect into another folder.") from error
+        return cls(Path(folder), check(CollectSettings, manifest, MapError, str(path), OTHER))
 
     @property
     def sources(self) -> dict[str, Source]:
         """Where model and SAEs were last loaded from, as far as that is known; as for `ConditionalDifferenceMap`."""
         path = self.folder / SOURCES
-        try:
-            return {name: Source(**source) for name, source in _read_json(path).items()} if path.is_file() else {}
-        except TypeError as error:
-            raise MapError(f"{path} is not what collect wrote ({error}). Delete it.") from error
+        return _read(dict[Text, Source], path, "Delete it.") if path.is_file() else {}
 
     @property
     def promoted(self) -> dict[str, dict[int, list[str]]]:
         """The tokens that all latents of "sae_in" and "sae_out" promote; empty in folders of earlier versions."""
         path = self.folder / TOKENS
-        try:
-            return read_promoted(_read_json(path)) if path.is_file() else {}
-        except (AttributeError, ValueError) as error:
-            raise MapError(f"{path} is not what collect wrote ({error}). Delete it.") from error
+        return _read(Promoted, path, "Delete it.") if path.is_file() else {}
 
     def record_promoted(self, promoted: Mapping[str, Mapping[int, list[str]]]) -> None:
         """Write the tokens that latents promote, which a model is needed for, so that all maps of the counts have them.
@@ -205,10 +199,7 @@ class Collection:
     def data(self) -> DataRecord | None:
         """Record of the data, or None where they have not been read to their end."""
         path = self.folder / DATA
-        try:
-            return DataRecord(**_read_json(path)) if path.is_file() else None
-        except TypeError as error:
-            raise MapError(f"{path} is not what collect wrote ({error}). Use another folder.") from error
+        return _read(DataRecord, path, OTHER) if path.is_file() else None
 
     @property
     def n_triples(self) -> int:
@@ -277,9 +268,11 @@ class Collection:
         return True
 
     def read(self, path: Path) -> Shard:
-        """Return one shard, whose checksum is verified."""
+        """Return one shard, whose checksum and numbers are verified."""
         try:
-            return Shard.of(read_tensors(path, NAMES, read_header(path)))
+            shard = Shard.of(read_tensors(path, NAMES, read_header(path)))
+            shard.check(str(path), self.settings.d_sae_in, self.settings.d_sae_out)
+            return shard
         except MapError as error:
             raise MapError(f"{error} Delete it and collect again: only its triples are counted again.") from error
 
@@ -350,5 +343,8 @@ def _check_ours(folder: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    advice = "Use another folder."
-    return check(dict[str, Any], read_json(path, MapError, advice), MapError, str(path), advice)
+    return _read(dict[str, Any], path, OTHER)
+
+
+def _read(kind: type[T], path: Path, advice: str) -> T:
+    return check(kind, read_json(path, MapError, advice), MapError, f"{path}, which collect did not write so,", advice)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dspa.data.templates import check_template_kwargs, date_of_today
 from dspa.data.tokens import BOUNDARY, TokenizedTriple, tokenize_triple
 from dspa.data.triples import Triple
-from dspa.errors import ModelError, refusal
+from dspa.errors import ModelError
 from dspa.maps.batches import Group, Rows, batch_size
 from dspa.maps.collection import CollectSettings
 from dspa.maps.passes import SharedPrompts, WholePasses, shares_prompts
@@ -35,6 +35,7 @@ from dspa.models.layers import (
 from dspa.models.sources import Source, model_digest, model_source
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_saes, required_layer
+from dspa.schemas import PositiveInt, check, whole
 from dspa_kernels import activation_counts
 
 # Largest number of tokens sampled per response, and of latents whose maximum is taken at once.
@@ -71,6 +72,7 @@ class TripleCounter:
         model_name: str | None,
         chat_template_kwargs: Mapping[str, Any] | None,
     ) -> None:
+        check(PositiveInt, batch_tokens, ValueError, "`batch_tokens`")
         check_template_kwargs(tokenizer, chat_template_kwargs)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.model, self.tokenizer, self.layers = base_model(model), tokenizer, layers
@@ -82,9 +84,9 @@ class TripleCounter:
         self.shares_prompts = shares_prompts(self.model)
         context = context_length(self.model)
         self.limit = context if max_length is None else max_length
-        if self.limit is not None and not 2 <= self.limit <= (context or self.limit):
+        if self.limit is not None:
             accepted = f"2 to {context}, the model's positions" if context else "2 or more"
-            raise refusal(ValueError, "`max_length`", repr(self.limit), accepted)
+            check(whole(2, context, accepted), self.limit, ValueError, "`max_length`")
 
     def settings(self) -> CollectSettings:
         """Return all that the counts of given triples depend on."""

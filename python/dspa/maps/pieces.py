@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dspa.data.triples import Triple, content_of, load_triples
+from dspa.errors import refusal
+from dspa.schemas import PositiveInt, Text, check, schema
 
 # Triples that are held at once and sorted by length.
 TRIPLES_PER_WINDOW = 2048
@@ -41,13 +43,17 @@ class Piece:
         return _digest([f"{index} {key_of(triple)}" for index, triple in self.triples])
 
 
-@dataclass(frozen=True)
+@schema
 class DataRecord:
     """Size and digest of data that were read to their end."""
 
-    n_triples: int
-    n_pieces: int
-    digest: str
+    n_triples: PositiveInt
+    n_pieces: PositiveInt
+    digest: Text
+
+    def __post_init__(self) -> None:
+        if self.n_pieces > self.n_triples:
+            raise refusal(ValueError, "`n_pieces`", self.n_pieces, f"1 to the number of triples, {self.n_triples}")
 
     @classmethod
     def of(cls, n_triples: int, digests: Sequence[str]) -> DataRecord:
@@ -64,6 +70,8 @@ class TripleSource:
     """
 
     def __init__(self, triples: Iterable[Triple] | str | Path, first: int | None = None) -> None:
+        if first is not None:
+            check(PositiveInt, first, ValueError, "`first`")
         self._triples, self._first = triples, first
 
     @property

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,12 +20,13 @@ from scipy import sparse
 from torch import Tensor
 from tqdm import tqdm
 
-from dspa.errors import MapError, refusal
-from dspa.maps.cdmap import GATE_RULES, ConditionalDifferenceMap, MapMeta
+from dspa.errors import MapError
+from dspa.maps.cdmap import COUNT_TOKENS, GATE_RULES, ConditionalDifferenceMap, MapMeta
 from dspa.maps.collection import Collection
 from dspa.maps.gates import Gates, find_gates
 from dspa.maps.shards import ROW_QUANTUM, SAMPLE_NAMES
-from dspa.maps.table import COUNT_TOKENS, QUANTUM, Array, DensityTable, Matrix, split_by_entries
+from dspa.maps.table import QUANTUM, Array, DensityTable, Matrix, split_by_entries
+from dspa.schemas import Flag, OneOf, Percentile, PositiveInt, check, whole
 from dspa.version import __version__
 
 # Largest sizes that are held at once: rows and columns of a product, elements of a dense block of columns, values of a
@@ -69,6 +70,7 @@ def reduce(
     """
     collection = counts if isinstance(counts, Collection) else Collection.open(counts)
     check_settings(percentile, gate_rule, k_diff, collection.settings.d_sae_out, count_tokens)
+    check(Flag, sparsify, ValueError, "`sparsify`")
     collection.verify()
     table = DensityTable(collection, count_tokens, subset)
     cdmap = reduce_table(table, percentile, gate_rule, k_diff, sparsify, progress)
@@ -87,15 +89,15 @@ def check_settings(percentile: float, gate_rule: str, k_diff: int, d_sae_out: in
         d_sae_out: width of the output SAE, or None where it is not known yet.
         count_tokens: as for `reduce`.
     """
-    if not 0 <= percentile <= 100:
-        raise refusal(ValueError, "`percentile`", repr(percentile), "0 to 100")
-    if gate_rule not in GATE_RULES:
-        raise refusal(ValueError, "`gate_rule`", repr(gate_rule), ", ".join(GATE_RULES))
-    if count_tokens not in COUNT_TOKENS:
-        raise refusal(ValueError, "`count_tokens`", repr(count_tokens), ", ".join(COUNT_TOKENS))
-    if not 1 <= k_diff <= (d_sae_out or k_diff):
-        accepted = f"1 to the output SAE's width, {d_sae_out or 'd_sae'}"
-        raise refusal(ValueError, "`k_diff`", repr(k_diff), accepted)
+    width = f"1 to the output SAE's width, {d_sae_out}"
+    settings: list[tuple[str, object, Any]] = [
+        ("percentile", percentile, Percentile),
+        ("gate_rule", gate_rule, Annotated[str, OneOf(GATE_RULES)]),
+        ("count_tokens", count_tokens, Annotated[str, OneOf(COUNT_TOKENS)]),
+        ("k_diff", k_diff, PositiveInt if d_sae_out is None else whole(1, d_sae_out, width)),
+    ]
+    for name, value, kind in settings:
+        check(kind, value, ValueError, f"`{name}`")
 
 
 # Called with rows and A[rows, some latents].

@@ -15,7 +15,6 @@ from dspa.errors import MapError, refusal
 from dspa.maps.collection import Collection
 from dspa.maps.shards import FIELDS
 
-COUNT_TOKENS = ("all", "text")
 # Differences of densities are rounded to multiples of this, so that sums of up to MOST_TRIPLES of them are exact in
 # fp64, in any order. An entry of the map is then known to half of it, and equal entries differ by at most one of it.
 QUANTUM = 2.0**-32

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from dspa.errors import ModelError
 from dspa.models.layers import base_model
+from dspa.schemas import Text, schema
 
 # Numbers of each weight that take part in a digest: 4 MB of a model with 500 weights.
 SAMPLED = 4096
@@ -25,7 +25,7 @@ EARLIER = 64
 SPREAD = 2654435769
 
 
-@dataclass(frozen=True)
+@schema
 class Source:
     """A place from which a model or an SAE was loaded.
 
@@ -34,8 +34,8 @@ class Source:
         digest: what was there: the fingerprint of an SAE, or the `model_digest` of a model.
     """
 
-    path: str
-    digest: str
+    path: Text
+    digest: Text
 
 
 def absolute(name: str) -> str:

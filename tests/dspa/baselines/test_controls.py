@@ -17,7 +17,7 @@ from dspa.evaluate.responses import Response
 from dspa.maps.stability import selected_latents
 from dspa.models.reading import read_layers
 from dspa.steering.dspa import Steering
-from dspa.testing import D_SAE_IN, D_SAE_OUT, with_tensors
+from dspa.testing import D_SAE_IN, D_SAE_OUT, first_prompts, gate_tensors, with_tensors
 
 BOTH = SteeringConfig(mode="both", k_prompt=4, k_diff=3)
 
@@ -85,8 +85,7 @@ def test_densities_are_those_of_the_tokens_that_predict(gemma, sae_out):
 def test_a_shuffled_map_holds_rows_of_gates_that_are_open_as_often(cdmap):
     n_open = torch.arange(D_SAE_IN, dtype=torch.int32) % 4 * 10
     n_open[n_open == 30] = cdmap.meta.n_triples
-    partly = ((n_open > 0) & (n_open < cdmap.meta.n_triples)).nonzero().flatten().to(torch.int32)
-    cdmap = with_tensors(cdmap, n_open=n_open, gate_latents=partly, gates=cdmap.gates[partly.long()])
+    cdmap = with_tensors(cdmap, **gate_tensors(first_prompts(n_open, cdmap.meta.n_triples)))
     shuffled = shuffled_map(cdmap, seed=0)
     origin = (shuffled.values[:, None] == cdmap.values[None]).all(dim=2).int().argmax(dim=1)
     closed = n_open == 0

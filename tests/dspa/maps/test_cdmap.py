@@ -128,10 +128,11 @@ def test_radius(made: Any) -> None:
 
 
 def test_confidence_drops_what_is_within_its_radius(sae_in: FrozenSAE, sae_out: FrozenSAE) -> None:
-    """Means 1.001 and 0.999 radii of a row with 25 of 50 prompts open, one of them negative."""
+    """Means 1.001 and 0.999 radii of each row with N_i of 50 prompts open, one of them negative."""
     cdmap = make_map(sae_in, sae_out, n_columns=3)
-    radius = math.sqrt(2 * math.log(2 * sae_out.d_sae / 0.05) / 25)
-    cdmap.values[:] = radius / 2 * torch.tensor([1.001, -0.999, -1.001])
+    n_open = cdmap.n_open.double()[:, None]
+    radius = (2 * math.log(2 * sae_out.d_sae / 0.05) / n_open).sqrt()
+    cdmap.values[:] = radius * n_open / 50 * torch.tensor([1.001, -0.999, -1.001])
     kept = cdmap.scored(SteeringConfig(scoring="confident", delta=0.05))
     assert torch.equal(kept, cdmap.values * torch.tensor([1, 0, 1]))
 
@@ -334,11 +335,11 @@ def test_header_that_is_no_header(saved: Path, text: str, problem: str) -> None:
         ({"header": {"format": "dspa.map.4"}}, f"is not a map of format {FORMAT} (it says 'dspa.map.4')"),
         ({"header": {"format": None}}, "(it says None)"),
         ({"header": {"format": "dspa.map.2"}}, "is damaged"),
-        ({"header": {"sha256": None}, "seal": False}, "not those that were written"),
+        ({"header": {"sha256": None}, "seal": False}, "`sha256` is missing"),
         ({"header": {"meta": None}}, "is damaged"),
         ({"header": {"meta": 5}}, "is damaged"),
-        ({"meta": {"k_diff": None}}, "'k_diff'"),
-        ({"meta": {"colour": "red"}}, "'colour'"),
+        ({"meta": {"k_diff": None}}, "`meta.k_diff` is missing"),
+        ({"meta": {"colour": "red"}}, "`meta.colour` is not known"),
         ({"meta": {"d_sae_in": 15}}, "`values` is torch.float32 [14, "),
         ({"meta": {"d_sae_out": 5}}, "`columns` are not increasing latents"),
         ({"meta": {"d_sae_out": "many"}}, "is damaged"),
@@ -450,3 +451,57 @@ def test_a_loaded_map_is_a_copy(made, saved, tmp_path) -> None:
     # A process that reads mapped pages that are gone ends with SIGBUS.
     os.truncate(saved, 0)
     assert same_bits(loaded, made[0])
+
+
+def with_first(tensor: Tensor, value: float) -> Tensor:
+    changed = tensor.clone()
+    changed.view(-1)[0] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("meta", "tensors", "message"),
+    [
+        ({"percentile": math.nan}, {}, "`meta.percentile` is nan; accepted: 0 to 100"),
+        ({"percentile": True}, {}, "`meta.percentile` is True"),
+        ({"n_cut": -1}, {}, "`meta.n_cut` is -1; accepted: a whole number >= 0"),
+        ({"n_cut": 121}, {}, "`n_cut` is 121; accepted: at most 120, the number of responses"),
+        ({"n_inactive": D_IN + 1}, {}, f"`n_inactive` is {D_IN + 1}; accepted: at most {D_IN}"),
+        ({"k_diff": 3.7}, {}, "`meta.k_diff` is 3.7; accepted: a whole number >= 1"),
+        ({"k_diff": D_OUT + 1}, {}, f"`k_diff` is {D_OUT + 1}; accepted: at most {D_OUT}"),
+        ({"layer_in": -1}, {}, "`meta.layer_in` is -1"),
+        ({"d_sae_in": 0}, {}, "`meta.d_sae_in` is 0"),
+        ({"sparsify": "false"}, {}, "`meta.sparsify` is 'false'; accepted: true or false"),
+        ({"gate_rule": ["active"]}, {}, "`meta.gate_rule` is ['active']; accepted: published, active"),
+        ({"chat_template_kwargs": [1]}, {}, "`meta.chat_template_kwargs` is [1]; accepted: an object"),
+        ({}, {"n_open": 61}, "`n_open` are not all from 0 to 60"),
+        ({}, {"n_open": -1}, "`n_open` are not all from 0 to 60"),
+        ({}, {"variance": -0.5}, "`variance` are not all from 0"),
+        ({}, {"hot_counts": 0}, "`hot_counts` are not all from 1"),
+        ({}, {"hot_counts": 1}, "`hot_counts` are not in decreasing order"),
+        ({}, {"gates": 255}, "`gates` are not open on as many prompts as `n_open` says"),
+    ],
+    ids=str,
+)
+def test_a_checksum_is_no_proof_of_sense(
+    made: Any, saved: Path, meta: dict[str, Any], tensors: dict[str, float], message: str
+) -> None:
+    assert made[0].meta.n_triples == 60 and made[0].hot_counts[1] > 1 and made[0].gates[0, 0] != 255
+    rewrite(saved, meta=meta, tensors={name: with_first(getattr(made[0], name), v) for name, v in tensors.items()})
+    assert message in refusal(saved) and "damaged" in refusal(saved)
+
+
+def test_gates_of_no_prompt(made: Any, saved: Path) -> None:
+    """60 prompts leave four bits of each row without one."""
+    gates = made[0].gates.clone()
+    gates[0, -1] |= 128
+    rewrite(saved, tensors={"gates": gates})
+    assert "`gates` are not open on as many prompts" in refusal(saved)
+
+
+@pytest.mark.parametrize(
+    "header", [{"sources": {"model": {"path": 3, "digest": "x"}}}, {"promoted": {"sae_in": {"x": ["a"]}}}], ids=str
+)
+def test_records_that_are_not_the_maps_identity(saved: Path, header: dict[str, Any]) -> None:
+    rewrite(saved, header=header)
+    assert f"{saved} is damaged: `{next(iter(header))}." in refusal(saved)

@@ -19,7 +19,7 @@ from dspa import ConditionalDifferenceMap, MapError, reduce
 from dspa.maps import gates as gate_table
 from dspa.maps import reduce as reduction
 from dspa.maps import table as count_table
-from dspa.maps.cdmap import GATE_RULES, N_LARGE, TENSORS
+from dspa.maps.cdmap import COUNT_TOKENS, GATE_RULES, N_LARGE, TENSORS
 from dspa.maps.gates import find_gates
 from dspa.maps.reduce import _Product
 from dspa.maps.table import QUANTUM, DensityTable, split_by_entries
@@ -347,7 +347,7 @@ def cut_into(order: Sequence[int], *ends: int) -> list[list[int]]:
     return [list(order[a:b]) for a, b in zip((0, *ends), (*ends, len(order)), strict=True)]
 
 
-@pytest.mark.parametrize("count_tokens", count_table.COUNT_TOKENS)
+@pytest.mark.parametrize("count_tokens", COUNT_TOKENS)
 @pytest.mark.parametrize("ends", [(), (1,), (20, 20), (40,), tuple(range(1, 41))], ids=len)
 def test_shards_do_not_show(ends: tuple[int, ...], count_tokens: str) -> None:
     data = draw(41, 5, lengths_from=ODD)
@@ -418,7 +418,7 @@ SUBSETS = {
 }
 
 
-@pytest.mark.parametrize("count_tokens", count_table.COUNT_TOKENS)
+@pytest.mark.parametrize("count_tokens", COUNT_TOKENS)
 @pytest.mark.parametrize("name", SUBSETS)
 def test_a_subset_is_those_triples(name: str, count_tokens: str) -> None:
     """A triple that is given twice counts as two equal ones. The calibration is still that of all triples."""
@@ -435,7 +435,7 @@ def test_a_subset_is_those_triples(name: str, count_tokens: str) -> None:
         assert torch.equal(getattr(got, tensor), getattr(like, tensor)), tensor
 
 
-@pytest.mark.parametrize("count_tokens", count_table.COUNT_TOKENS)
+@pytest.mark.parametrize("count_tokens", COUNT_TOKENS)
 def test_prompts_of_a_table(count_tokens: str) -> None:
     data = draw(12, seed=4)
     special = specials(data)

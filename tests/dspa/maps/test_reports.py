@@ -17,7 +17,7 @@ from dspa.maps.collection import Collection
 from dspa.maps.plots import plot_difference, plot_map, plot_stability
 from dspa.maps.reports import origin, summary, top_columns, top_rows, warnings
 from dspa.maps.stability import Stability
-from dspa.testing import with_tensors
+from dspa.testing import first_prompts, gate_tensors, with_tensors
 
 from ..support.counts import Table, as_collection, draw, fractions, naive
 
@@ -71,14 +71,11 @@ def test_figures_are_those_of_numpy(rule: str) -> None:
 
 def test_rows_beyond_their_radius(calibrated: ConditionalDifferenceMap) -> None:
     n = calibrated.meta.n_triples
-    n_open = calibrated.n_open.clone()
+    n_open = torch.full_like(calibrated.n_open, n // 2)
     n_open[0], n_open[1], n_open[2:6] = 0, n, n // 5
     values = calibrated.values.clone() * 0.01
     values[3, 5] = values[1, 5] = 0.9
-    partly = ((n_open > 0) & (n_open < n)).nonzero().flatten().to(torch.int32)
-    cdmap = with_tensors(
-        calibrated, n_open=n_open, values=values, gate_latents=partly, gates=calibrated.gates[: len(partly)]
-    )
+    cdmap = with_tensors(calibrated, values=values, **gate_tensors(first_prompts(n_open, n)))
     figures = values_of(cdmap, delta=0.5)
     # 0.9 of all prompts is 4.5 of those on which the gate of row 3 is open. Row 1 is open on all.
     assert figures["those rows with an entry beyond it"] == "1 of 94"
@@ -184,11 +181,11 @@ def test_each_column_is_at_one_end(cdmap: ConditionalDifferenceMap) -> None:
 
 def test_top_rows(cdmap: ConditionalDifferenceMap) -> None:
     """The largest entries of partly open gates; a row that is open on all prompts or empty is none."""
-    values, n_open = torch.zeros_like(cdmap.values), cdmap.n_open.clone()
+    values, n_open = torch.zeros_like(cdmap.values), torch.full_like(cdmap.n_open, 25)
     values[5, 7], values[5, 3], values[9, 2], values[0, 1] = 0.5, -0.75, 0.5, 2.0
     n_open[0], n_open[9] = cdmap.meta.n_triples, 7
-    partly = (n_open < cdmap.meta.n_triples).nonzero().flatten().to(torch.int32)
-    made = with_tensors(cdmap, values=values, n_open=n_open, gate_latents=partly, gates=cdmap.gates[1:])
+    gates = gate_tensors(first_prompts(n_open, cdmap.meta.n_triples))
+    made = with_tensors(cdmap, values=values, **gates)
     rows, latents = top_rows(made, 10), cdmap.columns.tolist()
     assert [(row.latent, row.n_open, row.column, row.value) for row in rows] == [
         (5, 25, latents[3], -0.75),
