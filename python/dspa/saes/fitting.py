@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, StrictFloat
 from torch import Tensor
 from tqdm import tqdm
 
-from dspa.errors import TrainingError, refusal
+from dspa.errors import TrainingError
 from dspa.saes.activations import Activations, Position
 from dspa.saes.batchtopk import begin_at_data, begin_threshold, jumprelu, new_sae, started_sae
 from dspa.saes.checkpoints import restore_checkpoint, save_checkpoint
@@ -19,6 +20,7 @@ from dspa.saes.formats import FIGURES
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.outliers import typical_rows
 from dspa.saes.quality import Quality, evaluate_sae
+from dspa.schemas import Accepts, PositiveInt, check
 from dspa.training_folder import History, TrainingFolder
 
 # Entries in the history of a training.
@@ -27,8 +29,9 @@ REPORTS = 100
 
 def check_k(k: float, d_sae: int, advice: str = "") -> None:
     """Raise `TrainingError` unless `k` of `d_sae` latents can be active."""
-    if not 1 <= k <= d_sae:
-        raise refusal(TrainingError, "`k`", repr(k), f"1 to d_sae = {d_sae}", advice)
+    check(PositiveInt, d_sae, TrainingError, "`d_sae`")
+    number: Any = Annotated[StrictFloat, Field(ge=1, le=d_sae), Accepts(f"1 to d_sae = {d_sae}")]
+    check(number, k, TrainingError, "`k`", advice)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from dspa.errors import SAEError, refusal
 from dspa.saes.formats import SourceSAE
 from dspa.saes.metadata import CENTERED
+from dspa.schemas import Count, check, whole
 from dspa_kernels import SAEWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -159,8 +160,8 @@ def _check_arguments(arch: str, W_enc: Tensor, threshold: Tensor | None, k: int 
     if arch not in ARCHITECTURES:
         advice = "BatchTopK, Matryoshka and gated SAEs become jumprelu in FrozenSAE.load and from_sae_lens."
         raise refusal(SAEError, "`arch`", repr(arch), ", ".join(ARCHITECTURES), advice)
-    if W_enc.dim() != 2:
-        raise refusal(SAEError, "`W_enc`", f"of shape {list(W_enc.shape)}", "shape [d_in, d_sae]")
+    if W_enc.dim() != 2 or not W_enc.numel():
+        raise refusal(SAEError, "`W_enc`", f"of shape {list(W_enc.shape)}", "shape [d_in, d_sae], both >= 1")
     if (threshold is None) == (arch == "jumprelu"):
         got = "None" if threshold is None else "given"
         raise refusal(
@@ -168,10 +169,10 @@ def _check_arguments(arch: str, W_enc: Tensor, threshold: Tensor | None, k: int 
         )
     if (k is None) == (arch == "topk"):
         raise refusal(SAEError, f"`k` of a {arch} SAE", k, "a number of latents for topk, None for the others")
-    if k is not None and not (isinstance(k, int) and 1 <= k <= W_enc.shape[1]):
-        raise refusal(SAEError, "`k`", repr(k), f"1 to d_sae = {W_enc.shape[1]}")
-    if layer is not None and not (isinstance(layer, int) and layer >= 0):
-        raise refusal(SAEError, "`layer`", repr(layer), "the index of a decoder layer, from 0, or None")
+    if k is not None:
+        check(whole(1, W_enc.shape[1], f"1 to d_sae = {W_enc.shape[1]}"), k, SAEError, "`k`")
+    if layer is not None:
+        check(Count, layer, SAEError, "`layer`")
     if W_enc.dtype not in DTYPES:
         accepted, advice = ", ".join(map(str, DTYPES)), f"Convert it: W_enc.to({DTYPES[0]})."
         raise refusal(SAEError, "`W_enc`", f"of dtype {W_enc.dtype}", accepted, advice)

@@ -11,18 +11,20 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import StrictBool, StrictStr
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from dspa.data.lines import MOST_EXPANSION, SMALL
 from dspa.errors import SAEError, refusal
 from dspa.outputs import replacing, write_atomically
 from dspa.saes.metadata import CENTERED, LOADED_WITH, is_centered, residual_hook
-from dspa.schemas import read_json
+from dspa.schemas import Accepts, Count, Flag, PositiveInt, Text, check, read_json
 
 SAE_LENS_CONFIG = "cfg.json"
 SAE_LENS_WEIGHTS = "sae_weights.safetensors"
@@ -53,6 +55,43 @@ RENAMED = {
     "gate_bias": ("b_gate", False),
     "mag_bias": ("b_mag", False),
 }
+
+
+# The entries of configurations that are read here; all others are their makers' own.
+class _Arguments(TypedDict, total=False):
+    k: PositiveInt | None
+
+
+class _Metadata(TypedDict, total=False):
+    hook_name: Text | None
+    hook_point: Text | None
+    model_name: Text | None
+    neuronpedia_id: Text | None
+    model_from_pretrained_kwargs: dict[Text, Any] | None
+    dspa: dict[Text, Any]
+
+
+class _Config(_Metadata, total=False):
+    d_in: PositiveInt | None
+    d_sae: PositiveInt | None
+    k: PositiveInt | None
+    activation_fn_kwargs: _Arguments | None
+    apply_b_dec_to_input: Flag
+    normalize_activations: Annotated[StrictBool | StrictStr | None, Accepts("the name of a normalisation")]
+    rescale_acts_by_decoder_norm: Flag
+    metadata: _Metadata | None
+
+
+class _Trainer(TypedDict, total=False):
+    dict_class: Text
+    k: PositiveInt | None
+    layer: Count | None
+    lm_name: Text | None
+    submodule_name: Text | None
+
+
+class _Dictionary(TypedDict):
+    trainer: _Trainer
 
 
 @dataclass(frozen=True)
@@ -183,7 +222,6 @@ def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Ten
     Raises:
         SAEError: an SAE that `FrozenSAE` cannot be.
     """
-    metadata = {**cfg, **_section(name, cfg, "metadata", {})}
     activation = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
     arch = "topk" if activation == "topk" else cfg.get("architecture", "standard")
     # A list, because a value that JSON can hold may have no hash.
@@ -196,6 +234,8 @@ def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Ten
             "For a batchtopk or matryoshka_batchtopk SAE that was just trained, save_inference_model() makes a "
             "jumprelu SAE. Transcoders and the like do not edit a residual stream through one decoder.",
         )
+    check(_Config, dict(cfg), SAEError, name)
+    metadata = {**cfg, **(cfg.get("metadata") or {})}
     if activation not in ("relu", "topk"):
         raise refusal(SAEError, f"{name}: the activation function", repr(activation), "relu, topk")
     if cfg.get("reshape_activations", "none") != "none":
@@ -214,7 +254,7 @@ def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Ten
         name=name,
         arch=arch,
         tensors=dict(tensors),
-        k=cfg.get("k", _section(name, cfg, "activation_fn_kwargs", {}).get("k")) if arch == "topk" else None,
+        k=cfg.get("k", (cfg.get("activation_fn_kwargs") or {}).get("k")) if arch == "topk" else None,
         layer=_layer(name, hook),
         hook_name=hook,
         model_name=metadata.get("model_name"),
@@ -223,7 +263,7 @@ def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Ten
         normalize_activations="expected_average_only_in" if normalize is True else normalize,
         rescale_acts_by_decoder_norm=bool(cfg.get("rescale_acts_by_decoder_norm", False)),
         center_writing_weights=_centered(name, metadata),
-        record=_section(name, metadata, RECORD) if RECORD in metadata else None,
+        record=metadata.get(RECORD),
         figures={ours: metadata[key] for key, ours in FIGURES.items() if isinstance(metadata.get(key), int | float)},
     )
 
@@ -231,7 +271,7 @@ def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Ten
 def _centered(name: str, metadata: Mapping[str, Any]) -> bool | None:
     if LOADED_WITH not in metadata and "metadata" not in metadata:
         return None
-    return is_centered(name, _section(name, metadata, LOADED_WITH, {}))
+    return is_centered(name, metadata.get(LOADED_WITH) or {})
 
 
 def _weights_file(path: Path) -> Path:
@@ -288,13 +328,13 @@ def _read_dictionary(file: Path, dict_class: str | None) -> SourceSAE:
             SAEError, str(file), held, "a state dict of tensors", "Save ae.state_dict(), not a training backup."
         )
     config = file.with_name(DICTIONARY_CONFIG)
-    trainer = _section(str(config), _read_json(config), "trainer") if config.is_file() else {}
+    trainer: Any = check(_Dictionary, _read_json(config), SAEError, str(config))["trainer"] if config.is_file() else {}
     name = _agreed(file, "dict_class", dict_class, trainer.get("dict_class")) or _inferred_class(file, state)
     if name not in list(DICT_CLASSES):
         raise refusal(SAEError, f"{file}: the class", name, ", ".join(DICT_CLASSES))
     kind = DICT_CLASSES[name]
     _check_names(str(file), state, kind.required, kind.optional)
-    k = int(state["k"]) if "k" in state else None
+    k = check(PositiveInt, state["k"].tolist(), SAEError, f"{file}: `k`") if "k" in state else None
     tensors = {RENAMED.get(n, (n,))[0]: t.T if n in RENAMED and RENAMED[n][1] else t for n, t in state.items()}
     if kind.arch == "jumprelu":
         tensors["threshold"] = _learned_threshold(file, tensors["threshold"], tensors["b_enc"])
@@ -358,18 +398,8 @@ def _check_names(
         raise SAEError(f"{file} {' and '.join(got)}; accepted: exactly {', '.join(sorted(required))}.")
 
 
-def _section(name: str, cfg: Mapping[str, Any], key: str, default: Any = None) -> dict[str, Any]:
-    value = default if cfg.get(key) is None else cfg[key]
-    if not isinstance(value, dict):
-        raise refusal(SAEError, f"{name}: {key!r}", repr(value), "a JSON object")
-    return value
-
-
 def _read_json(file: Path) -> dict[str, Any]:
-    value = _read(file, lambda path: read_json(path, SAEError))
-    if not isinstance(value, dict):
-        raise refusal(SAEError, str(file), f"a JSON {type(value).__name__}", "a JSON object")
-    return value
+    return check(dict[str, Any], _read(file, lambda path: read_json(path, SAEError)), SAEError, str(file))
 
 
 def _read(file: Path, reader: Callable[[Path], Any]) -> Any:

@@ -23,6 +23,7 @@ from dspa.saes.config import MAX_NORM_RATIO
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.outliers import typical_rows
 from dspa.saes.placement import check_made_for, check_sae, required_layer
+from dspa.schemas import Count, PositiveInt, check
 
 # Tokens that are recorded and shown per latent.
 N_TOKENS = 5
@@ -139,10 +140,8 @@ def top_contexts(
         ValueError: a number below 1, or a `window` below 0.
     """
     for name, number in (("n", n), ("n_tokens", n_tokens), ("max_length", max_length), ("batch_tokens", batch_tokens)):
-        if number < 1:
-            raise refusal(ValueError, f"`{name}`", number, "1 or more")
-    if window < 0:
-        raise refusal(ValueError, "`window`", window, "0 or more")
+        check(PositiveInt, number, ValueError, f"`{name}`")
+    check(Count, window, ValueError, "`window`")
     inner, wanted = base_model(model), _checked(latents, sae)
     check_eval(inner)
     check_sae("sae", sae, inner, len(decoder_layers(inner, layers)), model_name)

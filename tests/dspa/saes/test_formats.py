@@ -436,8 +436,20 @@ def test_a_change_that_is_meant(tmp_path: Path) -> None:
         ({"d_sae": 41}, r"`W_enc` is of shape \[12, 40\]; accepted: \[12, 41\]"),
         ({"architecture": "standard"}, "has threshold; accepted: exactly W_dec, W_enc, b_dec, b_enc"),
         ({"architecture": "gated"}, "lacks b_gate, b_mag, r_mag and has b_enc, threshold"),
-        ({"metadata": 3}, "'metadata' is 3; accepted: a JSON object"),
+        ({"metadata": 3}, "`metadata` is 3; accepted: an object"),
         ({"normalize_activations": "l2"}, "'l2'; accepted: none, layer_norm"),
+        ({"normalize_activations": 3}, "`normalize_activations` is 3; accepted: the name of a normalisation"),
+        ({"apply_b_dec_to_input": "false"}, "`apply_b_dec_to_input` is 'false'; accepted: true or false"),
+        ({"rescale_acts_by_decoder_norm": 1}, "`rescale_acts_by_decoder_norm` is 1; accepted: true or false"),
+        ({"d_in": 0}, "`d_in` is 0; accepted: a whole number >= 1"),
+        ({"d_sae": 40.0}, r"`d_sae` is 40\.0; accepted: a whole number >= 1"),
+        ({"metadata": {"model_name": ["m"]}}, r"`metadata\.model_name` is \['m'\]; accepted: text"),
+        ({"hook_name": 5}, "`hook_name` is 5; accepted: text"),
+        ({"architecture": ["jumprelu"]}, r"architecture is \['jumprelu'\]; accepted: standard"),
+        *(
+            ({"architecture": "topk", "k": k}, rf"`k` is {k!r}; accepted: a whole number >= 1")
+            for k in (True, 3.7, 0, -1, "3")
+        ),
     ],
 )
 def test_sae_lens_folder_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -455,9 +467,12 @@ def test_sae_lens_folder_refused(tmp_path: Path, changes: dict[str, Any], messag
         (trainer_config("AutoEncoderTopK", k=6), {}, "`k` is 5 and 6"),
         (trainer_config("AutoEncoderTopK", layer=5), {}, "`layer` is 4 and 5"),
         (trainer_config("AutoEncoderTopK", submodule_name="mlp_out_layer_4"), {}, "'mlp_out_layer_4'; accepted"),
-        ({"buffer": {}}, {}, "'trainer' is None; accepted: a JSON object"),
+        ({"buffer": {}}, {}, "`trainer` is missing"),
         (trainer_config("AutoEncoderTopK"), {"k": torch.tensor(41)}, "`k` is 41 and 5"),
         (trainer_config("AutoEncoderTopK", k=41), {"k": torch.tensor(41)}, "`k` is 41; accepted: 1 to d_sae"),
+        (trainer_config("AutoEncoderTopK", k=True), {}, "`trainer.k` is True; accepted: a whole number >= 1"),
+        (trainer_config("AutoEncoderTopK", layer=1.5), {}, r"`trainer.layer` is 1\.5; accepted: a whole number >= 0"),
+        (trainer_config("AutoEncoderTopK"), {"k": torch.tensor(3.7)}, r"`k` is 3\.7"),
         (None, {"step": 3}, "a dict of .*step.*accepted: a state dict of tensors"),
         (None, {"extra": torch.ones(1)}, "not certain.*AutoEncoder, AutoEncoderTopK, BatchTopKSAE"),
     ],
@@ -513,7 +528,7 @@ def test_damaged_config(tmp_path: Path) -> None:
     with pytest.raises(SAEError, match=r"cfg.json is not JSON"):
         FrozenSAE.load(tmp_path)
     (tmp_path / "cfg.json").write_text("[]")
-    with pytest.raises(SAEError, match=r"cfg.json is a JSON list; accepted: a JSON object"):
+    with pytest.raises(SAEError, match=r"cfg.json is \[\]; accepted: an object"):
         FrozenSAE.load(tmp_path)
     (tmp_path / "cfg.json").unlink()
     with pytest.raises(SAEError, match=r"cfg.json is not there"):

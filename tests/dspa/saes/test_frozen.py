@@ -225,7 +225,7 @@ def bad_tensor(name: str, value: Any) -> dict[str, Tensor]:
         ("topk", named(*STANDARD) | {"k": 0}, "`k` is 0; accepted: 1 to d_sae = 40"),
         ("topk", named(*STANDARD) | {"k": 41}, "`k` is 41; accepted: 1 to d_sae = 40"),
         ("topk", named(*STANDARD) | {"k": 2.5}, "`k` is 2.5; accepted: 1 to d_sae = 40"),
-        ("standard", named(*STANDARD) | {"layer": -1}, "`layer` is -1; accepted: the index of a decoder layer"),
+        ("standard", named(*STANDARD) | {"layer": -1}, "`layer` is -1; accepted: a whole number >= 0"),
         ("standard", named(*STANDARD) | {"layer": "3"}, "`layer` is '3'"),
         ("jumprelu", bad_tensor("W_enc", torch.ones(D_IN)), r"`W_enc` is of shape \[12\]; .*\[d_in, d_sae\]"),
         ("jumprelu", bad_tensor("b_enc", torch.ones(3)), r"`b_enc` is of shape \[3\]; accepted: shape \[40\]"),

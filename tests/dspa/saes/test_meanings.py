@@ -163,9 +163,9 @@ def test_only_the_start_of_a_file_is_read(model: Any, sae_out: dspa.FrozenSAE, l
 def test_contexts_of_bad_arguments(model: Any, sae_out: dspa.FrozenSAE, lines: Path) -> None:
     given = (sae_out, model, word_tokenizer(), lines)
     for name in ("n", "n_tokens", "max_length", "batch_tokens"):
-        with pytest.raises(ValueError, match=f"`{name}` is 0; accepted: 1 or more"):
+        with pytest.raises(ValueError, match=f"`{name}` is 0; accepted: a whole number >= 1"):
             dspa.top_contexts(*given, [1], **{name: 0})
-    with pytest.raises(ValueError, match="`window` is -1; accepted: 0 or more"):
+    with pytest.raises(ValueError, match="`window` is -1; accepted: a whole number >= 0"):
         dspa.top_contexts(*given, [1], window=-1)
     with pytest.raises(SAEError, match="`latents` is 128"):
         dspa.top_contexts(*given, [128])
