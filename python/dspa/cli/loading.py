@@ -168,7 +168,7 @@ def load_adapter(path: Path, options: AdapterSAEOptions, device: str, backend: s
     from dspa.fsrl.adapter import FSRLAdapter, read_record
 
     record = read_record(path)
-    source, layer = record["sources"].get("sae"), record["sae"].get("layer")
+    source, layer = record.sources.get("sae"), record.sae.layer
     sae = load_recorded_sae("--sae", options.sae, options.layer, device, source, layer)
     return FSRLAdapter.load(path, sae, backend=backend)
 

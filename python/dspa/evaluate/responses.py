@@ -18,6 +18,7 @@ from dspa.data.triples import Triple, load_triples
 from dspa.errors import refusal
 from dspa.models.attachment import Attachment
 from dspa.models.layers import CausalLM, base_model, context_length, device_of
+from dspa.schemas import PositiveInt, check
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,7 @@ def batches(responses: Sequence[Response], batch_tokens: int) -> Iterator[list[i
     Raises:
         ValueError: a `batch_tokens` below 1.
     """
-    if batch_tokens < 1:
-        raise refusal(ValueError, "`batch_tokens`", batch_tokens, "a whole number >= 1")
+    check(PositiveInt, batch_tokens, ValueError, "`batch_tokens`")
     order = sorted(range(len(responses)), key=lambda n: len(responses[n]), reverse=True)
     while order:
         size = max(1, batch_tokens // len(responses[order[0]]))

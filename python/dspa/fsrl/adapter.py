@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,48 @@ from dspa.models.sources import Source
 from dspa.outputs import write_atomically
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_sae, required_layer
-from dspa.schemas import read_json
+from dspa.schemas import Count, Fraction, OneOf, PositiveInt, Text, check, read_json, schema
 from dspa.snapshot import Snapshot
 from dspa_kernels import fsrl_residual
 
 FORMAT = "dspa.fsrl.1"
 RECORD, TENSORS = "adapter.json", "adapter.safetensors"
+AGAIN = "Copy or train it again."
+
+
+@schema
+class RecordedSAE:
+    """The SAE that an adapter was trained with, as `FrozenSAE` names its facts."""
+
+    fingerprint: Text
+    layer: Count
+    model_name: Text | None
+    d_in: PositiveInt
+    d_sae: PositiveInt
+
+
+@schema
+class AdapterRecord:
+    """The content of adapter.json.
+
+    Attributes:
+        format: FORMAT.
+        config: settings of the adapter.
+        sae: the SAE that it was trained with.
+        sources: where "model" and "sae" were loaded from; empty in folders of earlier versions.
+        sha256: checksum of the tensors.
+        package: version of the package that wrote it.
+        model_digest: the weights that it was trained with, as `dspa.models.sources.model_digest` gives them; empty in
+            folders of earlier versions.
+    """
+
+    format: Annotated[str, OneOf((FORMAT,))]
+    config: FSRLConfig
+    sae: RecordedSAE
+    sha256: Text
+    package: Text = ""
+    model_digest: Text = ""
+    sources: dict[Text, Source] = field(default_factory=dict)
 
 
 @dataclass
@@ -151,11 +187,8 @@ class FSRLAdapter(Attachable, nn.Module):
 
     @fraction.setter
     def fraction(self, fraction: float) -> None:
-        is_number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
-        if not is_number or not 0 <= fraction <= 1:
-            raise refusal(AdapterError, "`fraction`", repr(fraction), "a number from 0 (keep none) to 1 (keep all)")
         self._check_idle("fraction")
-        self._fraction = float(fraction)
+        self._fraction = check(Fraction, fraction, AdapterError, "`fraction`")
 
     def _check_idle(self, name: str) -> None:
         if self._n_open.get(Call.__name__):
@@ -294,17 +327,17 @@ class FSRLAdapter(Attachable, nn.Module):
         path.mkdir(exist_ok=True)
         tensors = {name: parameter.detach().cpu() for name, parameter in self.named_parameters()}
         sources = {"model": self.trained_on, "sae": self.sae.source}
-        record = {
-            "format": FORMAT,
-            "config": asdict(self.config),
-            "sae": {name: getattr(self.sae, name) for name in ("fingerprint", "layer", "model_name", "d_in", "d_sae")},
-            "sources": {name: asdict(source) for name, source in sources.items() if source is not None},
-            "model_digest": self.model_digest,
-            "sha256": checksum(tensors),
-            "package": version("dspa-kernels"),
-        }
+        record = AdapterRecord(
+            format=FORMAT,
+            config=self.config,
+            sae=RecordedSAE(**{fact.name: getattr(self.sae, fact.name) for fact in fields(RecordedSAE)}),
+            sources={name: source for name, source in sources.items() if source is not None},
+            model_digest=self.model_digest,
+            sha256=checksum(tensors),
+            package=version("dspa-kernels"),
+        )
         write_tensors(path / TENSORS, tensors, {})
-        write_atomically(path / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+        write_atomically(path / RECORD, (json.dumps(asdict(record), indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path, sae: FrozenSAE, *, backend: str = "auto") -> FSRLAdapter:
@@ -317,22 +350,19 @@ class FSRLAdapter(Attachable, nn.Module):
                 fingerprint, layer or width.
         """
         record = read_record(Path(path))
-        _check_same_sae(record["sae"], sae, path)
+        _check_same_sae(record.sae, sae, path)
         try:
-            missing = [setting.name for setting in fields(FSRLConfig) if setting.name not in record["config"]]
-            if missing:
-                raise AdapterError(f"`config` has no {', '.join(missing)}")
-            adapter = cls(sae, FSRLConfig(**record["config"]), backend=backend)
+            adapter = cls(sae, record.config, backend=backend)
             names = [name for name, _ in adapter.named_parameters()]
             file = Path(path) / TENSORS
             tensors = read_tensors(file, names, read_header(file))
             adapter.load_state_dict(tensors)
-            adapter.trained_on, adapter.trained_with = record["sources"].get("model"), record["model_digest"]
+            adapter.trained_on, adapter.trained_with = record.sources.get("model"), record.model_digest
         except OSError as error:
             raise AdapterError(f"{path} cannot be read ({error}).") from error
         except (TypeError, ValueError, RuntimeError) as error:
-            raise AdapterError(f"{path} is damaged ({error}). Copy or train it again.") from error
-        if checksum(tensors) != record["sha256"]:
+            raise AdapterError(f"{path} is damaged ({error}). {AGAIN}") from error
+        if checksum(tensors) != record.sha256:
             raise AdapterError(f"{path} is damaged: {TENSORS} and {RECORD} are of two different adapters.")
         adapter._check_finite(str(path))
         return adapter.requires_grad_(False).eval()
@@ -341,7 +371,7 @@ class FSRLAdapter(Attachable, nn.Module):
         return f"FSRLAdapter({self.config.activation}, l1={self.config.l1:g}, {self.sae!r})"
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> AdapterRecord:
     """Return the record of the adapter in a folder.
 
     Raises:
@@ -349,30 +379,22 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     if not (path / RECORD).is_file():
         raise AdapterError(f"{path} holds no {RECORD}; accepted: a folder that FSRLAdapter.save wrote.")
-    try:
-        record: dict[str, Any] = read_json(path / RECORD, AdapterError)
-        if record["format"] != FORMAT:
-            raise AdapterError(f"{path} is of format {record['format']!r}; this version reads {FORMAT!r}.")
-        return record | {
-            "config": dict(record["config"]),
-            "sae": dict(record["sae"]),
-            # Folders of earlier versions have none.
-            "sources": {name: Source(**source) for name, source in record.get("sources", {}).items()},
-            "model_digest": str(record.get("model_digest", "")),
-            "sha256": str(record["sha256"]),
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, AdapterError):
-            raise
-        raise AdapterError(f"{path / RECORD} is damaged ({type(error).__name__}: {error}).") from error
+    record = read_json(path / RECORD, AdapterError, AGAIN)
+    settings = record.get("config") if isinstance(record, dict) else None
+    # A default of this version may not be what the adapter was trained with.
+    if isinstance(settings, dict) and (
+        missing := [setting.name for setting in fields(FSRLConfig) if setting.name not in settings]
+    ):
+        raise AdapterError(f"{path / RECORD} is damaged: `config` has no {', '.join(missing)}. {AGAIN}")
+    return check(AdapterRecord, record, AdapterError, f"{path / RECORD} is damaged", AGAIN)
 
 
-def _check_same_sae(recorded: dict[str, Any], sae: FrozenSAE, path: str | Path) -> None:
+def _check_same_sae(recorded: RecordedSAE, sae: FrozenSAE, path: str | Path) -> None:
     for name in ("d_in", "d_sae", "layer", "fingerprint"):
-        if recorded.get(name) != getattr(sae, name):
+        if getattr(recorded, name) != getattr(sae, name):
             raise AdapterError(
-                f"The adapter in {path} was trained with an SAE of {name} {recorded.get(name)!r} (layer "
-                f"{recorded.get('layer')!r}, fingerprint {recorded.get('fingerprint')!r}) and `sae` has "
+                f"The adapter in {path} was trained with an SAE of {name} {getattr(recorded, name)!r} (layer "
+                f"{recorded.layer!r}, fingerprint {recorded.fingerprint!r}) and `sae` has "
                 f"{getattr(sae, name)!r} ({sae!r}, fingerprint {sae.fingerprint!r}). "
-                f"{sae.fingerprint_advice(str(recorded.get('fingerprint'))) or 'Load that SAE.'}"
+                f"{sae.fingerprint_advice(recorded.fingerprint) or 'Load that SAE.'}"
             )

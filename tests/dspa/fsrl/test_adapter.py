@@ -529,9 +529,9 @@ def test_damaged_folders_are_refused(sae_out, tmp_path) -> None:
     (folder / "adapter.json").write_bytes(record[:40])
     refused(r"adapter\.json is not JSON")
     (folder / "adapter.json").write_bytes(record.replace(b"dspa.fsrl.1", b"dspa.fsrl.9"))
-    refused("is of format 'dspa.fsrl.9'; this version reads 'dspa.fsrl.1'")
+    refused("`format` is 'dspa.fsrl.9'; accepted: dspa.fsrl.1")
     (folder / "adapter.json").write_bytes(record.replace(b"soft_threshold", b"gelu"))
-    refused("is damaged .*`activation` is 'gelu'")
+    refused("is damaged: `config.activation` is 'gelu'")
     (folder / "adapter.safetensors").write_bytes(tensors[:1000])
     refused("is damaged")
     (folder / "adapter.safetensors").write_bytes(tensors[:-1] + bytes([tensors[-1] ^ 1]))
@@ -592,7 +592,7 @@ def test_settings_that_are_missing_are_not_guessed(sae_out, tmp_path) -> None:
     record = json.loads((folder / "adapter.json").read_text())
     del record["config"]["l1"]
     (folder / "adapter.json").write_text(json.dumps(record))
-    with pytest.raises(AdapterError, match=r"is damaged \(`config` has no l1\)"):
+    with pytest.raises(AdapterError, match=r"is damaged: `config` has no l1"):
         FSRLAdapter.load(folder, sae_out)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dspa import MapError, reduce
-from dspa.files import read_tensors, write_tensors
+from dspa.files import read_header, read_tensors, write_tensors
 from dspa.maps.shards import FORMAT, NAMES, Counts
 
 from ..support.counts import as_collection, dense, draw
@@ -56,7 +56,7 @@ def test_a_checksum_is_no_proof_of_sense(
 ) -> None:
     counts = as_collection(draw(5, seed=3), folder=tmp_path)
     path = counts.path(0)
-    tensors = read_tensors(path, NAMES)
+    tensors = read_tensors(path, NAMES, read_header(path))
     write_tensors(path, tensors | {name: change(tensors[name])}, {"format": FORMAT, "triples": "0"})
     for read in (counts.verify, lambda: counts.read(path), lambda: reduce(counts), lambda: counts.has(0, "0")):
         with pytest.raises(MapError, match=re.escape(message)):

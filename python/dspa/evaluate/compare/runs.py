@@ -6,11 +6,13 @@ import json
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
+
+from pydantic import StrictFloat
 
 from dspa.errors import refusal
 from dspa.outputs import held, output_file, try_output
-from dspa.schemas import parse_json, read_json
+from dspa.schemas import Count, Flag, NonNegative, Text, check, parse_json, read_json, schema
 
 FORMAT = "dspa.compare.2"
 PARTIAL = ".partial"
@@ -19,7 +21,7 @@ HEADER = json.dumps({"format": FORMAT})
 RESULTS = "The file of results"
 
 
-@dataclass(frozen=True)
+@schema
 class Answers:
     """Answers of a method to N prompts, by one seed.
 
@@ -32,14 +34,14 @@ class Answers:
         seconds: time of generation alone.
     """
 
-    ids: list[list[int]]
-    nll: list[float]
-    edited: list[list[int]] | None
-    unsteered: list[bool] | None
-    seconds: float
+    ids: list[list[Count]]
+    nll: list[StrictFloat]
+    edited: list[list[Count]] | None
+    unsteered: list[Flag] | None
+    seconds: NonNegative
 
 
-@dataclass(frozen=True)
+@schema
 class TripleScores:
     """Mean log-probability per token that a method gives to both responses of N triples.
 
@@ -48,11 +50,12 @@ class TripleScores:
         unsteered: as in `Answers`, of the triples' prompts.
     """
 
-    chosen: list[float]
-    rejected: list[float]
-    unsteered: list[bool] | None
+    chosen: list[StrictFloat]
+    rejected: list[StrictFloat]
+    unsteered: list[Flag] | None
 
 
+Runs: TypeAlias = dict[Text, dict[Text, Any]]
 R = TypeVar("R", Answers, TripleScores)
 
 
@@ -106,7 +109,8 @@ class RunStore:
 
     def get(self, key: str, kind: type[R]) -> R | None:
         """Return a finished run, or None."""
-        return kind(**self.runs[key]) if key in self.runs else None
+        advice = "Delete the file, or name another."
+        return check(kind, self.runs[key], ValueError, f"{self.path}: a run", advice) if key in self.runs else None
 
     def add(self, key: str, run: Answers | TripleScores) -> None:
         """Keep a finished run."""
@@ -128,8 +132,7 @@ def _finished(path: Path) -> dict[str, dict[str, Any]]:
     try:
         record = read_json(path, ValueError)
         if record["format"] == FORMAT:
-            runs: dict[str, dict[str, Any]] = record["runs"]
-            return runs
+            return check(Runs, record["runs"], ValueError, str(path))
     except (ValueError, KeyError, TypeError):
         pass
     accepted = "a new file, or one that a comparison wrote, whose runs are used again"
@@ -144,6 +147,6 @@ def _stopped(path: Path) -> dict[str, dict[str, Any]]:
         got = f"next to {path}, which holds something else, or a comparison of an earlier version"
         raise refusal(ValueError, RESULTS, got, "a file without it", "Name another, or move that away.")
     for line in lines:
-        with suppress(ValueError, TypeError):
-            runs |= parse_json(line, ValueError, "a run")
+        with suppress(ValueError):
+            runs |= check(Runs, parse_json(line, ValueError, "a run"), ValueError, "a run")
     return runs
