@@ -24,6 +24,7 @@ from tempfile import gettempdir, mkdtemp
 from typing import TextIO
 
 from dspa.errors import refusal
+from dspa.schemas import parse_json
 
 WORKSPACE = ".dspa-partial-"
 # The file with the name of the process, in a workspace, and in a folder that is written over time.
@@ -358,7 +359,7 @@ def _sign(descriptor: int) -> None:
 def _signature(path: Path) -> str | None:
     """Return the name of the process that signed a file, for a message, or None for another file."""
     try:
-        name = json.loads(path.read_bytes()[:4096])
+        name = parse_json(path.read_bytes()[:4096].decode(errors="replace"), ValueError, str(path))
         if name["format"] == FORMAT:
             return f"process {name['pid']} on {name['host']} (since {name['since']})"
     except (OSError, ValueError, KeyError, TypeError):
