@@ -91,7 +91,7 @@ SWEPT = {"beta", "gamma_beta_ratio", "eval_every", "log_every", "report_to"}
 @pytest.mark.parametrize(
     ("path", "kind", "without"),
     [
-        *((path, ModelOptions, set()) for path in COMMON),
+        *((path, ModelOptions, {"other_weights"}) for path in COMMON),
         *((path, SAEPairOptions, set()) for path in COMMON[:2]),
         *((path, RecordedModelOptions, set()) for path in [("generate",), *ON_ADAPTER]),
         (("generate",), RecordedSAEPairOptions, set()),
