@@ -11,7 +11,7 @@ PIP := $(BIN)/pip install $(QUIET)
 PACKAGE := pyproject.toml setup.py
 CSRC := $(wildcard csrc/build.py csrc/*.cu csrc/*.cuh csrc/*.h csrc/device/*)
 
-.PHONY: demo demo-smollm2 test test-triton36 bench lint audit docs tutorials clean
+.PHONY: demo demo-smollm2 test test-triton36 soak bench lint audit docs tutorials clean
 # Two pips would write to one .venv.
 .NOTPARALLEL:
 
@@ -30,6 +30,10 @@ test: .venv/tested
 bench: .venv/tested
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest bench --benchmark-quiet
 	$(BIN)/python -m bench.report
+
+# Damaged files, kills and threads, SOAK times as many as in `make test` and others in each run; figures in build/soak.json.
+soak: .venv/tested
+	DSPA_SOAK=$${SOAK:-20} $(BIN)/pytest tests/soak
 
 # What the compiler of another Triton makes of the kernels: 3.6 is the oldest that is supported.
 test-triton36: .venv/tested

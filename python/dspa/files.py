@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 METADATA_KEY = "dspa"
+# By bytes per number, to read the bits of dtypes that NumPy does not have, such as bfloat16.
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def cache_folder() -> Path:
@@ -71,7 +74,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of the values of all tensors, in their order."""
     sha = hashlib.sha256()
     for tensor in tensors.values():
-        sha.update(tensor.numpy().tobytes())
+        sha.update(tensor.view(INTEGERS[tensor.element_size()]).numpy().tobytes())
     return sha.hexdigest()
 
 

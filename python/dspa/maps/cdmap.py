@@ -416,7 +416,7 @@ class ConditionalDifferenceMap:
                 f"There is no map file at {path}. Make one: dspa map build, or dspa.build_map(...).save(path)."
             )
         header = read_header(path)
-        names = FORMATS.get(header.get("format", ""))
+        names = FORMATS.get(str(header.get("format")))
         if names is None:
             raise MapError(f"{path} is not a map of format {FORMAT} (it says {header.get('format')!r}).")
         record = check(_Header, header, MapError, f"{path} is damaged", COPY)

@@ -185,7 +185,13 @@ class Collection:
     def promoted(self) -> dict[str, dict[int, list[str]]]:
         """The tokens that all latents of "sae_in" and "sae_out" promote; empty in folders of earlier versions."""
         path = self.folder / TOKENS
-        return _read(Promoted, path, "Delete it.") if path.is_file() else {}
+        promoted: dict[str, dict[int, list[str]]] = _read(Promoted, path, "Delete it.") if path.is_file() else {}
+        widths = {"sae_in": self.settings.d_sae_in, "sae_out": self.settings.d_sae_out}
+        for name, tokens in promoted.items():
+            if sorted(tokens) != list(range(widths.get(name, 0))):
+                got, accepted = f"{len(tokens)} latents of {name!r}", "all latents of sae_in and sae_out"
+                raise refusal(MapError, str(path), got, accepted, "Delete it.")
+        return promoted
 
     def record_promoted(self, promoted: Mapping[str, Mapping[int, list[str]]]) -> None:
         """Write the tokens that latents promote, which a model is needed for, so that all maps of the counts have them.
