@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,7 +77,8 @@ def pytest_testnodedown(node: Any) -> None:
     n_deselected = (getattr(node, "workeroutput", None) or {}).get("n_deselected", 0)
     reporter = node.config.pluginmanager.get_plugin("terminalreporter")
     if reporter and n_deselected:
-        reporter.stats.setdefault("deselected", [None] * n_deselected)
+        # Plugins look for attributes of what is listed.
+        reporter.stats.setdefault("deselected", [SimpleNamespace()] * n_deselected)
 
 
 @pytest.fixture(scope="session", autouse=True)

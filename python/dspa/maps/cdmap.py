@@ -452,7 +452,7 @@ def _set_bits(gates: Tensor, n_triples: int) -> Tensor:
     """Return the number of prompts on which each gate is open, [R] int64, or -1 for one with bits of no prompt."""
     bits = (gates[:, :, None] >> torch.arange(8, device=gates.device, dtype=torch.uint8)) & 1
     bits = bits.flatten(1)
-    return bits.sum(dim=1).where(~bits[:, n_triples:].any(dim=1), -1)
+    return bits.sum(dim=1).where(bits[:, n_triples:].sum(dim=1) == 0, -1)
 
 
 def _partly_open(n_open: Tensor, n_triples: int) -> Tensor:

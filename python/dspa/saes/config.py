@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import field, replace
+from typing import Annotated
 
 from dspa.errors import refusal
-from dspa.schemas import Flag, NonNegative, Positive, PositiveInt, Seed, schema
+from dspa.schemas import Accepts, Flag, NonNegative, Positive, PositiveInt, Seed, schema
 
 # Training and reports leave out tokens with more than this many times the median norm, by default. The first tokens of
 # texts that SmolLM2-135M reads have 5 to 7 times the median norm at layer 8, and 100 times at layer 20.
 MAX_NORM_RATIO = 4.0
+RATIO = "a finite number >= 1, or 0"
 
 # The learning rate by default: the published one for this width, which falls as 1 / sqrt(d_sae) (Gao et al. 2024), and
 # what short trainings need above it. Measured at 76 and 244 steps, d_sae 2048: 3e-3 beat 1e-3, and 1e-2 at 76 steps.
@@ -55,7 +57,7 @@ class SAETrainingConfig:
     exclude_special_tokens: Flag = field(
         default=True, metadata={"help": "Leave special tokens out of the training and of the reports."}
     )
-    max_norm_ratio: NonNegative = field(
+    max_norm_ratio: Annotated[NonNegative, Accepts(RATIO)] = field(
         default=MAX_NORM_RATIO,
         metadata={
             "help": "Leave tokens with more than this many times the median norm out of the training and of the "
@@ -78,7 +80,7 @@ class SAETrainingConfig:
     def __post_init__(self) -> None:
         # Below 1, most rows or all of them would be left out.
         if 0 < self.max_norm_ratio < 1:
-            raise refusal(ValueError, "`max_norm_ratio`", self.max_norm_ratio, "a finite number >= 1, or 0")
+            raise refusal(ValueError, "`max_norm_ratio`", self.max_norm_ratio, RATIO)
         if self.n_tokens < self.batch_size:
             raise refusal(
                 ValueError,

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -214,13 +215,19 @@ def test_plots(counts: Collection, tmp_path: Path, cdmap: ConditionalDifferenceM
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are saved."""
     saved: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_args, **_kwargs: saved.append(figure))
+    savefig = Figure.savefig
+
+    def save(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        saved.append(figure)
+        savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", save)
     return saved
 
 
-def test_a_plot_shows_what_numpy_computes(figures: list[Figure]) -> None:
+def test_a_plot_shows_what_numpy_computes(figures: list[Figure], tmp_path: Path) -> None:
     n, data = 60, rare(60)
-    plot_map(reduce(as_collection(data), k_diff=3), Path("unused"), top=2, delta=0.5)
+    plot_map(reduce(as_collection(data), k_diff=3), tmp_path / "plot.png", top=2, delta=0.5)
     gates, A = naive(data, k=3)
     n_open, A = gates.sum(axis=0), A.astype(float)
     openness, sizes, columns = figures[0].axes
@@ -252,9 +259,9 @@ def test_a_plot_names_latents_by_their_tokens(
     assert (tmp_path / "map.png").read_bytes().startswith(PNG) and not recwarn.list
 
 
-def test_a_plot_of_stability_is_in_the_order_of_sizes(figures: list[Figure]) -> None:
+def test_a_plot_of_stability_is_in_the_order_of_sizes(figures: list[Figure], tmp_path: Path) -> None:
     few, many = Stability(5, [0.1, 0.3], [0.3, 0.5], [7, 8], [0, 1]), Stability(9, [0.6, 0.8], [1, 1], [8, 8], [0, 0])
-    plot_stability([many, few], Path("unused"))
+    plot_stability([many, few], tmp_path / "plot.png")
     (axes,) = figures[0].axes
     selected, columns = (line.get_xydata().tolist() for line in axes.lines)
     assert selected == [[5, pytest.approx(0.2)], [9, pytest.approx(0.7)]] and columns == [[5, 0.4], [9, 1]]

@@ -145,7 +145,6 @@ def test_a_damaged_conversion_is_made_again(damage, file, conversions):
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 def test_a_conversion_that_stops_leaves_nothing(stop, file, cache, monkeypatch):
     def save(self: Any, folder: Path) -> None:
-        folder.mkdir()
         (folder / "config.json").write_text("{")
         raise stop
 
