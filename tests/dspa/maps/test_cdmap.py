@@ -442,7 +442,7 @@ def test_an_sae_at_another_layer(sae_in: FrozenSAE, sae_out: FrozenSAE, cdmap: C
 
 
 def test_a_loaded_map_is_a_copy(made, saved, tmp_path) -> None:
-    """What is done to the file afterwards, in place, does not show."""
+    """Changes of the file in place, afterwards, do not show."""
     loaded, other = ConditionalDifferenceMap.load(saved), tmp_path / "other"
     made[0].replaced(values=made[0].values * 2).save(other)
     with saved.open("r+b") as file:

@@ -1,4 +1,4 @@
-"""What was made with a model is refused for other weights of the same name, unless they are meant."""
+"""Things made with a model are refused for other weights of the same name, unless they are meant."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def test_buffers_that_are_not_saved_take_no_part():
 
 
 def test_a_digest_reads_a_few_megabytes_of_27_billion(monkeypatch):
-    """Of the sizes of Gemma-2-27b, whose weights are made up as they are read."""
+    """Parameters of the sizes of Gemma-2-27b, which are made up as they are read."""
     with torch.device("meta"):
         sizes = {"hidden_size": 4608, "num_hidden_layers": 46, "intermediate_size": 36864, "vocab_size": 256000}
         heads = {"num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128}

@@ -1,4 +1,4 @@
-"""What a caller passes is checked: positions, masks, starts, caches, counts; and what an edit makes is too."""
+"""Tensors of a caller are checked: positions, masks, starts, caches, counts; and so is what an edit makes."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def short_turns() -> Iterator[None]:
 
 
 def together(work: Callable[[int], Any], n_threads: int = N_THREADS, n_calls: int = N_CALLS) -> list[list[Any]]:
-    """What the calls of each thread return, or the exceptions that they raise."""
+    """Return what the calls of each thread return, or the exceptions that they raise."""
     results: list[list[Any]] = [[] for _ in range(n_threads)]
     start = threading.Barrier(n_threads)
 

@@ -1,4 +1,4 @@
-"""What ships is what was trained, in bf16 and with the name of its model."""
+"""An SAE ships as it was trained, in bf16 and with the name of its model."""
 
 from __future__ import annotations
 
