@@ -16,7 +16,7 @@ from dspa.saes.activations import Activations, Position
 from dspa.saes.batchtopk import begin_at_data, begin_threshold, jumprelu, new_sae, started_sae
 from dspa.saes.checkpoints import restore_checkpoint, save_checkpoint
 from dspa.saes.config import MAX_NORM_RATIO, SAETrainingConfig
-from dspa.saes.formats import FIGURES
+from dspa.saes.formats.saelens import FIGURES
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.outliers import typical_rows
 from dspa.saes.quality import Quality, evaluate_sae

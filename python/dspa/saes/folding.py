@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dspa.errors import SAEError, refusal
-from dspa.saes.formats import SourceSAE
+from dspa.saes.formats.source import SourceSAE
 from dspa.saes.metadata import CENTERED
 from dspa.schemas import Count, check, whole
 from dspa_kernels import SAEWeights

@@ -30,7 +30,9 @@ from dspa.saes.folding import (
     ungated,
     weights_digest,
 )
-from dspa.saes.formats import RECORD, SEAL, SourceSAE, read_sae, sae_lens_source, write_sae_lens
+from dspa.saes.formats import read_sae
+from dspa.saes.formats.saelens import RECORD, SEAL, sae_lens_source, write_sae_lens
+from dspa.saes.formats.source import SourceSAE
 from dspa.saes.metadata import CENTERED, refused_hook, residual_hook, without_model_advice
 from dspa.snapshot import Snapshot
 
