@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,15 @@ def compare_methods(folder: Path) -> None:
 
 def files(folder: Path) -> dict[str, Any]:
     """Return what is in a folder, without times."""
-    return {
-        str(path.relative_to(folder)): _without_times(json.loads(path.read_bytes()))
-        if path.suffix == ".json"
-        else path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def content(path: Path) -> Any:
+    """Return what is in a file, without times; None where it is missing, or a kill left a part of it."""
+    if path.suffix != ".json":
+        return path.read_bytes() if path.is_file() else None
+    with suppress(OSError, json.JSONDecodeError):
+        return _without_times(json.loads(path.read_bytes()))
 
 
 def _without_times(value: Any) -> Any:
@@ -115,12 +118,13 @@ def test_work_that_is_killed_ends_with_the_same_files(work, tmp_path, done):
         if process.exitcode == -signal.SIGKILL:
             n_kills += 1
             # Killed after its last file: what it had not removed lies beside, and a finished SAE is not trained again.
-            left = files(folder)
-            if any(left.get(name) != content for name, content in wanted.items()):
+            if any(content(folder / name) != whole for name, whole in wanted.items()):
                 continue
         else:
             assert process.exitcode == 0
-            assert files(folder) == wanted
+            ended = files(folder)
+            assert ended.keys() == wanted.keys()
+            assert [name for name in wanted if ended[name] != wanted[name]] == []
         shutil.rmtree(folder)
         tries = 0
         done[f"times that killed work ended: {work.__name__}"] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dspa.errors import TrainingError
+from dspa.outputs import workspace
 from dspa.saes.activations import Activations, Position
 from dspa.saes.batchtopk import begin_at_data, begin_threshold, jumprelu, new_sae, started_sae
 from dspa.saes.checkpoints import restore_checkpoint, save_checkpoint
@@ -183,7 +185,10 @@ class Training:
         after, inference = job.evaluate_training(sae, scale), job.inference(sae, scale)
         for name, field in FIGURES.items():
             setattr(inference.cfg.metadata, name, getattr(after, field))
-        inference.save_model(job.folder.path)
+        # Both files are made in a workspace: safetensors writes through a name of its own, which a kill would leave.
+        with workspace(job.folder.path) as made:
+            for file in inference.save_model(made / "sae"):
+                os.replace(file, job.folder.path / file.name)
         n_dead, n_steps = _dead(self._trainer)
         results = {
             "after": asdict(after),
