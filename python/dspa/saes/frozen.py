@@ -33,7 +33,7 @@ from dspa.saes.folding import (
 from dspa.saes.formats import read_sae
 from dspa.saes.formats.saelens import RECORD, SEAL, sae_lens_source, write_sae_lens
 from dspa.saes.formats.source import SourceSAE
-from dspa.saes.metadata import CENTERED, refused_hook, residual_hook, without_model_advice
+from dspa.saes.metadata import CENTERED, is_elsewhere, refused_hook, residual_hook, without_model_advice
 from dspa.snapshot import Snapshot
 
 
@@ -251,6 +251,7 @@ class FrozenSAE(Autoencoder):
     ) -> FrozenSAE:
         if None not in (layer, source.layer) and layer != source.layer:
             raise refusal(SAEError, "`layer`", layer, f"{source.layer}, as {source.name} says", "Leave `layer` out.")
+        _check_residual(source)
         if layer is None and source.layer is None and source.hook_name is not None:
             advice = "If it is the residual stream after a decoder layer, pass the number of that layer: `layer`."
             raise refused_hook(source.name, source.hook_name, advice)
@@ -413,7 +414,7 @@ class FrozenSAE(Autoencoder):
         """
         if given := (self.neuronpedia_id or "").partition("/")[2]:
             return given
-        hook = None if self.hook_name is None else residual_hook("the SAE", self.hook_name)
+        hook = None if self.hook_name is None else residual_hook(self.hook_name)
         number = self.layer if hook is None else hook[1]
         return "" if number is None else str(number)
 
@@ -439,3 +440,12 @@ class FrozenSAE(Autoencoder):
             f"FrozenSAE({self.arch}{k}{normalize}, d_in={self.d_in}, d_sae={self.d_sae}, layer={self.layer}, "
             f"model={self.model_name}, {str(self.dtype).removeprefix('torch.')} on {self.device}{folded})"
         )
+
+
+def _check_residual(source: SourceSAE) -> None:
+    """Raise `SAEError` for what does not read and write the residual stream after a decoder layer."""
+    if source.hook_name is not None and is_elsewhere(source.hook_name):
+        raise refused_hook(source.name, source.hook_name, "Choose an SAE of the residual stream of a later layer.")
+    if source.transcoder or source.reshape_activations != "none":
+        got = f"a transcoder into {source.hook_name_out}" if source.transcoder else "one of attention heads"
+        raise refusal(SAEError, f"{source.name}: the SAE", got, "one that reads and writes the residual stream")

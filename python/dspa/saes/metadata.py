@@ -44,30 +44,22 @@ SAME_RESIDUAL = frozenset(
 )
 
 
-def residual_hook(name: str, hook: object) -> tuple[int, int] | None:
+def residual_hook(hook: str) -> tuple[int, int] | None:
     """Return the decoder layer whose output an SAE reads, and the number of the layer in the name of its hook.
 
-    They differ for the residual before a layer, which is the output of the layer before it. None for a name that shows
-    no layer, but may be of the residual stream.
-
-    Args:
-        name: name of the SAE in messages.
-        hook: its place in the model, as the SAE calls it.
-
-    Raises:
-        SAEError: a place that is not the output of a decoder layer, or not text.
+    They differ for the residual before a layer, which is the output of the layer before it. None for another place, and
+    for a name that shows no layer but may be of the residual stream.
     """
-    if not isinstance(hook, str):
-        raise refused_hook(name, repr(hook), "Correct the name.")
     for pattern, before in RESIDUAL_HOOKS.items():
-        if match := re.fullmatch(pattern, hook):
-            number = int(match[1])
-            if number >= before:
-                return number - before, number
-            raise refused_hook(name, hook, "Choose an SAE of a later layer.")
-    if ELSEWHERE.search(hook):
-        raise refused_hook(name, hook, "Choose an SAE of the residual stream.")
+        if (match := re.fullmatch(pattern, hook)) and int(match[1]) >= before:
+            return int(match[1]) - before, int(match[1])
     return None
+
+
+def is_elsewhere(hook: str) -> bool:
+    """Return True for the name of a place that is certainly not the output of a decoder layer."""
+    is_residual = any(re.fullmatch(pattern, hook) for pattern in RESIDUAL_HOOKS)
+    return residual_hook(hook) is None and (is_residual or bool(ELSEWHERE.search(hook)))
 
 
 def refused_hook(name: str, hook: str, advice: str) -> SAEError:

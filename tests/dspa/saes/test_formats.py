@@ -145,10 +145,9 @@ def test_batchtopk_of_sae_lens_after_training(sae_lens: Any, h: Tensor, tmp_path
     assert sae.arch == "jumprelu" and set(sae.threshold.tolist()) == {1.5}
 
 
-@pytest.mark.parametrize("name", ["Transcoder", "AbsTopKSAE", "MatchingPursuitSAE"])
+@pytest.mark.parametrize("name", ["AbsTopKSAE", "MatchingPursuitSAE"])
 def test_other_sae_lens_architectures_are_refused_by_name(sae_lens: Any, name: str) -> None:
-    extra = {"d_out": D_IN, "apply_b_dec_to_input": False} if name == "Transcoder" else {}
-    config = getattr(sae_lens, f"{name}Config")(d_in=D_IN, d_sae=D_SAE, **extra)
+    config = getattr(sae_lens, f"{name}Config")(d_in=D_IN, d_sae=D_SAE)
     with pytest.raises(SAEError, match=r"architecture is .*accepted: standard, jumprelu, topk, gated"):
         FrozenSAE.from_sae_lens(getattr(sae_lens, name)(config))
 
@@ -430,9 +429,8 @@ def test_a_change_that_is_meant(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"architecture": "temporal"}, "architecture is 'temporal'; accepted: standard, jumprelu, topk, gated"),
-        ({"architecture": "skip_transcoder"}, "architecture is 'skip_transcoder'"),
         ({"activation_fn": "tanh-relu"}, "activation function is 'tanh-relu'; accepted: relu, topk"),
-        ({"reshape_activations": "hook_z"}, "reshape_activations is 'hook_z'; accepted: none"),
+        ({"reshape_activations": "hook"}, "reshape_activations is 'hook'; accepted: none, hook_z"),
         ({"d_sae": 41}, r"`W_enc` is of shape \[12, 40\]; accepted: \[12, 41\]"),
         ({"architecture": "standard"}, "has threshold; accepted: exactly W_dec, W_enc, b_dec, b_enc"),
         ({"architecture": "gated"}, "lacks b_gate, b_mag, r_mag and has b_enc, threshold"),

@@ -48,7 +48,7 @@ def lens_folder(folder: Path, **metadata: Any) -> Path:
     ],
 )
 def test_hooks_of_the_residual_stream(hook: str, layer: int, number: int) -> None:
-    assert residual_hook("cfg.json", hook) == (layer, number)
+    assert residual_hook(hook) == (layer, number)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +145,6 @@ def test_the_catalogue_of_sae_lens_has_these_numbers() -> None:
     ids = directory["gpt2-small-res-jb"].neuronpedia_id
     numbers = {hook: int(name.partition("/")[2].partition("-")[0]) for hook, name in ids.items()}
     last = numbers.pop("blocks.11.hook_resid_post")
-    places = {hook: residual_hook("catalogue", hook) for hook in numbers if hook != "blocks.0.hook_resid_pre"}
+    places = {hook: residual_hook(hook) for hook in numbers if hook != "blocks.0.hook_resid_pre"}
     assert last == 12 and len(places) == 11
     assert all(place is not None and place[1] == numbers[hook] for hook, place in places.items())

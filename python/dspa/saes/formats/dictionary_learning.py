@@ -84,7 +84,7 @@ def read_dictionary(file: Path, dict_class: str | None) -> SourceSAE:
         )
     config = file.with_name(DICTIONARY_CONFIG)
     trainer: Any = check(_Dictionary, read_config(config), SAEError, str(config))["trainer"] if config.is_file() else {}
-    name = agreed(file, "dict_class", dict_class, trainer.get("dict_class")) or _inferred_class(file, state)
+    name = agreed(str(file), "dict_class", dict_class, trainer.get("dict_class")) or _inferred_class(file, state)
     if name not in list(DICT_CLASSES):
         raise refusal(SAEError, f"{file}: the class", name, ", ".join(DICT_CLASSES))
     kind = DICT_CLASSES[name]
@@ -97,8 +97,8 @@ def read_dictionary(file: Path, dict_class: str | None) -> SourceSAE:
         name=str(file),
         arch=kind.arch,
         tensors={n: t for n, t in tensors.items() if n in SAE_LENS_TENSORS[kind.arch]},
-        k=agreed(file, "k", k, trainer.get("k")) if kind.arch == "topk" else None,
-        layer=agreed(config, "layer", layer_of(str(config), trainer.get("submodule_name")), trainer.get("layer")),
+        k=agreed(str(file), "k", k, trainer.get("k")) if kind.arch == "topk" else None,
+        layer=layer_of(str(config), trainer.get("submodule_name"), trainer.get("layer")),
         hook_name=trainer.get("submodule_name"),
         model_name=trainer.get("lm_name"),
         apply_b_dec_to_input=kind.apply_b_dec_to_input,

@@ -14,7 +14,15 @@ from typing_extensions import TypedDict
 
 from dspa.errors import SAEError, refusal
 from dspa.outputs import replacing, write_atomically
-from dspa.saes.formats.source import SAE_LENS_TENSORS, SourceSAE, check_names, layer_of, read_config, read_file
+from dspa.saes.formats.source import (
+    SAE_LENS_TENSORS,
+    SourceSAE,
+    check_names,
+    check_stated,
+    layer_of,
+    read_config,
+    read_file,
+)
 from dspa.saes.metadata import CENTERED, LOADED_WITH, is_centered
 from dspa.schemas import Accepts, Flag, PositiveInt, Text, check
 
@@ -26,6 +34,13 @@ RECORD = "dspa"
 SEAL = "seal"
 # Figures of quality in a SAELens folder's metadata, and as `Quality` names them.
 FIGURES = {"explained_variance": "explained_variance", "l0": "l0", "num_dead_features": "dead"}
+# Architectures of SAELens, and their tensors.
+ARCHITECTURES = SAE_LENS_TENSORS | {
+    "transcoder": SAE_LENS_TENSORS["standard"],
+    "skip_transcoder": SAE_LENS_TENSORS["standard"] | {"W_skip"},
+    "jumprelu_transcoder": SAE_LENS_TENSORS["jumprelu"],
+    "jumprelu_skip_transcoder": SAE_LENS_TENSORS["jumprelu"] | {"W_skip"},
+}
 
 
 # The entries of configurations that are read here; all others are their makers' own.
@@ -35,6 +50,7 @@ class _Arguments(TypedDict, total=False):
 
 class _Metadata(TypedDict, total=False):
     hook_name: Text | None
+    hook_name_out: Text | None
     hook_point: Text | None
     model_name: Text | None
     neuronpedia_id: Text | None
@@ -45,6 +61,7 @@ class _Metadata(TypedDict, total=False):
 class _Config(_Metadata, total=False):
     d_in: PositiveInt | None
     d_sae: PositiveInt | None
+    d_out: PositiveInt | None
     k: PositiveInt | None
     activation_fn_kwargs: _Arguments | None
     apply_b_dec_to_input: Flag
@@ -114,42 +131,46 @@ def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Ten
     activation = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
     arch = "topk" if activation == "topk" else cfg.get("architecture", "standard")
     # A list, because a value that JSON can hold may have no hash.
-    if arch not in list(SAE_LENS_TENSORS):
+    if arch not in list(ARCHITECTURES):
         raise refusal(
             SAEError,
             f"{name}: the architecture",
             repr(arch),
-            ", ".join(SAE_LENS_TENSORS),
+            ", ".join(ARCHITECTURES),
             "For a batchtopk or matryoshka_batchtopk SAE that was just trained, save_inference_model() makes a "
-            "jumprelu SAE. Transcoders and the like do not edit a residual stream through one decoder.",
+            "jumprelu SAE.",
         )
     check(_Config, dict(cfg), SAEError, name)
     metadata = {**cfg, **(cfg.get("metadata") or {})}
     if activation not in ("relu", "topk"):
         raise refusal(SAEError, f"{name}: the activation function", repr(activation), "relu, topk")
-    if cfg.get("reshape_activations", "none") != "none":
-        raise refusal(SAEError, f"{name}: reshape_activations", repr(cfg["reshape_activations"]), "none")
+    hook = metadata.get("hook_name") or metadata.get("hook_point") or None
+    # Flat configurations may leave it to the name of the hook, as SAELens does.
+    is_heads = "metadata" not in cfg and "hook_z" in (hook or "")
+    reshape = cfg.get("reshape_activations") or ("hook_z" if is_heads else "none")
+    if reshape not in ("none", "hook_z"):
+        raise refusal(SAEError, f"{name}: reshape_activations", repr(reshape), "none, hook_z")
     # Some versions wrote it as ones, which have no effect.
     tensors = {key: t for key, t in tensors.items() if key != "scaling_factor" or bool((t != 1).any())}
-    check_names(name, tensors, SAE_LENS_TENSORS[arch])
-    stated = [cfg.get("d_in"), cfg.get("d_sae")]
-    if None not in stated and stated != list(tensors["W_enc"].shape):
-        raise refusal(
-            SAEError, f"{name}: `W_enc`", f"of shape {list(tensors['W_enc'].shape)}", f"{stated}, as the cfg says"
-        )
-    hook = metadata.get("hook_name") or metadata.get("hook_point") or None
+    check_names(name, tensors, ARCHITECTURES[arch])
+    is_transcoder = arch.endswith("transcoder")
+    d_in = cfg.get("d_in")
+    check_stated(name, tensors, d_in=d_in, d_sae=cfg.get("d_sae"), d_out=cfg.get("d_out") if is_transcoder else d_in)
     normalize = cfg.get("normalize_activations") or "none"
     return SourceSAE(
         name=name,
-        arch=arch,
+        arch=("jumprelu" if "threshold" in tensors else "standard") if is_transcoder else arch,
         tensors=dict(tensors),
         k=cfg.get("k", (cfg.get("activation_fn_kwargs") or {}).get("k")) if arch == "topk" else None,
         layer=layer_of(name, hook),
         hook_name=hook,
+        transcoder=is_transcoder,
+        hook_name_out=metadata.get("hook_name_out") if is_transcoder else None,
         model_name=metadata.get("model_name"),
         neuronpedia_id=metadata.get("neuronpedia_id"),
         apply_b_dec_to_input=bool(cfg.get("apply_b_dec_to_input", True)),
         normalize_activations="expected_average_only_in" if normalize is True else normalize,
+        reshape_activations=reshape,
         rescale_acts_by_decoder_norm=bool(cfg.get("rescale_acts_by_decoder_norm", False)),
         center_writing_weights=_centered(name, metadata),
         record=metadata.get(RECORD),

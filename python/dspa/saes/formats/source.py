@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dspa.errors import SAEError, refusal
-from dspa.saes.metadata import residual_hook
+from dspa.saes.metadata import is_elsewhere, residual_hook
 from dspa.schemas import check, read_json
 
 COMMON = frozenset({"W_enc", "W_dec", "b_dec"})
@@ -29,10 +29,16 @@ class SourceSAE:
     Attributes:
         name: where it came from, for messages.
         arch: "standard", "jumprelu", "topk" or "gated".
-        tensors: SAELens' names and shapes. A gated SAE has `b_gate`, `b_mag` and `r_mag` instead of `b_enc`.
+        tensors: SAELens' names and shapes. A gated SAE has `b_gate`, `b_mag` and `r_mag` instead of `b_enc`. A
+            transcoder has `W_dec` [d_sae, d_out] and `b_dec` [d_out], and one with a skip connection adds
+            `x W_skip^T`, `W_skip` [d_out, d_in], to the output.
+        layer: the decoder layer, from 0, whose output it reads; None if unknown, or if it reads another place.
         center_writing_weights: True if it was trained on residuals less their mean over d_in; None if an old file does
             not say.
-        hook_name: its place in the model, by its maker's name; None if unknown.
+        hook_name: the place in the model that it reads, by its maker's name; None if unknown.
+        transcoder: True if it computes the content of another place than it reads.
+        hook_name_out: that place, by its maker's name; None if unknown.
+        reshape_activations: "hook_z" for rows that are [n_heads, d_head] in the model, else "none".
         neuronpedia_id: its model and place on Neuronpedia, as "gpt2-small/8-res-jb".
         record: what `FrozenSAE.save` wrote about it.
         figures: those of `FIGURES` that its training recorded.
@@ -45,10 +51,13 @@ class SourceSAE:
     k: int | None = None
     layer: int | None = None
     hook_name: str | None = None
+    transcoder: bool = False
+    hook_name_out: str | None = None
     model_name: str | None = None
     neuronpedia_id: str | None = None
     apply_b_dec_to_input: bool = False
     normalize_activations: str = "none"
+    reshape_activations: str = "none"
     rescale_acts_by_decoder_norm: bool = False
     center_writing_weights: bool | None = False
     record: dict[str, Any] | None = None
@@ -56,18 +65,45 @@ class SourceSAE:
     owned: bool = False
 
 
-def layer_of(name: str, hook: str | None) -> int | None:
-    """Return the decoder layer whose output `hook` names; None if it shows none."""
-    place = None if hook is None else residual_hook(name, hook)
-    return None if place is None else place[0]
+def layer_of(file: str, hook: str | None, stated: int | None = None) -> int | None:
+    """Return the decoder layer whose output an SAE reads; None if unknown, or if it reads another place.
+
+    Args:
+        file: what says it, for messages.
+        hook: the place that the SAE reads; None if unknown.
+        stated: the layer, where something else than the name of the place says it.
+
+    Raises:
+        SAEError: both say it, and they differ.
+    """
+    if hook is not None and is_elsewhere(hook):
+        return None
+    place = None if hook is None else residual_hook(hook)
+    layer: int | None = agreed(file, "layer", None if place is None else place[0], stated)
+    return layer
 
 
-def agreed(file: Path, name: str, first: Any, second: Any) -> Any:
+def agreed(file: str, name: str, first: Any, second: Any) -> Any:
     """Return the one of two values that is not None; raise `SAEError` if they differ."""
     if None not in (first, second) and first != second:
         got = f"{first!r} and {second!r}"
         raise refusal(SAEError, f"{file}: `{name}`", got, "one of them", "Correct the wrong one.")
     return second if first is None else first
+
+
+def check_stated(file: str, tensors: Mapping[str, Tensor], **stated: int | None) -> None:
+    """Raise `SAEError` unless the matrices have the `d_in`, `d_sae` and `d_out` that are stated and not None."""
+    for name, widths in (("W_enc", ("d_in", "d_sae")), ("W_dec", ("d_sae", "d_out"))):
+        shape = list(tensors[name].shape)
+        wanted = [stated.get(width) for width in widths]
+        if len(shape) != 2 or any(n not in (None, m) for n, m in zip(wanted, shape, strict=True)):
+            accepted = [width if n is None else n for n, width in zip(wanted, widths, strict=True)]
+            raise refusal(
+                SAEError,
+                f"{file}: `{name}`",
+                f"of shape {shape}",
+                f"[{', '.join(map(str, accepted))}], as the cfg says",
+            )
 
 
 def check_names(

@@ -1,0 +1,126 @@
+"""SAELens folders of SAEs that are not on the residual stream, and of every version of the configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dspa.errors import SAEError
+from dspa.saes.formats import read_sae
+from dspa.saes.frozen import FrozenSAE
+
+from ...support.saes import D_IN, D_SAE, STANDARD, named
+from ...support.sources import latents, output
+
+D_OUT = 7
+TRANSCODERS = {
+    "transcoder": "Transcoder",
+    "skip_transcoder": "SkipTranscoder",
+    "jumprelu_transcoder": "JumpReLUTranscoder",
+    "jumprelu_skip_transcoder": "JumpReLUSkipTranscoder",
+}
+PLACES = {"hook_name": "blocks.3.ln2.hook_normalized", "hook_name_out": "blocks.3.hook_mlp_out", "model_name": "m"}
+
+
+def transcoder(architecture: str) -> Any:
+    sae_lens = pytest.importorskip("sae_lens", reason="needs the package sae-lens")
+    from sae_lens.saes import transcoder as module
+
+    config = getattr(module, f"{TRANSCODERS[architecture]}Config")(
+        d_in=D_IN,
+        d_out=D_OUT,
+        d_sae=D_SAE,
+        apply_b_dec_to_input=False,
+        metadata=sae_lens.saes.sae.SAEMetadata(**PLACES),
+    )
+    theirs = getattr(module, TRANSCODERS[architecture])(config)
+    g = torch.Generator().manual_seed(0)
+    theirs.load_state_dict({name: torch.randn(t.shape, generator=g) for name, t in theirs.state_dict().items()})
+    return theirs
+
+
+@pytest.mark.parametrize("architecture", TRANSCODERS)
+def test_transcoders_of_sae_lens(h: Tensor, tmp_path: Path, architecture: str) -> None:
+    theirs = transcoder(architecture)
+    theirs.save_model(tmp_path)
+    source = read_sae(tmp_path)
+    with torch.no_grad():
+        expected, expected_output = theirs.encode(h), theirs(h)
+    assert (expected != 0).float().mean() > 0.02 and expected_output.shape == (*h.shape[:-1], D_OUT)
+    torch.testing.assert_close(latents(source, h), expected)
+    torch.testing.assert_close(output(source, h), expected_output)
+    assert source.arch == ("jumprelu" if "jumprelu" in architecture else "standard")
+    assert source.transcoder and source.layer is None
+    assert (source.hook_name, source.hook_name_out) == (PLACES["hook_name"], PLACES["hook_name_out"])
+
+
+def test_a_transcoder_does_not_edit_a_residual_stream(tmp_path: Path) -> None:
+    theirs = transcoder("skip_transcoder")
+    theirs.cfg.metadata.hook_name = "blocks.3.hook_resid_post"
+    theirs.save_model(tmp_path)
+    assert read_sae(tmp_path).layer == 3
+    with pytest.raises(SAEError, match=r"a transcoder into blocks.3.hook_mlp_out; accepted: one that reads and writes"):
+        FrozenSAE.load(tmp_path)
+
+
+def folder(path: Path, **cfg: Any) -> Path:
+    path.mkdir(exist_ok=True)
+    save_file(named(*STANDARD), path / "sae_weights.safetensors")
+    (path / "cfg.json").write_text(json.dumps({"d_in": D_IN, "d_sae": D_SAE} | cfg))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("cfg", "reshape"),
+    [
+        ({"hook_name": "blocks.5.attn.hook_z"}, "hook_z"),
+        ({"hook_point": "blocks.5.attn.hook_z", "hook_point_head_index": None}, "hook_z"),
+        ({"hook_name": "blocks.5.attn.hook_z", "reshape_activations": "none"}, "none"),
+        ({"hook_name": "blocks.5.hook_mlp_out"}, "none"),
+        ({"reshape_activations": "hook_z", "metadata": {"hook_name": "blocks.5.attn.hook_z"}}, "hook_z"),
+        ({"reshape_activations": "none", "metadata": {"hook_name": "blocks.5.attn.hook_z"}}, "none"),
+    ],
+)
+def test_attention_heads(tmp_path: Path, cfg: dict[str, Any], reshape: str) -> None:
+    """A flat configuration, of a version before 6, leaves it to the name of the hook. Both as SAELens has it."""
+    defaulted = pytest.importorskip("sae_lens.loading.pretrained_sae_loaders").handle_config_defaulting
+    source = read_sae(folder(tmp_path, **cfg))
+    assert source.reshape_activations == reshape and source.layer is None
+    version = {"metadata": {**cfg["metadata"], "sae_lens_version": "6.54.0"}} if "metadata" in cfg else {}
+    assert defaulted(cfg | version)["reshape_activations"] == reshape
+    with pytest.raises(SAEError, match=r"the place of this SAE is 'blocks\.5"):
+        FrozenSAE.load(tmp_path)
+
+
+def test_attention_heads_of_an_unknown_place(tmp_path: Path) -> None:
+    folder(tmp_path, reshape_activations="hook_z", metadata={})
+    with pytest.raises(SAEError, match=r"one of attention heads; accepted: one that reads and writes the residual"):
+        FrozenSAE.load(tmp_path, layer=3)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        (
+            {"d_in": D_IN + 1},
+            rf"`W_enc` is of shape \[{D_IN}, {D_SAE}\]; accepted: \[{D_IN + 1}, {D_SAE}\], as the cfg",
+        ),
+        ({"d_sae": 3}, rf"`W_enc` is of shape \[{D_IN}, {D_SAE}\]; accepted: \[{D_IN}, 3\], as the cfg says"),
+        (
+            {"architecture": "transcoder", "d_out": D_OUT},
+            rf"`W_dec` is of shape \[{D_SAE}, {D_IN}\]; accepted: \[{D_SAE}, {D_OUT}\], as the cfg says",
+        ),
+        ({"architecture": "skip_transcoder"}, "lacks W_skip; accepted: exactly W_dec, W_enc, W_skip, b_dec, b_enc"),
+        ({"architecture": "transcoder", "d_out": "12"}, "`d_out` is '12'; accepted: a whole number >= 1"),
+        ({"metadata": {"hook_name_out": 3}}, "`metadata.hook_name_out` is 3; accepted: text"),
+    ],
+)
+def test_refused(tmp_path: Path, cfg: dict[str, Any], message: str) -> None:
+    with pytest.raises(SAEError, match=message):
+        read_sae(folder(tmp_path, **cfg))
