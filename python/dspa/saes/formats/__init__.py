@@ -14,7 +14,7 @@ from dspa.saes.formats.dictionary_learning import DICTIONARY_CONFIG, DICTIONARY_
 from dspa.saes.formats.gemma_scope import GEMMA_SCOPE_WEIGHTS, read_gemma_scope
 from dspa.saes.formats.gemma_scope_2 import GEMMA_SCOPE_2_WEIGHTS, read_gemma_scope_2
 from dspa.saes.formats.saelens import SAE_LENS_CONFIG, SAE_LENS_WEIGHTS, read_sae_lens
-from dspa.saes.formats.source import SourceSAE
+from dspa.saes.formats.source import SourceSAE, read_state
 
 # By the name of the file.
 READERS: dict[str, Callable[[Path], SourceSAE]] = {
@@ -40,7 +40,7 @@ def read_sae(path: Path, dict_class: str | None = None) -> SourceSAE:
     """
     file = _weights_file(path)
     reader = READERS.get(file.name) or SUFFIXES.get(file.suffix)
-    return reader(file) if reader else read_dictionary(file, dict_class)
+    return reader(file) if reader else read_dictionary(file, read_state(file), dict_class)
 
 
 def _weights_file(path: Path) -> Path:

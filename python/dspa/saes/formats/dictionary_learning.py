@@ -1,13 +1,12 @@
-"""dictionary_learning: `ae.pt`, best with the `config.json` next to it."""
+"""dictionary_learning: `ae.pt` or `checkpoints/ae_STEP.pt`, best with the `config.json` of the folder."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
@@ -18,9 +17,9 @@ from dspa.saes.formats.source import (
     SourceSAE,
     agreed,
     check_names,
+    check_tensors,
     layer_of,
     read_config,
-    read_file,
 )
 from dspa.schemas import Count, PositiveInt, Text, check
 
@@ -32,6 +31,7 @@ RENAMED = {
     "encoder.bias": ("b_enc", False),
     "decoder.weight": ("W_dec", True),
     "bias": ("b_dec", False),
+    "decoder.bias": ("b_dec", False),
     "decoder_bias": ("b_dec", False),
     "gate_bias": ("b_gate", False),
     "mag_bias": ("b_mag", False),
@@ -66,6 +66,7 @@ _GATED = frozenset({"encoder.weight", "decoder.weight", "decoder_bias", "gate_bi
 # Read as stored, like SAELens does. dictionary_learning's own AutoEncoder.from_pretrained also normalises W_dec.
 DICT_CLASSES = {
     "AutoEncoder": _DictClass("standard", _LINEAR | {"bias"}),
+    "AutoEncoderNew": _DictClass("standard", _LINEAR | {"decoder.bias"}, apply_b_dec_to_input=False),
     "AutoEncoderTopK": _DictClass("topk", _LINEAR | {"b_dec"}, frozenset({"k", "threshold"})),
     "BatchTopKSAE": _DictClass("jumprelu", _LINEAR | {"b_dec", "threshold"}, frozenset({"k"})),
     "MatryoshkaBatchTopKSAE": _DictClass("jumprelu", _MATRICES | {"k", "group_sizes"}),
@@ -74,15 +75,10 @@ DICT_CLASSES = {
 }
 
 
-def read_dictionary(file: Path, dict_class: str | None) -> SourceSAE:
-    """Read an `ae.pt`, whose class `dict_class` names if no `config.json` does."""
-    state = read_file(file, lambda path: torch.load(path, map_location="cpu", weights_only=True))
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        held = f"a dict of {', '.join(map(str, state))}" if isinstance(state, dict) else type(state).__name__
-        raise refusal(
-            SAEError, str(file), held, "a state dict of tensors", "Save ae.state_dict(), not a training backup."
-        )
-    config = file.with_name(DICTIONARY_CONFIG)
+def read_dictionary(file: Path, state: Mapping[str, Any], dict_class: str | None) -> SourceSAE:
+    """Read the state dict of an `ae.pt`, whose class `dict_class` names if no `config.json` does."""
+    check_tensors(file, state)
+    config = (file.parent.parent if file.parent.name == "checkpoints" else file.parent) / DICTIONARY_CONFIG
     trainer: Any = check(_Dictionary, read_config(config), SAEError, str(config))["trainer"] if config.is_file() else {}
     name = agreed(str(file), "dict_class", dict_class, trainer.get("dict_class")) or _inferred_class(file, state)
     if name not in list(DICT_CLASSES):

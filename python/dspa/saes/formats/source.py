@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dspa.errors import SAEError, refusal
 from dspa.saes.metadata import is_elsewhere, residual_hook
 from dspa.schemas import check, read_json
 
+# What torch.compile puts before the names of a module's tensors.
+COMPILED = "_orig_mod."
 COMMON = frozenset({"W_enc", "W_dec", "b_dec"})
 SAE_LENS_TENSORS = {
     "standard": COMMON | {"b_enc"},
@@ -89,6 +92,30 @@ def agreed(file: str, name: str, first: Any, second: Any) -> Any:
         got = f"{first!r} and {second!r}"
         raise refusal(SAEError, f"{file}: `{name}`", got, "one of them", "Correct the wrong one.")
     return second if first is None else first
+
+
+def read_state(file: Path) -> dict[str, Any]:
+    """Return the state dict in a `.pt` file, by the names of the module that torch.compile may have wrapped."""
+    state = read_file(file, lambda path: torch.load(path, map_location="cpu", weights_only=True))
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise refusal(SAEError, str(file), f"a {type(state).__name__}", "a state dict, of tensors by name")
+    unwrapped = {name.removeprefix(COMPILED): value for name, value in state.items()}
+    if len(unwrapped) < len(state):
+        got = ", ".join(sorted(name for name in state if COMPILED + name in state))
+        raise refusal(SAEError, f"{file}: tensors", f"twice, with and without {COMPILED!r}: {got}", "each name once")
+    return unwrapped
+
+
+def check_tensors(file: Path, state: Mapping[str, Any]) -> None:
+    """Raise `SAEError` for a state dict that holds anything but tensors."""
+    if other := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise refusal(
+            SAEError,
+            str(file),
+            f"a dict in which {', '.join(sorted(other))} are not tensors",
+            "a state dict of tensors",
+            "Save ae.state_dict(), not a training backup.",
+        )
 
 
 def check_stated(file: str, tensors: Mapping[str, Tensor], **stated: int | None) -> None:
