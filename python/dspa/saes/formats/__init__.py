@@ -15,12 +15,14 @@ from dspa.saes.formats.gemma_scope import GEMMA_SCOPE_WEIGHTS, read_gemma_scope
 from dspa.saes.formats.gemma_scope_2 import GEMMA_SCOPE_2_WEIGHTS, read_gemma_scope_2
 from dspa.saes.formats.saelens import SAE_LENS_CONFIG, SAE_LENS_WEIGHTS, read_sae_lens
 from dspa.saes.formats.source import SourceSAE, read_state
+from dspa.saes.formats.sparsify import SPARSIFY_WEIGHTS, read_sparsify
 
 # By the name of the file.
 READERS: dict[str, Callable[[Path], SourceSAE]] = {
     SAE_LENS_WEIGHTS: read_sae_lens,
     GEMMA_SCOPE_WEIGHTS: read_gemma_scope,
     GEMMA_SCOPE_2_WEIGHTS: read_gemma_scope_2,
+    SPARSIFY_WEIGHTS: read_sparsify,
 }
 WEIGHTS = (*READERS, DICTIONARY_WEIGHTS)
 CONFIGS = (SAE_LENS_CONFIG, DICTIONARY_CONFIG)
