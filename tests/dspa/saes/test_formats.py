@@ -459,7 +459,11 @@ def test_sae_lens_folder_refused(tmp_path: Path, changes: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("config", "state", "message"),
     [
-        (trainer_config("CrossCoder"), {}, "class is CrossCoder; accepted: AutoEncoder, AutoEncoderTopK"),
+        (
+            trainer_config("CrossCoder"),
+            {},
+            "class is CrossCoder; accepted: AutoEncoder, AutoEncoderNew, AutoEncoderTopK",
+        ),
         (trainer_config("BatchTopKSAE"), {"threshold": torch.tensor(-1.0)}, "threshold` is -1.0, which is unset"),
         (trainer_config("AutoEncoder"), {}, "lacks bias and has b_dec, k, threshold"),
         (trainer_config("AutoEncoderTopK", k=6), {}, "`k` is 5 and 6"),
@@ -472,7 +476,7 @@ def test_sae_lens_folder_refused(tmp_path: Path, changes: dict[str, Any], messag
         (trainer_config("AutoEncoderTopK", layer=1.5), {}, r"`trainer.layer` is 1\.5; accepted: a whole number >= 0"),
         (trainer_config("AutoEncoderTopK"), {"k": torch.tensor(3.7)}, r"`k` is 3\.7"),
         (None, {"step": 3}, "a dict in which step are not tensors; accepted: a state dict of tensors"),
-        (None, {"extra": torch.ones(1)}, "not certain.*AutoEncoder, AutoEncoderTopK, BatchTopKSAE"),
+        (None, {"extra": torch.ones(1)}, "not certain.*AutoEncoder, AutoEncoderNew, AutoEncoderTopK"),
     ],
 )
 def test_dictionary_refused(tmp_path: Path, config: dict[str, Any] | None, state: dict[str, Any], message: str) -> None:
