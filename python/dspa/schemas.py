@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from datetime import date
 from functools import cache, wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, TypeVar, cast
 
 from pydantic import (
+    AfterValidator,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
@@ -69,7 +71,14 @@ class OneOf:
         )
 
 
+def _day(text: str) -> str:
+    if date.fromisoformat(text).isoformat() != text:
+        raise ValueError(text)
+    return text
+
+
 Text: TypeAlias = Annotated[StrictStr, Accepts("text")]
+Day: TypeAlias = Annotated[StrictStr, AfterValidator(_day), Accepts("a date, as 2026-03-01")]
 Flag: TypeAlias = Annotated[StrictBool, Accepts("true or false")]
 Count: TypeAlias = Annotated[StrictInt, Field(ge=0), Accepts("a whole number >= 0")]
 PositiveInt: TypeAlias = Annotated[StrictInt, Field(ge=1), Accepts("a whole number >= 1")]
@@ -77,6 +86,8 @@ PositiveInt: TypeAlias = Annotated[StrictInt, Field(ge=1), Accepts("a whole numb
 Seed32: TypeAlias = Annotated[StrictInt, Field(ge=0, lt=2**32), Accepts("a whole number from 0 to 2**32 - 1")]
 Seed: TypeAlias = Annotated[StrictInt, Field(ge=0, lt=2**63), Accepts("a whole number from 0 to 2**63 - 1")]
 Number: TypeAlias = Annotated[StrictFloat, Field(allow_inf_nan=False), Accepts("a finite number")]
+# Whole numbers stay whole, where a float would make 3 of them 3.0.
+AnyNumber: TypeAlias = Annotated[StrictInt | StrictFloat, Accepts("a number")]
 NonNegative: TypeAlias = Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False), Accepts("a finite number >= 0")]
 Positive: TypeAlias = Annotated[StrictFloat, Field(gt=0, allow_inf_nan=False), Accepts("a finite number > 0")]
 Fraction: TypeAlias = Annotated[StrictFloat, Field(ge=0, le=1), Accepts("a number from 0 to 1")]
@@ -171,6 +182,12 @@ def read_json(path: Path, error: type[E], advice: str = "") -> Any:
     except UnicodeDecodeError as failed:
         raise refusal(error, str(path), f"not text ({failed})", "JSON in UTF-8", advice) from failed
     return parse_json(text, error, str(path), advice=advice)
+
+
+def check_at_most(name: str, value: float, of: str, number: int) -> None:
+    """Raise `ValueError` for a count above the number of what is counted."""
+    if value > number:
+        raise refusal(ValueError, f"`{name}`", value, f"at most {number}, the number of {of}")
 
 
 @cache

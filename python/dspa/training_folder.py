@@ -5,24 +5,40 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
+
+from typing_extensions import NotRequired, TypedDict
 
 from dspa.errors import TrainingError, refusal
 from dspa.outputs import held, is_own, try_folder, write_atomically
-from dspa.schemas import read_json
+from dspa.schemas import AnyNumber, Day, Text, check, read_json, whole
 
-RECORD, OUT = "training.json", "The output folder"
+T = TypeVar("T")
+
+RECORD, CHECKPOINT, OUT = "training.json", "checkpoint-", "The output folder"
 # Settings one of which every training records, and files of other makers do not.
 MARKS = {"data", "template_date"}
 ACCEPTED = "a new folder in one that exists, or a folder in which this training was stopped"
 
 # Metrics that were reported on the way, one entry per report.
-History: TypeAlias = list[dict[str, float]]
+History: TypeAlias = list[dict[Text, AnyNumber]]
+
+
+# The entries that every training reads again; the others are compared, or are those of one kind of training.
+class _Settings(TypedDict, total=False):
+    data: Text
+    template_date: Day | None
+    chat_template_kwargs: dict[Text, Any] | None
+
+
+class _Record(TypedDict):
+    settings: _Settings
+    history: NotRequired[History]
 
 
 @dataclass(frozen=True)
@@ -116,17 +132,42 @@ class TrainingFolder:
         return date
 
     def read(self) -> dict[str, Any]:
-        """Return the content of `training.json`."""
+        """Return the content of `training.json`.
+
+        Raises:
+            TrainingError: a file of something else, or a damaged one.
+            FileNotFoundError: no training was begun here.
+        """
+        record = self._content()
+        self.check_record(_Record, record)
+        return record
+
+    @property
+    def begun(self) -> bool:
+        """True where a training wrote `training.json`, whatever became of it, and False for another program's."""
         try:
-            record = read_json(self.path / RECORD, ValueError)
-            settings = dict(record["settings"])
-            if not settings.keys() & MARKS:
+            return bool(self._content())
+        except (FileNotFoundError, TrainingError):
+            return False
+
+    def _content(self) -> dict[str, Any]:
+        try:
+            record: dict[str, Any] = read_json(self.path / RECORD, ValueError)
+            if not dict(record["settings"]).keys() & MARKS:
                 raise KeyError(*MARKS)
-            return {**record, "settings": settings}
+            return record
         except (ValueError, TypeError, KeyError) as error:
             raise TrainingError(
                 f"{self.path / RECORD} is not what a training wrote ({error}). Name another folder."
             ) from error
+
+    def check_record(self, kind: type[T], record: object) -> T:
+        """Return the content of `training.json`, or an entry of it, as an instance of a schema.
+
+        Raises:
+            TrainingError: it does not fit the schema.
+        """
+        return check(kind, record, TrainingError, f"{self.path / RECORD} is damaged", "Name another folder.")
 
     def write(self, record: dict[str, Any]) -> None:
         """Write `training.json`, in place of the one that was there."""
@@ -134,12 +175,12 @@ class TrainingFolder:
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints, oldest first. More than one are there only where a run was stopped between two."""
-        return sorted(path for path in self.path.glob(f"checkpoint-{9 * '[0-9]'}") if path.is_dir())
+        return sorted(path for path in self.path.glob(f"{CHECKPOINT}{9 * '[0-9]'}") if path.is_dir())
 
     def keep(self, written: Path, step: int) -> None:
         """Make a written folder the checkpoint of a step, and remove the earlier ones."""
         older = self.checkpoints()
-        os.replace(written, self.path / f"checkpoint-{step:09d}")
+        os.replace(written, self.path / f"{CHECKPOINT}{step:09d}")
         for folder in older:
             shutil.rmtree(folder)
 
@@ -148,3 +189,33 @@ class TrainingFolder:
         self.write(self.read() | results)
         for folder in self.checkpoints():
             shutil.rmtree(folder)
+
+
+@contextmanager
+def reading_checkpoint(checkpoint: Path) -> Iterator[None]:
+    """Turn whatever is raised for the files of a checkpoint into `TrainingError`, except for `MemoryError`.
+
+    Raises:
+        TrainingError: the checkpoint is damaged.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    # Each format has its own errors, and torch's would advise to unpickle what is not trusted.
+    except Exception as error:
+        reason = str(error) if isinstance(error, TrainingError) else type(error).__name__
+        raise TrainingError(
+            f"The checkpoint {checkpoint} is damaged ({reason}). Delete it, then the training begins again."
+        ) from error
+
+
+def check_step(checkpoint: Path, step: object, n_steps: int) -> None:
+    """Raise `TrainingError` unless `step`, as the files of a checkpoint say, is that of its name and one of `n_steps`.
+
+    A trainer that is past its last step would not end.
+    """
+    named = int(checkpoint.name.removeprefix(CHECKPOINT))
+    check(whole(1, n_steps, f"1 to {n_steps}"), step, TrainingError, "the step")
+    if step != named:
+        raise refusal(TrainingError, "the step", repr(step), f"{named}, as in its name")

@@ -6,7 +6,9 @@ A folder or file that is accepted is used once, and what comes out of it is with
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,25 @@ from safetensors.torch import load_file, save_file
 
 from dspa.config import SteeringConfig
 from dspa.data.triples import Triple, load_triples
-from dspa.errors import LabelError, MapError, PreferenceError, SAEError
+from dspa.errors import LabelError, MapError, PreferenceError, SAEError, TrainingError
 from dspa.files import METADATA_KEY, write_tensors
+from dspa.fsrl import TrainingConfig, read_held_out
+from dspa.fsrl.training import trained_template
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.maps.collect import collect
 from dspa.maps.collection import Collection
 from dspa.maps.reduce import reduce
+from dspa.saes.activations import Position
+from dspa.saes.batchtopk import new_sae
+from dspa.saes.checkpoints import restore_checkpoint, save_checkpoint
+from dspa.saes.config import SAETrainingConfig
+from dspa.saes.fitting import _trainer
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.labels import read_labels, read_rules
+from dspa.saes.quality import weaknesses
+from dspa.saes.records import read_figures, read_record
 from dspa.testing import L_IN, L_OUT, make_map, make_model, make_sae, word_tokenizer
+from dspa.training_folder import TrainingFolder
 
 from .conftest import TIMES
 from .mutations import damaged_bytes, damaged_json, damaged_lines, damaged_tensors
@@ -41,6 +53,32 @@ TRIPLES = [
 ]  # fmt: skip
 PLAIN = [TRIPLES[0], TRIPLES[2], {"prompt": "a red tree", "chosen": "is old", "rejected": "is near"}]
 
+# What trainings write to their folders, at the end.
+QUALITY = {"explained_variance": 0.7, "l0": 7.5, "dead": 3, "mse": 2.5, "n_tokens": 200, "n_left_out": 4}
+QUALITY |= {"explained_variance_all": 0.8, "top_variance": 0.1}
+HISTORY = [{"tokens": 64 * n, "loss": 3.0 / n, "explained_variance": 0.1 * n, "l0": 7.0, "dead": 5} for n in (1, 2)]
+SAE_TRAINING = {
+    "settings": {"model_name": "m", "layer": 2, "sae": None, "d_sae": 96, "k": 8, "data": "d", "template_date": None}
+    | asdict(SAETrainingConfig()),
+    "k": 8,
+    "scale": 0.7,
+    "before": QUALITY,
+    "after": QUALITY,
+    "n_left_out": 3,
+    "dead_training": 5,
+    "dead_window_tokens": 640,
+    "history": HISTORY,
+}
+ADAPTER_TRAINING = {
+    "settings": {"layer": 2, "data": "d", "template_date": "2026-03-01", "chat_template_kwargs": {"polite": True}}
+    | asdict(TrainingConfig()),
+    "data": {"n_triples": 12, "n_full": 0},
+    "held_out": {"n_triples": 4, "simpo_loss": 0.7, "accuracy": 0.5, "margin": -0.1, "l0": 3.5, "l1": 0.2},
+    "history": [{"loss": 0.7, "l0": 3.5, "epoch": 0.5, "step": 3}],
+}
+TEMPLATED = word_tokenizer()
+TEMPLATED.chat_template = "{{ strftime_now('%Y') }} {% if polite %}sir {% endif %}{{ messages[0].content }}"
+
 fuzz = settings(
     max_examples=N_EXAMPLES,
     derandomize=not TIMES,
@@ -52,20 +90,40 @@ fuzz = settings(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Valid files: an SAE, a map, counts, labels, rules."""
+    """Valid files: an SAE, a map, counts, rules, the records of trainings."""
     folder = tmp_path_factory.mktemp("valid")
     sae_in, sae_out = make_sae(L_IN, 24, seed=1), make_sae(L_OUT, 32, seed=2)
     sae_in.save(folder / "sae")
     make_map(sae_in, sae_out, n_columns=8, n_triples=12).save(folder / "map")
     collect(make_model("gemma2"), word_tokenizer(), PLAIN, sae_in, sae_out, work_dir=folder / "counts", progress=False)
+    (folder / "rules.json").write_text(json.dumps({"style": ["polite", "(?:dear|sir)"], "topic": ["cat|dog"]}))
+    for name, record in {"sae-training": SAE_TRAINING, "adapter-training": ADAPTER_TRAINING}.items():
+        TrainingFolder(folder / name).path.mkdir()
+        TrainingFolder(folder / name).write(record)
+    assert read_figures(folder / "sae-training") and read_held_out(folder / "adapter-training")
     return folder
 
 
-def resealed(source: Path, target: Path, data: st.DataObject) -> None:
-    """Write a file of `write_tensors` with damaged tensors or a damaged header, and the checksum that fits them."""
+def damage(data: st.DataObject, source: Path, target: Path | None = None) -> None:
+    """Write a file with damaged bytes, or with damaged contents: JSON or tensors."""
+    target = target or source
+    if data.draw(st.booleans()):
+        target.write_bytes(data.draw(damaged_bytes(source.read_bytes())))
+    elif source.suffix == ".json":
+        target.write_text(json.dumps(data.draw(damaged_json(json.loads(source.read_text())))))
+    else:
+        damage_tensors(data, source, target)
+
+
+def damage_tensors(data: st.DataObject, source: Path, target: Path) -> None:
+    """Write a file with damaged tensors or a damaged header, and the checksum that fits them where it has one."""
     with safe_open(source, framework="pt") as file:
-        header = json.loads(file.metadata()[METADATA_KEY])
+        header = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
     tensors = load_file(source)
+    if header is None:
+        tensors = data.draw(damaged_tensors(tensors))
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target)
+        return
     tensors = {name: tensors[name] for name in header.get("order", tensors)}
     if data.draw(st.booleans()):
         tensors = data.draw(damaged_tensors(tensors))
@@ -74,15 +132,19 @@ def resealed(source: Path, target: Path, data: st.DataObject) -> None:
     write_tensors(target, tensors, header if isinstance(header, dict) else {"header": header})
 
 
+def copied(folder: Path, name: str) -> Path:
+    """Return a new copy of one of the valid folders, to damage."""
+    damaged = folder / f"damaged-{name}"
+    shutil.rmtree(damaged, ignore_errors=True)
+    return Path(shutil.copytree(folder / name, damaged))
+
+
 @fuzz
 @given(data=st.data())
 def test_maps(folder, done, data):
     done["damaged files: maps"] += 1
     path = folder / "damaged-map"
-    if data.draw(st.booleans()):
-        path.write_bytes(data.draw(damaged_bytes((folder / "map").read_bytes())))
-    else:
-        resealed(folder / "map", path, data)
+    damage(data, folder / "map", path)
     try:
         cdmap = ConditionalDifferenceMap.load(path)
     except MapError:
@@ -99,22 +161,8 @@ def test_maps(folder, done, data):
 @given(data=st.data())
 def test_saes(folder, done, data):
     done["damaged files: saes"] += 1
-    damaged = folder / "damaged-sae"
-    shutil.rmtree(damaged, ignore_errors=True)
-    shutil.copytree(folder / "sae", damaged)
-    weights, config = damaged / "sae_weights.safetensors", damaged / "cfg.json"
-    match data.draw(st.sampled_from(["weights", "tensors", "config", "text"])):
-        case "weights":
-            weights.write_bytes(data.draw(damaged_bytes(weights.read_bytes())))
-        case "tensors":
-            save_file(
-                {name: tensor.contiguous() for name, tensor in data.draw(damaged_tensors(load_file(weights))).items()},
-                weights,
-            )
-        case "config":
-            config.write_text(json.dumps(data.draw(damaged_json(json.loads(config.read_text())))))
-        case "text":
-            config.write_bytes(data.draw(damaged_bytes(config.read_bytes())))
+    damaged = copied(folder, "sae")
+    damage(data, data.draw(st.sampled_from(sorted(damaged.iterdir()))))
     try:
         sae = FrozenSAE.load(damaged)
     except SAEError:
@@ -128,19 +176,8 @@ def test_saes(folder, done, data):
 @given(data=st.data())
 def test_counts(folder, done, data):
     done["damaged files: counts"] += 1
-    damaged = folder / "damaged-counts"
-    shutil.rmtree(damaged, ignore_errors=True)
-    shutil.copytree(folder / "counts", damaged)
-    path = data.draw(st.sampled_from(sorted(damaged.iterdir())))
-    if path.suffix == ".json":
-        if data.draw(st.booleans()):
-            path.write_text(json.dumps(data.draw(damaged_json(json.loads(path.read_text())))))
-        else:
-            path.write_bytes(data.draw(damaged_bytes(path.read_bytes())))
-    elif data.draw(st.booleans()):
-        path.write_bytes(data.draw(damaged_bytes(path.read_bytes())))
-    else:
-        resealed(path, path, data)
+    damaged = copied(folder, "counts")
+    damage(data, data.draw(st.sampled_from(sorted(damaged.iterdir()))))
     try:
         cdmap = reduce(Collection.open(damaged))
     except MapError:
@@ -163,7 +200,6 @@ def test_labels(folder, done, data):
     done["damaged files: labels"] += 1
     sae = FrozenSAE.load(folder / "sae")
     rules, path = folder / "rules.json", folder / "labels.jsonl"
-    rules.write_text(json.dumps({"style": ["polite"], "topic": ["cat|dog"]}))
     described = data.draw(st.booleans())
     path.write_bytes(data.draw(damaged_lines(DESCRIBED if described else LABELS)))
     try:
@@ -179,11 +215,7 @@ def test_labels(folder, done, data):
 def test_rules(folder, done, data):
     done["damaged files: rules"] += 1
     path = folder / "damaged-rules.json"
-    valid = {"style": ["polite", "(?:dear|sir)"], "topic": ["cat|dog"]}
-    if data.draw(st.booleans()):
-        path.write_bytes(data.draw(damaged_bytes(json.dumps(valid).encode())))
-    else:
-        path.write_text(json.dumps(data.draw(damaged_json(valid))))
+    damage(data, folder / "rules.json", path)
     try:
         rules = read_rules(path)
     except LabelError:
@@ -206,3 +238,80 @@ def test_triples(folder, done, data):
     for triple in triples:
         for text in (triple.prompt, triple.chosen, triple.rejected):
             json.dumps(text).encode() if not isinstance(text, str) else text.encode("utf-8")
+
+
+@fuzz
+@given(data=st.data())
+def test_records_of_trainings_of_saes(folder, done, data):
+    done["damaged files: records of trainings"] += 1
+    training = TrainingFolder(copied(folder, "sae-training"))
+    damage(data, training.path / "training.json")
+    try:
+        figures, record = read_figures(training.path), read_record(training)
+    except TrainingError:
+        return
+    # In Python, True is a number.
+    assert all(type(value) in (int, float) and math.isfinite(value) for value in figures.values())
+    assert figures.get("explained_variance", 0) <= 1 and figures.get("k", 1) > 0
+    assert figures.get("dead", 0) <= figures.get("d_sae", math.inf)
+    assert (record.history is not None) == training.finished
+    assert not weaknesses(figures) or all(isinstance(text, str) for text in weaknesses(figures))
+
+
+@fuzz
+@given(data=st.data())
+def test_records_of_trainings_of_adapters(folder, done, data):
+    done["damaged files: records of trainings"] += 1
+    training = TrainingFolder(copied(folder, "adapter-training"))
+    damage(data, training.path / "training.json")
+    try:
+        figures = read_held_out(training.path)
+        tokenizer, variables = trained_template(TEMPLATED, training.path)
+    except TrainingError:
+        return
+    assert figures is None or (0 <= figures.accuracy <= 1 and figures.n_triples > 0 and math.isfinite(figures.margin))
+    tokenizer.apply_chat_template([{"role": "user", "content": "the dog"}], tokenize=False, **variables or {})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder: Path) -> Path:
+    """The folder of an SAE's training with a valid checkpoint of its third step."""
+    pytest.importorskip("sae_lens")
+    training, trainer = TrainingFolder(folder / "checkpoints"), new_trainer()
+    training.path.mkdir()
+    for _ in range(3):
+        trainer.step(torch.randn(4, 8, generator=torch.Generator().manual_seed(1)))
+        trainer.n_training_steps += 1
+    history = [{"tokens": 4 * n, "loss": 0.5, "explained_variance": 0.1, "l0": 2.0, "dead": 3} for n in (1, 2, 3)]
+    save_checkpoint(training, trainer, Position(1, 7, 2, 0), history)
+    return training.path
+
+
+def new_trainer() -> Any:
+    """Return a trainer of 5 steps that has not begun."""
+    config = SAETrainingConfig(n_tokens=20, batch_size=4, lr=1e-3, dead_feature_window=2)
+    return _trainer(config, new_sae(8, 16, 2.0, seed=1, threshold_lr=0.1, metadata={}))
+
+
+@fuzz
+@given(data=st.data())
+def test_checkpoints(folder, checkpoint, done, data):
+    done["damaged files: checkpoints"] += 1
+    training = TrainingFolder(copied(folder, checkpoint.name))
+    (newest,) = training.checkpoints()
+    path = newest / data.draw(st.sampled_from(["stream.json", "sae.safetensors", "trainer_state.pt"]))
+    if path.suffix == ".pt":
+        path.write_bytes(data.draw(damaged_bytes(path.read_bytes())))
+    else:
+        damage(data, path)
+    trainer = new_trainer()
+    try:
+        position, history = restore_checkpoint(training, trainer)
+    except TrainingError as error:
+        assert "Delete it" in str(error)
+        return
+    assert position is not None
+    assert all(type(value) is int and value >= 0 for value in vars(position).values())
+    assert all(type(value) in (int, float) for entry in history for value in entry.values())
+    assert 1 <= trainer.n_training_steps <= 5
+    assert all(tensor.isfinite().all() for tensor in trainer.sae.state_dict().values())

@@ -98,7 +98,7 @@ def sae_show(sae: Annotated[str, typer.Argument(help=SAE_HELP)], layer: Layer = 
 
 def _figures(path: Path, recorded: Mapping[str, float]) -> Mapping[str, float]:
     """Return the figures of an SAE's training, from its folder or else those in the SAE's metadata."""
-    from dspa.saes.quality import read_figures
+    from dspa.saes.records import read_figures
 
     folder = path if path.is_dir() else path.parent
     return (read_figures(folder) if path.exists() else {}) or recorded
@@ -193,7 +193,7 @@ def _check_texts(texts: Path) -> TextFile:
 
 def _print_qualities(out: Path) -> None:
     """Print the quality of an SAE on held-out tokens before and after its training."""
-    from dspa.saes.quality import read_figures
+    from dspa.saes.records import read_figures
     from dspa.saes.training import read_qualities
 
     table, figures = Table("", "before", "after", title="On held-out tokens"), read_figures(out)

@@ -8,11 +8,21 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from typing_extensions import TypedDict
 
+from dspa.errors import TrainingError
 from dspa.fsrl.adapter import FSRLAdapter
-from dspa.training_folder import History
+from dspa.schemas import PositiveInt, check, read_json
+from dspa.training_folder import History, check_step, reading_checkpoint
+
+
+# The entries of transformers' state of a training that are read here.
+class _State(TypedDict):
+    global_step: PositiveInt
+    max_steps: PositiveInt
+    log_history: History
 
 
 class Steps(TrainerCallback):
@@ -55,6 +65,11 @@ def whole_history(checkpoint: Path) -> History | None:
     """Return what was logged up to a checkpoint of the last step, or None for an earlier checkpoint.
 
     A trainer that resumed from the last step would make one step more.
+
+    Raises:
+        TrainingError: the checkpoint is damaged.
     """
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    return without_times(state.log_history) if state.global_step >= state.max_steps else None
+    with reading_checkpoint(checkpoint):
+        state = check(_State, read_json(checkpoint / TRAINER_STATE_NAME, TrainingError), TrainingError, "its state")
+        check_step(checkpoint, state["global_step"], state["max_steps"])
+    return without_times(state["log_history"]) if state["global_step"] == state["max_steps"] else None

@@ -16,12 +16,13 @@ from dspa.evaluate.responses import Response, batches, responses_of
 from dspa.evaluate.scores import Scores, score_responses
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.models.layers import CausalLM
+from dspa.schemas import Fraction, NonNegative, Number, PositiveInt, schema
 
 # Fixed here, because the recorded passes are matched with the batches of responses.
 BATCH_TOKENS = 8192
 
 
-@dataclass(frozen=True)
+@schema
 class HeldOut:
     """Figures on held-out triples.
 
@@ -34,12 +35,12 @@ class HeldOut:
         l1: sum of |v_j| per response token; 0 without an adapter.
     """
 
-    n_triples: int
-    simpo_loss: float
-    accuracy: float
-    margin: float
-    l0: float
-    l1: float
+    n_triples: PositiveInt
+    simpo_loss: Number
+    accuracy: Fraction
+    margin: Number
+    l0: NonNegative
+    l1: NonNegative
 
 
 def held_out(

@@ -30,7 +30,7 @@ from dspa.fsrl.lending import MODULE
 from dspa.fsrl.progress import Steps
 from dspa.fsrl.results import score_moves
 from dspa.models.layers import NOT_FINITE
-from dspa.training_folder import TrainingFolder
+from dspa.training_folder import TrainingFolder, reading_checkpoint
 
 with warnings.catch_warnings():
     # The warning says that the interface may change. The extra `train` names the versions that this was written for.
@@ -175,8 +175,17 @@ class AdapterTrainer(ABC):
             self.folder.keep(Path(self.args.output_dir) / f"checkpoint-{step}", step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        saved = FSRLAdapter.load(resume_from_checkpoint, self.adapter.sae)
+        with reading_checkpoint(Path(resume_from_checkpoint)):
+            saved = FSRLAdapter.load(resume_from_checkpoint, self.adapter.sae)
         self.adapter.load_state_dict(saved.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading_checkpoint(Path(checkpoint or "")):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading_checkpoint(Path(checkpoint or "")):
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
 
 
 class AdapterSimPOTrainer(AdapterTrainer, CPOTrainer):  # type: ignore[misc]

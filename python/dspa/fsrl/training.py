@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import TypedDict
 
 from dspa.data.templates import at_date, check_template_kwargs, date_of_today
 from dspa.data.tokens import response_tokens
@@ -33,7 +34,7 @@ from dspa.fsrl.results import HeldOut, held_out
 from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of, loaded_name
 from dspa.models.sources import model_source, recorded_weights
 from dspa.outputs import workspace
-from dspa.training_folder import RECORD, History, TrainingFolder
+from dspa.training_folder import RECORD, History, TrainingFolder, reading_checkpoint
 
 
 def train(
@@ -156,13 +157,18 @@ def read_held_out(out: str | Path) -> HeldOut | None:
     """Return the figures on held-out triples from the folder of a training, or None if it had no such triples.
 
     Raises:
-        TrainingError: a folder without a finished training.
+        TrainingError: a folder without a finished training, or with a damaged record.
     """
     folder = TrainingFolder(Path(out))
     if not folder.finished:
         raise TrainingError(f"{out} holds no finished training; accepted: a folder that `dspa.fsrl.train` wrote.")
-    figures = folder.read()["held_out"]
-    return None if figures is None else HeldOut(**figures)
+    return folder.check_record(_Results, folder.read())["held_out"]
+
+
+class _Results(TypedDict):
+    """The entries of a finished training's record that are read again."""
+
+    held_out: HeldOut | None
 
 
 @dataclass(frozen=True)
@@ -230,7 +236,8 @@ def _fit(
 
     checkpoint = folder.checkpoints()[-1] if folder.checkpoints() else None
     if checkpoint and (history := whole_history(checkpoint)) is not None:
-        adapter.load_state_dict(FSRLAdapter.load(checkpoint, adapter.sae).state_dict())
+        with reading_checkpoint(checkpoint):
+            adapter.load_state_dict(FSRLAdapter.load(checkpoint, adapter.sae).state_dict())
         return history
     with (
         _writing_checkpoints(args, folder),

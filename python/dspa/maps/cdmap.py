@@ -19,7 +19,7 @@ from dspa.files import read_header, read_tensors, write_tensors
 from dspa.models.sources import Source
 from dspa.outputs import output_file
 from dspa.saes.frozen import FrozenSAE
-from dspa.schemas import Accepts, Count, Flag, OneOf, Percentile, PositiveInt, Text, check, schema
+from dspa.schemas import Accepts, Count, Day, Flag, OneOf, Percentile, PositiveInt, Text, check, check_at_most, schema
 from dspa_kernels import SteeringPlan, map_lookup
 
 FORMAT = "dspa.map.3"
@@ -79,7 +79,7 @@ class MapMeta:
     neuronpedia_out: Text = ""
     boundary: Text = "apart"
     chat_template_kwargs: dict[Text, Any] | None = None
-    template_date: Text | None = None
+    template_date: Day | None = None
     attention: Text = ""
     model_digest: Text = ""
 
@@ -99,12 +99,6 @@ class _Header:
     meta: MapMeta
     sources: dict[Text, Source] = field(default_factory=dict)
     promoted: Promoted = field(default_factory=dict)
-
-
-def check_at_most(name: str, value: int, of: str, number: int) -> None:
-    """Raise `ValueError` for a count above the number of what is counted."""
-    if value > number:
-        raise refusal(ValueError, f"`{name}`", value, f"at most {number}, the number of {of}")
 
 
 def confidence_radius(n_open: Tensor, d_sae_out: int, delta: float) -> Tensor:

@@ -22,7 +22,7 @@ from dspa.maps.pieces import DataRecord
 from dspa.maps.shards import FORMAT, NAMES, PARTS, Shard
 from dspa.models.sources import Source
 from dspa.outputs import try_folder, workspace, write_atomically
-from dspa.schemas import Count, PositiveInt, Text, check, read_json, schema
+from dspa.schemas import Count, Day, PositiveInt, Text, check, read_json, schema
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ class CollectSettings:
     tokenizer: Text
     boundary: Text = "apart"
     chat_template_kwargs: dict[Text, Any] | None = None
-    template_date: Text | None = None
+    template_date: Day | None = None
     neuronpedia_out: Text = ""
     format: Text = FORMAT
     attention: Text = ""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
 from itertools import count, islice
 from typing import TypeVar
 
@@ -23,9 +22,10 @@ from dspa.errors import TextError, refusal
 from dspa.models.layers import base_model, check_finite, device_of
 from dspa.models.reading import read_layers
 from dspa.saes.outliers import typical_rows
+from dspa.schemas import Count, schema
 
 
-@dataclass(frozen=True)
+@schema
 class Position:
     """A place in the stream of a layer.
 
@@ -36,10 +36,10 @@ class Position:
         n_left_out: rows of outlying norm that were left out up to the end of the block.
     """
 
-    block: int = 0
-    entry: int = 0
-    batch: int = 0
-    n_left_out: int = 0
+    block: Count = 0
+    entry: Count = 0
+    batch: Count = 0
+    n_left_out: Count = 0
 
 
 class Activations:

@@ -7,12 +7,26 @@ from dataclasses import asdict
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from dspa.errors import TrainingError
+from dspa.errors import TrainingError, refusal
 from dspa.outputs import workspace
 from dspa.saes.activations import Position
-from dspa.schemas import read_json
-from dspa.training_folder import History, TrainingFolder
+from dspa.schemas import check, read_json, schema
+from dspa.training_folder import History, TrainingFolder, check_step, reading_checkpoint
+
+
+@schema
+class Stream:
+    """The content of `stream.json`.
+
+    Attributes:
+        position: place in the stream after the last step.
+        history: what was reported up to there.
+    """
+
+    position: Position
+    history: History
 
 
 def save_checkpoint(folder: TrainingFolder, trainer: Any, position: Position, history: History) -> None:
@@ -21,8 +35,7 @@ def save_checkpoint(folder: TrainingFolder, trainer: Any, position: Position, hi
         made = place / "checkpoint"
         trainer.save_trainer_state(made)
         save_file(trainer.sae.state_dict(), made / "sae.safetensors")
-        stream = {"position": asdict(position), "history": history}
-        (made / "stream.json").write_text(json.dumps(stream), encoding="utf-8")
+        (made / "stream.json").write_text(json.dumps(asdict(Stream(position, history))), encoding="utf-8")
         folder.keep(made, trainer.n_training_steps)
 
 
@@ -35,15 +48,18 @@ def restore_checkpoint(folder: TrainingFolder, trainer: Any) -> tuple[Position |
     checkpoints = folder.checkpoints()
     if not checkpoints:
         return None, []
-    newest = checkpoints[-1]
-    try:
+    newest, config = checkpoints[-1], trainer.cfg
+    with reading_checkpoint(newest):
         # SAELens reads its state with torch.load's default, weights_only.
         trainer.load_trainer_state(newest)
-        trainer.sae.load_state_dict(load_file(newest / "sae.safetensors"))
-        stream = read_json(newest / "stream.json", TrainingError)
-        return Position(**stream["position"]), stream["history"]
-    # Each of the three formats has its own errors, and torch's would advise to unpickle what is not trusted.
-    except Exception as error:
-        raise TrainingError(
-            f"The checkpoint {newest} is damaged ({type(error).__name__}). Delete it, then the training begins again."
-        ) from error
+        trainer.sae.load_state_dict(_finite(load_file(newest / "sae.safetensors")))
+        check_step(newest, trainer.n_training_steps, config.total_training_samples // config.train_batch_size_samples)
+        stream = check(Stream, read_json(newest / "stream.json", TrainingError), TrainingError, "stream.json")
+    return stream.position, stream.history
+
+
+def _finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise refusal(TrainingError, f"`{name}`", "partly NaN or infinite", "finite numbers")
+    return tensors

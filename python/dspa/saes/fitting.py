@@ -22,6 +22,7 @@ from dspa.saes.formats.saelens import FIGURES
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.outliers import typical_rows
 from dspa.saes.quality import Quality, evaluate_sae
+from dspa.saes.records import Beginning, read_record
 from dspa.schemas import Accepts, PositiveInt, check
 from dspa.training_folder import History, TrainingFolder
 
@@ -90,21 +91,6 @@ class Job:
         return self.evaluate(FrozenSAE.from_sae_lens(self.inference(sae, scale)).to(self.held_out.device))
 
 
-@dataclass(frozen=True)
-class Beginning:
-    """Numbers that the first batches decide, kept in `training.json`: a resumed training need not read them again.
-
-    Attributes:
-        k: active latents per token.
-        scale: factor to a mean norm of sqrt(d_in), at which a learning rate means the same for any model.
-        before: quality of the SAE before its first step.
-    """
-
-    k: float
-    scale: float
-    before: Quality
-
-
 class Training:
     """A job on its way, from its beginning or its newest checkpoint.
 
@@ -117,10 +103,9 @@ class Training:
         self.position: Position | None = None
         self.history: History = []
         self._first: list[tuple[Position, Tensor]] = []
-        record = job.folder.read()
         self._trainer: Any = None
-        if "before" in record:
-            self._begun = Beginning(record["k"], record["scale"], Quality(**record["before"]))
+        if begun := read_record(job.folder).begun:
+            self._begun = begun
             self._trainer = _trainer(job.config, job.new_sae(self._begun.k, self._begun.scale))
             self.position, self.history = restore_checkpoint(job.folder, self._trainer)
         elif job.folder.checkpoints():

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field, StrictFloat
 from torch import Tensor
 
-from dspa.errors import TrainingError, refusal
+from dspa.errors import refusal
 from dspa.saes.config import MAX_NORM_RATIO
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.outliers import typical_rows
-from dspa.training_folder import TrainingFolder
+from dspa.schemas import Accepts, Count, Fraction, NonNegative, PositiveInt, schema
+
+Explained = Annotated[StrictFloat, Field(le=1, allow_inf_nan=False), Accepts("a finite number <= 1")]
 
 # Latents that are held at once while an SAE is evaluated.
 LATENTS_PER_BLOCK = 1 << 24
@@ -28,7 +30,7 @@ MAX_TOP_VARIANCE = 0.15
 MIN_USES = 1000
 
 
-@dataclass(frozen=True)
+@schema
 class Quality:
     """Quality of an SAE on N rows x [N, d_in] with its reconstructions x'.
 
@@ -46,52 +48,21 @@ class Quality:
         n_left_out: number of rows of outlying norm that are not among these.
     """
 
-    explained_variance: float
-    l0: float
-    dead: int
-    mse: float
-    n_tokens: int
-    n_left_out: int = 0
-    explained_variance_all: float | None = None
-    top_variance: float | None = None
-
-
-def read_figures(folder: Path) -> dict[str, float]:
-    """Return the figures that a finished training recorded in its folder; none where no training did.
-
-    They are the fields of `Quality` after the training and, where they are recorded:
-
-    - `explained_variance_before`, before the training,
-    - `k` and `d_sae` of the training,
-    - `n_uses` of a new SAE, the tokens of its training on which a latent was active on average,
-    - `n_left_out_training`, the rows of outlying norm left out of it,
-    - `dead_training`, the latents silent in its last `dead_window_tokens` tokens.
-    """
-    try:
-        record = TrainingFolder(folder).read()
-        figures = asdict(Quality(**record["after"]))
-    # A file of this name may be another program's.
-    except (FileNotFoundError, KeyError, TypeError, TrainingError):
-        return {}
-    settings, before = record["settings"], record.get("before", {})
-    new = "k" in record and settings.get("sae") is None and {"n_tokens", "d_sae"} <= settings.keys()
-    figures |= {
-        "explained_variance_before": before.get("explained_variance"),
-        "k": record.get("k"),
-        "d_sae": settings.get("d_sae"),
-        "n_uses": settings["n_tokens"] * record["k"] / settings["d_sae"] if new else None,
-        "n_left_out_training": record.get("n_left_out"),
-        "dead_training": record.get("dead_training"),
-        "dead_window_tokens": record.get("dead_window_tokens"),
-    }
-    return {name: value for name, value in figures.items() if value is not None}
+    explained_variance: Explained
+    l0: NonNegative
+    dead: Count
+    mse: NonNegative
+    n_tokens: PositiveInt
+    n_left_out: Count = 0
+    explained_variance_all: Explained | None = None
+    top_variance: Fraction | None = None
 
 
 def weaknesses(figures: Mapping[str, float]) -> list[str]:
     """Return what is wrong with an SAE and what to try, one sentence or two per weakness.
 
     Args:
-        figures: as of `read_figures`. What is not among them is not judged.
+        figures: as of `records.read_figures`. What is not among them is not judged.
     """
     return [text for check in (_dead, _poor, _drifted, _ruled, _untrained) if (text := check(figures))]
 
@@ -204,7 +175,8 @@ def evaluate_sae(sae: FrozenSAE, rows: Tensor, *, max_norm_ratio: float = MAX_NO
         n_tokens=len(error),
         n_left_out=len(rows) - len(error),
         explained_variance_all=1 - float(errors.sum() / _variances(rows).sum()),
-        top_variance=float(variances.topk(max(1, len(error) // 100)).values.sum() / variances.sum()),
+        # Rounding may bring the share of all variance above 1.
+        top_variance=min(1.0, float(variances.topk(max(1, len(error) // 100)).values.sum() / variances.sum())),
     )
 
 

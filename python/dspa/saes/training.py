@@ -28,6 +28,7 @@ from dspa.saes.frozen import FrozenSAE
 from dspa.saes.metadata import CENTERED, LOADED_WITH
 from dspa.saes.placement import check_made_for, required_layer
 from dspa.saes.quality import Quality
+from dspa.saes.records import read_record
 from dspa.training_folder import TrainingFolder
 
 # What a folder means in which a setting is not recorded, because it was made before there was this setting.
@@ -212,9 +213,15 @@ def layer_folders(out: str | Path, indices: Sequence[int]) -> list[TrainingFolde
 
 
 def read_qualities(out: str | Path) -> dict[str, Quality]:
-    """Return the quality on held-out tokens "before" and "after" a finished training, from its folder."""
-    record = TrainingFolder(Path(out)).read()
-    return {when: Quality(**record[when]) for when in ("before", "after")}
+    """Return the quality on held-out tokens "before" and "after" a finished training, from its folder.
+
+    Raises:
+        TrainingError: a folder without a finished training.
+    """
+    record = read_record(TrainingFolder(Path(out)))
+    if record.before is None or record.after is None:
+        raise refusal(TrainingError, str(out), "not the folder of a finished training", "what `train_sae` wrote")
+    return {"before": record.before, "after": record.after}
 
 
 def _per_layer(name: str, values: Any, n_layers: int) -> list[Any]:

@@ -134,6 +134,29 @@ def test_a_checkpoint_holds_no_model(model, tokenizer, tmp_path, monkeypatch):
     assert held["adapter.safetensors"] < n_bytes + 1000 and held["optimizer.pt"] < 2 * n_bytes + 10_000
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("trainer_state.json", b'{"global_step": 2, "max_steps": 0, "log_history": []}', "its state: `max_steps` is 0"),
+        ("trainer_state.json", b'{"global_step": 9, "max_steps": 6, "log_history": []}', "the step is 9; accepted: 1"),
+        ("trainer_state.json", b'{"global_step": 3, "max_steps": 6, "log_history": []}', "the step is 3; accepted: 2"),
+        ("trainer_state.json", b'{"global_step": 2, "max_steps": 6, "log_history": 3}', "`log_history` is 3"),
+        ("trainer_state.json", b"[", "is not JSON"),
+        ("optimizer.pt", b"nothing", "UnpicklingError"),
+        ("scheduler.pt", b"nothing", "UnpicklingError"),
+        ("rng_state.pth", b"nothing", "UnpicklingError"),
+        ("adapter.safetensors", b"nothing", "AdapterError"),
+    ],
+)
+def test_damaged_checkpoints(model, tokenizer, tmp_path, monkeypatch, name, content, message):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 3)
+        run(model, tokenizer, tmp_path / "out")
+    (tmp_path / "out" / "checkpoint-000000002" / name).write_bytes(content)
+    with pytest.raises(TrainingError, match=rf"checkpoint-000000002 is damaged \(.*{message}.*Delete it"):
+        run(model, tokenizer, tmp_path / "out")
+
+
 def test_what_is_finished_is_loaded(model, tokenizer, tmp_path):
     adapter, _ = run(model, tokenizer, tmp_path / "out")
     content = (tmp_path / "out" / "training.json").read_bytes()

@@ -16,7 +16,8 @@ from dspa.errors import TrainingError
 from dspa.saes.activations import Activations, Position
 from dspa.saes.config import SAETrainingConfig
 from dspa.saes.outliers import typical_rows
-from dspa.saes.quality import evaluate_sae, read_figures, weaknesses
+from dspa.saes.quality import evaluate_sae, weaknesses
+from dspa.saes.records import read_figures
 from dspa.saes.training import finetune_sae, read_qualities, train_sae
 from dspa.testing import D_IN, ENGLISH, make_model, make_sae, word_tokenizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from dspa.cli import main
@@ -567,6 +569,46 @@ def test_damaged_checkpoints(stopped, tmp_path):
         with pytest.raises(TrainingError, match=r"checkpoint-000000004 is damaged.*Delete it"):
             run()
     assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"position": {"block": -1}}, "`position.block` is -1; accepted: a whole number >= 0"),
+        ({"position": {"block": 0, "entry": 2.5}}, "`position.entry` is 2.5"),
+        ({"position": 3}, "`position` is 3"),
+        ({"history": [{"loss": None}]}, "`history.0.loss.*` is None; accepted: a number"),
+        ({"more": 1}, "`more` is not known"),
+        ("[1", "is not JSON"),
+    ],
+)
+def test_damaged_places_in_the_stream(stopped, change, message):
+    folder, run = stopped
+    stream = next(folder.glob("checkpoint-*")) / "stream.json"
+    stream.write_text(change if isinstance(change, str) else json.dumps(json.loads(stream.read_text()) | change))
+    with pytest.raises(TrainingError, match=rf"checkpoint-000000004 is damaged \(.*{message}.*Delete it"):
+        run()
+
+
+def test_a_checkpoint_of_another_step(stopped):
+    """A trainer past its last step would not end."""
+    folder, run = stopped
+    (checkpoint,) = folder.glob("checkpoint-*")
+    state = torch.load(checkpoint / "trainer_state.pt")
+    for step, accepted in ((3, "4, as in its name"), (10**9, "1 to "), (True, "1 to "), (-1, "1 to ")):
+        torch.save(state | {"n_training_steps": step}, checkpoint / "trainer_state.pt")
+        with pytest.raises(TrainingError, match=rf"damaged \(the step is {step}; accepted: {accepted}.*Delete it"):
+            run()
+
+
+def test_a_checkpoint_with_nan(stopped):
+    folder, run = stopped
+    file = next(folder.glob("checkpoint-*")) / "sae.safetensors"
+    tensors = load_file(file)
+    tensors["W_enc"][1, 2] = math.nan
+    save_file(tensors, file)
+    with pytest.raises(TrainingError, match=r"damaged \(`W_enc` is partly NaN or infinite; .*Delete it"):
+        run()
 
 
 def test_folders(stopped, tmp_path):
