@@ -91,6 +91,8 @@ AnyNumber: TypeAlias = Annotated[StrictInt | StrictFloat, Accepts("a number")]
 NonNegative: TypeAlias = Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False), Accepts("a finite number >= 0")]
 Positive: TypeAlias = Annotated[StrictFloat, Field(gt=0, allow_inf_nan=False), Accepts("a finite number > 0")]
 Fraction: TypeAlias = Annotated[StrictFloat, Field(ge=0, le=1), Accepts("a number from 0 to 1")]
+# A share of a variance, less than 0 where the error is larger than it.
+Explained: TypeAlias = Annotated[StrictFloat, Field(le=1, allow_inf_nan=False), Accepts("a finite number <= 1")]
 Percentile: TypeAlias = Annotated[StrictFloat, Field(ge=0, le=100), Accepts("0 to 100")]
 
 

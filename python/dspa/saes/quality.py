@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
 
 import torch
-from pydantic import Field, StrictFloat
 from torch import Tensor
 
 from dspa.errors import refusal
 from dspa.saes.config import MAX_NORM_RATIO
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.outliers import typical_rows
-from dspa.schemas import Accepts, Count, Fraction, NonNegative, PositiveInt, schema
-
-Explained = Annotated[StrictFloat, Field(le=1, allow_inf_nan=False), Accepts("a finite number <= 1")]
+from dspa.schemas import Count, Explained, Fraction, NonNegative, PositiveInt, schema
 
 # Latents that are held at once while an SAE is evaluated.
 LATENTS_PER_BLOCK = 1 << 24

@@ -24,7 +24,7 @@ from dspa.saes.formats.source import (
     read_file,
 )
 from dspa.saes.metadata import CENTERED, LOADED_WITH, is_centered
-from dspa.schemas import Accepts, Flag, PositiveInt, Text, check
+from dspa.schemas import Accepts, Count, Explained, Flag, NonNegative, PositiveInt, Text, check
 
 SAE_LENS_CONFIG = "cfg.json"
 SAE_LENS_WEIGHTS = "sae_weights.safetensors"
@@ -56,6 +56,9 @@ class _Metadata(TypedDict, total=False):
     neuronpedia_id: Text | None
     model_from_pretrained_kwargs: dict[Text, Any] | None
     dspa: dict[Text, Any]
+    explained_variance: Explained | None
+    l0: NonNegative | None
+    num_dead_features: Count | None
 
 
 class _Config(_Metadata, total=False):
@@ -174,8 +177,15 @@ def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Ten
         rescale_acts_by_decoder_norm=bool(cfg.get("rescale_acts_by_decoder_norm", False)),
         center_writing_weights=_centered(name, metadata),
         record=metadata.get(RECORD),
-        figures={ours: metadata[key] for key, ours in FIGURES.items() if isinstance(metadata.get(key), int | float)},
+        figures=_figures(name, metadata, tensors["W_enc"].shape[1]),
     )
+
+
+def _figures(name: str, metadata: Mapping[str, Any], d_sae: int) -> dict[str, float]:
+    for key in ("l0", "num_dead_features"):
+        if (metadata.get(key) or 0) > d_sae:
+            raise refusal(SAEError, f"{name}: `{key}`", metadata[key], f"at most {d_sae}, the number of latents")
+    return {ours: metadata[key] for key, ours in FIGURES.items() if metadata.get(key) is not None}
 
 
 def _centered(name: str, metadata: Mapping[str, Any]) -> bool | None:

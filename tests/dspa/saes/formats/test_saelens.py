@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from dspa.errors import SAEError
 from dspa.saes.formats import read_sae
 from dspa.saes.frozen import FrozenSAE
+from dspa.testing import make_sae
 
 from ...support.saes import D_IN, D_SAE, STANDARD, named
 from ...support.sources import latents, output
@@ -124,3 +126,28 @@ def test_attention_heads_of_an_unknown_place(tmp_path: Path) -> None:
 def test_refused(tmp_path: Path, cfg: dict[str, Any], message: str) -> None:
     with pytest.raises(SAEError, match=message):
         read_sae(folder(tmp_path, **cfg))
+
+
+@pytest.mark.parametrize(
+    ("figures", "message"),
+    [
+        ({"explained_variance": float("nan")}, "`metadata.explained_variance` is nan; accepted: a finite number <= 1"),
+        ({"explained_variance": "0.7"}, "`metadata.explained_variance` is '0.7'"),
+        ({"l0": -1.0}, "`metadata.l0` is -1.0; accepted: a finite number >= 0"),
+        ({"l0": 24.5}, "`l0` is 24.5; accepted: at most 24, the number of latents"),
+        ({"num_dead_features": True}, "`metadata.num_dead_features` is True; accepted: a whole number >= 0"),
+        ({"num_dead_features": 25}, "`num_dead_features` is 25; accepted: at most 24"),
+    ],
+)
+def test_figures_that_no_sae_has(tmp_path: Path, figures: dict[str, Any], message: str) -> None:
+    make_sae(2, 24).save(tmp_path)
+    config = tmp_path / "cfg.json"
+    cfg = json.loads(config.read_text())
+    valid = {"explained_variance": 0.7, "l0": 12, "num_dead_features": 24}
+    config.write_text(json.dumps(cfg | {"metadata": cfg["metadata"] | valid}))
+    assert FrozenSAE.load(tmp_path).figures == {"explained_variance": 0.7, "l0": 12, "dead": 24}
+    config.write_text(json.dumps(cfg | {"metadata": cfg["metadata"] | dict.fromkeys(valid)}))
+    assert FrozenSAE.load(tmp_path).figures == {}
+    config.write_text(json.dumps(cfg | {"metadata": cfg["metadata"] | valid | figures}))
+    with pytest.raises(SAEError, match=re.escape(message)):
+        FrozenSAE.load(tmp_path)
