@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from typing_extensions import NotRequired, TypedDict
 
+from dspa.archives import check_archive
 from dspa.errors import TrainingError, refusal
 from dspa.outputs import held, is_own, try_folder, write_atomically
 from dspa.schemas import AnyNumber, Day, Text, check, read_json, whole
@@ -199,6 +200,8 @@ def reading_checkpoint(checkpoint: Path) -> Iterator[None]:
         TrainingError: the checkpoint is damaged.
     """
     try:
+        for file in checkpoint.glob("*.pt*"):
+            check_archive(file, TrainingError)
         yield
     except MemoryError:
         raise

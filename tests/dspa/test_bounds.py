@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import signal
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dspa import FrozenSAE
 from dspa.cli.loading import triple_source
@@ -20,12 +22,14 @@ from dspa.data.prompts import read_prompts
 from dspa.data.records import read_records
 from dspa.data.texts import TextFile
 from dspa.data.triples import load_triples
-from dspa.errors import MapError, SAEError, TextError
+from dspa.errors import MapError, SAEError, TextError, TrainingError
 from dspa.maps.collection import Collection
 from dspa.maps.pieces import DataRecord
+from dspa.models.places import ModelPlace, reading_model
 from dspa.saes.activations import Activations
 from dspa.saes.labels import read_labels, read_rules
 from dspa.testing import make_model, make_sae, make_tokenizer
+from dspa.training_folder import reading_checkpoint
 
 
 @contextmanager
@@ -112,6 +116,71 @@ def test_names_and_sizes_come_before_arrays(
     with pytest.raises(SAEError, match=message):
         FrozenSAE.load(path)
     assert not read
+
+
+# The SAE of a dictionary_learning file.
+STATE = {"encoder.weight": (8, 4), "encoder.bias": (8,), "decoder.weight": (4, 8), "bias": (4,)}
+
+
+def deflated(path: Path) -> None:
+    """Compress the entries of a zip file, which torch stores as they are."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+
+
+def damaged_archive(path: Path, whole: Path) -> Path:
+    """Write an archive whose list of entries is damaged."""
+    path.parent.mkdir()
+    path.write_bytes(whole.read_bytes().replace(b"PK\x01\x02", b"PK\x01\x03"))
+    return path
+
+
+def test_sizes_come_before_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ae.pt"
+    torch.save({name: torch.zeros(shape) for name, shape in STATE.items()}, path)
+    deflated(path)
+    assert FrozenSAE.load(path).d_sae == 8
+    torch.save({name: torch.zeros(*shape) for name, shape in {**STATE, "bias": (1 << 24,)}.items()}, path)
+    deflated(path)
+    assert path.stat().st_size < 1 << 17
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("The tensors were read."))
+    with pytest.raises(SAEError, match=r"ae\.pt is \d+ bytes that unpack to \d+; accepted: at most 200 times as many"):
+        FrozenSAE.load(path)
+    with pytest.raises(SAEError, match=r"ae\.pt is not readable \(BadZipFile\)"):
+        FrozenSAE.load(damaged_archive(tmp_path / "damaged" / "ae.pt", path))
+    # Files of models and checkpoints too.
+    (tmp_path / "checkpoint-000000001").mkdir()
+    for name in ("pytorch_model.bin", "checkpoint-000000001/optimizer.pt"):
+        (tmp_path / name).write_bytes(path.read_bytes())
+    with (
+        pytest.raises(ValueError, match=r"model\.bin is \d+ bytes that unpack"),
+        reading_model(ModelPlace(f"{tmp_path}")),
+    ):
+        pytest.fail("The weights were read.")
+    checkpoint = tmp_path / "checkpoint-000000001"
+    with pytest.raises(TrainingError, match=r"that unpack to .* Delete it"), reading_checkpoint(checkpoint):
+        pytest.fail("The state was read.")
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        # 256 GB of one number.
+        torch.ones(1).expand(1 << 18, 1 << 18),
+        torch.empty(8, 4, device="meta"),
+        torch.zeros(8, 4).to_sparse(),
+    ],
+    ids=["expanded", "meta", "sparse"],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tensors_whose_numbers_are_not_in_the_file(tmp_path: Path, weight: torch.Tensor, zipped: bool) -> None:
+    state = {name: torch.zeros(shape) for name, shape in STATE.items()} | {"encoder.weight": weight}
+    torch.save(state, tmp_path / "ae.pt", _use_new_zipfile_serialization=zipped)
+    with within(10), pytest.raises(SAEError, match=r"in which encoder\.weight are not dense tensors; accepted"):
+        FrozenSAE.load(tmp_path / "ae.pt")
 
 
 def test_a_count_of_shards_is_no_list_of_them(tmp_path: Path) -> None:

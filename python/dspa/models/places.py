@@ -15,6 +15,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from dspa.archives import check_archive
 from dspa.errors import refusal, require_package
 from dspa.models.layers import is_model_name
 
@@ -122,8 +123,11 @@ def reading_model(place: ModelPlace) -> Iterator[None]:
     """Turn what transformers raises for the files of a model into `ValueError`, except for `OSError`.
 
     Raises:
-        ValueError: files that are damaged, that hold more than tensors, or that bring code which may not run.
+        ValueError: files that are damaged, that unpack to far more than their size, that hold more than tensors, or
+            that bring code which may not run.
     """
+    for file in Path(place.name).glob("*.bin"):
+        check_archive(file, ValueError)
     try:
         yield
     except (OSError, ImportError, MemoryError):

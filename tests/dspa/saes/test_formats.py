@@ -475,7 +475,7 @@ def test_sae_lens_folder_refused(tmp_path: Path, changes: dict[str, Any], messag
         (trainer_config("AutoEncoderTopK", k=True), {}, "`trainer.k` is True; accepted: a whole number >= 1"),
         (trainer_config("AutoEncoderTopK", layer=1.5), {}, r"`trainer.layer` is 1\.5; accepted: a whole number >= 0"),
         (trainer_config("AutoEncoderTopK"), {"k": torch.tensor(3.7)}, r"`k` is 3\.7"),
-        (None, {"step": 3}, "a dict in which step are not tensors; accepted: a state dict of tensors"),
+        (None, {"step": 3}, "a dict in which step are not dense tensors; accepted: a state dict of tensors"),
         (None, {"extra": torch.ones(1)}, "not certain.*AutoEncoder, AutoEncoderNew, AutoEncoderTopK"),
     ],
 )

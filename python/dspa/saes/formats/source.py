@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspa.archives import check_archive
 from dspa.errors import SAEError, refusal
 from dspa.saes.metadata import is_elsewhere, residual_hook
 from dspa.schemas import check, read_json
@@ -96,7 +97,7 @@ def agreed(file: str, name: str, first: Any, second: Any) -> Any:
 
 def read_state(file: Path) -> dict[str, Any]:
     """Return the state dict in a `.pt` file, by the names of the module that torch.compile may have wrapped."""
-    state = read_file(file, lambda path: torch.load(path, map_location="cpu", weights_only=True))
+    state = read_file(file, _load)
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise refusal(SAEError, str(file), f"a {type(state).__name__}", "a state dict, of tensors by name")
     unwrapped = {name.removeprefix(COMPILED): value for name, value in state.items()}
@@ -107,15 +108,28 @@ def read_state(file: Path) -> dict[str, Any]:
 
 
 def check_tensors(file: Path, state: Mapping[str, Any]) -> None:
-    """Raise `SAEError` for a state dict that holds anything but tensors."""
-    if other := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+    """Raise `SAEError` for a state dict that holds anything but dense tensors."""
+    if other := [name for name, value in state.items() if not _is_stored(value)]:
         raise refusal(
             SAEError,
             str(file),
-            f"a dict in which {', '.join(sorted(other))} are not tensors",
+            f"a dict in which {', '.join(sorted(other))} are not dense tensors",
             "a state dict of tensors",
             "Save ae.state_dict(), not a training backup.",
         )
+
+
+def _load(file: Path) -> Any:
+    # Sizes before contents, which can be far larger than the file.
+    check_archive(file, SAEError, "Save it by torch.save.")
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _is_stored(value: object) -> bool:
+    """Return True for a tensor whose numbers are all in the file: neither on "meta", nor sparse, nor expanded."""
+    if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def check_stated(file: str, tensors: Mapping[str, Tensor], **stated: int | None) -> None:
