@@ -3,6 +3,7 @@
 from dspa_kernels.backends import BackendError, BackendStatus, available_backends
 from dspa_kernels.checks import InputError
 from dspa_kernels.cuda_library import CudaError
+from dspa_kernels.fusing import fuse, unfuse
 from dspa_kernels.ops.activation_counts import activation_counts
 from dspa_kernels.ops.fsrl_residual import FSRLOutput, fsrl_residual
 from dspa_kernels.ops.lookup_and_steer import lookup_and_steer
@@ -28,9 +29,11 @@ __all__ = [
     "activation_counts",
     "available_backends",
     "fsrl_residual",
+    "fuse",
     "lookup_and_steer",
     "map_lookup",
     "sparse_decode",
     "sparse_encode",
     "steer",
+    "unfuse",
 ]

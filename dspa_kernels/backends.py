@@ -165,7 +165,7 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _is_intercepted(values: Iterable[object]) -> bool:
+def is_intercepted(values: Iterable[object]) -> bool:
     """Return True if PyTorch has to see a call with these arguments.
 
     It does where something traces or transforms operators, or records gradients, and for tensors that are not plain.
@@ -224,7 +224,7 @@ def define_op(
     registered.register_fake(infer)
 
     def call(*, backend: str, **arguments: Any) -> Any:
-        if _is_intercepted(arguments.values()):
+        if is_intercepted(arguments.values()):
             return registered(**arguments, backend=backend)
         for name, convert in converters:
             arguments[name] = convert(arguments[name])

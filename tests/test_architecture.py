@@ -27,7 +27,7 @@ DSPA = (
     {"config", "distributed", "errors", "intervals", "schemas", "snapshot", "version"},
 )
 KERNELS = (
-    {"nn"},
+    {"fusing", "nn"},
     {"ops"},
     {"backends", "testing"},
     {"barriers", "cuda_library", "launch", "weights"},

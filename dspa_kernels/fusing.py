@@ -1,0 +1,304 @@
+"""`fuse`: SAEs of SAELens on the kernels of this package, as the same objects."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from dspa_kernels.backends import choose, is_auto, is_intercepted
+from dspa_kernels.checks import InputError, refuse
+from dspa_kernels.formulas import LEAST_WIDTH, compute_dtype, decode_rows
+from dspa_kernels.ops.sparse_decode import sparse_decode
+from dspa_kernels.ops.sparse_encode import sparse_encode
+from dspa_kernels.weights import SAEWeights, check_k
+
+T = TypeVar("T")
+ACCEPTED = "an SAE or transcoder for inference of sae-lens 6: standard, jumprelu, topk, abstopk or gated"
+
+
+def fuse(sae: T, *, capacity: int | None = None, backend: str = "auto") -> T:
+    """Put `encode`, `decode` and the call of a SAELens SAE on fused kernels, in place.
+
+        sae = dspa_kernels.fuse(SAE.from_pretrained(release, sae_id))
+
+    It stays the same object, with its own `cfg`, parameters, `state_dict`, `to`, `fold_W_dec_norm`, hook points,
+    `use_error_term`, `run_with_cache` and place in a `HookedSAETransformer`. Inputs have the shapes and dtypes that it
+    takes, and results are SAELens' own up to rounding. Its parameters are read at every call, so that changes made
+    after fusing count.
+
+    - `encode` is one matrix product and passes in place. Its latents are those of SAELens to the bit where the products
+      are, as on a CPU; only a gated SAE's are rounded otherwise, for it takes one product and not two.
+    - `decode` reads the rows of the active latents alone, on a CPU and where few are active. Else it is one product.
+    - `sae(x)` holds no `[..., d_sae]` on a GPU if k or `capacity` bounds the active latents. It needs them dense if
+      `hook_sae_acts_post` has a hook, for `use_error_term`, and if the k latents are chosen by size or decoder norm.
+
+    A hook on `hook_sae_acts_pre` has SAELens encode while it is there. Gradients are those of SAELens. They need dense
+    latents and products, and the parameters that SAELens loads require them: call under `torch.no_grad()` where you
+    want none. What `torch.compile` traces is dense too. The first sparse call changes the memory layout of `W_enc`, and
+    neither its shape nor what `state_dict` returns.
+
+    Args:
+        sae: an SAE or transcoder of sae-lens 6. A fused one takes the new options.
+        capacity: places per row for the active latents of a ReLU or JumpReLU in `sae(x)`, which become sparse by it.
+            A row with more active latents becomes NaN as a whole. None for no bound. A top-k SAE has k places.
+        backend: "auto", "reference", "triton" or "cuda", for sparse latents in `sae(x)`. If named, it is used on a CPU
+            as well.
+
+    Returns:
+        `sae` itself. `unfuse` undoes it.
+
+    Raises:
+        InputError: not an SAE of sae-lens, one for training, an architecture without kernels, or an invalid capacity.
+        BackendError: the named backend cannot run.
+    """
+    owner: Any = sae
+    cls: Any = type(sae)
+    fused = _fused_class(getattr(cls, "sae_lens_class", cls))
+    activation = _activation(fused, owner.activation_fn)
+    if capacity is not None:
+        if activation not in (_relu, _jumprelu):
+            name = fused.sae_lens_class.__name__
+            raise refuse("capacity", f"{capacity} for a {name}", "None; a bound is for ReLU and JumpReLU")
+        check_k("capacity", capacity, owner.cfg.d_sae)
+    choose("sparse_encode", owner.W_dec.device, backend, compute_dtype(owner.W_dec))
+    owner.__class__ = fused
+    owner.fused_capacity, owner.fused_backend = capacity, backend
+    return sae
+
+
+def unfuse(sae: T) -> T:
+    """Make an SAE that `fuse` changed SAELens' own again, in place.
+
+    Returns:
+        `sae` itself, unchanged if it is not fused.
+    """
+    owner: Any = sae
+    if isinstance(sae, FusedCalls):
+        owner.__class__ = sae.sae_lens_class
+        owner.W_enc.data = owner.W_enc.data.contiguous()
+        del owner.fused_capacity, owner.fused_backend
+    return sae
+
+
+class FusedCalls:
+    """The methods that a fused SAE has before those of its own class.
+
+    Attributes:
+        sae_lens_class: its own class.
+        sae_lens_encoder: name of the class of SAELens that defines its `encode`.
+        is_transcoder: True if it decodes to another place in the model.
+    """
+
+    sae_lens_class: type
+    sae_lens_encoder: str
+    is_transcoder: bool
+
+    def encode(self: Any, x: Tensor) -> Tensor:
+        """Return the latents [..., d_sae] of x."""
+        activation = _activation(self, self.activation_fn)
+        if not _is_idle(self.hook_sae_acts_pre):
+            return super().encode(x)  # type: ignore[misc, no-any-return]
+        f: Tensor = self.hook_sae_acts_post(activation(self, self.process_sae_in(x)))
+        return f
+
+    def decode(self: Any, feature_acts: Tensor) -> Tensor:
+        """Return the reconstruction from latents [..., d_sae]."""
+        f, W_dec = feature_acts, self.W_dec
+        if f.is_sparse:
+            return super().decode(f)  # type: ignore[misc, no-any-return]
+        if getattr(self.cfg, "rescale_acts_by_decoder_norm", False):
+            f = f * (1 / W_dec.norm(dim=-1))
+        # What costs least is asked first: in small SAEs, products take as long as a few questions.
+        is_wide = f.is_cpu and W_dec.shape[1] >= LEAST_WIDTH and f.dtype == W_dec.dtype
+        product = decode_rows(f, W_dec) if is_wide and not is_intercepted((f, W_dec)) else f @ W_dec
+        return _finished(self, _plus(product, self.b_dec))
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """Return the reconstruction of x."""
+        if not _is_sparse(self, x):
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        rows: Tensor = self.process_sae_in(x)
+        flat = rows.reshape(rows.shape[:-1].numel(), rows.shape[-1])
+        latents = sparse_encode(flat, _weights(self), capacity=_places(self), backend=self.fused_backend)
+        out = sparse_decode(latents, self.W_dec, self.b_dec, backend=self.fused_backend)
+        out = _finished(self, out.view(*rows.shape[:-1], out.shape[-1]))
+        if hasattr(self, "W_skip"):
+            out = out + x @ self.W_skip.T.to(x.device)
+        return out if self.is_transcoder else self.hook_sae_output(out)
+
+    def extra_repr(self: Any) -> str:
+        """Return one line for `print`."""
+        (d_in, d_sae), d_out, k = self.W_enc.shape, self.W_dec.shape[1], getattr(self.activation_fn, "k", None)
+        shapes = f"d_in={d_in}, d_sae={d_sae}" + f", d_out={d_out}" * (d_out != d_in) + f", k={k}" * (k is not None)
+        where = f"{str(self.W_dec.dtype).removeprefix('torch.')} on {self.W_dec.device}"
+        line = f"{shapes}, {where}, fused: backend={self.fused_backend} ({_backend(self)}), capacity={_places(self)}"
+        records = any(parameter.requires_grad for parameter in self._parameters.values())
+        return line + ", dense where gradients are recorded" * records
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        if not keep_vars:
+            # safetensors saves contiguous tensors alone.
+            destination[f"{prefix}W_enc"] = destination[f"{prefix}W_enc"].contiguous()
+
+
+# Passes in place over a fresh product. Autograd keeps masks of it, as these change no values that a gradient needs.
+def _relu(sae: Any, rows: Tensor) -> Tensor:
+    return _plus(rows @ sae.W_enc, sae.b_enc).relu_()
+
+
+def _jumprelu(sae: Any, rows: Tensor) -> Tensor:
+    pre = _plus(rows @ sae.W_enc, sae.b_enc)
+    return pre.masked_fill_(pre <= sae.threshold.detach().clamp(min=0), 0)
+
+
+def _gated(sae: Any, rows: Tensor) -> Tensor:
+    gate = rows @ sae.W_enc
+    pre = _plus(gate * sae.r_mag.exp(), sae.b_mag)
+    return pre.masked_fill_((gate <= -sae.b_gate).logical_or_(pre <= 0), 0)
+
+
+def _topk(sae: Any, rows: Tensor) -> Tensor:
+    pre = _ranked(sae, rows)
+    values, indices = pre.topk(sae.activation_fn.k, dim=-1, sorted=False)
+    return pre.zero_().scatter_(-1, indices, values.relu_())
+
+
+def _abstopk(sae: Any, rows: Tensor) -> Tensor:
+    pre = _ranked(sae, rows)
+    indices = pre.abs().topk(sae.activation_fn.k, dim=-1, sorted=False).indices
+    return torch.zeros_like(pre).scatter_(-1, indices, pre.gather(-1, indices))
+
+
+def _ranked(sae: Any, rows: Tensor) -> Tensor:
+    pre = _plus(rows @ sae.W_enc, sae.b_enc)
+    return pre * sae.W_dec.norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else pre
+
+
+def _plus(product: Tensor, bias: Tensor) -> Tensor:
+    """Add in place, except where autocast made the product narrower than their sum."""
+    return product.add_(bias) if product.dtype == bias.dtype else product + bias
+
+
+# By the class of sae-lens that defines `encode`, and that of its activation.
+ACTIVATIONS: dict[tuple[str, str], Callable[[Any, Tensor], Tensor]] = {
+    ("StandardSAE", "ReLU"): _relu,
+    ("Transcoder", "ReLU"): _relu,
+    ("JumpReLUSAE", "ReLU"): _jumprelu,
+    ("JumpReLUTranscoder", "ReLU"): _jumprelu,
+    ("GatedSAE", "ReLU"): _gated,
+    ("TopKSAE", "TopK"): _topk,
+    ("TopKSAE", "AbsTopK"): _abstopk,
+}
+
+
+def _activation(fused: Any, activation_fn: object) -> Callable[[Any, Tensor], Tensor]:
+    """Return the function of a fused SAE and its processed input [..., d_in] that makes its latents.
+
+    Args:
+        fused: the SAE or its class.
+        activation_fn: its own, which can be replaced at any time.
+    """
+    key = (fused.sae_lens_encoder, type(activation_fn).__name__)
+    if key not in ACTIVATIONS:
+        raise _refusal(fused.sae_lens_class, f", which encodes by {key[0]}.encode and {key[1]}, not by a kernel")
+    return ACTIVATIONS[key]
+
+
+def _finished(sae: Any, out: Tensor) -> Tensor:
+    """Return a reconstruction as `decode` does, of the product and b_dec."""
+    out = sae.hook_sae_recons(out)
+    if not sae.is_transcoder:
+        out = sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(out), sae.d_head)
+    return out
+
+
+def _is_idle(point: Any) -> bool:
+    """Return True if a hook point has no hooks."""
+    return not (point._forward_hooks or point._forward_pre_hooks or point._backward_hooks or point._backward_pre_hooks)
+
+
+def _is_sparse(sae: Any, x: Tensor) -> bool:
+    """Return True if a call keeps its latents sparse."""
+    return bool(
+        not (is_auto(sae.fused_backend) and sae.W_dec.is_cpu)
+        and _places(sae)
+        and not sae.use_error_term
+        and _is_idle(sae.hook_sae_acts_pre)
+        and _is_idle(sae.hook_sae_acts_post)
+        and _backend(sae) != "dense"
+        and not is_intercepted((x, *sae._parameters.values()))
+    )
+
+
+def _places(sae: Any) -> int | None:
+    """Return the number of places per row for active latents, None if they are not bounded by index alone."""
+    if _activation(sae, sae.activation_fn) is _topk and not sae.cfg.rescale_acts_by_decoder_norm:
+        k: int = sae.activation_fn.k
+        return k
+    capacity: int | None = sae.fused_capacity
+    return capacity
+
+
+def _backend(sae: Any) -> str:
+    """Return the backend of sparse latents, "dense" where only the reference could run, which is slower."""
+    backend = choose("sparse_encode", sae.W_dec.device, sae.fused_backend, compute_dtype(sae.W_dec))
+    return "dense" if backend == "reference" and sae.fused_backend == "auto" else backend
+
+
+def _weights(sae: Any) -> SAEWeights:
+    """Return the encoder as the kernels read it, of the same memory as the parameters where they have its dtype."""
+    if not sae.W_enc.T.is_contiguous():
+        sae.W_enc.data = sae.W_enc.data.T.contiguous().T
+    encoder_rows = sae.W_enc.detach().T
+    b_enc = sae.b_enc.detach().to(compute_dtype(encoder_rows))
+    activation = _activation(sae, sae.activation_fn)
+    threshold = sae.threshold.detach().to(b_enc) if activation is _jumprelu else torch.zeros_like(b_enc)
+    # Encoding reads no decoder, and that of a transcoder has another width.
+    return SAEWeights(encoder_rows, b_enc, threshold, encoder_rows, k=sae.activation_fn.k if activation is _topk else 0)
+
+
+@functools.cache
+def _fused_class(base: type) -> Any:
+    """Return the class of fused SAEs of a class of SAELens.
+
+    Raises:
+        InputError: not a class of SAEs for inference of sae-lens 6.
+    """
+    parents = [parent.__name__ for parent in base.__mro__ if _is_sae_lens(parent)]
+    if "SAE" not in parents:
+        raise _refusal(base, "", "For an SAE of this package: dspa_kernels.nn.FusedSAE. For a model: fuse its SAEs.")
+    if "TrainingSAE" in parents:
+        raise _refusal(base, ", which is for training", "Load what its save_inference_model() wrote, and fuse that.")
+    owners = {name: _owner(base, name) for name in ("encode", "decode", "forward")}
+    for name, owner in owners.items():
+        if not _is_sae_lens(owner):
+            raise _refusal(base, f", whose own `{name}` a kernel would skip", f"Fuse an SAE without {owner.__name__}.")
+    attributes = {
+        "__doc__": base.__doc__,
+        "__module__": __name__,
+        "sae_lens_class": base,
+        "sae_lens_encoder": owners["encode"].__name__,
+        "is_transcoder": owners["decode"].__name__ == "Transcoder",
+    }
+    return types.new_class(
+        f"Fused{base.__name__}", (FusedCalls, base), exec_body=lambda names: names.update(attributes)
+    )
+
+
+def _owner(cls: type, method: str) -> type:
+    """Return the class that defines a method."""
+    return next(parent for parent in cls.__mro__ if method in vars(parent))
+
+
+def _is_sae_lens(cls: type) -> bool:
+    return cls.__module__.startswith("sae_lens.saes.")
+
+
+def _refusal(base: type, reason: str, advice: str = "") -> InputError:
+    return refuse("sae", f"a {base.__module__}.{base.__qualname__}{reason}", ACCEPTED, advice)
