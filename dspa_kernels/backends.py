@@ -100,6 +100,11 @@ def is_auto(requested: str) -> bool:
     return (requested, DEFAULT) == ("auto", "auto")
 
 
+def is_plain(requested: str) -> bool:
+    """Return True if plain PyTorch computes all ops on a CPU, as nothing else was named."""
+    return (DEFAULT if requested == "auto" else requested) in ("auto", "reference")
+
+
 def choose(
     op: str,
     device: torch.device,

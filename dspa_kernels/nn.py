@@ -8,6 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from dspa_kernels import eager
+from dspa_kernels.backends import is_intercepted, is_plain
 from dspa_kernels.checks import check_device, check_dtype, check_shape, refuse
 from dspa_kernels.formulas import compute_dtype, row_blocks
 from dspa_kernels.ops.sparse_decode import sparse_decode
@@ -74,9 +76,16 @@ class FusedSAE(nn.Module):
     @property
     def weights(self) -> SAEWeights:
         """The buffers, as the ops take them."""
-        if any(getattr(self._weights, name) is not getattr(self, name) for name in ROWS):
-            self._weights = replace(self._weights, **{name: getattr(self, name) for name in ROWS})
-        return self._weights
+        # Not by name through the module, whose search takes longer than a small product.
+        sae, buffers = self._weights, self._buffers
+        if (
+            sae.encoder_rows is not buffers["encoder_rows"]
+            or sae.b_enc is not buffers["b_enc"]
+            or sae.threshold is not buffers["threshold"]
+            or sae.W_dec is not buffers["W_dec"]
+        ):
+            self._weights = sae = replace(sae, **{name: getattr(self, name) for name in ROWS})
+        return sae
 
     @property
     def W_enc(self) -> Tensor:
@@ -85,8 +94,10 @@ class FusedSAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the latents [..., d_sae] of x [..., d_in], dense."""
-        rows = self._rows(x)
-        width = self.weights.d_sae
+        rows, width = self._rows(x), self.weights.d_sae
+        self._removed = self._statistics(rows, x.shape)
+        if self._is_eager(rows):
+            return _shaped(eager.encode(*self._encoder(rows), self.capacity), x.shape)
         f = rows.new_zeros(len(rows), width)
         for block in row_blocks(len(rows), width):
             latents = self._sparse(rows[block], self.capacity or width)
@@ -94,8 +105,7 @@ class FusedSAE(nn.Module):
             values = latents.values.to(f.dtype)
             f[block].scatter_add_(1, latents.indices.clamp(min=0).long(), values)
             f[block].masked_fill_(values.isnan().any(dim=1, keepdim=True), float("nan"))
-        self._removed = self._statistics(rows, x.shape)
-        return f.view(*x.shape[:-1], width)
+        return _shaped(f, x.shape)
 
     def encode_sparse(self, x: Tensor, capacity: int | None = None) -> SparseLatents:
         """Return the active latents of x [..., d_in]: indices and values [..., capacity], counts [...].
@@ -124,11 +134,68 @@ class FusedSAE(nn.Module):
             out = self._decoded(latents)
         else:
             check_shape("latents", latents, (*latents.shape[:-1], self.weights.d_sae))
-            out = latents.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+            out = self._decoded_dense(latents)
+        if like is not None:
+            self._removed = self._statistics(self._rows(like), like.shape)
+        return self._with_statistics(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the reconstruction [..., d_in] of x [..., d_in]."""
+        rows = self._rows(x)
+        if not self._is_eager(rows):
+            return self.decode(self.encode(x) if self.capacity is None else self.encode_sparse(x))
+        out = eager.reconstruct(*self._encoder(rows), self.W_dec, self.b_dec, self.capacity)
+        self._removed = self._statistics(rows, x.shape)
+        return self._with_statistics(_shaped(out, x.shape))
+
+    def extra_repr(self) -> str:
+        """Return one line for `print`."""
+        sae = self.weights
+        return f"d_in={sae.d_in}, d_sae={sae.d_sae}, k={sae.k}, normalize={sae.normalize}, capacity={self.capacity}"
+
+    def _rows(self, x: Tensor) -> Tensor:
+        encoder_rows = self.weights.encoder_rows
+        check_dtype("x", x, FLOATS)
+        check_shape("x", x, (*x.shape[:-1], encoder_rows.shape[1]))
+        check_device("x", x, encoder_rows, "W_enc")
+        return _flat(x).to(encoder_rows.dtype)
+
+    def _sparse(self, rows: Tensor, capacity: int | None) -> SparseLatents:
+        return sparse_encode(rows, self.weights, capacity=capacity, backend=self.backend)
+
+    def _decoded(self, latents: SparseLatents) -> Tensor:
+        shape = latents.counts.shape
+        flat = (shape.numel(), latents.indices.shape[-1])
+        rows = SparseLatents(latents.indices.reshape(flat), latents.values.reshape(flat), latents.counts.flatten())
+        return sparse_decode(rows, self.W_dec, self.b_dec, backend=self.backend).view(*shape, self.weights.d_in)
+
+    def _decoded_dense(self, latents: Tensor) -> Tensor:
+        W_dec, b_dec = self.weights.W_dec, self.b_dec
+        rows = _flat(latents.to(W_dec.dtype))
+        if self._is_eager(rows):
+            return _shaped(eager.decode(rows, W_dec, b_dec), latents.shape)
+        return _shaped(rows @ W_dec + b_dec, latents.shape)
+
+    def _is_eager(self, rows: Tensor) -> bool:
+        """Return True if a call runs on a CPU by default, and nothing has to see its operators."""
+        return (
+            rows.device.type == "cpu"
+            and is_plain(self.backend)
+            and not is_intercepted((rows, self.weights.W_dec))
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+    def _encoder(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        """Return normalised rows and the encoder, as the functions of `eager` take them."""
+        sae = self.weights
+        hn = rows if sae.normalize == "none" else sae.normalise(rows).rows
+        return hn, sae.encoder_rows, sae.b_enc, sae.threshold, sae.k
+
+    def _with_statistics(self, out: Tensor) -> Tensor:
+        """Return the reconstruction of the rows that were encoded last, whose statistics are used up."""
         if self.weights.normalize == "none":
             return out
-        removed = self._removed if like is None else self._statistics(self._rows(like), like.shape)
-        self._removed = None
+        removed, self._removed = self._removed, None
         if removed is None:
             raise refuse(
                 "like",
@@ -139,30 +206,6 @@ class FusedSAE(nn.Module):
         mean, scale = removed
         check_shape("latents", out[..., :1], tuple(scale.shape), "Decode what was encoded last, or pass `like`.")
         return (out * scale + mean).to(out.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the reconstruction [..., d_in] of x [..., d_in]."""
-        return self.decode(self.encode(x) if self.capacity is None else self.encode_sparse(x))
-
-    def extra_repr(self) -> str:
-        """Return one line for `print`."""
-        sae = self.weights
-        return f"d_in={sae.d_in}, d_sae={sae.d_sae}, k={sae.k}, normalize={sae.normalize}, capacity={self.capacity}"
-
-    def _rows(self, x: Tensor) -> Tensor:
-        check_dtype("x", x, FLOATS)
-        check_shape("x", x, (*x.shape[:-1], self.weights.d_in))
-        check_device("x", x, self.encoder_rows, "W_enc")
-        return x.reshape(x.shape[:-1].numel(), self.weights.d_in).to(self.encoder_rows.dtype)
-
-    def _sparse(self, rows: Tensor, capacity: int | None) -> SparseLatents:
-        return sparse_encode(rows, self.weights, capacity=capacity, backend=self.backend)
-
-    def _decoded(self, latents: SparseLatents) -> Tensor:
-        shape = latents.counts.shape
-        flat = (shape.numel(), latents.indices.shape[-1])
-        rows = SparseLatents(latents.indices.reshape(flat), latents.values.reshape(flat), latents.counts.flatten())
-        return sparse_decode(rows, self.W_dec, self.b_dec, backend=self.backend).view(*shape, self.weights.d_in)
 
     def _statistics(self, rows: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
         """Return the mean and scale [..., 1] that normalising removes from rows, None if it removes nothing."""
@@ -182,3 +225,13 @@ class FusedSAE(nn.Module):
 
 # Buffers that are also fields of `SAEWeights`.
 ROWS = ("encoder_rows", "b_enc", "threshold", "W_dec")
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Return x [..., width] as rows [N, width]."""
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:
+    """Return rows [N, width] as [..., width], with the leading dimensions of `shape`."""
+    return rows if len(shape) == 2 else rows.view(*shape[:-1], rows.shape[1])

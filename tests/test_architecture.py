@@ -29,7 +29,7 @@ DSPA = (
 KERNELS = (
     {"fusing", "nn"},
     {"ops"},
-    {"backends", "testing"},
+    {"backends", "eager", "testing"},
     {"barriers", "cuda_library", "launch", "weights"},
     {"checks", "formulas", "screen"},
 )

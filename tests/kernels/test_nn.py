@@ -199,3 +199,11 @@ def test_input_errors_of_calls(call: Any, parts: tuple[str, ...]) -> None:
     with pytest.raises(InputError) as error:
         call(FusedSAE(WEIGHTS))
     assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_autocast_changes_nothing() -> None:
+    ours = fused(sae_lens_sae("jumprelu"))
+    x = rows(9)
+    expected = ours.encode(x), ours(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(ours.encode(x), expected[0], D_IN)

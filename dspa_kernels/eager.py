@@ -1,0 +1,159 @@
+"""Encode and decode of an SAE on a CPU, in plain PyTorch, where nothing traces the calls and no gradient is recorded.
+
+Rows are normalised already, `hn [N, d_in]`. Sums are in at least fp32. The functions read values to choose a way, so
+they belong neither into a graph nor on a device that computes asynchronously.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from dspa_kernels.formulas import MAX_ELEMENTS, compute_dtype, row_blocks
+
+# Numbers of narrow weights that are widened at once, so that they stay in a cache.
+WIDENED = 1 << 20
+# When decoding through sparse latents pays, by `python -m bench.offline.saes`: in rows this wide, in products of at
+# least so many multiplications, with at most one active latent among so many.
+SPARSE_WIDTH, SPARSE_WORK, SPARSE_SHARE = 256, 1 << 20, 32
+# When oneDNN pays: in products of so many multiplications, of so many rows or with a matrix of contiguous rows.
+ONEDNN_WORK, ONEDNN_ROWS = 1 << 20, 8
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def encode(
+    hn: Tensor, encoder_rows: Tensor, b_enc: Tensor, threshold: Tensor, k: int, capacity: int | None = None
+) -> Tensor:
+    """Return the latents [N, d_sae] of rows, dense, in the dtype of the encoder.
+
+    Rows that are not finite are NaN, and those with more active latents than `capacity`, if that is given.
+    """
+    hn, not_finite = _finite(hn, encoder_rows)
+    if len(hn) * len(encoder_rows) <= MAX_ELEMENTS:
+        f = _latents(hn, encoder_rows, b_enc, threshold, k, capacity).to(encoder_rows.dtype)
+    else:
+        f = encoder_rows.new_empty(len(hn), len(encoder_rows))
+        for rows in row_blocks(len(hn), len(encoder_rows)):
+            f[rows] = _latents(hn[rows], encoder_rows, b_enc, threshold, k, capacity)
+    return f if not_finite is None else f.masked_fill_(not_finite, torch.nan)
+
+
+def decode(f: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """Return `f W_dec + b_dec` [N, d_out] of latents f [N, d_sae], in the dtype of W_dec.
+
+    It goes through sparse latents where a few rows show that this is faster.
+    """
+    n_rows, d_sae = f.shape
+    if _sparse_pays(n_rows, W_dec):
+        sample = f[:: max(1, n_rows // 8)]
+        if SPARSE_SHARE * int(sample.count_nonzero()) <= sample.numel():
+            out = W_dec.new_empty(n_rows, W_dec.shape[1])
+            for rows in row_blocks(n_rows, d_sae):
+                row, latents = f[rows].nonzero(as_tuple=True)
+                values = f[rows][row, latents].to(compute_dtype(f, W_dec))
+                out[rows] = decode_active(values, latents, _starts(row, len(out[rows])), W_dec, b_dec)
+            return out
+    return linear(f.to(W_dec.dtype), W_dec.T, b_dec)
+
+
+def reconstruct(
+    hn: Tensor,
+    encoder_rows: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    k: int,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    capacity: int | None = None,
+) -> Tensor:
+    """Return `decode(encode(hn))` [N, d_out], with the latents of a block of rows at a time."""
+    hn, not_finite = _finite(hn, encoder_rows)
+    out = W_dec.new_empty(len(hn), W_dec.shape[1])
+    for rows in row_blocks(len(hn), len(encoder_rows)):
+        block = hn[rows]
+        if k and SPARSE_SHARE * k <= len(encoder_rows) and _sparse_pays(len(block), W_dec):
+            values, latents, _ = top_latents(_pre_activations(block, encoder_rows, b_enc), k)
+            starts = torch.arange(0, values.numel(), k)
+            out[rows] = decode_active(values.relu().flatten(), latents.flatten(), starts, W_dec, b_dec)
+        else:
+            out[rows] = decode(_latents(block, encoder_rows, b_enc, threshold, k, capacity), W_dec, b_dec)
+    return out if not_finite is None else out.masked_fill_(not_finite, torch.nan)
+
+
+def decode_active(values: Tensor, latents: Tensor, starts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """Decode active latents [n_active], in the order of their rows, of which the first ones are at `starts` [N]."""
+    if W_dec.dtype != values.dtype:
+        # The rows that are needed, widened once.
+        used, latents = latents.unique(return_inverse=True)
+        W_dec = W_dec[used].to(values.dtype)
+    return embedding_bag(latents, W_dec, starts, mode="sum", per_sample_weights=values).add_(b_dec)
+
+
+def top_latents(pre: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return values and indices [N, k] of the k largest pre-activations of each row, and where these are [N, d_sae].
+
+    Of equal values at the edge, the smaller index is among them.
+    """
+    values, latents = pre.topk(k, dim=1, sorted=False)
+    chosen = pre >= values.amin(dim=1, keepdim=True)
+    if chosen.count_nonzero().item() != values.numel():
+        values, latents = (ordered[:, :k] for ordered in pre.sort(dim=1, descending=True, stable=True))
+        chosen = torch.zeros_like(chosen).scatter_(1, latents, True)
+    return values, latents, chosen
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return `x weight^T + bias` [N, n_out] of x [N, n_in], all of one dtype.
+
+    In large products of fp32, oneDNN is up to twice as fast as the BLAS library that PyTorch takes.
+    """
+    large = ONEDNN and x.dtype == torch.float32 and len(x) * weight.numel() >= ONEDNN_WORK
+    if large and (len(x) >= ONEDNN_ROWS or weight.is_contiguous()):
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return out
+    return torch.addmm(bias, x, weight.T)
+
+
+def _finite(hn: Tensor, encoder_rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return rows in the dtype to compute in, with zeros for those that are not finite, and where [N, 1] these are."""
+    hn = hn.to(compute_dtype(hn, encoder_rows))
+    # A sum that is finite shows that all are.
+    if math.isfinite(hn.sum().item()):
+        return hn, None
+    not_finite = ~hn.isfinite().all(dim=1, keepdim=True)
+    return hn.masked_fill(not_finite, 0), not_finite
+
+
+def _pre_activations(hn: Tensor, encoder_rows: Tensor, b_enc: Tensor) -> Tensor:
+    b_enc = b_enc.to(hn.dtype)
+    if encoder_rows.dtype == hn.dtype:
+        return linear(hn, encoder_rows, b_enc)
+    pre = hn.new_empty(len(hn), len(encoder_rows))
+    height = max(1, WIDENED // hn.shape[1])
+    for block, bias, out in zip(encoder_rows.split(height), b_enc.split(height), pre.split(height, dim=1), strict=True):
+        torch.addmm(bias, hn, block.to(hn.dtype).T, out=out)
+    return pre
+
+
+def _latents(
+    hn: Tensor, encoder_rows: Tensor, b_enc: Tensor, threshold: Tensor, k: int, capacity: int | None
+) -> Tensor:
+    """Return the latents of a block of rows, in the dtype of hn."""
+    pre = _pre_activations(hn, encoder_rows, b_enc)
+    active = top_latents(pre, k)[2] if k else pre > threshold
+    f = pre.relu_().mul_(active)
+    if capacity is not None and not k:
+        f[f.count_nonzero(dim=1) > capacity] = torch.nan
+    return f
+
+
+def _sparse_pays(n_rows: int, W_dec: Tensor) -> bool:
+    return W_dec.shape[1] >= SPARSE_WIDTH and n_rows * W_dec.numel() >= SPARSE_WORK
+
+
+def _starts(row: Tensor, n_rows: int) -> Tensor:
+    counts = row.bincount(minlength=n_rows)
+    return counts.cumsum(0) - counts
