@@ -7,6 +7,8 @@ from torch import Tensor
 
 from dspa.saes.formats.source import SourceSAE
 
+from .saes import decoded_rounding
+
 
 def latents(source: SourceSAE, x: Tensor) -> Tensor:
     """Return the latents [N, d_sae] of rows [N, d_in]."""
@@ -35,6 +37,15 @@ def output(source: SourceSAE, x: Tensor) -> Tensor:
     _, scale, shift = _normalized(source, x)
     out = (f @ t["W_dec"] + t["b_dec"]) * scale + shift
     return out + x @ t["W_skip"].T if "W_skip" in t else out
+
+
+def close_output(source: SourceSAE, x: Tensor, expected: Tensor) -> None:
+    """Outputs equal up to fp32 rounding."""
+    scale = float(x.norm(dim=-1).max()) / x.shape[-1] ** 0.5 if source.normalize_activations != "none" else 1.0
+    atol = decoded_rounding(latents(source, x), source.tensors["W_dec"], scale)
+    if "W_skip" in source.tensors:
+        atol += decoded_rounding(x.flatten(0, -2), source.tensors["W_skip"].T)
+    torch.testing.assert_close(output(source, x), expected, rtol=0, atol=atol)
 
 
 def _normalized(source: SourceSAE, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:

@@ -13,19 +13,21 @@ from dspa.errors import SAEError, refusal
 from dspa.saes.formats.dictionary_learning import DICTIONARY_CONFIG, DICTIONARY_WEIGHTS, read_dictionary
 from dspa.saes.formats.gemma_scope import GEMMA_SCOPE_WEIGHTS, read_gemma_scope
 from dspa.saes.formats.gemma_scope_2 import GEMMA_SCOPE_2_WEIGHTS, read_gemma_scope_2
+from dspa.saes.formats.llama_scope import LLAMA_SCOPE_CONFIG, LLAMA_SCOPE_WEIGHTS, read_llama_scope
 from dspa.saes.formats.saelens import SAE_LENS_CONFIG, SAE_LENS_WEIGHTS, read_sae_lens
 from dspa.saes.formats.source import SourceSAE, read_state
 from dspa.saes.formats.sparsify import SPARSIFY_WEIGHTS, read_sparsify
 
-# By the name of the file.
+# By the name of the file, in the folder of the SAE.
 READERS: dict[str, Callable[[Path], SourceSAE]] = {
     SAE_LENS_WEIGHTS: read_sae_lens,
     GEMMA_SCOPE_WEIGHTS: read_gemma_scope,
     GEMMA_SCOPE_2_WEIGHTS: read_gemma_scope_2,
     SPARSIFY_WEIGHTS: read_sparsify,
+    **dict.fromkeys(LLAMA_SCOPE_WEIGHTS, read_llama_scope),
 }
 WEIGHTS = (*READERS, DICTIONARY_WEIGHTS)
-CONFIGS = (SAE_LENS_CONFIG, DICTIONARY_CONFIG)
+CONFIGS = (SAE_LENS_CONFIG, DICTIONARY_CONFIG, LLAMA_SCOPE_CONFIG)
 # By the kind of a file of another name.
 SUFFIXES = {".safetensors": read_sae_lens, ".npz": read_gemma_scope}
 
@@ -41,8 +43,12 @@ def read_sae(path: Path, dict_class: str | None = None) -> SourceSAE:
         SAEError: a file that cannot be read, or is of another format.
     """
     file = _weights_file(path)
-    reader = READERS.get(file.name) or SUFFIXES.get(file.suffix)
-    return reader(file) if reader else read_dictionary(file, read_state(file), dict_class)
+    for name, reader in READERS.items():
+        if file.name == Path(name).name:
+            return reader(file)
+    if file.suffix in SUFFIXES:
+        return SUFFIXES[file.suffix](file)
+    return read_dictionary(file, read_state(file), dict_class)
 
 
 def _weights_file(path: Path) -> Path:

@@ -16,7 +16,7 @@ from dspa.saes.formats import read_sae
 from dspa.saes.frozen import FrozenSAE
 
 from ...support.saes import D_IN, D_SAE, JUMPRELU, close, decoded_rounding, named
-from ...support.sources import latents, output
+from ...support.sources import close_output, latents
 
 D_OUT = 7
 RESIDUAL = {
@@ -75,7 +75,7 @@ def test_transcoder(h: Tensor, tmp_path: Path, affine: bool) -> None:
     source = read_sae(write(tmp_path, stored, TRANSCODER | {"affine_connection": affine}))
     expected = jumprelu(h) @ stored["w_dec"] + stored["b_dec"]
     expected = expected + h @ stored["affine_skip_connection"] if affine else expected
-    torch.testing.assert_close(output(source, h), expected)
+    close_output(source, h, expected)
     assert source.transcoder and source.layer is None
     assert (source.hook_name, source.hook_name_out) == (TRANSCODER["hf_hook_point_in"], TRANSCODER["hf_hook_point_out"])
 
@@ -120,8 +120,8 @@ def test_against_the_loader_of_sae_lens(
     theirs.load_state_dict(state)
     source = read_sae(path)
     with torch.no_grad():
-        torch.testing.assert_close(latents(source, h), theirs.encode(h))
-        torch.testing.assert_close(output(source, h), theirs(h))
+        close(latents(source, h), theirs.encode(h))
+        close_output(source, h, theirs(h))
     assert theirs.cfg.metadata.model_name == f"google/{source.model_name}"
 
 

@@ -17,8 +17,8 @@ from dspa.saes.formats import read_sae
 from dspa.saes.frozen import FrozenSAE
 from dspa.testing import make_sae
 
-from ...support.saes import D_IN, D_SAE, STANDARD, named
-from ...support.sources import latents, output
+from ...support.saes import D_IN, D_SAE, STANDARD, close, named
+from ...support.sources import close_output, latents
 
 D_OUT = 7
 TRANSCODERS = {
@@ -55,8 +55,8 @@ def test_transcoders_of_sae_lens(h: Tensor, tmp_path: Path, architecture: str) -
     with torch.no_grad():
         expected, expected_output = theirs.encode(h), theirs(h)
     assert (expected != 0).float().mean() > 0.02 and expected_output.shape == (*h.shape[:-1], D_OUT)
-    torch.testing.assert_close(latents(source, h), expected)
-    torch.testing.assert_close(output(source, h), expected_output)
+    close(latents(source, h), expected)
+    close_output(source, h, expected_output)
     assert source.arch == ("jumprelu" if "jumprelu" in architecture else "standard")
     assert source.transcoder and source.layer is None
     assert (source.hook_name, source.hook_name_out) == (PLACES["hook_name"], PLACES["hook_name_out"])

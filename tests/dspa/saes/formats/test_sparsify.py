@@ -16,7 +16,7 @@ from dspa.saes.formats import read_sae
 from dspa.saes.frozen import FrozenSAE
 
 from ...support.saes import D_IN, D_SAE, K, close, decoded_rounding, tensors
-from ...support.sources import latents, output
+from ...support.sources import close_output, latents
 
 CONFIG = {
     "activation": "topk",
@@ -72,7 +72,7 @@ def test_transcoder(h: Tensor, tmp_path: Path, skip: bool) -> None:
     stored = weights(skip=skip)
     source = read_sae(write(tmp_path / "layers.6.mlp", stored, transcode=True, skip_connection=skip))
     expected = topk(h) @ stored["W_dec"] + stored["b_dec"]
-    torch.testing.assert_close(output(source, h), expected + h @ stored["W_skip"].T if skip else expected)
+    close_output(source, h, expected + h @ stored["W_skip"].T if skip else expected)
     assert source.transcoder and (source.layer, source.hook_name, source.hook_name_out) == (None, *2 * ["layers.6.mlp"])
 
 
@@ -80,7 +80,7 @@ def test_transcoder_of_an_early_version(h: Tensor, tmp_path: Path) -> None:
     """It was named in the configuration of the training alone, and the bias was taken off the input."""
     (tmp_path / "config.json").write_text(json.dumps({"transcode": True}))
     source = read_sae(write(tmp_path / "layers.6.mlp", weights(), transcode=None, activation=None))
-    torch.testing.assert_close(latents(source, h), topk(h - tensors()["b_dec"]))
+    close(latents(source, h), topk(h - tensors()["b_dec"]))
     assert source.transcoder
 
 
@@ -115,8 +115,8 @@ def test_against_the_package(
         dense = torch.zeros(len(x), D_SAE).scatter_(-1, f.top_indices, f.top_acts)
         out = theirs(x).sae_out
     source = read_sae(tmp_path / "layers.6")
-    torch.testing.assert_close(latents(source, x), dense)
-    torch.testing.assert_close(output(source, x), out)
+    close(latents(source, x), dense)
+    close_output(source, x, out)
     if not transcode:
         close(FrozenSAE.load(tmp_path / "layers.6").encode(x), dense)
 
