@@ -154,6 +154,7 @@ class FrozenSAE(Autoencoder):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         dict_class: str | None = None,
+        k: int | None = None,
         center_writing_weights: bool | None = None,
     ) -> FrozenSAE:
         """Load the SAE in a folder or file.
@@ -168,13 +169,14 @@ class FrozenSAE(Autoencoder):
             device: device of the SAE.
             dtype: dtype of `W_enc`, `W_dec` and `b_dec`, by default as stored.
             dict_class: class of an `ae.pt` without `config.json`, if its tensors do not show it.
+            k: active latents per row, if it is a topk SAE whose file does not say it. It must not contradict the file.
             center_writing_weights: as in the constructor, in place of what the file says.
 
         Raises:
             SAEError: a path or format that is not one of these, damaged files, missing or unknown tensors, an SAE that
                 does not read the residual stream, and everything that the constructor refuses.
         """
-        sae = cls._from_source(read_sae(Path(path), dict_class), layer, model_name, center_writing_weights)
+        sae = cls._from_source(read_sae(Path(path), dict_class, k), layer, model_name, center_writing_weights)
         sae.loaded_from = absolute(str(path))
         return sae.to(device, dtype)
 

@@ -288,10 +288,15 @@ def test_dictionary_learning_without_config(h: Tensor, tmp_path: Path, name: str
 
 def test_topk_of_early_dictionary_learning(h: Tensor, tmp_path: Path) -> None:
     torch.save(linear(), tmp_path / "ae.pt")
-    with pytest.raises(SAEError, match=r"`k` of a topk SAE is None"):
+    with pytest.raises(
+        SAEError, match=r"ae.pt: `k` is not in the file; accepted: the number .*FrozenSAE.load\(path, k=...\)"
+    ):
         FrozenSAE.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(trainer_config("AutoEncoderTopK")))
-    close(FrozenSAE.load(tmp_path).encode(h), dictionary_latents("AutoEncoderTopK", h))
+    for k in (None, K):
+        close(FrozenSAE.load(tmp_path, k=k).encode(h), dictionary_latents("AutoEncoderTopK", h))
+    with pytest.raises(SAEError, match=rf"`k` is {K} and {K + 1}; accepted: one of them"):
+        FrozenSAE.load(tmp_path, k=K + 1)
 
 
 def test_gemma_scope(h: Tensor, tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ Nothing is ever unpickled except tensors, through `torch.load(weights_only=True)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from dspa.errors import SAEError, refusal
@@ -14,8 +16,9 @@ from dspa.saes.formats.dictionary_learning import DICTIONARY_CONFIG, DICTIONARY_
 from dspa.saes.formats.gemma_scope import GEMMA_SCOPE_WEIGHTS, read_gemma_scope
 from dspa.saes.formats.gemma_scope_2 import GEMMA_SCOPE_2_WEIGHTS, read_gemma_scope_2
 from dspa.saes.formats.llama_scope import LLAMA_SCOPE_CONFIG, LLAMA_SCOPE_WEIGHTS, read_llama_scope
+from dspa.saes.formats.qwen_scope import QWEN_SCOPE_WEIGHTS, read_qwen_scope
 from dspa.saes.formats.saelens import SAE_LENS_CONFIG, SAE_LENS_WEIGHTS, read_sae_lens
-from dspa.saes.formats.source import SourceSAE, read_state
+from dspa.saes.formats.source import SourceSAE, agreed, read_state
 from dspa.saes.formats.sparsify import SPARSIFY_WEIGHTS, read_sparsify
 
 # By the name of the file, in the folder of the SAE.
@@ -30,39 +33,59 @@ WEIGHTS = (*READERS, DICTIONARY_WEIGHTS)
 CONFIGS = (SAE_LENS_CONFIG, DICTIONARY_CONFIG, LLAMA_SCOPE_CONFIG)
 # By the kind of a file of another name.
 SUFFIXES = {".safetensors": read_sae_lens, ".npz": read_gemma_scope}
+STATE_DICTS = (".pt", ".pth")
 
 
-def read_sae(path: Path, dict_class: str | None = None) -> SourceSAE:
-    """Read the SAE in a folder or file. The name of the file of weights decides which reader reads it.
+def read_sae(path: Path, dict_class: str | None = None, k: int | None = None) -> SourceSAE:
+    """Read the SAE in a folder or file. The names of the file of weights and of its tensors decide the reader.
 
     Args:
         path: the folder, or the file of weights or the configuration in it.
-        dict_class: class of an `ae.pt` that has no `config.json` next to it.
+        dict_class: class of an `ae.pt` of dictionary_learning that has no `config.json`.
+        k: active latents per row of a topk SAE whose file does not say it.
 
     Raises:
         SAEError: a file that cannot be read, or is of another format.
     """
-    file = _weights_file(path)
+    source = _read(_weights_file(path), dict_class)
+    if source.arch != "topk" and k is not None:
+        raise refusal(SAEError, "`k`", k, f"None, since {source.name} is a {source.arch} SAE", "Leave `k` out.")
+    known = agreed(source.name, "k", source.k, k)
+    if source.arch == "topk" and known is None:
+        accepted = "the number of active latents per row"
+        raise refusal(
+            SAEError, f"{source.name}: `k`", "not in the file", accepted, "Pass it: FrozenSAE.load(path, k=...)."
+        )
+    return replace(source, k=known)
+
+
+def _read(file: Path, dict_class: str | None) -> SourceSAE:
     for name, reader in READERS.items():
         if file.name == Path(name).name:
             return reader(file)
     if file.suffix in SUFFIXES:
         return SUFFIXES[file.suffix](file)
-    return read_dictionary(file, read_state(file), dict_class)
+    state = read_state(file)
+    if re.fullmatch(QWEN_SCOPE_WEIGHTS, file.name):
+        return read_qwen_scope(file, state)
+    if state.keys() >= OPENAI_TENSORS:
+        return read_openai(file, state)
+    return read_dictionary(file, state, dict_class)
 
 
 def _weights_file(path: Path) -> Path:
-    accepted = f"a folder with one of {', '.join(WEIGHTS)}, or the path of such a file"
+    accepted = f"a folder with one of {', '.join(WEIGHTS)} or *.pt, or the path of such a file"
     if not path.exists():
         raise refusal(SAEError, str(path), "not there", accepted, "For an SAE on a hub: FrozenSAE.from_pretrained.")
     if path.name in CONFIGS:
         path = path.parent
     if path.is_dir():
         files = [path / name for name in WEIGHTS if (path / name).is_file()]
+        files = files or [file for file in path.iterdir() if file.suffix in STATE_DICTS]
         if len(files) == 1:
             return files[0]
         held = sorted(entry.name for entry in path.iterdir())[:8]
         raise refusal(SAEError, str(path), f"a folder with {len(files)} of these ({held})", accepted, "Name the file.")
-    if path.suffix not in (*SUFFIXES, ".pt"):
+    if path.suffix not in (*SUFFIXES, *STATE_DICTS):
         raise refusal(SAEError, str(path), f"a file of unknown kind {path.suffix!r}", accepted)
     return path
