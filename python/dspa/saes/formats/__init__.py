@@ -16,6 +16,7 @@ from dspa.saes.formats.dictionary_learning import DICTIONARY_CONFIG, DICTIONARY_
 from dspa.saes.formats.gemma_scope import GEMMA_SCOPE_WEIGHTS, read_gemma_scope
 from dspa.saes.formats.gemma_scope_2 import GEMMA_SCOPE_2_WEIGHTS, read_gemma_scope_2
 from dspa.saes.formats.llama_scope import LLAMA_SCOPE_CONFIG, LLAMA_SCOPE_WEIGHTS, read_llama_scope
+from dspa.saes.formats.openai import OPENAI_TENSORS, read_openai
 from dspa.saes.formats.qwen_scope import QWEN_SCOPE_WEIGHTS, read_qwen_scope
 from dspa.saes.formats.saelens import SAE_LENS_CONFIG, SAE_LENS_WEIGHTS, read_sae_lens
 from dspa.saes.formats.source import SourceSAE, agreed, read_state
