@@ -15,6 +15,7 @@ from dspa.errors import SAEError, refusal
 from dspa.saes.formats.dictionary_learning import DICTIONARY_CONFIG, DICTIONARY_WEIGHTS, read_dictionary
 from dspa.saes.formats.gemma_scope import GEMMA_SCOPE_WEIGHTS, read_gemma_scope
 from dspa.saes.formats.gemma_scope_2 import GEMMA_SCOPE_2_WEIGHTS, read_gemma_scope_2
+from dspa.saes.formats.goodfire import GOODFIRE_TENSORS, read_goodfire
 from dspa.saes.formats.llama_scope import LLAMA_SCOPE_CONFIG, LLAMA_SCOPE_WEIGHTS, read_llama_scope
 from dspa.saes.formats.openai import OPENAI_TENSORS, read_openai
 from dspa.saes.formats.qwen_scope import QWEN_SCOPE_WEIGHTS, read_qwen_scope
@@ -71,6 +72,8 @@ def _read(file: Path, dict_class: str | None) -> SourceSAE:
         return read_qwen_scope(file, state)
     if state.keys() >= OPENAI_TENSORS:
         return read_openai(file, state)
+    if GOODFIRE_TENSORS.keys() <= state.keys():
+        return read_goodfire(file, state)
     return read_dictionary(file, state, dict_class)
 
 
