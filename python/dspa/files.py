@@ -7,10 +7,11 @@ import hashlib
 import io
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +26,11 @@ from dspa.schemas import parse_json
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+E = TypeVar("E", bound=Exception)
+
 METADATA_KEY = "dspa"
+# The entry of a record which covers the others.
+SEAL = "seal"
 # By bytes per number, to read the bits of dtypes that NumPy does not have, such as bfloat16.
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -83,6 +88,43 @@ def digest_of(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record with a digest of its entries, by which `check_seal` sees an edit. It does not show who sealed."""
+    # As JSON reads them again: keys that are numbers become text.
+    text = json.dumps({name: value for name, value in record.items() if name != SEAL})
+    claimed = parse_json(text, ValueError, "the record")
+    return {**claimed, SEAL: digest_of(claimed)}
+
+
+def check_seal(record: Mapping[str, Any], error: type[E], what: str, advice: str) -> None:
+    """Raise `error` for a record that is not as it was sealed. One of an earlier version has no seal.
+
+    Args:
+        record: the record, with or without a seal.
+        error: class of the error.
+        what: name of the record in the message.
+        advice: what to do, as a whole sentence.
+    """
+    if record.get(SEAL, "") not in ("", sealed(record)[SEAL]):
+        raise error(f"{what} was changed after it was written: its seal does not fit it. {advice}")
+
+
+def warn_unsealed(record: Mapping[str, Any], path: Path, again: str) -> None:
+    """Warn of a record without a seal, in which a fingerprint could be edited.
+
+    Args:
+        record: the record.
+        path: its file.
+        again: how to write it again, as the end of a sentence.
+    """
+    if not record.get(SEAL):
+        warnings.warn(
+            f"{path} is of an earlier version, or its seal was removed: nothing shows that the fingerprints in it are "
+            f"as they were written. If you are sure that they are, {again}.",
+            stacklevel=3,
+        )
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write a safetensors file.
 
@@ -96,7 +138,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     """
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     # One metadata entry, because safetensors does not fix the order of several: the same content is the same file.
-    write_atomically(path, save(tensors, metadata={METADATA_KEY: json.dumps({**header, "sha256": checksum(tensors)})}))
+    record = json.dumps(sealed({**header, "sha256": checksum(tensors)}))
+    write_atomically(path, save(tensors, metadata={METADATA_KEY: record}))
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -106,7 +149,7 @@ def read_header(path: Path) -> dict[str, Any]:
         path: file to read.
 
     Raises:
-        MapError: the file is damaged.
+        MapError: the file is damaged, or its header was edited.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -114,7 +157,10 @@ def read_header(path: Path) -> dict[str, Any]:
     except SafetensorError as error:
         raise MapError(f"{path} is damaged ({error}).") from error
     header = parse_json(text, MapError, f"{path} is damaged: its header")
-    return header if isinstance(header, dict) else {}
+    if not isinstance(header, dict):
+        return {}
+    check_seal(header, MapError, f"The header of {path}", "Copy it again from where it was made.")
+    return header
 
 
 def read_tensors(path: Path, names: Sequence[str], header: Mapping[str, Any] | None = None) -> dict[str, Tensor]:

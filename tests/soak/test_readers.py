@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from dspa.config import SteeringConfig
 from dspa.data.triples import Triple, load_triples
 from dspa.errors import LabelError, MapError, PreferenceError, SAEError, TrainingError
-from dspa.files import METADATA_KEY, write_tensors
+from dspa.files import METADATA_KEY, SEAL, sealed, write_tensors
 from dspa.fsrl import TrainingConfig, read_held_out
 from dspa.fsrl.training import trained_template
 from dspa.maps.cdmap import ConditionalDifferenceMap
@@ -110,7 +110,9 @@ def damage(data: st.DataObject, source: Path, target: Path | None = None) -> Non
     if data.draw(st.booleans()):
         target.write_bytes(data.draw(damaged_bytes(source.read_bytes())))
     elif source.suffix == ".json":
-        target.write_text(json.dumps(data.draw(damaged_json(json.loads(source.read_text())))))
+        value = data.draw(damaged_json(json.loads(source.read_text())))
+        is_sealed = isinstance(value, dict) and SEAL in value and data.draw(st.booleans())
+        target.write_text(json.dumps(sealed(value) if is_sealed else value))
     else:
         damage_tensors(data, source, target)
 

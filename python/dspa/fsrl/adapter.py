@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dspa.errors import AdapterError, refusal
-from dspa.files import checksum, read_header, read_tensors, write_tensors
+from dspa.files import check_seal, checksum, read_header, read_tensors, sealed, warn_unsealed, write_tensors
 from dspa.fsrl.config import FSRLConfig
 from dspa.models.attachment import Attachable, Call
 from dspa.models.layers import CausalLM, device_of
@@ -56,6 +56,7 @@ class AdapterRecord:
         package: version of the package that wrote it.
         model_digest: the weights that it was trained with, as `dspa.models.sources.model_digest` gives them; empty in
             folders of earlier versions.
+        seal: digest of all else; empty in folders of earlier versions.
     """
 
     format: Annotated[str, OneOf((FORMAT,))]
@@ -65,6 +66,7 @@ class AdapterRecord:
     package: Text = ""
     model_digest: Text = ""
     sources: dict[Text, Source] = field(default_factory=dict)
+    seal: Text = ""
 
 
 @dataclass
@@ -337,7 +339,7 @@ class FSRLAdapter(Attachable, nn.Module):
             package=version("dspa-kernels"),
         )
         write_tensors(path / TENSORS, tensors, {})
-        write_atomically(path / RECORD, (json.dumps(asdict(record), indent=2) + "\n").encode())
+        write_atomically(path / RECORD, (json.dumps(sealed(asdict(record)), indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path, sae: FrozenSAE, *, backend: str = "auto") -> FSRLAdapter:
@@ -350,6 +352,7 @@ class FSRLAdapter(Attachable, nn.Module):
                 fingerprint, layer or width.
         """
         record = read_record(Path(path))
+        warn_unsealed(asdict(record), Path(path) / RECORD, "FSRLAdapter.load and save it again")
         _check_same_sae(record.sae, sae, path)
         try:
             adapter = cls(sae, record.config, backend=backend)
@@ -375,7 +378,7 @@ def read_record(path: Path) -> AdapterRecord:
     """Return the record of the adapter in a folder.
 
     Raises:
-        AdapterError: a folder without an adapter, or a damaged record.
+        AdapterError: a folder without an adapter, or a record that is damaged or was edited.
     """
     if not (path / RECORD).is_file():
         raise AdapterError(f"{path} holds no {RECORD}; accepted: a folder that FSRLAdapter.save wrote.")
@@ -386,7 +389,9 @@ def read_record(path: Path) -> AdapterRecord:
         missing := [setting.name for setting in fields(FSRLConfig) if setting.name not in settings]
     ):
         raise AdapterError(f"{path / RECORD} is damaged: `config` has no {', '.join(missing)}. {AGAIN}")
-    return check(AdapterRecord, record, AdapterError, f"{path / RECORD} is damaged", AGAIN)
+    checked = check(AdapterRecord, record, AdapterError, f"{path / RECORD} is damaged", AGAIN)
+    check_seal(record, AdapterError, str(path / RECORD), AGAIN)
+    return checked
 
 
 def _check_same_sae(recorded: RecordedSAE, sae: FrozenSAE, path: str | Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dspa.config import SteeringConfig
 from dspa.errors import MapError, refusal
-from dspa.files import read_header, read_tensors, write_tensors
+from dspa.files import read_header, read_tensors, warn_unsealed, write_tensors
 from dspa.models.sources import Source
 from dspa.outputs import output_file
 from dspa.saes.frozen import FrozenSAE
@@ -99,6 +99,7 @@ class _Header:
     meta: MapMeta
     sources: dict[Text, Source] = field(default_factory=dict)
     promoted: Promoted = field(default_factory=dict)
+    seal: Text = ""
 
 
 def confidence_radius(n_open: Tensor, d_sae_out: int, delta: float) -> Tensor:
@@ -424,6 +425,7 @@ class ConditionalDifferenceMap:
         # Tensors of the wrong shape.
         except (IndexError, RuntimeError, TypeError) as error:
             raise MapError(f"{path} is damaged ({error}). {COPY}") from error
+        warn_unsealed(header, path, "ConditionalDifferenceMap.load and save it again")
         if "model_digest" not in header["meta"] and not cdmap.model_digest:
             warnings.warn(
                 f"{path} is of an earlier version and does not record the weights of its model. Whether a model has "

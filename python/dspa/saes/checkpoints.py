@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dspa.errors import TrainingError, refusal
+from dspa.files import check_seal, sealed
 from dspa.outputs import workspace
 from dspa.saes.activations import Position
-from dspa.schemas import check, read_json, schema
+from dspa.schemas import Text, check, read_json, schema
 from dspa.training_folder import History, TrainingFolder, check_step, reading_checkpoint
 
 
@@ -23,10 +24,12 @@ class Stream:
     Attributes:
         position: place in the stream after the last step.
         history: what was reported up to there.
+        seal: digest of both; empty in checkpoints of earlier versions.
     """
 
     position: Position
     history: History
+    seal: Text = ""
 
 
 def save_checkpoint(folder: TrainingFolder, trainer: Any, position: Position, history: History) -> None:
@@ -35,7 +38,7 @@ def save_checkpoint(folder: TrainingFolder, trainer: Any, position: Position, hi
         made = place / "checkpoint"
         trainer.save_trainer_state(made)
         save_file(trainer.sae.state_dict(), made / "sae.safetensors")
-        (made / "stream.json").write_text(json.dumps(asdict(Stream(position, history))), encoding="utf-8")
+        (made / "stream.json").write_text(json.dumps(sealed(asdict(Stream(position, history)))), encoding="utf-8")
         folder.keep(made, trainer.n_training_steps)
 
 
@@ -54,7 +57,9 @@ def restore_checkpoint(folder: TrainingFolder, trainer: Any) -> tuple[Position |
         trainer.load_trainer_state(newest)
         trainer.sae.load_state_dict(_finite(load_file(newest / "sae.safetensors")))
         check_step(newest, trainer.n_training_steps, config.total_training_samples // config.train_batch_size_samples)
-        stream = check(Stream, read_json(newest / "stream.json", TrainingError), TrainingError, "stream.json")
+        content = read_json(newest / "stream.json", TrainingError)
+        stream = check(Stream, content, TrainingError, "stream.json")
+        check_seal(content, TrainingError, "stream.json", "")
     return stream.position, stream.history
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dspa.errors import SAEError, refusal, require_package
-from dspa.files import digest_of
+from dspa.files import SEAL, sealed
 from dspa.models.places import is_hub_name
 from dspa.models.sources import Source, absolute
 from dspa.saes.autoencoder import Autoencoder
@@ -31,7 +31,7 @@ from dspa.saes.folding import (
     weights_digest,
 )
 from dspa.saes.formats import read_sae
-from dspa.saes.formats.saelens import RECORD, SEAL, sae_lens_source, write_sae_lens
+from dspa.saes.formats.saelens import RECORD, sae_lens_source, write_sae_lens
 from dspa.saes.formats.source import SourceSAE
 from dspa.saes.metadata import CENTERED, is_elsewhere, refused_hook, residual_hook, without_model_advice
 from dspa.snapshot import Snapshot
@@ -286,7 +286,7 @@ class FrozenSAE(Autoencoder):
         """Take the fingerprint of the source SAE, of which the tensors may be a folded or rounded copy."""
         own, claimed = self.fingerprint, {key: value for key, value in record.items() if key != SEAL}
         seal = record.get(SEAL)
-        is_whole = claimed.keys() == {"fingerprint", "weights", "folded"} and seal in (None, digest_of(claimed))
+        is_whole = claimed.keys() == {"fingerprint", "weights", "folded"} and seal in (None, sealed(claimed)[SEAL])
         if not is_whole or record["weights"] != own:
             raise refusal(
                 SAEError,
@@ -331,7 +331,7 @@ class FrozenSAE(Autoencoder):
             neuronpedia_id=self.neuronpedia_id,
             normalize_activations=self.weights.normalize,
             center_writing_weights=self.centered,
-            record=record | {SEAL: digest_of(record)},
+            record=sealed(record),
         )
         write_sae_lens(Path(path), stored)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -584,6 +585,43 @@ def test_saving_where_it_cannot_be(sae_out, tmp_path) -> None:
         with pytest.raises(AdapterError, match="accepted: a folder in one that exists"):
             adapter.save(path)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda record: record["sae"].update(fingerprint=make_sae(L_OUT, D_SAE_OUT, seed=9).fingerprint),
+        lambda record: record["config"].update(l1=0.5),
+        lambda record: record.update(model_digest="x"),
+        lambda record: record.update(seal="0" * 16),
+    ],
+    ids=["fingerprint", "config", "model_digest", "seal"],
+)
+def test_no_entry_of_the_record_can_be_edited(sae_out, tmp_path, edit) -> None:
+    """Another SAE's fingerprint would pass that SAE off as the adapter's."""
+    make_adapter(sae_out).save(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter.json"
+    record = json.loads(path.read_text())
+    edit(record)
+    path.write_text(json.dumps(record))
+    for seed in (2, 9):
+        with pytest.raises(AdapterError, match=r"adapter\.json was changed after it was written: its seal"):
+            FSRLAdapter.load(tmp_path / "adapter", make_sae(L_OUT, D_SAE_OUT, seed=seed))
+
+
+def test_an_adapter_without_a_seal(sae_out, tmp_path) -> None:
+    """Earlier versions wrote none. It is read, with a warning, and saved with one."""
+    adapter, path = make_adapter(sae_out), tmp_path / "adapter" / "adapter.json"
+    adapter.save(tmp_path / "adapter")
+    record = json.loads(path.read_text())
+    del record["seal"]
+    path.write_text(json.dumps(record))
+    with pytest.warns(UserWarning, match=r"earlier version, or its seal was removed: .*load and save it again"):
+        loaded = FSRLAdapter.load(tmp_path / "adapter", sae_out)
+    loaded.save(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FSRLAdapter.load(tmp_path / "adapter", sae_out)
 
 
 def test_settings_that_are_missing_are_not_guessed(sae_out, tmp_path) -> None:

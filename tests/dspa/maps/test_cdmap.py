@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from dspa import ConditionalDifferenceMap, FrozenSAE, MapError, SteeringConfig, reduce
 from dspa.config import SCORINGS
+from dspa.files import sealed
 from dspa.maps.cdmap import EARLIER, FORMAT, FORMATS, TENSORS
 from dspa.testing import L_OUT, make_map, make_sae
 
@@ -173,7 +175,7 @@ def test_round_trip(made: Any, saved: Path, tmp_path: Path) -> None:
     assert (tmp_path / "again").read_bytes() == saved.read_bytes()
     with safe_open(saved, framework="pt") as file:
         header = json.loads(file.metadata()["dspa"])
-    assert header.keys() == {"format", "sha256", "meta"} and header["format"] == FORMAT
+    assert header.keys() == {"format", "sha256", "meta", "seal"} and header["format"] == FORMAT
     assert header["meta"] == dataclasses.asdict(made[0].meta)
 
 
@@ -192,7 +194,8 @@ def without_none(of: dict[str, Any]) -> dict[str, Any]:
 def rewrite(path: Path, header: Any = (), meta: Any = (), tensors: Any = (), *, seal: bool = True) -> None:
     """Change entries of the header, of the map's metadata in it, and tensors; None removes.
 
-    With `seal`, the checksum is that of the changed tensors, so that other checks have to find the error.
+    With `seal`, the checksum is that of the changed tensors, so that other checks have to find the error. The seal of
+    the header is that of the changed one.
     """
     with safe_open(path, framework="pt") as file:
         old = json.loads(file.metadata()["dspa"])
@@ -201,7 +204,8 @@ def rewrite(path: Path, header: Any = (), meta: Any = (), tensors: Any = (), *, 
     names = FORMATS.get(new["format"], ())
     if seal and kept.keys() == set(names):
         new["sha256"] = hashlib.sha256(b"".join(kept[name].numpy().tobytes() for name in names)).hexdigest()
-    save_file(kept, path, {"dspa": json.dumps(without_none(new))})
+    new = without_none(new)
+    save_file(kept, path, {"dspa": json.dumps(sealed(new))})
 
 
 def refusal(path: Path) -> str:
@@ -351,6 +355,54 @@ def test_header_that_is_no_header(saved: Path, text: str, problem: str) -> None:
 def test_changed_header(saved: Path, change: dict[str, Any], message: str) -> None:
     rewrite(saved, **change)
     assert message in refusal(saved)
+
+
+def edit_header(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Change the header, and nothing that covers it."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["dspa"])
+    edit(header)
+    save_file(load_file(path), path, {"dspa": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda header: header["meta"].update(sae_in="0" * 16),
+        lambda header: header["meta"].update(sae_out="0" * 16),
+        lambda header: header["meta"].update(model_name="another"),
+        lambda header: header["meta"].update(k_diff=header["meta"]["k_diff"] - 1),
+        lambda header: header.update(sources={"model": {"path": "elsewhere", "digest": ""}}),
+        lambda header: header.update(promoted={"sae_in": {"0": ["more"]}}),
+        lambda header: header.update(seal="0" * 16),
+    ],
+    ids=["sae_in", "sae_out", "model_name", "k_diff", "sources", "promoted", "seal"],
+)
+def test_no_entry_of_the_header_can_be_edited(saved: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    edit_header(saved, edit)
+    assert "was changed after it was written: its seal does not fit it. Copy it again" in refusal(saved)
+
+
+def test_a_map_without_a_seal(made: Any, saved: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Earlier versions wrote none. It is read, with a warning, and saved with one."""
+    ConditionalDifferenceMap.load(saved)
+    assert not [warning for warning in recwarn if "its seal" in str(warning.message)]
+    edit_header(saved, lambda header: header.pop("seal"))
+    with pytest.warns(UserWarning, match=r"earlier version, or its seal was removed: .*load and save it again"):
+        loaded = ConditionalDifferenceMap.load(saved)
+    assert same_bits(loaded, made[0])
+    loaded.save(saved)
+    recwarn.clear()
+    ConditionalDifferenceMap.load(saved)
+    assert not [warning for warning in recwarn if "its seal" in str(warning.message)]
+
+
+def test_the_seal_of_a_map_with_tokens(made: Any, tmp_path: Path) -> None:
+    """JSON turns the numbers of latents into text, in which 10 comes before 9."""
+    cdmap = made[0].replaced()
+    cdmap.promoted = {"sae_in": {9: ["a"], 10: ["b", "é\n"]}}
+    cdmap.save(tmp_path / "map")
+    assert ConditionalDifferenceMap.load(tmp_path / "map").promoted == cdmap.promoted
 
 
 @pytest.mark.parametrize("name", TENSORS)

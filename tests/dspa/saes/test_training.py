@@ -579,6 +579,8 @@ def test_damaged_checkpoints(stopped, tmp_path):
         ({"position": 3}, "`position` is 3"),
         ({"history": [{"loss": None}]}, "`history.0.loss.*` is None; accepted: a number"),
         ({"more": 1}, "`more` is not known"),
+        ({"history": []}, "stream.json was changed after it was written"),
+        ({"position": {"block": 1}}, "stream.json was changed after it was written"),
         ("[1", "is not JSON"),
     ],
 )

@@ -30,8 +30,6 @@ SAE_LENS_CONFIG = "cfg.json"
 SAE_LENS_WEIGHTS = "sae_weights.safetensors"
 # The entry of a SAELens folder's metadata in which `FrozenSAE.save` records what it wrote.
 RECORD = "dspa"
-# The entry of that record which covers the others.
-SEAL = "seal"
 # Figures of quality in a SAELens folder's metadata, and as `Quality` names them.
 FIGURES = {"explained_variance": "explained_variance", "l0": "l0", "num_dead_features": "dead"}
 # Architectures of SAELens, and their tensors.
