@@ -98,7 +98,7 @@ def damaged_tensors(draw: st.DrawFn, tensors: Mapping[str, Tensor]) -> dict[str,
         match draw(st.sampled_from(["value", "value", "shape", "dtype", "remove", "rename"])):
             case "value" if tensor.numel():
                 tensors[name] = _with_value(draw, tensor)
-            case "shape" if tensor.numel():
+            case "shape" if tensor.dim() and tensor.numel():
                 tensors[name] = draw(st.sampled_from([tensor[None], tensor[:-1], tensor[:0], tensor.flatten()]))
             case "dtype":
                 tensors[name] = tensor.to(draw(st.sampled_from(DTYPES)))

@@ -20,6 +20,7 @@ from dspa.saes.formats.source import (
     check_tensors,
     layer_of,
     read_config,
+    transposed,
 )
 from dspa.schemas import Count, PositiveInt, Text, check
 
@@ -86,7 +87,9 @@ def read_dictionary(file: Path, state: Mapping[str, Any], dict_class: str | None
     kind = DICT_CLASSES[name]
     check_names(str(file), state, kind.required, kind.optional)
     k = check(PositiveInt, state["k"].tolist(), SAEError, f"{file}: `k`") if "k" in state else None
-    tensors = {RENAMED.get(n, (n,))[0]: t.T if n in RENAMED and RENAMED[n][1] else t for n, t in state.items()}
+    tensors = {
+        RENAMED.get(n, (n,))[0]: transposed(t) if n in RENAMED and RENAMED[n][1] else t for n, t in state.items()
+    }
     if kind.arch == "jumprelu":
         tensors["threshold"] = _learned_threshold(file, tensors["threshold"], tensors["b_enc"])
     return SourceSAE(

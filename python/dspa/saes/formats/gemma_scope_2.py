@@ -17,6 +17,7 @@ from dspa.saes.formats.source import (
     layer_of,
     read_config,
     read_file,
+    transposed,
 )
 from dspa.schemas import Flag, OneOf, PositiveInt, Text, check
 
@@ -49,7 +50,7 @@ def read_gemma_scope_2(file: Path) -> SourceSAE:
     d_in = None if is_transcoder else tensors["W_enc"].shape[0]
     check_stated(str(file), tensors, d_sae=cfg.get("width"), d_out=d_in)
     if is_affine:
-        tensors["W_skip"] = tensors.pop(SKIP).T
+        tensors["W_skip"] = transposed(tensors.pop(SKIP))
     return SourceSAE(
         name=str(file),
         arch="jumprelu",

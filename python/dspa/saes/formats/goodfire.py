@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dspa.saes.formats.source import SourceSAE, check_names, check_stated, check_tensors
+from dspa.saes.formats.source import SourceSAE, check_names, check_stated, check_tensors, transposed
 
 # By which the file is known. SAELens' names, and True if its `nn.Linear` holds the matrix transposed.
 GOODFIRE_TENSORS = {
@@ -21,7 +21,7 @@ def read_goodfire(file: Path, state: Mapping[str, Any]) -> SourceSAE:
     """Read a ReLU SAE. The file does not say the place or layer, which its model card does."""
     check_names(str(file), state, frozenset(GOODFIRE_TENSORS))
     check_tensors(file, state)
-    tensors = {name: state[key].T if transposed else state[key] for key, (name, transposed) in GOODFIRE_TENSORS.items()}
+    tensors = {name: transposed(state[key]) if turn else state[key] for key, (name, turn) in GOODFIRE_TENSORS.items()}
     d_in = tensors["b_dec"].numel()
     check_stated(str(file), tensors, d_in=d_in, d_sae=tensors["b_enc"].numel(), d_out=d_in)
     return SourceSAE(name=str(file), arch="standard", tensors=tensors, owned=True)

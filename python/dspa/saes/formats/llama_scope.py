@@ -18,6 +18,7 @@ from dspa.saes.formats.source import (
     layer_of,
     read_config,
     read_file,
+    transposed,
 )
 from dspa.schemas import Flag, NonNegative, OneOf, Positive, PositiveInt, Text, check
 
@@ -61,7 +62,7 @@ def read_llama_scope(file: Path) -> SourceSAE:
     model = check(_Model, read_config(model_config) if model_config.is_file() else {}, SAEError, str(model_config))
     stored = read_file(file, load_file)
     check_names(str(file), stored, frozenset(RENAMED))
-    tensors = {name: stored[key].T if transposed else stored[key] for key, (name, transposed) in RENAMED.items()}
+    tensors = {name: transposed(stored[key]) if turn else stored[key] for key, (name, turn) in RENAMED.items()}
     check_stated(str(file), tensors, d_in=cfg["d_model"], d_sae=cfg.get("d_sae"), d_out=cfg["d_model"])
     _take_norms(config, cfg, tensors)
     arch = {"relu": "standard"}.get(cfg["act_fn"], cfg["act_fn"])

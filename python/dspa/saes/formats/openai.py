@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeAlias
 from typing_extensions import TypedDict
 
 from dspa.errors import SAEError
-from dspa.saes.formats.source import SourceSAE, agreed, check_names, check_stated, check_tensors
+from dspa.saes.formats.source import SourceSAE, agreed, check_names, check_stated, check_tensors, transposed
 from dspa.schemas import OneOf, PositiveInt, check
 
 # By which the file is known.
@@ -37,9 +37,9 @@ def read_openai(file: Path, state: Mapping[str, Any]) -> SourceSAE:
     check_names(str(file), tensors, OPENAI_TENSORS | {"encoder.weight", decoder}, STATISTICS)
     check_tensors(file, tensors)
     # Tied, the decoder is the transposed encoder, which the file holds twice.
-    W_dec = tensors["encoder.weight"] if decoder == TIED_DECODER else tensors[DECODER].T
+    W_dec = tensors["encoder.weight"] if decoder == TIED_DECODER else transposed(tensors[DECODER])
     renamed = {
-        "W_enc": tensors["encoder.weight"].T,
+        "W_enc": transposed(tensors["encoder.weight"]),
         "b_enc": tensors["latent_bias"],
         "W_dec": W_dec,
         "b_dec": tensors["pre_bias"],

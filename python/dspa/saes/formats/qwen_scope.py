@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dspa.saes.formats.source import SAE_LENS_TENSORS, SourceSAE, check_names, check_stated, check_tensors
+from dspa.saes.formats.source import SAE_LENS_TENSORS, SourceSAE, check_names, check_stated, check_tensors, transposed
 
 QWEN_SCOPE_WEIGHTS = r"layer(\d+)\.sae\.pt"
 
@@ -17,7 +17,7 @@ def read_qwen_scope(file: Path, state: Mapping[str, Any]) -> SourceSAE:
     check_names(str(file), state, SAE_LENS_TENSORS["topk"])
     check_tensors(file, state)
     # Stored as [d_sae, d_in] and [d_in, d_sae].
-    tensors = dict(state) | {name: state[name].T for name in ("W_enc", "W_dec")}
+    tensors = dict(state) | {name: transposed(state[name]) for name in ("W_enc", "W_dec")}
     check_stated(
         str(file), tensors, d_in=state["b_dec"].numel(), d_sae=state["b_enc"].numel(), d_out=state["b_dec"].numel()
     )

@@ -132,6 +132,11 @@ def _is_stored(value: object) -> bool:
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
+def transposed(matrix: Tensor) -> Tensor:
+    """Return a transposed matrix. A tensor that is not one, which only a damaged file holds, is left to the checks."""
+    return matrix.T if matrix.dim() == 2 else matrix
+
+
 def check_stated(file: str, tensors: Mapping[str, Tensor], **stated: int | None) -> None:
     """Raise `SAEError` unless the matrices have the `d_in`, `d_sae` and `d_out` that are stated and not None."""
     for name, widths in (("W_enc", ("d_in", "d_sae")), ("W_dec", ("d_sae", "d_out"))):

@@ -18,6 +18,7 @@ from dspa.saes.formats.source import (
     layer_of,
     read_config,
     read_file,
+    transposed,
 )
 from dspa.saes.metadata import is_elsewhere, residual_hook
 from dspa.schemas import Count, Flag, OneOf, PositiveInt, Text, check
@@ -58,7 +59,7 @@ def read_sparsify(file: Path) -> SourceSAE:
     stored = read_file(file, load_file)
     tensors = {RENAMED.get(name, name): tensor for name, tensor in stored.items()}
     check_names(str(file), tensors, COMMON | {"b_enc"} | ({"W_skip"} if cfg.get("skip_connection") else set()))
-    tensors["W_enc"] = tensors["W_enc"].T
+    tensors["W_enc"] = transposed(tensors["W_enc"])
     d_in = cfg["d_in"]
     d_sae = cfg.get("num_latents") or (d_in * cfg["expansion_factor"] if "expansion_factor" in cfg else None)
     check_stated(str(file), tensors, d_in=d_in, d_sae=d_sae, d_out=d_in)
