@@ -159,8 +159,8 @@ class FrozenSAE(Autoencoder):
     ) -> FrozenSAE:
         """Load the SAE in a folder or file.
 
-        The formats are SAELens (`cfg.json` and `sae_weights.safetensors`), Gemma Scope (`params.npz`) and
-        dictionary_learning (`ae.pt`, best with its `config.json`).
+        The formats are SAELens, Gemma Scope 1 and 2, dictionary_learning, EleutherAI sparsify, Llama Scope, Qwen-Scope,
+        OpenAI's and Goodfire's. docs/saes.md lists their files.
 
         Args:
             path: the folder, or the file of weights in it.

@@ -17,6 +17,7 @@ from dspa.saes.formats import read_sae
 from dspa.saes.frozen import FrozenSAE
 
 from ...support.saes import D_IN, D_SAE, K, close, decoded_rounding, tensors
+from ..test_formats import dictionary as stored
 
 # The class, its module in the package, its arguments after the widths, and the trainers that train it.
 CLASSES = {
@@ -85,6 +86,30 @@ def linear(*, bias: str) -> dict[str, Tensor]:
         "decoder.weight": t["W_dec"].T.contiguous(),
         bias: t["b_dec"],
     }
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name != "AutoEncoderNew"])
+def test_against_the_loader_of_sae_lens(h: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Folders such as those of andyrdt/saes-llama-3.1-8b-instruct and of SAE Bench."""
+    sae_lens = pytest.importorskip("sae_lens", reason="needs the package sae-lens")
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    folder = tmp_path / "resid_post_layer_4" / "trainer_1"
+    file = save(folder, stored(name), name)
+    config = json.loads((folder / "config.json").read_text())
+    config["trainer"] |= {"activation_dim": D_IN, "dict_size": D_SAE}
+    (folder / "config.json").write_text(json.dumps(config | {"buffer": {"ctx_len": 64}}))
+    monkeypatch.setattr(loaders, "hf_hub_download", lambda repo_id, filename, **_: str(tmp_path / filename))
+    cfg, state, _ = loaders.dictionary_learning_sae_huggingface_loader_1("repo", "resid_post_layer_4/trainer_1")
+    theirs = sae_lens.SAE.from_dict(loaders.handle_config_defaulting(cfg))
+    theirs.load_state_dict(state)
+    ours = FrozenSAE.load(file)
+    with torch.no_grad():
+        f = theirs.encode(h)
+        assert 0.02 < (f != 0).float().mean() < 0.9
+        close(ours.encode(h), f)
+        torch.testing.assert_close(ours.decode(f), theirs.decode(f), rtol=0, atol=decoded_rounding(f, ours.W_dec))
+    assert f"blocks.{ours.layer}.hook_resid_post" == theirs.cfg.metadata.hook_name
 
 
 @pytest.mark.parametrize("dict_class", ["AutoEncoderNew", None])
