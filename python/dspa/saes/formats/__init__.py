@@ -55,9 +55,8 @@ def read_sae(path: Path, dict_class: str | None = None, k: int | None = None) ->
     known = agreed(source.name, "k", source.k, k)
     if source.arch == "topk" and known is None:
         accepted = "the number of active latents per row"
-        raise refusal(
-            SAEError, f"{source.name}: `k`", "not in the file", accepted, "Pass it: FrozenSAE.load(path, k=...)."
-        )
+        advice = "Pass it: FrozenSAE.load(path, k=...). For the command line, save that and name its folder."
+        raise refusal(SAEError, f"{source.name}: `k`", "not in the file", accepted, advice)
     return replace(source, k=known)
 
 

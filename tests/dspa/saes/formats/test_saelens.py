@@ -100,6 +100,72 @@ def test_attention_heads(tmp_path: Path, cfg: dict[str, Any], reshape: str) -> N
         FrozenSAE.load(tmp_path)
 
 
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "1, as Neuronpedia's uploads": {
+        "model_name": "gpt2-small",
+        "hook_point": "blocks.10.hook_resid_pre",
+        "hook_point_layer": 10,
+        "hook_point_head_index": None,
+        "activation_fn": "relu",
+        "noise_scale": 0.0,
+        "normalize_sae_decoder": True,
+        "apply_b_dec_to_input": False,
+        "dtype": "torch.float32",
+    },
+    "2": {
+        "hook_point": "blocks.10.hook_resid_pre",
+        "hook_point_layer": 10,
+        "activation_fn_str": "relu",
+        "normalize_activations": False,
+        "dtype": "float32",
+    },
+    "3": {
+        "architecture": "standard",
+        "hook_name": "blocks.10.hook_resid_pre",
+        "hook_layer": 10,
+        "activation_fn_str": "topk",
+        "activation_fn_kwargs": {"k": 4},
+        "finetuning_scaling_factor": False,
+        "sae_lens_training_version": "3.0.0",
+        "normalize_activations": "layer_norm",
+        "dtype": "float32",
+    },
+    "5": {
+        "architecture": "topk",
+        "hook_name": "blocks.10.hook_resid_pre",
+        "hook_layer": 10,
+        "activation_fn": "topk",
+        "activation_fn_kwargs": {"k": 4},
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "sae_lens_version": "5.9.1",
+        "dtype": "float32",
+    },
+    "6": {
+        "architecture": "topk",
+        "k": 4,
+        "rescale_acts_by_decoder_norm": True,
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "dtype": "float32",
+        "metadata": {"sae_lens_version": "6.54.0", "hook_name": "blocks.10.hook_resid_pre", "hook_head_index": None},
+    },
+}
+
+
+@pytest.mark.parametrize("version", CONFIGURATIONS)
+def test_configurations_of_every_version(h: Tensor, tmp_path: Path, version: str) -> None:
+    sae_lens = pytest.importorskip("sae_lens", reason="needs the package sae-lens")
+    folder(tmp_path, **CONFIGURATIONS[version])
+    theirs, source = sae_lens.SAE.load_from_disk(tmp_path), read_sae(tmp_path)
+    with torch.no_grad():
+        close(latents(source, h), theirs.encode(h))
+        close_output(source, h, theirs(h))
+    assert (source.layer, source.hook_name) == (9, theirs.cfg.metadata.hook_name)
+
+
 def test_attention_heads_of_an_unknown_place(tmp_path: Path) -> None:
     folder(tmp_path, reshape_activations="hook_z", metadata={})
     with pytest.raises(SAEError, match=r"one of attention heads; accepted: one that reads and writes the residual"):
