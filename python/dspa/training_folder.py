@@ -24,7 +24,7 @@ T = TypeVar("T")
 RECORD, CHECKPOINT, OUT = "training.json", "checkpoint-", "The output folder"
 # Settings one of which every training records, and files of other makers do not.
 MARKS = {"data", "template_date"}
-ACCEPTED = "a new folder in one that exists, or a folder in which this training was stopped"
+ACCEPTED = "a new folder in one that exists, or a folder of this training, stopped or finished"
 
 # Metrics that were reported on the way, one entry per report.
 History: TypeAlias = list[dict[Text, AnyNumber]]
@@ -56,48 +56,47 @@ class TrainingFolder:
         """True where the training in this folder has ended."""
         return (self.path / RECORD).exists() and "history" in self.read()
 
-    def check(self, *, finished: bool = False) -> None:
-        """Raise `TrainingError` unless a training can begin or continue here.
+    @property
+    def _settled(self) -> bool:
+        """True for a finished training that left nothing to remove, as one does that is killed after its last file."""
+        return self.finished and not self.checkpoints() and not any(map(is_own, self.path.iterdir()))
 
-        Args:
-            finished: also accept the folder of a finished training.
-        """
+    def check(self) -> None:
+        """Raise `TrainingError` unless a training can begin or continue here, or has ended here."""
         path, advice = self.path, "Name another."
         if not path.parent.is_dir() or (path.exists() and not path.is_dir()):
             raise refusal(TrainingError, OUT, str(path), ACCEPTED)
         names = sorted(item.name for item in path.iterdir() if not is_own(item)) if path.exists() else []
         if names and RECORD not in names:
             raise refusal(TrainingError, OUT, f"{path}, which holds {names[:8]}", ACCEPTED, advice)
-        if self.finished and not finished:
-            raise refusal(TrainingError, OUT, f"{path}, which holds a finished training", ACCEPTED, advice)
+        if RECORD in names:
+            # Raises for a record of something else.
+            self.read()
 
     def check_free(self) -> None:
         """Raise `TrainingError` if a training here would write, and could not, or another process does."""
-        if not self.finished:
+        if not self._settled:
             try_folder(self.path, OUT, TrainingError)
 
     def held(self) -> AbstractContextManager[None]:
-        """Return a context in which no other process trains here. A finished training is not written any more.
+        """Return a context in which no other process trains here. Where all is done, nothing is written any more.
 
         Raises:
             TrainingError: as for `check_free`, when it is entered.
         """
-        return nullcontext() if self.finished else held(self.path, OUT, TrainingError)
+        return nullcontext() if self._settled else held(self.path, OUT, TrainingError)
 
-    def claim(
-        self, settings: dict[str, Any], *, finished: bool = False, earlier: Mapping[str, Any] = MappingProxyType({})
-    ) -> None:
-        """Begin a training here, or check that the one begun here has the same settings.
+    def claim(self, settings: dict[str, Any], *, earlier: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Begin a training here, or check that the one begun or finished here has the same settings.
 
         Args:
             settings: all that the training depends on.
-            finished: also accept the folder of a finished training.
             earlier: values of settings that a folder of an earlier version does not record.
 
         Raises:
             TrainingError: the folder holds something else, or a training of other settings.
         """
-        self.check(finished=finished)
+        self.check()
         # A training without a checkpoint has nothing to lose.
         if not self.finished and not self.checkpoints():
             self.path.mkdir(exist_ok=True)
@@ -113,6 +112,8 @@ class TrainingFolder:
                 f"The output folder {self.path} holds a training of other settings ({'; '.join(differences)}). "
                 "Continue with those, or name another folder."
             )
+        if self.finished:
+            self._remove_checkpoints()
 
     def first_date(self, today: str | None) -> str | None:
         """Return the date on which the training here was begun, or today's for a new one.
@@ -125,7 +126,7 @@ class TrainingFolder:
         """
         if today is None:
             return None
-        self.check(finished=True)
+        self.check()
         if not (self.path / RECORD).exists():
             self.path.mkdir(exist_ok=True)
             self.write({"settings": {"template_date": today}})
@@ -188,8 +189,12 @@ class TrainingFolder:
     def finish(self, results: dict[str, Any]) -> None:
         """Add the results, `history` among them, to `training.json`, and remove the checkpoints."""
         self.write(self.read() | results)
+        self._remove_checkpoints()
+
+    def _remove_checkpoints(self) -> None:
+        # Other processes of the same training may do it too.
         for folder in self.checkpoints():
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dspa.errors import TrainingError
+from dspa.outputs import held
 from dspa.training_folder import RECORD, TrainingFolder
 
 BEGUN = {"settings": {"data": "digest", "template_date": None}}
@@ -60,6 +61,11 @@ def test_one_training_at_a_time(tmp_path: Path) -> None:
                 attempt()
     assert json.loads((tmp_path / "sae" / RECORD).read_text()) == BEGUN
     folder.finish({"history": []})
+    # What a killed process left is removed under the lock.
+    (tmp_path / "sae" / "checkpoint-000000004").mkdir()
+    with held(folder.path, "x", ValueError), pytest.raises(TrainingError, match=r"which process .* is writing"):
+        folder.held().__enter__()
+    folder.claim(BEGUN["settings"])
     before = {path.name for path in (tmp_path / "sae").iterdir()}
     with folder.held(), folder.held():
         folder.check_free()

@@ -66,8 +66,9 @@ def train(
 
     require_package("trl", "Training an adapter")
     if rank() == 0:
-        TrainingFolder(out).check(finished=True)
+        TrainingFolder(out).check()
         TrainingFolder(out).check_free()
+    was_finished = TrainingFolder(out).finished
     data, held_out_triples = _triples(triples, split, first), _held_out(held_out)
     check_model(on)
     loaded = load_sae(sae, layer, device_named(on.device))
@@ -82,7 +83,7 @@ def train(
     )
     if rank() > 0:
         return
-    print_line(f"Written to {out}.")
+    print_line(f"This training was finished before, in {out}." if was_finished else f"Written to {out}.")
     if held_out_triples is None:
         console.print("Not measured: --held-out FILE compares the adapter with the base model.")
     else:

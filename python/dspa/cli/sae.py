@@ -137,6 +137,7 @@ def sae_train(
         folders = layer_folders(out, layer)
     for folder in folders:
         folder.check_free()
+    finished = [folder.finished for folder in folders]
     file = _check_texts(texts)
     model, tokenizer = load_model(on)
     with messages_of_options(NAMES):
@@ -148,8 +149,8 @@ def sae_train(
             layers=on.layers,
             model_name=on.model_name,
         )
-    for folder in folders:
-        _print_qualities(folder.path)
+    for folder, was_finished in zip(folders, finished, strict=True):
+        _print_qualities(folder.path, was_finished)
 
 
 @app.command("finetune")
@@ -172,6 +173,7 @@ def sae_finetune(
     folder = TrainingFolder(out)
     folder.check()
     folder.check_free()
+    finished = folder.finished
     file = _check_texts(texts)
     check_model(on)
     start = load_sae(sae, layer, "cpu")
@@ -180,7 +182,7 @@ def sae_finetune(
         finetune_sae(
             *(model, tokenizer, file, start, out), k=k, config=config, layers=on.layers, model_name=on.model_name
         )
-    _print_qualities(out)
+    _print_qualities(out, finished)
 
 
 def _check_texts(texts: Path) -> TextFile:
@@ -191,8 +193,8 @@ def _check_texts(texts: Path) -> TextFile:
     return TextFile(texts)
 
 
-def _print_qualities(out: Path) -> None:
-    """Print the quality of an SAE on held-out tokens before and after its training."""
+def _print_qualities(out: Path, was_finished: bool) -> None:
+    """Print the quality of an SAE on held-out tokens before and after its training, and where the SAE is."""
     from dspa.saes.records import read_figures
     from dspa.saes.training import read_qualities
 
@@ -204,4 +206,4 @@ def _print_qualities(out: Path) -> None:
             table.add_row(label, earlier, format(figures[name], form))
     console.print(table)
     _print_weaknesses(figures)
-    print_line(f"Written to {out}.")
+    print_line(f"This training was finished before, in {out}." if was_finished else f"Written to {out}.")

@@ -90,7 +90,7 @@ def train(
     """
     require_package("trl", "Training an adapter")
     config, inner, folder = config or TrainingConfig(), base_model(model), TrainingFolder(Path(out))
-    folder.check(finished=True)
+    folder.check()
     check_eval(inner)
     _check_padding(tokenizer)
     check_template_kwargs(tokenizer, chat_template_kwargs)
@@ -119,7 +119,7 @@ def train(
         weights = recorded_weights(inner)
         adapter.trained_on, adapter.trained_with = model_source(inner), weights.get("model_digest", "")
         with args.main_process_first(local=False):
-            folder.claim(settings | weights, finished=True, earlier=weights)
+            folder.claim(settings | weights, earlier=weights)
         if not folder.finished:
             history = _fit(inner, tokenizer, adapter, folder, config, args, data, held_data, progress)
             figures = None

@@ -19,7 +19,15 @@ from transformers import PreTrainedTokenizerBase
 from dspa.data.templates import at_date, date_of_today
 from dspa.data.texts import TextFile
 from dspa.errors import ModelError, TrainingError, refusal, require_package
-from dspa.models.layers import base_model, check_eval, context_length, decoder_layers, is_model_name, loaded_name
+from dspa.models.layers import (
+    base_model,
+    check_eval,
+    context_length,
+    decoder_layers,
+    device_of,
+    is_model_name,
+    loaded_name,
+)
 from dspa.models.sources import recorded_weights
 from dspa.saes.activations import Activations
 from dspa.saes.config import SAETrainingConfig
@@ -57,7 +65,8 @@ def train_sae(
         texts: a `TextFile`, or the path of one: plain text, records with `text`, or preference triples.
         layer: the decoder layer, from 0.
         out: the folder to write, a new one or one in which the same training was stopped. It gets the SAE and
-            `training.json`, with the settings, the quality on held-out tokens before and after, and the history.
+            `training.json`, with the settings, the quality on held-out tokens before and after, and the history. A
+            training that was finished there with the same settings is not repeated: its SAE is returned.
         d_sae: number of latents.
         k: active latents per token, on average over a batch.
         config: settings of the training.
@@ -202,12 +211,12 @@ def layer_folders(out: str | Path, indices: Sequence[int]) -> list[TrainingFolde
     """Return the folder of each layer in `out`, and `out` itself for one layer alone.
 
     Raises:
-        TrainingError: trainings can neither begin nor continue in these folders, or all of them are finished.
+        TrainingError: a folder with something else.
     """
     out = Path(out)
     folders = [TrainingFolder(out / f"layer_{index}" if len(indices) > 1 else out) for index in indices]
     if len(indices) == 1 or out.exists() or not out.parent.is_dir():
-        for folder in [folder for folder in folders if not folder.finished] or folders:
+        for folder in folders:
             folder.check()
     return folders
 
@@ -287,9 +296,9 @@ def _train(
                 "data": file.digest,
                 "template_date": date,
             }
-            sae.folder.claim(
-                {**settings, **weights, **asdict(resolved)}, finished=sae not in unfinished, earlier=EARLIER | weights
-            )
+            sae.folder.claim({**settings, **weights, **asdict(resolved)}, earlier=EARLIER | weights)
+        if not unfinished:
+            return _load(saes, inner, layers)
         activations = Activations(
             inner,
             at_date(tokenizer, date),
@@ -318,7 +327,13 @@ def _train(
             if sae in unfinished
         ]
         fit(jobs, activations, n_held_out, progress)
-        return [FrozenSAE.load(sae.folder.path, device=held_out[jobs[0].layer].device) for sae in saes]
+        return _load(saes, inner, layers)
+
+
+def _load(saes: Sequence[_SAE], model: nn.Module, layers: str | None) -> list[FrozenSAE]:
+    """Return the trained SAEs, each on the device of its layer."""
+    stack = decoder_layers(model, layers)
+    return [FrozenSAE.load(sae.folder.path, device=device_of(stack[sae.layer])) for sae in saes]
 
 
 def _metadata(

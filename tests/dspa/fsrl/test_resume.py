@@ -160,7 +160,10 @@ def test_damaged_checkpoints(model, tokenizer, tmp_path, monkeypatch, name, cont
 def test_what_is_finished_is_loaded(model, tokenizer, tmp_path):
     adapter, _ = run(model, tokenizer, tmp_path / "out")
     content = (tmp_path / "out" / "training.json").read_bytes()
+    # It was killed before it removed its checkpoint.
+    (tmp_path / "out" / "checkpoint-000000006").mkdir()
     again, _ = run(model, tokenizer, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
     assert same_weights(again, adapter) and (tmp_path / "out" / "training.json").read_bytes() == content
     with pytest.raises(TrainingError, match="max_steps: 6 there, 9 now"):
         run(model, tokenizer, tmp_path / "out", replace(TINY, max_steps=9))

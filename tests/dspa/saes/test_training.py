@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
 import pickle
 import shutil
 import sys
@@ -18,6 +20,7 @@ from tqdm import tqdm
 from dspa.cli import main
 from dspa.data.texts import TextFile
 from dspa.errors import ModelError, PreferenceError, TextError, TrainingError
+from dspa.outputs import held, workspace
 from dspa.saes.activations import Activations, Position
 from dspa.saes.batchtopk import begin_at_data, jumprelu, new_sae, started_sae
 from dspa.saes.config import SAETrainingConfig
@@ -340,8 +343,7 @@ def test_layers_in_one_pass(tmp_path, monkeypatch, model, tokenizer, texts):
             stop_after(patch, steps)
             run()
     finished = run()
-    with pytest.raises(TrainingError, match="holds a finished training"):
-        run()
+    assert [sae.fingerprint for sae in run()] == [sae.fingerprint for sae in finished]
     for layer, sae in zip((LAYER, 0), finished, strict=True):
         assert sae.layer == layer and sae.fingerprint == alone[layer].fingerprint
         records = [tmp_path / name / "training.json" for name in (f"{layer}", f"both/layer_{layer}")]
@@ -613,11 +615,37 @@ def test_a_checkpoint_with_nan(stopped):
         run()
 
 
+def be_killed(folder):
+    """End at once in a folder that this process holds, and writes to."""
+    contexts = [held(folder, "x", ValueError), workspace(folder)]
+    for context in contexts:
+        context.__enter__()
+    os._exit(9)
+
+
+def test_a_finished_training_is_not_repeated(stopped, tmp_path, monkeypatch):
+    """Also after a kill between its last file and the removal of its checkpoints, a workspace and its lock."""
+    folder, run = stopped
+    shutil.copytree(next(folder.glob("checkpoint-*")), tmp_path / "left" / "checkpoint-000000004")
+    sae = run()
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    shutil.copytree(tmp_path / "left", folder, dirs_exist_ok=True)
+    with monkeypatch.context() as patch:
+        process = multiprocessing.get_context("fork").Process(target=be_killed, args=(folder,))
+        process.start(), process.join()
+        assert len(list(folder.iterdir())) == len(files) + 3
+        patch.setattr(Activations, "rows", lambda *_: pytest.fail("The model was read."))
+        again = run()
+    assert again.fingerprint == sae.fingerprint
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    with pytest.raises(TrainingError, match=r"training of other settings .*lr: 0\.003 there, 0\.001 now"):
+        run(config=replace(TINY, lr=1e-3))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+
+
 def test_folders(stopped, tmp_path):
     folder, run = stopped
     run()
-    with pytest.raises(TrainingError, match="holds a finished training"):
-        run()
     (folder / "training.json").write_text("[]")
     with pytest.raises(TrainingError, match=r"training\.json is not what a training wrote"):
         run()
@@ -759,13 +787,15 @@ def test_commands(tmp_path, monkeypatch, capsys, model, tokenizer, texts):
     finetune = ["finetune", texts, *shared, "--sae", tmp_path / "sae"]
     code, text = dspa(*finetune, "--out", tmp_path / "tuned")
     assert code == 0 and "before" in text and FrozenSAE.load(tmp_path / "tuned").layer == LAYER
+    again = dspa(*train, "--out", tmp_path / "sae", "--special-tokens")
+    assert again[0] == 0 and "This training was finished before, in" in again[1]
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
     for arguments, message in (
-        ((*train, "--out", tmp_path / "tuned"), "holds a finished training"),
+        ((*train, "--out", tmp_path / "tuned"), "holds a training of other settings"),
         ((*train, "--out", tmp_path / "no" / "sae"), "The output folder is"),
         ((*finetune, "--out", texts), "The output folder is"),
         (("train", tmp_path / "bad.jsonl", *train[2:], "--out", tmp_path / "new"), "bad.jsonl line 2 is not JSON"),
-        ((*several, "--d-sae", 64), "holds a finished training"),
+        ((*several, "--d-sae", 64), "holds a training of other settings (d_sae: 32 there, 64 now)"),
         ((*several[:-1], tmp_path / "new", *["--d-sae", 64] * 3), "--d-sae is 3 values; accepted: one, or one per"),
         (
             (*train, "--layer", LAYER, "--out", tmp_path / "new"),
