@@ -18,6 +18,7 @@ from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
 
 from dspa.errors import listed, refusal
 from dspa.files import cache_folder, file_sha256, writing_cache
+from dspa.models.places import ModelPlace, reading_model
 from dspa.outputs import new_folder
 from dspa.schemas import read_json
 
@@ -114,22 +115,18 @@ def _dequantized(path: Path, dtype: str) -> tuple[Any, Any]:
     if "tokenizer.ggml.model" not in read_gguf_metadata(str(path))[0]:
         accepted, advice = "a GGUF file with a tokenizer", "Convert the model again, together with its tokenizer."
         raise refusal(ValueError, "`model`", f"{path}, a GGUF file without a tokenizer", accepted, advice)
-    place: dict[str, Any] = {
-        "pretrained_model_name_or_path": str(path.parent),
-        "gguf_file": path.name,
-        "trust_remote_code": False,
-    }
-    what = f"{path}, which transformers {version('transformers')} cannot convert"
-    accepted, advice = "a GGUF file of an architecture that it reads", "Use the folder that the file was made from."
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**place)
+    place = ModelPlace(str(path.parent), path.name)
+    options: dict[str, Any] = {**place.arguments, "trust_remote_code": False}
+    with reading_model(place):
+        tokenizer = AutoTokenizer.from_pretrained(place.name, **options)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **place, dtype=dtype, quantization_config=GgufConfig(dequantize=True), output_loading_info=True
+            place.name,
+            **options,
+            dtype=dtype,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
         )
-    # OSError too: transformers raises it for what it does not find in a file.
-    except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, OSError) as error:
-        raise refusal(ValueError, "`model`", f"{what} ({error})", accepted, advice) from error
-    # It would give these random weights.
-    if absent := sorted(loaded[1]["missing_keys"]):
-        raise refusal(ValueError, "`model`", f"{what} (it has no {listed(absent, 3)})", accepted, advice)
+        # It would give these random weights.
+        if absent := sorted(loaded[1]["missing_keys"]):
+            raise KeyError(f"it has no {listed(absent, 3)}")
     return loaded[0], tokenizer

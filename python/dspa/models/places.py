@@ -122,15 +122,18 @@ def _gguf(path: Path, option: str) -> ModelPlace:
 def reading_model(place: ModelPlace) -> Iterator[None]:
     """Turn what transformers raises for the files of a model into `ValueError`, except for `OSError`.
 
+    For a GGUF file, which is here, also an `OSError`: transformers raises it for what it does not find in the file.
+
     Raises:
         ValueError: files that are damaged, that unpack to far more than their size, that hold more than tensors, or
             that bring code which may not run.
     """
-    for file in Path(place.name).glob("*.bin"):
+    for file in [] if place.gguf_file else Path(place.name).glob("*.bin"):
         check_archive(file, ValueError)
+    passed: tuple[type[Exception], ...] = (ImportError, MemoryError, *([] if place.gguf_file else [OSError]))
     try:
         yield
-    except (OSError, ImportError, MemoryError):
+    except passed:
         raise
     except pickle.UnpicklingError:
         got, advice = f"{place.path}, whose weights are pickled with other objects", "Convert them to safetensors."
@@ -145,6 +148,8 @@ def reading_model(place: ModelPlace) -> Iterator[None]:
             got = f"{place.path}, which transformers {version('transformers')} cannot load "
             got += f"({type(error).__name__}: {error})"
             accepted, advice = "undamaged files of a causal language model", "Download or save it again."
+            if place.gguf_file:
+                accepted, advice = "a GGUF file of an architecture that it reads", "Or use what it was made from."
         raise refusal(ValueError, "`model`", got, accepted, advice) from error
 
 

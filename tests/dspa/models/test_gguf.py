@@ -217,9 +217,9 @@ def test_the_place_of_the_cache(given, expected, monkeypatch):
         ("empty", "cannot be read"),
         ("header", "cannot be read"),
         ("cut", r"which has \d+ of at least \d+ bytes; .*Download it again"),
-        ("architecture", r"transformers \S+ cannot convert \(.*clip.*\); accepted: .* an architecture that it reads"),
+        ("architecture", r"transformers \S+ cannot load \(.*clip.*\); accepted: .* an architecture that it reads"),
         ("tokenizer", "a GGUF file without a tokenizer; accepted: a GGUF file with a tokenizer"),
-        ("tensors", r"cannot convert \(it has no model.layers.0.mlp.gate_proj.weight, .* and 1 more\)"),
+        ("tensors", r"cannot load \(.*it has no model.layers.0.mlp.gate_proj.weight, .* and 1 more"),
     ],
 )
 def test_files_that_are_refused(fault, message, tmp_path, cache):
