@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dspa.maps.reports import Column, Row
     from dspa.saes.meanings import Context
 
+N_TOKENS = 100_000
 Plot = Annotated[Path | None, typer.Option(help="Write a plot here, as PNG.")]
 
 
@@ -49,9 +50,10 @@ def map_show(
             f"document per line; {FILES} with `text`; or preference triples."
         ),
     ] = None,
-    n_tokens: Annotated[int, typer.Option("--tokens", help="Tokens of --texts to read, from its start.", min=1)] = (
-        100_000
-    ),
+    n_tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", help=f"Tokens of --texts to read, from its start; by default {N_TOKENS:,}.", min=1),
+    ] = None,
     plot: Plot = None,
 ) -> None:
     """Show what a map was made from, how sure its rows are, and which latents it moves most.
@@ -68,6 +70,8 @@ def map_show(
     check_writable("--plot", plot, read | {"--sae-in": pair.sae_in, "--sae-out": pair.sae_out})
     if not 0 < delta < 1:
         raise refusal(ValueError, "--delta", delta, "a number between 0 and 1")
+    if n_tokens is not None and texts is None:
+        raise refusal(ValueError, "--tokens", f"{n_tokens} without --texts", "both, or neither")
     cdmap = ConditionalDifferenceMap.load(path)
     described = _descriptions(labels, cdmap.meta, explainer)
     augmented, ablated = top_columns(cdmap, top)
@@ -78,7 +82,7 @@ def map_show(
     }
     contexts = {}
     if texts is not None or on != RecordedModelOptions() or pair != RecordedSAEPairOptions():
-        contexts = _read_meanings(cdmap, listed, on, pair, texts, n_tokens)
+        contexts = _read_meanings(cdmap, listed, on, pair, texts, n_tokens or N_TOKENS)
     print_figures(f"{path}", [*origin(cdmap.meta), *places(cdmap)])
     print_figures("What it holds", summary(cdmap, delta))
     promoted = cdmap.promoted.get("sae_out", {})

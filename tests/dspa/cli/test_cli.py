@@ -199,6 +199,8 @@ def test_map_show_with_labels(run, built, tmp_path, monkeypatch):
     code, text = run("map", "show", built, "--top", 1, "--labels", tmp_path / "labels.json")
     assert code == 0 and "that is moved" in text
     assert run("map", "show", built, "--explainer", "x")[0] == 2
+    code, text = run("map", "show", built, "--tokens", 9)
+    assert code == 2 and "--tokens is 9 without --texts; accepted: both, or neither" in text
 
 
 def largest(cdmap: ConditionalDifferenceMap) -> tuple[int, int]:
