@@ -6,18 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from dspa.cli import main
 from dspa.evaluate.compare import run as running
-from dspa.evaluate.responses import responses_of
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.models.sources import model_source
-from dspa.saes.frozen import FrozenSAE
-from dspa.testing import ENGLISH, make_map, make_model
+from dspa.testing import ENGLISH, make_model
 
-from ..support.adapters import TRIPLES, acting_adapter
-from ..support.files import save_model_and_saes
+from ..support.adapters import TRIPLES
+from ..support.files import save_map_and_adapter
 
 PROMPTS = [" ".join(ENGLISH[n : n + 1 + n * 5 % 9]) for n in range(5)]
 
@@ -26,17 +24,7 @@ PROMPTS = [" ".join(ENGLISH[n : n + 1 + n * 5 % 9]) for n in range(5)]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A map and an adapter that know their model and SAEs, prompts and triples."""
     folder = tmp_path_factory.mktemp("user")
-    save_model_and_saes(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder / "tiny").eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tiny")
-    sae_in, sae_out = FrozenSAE.load(folder / "sae_in"), FrozenSAE.load(folder / "sae_out")
-    cdmap = make_map(sae_in, sae_out)
-    cdmap.sources = {"model": model_source(model), "sae_in": sae_in.source, "sae_out": sae_out.source}
-    cdmap.save(folder / "map")
-    adapter = acting_adapter(model, responses_of(model, tokenizer, TRIPLES), sae_out)
-    adapter.trained_on = model_source(model)
-    adapter.save(folder / "adapter")
-    (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
+    save_map_and_adapter(folder, PROMPTS)
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TRIPLES))
     return folder
 

@@ -9,18 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from dspa.cli import main
 from dspa.evaluate import generation
-from dspa.evaluate.responses import responses_of
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.models.sources import model_source
-from dspa.saes.frozen import FrozenSAE
-from dspa.testing import ENGLISH, make_map, make_model, word_tokenizer
+from dspa.testing import ENGLISH, make_model, word_tokenizer
 
-from ..support.adapters import TRIPLES, acting_adapter
-from ..support.files import save_model_and_saes
+from ..support.files import save_map_and_adapter
 
 PROMPTS = [" ".join(ENGLISH[n : n + 1 + n * 5 % 9]) for n in range(7)]
 SHORT = ["--max-new-tokens", 6, "--device", "cpu"]
@@ -30,21 +27,7 @@ SHORT = ["--max-new-tokens", 6, "--device", "cpu"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A map and an adapter that know their model and SAEs, and prompts."""
     folder = tmp_path_factory.mktemp("user")
-    save_model_and_saes(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder / "tiny").eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tiny")
-    sae_in, sae_out = FrozenSAE.load(folder / "sae_in"), FrozenSAE.load(folder / "sae_out")
-    source = model_source(model)
-    assert source is not None and sae_in.source is not None and sae_out.source is not None
-    cdmap = make_map(sae_in, sae_out)
-    cdmap.sources = {"model": source, "sae_in": sae_in.source, "sae_out": sae_out.source}
-    cdmap.save(folder / "map")
-    adapter = acting_adapter(model, responses_of(model, tokenizer, TRIPLES), sae_out)
-    # Far enough that other tokens are the likeliest.
-    adapter.W_a.mul_(20)
-    adapter.trained_on = source
-    adapter.save(folder / "adapter")
-    (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
+    save_map_and_adapter(folder, PROMPTS, strength=20)
     return folder
 
 
