@@ -6,7 +6,6 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,67 +16,32 @@ from dspa.config import SteeringConfig
 from dspa.errors import ModelError, refusal
 from dspa.maps.cdmap import N_LARGE, ConditionalDifferenceMap
 from dspa.maps.provenance import check_provenance
-from dspa.models.attachment import LOCK, Attachable, Attachment, Call
+from dspa.models.attachment import LOCK, Attachable, Attachment
 from dspa.models.layers import (
     NOT_FINITE,
     CausalLM,
     base_model,
-    check_eval,
-    check_finite,
     check_model_name,
     device_of,
     loaded_name,
 )
 from dspa.models.prompts import Prompts
-from dspa.models.reading import READING, read_layers
-from dspa.models.scopes import Scope
+from dspa.models.reading import READING
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_saes, required_layer
-from dspa.steering.counters import COUNTED, Counters
+from dspa.steering.calls import Recording, SteeredCall
+from dspa.steering.counters import Counters
 from dspa.steering.gates import first_steered, response_columns, token_gate, whole_sequences
+from dspa.steering.plans import check_device, plan_prompts
 from dspa.steering.trace import Trace
 from dspa_kernels import (
     BackendError,
     EncoderStream,
     MapWeights,
     SteeringPlan,
-    activation_counts,
     available_backends,
     steer,
 )
-
-
-@dataclass(eq=False)
-class SteeredCall(Call):
-    """A call that is steered. It travels with the plan, among the keywords that reach the layers.
-
-    Attributes:
-        counters: what the call counts, [6] int64.
-        before: what they held when it began.
-        enabled: False for a call within `disabled()`.
-        number: number of the pass that made the latest plan.
-        starts: column of each row's first response token [B], within `responses()`.
-        traces: where its edits are recorded.
-    """
-
-    counters: Tensor | None = None
-    before: tuple[int, ...] = ()
-    enabled: bool = True
-    number: int = 0
-    starts: Tensor | None = None
-    traces: tuple[Trace, ...] = ()
-
-    def counted(self, name: str) -> int:
-        """Return how often something was counted in the call. Waits for the device."""
-        index = COUNTED.index(name)
-        return 0 if self.counters is None else int(self.counters[index]) - self.before[index]
-
-
-@dataclass(eq=False)
-class Recording(Scope):
-    """A block in which the owner records its edits in `trace`."""
-
-    trace: Trace
 
 
 class Steering(Attachable, nn.Module):
@@ -336,31 +300,17 @@ class Steering(Attachable, nn.Module):
         return SteeredCall(self, counters=counters, before=tuple(counters.tolist()), traces=traces)
 
     def _plan_prompts(self, prompts: Prompts, call: SteeredCall) -> SteeringPlan:
-        """Return the plan of each prompt: count its active latents at `l_in`, look up their map rows (steps 1 to 3)."""
+        """Return the plan of each prompt, which becomes the latest."""
         assert self._attachment is not None
-        check_eval(self._attachment.model)
-        l_in = required_layer(self.sae_in)
-        h = read_layers(
+        plan = plan_prompts(
             self._attachment.model,
-            [l_in],
             self._layers,
-            **prompts.inputs,
-            attention_mask=prompts.mask.long(),
-            position_ids=prompts.positions,
-        )[l_in]
-        self._check_device("sae_in", self.sae_in, h)
-        n_prompts, length, _ = h.shape
-        mask = prompts.mask.to(h.device)
-        check_finite(h[mask], l_in, "Hidden states of the prompt")
-        row = torch.arange(n_prompts, device=h.device, dtype=torch.int32)[:, None].expand(-1, length)
-        counts = activation_counts(
-            h.flatten(0, 1),
-            self.sae_in.weights,
-            torch.where(mask, row, -1).flatten(),
-            n_prompts,
+            prompts,
+            sae_in=self.sae_in,
+            cdmap=self.cdmap,
+            config=self.config,
             backend=self._prompt_backend,
         )
-        plan = self.cdmap.select(counts, self.config, backend=self._prompt_backend)
         self._warn_if_empty(plan)
         with LOCK:
             self.plan, call.number = plan, self._n_plans
@@ -377,13 +327,6 @@ class Steering(Attachable, nn.Module):
             "its latents are 0 where this mode and scoring look. Later such calls do not warn.",
             stacklevel=2,
         )
-
-    def _check_device(self, name: str, sae: FrozenSAE, h: Tensor) -> None:
-        if h.device != sae.device:
-            raise ModelError(
-                f"Layer {sae.layer} computes on {h.device} and `{name}` is on {sae.device}. Move one of them, for "
-                f"example by steering.to({str(h.device)!r})."
-            )
 
     def _before_forward(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -423,7 +366,7 @@ class Steering(Attachable, nn.Module):
                 "serving loop, or because this architecture keeps them from its layers and cannot be steered. Call "
                 "the model itself, or call dspa.detach(model) first."
             )
-        self._check_device("sae_out", self.sae_out, h)
+        check_device("sae_out", self.sae_out, h)
         positions = kwargs["position_ids"].expand(*h.shape[:2]).to(h.device)
         slots, signs = (kwargs[self._keys[name]].to(h.device) for name in ("slots", "signs"))
         plan = SteeringPlan(slots=slots, signs=signs)

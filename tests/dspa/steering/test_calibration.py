@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import dspa
 from dspa.baselines.static_sae import static_map
 from dspa.models.layers import decoder_layers
-from dspa.steering.dspa import COUNTED
+from dspa.steering.counters import COUNTED
 from dspa.testing import D_IN, D_SAE_OUT, L_OUT, make_map, make_model, make_sae, with_tensors
 from dspa_kernels import PATHS
 
