@@ -44,6 +44,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
         folder, "MatryoshkaBatchTopKSAE", trainer_config("MatryoshkaBatchTopKSAE")
     ),
     "openai": lambda folder: saved(folder, openai.state(openai.TOPK)),
+    "openai_tied": lambda folder: saved(folder, openai.state(openai.RELU, tied=True)),
     "qwen_scope": qwen_scope.write,
     "sparsify": lambda folder: sparsify.write(folder, sparsify.weights()),
 }

@@ -10,7 +10,6 @@ from typing_extensions import Required, TypedDict
 
 from dspa.errors import SAEError
 from dspa.saes.formats.source import (
-    SAE_LENS_TENSORS,
     SourceSAE,
     check_names,
     check_stated,
@@ -25,6 +24,7 @@ GEMMA_SCOPE_2_WEIGHTS = "params.safetensors"
 GEMMA_SCOPE_2_CONFIG = "config.json"
 # Names of the maker: SAELens'.
 RENAMED = {"w_enc": "W_enc", "w_dec": "W_dec"}
+TENSORS = frozenset({*RENAMED, "b_enc", "b_dec", "threshold"})
 SKIP = "affine_skip_connection"
 
 
@@ -42,9 +42,9 @@ def read_gemma_scope_2(file: Path) -> SourceSAE:
     config = file.with_name(GEMMA_SCOPE_2_CONFIG)
     cfg = check(_Config, read_config(config), SAEError, str(config))
     stored = read_file(file, load_file)
-    tensors = {RENAMED.get(name, name): tensor for name, tensor in stored.items()}
     is_affine = cfg.get("affine_connection", False)
-    check_names(str(file), tensors, SAE_LENS_TENSORS["jumprelu"] | ({SKIP} if is_affine else set()))
+    check_names(str(file), stored, TENSORS | ({SKIP} if is_affine else set()))
+    tensors = {RENAMED.get(name, name): tensor for name, tensor in stored.items()}
     hook, out = cfg["hf_hook_point_in"], cfg.get("hf_hook_point_out")
     is_transcoder = is_affine or out not in (None, hook)
     d_in = None if is_transcoder else tensors["W_enc"].shape[0]

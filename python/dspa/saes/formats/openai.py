@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
+import torch
 from typing_extensions import TypedDict
 
-from dspa.errors import SAEError
+from dspa.errors import SAEError, refusal
 from dspa.saes.formats.source import SourceSAE, agreed, check_names, check_stated, check_tensors, transposed
 from dspa.schemas import OneOf, PositiveInt, check
 
@@ -17,7 +18,6 @@ OPENAI_TENSORS = frozenset({"pre_bias", "latent_bias"})
 ACTIVATION, ACTIVATION_STATE = "activation", "activation_state_dict"
 DECODER, TIED_DECODER = "decoder.weight", "decoder.linear.weight"
 STATISTICS = frozenset({"stats_last_nonzero", "latents_activation_frequency", "latents_mean_square"})
-
 
 Activation: TypeAlias = Annotated[str, OneOf(("ReLU", "TopK"))]
 
@@ -37,11 +37,13 @@ def read_openai(file: Path, state: Mapping[str, Any]) -> SourceSAE:
     check_names(str(file), tensors, OPENAI_TENSORS | {"encoder.weight", decoder}, STATISTICS)
     check_tensors(file, tensors)
     # Tied, the decoder is the transposed encoder, which the file holds twice.
-    W_dec = tensors["encoder.weight"] if decoder == TIED_DECODER else transposed(tensors[DECODER])
+    is_tied = decoder == TIED_DECODER
+    if is_tied and not torch.equal(tensors["encoder.weight"], tensors[TIED_DECODER]):
+        raise refusal(SAEError, f"{file}: `{TIED_DECODER}`", "not `encoder.weight`", "the same matrix twice")
     renamed = {
         "W_enc": transposed(tensors["encoder.weight"]),
         "b_enc": tensors["latent_bias"],
-        "W_dec": W_dec,
+        "W_dec": tensors[TIED_DECODER] if is_tied else transposed(tensors[DECODER]),
         "b_dec": tensors["pre_bias"],
     }
     d_in = tensors["pre_bias"].numel()

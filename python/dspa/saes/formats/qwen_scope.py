@@ -18,11 +18,9 @@ def read_qwen_scope(file: Path, state: Mapping[str, Any]) -> SourceSAE:
     check_tensors(file, state)
     # Stored as [d_sae, d_in] and [d_in, d_sae].
     tensors = dict(state) | {name: transposed(state[name]) for name in ("W_enc", "W_dec")}
-    check_stated(
-        str(file), tensors, d_in=state["b_dec"].numel(), d_sae=state["b_enc"].numel(), d_out=state["b_dec"].numel()
-    )
-    match = re.fullmatch(QWEN_SCOPE_WEIGHTS, file.name)
-    layer = int(match[1]) if match else None
+    d_in = state["b_dec"].numel()
+    check_stated(str(file), tensors, d_in=d_in, d_sae=state["b_enc"].numel(), d_out=d_in)
+    layer = int(re.sub(QWEN_SCOPE_WEIGHTS, r"\1", file.name))
     return SourceSAE(
         name=str(file), arch="topk", tensors=tensors, layer=layer, hook_name=f"model.layers.{layer}", owned=True
     )

@@ -11,7 +11,6 @@ from typing_extensions import Required, TypedDict
 
 from dspa.errors import SAEError, refusal
 from dspa.saes.formats.source import (
-    COMMON,
     SourceSAE,
     check_names,
     check_stated,
@@ -28,6 +27,7 @@ SPARSIFY_CONFIG = "cfg.json"
 # The configuration of the training, in the folder that holds one folder per hookpoint.
 RUN_CONFIG = "config.json"
 RENAMED = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
+TENSORS = frozenset({*RENAMED, "W_dec", "b_dec"})
 
 
 class _Config(TypedDict, total=False):
@@ -57,8 +57,8 @@ def read_sparsify(file: Path) -> SourceSAE:
     run = check(_Run, read_config(run_config) if run_config.is_file() else {}, SAEError, str(run_config))
     is_transcoder = cfg.get("transcode", run.get("transcode", cfg.get("skip_connection", False)))
     stored = read_file(file, load_file)
+    check_names(str(file), stored, TENSORS | ({"W_skip"} if cfg.get("skip_connection") else set()))
     tensors = {RENAMED.get(name, name): tensor for name, tensor in stored.items()}
-    check_names(str(file), tensors, COMMON | {"b_enc"} | ({"W_skip"} if cfg.get("skip_connection") else set()))
     tensors["W_enc"] = transposed(tensors["W_enc"])
     d_in = cfg["d_in"]
     d_sae = cfg.get("num_latents") or (d_in * cfg["expansion_factor"] if "expansion_factor" in cfg else None)

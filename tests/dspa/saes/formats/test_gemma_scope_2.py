@@ -132,8 +132,13 @@ def test_against_the_loader_of_sae_lens(
         (weights(), {"hf_hook_point_in": None}, "`hf_hook_point_in` is None; accepted: text"),
         (weights(), {"width": D_SAE + 1}, rf"`W_enc` is of shape \[{D_IN}, {D_SAE}\]; accepted: \[d_in, {D_SAE + 1}\]"),
         (weights(D_OUT), {}, rf"`W_dec` is of shape \[{D_SAE}, {D_OUT}\]; accepted: \[{D_SAE}, {D_IN}\]"),
-        (weights(), {"affine_connection": True}, "lacks affine_skip_connection; accepted: exactly W_dec"),
-        (weights(affine=True), {}, "has affine_skip_connection; accepted: exactly W_dec"),
+        (weights(), {"affine_connection": True}, "lacks affine_skip_connection; accepted: exactly affine_skip"),
+        (
+            weights() | {"W_enc": torch.ones(2)},
+            {},
+            "has W_enc; accepted: exactly b_dec, b_enc, threshold, w_dec, w_enc",
+        ),
+        (weights(affine=True), {}, "has affine_skip_connection; accepted: exactly b_dec"),
         (
             weights() | {"w_dec": torch.ones(D_SAE, 2, D_IN)},
             {},

@@ -115,6 +115,13 @@ def test_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
         FrozenSAE.load(tmp_path, layer=6)
 
 
+def test_a_tied_decoder_that_is_not_the_encoder(tmp_path: Path) -> None:
+    tied = state(TOPK, tied=True)
+    torch.save(tied | {"decoder.linear.weight": 2 * tied["encoder.weight"]}, tmp_path / "6.pt")
+    with pytest.raises(SAEError, match=r"`decoder.linear.weight` is not `encoder.weight`; accepted: the same matrix"):
+        FrozenSAE.load(tmp_path, layer=6)
+
+
 def test_k_of_a_relu_sae(tmp_path: Path) -> None:
     torch.save(state(RELU), tmp_path / "6.pt")
     with pytest.raises(SAEError, match=r"`k` is 5; accepted: None, since .*6.pt is a standard SAE. Leave `k` out"):

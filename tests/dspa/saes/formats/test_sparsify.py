@@ -130,7 +130,7 @@ def test_against_the_package(
         ({"d_in": None}, "`d_in` is missing"),
         ({"d_in": 3}, rf"`W_enc` is of shape \[{D_IN}, {D_SAE}\]; accepted: \[3, {D_SAE}\]"),
         ({"num_latents": 0}, rf"`W_enc` is of shape \[{D_IN}, {D_SAE}\]; accepted: \[{D_IN}, {32 * D_IN}\]"),
-        ({"skip_connection": True}, "lacks W_skip; accepted: exactly W_dec, W_enc, W_skip, b_dec, b_enc"),
+        ({"skip_connection": True}, "lacks W_skip; accepted: exactly W_dec, W_skip, b_dec, encoder.bias"),
     ],
 )
 def test_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -138,6 +138,7 @@ def test_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
         read_sae(write(tmp_path, weights(), **changes))
 
 
-def test_unknown_tensors(tmp_path: Path) -> None:
-    with pytest.raises(SAEError, match=r"sae.safetensors has extra; accepted: exactly W_dec, W_enc, b_dec, b_enc"):
-        read_sae(write(tmp_path, weights() | {"extra": torch.ones(1)}))
+@pytest.mark.parametrize("name", ["extra", "W_enc", "W_skip"])
+def test_unknown_tensors(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SAEError, match=rf"sae.safetensors has {name}; accepted: exactly W_dec, b_dec, encoder.bias"):
+        read_sae(write(tmp_path, weights() | {name: torch.ones(1)}))
