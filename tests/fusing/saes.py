@@ -34,7 +34,7 @@ def make_sae(arch: str, dtype: torch.dtype = torch.float32, *, hook_name: str | 
     config_class = getattr(sae_lens, f"{name}Config")
     if arch in TRANSCODERS:
         settings = {**settings, "apply_b_dec_to_input": False}
-    config = config_class(d_in=D_IN, d_sae=D_SAE, **settings, **cfg)
+    config = config_class(**{"d_in": D_IN, "d_sae": D_SAE, **settings, **cfg})
     config.metadata.hook_name = hook_name
     sae = getattr(sae_lens, name)(config)
     g = torch.Generator().manual_seed(0)
