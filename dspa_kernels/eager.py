@@ -19,6 +19,9 @@ WIDENED = 1 << 20
 # When decoding through sparse latents pays, by `python -m bench.offline.saes`: in rows this wide, in products of at
 # least so many multiplications, with at most one active latent among so many.
 SPARSE_WIDTH, SPARSE_WORK, SPARSE_SHARE = 256, 1 << 20, 32
+# The last two for several rows and narrow weights, which a CPU multiplies several times as fast.
+NARROW_WORK, NARROW_SHARE = 1 << 26, 128
+WIDE = (torch.float32, torch.float64)
 # When oneDNN pays: in products of so many multiplications, of so many rows or with a matrix of contiguous rows.
 ONEDNN_WORK, ONEDNN_ROWS = 1 << 20, 8
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -47,13 +50,16 @@ def decode(f: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     It goes through sparse latents where a few rows show that this is faster.
     """
     n_rows, d_sae = f.shape
-    if _sparse_pays(n_rows, W_dec):
-        sample = f[:: max(1, n_rows // 8)]
-        if SPARSE_SHARE * int(sample.count_nonzero()) <= sample.numel():
+    if sparse_pays(n_rows, W_dec):
+        sample = f[:: n_rows // 4 + 1]
+        share = NARROW_SHARE if _is_narrow(n_rows, W_dec) else SPARSE_SHARE
+        if share * int(sample.count_nonzero()) <= sample.numel():
             out = W_dec.new_empty(n_rows, W_dec.shape[1])
             for rows in row_blocks(n_rows, d_sae):
                 row, latents = f[rows].nonzero(as_tuple=True)
-                values = f[rows][row, latents].to(compute_dtype(f, W_dec))
+                values = f[rows][row, latents]
+                if f.dtype != W_dec.dtype:
+                    values = values.to(compute_dtype(f, W_dec))
                 out[rows] = decode_active(values, latents, _starts(row, len(out[rows])), W_dec, b_dec)
             return out
     return linear(f.to(W_dec.dtype), W_dec.T, b_dec)
@@ -74,7 +80,7 @@ def reconstruct(
     out = W_dec.new_empty(len(hn), W_dec.shape[1])
     for rows in row_blocks(len(hn), len(encoder_rows)):
         block = hn[rows]
-        if k and SPARSE_SHARE * k <= len(encoder_rows) and _sparse_pays(len(block), W_dec):
+        if k and SPARSE_SHARE * k <= len(encoder_rows) and sparse_pays(len(block), W_dec):
             values, latents, _ = top_latents(_pre_activations(block, encoder_rows, b_enc), k)
             starts = torch.arange(0, values.numel(), k)
             out[rows] = decode_active(values.relu().flatten(), latents.flatten(), starts, W_dec, b_dec)
@@ -117,6 +123,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, x, weight.T)
 
 
+def sparse_pays(n_rows: int, W_dec: Tensor) -> bool:
+    """Return True if products are so large that decoding through few active latents is faster."""
+    work = NARROW_WORK if _is_narrow(n_rows, W_dec) else SPARSE_WORK
+    return W_dec.shape[1] >= SPARSE_WIDTH and n_rows * W_dec.numel() >= work
+
+
+def _is_narrow(n_rows: int, W_dec: Tensor) -> bool:
+    return n_rows >= ONEDNN_ROWS and W_dec.dtype not in WIDE
+
+
 def _finite(hn: Tensor, encoder_rows: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return rows in the dtype to compute in, with zeros for those that are not finite, and where [N, 1] these are."""
     hn = hn.to(compute_dtype(hn, encoder_rows))
@@ -148,10 +164,6 @@ def _latents(
     if capacity is not None and not k:
         f[f.count_nonzero(dim=1) > capacity] = torch.nan
     return f
-
-
-def _sparse_pays(n_rows: int, W_dec: Tensor) -> bool:
-    return W_dec.shape[1] >= SPARSE_WIDTH and n_rows * W_dec.numel() >= SPARSE_WORK
 
 
 def _starts(row: Tensor, n_rows: int) -> Tensor:
