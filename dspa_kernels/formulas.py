@@ -6,12 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 # Pre-activations held at once, so that no [N, d_sae] is ever kept.
 MAX_ELEMENTS = 1 << 24
-# Least width of W_dec at which to find the active latents costs a CPU less than to multiply by all.
-LEAST_WIDTH = 256
 # Residuals are smaller than this, since the squares that a norm sums up would overflow in fp32.
 RESIDUAL_LIMIT = 2.0**56
 
@@ -82,23 +79,6 @@ def latents(hn: Tensor, encoder_rows: Tensor, b_enc: Tensor, threshold: Tensor, 
     """Return all latents f [..., d_sae] of normalised rows hn [..., d_in]: pre where active, else 0."""
     pre = pre_activations(hn, encoder_rows, b_enc)
     return torch.where(active_latents(pre, threshold, k), pre, 0)
-
-
-def decode_rows(f: Tensor, W_dec: Tensor) -> Tensor:
-    """Return `f W_dec` [..., d_in] of dense latents f [..., d_sae], on a CPU and without gradients.
-
-    If few latents are active in a sample of the rows, only their rows of W_dec are read. Use it from `LEAST_WIDTH` on.
-    """
-    rows = f.reshape(-1, len(W_dec))
-    sample = rows[:: len(rows) // 4 + 1]
-    # A CPU multiplies narrower numbers several times as fast, and finds active latents no faster.
-    per_active = 32 if f.dtype in (torch.float32, torch.float64) else 128
-    if per_active * int(sample.count_nonzero()) >= sample.numel():
-        return f @ W_dec
-    row, latent = rows.nonzero(as_tuple=True)
-    starts = torch.searchsorted(row, torch.arange(len(rows)))
-    out = embedding_bag(latent, W_dec, starts, mode="sum", per_sample_weights=rows[row, latent])
-    return out.view(*f.shape[:-1], W_dec.shape[1])
 
 
 def n_kept(counts: Tensor, fraction: float) -> Tensor:

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dspa_kernels import eager
 from dspa_kernels.backends import choose, is_auto, is_intercepted
 from dspa_kernels.checks import InputError, refuse
-from dspa_kernels.formulas import LEAST_WIDTH, compute_dtype, decode_rows
+from dspa_kernels.formulas import compute_dtype
 from dspa_kernels.ops.sparse_decode import sparse_decode
 from dspa_kernels.ops.sparse_encode import sparse_encode
 from dspa_kernels.weights import SAEWeights, check_k
@@ -114,9 +115,17 @@ class FusedCalls:
         if getattr(self.cfg, "rescale_acts_by_decoder_norm", False):
             f = f * (1 / W_dec.norm(dim=-1))
         # What costs least is asked first: in small SAEs, products take as long as a few questions.
-        is_wide = f.is_cpu and W_dec.shape[1] >= LEAST_WIDTH and f.dtype == W_dec.dtype
-        product = decode_rows(f, W_dec) if is_wide and not is_intercepted((f, W_dec)) else f @ W_dec
-        return _finished(self, _plus(product, self.b_dec))
+        n_rows = f.shape[:-1].numel()
+        if (
+            f.is_cpu
+            and eager.sparse_pays(n_rows, W_dec)
+            and f.dtype == W_dec.dtype
+            and not torch.is_autocast_enabled("cpu")
+            and not is_intercepted((f, W_dec))
+        ):
+            rows = eager.decode(f.reshape(n_rows, f.shape[-1]), W_dec, self.b_dec)
+            return _finished(self, rows.view(*f.shape[:-1], W_dec.shape[1]))
+        return _finished(self, _plus(f @ W_dec, self.b_dec))
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """Return the reconstruction of x."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import dspa_kernels
-from dspa_kernels import InputError, fuse, fusing, unfuse
+from dspa_kernels import InputError, eager, fuse, fusing, unfuse
 from dspa_kernels.testing import same_bits
 
 from ..kernels.test_ops_contract import recorded
@@ -107,6 +107,22 @@ def test_other_input_dtypes_and_many_active_latents() -> None:
         assert (theirs.encode(x) != 0).float().mean() > 0.4
         assert_close(ours(x), theirs(x))
         assert same_bits(ours.encode(x.bfloat16()), theirs.encode(x.bfloat16()))
+
+
+@pytest.mark.parametrize("n_rows", [4, 300])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_active_latents_are_decoded_alone(dtype: torch.dtype, n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, ours = make_sae("topk", dtype), fuse(make_sae("topk", dtype))
+    calls = []
+    decode_active = eager.decode_active
+    monkeypatch.setattr(eager, "decode_active", lambda *arguments: calls.append(1) or decode_active(*arguments))
+    f = torch.zeros(n_rows, D_SAE, dtype=dtype)
+    f[:, 5], f[:, 700] = 1.5, -0.5
+    assert_close(ours.decode(f), theirs.decode(f).detach())
+    assert not calls, "gradients need all latents"
+    with torch.no_grad():
+        assert_close(ours.decode(f), theirs.decode(f))
+    assert calls
 
 
 def test_rows_that_are_not_finite() -> None:

@@ -44,7 +44,9 @@ def make_saes() -> dict[str, Any]:
         is_z = name.endswith("hook_z")
         saes[name] = make_sae(arch, hook_name=name, reshape_activations="hook_z" if is_z else "none")
         # Inputs are shorter than those that these SAEs expect.
-        saes[name].W_enc.data *= 4 if name == "blocks.1.hook_mlp_out" else 40 if is_z else 60
+        scale = 4 if name == "blocks.1.hook_mlp_out" else 40 if is_z else 60
+        saes[name].W_enc.data *= scale
+        saes[name].W_dec.data /= scale
     return saes
 
 
