@@ -20,6 +20,7 @@ from dspa.saes.frozen import FrozenSAE
 from ..dspa.saes.formats import test_gemma_scope_2 as gemma_scope_2
 from ..dspa.saes.formats import test_goodfire as goodfire
 from ..dspa.saes.formats import test_llama_scope as llama_scope
+from ..dspa.saes.formats import test_llama_scope_r1 as llama_scope_r1
 from ..dspa.saes.formats import test_openai as openai
 from ..dspa.saes.formats import test_qwen_scope as qwen_scope
 from ..dspa.saes.formats import test_sparsify as sparsify
@@ -40,6 +41,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     ),
     "goodfire": lambda folder: saved(folder, goodfire.SparseAutoEncoder().state_dict()),
     "llama_scope": lambda folder: llama_scope.write(folder, llama_scope.weights()),
+    "llama_scope_r1": lambda folder: llama_scope_r1.write(folder, llama_scope_r1.weights()),
     "matryoshka": lambda folder: dictionary_folder(
         folder, "MatryoshkaBatchTopKSAE", trainer_config("MatryoshkaBatchTopKSAE")
     ),

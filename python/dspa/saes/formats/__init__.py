@@ -17,6 +17,7 @@ from dspa.saes.formats.gemma_scope import GEMMA_SCOPE_WEIGHTS, read_gemma_scope
 from dspa.saes.formats.gemma_scope_2 import GEMMA_SCOPE_2_WEIGHTS, read_gemma_scope_2
 from dspa.saes.formats.goodfire import GOODFIRE_TENSORS, read_goodfire
 from dspa.saes.formats.llama_scope import LLAMA_SCOPE_CONFIG, LLAMA_SCOPE_WEIGHTS, read_llama_scope
+from dspa.saes.formats.llama_scope_r1 import LLAMA_SCOPE_R1_CONFIG, read_llama_scope_r1
 from dspa.saes.formats.openai import OPENAI_TENSORS, read_openai
 from dspa.saes.formats.qwen_scope import QWEN_SCOPE_WEIGHTS, read_qwen_scope
 from dspa.saes.formats.saelens import SAE_LENS_CONFIG, SAE_LENS_WEIGHTS, read_sae_lens
@@ -61,6 +62,9 @@ def read_sae(path: Path, dict_class: str | None = None, k: int | None = None) ->
 
 
 def _read(file: Path, dict_class: str | None) -> SourceSAE:
+    is_r1 = not file.with_name(SAE_LENS_CONFIG).exists() and file.with_name(LLAMA_SCOPE_R1_CONFIG).exists()
+    if file.name == SAE_LENS_WEIGHTS and is_r1:
+        return read_llama_scope_r1(file)
     for name, reader in READERS.items():
         if file.name == Path(name).name:
             return reader(file)

@@ -64,11 +64,17 @@ def read_llama_scope(file: Path) -> SourceSAE:
     check_names(str(file), stored, frozenset(RENAMED))
     tensors = {name: transposed(stored[key]) if turn else stored[key] for key, (name, turn) in RENAMED.items()}
     check_stated(str(file), tensors, d_in=cfg["d_model"], d_sae=cfg.get("d_sae"), d_out=cfg["d_model"])
-    _take_norms(config, cfg, tensors)
+    if cfg["norm_activation"] == "dataset-wise":
+        norms = cfg.get("dataset_average_activation_norm")
+        if norms is None:
+            accepted = 'the norms {"in": ..., "out": ...} of a dataset-wise SAE'
+            raise refusal(SAEError, f"{config}: `dataset_average_activation_norm`", "missing", accepted)
+        take_norms(tensors, norms["in"], norms["out"])
     arch = {"relu": "standard"}.get(cfg["act_fn"], cfg["act_fn"])
     threshold = cfg.get("jump_relu_threshold", 0.0)
     if arch == "jumprelu" or (arch == "topk" and threshold > 0):
         arch = "jumprelu"
+        # The maker compares it with what comes out of the folded encoder.
         tensors["threshold"] = torch.full(tensors["b_enc"].shape, threshold)
     hook, out = cfg["hook_point_in"], cfg.get("hook_point_out")
     is_transcoder = out not in (None, hook)
@@ -87,24 +93,23 @@ def read_llama_scope(file: Path) -> SourceSAE:
     )
 
 
-def _take_norms(config: Path, cfg: _Config, tensors: dict[str, Tensor]) -> None:
+def take_norms(tensors: dict[str, Tensor], norm_in: float, norm_out: float) -> None:
     """Fold into biases and decoder that the SAE was trained on activations of norm sqrt(d_model) on average.
 
-    The maker compares the threshold with what comes out of the folded encoder, whose matrix stays the same.
+    Latents are in units of the activations then, and the matrix of the encoder stays the same.
+
+    Args:
+        tensors: SAELens' names, changed in place.
+        norm_in: average norm of what the SAE reads.
+        norm_out: average norm of what it reconstructs.
     """
-    if cfg["norm_activation"] != "dataset-wise":
-        return
-    norms = cfg.get("dataset_average_activation_norm")
-    if norms is None:
-        accepted = 'the norms {"in": ..., "out": ...} of a dataset-wise SAE'
-        raise refusal(SAEError, f"{config}: `dataset_average_activation_norm`", "missing", accepted)
-    root = cfg["d_model"] ** 0.5
-    tensors["b_enc"] = _scaled(tensors["b_enc"], norms["in"] / root)
-    tensors["b_dec"] = _scaled(tensors["b_dec"], norms["out"] / root)
-    if norms["in"] != norms["out"]:
-        tensors["W_dec"] = tensors["W_dec"] * (norms["out"] / norms["in"])
+    root = tensors["W_enc"].shape[0] ** 0.5
+    tensors["b_enc"] = scaled(tensors["b_enc"], norm_in / root)
+    tensors["b_dec"] = scaled(tensors["b_dec"], norm_out / root)
+    if norm_in != norm_out:
+        tensors["W_dec"] = tensors["W_dec"] * (norm_out / norm_in)
 
 
-def _scaled(bias: Tensor, factor: float) -> Tensor:
-    """Return a bias times a factor, in fp32 or wider."""
-    return (bias.double() * factor).to(torch.promote_types(bias.dtype, torch.float32))
+def scaled(vector: Tensor, factor: float) -> Tensor:
+    """Return a vector times a factor, in fp32 or wider."""
+    return (vector.double() * factor).to(torch.promote_types(vector.dtype, torch.float32))
