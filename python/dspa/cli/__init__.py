@@ -143,6 +143,7 @@ def main() -> None:
     With `--debug`, errors and bugs show their traceback.
     """
     debug = "--debug" in takewhile(lambda word: word.startswith("-"), sys.argv[1:])
+    _open_closed_streams()
     # Text that the terminal cannot show, such as half of a surrogate pair, is escaped.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -164,6 +165,13 @@ def main() -> None:
         warnings.formatwarning = formatted
         if emulated is not None:
             os.environ[EMULATED] = emulated
+
+
+def _open_closed_streams() -> None:
+    """Connect standard streams that are closed, as by `<&-`, to nothing, so that no file is opened in their place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
 def _expected(error: Exception) -> str | None:

@@ -17,8 +17,9 @@ from dspa.cli.options import (
 )
 from dspa.data.records import ENDINGS, ending_of
 from dspa.distributed import device_named
-from dspa.errors import MapError, refusal, require_package
+from dspa.errors import AdapterError, MapError, refusal, require_package
 from dspa.outputs import FILE, try_output
+from dspa.schemas import Text, check
 
 if TYPE_CHECKING:
     from dspa.fsrl.adapter import FSRLAdapter
@@ -36,17 +37,42 @@ def check_writable(option: str, path: Path | None, others: Mapping[str, str | Pa
         option: the option that gives the path.
         path: the path, if it was given.
         others: what was given for something else, by what gave it: files, folders, or names on the Hub. None of these
-            files may be overwritten, nor one in these folders, except a map.
+            files may be overwritten, nor one in these folders, except a map. What a map or an adapter records as its
+            model and SAEs counts as given.
     """
     if path is None:
         return
-    for name, other in (others or {}).items():
-        if other is not None and _is_same_file(path, Path(other)):
+    given = {name: str(other) for name, other in (others or {}).items() if other is not None}
+    recorded = {
+        f"the {part.replace('_', '-')} of {name}": place
+        for name, other in given.items()
+        for part, place in _recorded_places(Path(other)).items()
+    }
+    for name, other in (given | recorded).items():
+        if _is_same_file(path, Path(other)):
             raise refusal(ValueError, option, f"{path}, as {name} is", f"{FILE}, other than {name}")
-        if other is not None and _is_read_from(path, Path(other)):
+        if _is_read_from(path, Path(other)):
             got = f"{path}, a file in the folder that {name} is"
             raise refusal(ValueError, option, got, "a new file, one elsewhere, or a map", "Name another, or delete it.")
     try_output(path, option)
+
+
+def _recorded_places(path: Path) -> dict[str, str]:
+    """Return where a map or an adapter says that its model and SAEs are; nothing of anything else."""
+    if not (path.is_file() or path.is_dir()):
+        return {}
+    from dspa.files import read_header
+    from dspa.fsrl.adapter import read_record
+    from dspa.models.sources import Source
+
+    try:
+        if path.is_dir():
+            sources = read_record(path).sources
+        else:
+            sources = check(dict[Text, Source], read_header(path).get("sources", {}), MapError, str(path))
+    except (AdapterError, MapError, OSError):
+        return {}
+    return {name: source.path for name, source in sources.items()}
 
 
 def _is_same_file(path: Path, other: Path) -> bool:

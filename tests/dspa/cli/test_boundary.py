@@ -51,6 +51,22 @@ def fail(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr("dspa_kernels.available_backends", raised)
 
 
+@pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
+def test_a_closed_stream_is_an_empty_one(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    used: list[object] = []
+
+    def use() -> dict[str, object]:
+        used.append(sys.stdin.isatty() if name == "stdin" else getattr(sys, name).write("x"))
+        return {}
+
+    monkeypatch.setattr("dspa_kernels.available_backends", use)
+    monkeypatch.setattr(sys, name, None)
+    monkeypatch.setattr("sys.argv", ["dspa", "info"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code and used == [False if name == "stdin" else 1]
+
+
 @pytest.mark.parametrize(
     ("error", "text"),
     [

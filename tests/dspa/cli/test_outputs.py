@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ from dspa import MapError
 from dspa.cli import main
 from dspa.cli.loading import check_writable
 from dspa.files import write_tensors
+from dspa.fsrl.adapter import FSRLAdapter
 from dspa.maps.collection import Collection
+from dspa.models.sources import Source
 from dspa.outputs import held
+from dspa.testing import make_sae
 
 MODEL = ("--model", "model", "--sae-in", "sae", "--sae-out", "sae")
 FILES = ("map", "a", "labels.json", "rules.json", "only", "model/config.json", "sae/cfg.json", "counts/manifest.json")
@@ -77,6 +81,28 @@ def test_no_command_replaces_what_it_reads(capsys, monkeypatch, here, line, mess
     before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
     more = MODEL if line.startswith("map build") else ()
     code, err = run(capsys, monkeypatch, *line.split(), *more)
+    assert code == 2 and message in err, err
+    assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
+
+
+RECORDING = [
+    ("generate --map made --out model/config.json", "a file in the folder that the model of --map is"),
+    ("generate --map made --trace sae/cfg.json", "a file in the folder that the sae-in of --map is"),
+    ("compare a --map made --json model/config.json", "a file in the folder that the model of --map made is"),
+    ("map show made --plot sae/cfg.json", "a file in the folder that the sae-in of the map is"),
+    ("generate --adapter trained --out model/config.json", "a file in the folder that the model of --adapter is"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), RECORDING, ids=[line for line, _ in RECORDING])
+def test_what_a_map_or_an_adapter_names_is_not_replaced(capsys, monkeypatch, here, line, message):
+    sources = {name: Source(str(here / name.partition("_")[0]), "") for name in ("model", "sae_in", "sae_out")}
+    write_tensors(here / "made", {}, {"format": "dspa.map.3", "sources": {n: asdict(s) for n, s in sources.items()}})
+    adapter = FSRLAdapter(make_sae(1, 8))
+    adapter.trained_on = sources["model"]
+    adapter.save(here / "trained")
+    before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    code, err = run(capsys, monkeypatch, *line.split())
     assert code == 2 and message in err, err
     assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
 
