@@ -3,6 +3,7 @@
 from dspa_kernels.backends import BackendError, BackendStatus, available_backends
 from dspa_kernels.checks import InputError
 from dspa_kernels.cuda_library import CudaError
+from dspa_kernels.formulas import product
 from dspa_kernels.fusing import fuse, unfuse
 from dspa_kernels.ops.activation_counts import activation_counts
 from dspa_kernels.ops.fsrl_residual import FSRLOutput, fsrl_residual
@@ -32,6 +33,7 @@ __all__ = [
     "fuse",
     "lookup_and_steer",
     "map_lookup",
+    "product",
     "sparse_decode",
     "sparse_encode",
     "steer",

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from dspa_kernels import cuda_library
 from dspa_kernels.checks import refuse
 from dspa_kernels.cuda_library import EMULATED, OLDEST_CAPABILITY
+from dspa_kernels.formulas import without_autocast
 from dspa_kernels.launch import capability_of
 
 # In order of preference, with the module in the op's folder.
@@ -132,7 +134,7 @@ def choose(
     """
     argument = "backend" if requested != "auto" else "DSPA_BACKEND"
     requested = DEFAULT if requested == "auto" else requested
-    if requested != "auto" and requested not in MODULES:
+    if requested != "auto" and requested not in tuple(MODULES):
         raise refuse(argument, repr(requested), ", ".join(("auto", *MODULES)))
     if argument == "DSPA_BACKEND" and ((op, requested) not in IMPLEMENTED or (requested == "cuda" and unfit())):
         requested = "auto"
@@ -163,13 +165,6 @@ def _device_guard(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context without autocast, which would compute the products inside of an op in a narrower dtype."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
 def is_intercepted(values: Iterable[object]) -> bool:
     """Return True if PyTorch has to see a call with these arguments.
 
@@ -184,6 +179,14 @@ def is_intercepted(values: Iterable[object]) -> bool:
         ):
             return True
     return False
+
+
+def _check_not_forward(op: str, values: Iterable[object]) -> None:
+    """Raise `BackendError` for a tensor with a tangent (forward-mode AD), which PyTorch drops in a custom op."""
+    if forward_ad._current_level >= 0:
+        for value in values:
+            if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+                raise BackendError(f"{op} has no forward-mode derivative (jvp). Use backward, or detach its inputs.")
 
 
 def define_op(
@@ -215,7 +218,7 @@ def define_op(
         if fastest and backend == "auto":
             backend = fastest(**arguments)
         device = arguments[names[0]].device
-        with _device_guard(device), _without_autocast(device):
+        with _device_guard(device), without_autocast(device):
             return implementation(op, backend)(**arguments)
 
     def kernel(*values: Any) -> Any:
@@ -229,6 +232,7 @@ def define_op(
     registered.register_fake(infer)
 
     def call(*, backend: str, **arguments: Any) -> Any:
+        _check_not_forward(op, arguments.values())
         if is_intercepted(arguments.values()):
             return registered(**arguments, backend=backend)
         for name, convert in converters:

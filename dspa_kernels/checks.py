@@ -16,8 +16,11 @@ def refuse(argument: str, got: object, accepted: str, advice: str = "") -> Input
 
 
 def check_shape(argument: str, tensor: Tensor, shape: Sequence[int | str], advice: str = "") -> None:
-    """Raise `InputError` unless `tensor` has `shape`, in which a string names a free dimension."""
-    sizes = tensor.shape
+    """Raise `InputError` unless `tensor` is one and has `shape`, in which a string names a free dimension."""
+    try:
+        sizes = tensor.shape
+    except AttributeError:
+        raise refuse(argument, f"a {type(tensor).__name__}", "a tensor", advice) from None
     if sizes == shape or (len(sizes) == len(shape) and all(map(_is_accepted, sizes, shape))):
         return
     accepted = "[" + ", ".join(str(size) for size in shape) + "]"
@@ -54,5 +57,18 @@ def check_contiguous(argument: str, tensor: Tensor, advice: str) -> None:
 
 def check_at_least(argument: str, value: float, least: float) -> None:
     """Raise `InputError` unless `value` is a finite number >= `least`."""
-    if not least <= value < float("inf"):
-        raise refuse(argument, value, f"a finite number >= {least}")
+    try:
+        accepted = least <= value < float("inf")
+    except TypeError:
+        accepted = False
+    if not accepted:
+        raise refuse(argument, repr(value), f"a finite number >= {least}")
+
+
+def check_whole(argument: str, value: int, least: int, most: int | None = None, meaning: str = "") -> None:
+    """Raise `InputError` unless `value` is a whole number from `least` to `most`; `meaning` says what `most` is."""
+    # Symbolic numbers of a compiled graph are no int, and have an index.
+    is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
+    if not is_whole or value < least or (most is not None and value > most):
+        accepted = f"a whole number >= {least}" if most is None else f"a whole number from {least} to {most}{meaning}"
+        raise refuse(argument, repr(value), accepted)

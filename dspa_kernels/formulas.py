@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,22 @@ def compute_dtype(*operands: Tensor) -> torch.dtype:
     return functools.reduce(torch.promote_types, (operand.dtype for operand in operands), torch.float32)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context without autocast, which would compute products in a narrower dtype than that of their factors.
+
+    Latents are active or not by comparing such products with thresholds.
+    """
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return `a b`, also under autocast in their dtype."""
+    with without_autocast(a.device):
+        return a @ b
+
+
 def normalise(h: Tensor, normalize: str, dtype: torch.dtype) -> Normalised:
     """Normalise rows h [..., d_in] in `dtype`, as SAELens does.
 
@@ -48,7 +65,7 @@ def normalise(h: Tensor, normalize: str, dtype: torch.dtype) -> Normalised:
 
 def pre_activations(hn: Tensor, encoder_rows: Tensor, b_enc: Tensor) -> Tensor:
     """Return `pre = hn encoder_rows^T + b_enc`, [..., n_latents], in the dtype of hn."""
-    return hn @ encoder_rows.to(hn.dtype).T + b_enc.to(hn.dtype)
+    return product(hn, encoder_rows.to(hn.dtype).T) + b_enc.to(hn.dtype)
 
 
 def is_active(pre: Tensor, threshold: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dspa_kernels import eager
 from dspa_kernels.backends import is_intercepted, is_plain
 from dspa_kernels.checks import check_device, check_dtype, check_shape, refuse
-from dspa_kernels.formulas import compute_dtype, row_blocks
+from dspa_kernels.formulas import compute_dtype, product, row_blocks
 from dspa_kernels.ops.sparse_decode import sparse_decode
 from dspa_kernels.ops.sparse_encode import sparse_encode
 from dspa_kernels.weights import FLOATS, SAEWeights, SparseLatents, check_k
@@ -135,18 +135,22 @@ class FusedSAE(nn.Module):
         else:
             check_shape("latents", latents, (*latents.shape[:-1], self.weights.d_sae))
             out = self._decoded_dense(latents)
-        if like is not None:
-            self._removed = self._statistics(self._rows(like), like.shape)
-        return self._with_statistics(out)
+        removed, self._removed = self._removed, None
+        return self._with_statistics(out, removed if like is None else self._statistics(self._rows(like), like.shape))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstruction [..., d_in] of x [..., d_in]."""
         rows = self._rows(x)
-        if not self._is_eager(rows):
-            return self.decode(self.encode(x) if self.capacity is None else self.encode_sparse(x))
-        out = eager.reconstruct(*self._encoder(rows), self.W_dec, self.b_dec, self.capacity)
-        self._removed = self._statistics(rows, x.shape)
-        return self._with_statistics(_shaped(out, x.shape))
+        removed = self._statistics(rows, x.shape)
+        if self._is_eager(rows):
+            out = _shaped(eager.reconstruct(*self._encoder(rows), self.W_dec, self.b_dec, self.capacity), x.shape)
+        elif self.capacity is None:
+            out = self._decoded_dense(self.encode(x))
+        else:
+            out = self._decoded(self.encode_sparse(x))
+        self._removed = None
+        # The statistics of this call, which another thread cannot replace.
+        return self._with_statistics(out, removed)
 
     def extra_repr(self) -> str:
         """Return one line for `print`."""
@@ -174,7 +178,7 @@ class FusedSAE(nn.Module):
         rows = _flat(latents.to(W_dec.dtype))
         if self._is_eager(rows):
             return _shaped(eager.decode(rows, W_dec, b_dec), latents.shape)
-        return _shaped(rows @ W_dec + b_dec, latents.shape)
+        return _shaped(product(rows, W_dec) + b_dec, latents.shape)
 
     def _is_eager(self, rows: Tensor) -> bool:
         """Return True if a call runs on a CPU by default, and nothing has to see its operators."""
@@ -191,11 +195,10 @@ class FusedSAE(nn.Module):
         hn = rows if sae.normalize == "none" else sae.normalise(rows).rows
         return hn, sae.encoder_rows, sae.b_enc, sae.threshold, sae.k
 
-    def _with_statistics(self, out: Tensor) -> Tensor:
-        """Return the reconstruction of the rows that were encoded last, whose statistics are used up."""
+    def _with_statistics(self, out: Tensor, removed: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Return a reconstruction with the mean and scale that were removed from its rows."""
         if self.weights.normalize == "none":
             return out
-        removed, self._removed = self._removed, None
         if removed is None:
             raise refuse(
                 "like",

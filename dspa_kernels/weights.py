@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dspa_kernels.checks import check_at_least, check_contiguous, check_device, check_dtype, check_shape, refuse
+from dspa_kernels.checks import check_contiguous, check_device, check_dtype, check_shape, check_whole, refuse
 from dspa_kernels.formulas import Normalised, compute_dtype, latents, normalise
 from dspa_kernels.screen import quantise_rows
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FULL = (torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 SCREENS = ("none", "int5")
 NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
 
@@ -70,8 +71,9 @@ class SAEWeights:
     def __post_init__(self) -> None:
         check_shape("encoder_rows", self.encoder_rows, ("d_sae", "d_in"))
         check_rows(self.encoder_rows, self.b_enc, self.threshold, self.W_dec)
-        if not 0 <= self.k <= self.d_sae:
-            raise refuse("k", self.k, f"0 (no top-k) to d_sae = {self.d_sae}")
+        if not self.encoder_rows.numel():
+            raise refuse("encoder_rows", f"of shape {list(self.encoder_rows.shape)}", "[d_sae, d_in], both >= 1")
+        check_whole("k", self.k, 0, self.d_sae, ", d_sae, where 0 is no top-k")
         if self.normalize not in NORMALIZATIONS:
             raise refuse("normalize", repr(self.normalize), ", ".join(NORMALIZATIONS))
 
@@ -194,16 +196,21 @@ class EncoderStream:
         """
         if screen not in SCREENS:
             raise refuse("screen", repr(screen), ", ".join(SCREENS))
+        check_whole("n_large", n_large, 0)
         encoder_rows, b_enc, threshold, order = sae.encoder_rows, sae.b_enc, sae.threshold, None
+        if hot is not None:
+            check_shape("hot", hot, ("H",))
+            check_dtype("hot", hot, INTEGERS)
         n_large = min(n_large, 0 if hot is None else len(hot))
         if hot is not None and len(hot):
             order = _order_led_by(hot.to(encoder_rows.device), sae.d_sae)
             encoder_rows, b_enc, threshold = (tensor[order.long()] for tensor in (encoder_rows, b_enc, threshold))
         if mean is not None:
             check_shape("mean", mean, (sae.d_in,))
+            check_dtype("mean", mean, FLOATS)
         rows = latents = centre = None
         if screen == "int5":
-            centre = torch.zeros(sae.d_in) if mean is None else mean
+            centre = sae.encoder_rows.new_zeros(sae.d_in) if mean is None else mean
             centre = centre.to(sae.encoder_rows.device, torch.float32).contiguous()
             rows, latents = quantise_rows(encoder_rows, b_enc, centre)
         return cls(
@@ -291,6 +298,10 @@ class MapWeights:
         Raises:
             InputError: columns that are not increasing or do not exist, or another shape.
         """
+        check_shape("columns", columns, ("C",))
+        check_dtype("columns", columns, INTEGERS)
+        check_shape("values", values, ("d_sae_in", len(columns)))
+        check_dtype("values", values, FLOATS)
         i = columns.to(sae.encoder_rows.device, torch.int64)
         if i.numel() and (bool((i.diff() <= 0).any()) or int(i[0]) < 0 or int(i[-1]) >= sae.d_sae):
             raise refuse("columns", i.tolist(), f"strictly increasing latents below d_sae = {sae.d_sae}")
@@ -323,7 +334,7 @@ class SteeringPlan:
     """The latents that each prompt steers.
 
     Attributes:
-        slots: [B, S] int32, indices into `MapWeights.columns`, -1 for an empty slot.
+        slots: [B, S] int32, indices into `MapWeights.columns`, distinct in a row, -1 for an empty slot.
         signs: [B, S] int8, +1 to augment, -1 to ablate, 0 for an empty slot.
     """
 
@@ -400,6 +411,4 @@ def check_rows(encoder_rows: Tensor, b_enc: Tensor, threshold: Tensor, W_dec: Te
 
 def check_k(argument: str, k: int, width: int) -> None:
     """Raise `InputError` unless `k` is from 1 to `width`."""
-    check_at_least(argument, k, 1)
-    if k > width:
-        raise refuse(argument, k, f"1 to the width, {width}")
+    check_whole(argument, k, 1, width, ", the width")

@@ -122,7 +122,7 @@ VALID = make_arguments(n=11)
         ({"sae": make_case().sae.to("meta")}, ("`sae`", "meta", "cpu")),
         ({"rows": torch.zeros(11)}, ("`rows`", "torch.float32", "torch.int32")),
         ({"k_prompt": 99}, ("`k_prompt`", "99", "31")),
-        ({"k_diff": 0}, ("`k_diff`", "is 0", ">= 1")),
+        ({"k_diff": 0}, ("`k_diff`", "is 0", "from 1 to")),
         ({"mode": "none"}, ("`mode`", "'none'", "ablate, augment, both")),
         ({"alpha": -1.0}, ("`alpha`", "-1.0", "finite number >= 0")),
         ({"backend": "cpu"}, ("`backend`", "'cpu'", "reference")),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -171,7 +173,7 @@ WEIGHTS = random_sae("jumprelu", D_IN, D_SAE)
         ({"b_dec": torch.zeros(D_IN + 1)}, ("`b_dec`", "[25]", "[24]")),
         ({"b_dec": torch.zeros(D_IN, dtype=torch.int32)}, ("`b_dec`", "torch.int32", "torch.float32")),
         ({"b_dec": torch.zeros(D_IN, device="meta")}, ("`b_dec`", "meta", "cpu")),
-        ({"capacity": 0}, ("`capacity`", "is 0", ">= 1")),
+        ({"capacity": 0}, ("`capacity`", "is 0", "from 1 to 96")),
         ({"capacity": D_SAE + 1}, ("`capacity`", "97", "96")),
     ],
 )
@@ -207,3 +209,25 @@ def test_autocast_changes_nothing() -> None:
     expected = ours.encode(x), ours(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_close(ours.encode(x), expected[0], D_IN)
+
+
+@pytest.mark.parametrize("capacity", [None, D_SAE])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_call_has_the_statistics_of_its_own_rows(monkeypatch, capacity: int | None, backend: str) -> None:
+    sae = replace(WEIGHTS, normalize="layer_norm")
+    module = FusedSAE(sae, capacity=capacity, backend=backend)
+    x, other = rows(3), 5 * rows(3) + 7
+    expected, taken = module(x), FusedSAE._statistics
+
+    def statistics(self: FusedSAE, *arguments: Any) -> Any:
+        """Let another thread call the module after every use of the statistics."""
+        result = taken(self, *arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(FusedSAE, "_statistics", taken)
+            thread = threading.Thread(target=module.encode, args=(other,))
+            thread.start()
+            thread.join()
+        return result
+
+    monkeypatch.setattr(FusedSAE, "_statistics", statistics)
+    assert torch.equal(module(x), expected)

@@ -150,7 +150,7 @@ VALID = {"h": residual(N, torch.float32), "sae": random_sae("jumprelu", D_IN, D_
         ({"h": torch.zeros(N, D_IN, dtype=torch.bool)}, ("`h`", "torch.bool", "torch.float32")),
         ({"sae": random_sae("relu", D_IN, D_SAE).to("meta")}, ("`sae`", "meta", "cpu", "`h`")),
         ({"capacity": None}, ("`capacity`", "None", "1 to d_sae", "top-k")),
-        ({"capacity": 0}, ("`capacity`", "is 0", ">= 1")),
+        ({"capacity": 0}, ("`capacity`", "is 0", "from 1 to")),
         ({"capacity": 68}, ("`capacity`", "is 68", "67")),
         ({"backend": "numpy"}, ("`backend`", "'numpy'", "reference")),
     ],

@@ -182,8 +182,8 @@ ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ({"b_enc": SAE.b_enc.to("meta")}, ("`b_enc`", "meta", "cpu", "`encoder_rows`")),
         ({"threshold": SAE.threshold.to("meta")}, ("`threshold`", "meta", "cpu", "`encoder_rows`")),
         ({"W_dec": SAE.W_dec.to("meta")}, ("`W_dec`", "meta", "cpu", "`encoder_rows`")),
-        ({"k": -1}, ("`k`", "-1", "d_sae = 12")),
-        ({"k": 13}, ("`k`", "13", "d_sae = 12")),
+        ({"k": -1}, ("`k`", "-1", "from 0 to 12, d_sae")),
+        ({"k": 13}, ("`k`", "13", "from 0 to 12, d_sae")),
         ({"normalize": "layernorm"}, ("`normalize`", "'layernorm'", "none, layer_norm, constant_norm_rescale")),
     ],
 )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dspa_kernels.backends import choose, define_op
-from dspa_kernels.checks import check_at_least, check_device, check_dtype, check_shape
+from dspa_kernels.checks import check_device, check_dtype, check_shape, check_whole
 from dspa_kernels.formulas import compute_dtype
 from dspa_kernels.weights import ENCODER, FLOATS, SAEWeights
 
@@ -34,7 +34,7 @@ def activation_counts(
     check_shape("sequences", sequences, (h.shape[0],))
     check_dtype("sequences", sequences, (torch.int32,))
     check_device("sequences", sequences, h, "h")
-    check_at_least("n_sequences", n_sequences, 0)
+    check_whole("n_sequences", n_sequences, 0)
     counts: Tensor = _activation_counts(
         h=h,
         **sae.encoder(),

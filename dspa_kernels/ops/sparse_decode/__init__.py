@@ -15,7 +15,8 @@ def sparse_decode(
     """Decode sparse latents: `b_dec + sum_j f_j W_dec[j]`.
 
     Args:
-        latents: N rows of at most K active latents; an index of -1 marks an empty place.
+        latents: N rows of at most K active latents; an index of -1 marks an empty place. Kernels do not check indices,
+            and read other memory if one is d_sae or more.
         W_dec: [d_sae, d_in], one contiguous row per latent.
         b_dec: [d_in] or None.
         backend: "auto", "reference", "triton" or "cuda".
