@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
 from torch import Tensor
+
+from dspa.errors import refusal
 
 
 class Snapshot:
@@ -30,3 +35,41 @@ class Snapshot:
 def _state(tensor: Tensor) -> tuple[int, int]:
     # Tensors made in inference mode have no version.
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
+class Frozen(ABC):
+    """What is known by a name or a check of its tensors, and refused once they are others.
+
+    A subclass calls `_freeze()` when its tensors are made, and has `_tensors()`.
+    """
+
+    # What messages call it, and the class of their error.
+    _kind: ClassVar[str]
+    _error: ClassVar[type[Exception]]
+    _made: Snapshot
+
+    @abstractmethod
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name."""
+
+    def _freeze(self) -> None:
+        self._made = Snapshot(**self._tensors())
+
+    def check_unchanged(self) -> None:
+        """Raise if a tensor was changed in place or replaced, as far as `Snapshot` sees it."""
+        if changed := self._made.changed(**self._tensors()):
+            raise refusal(
+                self._error,
+                f"A tensor of the {self._kind}",
+                f"changed ({', '.join(changed)}) after the {self._kind} was made, so that it is another one",
+                f"what the {self._kind} was made with",
+                f"Make a new {type(self).__name__} of the tensors.",
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.check_unchanged()
+        return {name: value for name, value in vars(self).items() if name != "_made"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._freeze()

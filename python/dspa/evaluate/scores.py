@@ -162,7 +162,7 @@ def score_responses(
     inner = base_model(model)
     check_eval(inner)
     check_scoring(beta, gamma_beta_ratio)
-    values = torch.empty(len(responses))
+    values = torch.empty(len(responses), dtype=torch.float32)
     with tqdm(total=len(responses), unit="response", desc="score", leave=False, disable=not progress) as bar:
         for batch in batches(responses, batch_tokens):
             values[batch] = log_probabilities(inner, [responses[n] for n in batch])

@@ -25,7 +25,7 @@ from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_sae, required_layer
 from dspa.schemas import Count, Fraction, OneOf, PositiveInt, Text, check, read_json, schema
 from dspa.snapshot import Snapshot
-from dspa_kernels import fsrl_residual
+from dspa_kernels import fsrl_residual, product
 
 FORMAT = "dspa.fsrl.1"
 RECORD, TENSORS = "adapter.json", "adapter.safetensors"
@@ -132,10 +132,11 @@ class FSRLAdapter(Attachable, nn.Module):
         self._fraction = 1.0
         start = self.config.initial_threshold
         generator = torch.Generator().manual_seed(self.config.seed)
-        W_a = (2 * torch.rand(sae.d_sae, sae.d_in, generator=generator) - 1) * start
+        drawn = torch.rand(sae.d_sae, sae.d_in, generator=generator, dtype=torch.float32, device="cpu")
+        W_a = (2 * drawn - 1) * start
         self.W_a = nn.Parameter(W_a.to(sae.device))
-        self.b_a = nn.Parameter(torch.zeros(sae.d_sae, device=sae.device))
-        thresholds = torch.full((sae.d_sae,), start, device=sae.device)
+        self.b_a = nn.Parameter(torch.zeros(sae.d_sae, dtype=torch.float32, device=sae.device))
+        thresholds = torch.full_like(self.b_a.detach(), start)
         if self.config.activation == "soft_threshold":
             self.threshold = nn.Parameter(thresholds)
         elif self.config.activation == "jumprelu":
@@ -180,7 +181,7 @@ class FSRLAdapter(Attachable, nn.Module):
             got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
             raise refusal(AdapterError, "`mask`", got, f"a tensor of torch.bool [{self.sae.d_sae}], or None")
         self._check_idle("mask")
-        self._mask = None if mask is None else mask.to(self.b_a.device)
+        self._mask = None if mask is None else mask.to(self.b_a.device, copy=True)
 
     @property
     def fraction(self) -> float:
@@ -210,7 +211,7 @@ class FSRLAdapter(Attachable, nn.Module):
     def steering_vector(self, h: Tensor) -> Tensor:
         """Return v [..., d_sae] of residuals [..., d_in], dense and in fp32, before mask and fraction."""
         W_a, thresholds = self._weights(h.dtype, decoding=False).float(), self.thresholds
-        u = nn.functional.linear(h.float(), W_a, self.b_a)
+        u = product(h.float(), W_a.T) + self.b_a
         if thresholds is None:
             return u.relu()
         if self.config.activation == "jumprelu":
@@ -262,7 +263,7 @@ class FSRLAdapter(Attachable, nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FSRLAdapter:
-        probe = fn(torch.zeros((), device=self.sae.device))
+        probe = fn(torch.zeros((), dtype=torch.float32, device=self.sae.device))
         if probe.dtype != torch.float32:
             raise TypeError(
                 f"An FSRLAdapter cannot become {probe.dtype}: small training steps would be rounded away. It already "

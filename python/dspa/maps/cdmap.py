@@ -20,7 +20,8 @@ from dspa.models.sources import Source
 from dspa.outputs import output_file
 from dspa.saes.frozen import FrozenSAE
 from dspa.schemas import Accepts, Count, Day, Flag, OneOf, Percentile, PositiveInt, Text, check, check_at_most, schema
-from dspa_kernels import SteeringPlan, map_lookup
+from dspa.snapshot import Frozen
+from dspa_kernels import SteeringPlan, map_lookup, product
 
 FORMAT = "dspa.map.3"
 GATE_RULES = ("published", "active")
@@ -127,11 +128,13 @@ def prompt_latents(counts: Tensor, k_prompt: int) -> list[Tensor]:
     return [latents[count[latents] > 0] for latents, count in zip(largest, counts, strict=True)]
 
 
-class ConditionalDifferenceMap:
+class ConditionalDifferenceMap(Frozen):
     """`A` [d_sae_in, d_sae_out] as its non-empty columns, data for the optional scorings, and a calibration.
 
     The calibration comes from a sample of response tokens. It changes no result: with it, steering reads less of the
     encoder. Its three tensors are empty in maps without one, such as those of older versions.
+
+    A map whose tensors were changed is refused where it is used, and where a generation begins.
 
     Attributes:
         columns: latents of the output SAE, increasing, [C] int32.
@@ -151,6 +154,8 @@ class ConditionalDifferenceMap:
         promoted: the tokens that `latents()` promote most (`dspa.top_tokens`), for people. Empty in maps of earlier
             versions, and no part of the map's identity.
     """
+
+    _kind, _error = "map", MapError
 
     def __init__(
         self,
@@ -177,6 +182,10 @@ class ConditionalDifferenceMap:
         self.hot_counts = columns.new_empty(0, dtype=torch.int64) if hot_counts is None else hot_counts
         self.mean = columns.new_empty(0, dtype=torch.float32) if mean is None else mean
         self._check()
+        self._freeze()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in TENSORS}
 
     def _check(self) -> None:
         meta, n_columns = self.meta, len(self.columns)
@@ -193,6 +202,8 @@ class ConditionalDifferenceMap:
         }
         for name, (dtype, shape) in expected.items():
             tensor: Tensor = getattr(self, name)
+            if not isinstance(tensor, Tensor):
+                raise refusal(MapError, f"`{name}`", f"a {type(tensor).__name__}", f"a tensor of {dtype} {list(shape)}")
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
                 got, accepted = f"{tensor.dtype} {list(tensor.shape)}", f"{dtype} {list(shape)}"
                 raise refusal(MapError, f"The map is damaged: `{name}`", got, accepted)
@@ -263,6 +274,7 @@ class ConditionalDifferenceMap:
             sae_in: the SAE that gates.
             sae_out: the SAE whose latents are steered.
         """
+        self.check_unchanged()
         for name, sae, fingerprint, layer in (
             ("sae_in", sae_in, self.meta.sae_in, self.meta.layer_in),
             ("sae_out", sae_out, self.meta.sae_out, self.meta.layer_out),
@@ -298,8 +310,9 @@ class ConditionalDifferenceMap:
         Returns:
             [.., d_sae_out] fp32.
         """
-        score = torch.zeros(*gates.shape[:-1], self.meta.d_sae_out, device=self.values.device)
-        score[..., self.columns.long()] = gates.to(self.values) @ self.values
+        self.check_unchanged()
+        score = self.values.new_zeros(*gates.shape[:-1], self.meta.d_sae_out)
+        score[..., self.columns.long()] = product(gates.to(self.values), self.values)
         return score
 
     def select(self, counts: Tensor, config: SteeringConfig, *, backend: str = "auto") -> SteeringPlan:
@@ -313,8 +326,11 @@ class ConditionalDifferenceMap:
         Raises:
             ValueError: counts of another shape or dtype, or a k larger than the width of its SAE.
         """
+        self.check_unchanged()
         self.check_sizes(config)
         accepted = f"torch.int32 [B, {self.meta.d_sae_in}]"
+        if not isinstance(counts, Tensor):
+            raise refusal(ValueError, "`counts`", f"a {type(counts).__name__}", accepted)
         if counts.dtype != torch.int32 or counts.dim() != 2 or counts.shape[1] != self.meta.d_sae_in:
             raise refusal(ValueError, "`counts`", f"{counts.dtype} {list(counts.shape)}", accepted)
         counts = counts.to(self.values.device)
@@ -368,7 +384,7 @@ class ConditionalDifferenceMap:
 
     def dense(self) -> Tensor:
         """Return `A` [d_sae_in, d_sae_out] fp32, with its empty columns."""
-        full = torch.zeros(self.meta.d_sae_in, self.meta.d_sae_out, device=self.values.device)
+        full = self.values.new_zeros(self.meta.d_sae_in, self.meta.d_sae_out)
         full[:, self.columns.long()] = self.values
         return full
 
@@ -385,6 +401,7 @@ class ConditionalDifferenceMap:
             OSError: the file cannot be written.
         """
         output_file(Path(path), "The path of the map", MapError)
+        self.check_unchanged()
         tensors = {name: getattr(self, name).cpu() for name in TENSORS}
         header: dict[str, Any] = {"format": FORMAT, "meta": asdict(self.meta)}
         if self.sources:

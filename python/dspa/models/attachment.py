@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ ATTRIBUTE = "_dspa_attachment"
 PREPARE, ACCEPTED = "prepare_inputs_for_generation", "_dspa_accepted"
 # Held while threads change what they share. Not an attribute of an `Attachable`, since a lock cannot be copied.
 LOCK = threading.Lock()
+# A child of fork() has no other thread that could release it.
+os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 
 
 @dataclass(eq=False)
@@ -133,6 +136,12 @@ class Attachable(ABC):
         self._attachment, self._layers = attachment, layers
         self._forget_graphs()
         return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        """Refuse to be copied or pickled while attached: the copy would hold the model, and detach the original."""
+        if self._attachment is not None:
+            raise ModelError(f"An attached {type(self).__name__} cannot be copied or pickled: detach() it first.")
+        return super().__reduce_ex__(protocol)
 
     def detach(self) -> None:
         """Leave the model as it was. Does nothing when not attached."""
@@ -307,7 +316,7 @@ class Attachment:
         self._set([*self.attached, attachable])
         return lambda: self._set([other for other in self.attached if other is not attachable])
 
-    def __deepcopy__(self, _memo: object) -> Attachment:
+    def __reduce_ex__(self, _protocol: object) -> str:
         raise ModelError("A steered model cannot be copied: its generate() would be the original's. detach() first.")
 
     def _set(self, attached: list[Attachable]) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dspa.errors import ModelError, listed, refusal
 from dspa.models.attention import check_attention
-from dspa.schemas import read_json
+from dspa.schemas import Text, check, read_json
 
 # A PreTrainedModel that generates. Its methods come from a mixin that its type does not show.
 CausalLM: TypeAlias = Any
@@ -75,6 +75,8 @@ def decoder_layers(model: nn.Module, path: str | None = None) -> nn.ModuleList:
 def find_layers(model: nn.Module, path: str | None = None) -> nn.ModuleList:
     """Return the list of `decoder_layers` without a check of what its layers compute."""
     inner = base_model(model)
+    if path is not None:
+        check(Text, path, ModelError, "`layers`")
     for dotted in (path,) if path else LAYER_PATHS:
         layers: Any = inner
         for name in dotted.split("."):

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from dspa.errors import ModelError, refusal
 from dspa.models.layers import CausalLM, base_model, find_layers
+from dspa_kernels import product
 
 # Logits of this many directions and tokens are held at once.
 DIRECTIONS_PER_BLOCK = 1024
@@ -83,7 +84,7 @@ class LogitLens:
         d = (d * self.gamma).to(self.unembedding.dtype)
         values, ids = d.new_empty(len(d), 0), torch.empty(len(d), 0, dtype=torch.long, device=d.device)
         for start in range(0, vocabulary, TOKENS_PER_BLOCK):
-            logits = d @ self.unembedding[start : min(start + TOKENS_PER_BLOCK, vocabulary)].T
+            logits = product(d, self.unembedding[start : min(start + TOKENS_PER_BLOCK, vocabulary)].T)
             largest, places = logits.topk(min(n, logits.shape[1]), dim=1)
             values, ids = torch.cat((values, largest), dim=1), torch.cat((ids, places + start), dim=1)
             values, kept = values.topk(min(n, values.shape[1]), dim=1)

@@ -54,6 +54,8 @@ def generate_prompts(model: CausalLM, inputs: Tensor | None, args: tuple[Any, ..
     name, whole = "input_ids", tokens
     if kwargs.get("inputs_embeds") is not None:
         name, whole = "inputs_embeds", kwargs["inputs_embeds"]
+    if whole is not None and not isinstance(whole, Tensor):
+        raise refusal(ModelError, f"`{name}`", f"a {type(whole).__name__}", "a tensor, [B, T] or [B, T, d_in]")
     if whole is None or whole.dim() < 2 or 0 in whole.shape[:2]:
         shape = None if whole is None else list(whole.shape)
         raise ModelError(f"The prompt is empty ({name}: {shape}). Steering selects from a prompt: pass one.")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dspa.errors import SAEError, refusal
 from dspa.saes.metadata import CENTERED
-from dspa_kernels import SAEWeights
+from dspa_kernels import SAEWeights, product
 
 
 class Autoencoder:
@@ -54,7 +54,7 @@ class Autoencoder:
         """
         _check_width("f", f, self.d_sae)
         f = f.to(self._compute_dtype(f))
-        out = f @ self.W_dec.to(f.dtype) + self.b_dec.to(f.dtype)
+        out = product(f, self.W_dec.to(f.dtype)) + self.b_dec.to(f.dtype)
         if self.weights.normalize == "none" and not self.centered:
             return out
         if like is None:
@@ -121,5 +121,8 @@ class Autoencoder:
 
 
 def _check_width(name: str, x: Tensor, width: int) -> None:
+    if not isinstance(x, Tensor) or x.is_complex():
+        got = x.dtype if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise refusal(SAEError, f"`{name}`", got, "a tensor of real numbers")
     if x.shape[-1:] != (width,):
         raise refusal(SAEError, f"`{name}`", f"of shape {list(x.shape)}", f"shape [..., {width}]")

@@ -13,7 +13,7 @@ from torch import Tensor
 from dspa.errors import SAEError, refusal
 from dspa.saes.formats.source import SourceSAE
 from dspa.saes.metadata import CENTERED
-from dspa.schemas import Count, check, whole
+from dspa.schemas import Count, Flag, Text, check, whole
 from dspa_kernels import SAEWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -59,6 +59,7 @@ def unfolded(source: SourceSAE) -> tuple[SAEWeights, Tensor]:
 
     Tensors are copied, unless `source` owns them.
     """
+    _check_kinds(source)
     tensors = {name: tensor.detach() for name, tensor in source.tensors.items()}
     W_enc, b_enc, threshold = tensors["W_enc"], tensors["b_enc"], tensors.get("threshold")
     _check_arguments(source.arch, W_enc, threshold, source.k, source.layer)
@@ -155,6 +156,22 @@ def _at_inference(normalize: str) -> str:
     return "none"
 
 
+def _check_kinds(source: SourceSAE) -> None:
+    """Raise `SAEError` for a tensor that is none or holds no real floating numbers, and a setting of another type."""
+    accepted = ", ".join(map(str, DTYPES))
+    for name, tensor in source.tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise refusal(SAEError, f"`{name}`", f"a {type(tensor).__name__}", f"a tensor of {accepted}")
+        if tensor.dtype not in DTYPES or tensor.layout is not torch.strided:
+            got = f"of dtype {tensor.dtype} ({tensor.layout})"
+            raise refusal(SAEError, f"`{name}`", got, f"dense, {accepted}", f"Convert it: {name}.to({DTYPES[0]}).")
+    for name in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", CENTERED):
+        if getattr(source, name) is not None:
+            check(Flag, getattr(source, name), SAEError, f"`{name}`")
+    if source.model_name is not None:
+        check(Text, source.model_name, SAEError, "`model_name`")
+
+
 def _check_arguments(arch: str, W_enc: Tensor, threshold: Tensor | None, k: int | None, layer: int | None) -> None:
     """Raise `SAEError` unless the arguments of a `FrozenSAE` fit together."""
     if arch not in ARCHITECTURES:
@@ -173,9 +190,6 @@ def _check_arguments(arch: str, W_enc: Tensor, threshold: Tensor | None, k: int 
         check(whole(1, W_enc.shape[1], f"1 to d_sae = {W_enc.shape[1]}"), k, SAEError, "`k`")
     if layer is not None:
         check(Count, layer, SAEError, "`layer`")
-    if W_enc.dtype not in DTYPES:
-        accepted, advice = ", ".join(map(str, DTYPES)), f"Convert it: W_enc.to({DTYPES[0]})."
-        raise refusal(SAEError, "`W_enc`", f"of dtype {W_enc.dtype}", accepted, advice)
 
 
 def to_center(source: SourceSAE, stated: bool | None) -> bool:

@@ -34,10 +34,10 @@ from dspa.saes.formats import read_sae
 from dspa.saes.formats.saelens import RECORD, sae_lens_source, write_sae_lens
 from dspa.saes.formats.source import SourceSAE
 from dspa.saes.metadata import CENTERED, is_elsewhere, refused_hook, residual_hook, without_model_advice
-from dspa.snapshot import Snapshot
+from dspa.snapshot import Frozen
 
 
-class FrozenSAE(Autoencoder):
+class FrozenSAE(Frozen, Autoencoder):
     """A sparse autoencoder of the residual stream, at inference.
 
     `pre = n(h) W_enc + b_enc`, where `n` is `normalize_activations` as SAELens computes it. The value of an active
@@ -88,6 +88,8 @@ class FrozenSAE(Autoencoder):
             `arch`.
     """
 
+    _kind, _error = "SAE", SAEError
+
     def __init__(
         self,
         arch: str,
@@ -105,12 +107,13 @@ class FrozenSAE(Autoencoder):
         rescale_acts_by_decoder_norm: bool = False,
         center_writing_weights: bool = False,
     ) -> None:
-        tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "threshold": threshold}
+        tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec}
+        optional = {"b_dec": b_dec, "threshold": threshold}
         self._take(
             SourceSAE(
                 name="FrozenSAE",
                 arch=arch,
-                tensors={name: tensor for name, tensor in tensors.items() if tensor is not None},
+                tensors=tensors | {name: tensor for name, tensor in optional.items() if tensor is not None},
                 k=k,
                 layer=layer,
                 model_name=model_name,
@@ -138,7 +141,7 @@ class FrozenSAE(Autoencoder):
         self.weights = fold(weights, b_dec, **folds)
         self.b_dec = b_dec.to(weights.encoder_rows.dtype)
         self.loaded_from: str | None = None
-        self._made = Snapshot(**self._tensors())
+        self._freeze()
         self._fingerprint = ""
         self._source: Content | None = content(
             source.arch, weights, b_dec, source.apply_b_dec_to_input, source.rescale_acts_by_decoder_norm
@@ -362,31 +365,12 @@ class FrozenSAE(Autoencoder):
             W_dec=self.W_dec.to(device, dtype),
         )
         check_values(new.weights, new.b_dec)
-        new._made = Snapshot(**new._tensors())
+        new._freeze()
         return new
 
     def _tensors(self) -> dict[str, Tensor]:
         names = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")
         return {name: self.weights.encoder_rows if name == "W_enc" else getattr(self, name) for name in names}
-
-    def check_unchanged(self) -> None:
-        """Raise `SAEError` if a tensor was changed in place or replaced, as far as `Snapshot` sees it."""
-        if changed := self._made.changed(**self._tensors()):
-            raise refusal(
-                SAEError,
-                "A tensor of the SAE",
-                f"changed ({', '.join(changed)}) after the SAE was made, so that its fingerprint is of another one",
-                "what the SAE was made with",
-                "Make a new FrozenSAE of the tensors.",
-            )
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.check_unchanged()
-        return {name: value for name, value in vars(self).items() if name != "_made"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._made = Snapshot(**self._tensors())
 
     @property
     def fingerprint(self) -> str:

@@ -195,7 +195,7 @@ class _Strongest:
     def __init__(self, latents: Sequence[int], n: int, window: int, tokenizer: PreTrainedTokenizerBase) -> None:
         self.contexts: dict[int, list[Context]] = {latent: [] for latent in latents}
         self._latents, self._n, self._window, self._tokenizer = latents, n, window, tokenizer
-        self._least = torch.zeros(len(latents))
+        self._least = torch.zeros(len(latents), dtype=torch.float32)
 
     def add(self, document: _Document, values: Tensor) -> None:
         """Take the values [T, L] of the latents in a document into account."""

@@ -158,7 +158,7 @@ class Steering(Attachable, nn.Module):
         return self._counters.total()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Steering:
-        probe = fn(torch.zeros((), device=self.sae_out.device))
+        probe = fn(torch.zeros((), dtype=torch.float32, device=self.sae_out.device))
         if probe.dtype != torch.float32:
             raise TypeError(
                 f"Steering cannot become {probe.dtype}: the dtype of an SAE's weights decides which latents are "
@@ -276,10 +276,10 @@ class Steering(Attachable, nn.Module):
     def checked_call(self) -> Iterator[None]:
         """Raise `ModelError` at the end of a call that was not steered, or met residuals that are not finite.
 
-        Raise `SAEError` at its beginning if an SAE was changed.
+        Raise `SAEError` or `MapError` at its beginning if an SAE or the map was changed.
         """
-        for sae in (self.sae_in, self.sae_out):
-            sae.check_unchanged()
+        for part in (self.sae_in, self.sae_out, self.cdmap):
+            part.check_unchanged()
         with super().checked_call():
             call = self._innermost(SteeredCall)
             assert call is not None and call.counters is not None

@@ -56,11 +56,13 @@ def response_columns(starts: Sequence[int] | Tensor) -> Tensor:
     Raises:
         ModelError: anything but whole numbers.
     """
-    columns = torch.as_tensor(starts)
+    accepted = "whole numbers, the column of each first response token"
+    try:
+        columns = torch.as_tensor(starts)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise refusal(ModelError, "`starts`", repr(starts), accepted) from error
     if columns.is_floating_point() or columns.is_complex() or columns.dtype == torch.bool:
-        raise refusal(
-            ModelError, "`starts`", columns.tolist(), "whole numbers, the column of each first response token"
-        )
+        raise refusal(ModelError, "`starts`", columns.tolist(), accepted)
     return columns
 
 

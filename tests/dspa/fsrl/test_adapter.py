@@ -655,3 +655,10 @@ def test_what_is_kept_is_checked_when_it_is_set(sae_out, name, value, message) -
 def test_another_kind_of_argument_is_refused(sae_out, sae, config) -> None:
     with pytest.raises(AdapterError, match=r"`(sae|config)` is a (str|dict); accepted: a (FrozenSAE|FSRLConfig)"):
         FSRLAdapter(sae or sae_out, config)
+
+
+def test_the_callers_mask_is_copied(sae_out) -> None:
+    adapter, mask = FSRLAdapter(sae_out), torch.ones(sae_out.d_sae, dtype=torch.bool)
+    adapter.mask = mask
+    mask.zero_()
+    assert adapter.mask is not None and bool(adapter.mask.all())

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
+import os
+import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -11,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 import dspa
-from dspa.models.attachment import Attachable
+from dspa.fsrl import FSRLAdapter
+from dspa.models.attachment import LOCK, Attachable
 from dspa.models.layers import CausalLM, decoder_layers, device_of
-from dspa.testing import D_IN, L_OUT, make_model
+from dspa.testing import D_IN, L_IN, L_OUT, make_map, make_model, make_sae
 
 from ...rounding import assert_same_logits
 
@@ -215,3 +220,50 @@ def test_detach_without_the_steering(gemma, sae_in, sae_out, cdmap):
     dspa.detach(gemma)
     assert gemma.__dict__ == before
     gemma(PROMPT)
+
+
+def made(kind: str) -> Attachable:
+    sae_in, sae_out = make_sae(L_IN, 64), make_sae(L_OUT, 128)
+    return dspa.Steering(sae_in, sae_out, make_map(sae_in, sae_out)) if kind == "dspa" else FSRLAdapter(sae_out).eval()
+
+
+COPIES: dict[str, Any] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": pickle.dumps,
+    "save": lambda it: torch.save(it, io.BytesIO()),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("kind", ["dspa", "fsrl"])
+def test_what_is_attached_is_not_copied(how: str, kind: str) -> None:
+    model, attached = make_model("gemma2"), made(kind)
+    with attached.attach(model):
+        for whole in [attached] + [model] * (how != "copy"):
+            with pytest.raises(dspa.ModelError, match="cannot be copied"):
+                COPIES[how](whole)
+        assert "generate" in vars(model), "it is attached still"
+    COPIES[how](attached)
+
+
+def test_a_child_of_fork_does_not_wait_for_threads_of_its_parent() -> None:
+    model, attached = make_model("gemma2"), made("dspa")
+    taken, free = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with LOCK:
+            taken.set()
+            free.wait(1)
+
+    with attached.attach(model):
+        expected = model.generate(PROMPT, **SETTINGS).tolist()
+        thread = threading.Thread(target=hold)
+        thread.start()
+        taken.wait()
+        if not (child := os.fork()):
+            threading.Timer(20, os._exit, [3]).start()
+            os._exit(int(model.generate(PROMPT, **SETTINGS).tolist() != expected))
+        free.set()
+        thread.join()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

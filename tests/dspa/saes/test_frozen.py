@@ -261,3 +261,33 @@ def test_encode_decode_and_to_refuse(h: Tensor) -> None:
         sae.to(dtype=torch.int8)
     with pytest.raises(SAEError, match=r"`b_dec` is NaN or infinite in 12 of 12 places \(torch.float16\)"):
         FrozenSAE("standard", **(named(*STANDARD) | {"b_dec": torch.full((D_IN,), 1e6)})).to(dtype=torch.float16)
+
+
+W = torch.ones(D_IN, D_SAE)
+KINDS: list[tuple[str, Any]] = [
+    ("W_enc", None),
+    ("W_enc", W.tolist()),
+    ("W_enc", W.numpy()),
+    ("W_enc", W.to_sparse()),
+    ("b_enc", torch.ones(D_SAE, dtype=torch.complex64)),
+    ("b_enc", torch.ones(D_SAE, dtype=torch.bool)),
+    ("b_dec", torch.ones(D_IN, dtype=torch.int64)),
+    ("W_dec", W.T.to(torch.float8_e4m3fn)),
+    ("apply_b_dec_to_input", "false"),
+    ("rescale_acts_by_decoder_norm", 2),
+    ("center_writing_weights", "no"),
+    ("model_name", 3),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), KINDS, ids=[f"{name}-{type(value).__name__}" for name, value in KINDS])
+def test_an_argument_of_another_kind_is_refused(name: str, value: Any) -> None:
+    arguments = {"W_enc": W, "b_enc": torch.ones(D_SAE), "W_dec": W.T, "layer": 1} | {name: value}
+    with pytest.raises(SAEError, match=f"`{name}` is .*; accepted: "):
+        FrozenSAE("standard", **arguments)
+
+
+@pytest.mark.parametrize("h", [[0.0] * D_IN, torch.ones(D_IN, dtype=torch.complex64), None])
+def test_residuals_that_are_no_tensor_of_real_numbers(h: Any) -> None:
+    with pytest.raises(SAEError, match=r"`h` is .*; accepted: a tensor of real numbers"):
+        FrozenSAE("standard", W, torch.ones(D_SAE), W.T, layer=1).encode(h)

@@ -99,7 +99,9 @@ def test_a_mask_of_another_shape(gemma, steering):
         gemma(SEQUENCE, attention_mask=torch.ones(1, 6))
 
 
-@pytest.mark.parametrize("starts", [[3.7], [6.0], [float("nan")], [True], torch.tensor([5.5]), np.array([3.7])])
+@pytest.mark.parametrize(
+    "starts", [[3.7], [6.0], [float("nan")], [True], torch.tensor([5.5]), np.array([3.7]), ["6"], None, [10**30]]
+)
 def test_starts_that_are_no_whole_numbers(gemma, steering, starts):
     with (
         steering.attach(gemma),
@@ -149,11 +151,12 @@ def test_plans_that_are_all_empty_warn_once(gemma, sae_in, sae_out, cdmap):
         torch.ones(2, D_SAE_IN),
         torch.ones(D_SAE_IN, dtype=torch.int32),
         torch.ones(2, D_SAE_IN, dtype=torch.int64),
+        [[1] * D_SAE_IN],
     ],
-    ids=["narrow", "wide", "float", "one row", "int64"],
+    ids=["narrow", "wide", "float", "one row", "int64", "list"],
 )
 def test_counts(cdmap, scoring, counts):
-    with pytest.raises(ValueError, match=rf"`counts` is torch.*; accepted: torch\.int32 \[B, {D_SAE_IN}\]"):
+    with pytest.raises(ValueError, match=rf"`counts` is .*; accepted: torch\.int32 \[B, {D_SAE_IN}\]"):
         cdmap.select(counts, dspa.SteeringConfig(scoring=scoring))
 
 
@@ -186,3 +189,18 @@ def test_edits_that_overflow(dtype, alpha, record):
         assert steering.paths["not_finite"] > 0
         with pytest.raises(dspa.ModelError, match="Or lower alpha"), steering.responses([6]), torch.no_grad():
             model(SEQUENCE)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "inputs_embeds"])
+@pytest.mark.parametrize("prompt", [[[1, 5, 9]], np.array([[1, 5, 9]])], ids=["list", "numpy"])
+def test_prompts_that_are_no_tensors(gemma, steering, name, prompt):
+    with (
+        steering.attach(gemma),
+        pytest.raises(dspa.ModelError, match=f"`{name}` is a .*; accepted: a tensor"),
+    ):
+        gemma.generate(**{name: prompt}, **SETTINGS)
+
+
+def test_a_path_of_layers_that_is_no_text(gemma, steering):
+    with pytest.raises(dspa.ModelError, match="`layers` is 3; accepted: text"):
+        steering.attach(gemma, layers=3)
