@@ -28,27 +28,27 @@ def fuse(sae: T, *, capacity: int | None = None, backend: str = "auto") -> T:
         sae = dspa_kernels.fuse(SAE.from_pretrained(release, sae_id))
 
     It stays the same object, with its own `cfg`, parameters, `state_dict`, `to`, `fold_W_dec_norm`, hook points,
-    `use_error_term`, `run_with_cache` and place in a `HookedSAETransformer`. Inputs have the shapes and dtypes that it
-    takes, and results are SAELens' own up to rounding. Its parameters are read at every call, so that changes made
-    after fusing count.
+    `use_error_term`, `run_with_cache` and place in a `HookedSAETransformer`. Inputs and results have the shapes and
+    dtypes of SAELens. Parameters are read at every call, so changes made after fusing count.
 
-    - `encode` is one matrix product and passes in place. Its latents are those of SAELens to the bit where the products
-      are, as on a CPU; only a gated SAE's are rounded otherwise, for it takes one product and not two.
-    - `decode` reads the rows of the active latents alone, on a CPU and where few are active. Else it is one product.
-    - `sae(x)` holds no `[..., d_sae]` on a GPU if k or `capacity` bounds the active latents. It needs them dense if
-      `hook_sae_acts_post` has a hook, for `use_error_term`, and if the k latents are chosen by size or decoder norm.
+    - `encode` is one matrix product, changed in place to latents. The latents are the same as SAELens' to the bit if
+      products of the same matrices are, as on a CPU. A gated SAE's are the same up to rounding: it takes one product
+      in place of two.
+    - `decode` reads only the rows of active latents, on a CPU and if few are active. Otherwise it is one product.
+    - `sae(x)` holds no `[..., d_sae]` on a GPU if k or `capacity` bounds the number of active latents. They are dense
+      if `hook_sae_acts_post` has a hook, for `use_error_term`, for an AbsTopK SAE, and for a TopK SAE with
+      `rescale_acts_by_decoder_norm`.
 
-    A hook on `hook_sae_acts_pre` has SAELens encode while it is there. Gradients are those of SAELens. They need dense
-    latents and products, and the parameters that SAELens loads require them: call under `torch.no_grad()` where you
-    want none. What `torch.compile` traces is dense too. The first sparse call changes the memory layout of `W_enc`, and
-    neither its shape nor what `state_dict` returns.
+    A hook on `hook_sae_acts_pre` makes the calls that it sees encode as SAELens does. Gradients are those of SAELens.
+    They need dense latents, and the parameters that SAELens loads require gradients: to save memory, call under
+    `torch.no_grad()`. Calls traced by `torch.compile` are dense too. The first sparse call changes the strides of
+    `W_enc`, but not its shape or what `state_dict` returns.
 
     Args:
-        sae: an SAE or transcoder of sae-lens 6. A fused one takes the new options.
-        capacity: places per row for the active latents of a ReLU or JumpReLU in `sae(x)`, which become sparse by it.
-            A row with more active latents becomes NaN as a whole. None for no bound. A top-k SAE has k places.
-        backend: "auto", "reference", "triton" or "cuda", for sparse latents in `sae(x)`. If named, it is used on a CPU
-            as well.
+        sae: an SAE or transcoder of sae-lens 6. One that is already fused takes the new options.
+        capacity: places per row for active latents in `sae(x)`, for ReLU and JumpReLU. A row with more active latents
+            becomes NaN as a whole. By default their number is not bounded and latents are dense. A top-k SAE has k.
+        backend: "auto", "reference" or "triton", for sparse latents in `sae(x)`. A named backend runs on a CPU too.
 
     Returns:
         `sae` itself. `unfuse` undoes it.
@@ -116,14 +116,8 @@ class FusedCalls:
             f = f * (1 / W_dec.norm(dim=-1))
         # What costs least is asked first: in small SAEs, products take as long as a few questions.
         n_rows = f.shape[:-1].numel()
-        if (
-            f.is_cpu
-            and eager.sparse_pays(n_rows, W_dec)
-            and f.dtype == W_dec.dtype
-            and not torch.is_autocast_enabled("cpu")
-            and not is_intercepted((f, W_dec))
-        ):
-            rows = eager.decode(f.reshape(n_rows, f.shape[-1]), W_dec, self.b_dec)
+        if f.is_cpu and eager.sparse_pays(n_rows, W_dec) and f.dtype == W_dec.dtype and not _is_traced(f, W_dec):
+            rows = _Decode.apply(f.reshape(n_rows, f.shape[-1]), W_dec, self.b_dec)  # type: ignore[no-untyped-call]
             return _finished(self, rows.view(*f.shape[:-1], W_dec.shape[1]))
         return _finished(self, _plus(f @ W_dec, self.b_dec))
 
@@ -145,15 +139,30 @@ class FusedCalls:
         (d_in, d_sae), d_out, k = self.W_enc.shape, self.W_dec.shape[1], getattr(self.activation_fn, "k", None)
         shapes = f"d_in={d_in}, d_sae={d_sae}" + f", d_out={d_out}" * (d_out != d_in) + f", k={k}" * (k is not None)
         where = f"{str(self.W_dec.dtype).removeprefix('torch.')} on {self.W_dec.device}"
-        line = f"{shapes}, {where}, fused: backend={self.fused_backend} ({_backend(self)}), capacity={_places(self)}"
-        records = any(parameter.requires_grad for parameter in self._parameters.values())
-        return line + ", dense where gradients are recorded" * records
+        backend, places = _backend(self), _places(self)
+        line = f"{shapes}, {where}, fused: backend={self.fused_backend} ({backend}), capacity={places}"
+        records = places and backend != "dense" and any(weight.requires_grad for weight in self._parameters.values())
+        return line + (", dense where gradients are recorded" if records else "")
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         if not keep_vars:
             # safetensors saves contiguous tensors alone.
             destination[f"{prefix}W_enc"] = destination[f"{prefix}W_enc"].contiguous()
+
+
+class _Decode(torch.autograd.Function):
+    """`eager.decode` with the gradients of `f W_dec + b_dec`, which all latents have."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+        ctx.save_for_backward(f, W_dec)
+        return eager.decode(f, W_dec, b_dec)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (f, W_dec), (to_f, to_W_dec, to_b_dec) = grads, ctx.saved_tensors, ctx.needs_input_grad
+        return grad @ W_dec.T if to_f else None, f.T @ grad if to_W_dec else None, grad.sum(0) if to_b_dec else None
 
 
 # Passes in place over a fresh product. Autograd keeps masks of it, as these change no values that a gradient needs.
@@ -230,6 +239,12 @@ def _finished(sae: Any, out: Tensor) -> Tensor:
 def _is_idle(point: Any) -> bool:
     """Return True if a hook point has no hooks."""
     return not (point._forward_hooks or point._forward_pre_hooks or point._backward_hooks or point._backward_pre_hooks)
+
+
+def _is_traced(*tensors: Tensor) -> bool:
+    """Return True if a CPU's autocast, or what intercepts operators other than to record gradients, sees a call."""
+    with torch.no_grad():
+        return torch.is_autocast_enabled("cpu") or is_intercepted(tensors)
 
 
 def _is_sparse(sae: Any, x: Tensor) -> bool:
