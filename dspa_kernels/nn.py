@@ -162,7 +162,7 @@ class FusedSAE(nn.Module):
         check_dtype("x", x, FLOATS)
         check_shape("x", x, (*x.shape[:-1], encoder_rows.shape[1]))
         check_device("x", x, encoder_rows, "W_enc")
-        return _flat(x).to(encoder_rows.dtype)
+        return eager.cast(_flat(x), encoder_rows.dtype)
 
     def _sparse(self, rows: Tensor, capacity: int | None) -> SparseLatents:
         return sparse_encode(rows, self.weights, capacity=capacity, backend=self.backend)
@@ -175,7 +175,7 @@ class FusedSAE(nn.Module):
 
     def _decoded_dense(self, latents: Tensor) -> Tensor:
         W_dec, b_dec = self.weights.W_dec, self.b_dec
-        rows = _flat(latents.to(W_dec.dtype))
+        rows = eager.cast(_flat(latents), W_dec.dtype)
         if self._is_eager(rows):
             return _shaped(eager.decode(rows, W_dec, b_dec), latents.shape)
         return _shaped(product(rows, W_dec) + b_dec, latents.shape)
