@@ -43,17 +43,18 @@ def _move_tensors(weights: T, device: torch.device | str) -> T:
 
 @dataclass(frozen=True, eq=False)
 class SAEWeights:
-    """A residual-stream SAE as the kernels read it, with one contiguous row per latent.
+    """An SAE or transcoder as the kernels read it, with one contiguous row per latent.
 
     `pre = n(h) encoder_rows^T + b_enc`, where n normalises a row. Latent j is active if `pre_j > 0` and, with `k = 0`,
     `pre_j > threshold_j` (a ReLU SAE has `threshold = 0`), or with `k > 0` if it is among the k largest of its row. The
-    edit of a latent reaches the residual through `W_dec`, times the scale that n removed.
+    edit of a latent reaches the residual through `W_dec`, times the scale that n removed. A transcoder decodes to rows
+    of another place, maybe of another width. The ops that steer refuse another width.
 
     Attributes:
         encoder_rows: [d_sae, d_in], any floating dtype.
         b_enc: [d_sae], fp32, or fp64 if encoder_rows is fp64.
         threshold: [d_sae], in the dtype of b_enc.
-        W_dec: [d_sae, d_in], in the dtype of encoder_rows.
+        W_dec: [d_sae, d_out], in the dtype of encoder_rows.
         k: active latents per row of a top-k SAE, 0 for others.
         normalize: "none", "layer_norm" or "constant_norm_rescale".
 
@@ -70,7 +71,8 @@ class SAEWeights:
 
     def __post_init__(self) -> None:
         check_shape("encoder_rows", self.encoder_rows, ("d_sae", "d_in"))
-        check_rows(self.encoder_rows, self.b_enc, self.threshold, self.W_dec)
+        check_shape("W_dec", self.W_dec, ("d_sae", "d_out"))
+        check_rows(self.encoder_rows, self.b_enc, self.threshold, self.W_dec, self.W_dec.shape[1])
         if not self.encoder_rows.numel():
             raise refuse("encoder_rows", f"of shape {list(self.encoder_rows.shape)}", "[d_sae, d_in], both >= 1")
         check_whole("k", self.k, 0, self.d_sae, ", d_sae, where 0 is no top-k")
@@ -84,8 +86,13 @@ class SAEWeights:
 
     @property
     def d_in(self) -> int:
-        """Width of the residual stream."""
+        """Width of the rows that are encoded."""
         return self.encoder_rows.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Width of the rows that are decoded: `d_in`, but for a transcoder."""
+        return self.W_dec.shape[1]
 
     @property
     def d_sae(self) -> int:
@@ -282,7 +289,7 @@ class MapWeights:
         check_shape("values", self.values, ("d_sae_in", n_columns))
         check_dtype("values", self.values, (torch.float32,))
         check_shape("encoder_rows", self.encoder_rows, (n_columns, "d_in"))
-        check_rows(self.encoder_rows, self.b_enc, self.threshold, self.W_dec)
+        check_rows(self.encoder_rows, self.b_enc, self.threshold, self.W_dec, self.encoder_rows.shape[1])
         check_device("columns", self.columns, self.encoder_rows, "encoder_rows")
         check_device("values", self.values, self.encoder_rows, "encoder_rows")
 
@@ -392,13 +399,13 @@ class SparseLatents:
     counts: Tensor
 
 
-def check_rows(encoder_rows: Tensor, b_enc: Tensor, threshold: Tensor, W_dec: Tensor) -> None:
+def check_rows(encoder_rows: Tensor, b_enc: Tensor, threshold: Tensor, W_dec: Tensor, d_out: int) -> None:
     """Raise `InputError` unless the four tensors are contiguous rows of the same latents, on one device."""
-    n, d_in = encoder_rows.shape
+    n = len(encoder_rows)
     check_dtype("encoder_rows", encoder_rows, FLOATS)
     check_shape("b_enc", b_enc, (n,))
     check_shape("threshold", threshold, (n,))
-    check_shape("W_dec", W_dec, (n, d_in))
+    check_shape("W_dec", W_dec, (n, d_out))
     check_dtype("W_dec", W_dec, (encoder_rows.dtype,))
     for name, tensor in (("b_enc", b_enc), ("threshold", threshold)):
         check_dtype(name, tensor, FULL if encoder_rows.dtype == torch.float64 else FULL[:1])

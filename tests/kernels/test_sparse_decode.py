@@ -101,7 +101,7 @@ VALID = {"latents": LATENTS, "W_dec": torch.zeros(D_SAE, D_IN), "b_dec": torch.z
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"W_dec": torch.zeros(D_SAE)}, ("`W_dec`", "[67]", "[d_sae, d_in]")),
+        ({"W_dec": torch.zeros(D_SAE)}, ("`W_dec`", "[67]", "[d_sae, d_out]")),
         ({"W_dec": torch.zeros(D_SAE, D_IN, dtype=torch.int8)}, ("`W_dec`", "torch.int8", "torch.float32")),
         ({"latents": changed(indices=LATENTS.indices[0])}, ("`latents.indices`", "[7]", "[N, K]")),
         ({"latents": changed(indices=LATENTS.indices.long())}, ("`latents.indices`", "torch.int64", "torch.int32")),

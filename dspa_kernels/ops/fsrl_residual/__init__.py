@@ -118,6 +118,7 @@ def _check(
     check_shape("h", h, ("N", sae.d_in), "Flatten batch and sequence into one dimension.")
     check_dtype("h", h, FLOATS)
     check_device("sae", sae.encoder_rows, h, "h")
+    check_shape("sae.W_dec", sae.W_dec, ("d_sae", sae.d_in), "A transcoder does not change the rows that it reads.")
     if activation not in ACTIVATIONS:
         raise refuse("activation", repr(activation), ", ".join(ACTIVATIONS))
     if (threshold is None) != (activation == "relu"):

@@ -17,19 +17,19 @@ def sparse_decode(
     Args:
         latents: N rows of at most K active latents; an index of -1 marks an empty place. Kernels do not check indices,
             and read other memory if one is d_sae or more.
-        W_dec: [d_sae, d_in], one contiguous row per latent.
-        b_dec: [d_in] or None.
+        W_dec: [d_sae, d_out], one contiguous row per latent.
+        b_dec: [d_out] or None.
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
-        [N, d_in] in the dtype of W_dec, summed in at least fp32. Rows that exceeded their capacity when they were
+        [N, d_out] in the dtype of W_dec, summed in at least fp32. Rows that exceeded their capacity when they were
         encoded are NaN. The normalisation of an SAE is not undone. Not differentiable.
 
     Raises:
         InputError: an invalid shape, dtype or device.
         BackendError: the named backend cannot run.
     """
-    check_shape("W_dec", W_dec, ("d_sae", "d_in"))
+    check_shape("W_dec", W_dec, ("d_sae", "d_out"))
     check_dtype("W_dec", W_dec, FLOATS)
     check_shape("latents.indices", latents.indices, ("N", "K"))
     check_dtype("latents.indices", latents.indices, (torch.int32,))

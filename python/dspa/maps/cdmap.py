@@ -19,6 +19,7 @@ from dspa.files import read_header, read_tensors, warn_unsealed, write_tensors
 from dspa.models.sources import Source
 from dspa.outputs import output_file
 from dspa.saes.frozen import FrozenSAE
+from dspa.saes.placement import check_residual
 from dspa.schemas import Accepts, Count, Day, Flag, OneOf, Percentile, PositiveInt, Text, check, check_at_most, schema
 from dspa.snapshot import Frozen
 from dspa_kernels import SteeringPlan, map_lookup, product
@@ -270,6 +271,8 @@ class ConditionalDifferenceMap(Frozen):
     def check_saes(self, sae_in: FrozenSAE, sae_out: FrozenSAE) -> None:
         """Raise `MapError` unless these are the SAEs that the map was made with.
 
+        Raise `SAEError` for one that is not of the residual stream after a decoder layer.
+
         Args:
             sae_in: the SAE that gates.
             sae_out: the SAE whose latents are steered.
@@ -287,6 +290,7 @@ class ConditionalDifferenceMap(Frozen):
                     f"`{name}` has fingerprint {sae.fingerprint}, and the map was made with {fingerprint} (layer "
                     f"{layer}). {sae.fingerprint_advice(fingerprint) or advice}"
                 )
+            check_residual(sae)
             if sae.layer != layer:
                 raise MapError(f"`{name}` sits at layer {sae.layer}, and the map was made at layer {layer}.")
 

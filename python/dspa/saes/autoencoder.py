@@ -1,4 +1,4 @@
-"""An SAE at inference: it encodes residuals and decodes latents."""
+"""An SAE at inference: it encodes rows and decodes latents."""
 
 from __future__ import annotations
 
@@ -15,39 +15,44 @@ class Autoencoder:
 
     Attributes:
         weights: the tensors that the kernels read.
-        b_dec: [d_in], in the dtype of `W_enc`.
+        b_dec: [d_out], in the dtype of `W_enc`.
+        W_skip: [d_out, d_in] of a transcoder with a skip connection, in the dtype of `W_enc`; None for others.
+        transcoder: True if it computes the content of another place than it reads.
+        reshape_activations: "hook_z" for an SAE of attention heads, whose rows may be [n_heads, d_head], else "none".
         folded: names of the settings that were folded into the tensors.
     """
 
     weights: SAEWeights
     b_dec: Tensor
+    W_skip: Tensor | None
+    transcoder: bool
+    reshape_activations: str
     folded: tuple[str, ...]
 
     def encode(self, h: Tensor) -> Tensor:
-        """Return the latents f [..., d_sae] of residuals h [..., d_in], dense and differentiable in h.
+        """Return the latents f [..., d_sae] of rows h [..., d_in], dense and differentiable in h.
 
         They are computed and returned in fp32, or in fp64 if h or the weights are fp64. Among equal values at the edge
         of the top k, the smaller index is active.
         """
-        _check_width("h", h, self.d_in)
-        return self.weights.latents(h)
+        return self.weights.latents(self._flat("h", h))
 
     def normalise(self, h: Tensor) -> Tensor:
-        """Return n(h) [..., d_in], which the encoder reads, of residuals h [..., d_in], in the dtype of `encode`.
+        """Return n(h) [..., d_in], which the encoder reads, of rows h [..., d_in], in the dtype of `encode`.
 
         For a centred SAE, h less its mean, normalised.
         """
-        _check_width("h", h, self.d_in)
-        rows = self.weights.normalise(h).rows
+        rows = self.weights.normalise(self._flat("h", h)).rows
         return rows - rows.mean(dim=-1, keepdim=True) if self.centered else rows
 
     def decode(self, f: Tensor, like: Tensor | None = None) -> Tensor:
-        """Return the reconstruction [..., d_in] of latents, with `b_dec`, in the dtype of `encode`.
+        """Return the reconstruction [..., d_out] of latents, with `b_dec`, in the dtype of `encode`.
 
         Args:
             f: latents [..., d_sae].
-            like: residuals that f was encoded from [..., d_in]. An SAE that normalises or centres its input undoes
-                that with their mean and scale. Others ignore them.
+            like: rows that f was encoded from [..., d_in]. An SAE that normalises or centres its input undoes that with
+                their mean and scale, and a skip connection adds `like W_skip^T`. If they are [..., n_heads, d_head],
+                the reconstruction is as well. Others ignore them.
 
         Raises:
             SAEError: `like` is needed and not given.
@@ -55,21 +60,34 @@ class Autoencoder:
         _check_width("f", f, self.d_sae)
         f = f.to(self._compute_dtype(f))
         out = product(f, self.W_dec.to(f.dtype)) + self.b_dec.to(f.dtype)
-        if self.weights.normalize == "none" and not self.centered:
+        undoes = not self.transcoder and (self.weights.normalize != "none" or self.centered)
+        if like is None and not undoes and self.W_skip is None:
             return out
         if like is None:
             raise refusal(
                 SAEError,
                 "`like`",
                 "None",
-                "the residuals that `f` was encoded from, [..., d_in]",
-                f"This SAE normalises its input ({CENTERED if self.centered else self.weights.normalize}): "
+                "the rows that `f` was encoded from, [..., d_in]",
+                "This SAE adds W_skip times its input: decode(f, like=h)."
+                if not undoes
+                else f"This SAE normalises its input ({CENTERED if self.centered else self.weights.normalize}): "
                 "decode(f, like=h).",
             )
-        _check_width("like", like, self.d_in)
-        like = like.to(f.dtype)
-        _, mean, scale = self.weights.normalise(like)
-        return out * scale + (like.mean(dim=-1, keepdim=True) if self.centered else mean)
+        rows = self._flat("like", like).to(f.dtype)
+        if undoes:
+            _, mean, scale = self.weights.normalise(rows)
+            out = out * scale + (rows.mean(dim=-1, keepdim=True) if self.centered else mean)
+        if self.W_skip is not None:
+            out = out + rows @ self.W_skip.to(f.dtype).T
+        return out.unflatten(-1, like.shape[-2:]) if like.shape[-1] != self.d_in else out
+
+    def _flat(self, name: str, x: Tensor) -> Tensor:
+        """Return rows [..., d_in], which are [..., n_heads, d_head] where an SAE of attention heads takes them."""
+        if self.reshape_activations == "hook_z" and x.shape[-2:].numel() == self.d_in != x.shape[-1]:
+            return x.flatten(-2)
+        _check_width(name, x, self.d_in)
+        return x
 
     @property
     def centered(self) -> bool:
@@ -93,13 +111,18 @@ class Autoencoder:
 
     @property
     def W_dec(self) -> Tensor:
-        """Decoder [d_sae, d_in]."""
+        """Decoder [d_sae, d_out]."""
         return self.weights.W_dec
 
     @property
     def d_in(self) -> int:
-        """Width of the residual stream."""
+        """Width of the rows that are encoded."""
         return self.weights.d_in
+
+    @property
+    def d_out(self) -> int:
+        """Width of the rows that are decoded: `d_in`, but for a transcoder."""
+        return self.weights.d_out
 
     @property
     def d_sae(self) -> int:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from dspa.errors import SAEError, refusal
 from dspa.saes.formats.source import SourceSAE
-from dspa.saes.metadata import CENTERED
+from dspa.saes.metadata import CENTERED, WRITTEN, is_elsewhere
 from dspa.schemas import Count, Flag, Text, check, whole
 from dspa_kernels import SAEWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ARCHITECTURES = ("standard", "jumprelu", "topk")
+RESHAPES = ("none", "hook_z")
 # Folded into the weights when SAELens ends a training. If it was not, SAELens' encode leaves it out.
 FOLDED_IN_TRAINING = ("expected_average_only_in", "covariance_whitening")
 # Rows that are held in a wider dtype at once.
@@ -32,10 +33,30 @@ def full_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def content(arch: str, weights: SAEWeights, b_dec: Tensor, apply_b_dec: bool = False, rescale: bool = False) -> Content:
-    """Return the settings and tensors that the fingerprint of these weights covers."""
-    settings = (arch, weights.k, weights.normalize, apply_b_dec, rescale)
-    return settings, (weights.encoder_rows, weights.b_enc, weights.threshold, weights.W_dec, b_dec)
+def content(
+    arch: str,
+    weights: SAEWeights,
+    b_dec: Tensor,
+    apply_b_dec: bool = False,
+    rescale: bool = False,
+    *,
+    W_skip: Tensor | None = None,
+    kind: tuple[str, ...] = (),
+) -> Content:
+    """Return the settings and tensors that the fingerprint of these weights covers.
+
+    Args:
+        arch: as in `FrozenSAE`.
+        weights: the tensors.
+        b_dec: the bias of the decoder.
+        apply_b_dec: True if it still has to be subtracted from the input.
+        rescale: True if latents still have to be multiplied by the norms of their decoder rows.
+        W_skip: the skip connection of a transcoder.
+        kind: what else than an SAE of plain rows it is.
+    """
+    settings = (arch, weights.k, weights.normalize, apply_b_dec, rescale, *kind)
+    skip = () if W_skip is None else (W_skip,)
+    return settings, (weights.encoder_rows, weights.b_enc, weights.threshold, weights.W_dec, b_dec, *skip)
 
 
 def weights_digest(content: Content) -> str:
@@ -63,19 +84,29 @@ def unfolded(source: SourceSAE) -> tuple[SAEWeights, Tensor]:
     tensors = {name: tensor.detach() for name, tensor in source.tensors.items()}
     W_enc, b_enc, threshold = tensors["W_enc"], tensors["b_enc"], tensors.get("threshold")
     _check_arguments(source.arch, W_enc, threshold, source.k, source.layer)
+    if "W_skip" in tensors and not source.transcoder:
+        raise refusal(SAEError, "`W_skip`", "given", "None, but for a transcoder")
+    if source.reshape_activations not in RESHAPES:
+        raise refusal(SAEError, "`reshape_activations`", repr(source.reshape_activations), ", ".join(RESHAPES))
+    W_dec, rows = tensors["W_dec"], W_enc.T
+    if not source.transcoder and W_dec.shape != rows.shape:
+        raise refusal(SAEError, "`W_dec`", f"of shape {list(W_dec.shape)}", f"shape [d_sae, d_in], {list(rows.shape)}")
+    if source.transcoder and source.apply_b_dec_to_input:
+        advice = "Its b_dec belongs to the place that it writes."
+        raise refusal(SAEError, "`apply_b_dec_to_input` of a transcoder", "True", "False", advice)
     full = full_dtype(W_enc.dtype)
     threshold = torch.zeros_like(b_enc) if threshold is None else threshold
     weights = SAEWeights(
-        encoder_rows=_contiguous(W_enc.T, source.owned),
+        encoder_rows=_contiguous(rows, source.owned),
         b_enc=b_enc.to(full, copy=True),
         threshold=threshold.to(full, copy=True),
-        W_dec=_contiguous(tensors["W_dec"], source.owned),
+        W_dec=_contiguous(W_dec, source.owned),
         k=source.k or 0,
         normalize=_at_inference(source.normalize_activations),
     )
     b_dec = tensors.get("b_dec")
-    b_dec = W_enc.new_zeros(weights.d_in) if b_dec is None else b_dec.clone()
-    check_values(weights, b_dec)
+    b_dec = W_enc.new_zeros(weights.d_out) if b_dec is None else b_dec.clone()
+    check_values(weights, b_dec, tensors.get("W_skip"))
     return weights, b_dec
 
 
@@ -165,7 +196,7 @@ def _check_kinds(source: SourceSAE) -> None:
         if tensor.dtype not in DTYPES or tensor.layout is not torch.strided:
             got = f"of dtype {tensor.dtype} ({tensor.layout})"
             raise refusal(SAEError, f"`{name}`", got, f"dense, {accepted}", f"Convert it: {name}.to({DTYPES[0]}).")
-    for name in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", CENTERED):
+    for name in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "transcoder", CENTERED):
         if getattr(source, name) is not None:
             check(Flag, getattr(source, name), SAEError, f"`{name}`")
     if source.model_name is not None:
@@ -207,6 +238,9 @@ def to_center(source: SourceSAE, stated: bool | None) -> bool:
             accepted, advice = "True or None", "Load the SAE from where it came from."
             raise refusal(SAEError, f"`{CENTERED}`", "False, and it is folded into this copy", accepted, advice)
         return False
+    if stated is None and source.hook_name is not None and is_elsewhere(source.hook_name):
+        # Centring changes what is written to the residual stream, and nothing within a layer.
+        return bool(source.center_writing_weights and WRITTEN.search(source.hook_name))
     if stated is None and source.center_writing_weights is None:
         warnings.warn(
             f"{source.name} does not say whether its SAE was trained on residuals less their mean, as SAELens did by "
@@ -229,14 +263,18 @@ def check_centering(normalize: str) -> None:
         )
 
 
-def check_values(weights: SAEWeights, b_dec: Tensor) -> None:
-    """Raise `SAEError` unless all weights are finite."""
-    if b_dec.shape != (weights.d_in,):
-        raise refusal(SAEError, "`b_dec`", f"of shape {list(b_dec.shape)}", f"shape [{weights.d_in}]")
+def check_values(weights: SAEWeights, b_dec: Tensor, W_skip: Tensor | None = None) -> None:
+    """Raise `SAEError` unless all weights are finite, and `b_dec` and `W_skip` have their shapes."""
+    others = {"b_dec": (b_dec, [weights.d_out])}
+    others |= {} if W_skip is None else {"W_skip": (W_skip, [weights.d_out, weights.d_in])}
+    for name, (tensor, shape) in others.items():
+        if list(tensor.shape) != shape:
+            raise refusal(SAEError, f"`{name}`", f"of shape {list(tensor.shape)}", f"shape {shape}")
     # A threshold of +inf is a latent that never fires.
     threshold = weights.threshold.nan_to_num(nan=torch.nan, posinf=0.0, neginf=-torch.inf)
     tensors = {"W_enc": weights.encoder_rows, "b_enc": weights.b_enc, "W_dec": weights.W_dec}
-    for name, tensor in (tensors | {"b_dec": b_dec, "threshold": threshold}).items():
+    tensors |= {name: tensor for name, (tensor, _) in others.items()}
+    for name, tensor in (tensors | {"threshold": threshold}).items():
         if bad := tensor.numel() - int(tensor.isfinite().sum()):
             got = f"NaN or infinite in {bad} of {tensor.numel()} places ({tensor.dtype})"
             raise refusal(SAEError, f"`{name}`", got, "finite numbers, and +inf in `threshold`")

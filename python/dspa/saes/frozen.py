@@ -33,12 +33,12 @@ from dspa.saes.folding import (
 from dspa.saes.formats import read_sae
 from dspa.saes.formats.saelens import RECORD, sae_lens_source, write_sae_lens
 from dspa.saes.formats.source import SourceSAE
-from dspa.saes.metadata import CENTERED, is_elsewhere, refused_hook, residual_hook, without_model_advice
+from dspa.saes.metadata import CENTERED, check_place, residual_hook, without_model_advice
 from dspa.snapshot import Frozen
 
 
 class FrozenSAE(Frozen, Autoencoder):
-    """A sparse autoencoder of the residual stream, at inference.
+    """A sparse autoencoder or transcoder of any place in a model, at inference.
 
     `pre = n(h) W_enc + b_enc`, where `n` is `normalize_activations` as SAELens computes it. The value of an active
     latent is `pre`. A latent is active
@@ -56,28 +56,39 @@ class FrozenSAE(Frozen, Autoencoder):
     - `center_writing_weights`: the SAE was trained on residuals less their mean over d_in, and `h` stands for these.
       That is the residual of a model with LayerNorm that TransformerLens loaded with this setting.
 
+    One of the residual stream after a decoder layer can steer, be trained further, and be read by a map. Others encode
+    and decode: of MLP and attention outputs, of attention heads (`hook_z`), and transcoders, which compute the content
+    of another place.
+
     The tensors are copied, and use does not change them. An SAE whose tensors were changed is refused.
 
     Args:
         arch: "standard", "jumprelu" or "topk".
         W_enc: [d_in, d_sae], one of fp32, bf16, fp16, fp64.
         b_enc: [d_sae], kept in fp32, or in fp64 if `W_enc` is fp64.
-        W_dec: [d_sae, d_in], in the dtype of `W_enc`.
-        b_dec: [d_in], zeros if None.
+        W_dec: [d_sae, d_in], or [d_sae, d_out] of a transcoder, in the dtype of `W_enc`.
+        b_dec: [d_in] or [d_out], zeros if None.
         threshold: [d_sae], for jumprelu, kept like `b_enc`. +inf is a latent that never fires.
         k: active latents per row, 1 to d_sae, for topk.
-        layer: the decoder layer, from 0, whose output the SAE reads; None if unknown.
+        layer: the decoder layer, from 0, whose output the SAE reads; None if unknown, or if it reads another place.
         model_name: the model that it was trained on; None if unknown.
         apply_b_dec_to_input: subtract `b_dec` from the normalised input.
         normalize_activations: "none", "layer_norm" or "constant_norm_rescale". "expected_average_only_in" and
             "covariance_whitening" do nothing at inference, here as in SAELens, and warn.
         rescale_acts_by_decoder_norm: multiply latents by the norms of their decoder rows.
         center_writing_weights: take the mean over d_in out of the residual. Not for "constant_norm_rescale".
+        transcoder: it computes the content of another place than it reads, and undoes no normalisation.
+        W_skip: [d_out, d_in], for a transcoder that adds `x W_skip^T` to its output.
+        reshape_activations: "hook_z" if its rows are [n_heads, d_head] in the model.
 
     Attributes:
         weights: the tensors that the kernels read.
-        b_dec: [d_in], in the dtype of `W_enc`.
+        b_dec: [d_out], in the dtype of `W_enc`.
+        W_skip: as given, in the dtype of `W_enc`; None if it has none.
+        transcoder: as given.
+        reshape_activations: as given.
         hook_name: the place that it reads, by its maker's name; None if unknown.
+        hook_name_out: the place that a transcoder computes, by its maker's name; None if unknown.
         neuronpedia_id: its model and place on Neuronpedia; None if unknown.
         folded: names of the settings that were folded, and "gated" for a gated SAE.
         loaded_from: absolute path, or RELEASE:SAE_ID, from which it was loaded; None if it was not.
@@ -106,9 +117,12 @@ class FrozenSAE(Frozen, Autoencoder):
         normalize_activations: str = "none",
         rescale_acts_by_decoder_norm: bool = False,
         center_writing_weights: bool = False,
+        transcoder: bool = False,
+        W_skip: Tensor | None = None,
+        reshape_activations: str = "none",
     ) -> None:
         tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec}
-        optional = {"b_dec": b_dec, "threshold": threshold}
+        optional = {"b_dec": b_dec, "threshold": threshold, "W_skip": W_skip}
         self._take(
             SourceSAE(
                 name="FrozenSAE",
@@ -121,6 +135,8 @@ class FrozenSAE(Frozen, Autoencoder):
                 normalize_activations=normalize_activations,
                 rescale_acts_by_decoder_norm=rescale_acts_by_decoder_norm,
                 center_writing_weights=center_writing_weights,
+                transcoder=transcoder,
+                reshape_activations=reshape_activations,
             )
         )
 
@@ -136,15 +152,25 @@ class FrozenSAE(Frozen, Autoencoder):
             check_centering(weights.normalize)
         self.arch, self.layer, self.model_name = source.arch, source.layer, source.model_name
         self.figures = source.figures
-        self.hook_name, self.neuronpedia_id = source.hook_name, source.neuronpedia_id
+        self.hook_name, self.hook_name_out = source.hook_name, source.hook_name_out
+        self.neuronpedia_id = source.neuronpedia_id
+        self.transcoder, self.reshape_activations = source.transcoder, source.reshape_activations
         self.folded = tuple(name for name, folded in folds.items() if folded)
         self.weights = fold(weights, b_dec, **folds)
         self.b_dec = b_dec.to(weights.encoder_rows.dtype)
+        skip = source.tensors.get("W_skip")
+        self.W_skip = None if skip is None else skip.detach().to(weights.encoder_rows.dtype, copy=True)
         self.loaded_from: str | None = None
         self._freeze()
         self._fingerprint = ""
         self._source: Content | None = content(
-            source.arch, weights, b_dec, source.apply_b_dec_to_input, source.rescale_acts_by_decoder_norm
+            source.arch,
+            weights,
+            b_dec,
+            source.apply_b_dec_to_input,
+            source.rescale_acts_by_decoder_norm,
+            W_skip=self.W_skip,
+            kind=self._rows_kind,
         )
 
     @classmethod
@@ -176,8 +202,8 @@ class FrozenSAE(Frozen, Autoencoder):
             center_writing_weights: as in the constructor, in place of what the file says.
 
         Raises:
-            SAEError: a path or format that is not one of these, damaged files, missing or unknown tensors, an SAE that
-                does not read the residual stream, and everything that the constructor refuses.
+            SAEError: a path or format that is not one of these, damaged files, missing or unknown tensors, `layer` for
+                an SAE that does not read the residual stream, and everything that the constructor refuses.
         """
         sae = cls._from_source(read_sae(Path(path), dict_class, k), layer, model_name, center_writing_weights)
         sae.loaded_from = absolute(str(path))
@@ -243,7 +269,8 @@ class FrozenSAE(Frozen, Autoencoder):
             center_writing_weights: as in the constructor, in place of what the metadata say.
 
         Raises:
-            SAEError: not one of standard, jumprelu, topk, gated, or not an SAE of the residual stream.
+            SAEError: not one of standard, jumprelu, topk, gated and their transcoders, or `layer` for an SAE that does
+                not read the residual stream.
         """
         # Folding on the CPU gives the same bits wherever the SAE came from.
         tensors = {name: tensor.detach().cpu() for name, tensor in sae.state_dict().items()}
@@ -256,10 +283,8 @@ class FrozenSAE(Frozen, Autoencoder):
     ) -> FrozenSAE:
         if None not in (layer, source.layer) and layer != source.layer:
             raise refusal(SAEError, "`layer`", layer, f"{source.layer}, as {source.name} says", "Leave `layer` out.")
-        _check_residual(source)
-        if layer is None and source.layer is None and source.hook_name is not None:
-            advice = "If it is the residual stream after a decoder layer, pass the number of that layer: `layer`."
-            raise refused_hook(source.name, source.hook_name, advice)
+        if layer is not None:
+            check_place(source.name, source)
         gated = source.arch == "gated"
         try:
             sae = cls.__new__(cls)
@@ -314,13 +339,20 @@ class FrozenSAE(Frozen, Autoencoder):
         round the thresholds to a narrower dtype. The folder records the fingerprint of the source SAE, one of the
         written tensors, and a seal of both, by which `load` refuses a folder in which any of them was changed. A seal
         shows edits. It does not show who sealed.
+
+        Raises:
+            SAEError: a topk transcoder, which SAELens does not have.
         """
         tensors = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
         if self.arch == "jumprelu":
             tensors["threshold"] = self.threshold
+        if self.W_skip is not None:
+            tensors["W_skip"] = self.W_skip
         record: dict[str, Any] = {
             "fingerprint": self.fingerprint,
-            "weights": weights_digest(content(self.arch, self.weights, self.b_dec)),
+            "weights": weights_digest(
+                content(self.arch, self.weights, self.b_dec, W_skip=self.W_skip, kind=self._rows_kind)
+            ),
             "folded": self.folded,
         }
         stored = SourceSAE(
@@ -330,9 +362,12 @@ class FrozenSAE(Frozen, Autoencoder):
             k=self.weights.k or None,
             layer=self.layer,
             hook_name=self.hook_name,
+            transcoder=self.transcoder,
+            hook_name_out=self.hook_name_out,
             model_name=self.model_name,
             neuronpedia_id=self.neuronpedia_id,
             normalize_activations=self.weights.normalize,
+            reshape_activations=self.reshape_activations,
             center_writing_weights=self.centered,
             record=sealed(record),
         )
@@ -357,6 +392,7 @@ class FrozenSAE(Frozen, Autoencoder):
         new = copy.copy(self)
         new._fingerprint, new._source = self.fingerprint, None
         new.b_dec = self.b_dec.to(device, dtype)
+        new.W_skip = None if self.W_skip is None else self.W_skip.to(device, dtype)
         new.weights = replace(
             self.weights,
             encoder_rows=self.weights.encoder_rows.to(device, dtype),
@@ -364,13 +400,19 @@ class FrozenSAE(Frozen, Autoencoder):
             threshold=self.threshold.to(device, full),
             W_dec=self.W_dec.to(device, dtype),
         )
-        check_values(new.weights, new.b_dec)
+        check_values(new.weights, new.b_dec, new.W_skip)
         new._freeze()
         return new
 
     def _tensors(self) -> dict[str, Tensor]:
-        names = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")
+        names = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec", *(() if self.W_skip is None else ("W_skip",)))
         return {name: self.weights.encoder_rows if name == "W_enc" else getattr(self, name) for name in names}
+
+    @property
+    def _rows_kind(self) -> tuple[str, ...]:
+        """What a fingerprint covers of the place that it reads and writes, nothing for an SAE of plain rows."""
+        heads = () if self.reshape_activations == "none" else (self.reshape_activations,)
+        return ("transcoder", *heads) if self.transcoder else heads
 
     @property
     def fingerprint(self) -> str:
@@ -422,16 +464,10 @@ class FrozenSAE(Frozen, Autoencoder):
         k = f", k={self.weights.k}" if self.weights.k else ""
         normalize = f", {self.weights.normalize}" if self.weights.normalize != "none" else ""
         folded = f", folded: {', '.join(self.folded)}" if self.folded else ""
+        kind = f"{self.arch} transcoder" if self.transcoder else self.arch
+        d_out = f", d_out={self.d_out}" if self.transcoder else ""
+        place = f"layer={self.layer}" if self.layer is not None or self.hook_name is None else self.hook_name
         return (
-            f"FrozenSAE({self.arch}{k}{normalize}, d_in={self.d_in}, d_sae={self.d_sae}, layer={self.layer}, "
+            f"FrozenSAE({kind}{k}{normalize}, d_in={self.d_in}, d_sae={self.d_sae}{d_out}, {place}, "
             f"model={self.model_name}, {str(self.dtype).removeprefix('torch.')} on {self.device}{folded})"
         )
-
-
-def _check_residual(source: SourceSAE) -> None:
-    """Raise `SAEError` for what does not read and write the residual stream after a decoder layer."""
-    if source.hook_name is not None and is_elsewhere(source.hook_name):
-        raise refused_hook(source.name, source.hook_name, "Choose an SAE of the residual stream of a later layer.")
-    if source.transcoder or source.reshape_activations != "none":
-        got = f"a transcoder into {source.hook_name_out}" if source.transcoder else "one of attention heads"
-        raise refusal(SAEError, f"{source.name}: the SAE", got, "one that reads and writes the residual stream")

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from dspa.errors import SAEError, refusal
 
@@ -19,6 +19,8 @@ RESIDUAL_HOOKS = {
     rf"(?:(?:{_LANGUAGE_MODEL})\.)*(?:layers|h|blocks)\.(\d+)": 0,
     r"resid_post_layer_(\d+)": 0,
 }
+# Places whose content is written to the residual stream, which is what centring changes.
+WRITTEN = re.compile(r"resid|hook_(?:in|out|(?:attn|mlp)_(?:in|out))$")
 # What names of other places have in them: parts of a layer, norms, embeddings, towers of other modalities.
 ELSEWHERE = re.compile(
     r"attn|attention|mlp|ffn|feed_forward|moe|expert|router|proj|resid_mid|norm|(?:^|[._])ln|embed|hook_[a-z]$|hook_scale"
@@ -70,6 +72,35 @@ def refused_hook(name: str, hook: str, advice: str) -> SAEError:
         "resid_post_layer_{i}"
     )
     return refusal(SAEError, f"{name}: the place of this SAE", repr(hook), accepted, advice)
+
+
+class Placed(Protocol):
+    """What says where an SAE reads and writes: the SAE itself, or its file."""
+
+    @property
+    def hook_name(self) -> str | None:
+        """The place that it reads; None if unknown."""
+
+    @property
+    def transcoder(self) -> bool:
+        """True if it computes the content of another place."""
+
+    @property
+    def hook_name_out(self) -> str | None:
+        """The place that a transcoder computes; None if unknown."""
+
+    @property
+    def reshape_activations(self) -> str:
+        """ "hook_z" for rows of attention heads, else "none"."""
+
+
+def check_place(name: str, sae: Placed) -> None:
+    """Raise `SAEError` for an SAE that certainly does not read and write the residual stream after a decoder layer."""
+    if sae.hook_name is not None and is_elsewhere(sae.hook_name):
+        raise refused_hook(name, sae.hook_name, "It encodes and decodes. For this, choose one of the residual stream.")
+    if sae.transcoder or sae.reshape_activations != "none":
+        got = f"a transcoder into {sae.hook_name_out}" if sae.transcoder else "one of attention heads"
+        raise refusal(SAEError, f"{name}: the SAE", got, "one that reads and writes the residual stream")
 
 
 def is_centered(name: str, loaded_with: Mapping[str, Any]) -> bool:

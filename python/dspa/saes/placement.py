@@ -7,7 +7,7 @@ from torch import nn
 from dspa.errors import ModelError
 from dspa.models.layers import base_model, check_model_name, has_layer_norm, hidden_size, loaded_name
 from dspa.saes.frozen import FrozenSAE
-from dspa.saes.metadata import CENTERED
+from dspa.saes.metadata import CENTERED, check_place, refused_hook
 
 
 def check_saes(
@@ -32,10 +32,26 @@ def check_saes(
 
 
 def required_layer(sae: FrozenSAE) -> int:
-    """Return the layer of `sae`; raise `ModelError` if it does not say one."""
+    """Return the decoder layer after which `sae` reads and edits the residual stream.
+
+    Everything that steers, collects or trains on residuals asks for it.
+
+    Raises:
+        SAEError: as for `check_residual`.
+        ModelError: an SAE that does not say where it reads.
+    """
+    check_residual(sae)
     if sae.layer is None:
         raise ModelError(f"{sae!r} does not say its layer. Load it with FrozenSAE.load(path, layer=...).")
     return sae.layer
+
+
+def check_residual(sae: FrozenSAE) -> None:
+    """Raise `SAEError` for an SAE of a place that is not, or may not be, the output of a decoder layer."""
+    check_place(repr(sae), sae)
+    if sae.layer is None and sae.hook_name is not None:
+        advice = "If it is the residual stream after a decoder layer, load it with the number of that layer: `layer`."
+        raise refused_hook(repr(sae), sae.hook_name, advice)
 
 
 def check_sae(name: str, sae: FrozenSAE, model: nn.Module, n_layers: int, model_name: str | None) -> None:
@@ -48,8 +64,9 @@ def check_sae(name: str, sae: FrozenSAE, model: nn.Module, n_layers: int, model_
 def check_made_for(name: str, sae: FrozenSAE, model: nn.Module, model_name: str | None) -> None:
     """Raise `ModelError` unless `sae` has the width of `model` and can read it, and was not made for another one.
 
-    Raise `SAEError` if `sae` was changed after it was made.
+    Raise `SAEError` if `sae` was changed after it was made, or is not of the residual stream.
     """
+    check_residual(sae)
     sae.check_unchanged()
     if sae.d_in != hidden_size(model):
         raise ModelError(

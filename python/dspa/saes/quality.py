@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dspa.errors import refusal
+from dspa.errors import SAEError, refusal
 from dspa.saes.config import MAX_NORM_RATIO
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.outliers import typical_rows
@@ -147,6 +147,9 @@ def evaluate_sae(sae: FrozenSAE, rows: Tensor, *, max_norm_ratio: float = MAX_NO
         ValueError: rows without variance.
     """
     typical = typical_rows(rows, max_norm_ratio)
+    if sae.transcoder:
+        advice = "Compare its output with the place that it computes."
+        raise refusal(SAEError, "`sae`", repr(sae), "an SAE, which decodes to the rows that it encoded", advice)
     if sae.centered:
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         rows = rows - rows.mean(dim=1, keepdim=True)

@@ -473,7 +473,6 @@ def test_sae_lens_folder_refused(tmp_path: Path, changes: dict[str, Any], messag
         (trainer_config("AutoEncoder"), {}, "lacks bias and has b_dec, k, threshold"),
         (trainer_config("AutoEncoderTopK", k=6), {}, "`k` is 5 and 6"),
         (trainer_config("AutoEncoderTopK", layer=5), {}, "`layer` is 4 and 5"),
-        (trainer_config("AutoEncoderTopK", submodule_name="mlp_out_layer_4"), {}, "'mlp_out_layer_4'; accepted"),
         ({"buffer": {}}, {}, "`trainer` is missing"),
         (trainer_config("AutoEncoderTopK"), {"k": torch.tensor(41)}, "`k` is 41 and 5"),
         (trainer_config("AutoEncoderTopK", k=41), {"k": torch.tensor(41)}, "`k` is 41; accepted: 1 to d_sae"),

@@ -14,6 +14,7 @@ from dspa.errors import LabelError, SAEError
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.labels import read_labels
 from dspa.saes.metadata import residual_hook
+from dspa.saes.placement import required_layer
 
 from ..support.saes import D_IN, D_SAE, JUMPRELU, STANDARD, named
 
@@ -75,13 +76,19 @@ def test_hooks_of_the_residual_stream(hook: str, layer: int, number: int) -> Non
         "audio_tower.layers.5",
     ],
 )
-def test_other_hooks_are_refused_whatever_the_layer(tmp_path: Path, hook: str) -> None:
+def test_other_hooks_have_no_layer_and_take_none(tmp_path: Path, hook: str) -> None:
+    """They encode and decode; what reads a layer of the residual stream refuses them."""
     folder = lens_folder(tmp_path / "sae", hook_name=hook)
     trainer = {"dict_class": "AutoEncoder", "submodule_name": hook, "layer": 3}
     save_dictionary(tmp_path, trainer)
-    for path, layer in ((folder, None), (folder, 3), (tmp_path / "ae.pt", None), (tmp_path / "ae.pt", 3)):
-        with pytest.raises(SAEError, match=rf"{hook}.*accepted: the output of a decoder layer of a language model"):
-            FrozenSAE.load(path, layer=layer)
+    refusal = rf"{hook}.*accepted: the output of a decoder layer of a language model"
+    for path in (folder, tmp_path / "ae.pt"):
+        sae = FrozenSAE.load(path)
+        assert (sae.layer, sae.hook_name) == (None, hook)
+        with pytest.raises(SAEError, match=refusal):
+            required_layer(sae)
+        with pytest.raises(SAEError, match=refusal):
+            FrozenSAE.load(path, layer=3)
 
 
 def save_dictionary(folder: Path, trainer: dict[str, Any]) -> None:
@@ -94,8 +101,8 @@ def save_dictionary(folder: Path, trainer: dict[str, Any]) -> None:
 @pytest.mark.parametrize("hook", ["residual_12", "model.layers.12.output", "perceiver.layers.12", "mtp.layers.12"])
 def test_an_unknown_hook_takes_the_callers_layer(tmp_path: Path, hook: str) -> None:
     folder = lens_folder(tmp_path / "sae", hook_name=hook)
-    with pytest.raises(SAEError, match=rf"{hook}.* If it is the residual stream .* pass .*`layer`"):
-        FrozenSAE.load(folder)
+    with pytest.raises(SAEError, match=rf"{hook}.* If it is the residual stream .* load it with .*`layer`"):
+        required_layer(FrozenSAE.load(folder))
     sae = FrozenSAE.load(folder, layer=12)
     sae.save(tmp_path / "copy")
     assert sae.layer == FrozenSAE.load(tmp_path / "copy").layer == 12

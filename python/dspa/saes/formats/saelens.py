@@ -81,7 +81,7 @@ def write_sae_lens(folder: Path, sae: SourceSAE) -> None:
     """Write an SAE that needs no more folding as a SAELens folder, in the format of version 6.
 
     Raises:
-        SAEError: the folder holds the `cfg.json` of something else.
+        SAEError: the folder holds the `cfg.json` of something else, or SAELens has no such SAE.
     """
     config = folder / SAE_LENS_CONFIG
     if config.exists() and "d_sae" not in read_config(config):
@@ -94,11 +94,15 @@ def write_sae_lens(folder: Path, sae: SourceSAE) -> None:
         # SAELens knows the hooks of TransformerLens. The others here have the number of the layer too.
         is_hook = sae.hook_name is not None and sae.hook_name.startswith("blocks.")
         metadata["hook_name"] = sae.hook_name if is_hook else f"blocks.{sae.layer}.hook_resid_post"
+    elif sae.hook_name is not None:
+        metadata["hook_name"] = sae.hook_name
+    if sae.hook_name_out is not None:
+        metadata["hook_name_out"] = sae.hook_name_out
     if sae.center_writing_weights:
         metadata[LOADED_WITH] = {CENTERED: True}
     d_in, d_sae = sae.tensors["W_enc"].shape
     cfg = {
-        "architecture": sae.arch,
+        "architecture": _architecture(sae),
         "d_in": d_in,
         "d_sae": d_sae,
         # SAELens converts every tensor to this dtype. That of the biases and thresholds rounds nothing.
@@ -106,9 +110,11 @@ def write_sae_lens(folder: Path, sae: SourceSAE) -> None:
         "device": "cpu",
         "apply_b_dec_to_input": False,
         "normalize_activations": sae.normalize_activations,
-        "reshape_activations": "none",
+        "reshape_activations": sae.reshape_activations,
         "metadata": metadata,
     }
+    if sae.transcoder:
+        cfg["d_out"] = sae.tensors["W_dec"].shape[1]
     if sae.arch == "topk":
         cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,6 +122,20 @@ def write_sae_lens(folder: Path, sae: SourceSAE) -> None:
     with replacing(folder / SAE_LENS_WEIGHTS) as made:
         save_file(tensors, made)
     write_atomically(config, (json.dumps(cfg, indent=2) + "\n").encode())
+
+
+def _architecture(sae: SourceSAE) -> str:
+    """Return the name that SAELens has for what `sae` is."""
+    if not sae.transcoder:
+        return sae.arch
+    skip = "skip_" if "W_skip" in sae.tensors else ""
+    names = {"standard": f"{skip}transcoder", "jumprelu": f"jumprelu_{skip}transcoder"}
+    if sae.arch not in names:
+        advice = "It encodes and decodes here, as FrozenSAE and FusedSAE."
+        raise refusal(
+            SAEError, "The architecture to save", f"a {sae.arch} transcoder", ", ".join(ARCHITECTURES), advice
+        )
+    return names[sae.arch]
 
 
 def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SourceSAE:

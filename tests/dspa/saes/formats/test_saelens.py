@@ -15,6 +15,7 @@ from torch import Tensor
 from dspa.errors import SAEError
 from dspa.saes.formats import read_sae
 from dspa.saes.frozen import FrozenSAE
+from dspa.saes.placement import required_layer
 from dspa.testing import make_sae
 
 from ...support.saes import D_IN, D_SAE, STANDARD, close, named
@@ -68,7 +69,7 @@ def test_a_transcoder_does_not_edit_a_residual_stream(tmp_path: Path) -> None:
     theirs.save_model(tmp_path)
     assert read_sae(tmp_path).layer == 3
     with pytest.raises(SAEError, match=r"a transcoder into blocks.3.hook_mlp_out; accepted: one that reads and writes"):
-        FrozenSAE.load(tmp_path)
+        required_layer(FrozenSAE.load(tmp_path))
 
 
 def folder(path: Path, **cfg: Any) -> Path:
@@ -97,7 +98,7 @@ def test_attention_heads(tmp_path: Path, cfg: dict[str, Any], reshape: str) -> N
     version = {"metadata": {**cfg["metadata"], "sae_lens_version": "6.54.0"}} if "metadata" in cfg else {}
     assert defaulted(cfg | version)["reshape_activations"] == reshape
     with pytest.raises(SAEError, match=r"the place of this SAE is 'blocks\.5"):
-        FrozenSAE.load(tmp_path)
+        required_layer(FrozenSAE.load(tmp_path))
 
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
