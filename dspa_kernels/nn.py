@@ -1,15 +1,18 @@
-"""Modules over the ops: an SAE for inference that can replace one of SAELens."""
+"""Modules over the ops: an SAE or transcoder for inference that can replace one of SAELens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dspa_kernels import eager
-from dspa_kernels.backends import is_intercepted, is_plain
+from dspa_kernels.backends import choose, is_auto, is_intercepted, is_plain
 from dspa_kernels.checks import check_device, check_dtype, check_shape, refuse
 from dspa_kernels.formulas import compute_dtype, product, row_blocks
 from dspa_kernels.ops.sparse_decode import sparse_decode
@@ -20,28 +23,37 @@ from dspa_kernels.weights import FLOATS, SAEWeights, SparseLatents, check_k
 class FusedSAE(nn.Module):
     """An SAE whose `encode`, `decode` and call return the same as those of a `sae_lens.SAE`, in the SAE's dtype.
 
-    `x [..., d_in]` may have any leading dimensions. If the number of active latents is bounded, by k of a top-k SAE or
-    by `capacity`, a call uses sparse latents and makes no dense `[..., d_sae]`. Inputs are rounded to the SAE's dtype,
+        sae = FusedSAE.from_sae_lens(sae)
+        sae = FusedSAE.from_pretrained("gemma-scope-2b-pt-res-canonical", "layer_12/width_16k/canonical")
+        sae = FusedSAE.load("path/of/an/sae")
+
+    `x [..., d_in]` may have any leading dimensions, and that of an SAE of attention heads may be
+    `[..., n_heads, d_head]`. If the number of active latents is bounded, by k of a top-k SAE or by `capacity`, a call
+    uses sparse latents and makes no dense `[..., d_sae]`. On a CPU no call does. Inputs are rounded to the SAE's dtype,
     as in SAELens. Sums are in fp32. Not differentiable.
 
     Args:
-        weights: the SAE, for instance `dspa.FrozenSAE.weights`, where everything is folded. It is copied.
-        b_dec: [d_in] decoder bias, for instance `dspa.FrozenSAE.b_dec`; zeros if None. It is copied.
+        sae: a `dspa.FrozenSAE`, or weights where everything is folded. They are copied.
+        b_dec: [d_out] decoder bias of weights; zeros if None. It is copied.
         capacity: places per row for active latents, by default k of a top-k SAE, else unbounded. A row with more
             active latents becomes NaN as a whole.
         backend: "auto", "reference", "triton" or "cuda".
 
     Attributes:
+        cfg: what it is, by the names of SAELens: `d_in`, `d_sae`, `d_out`, `dtype`, `device`, `architecture`, `k`,
+            `apply_b_dec_to_input` (False, as it is folded), `normalize_activations`, `reshape_activations`, and
+            `metadata` with `model_name`, `hook_name`, `hook_name_out` and `neuronpedia_id`, None where unknown.
         weights: the buffers as `SAEWeights`.
         encoder_rows: buffer [d_sae, d_in], one contiguous row per latent.
         W_enc: [d_in, d_sae], a transposed view of encoder_rows.
         b_enc: buffer [d_sae], which stays fp32 whatever `.to` is given.
         threshold: buffer [d_sae], which stays fp32 as well.
-        W_dec: buffer [d_sae, d_in].
-        b_dec: buffer [d_in].
+        W_dec: buffer [d_sae, d_out].
+        b_dec: buffer [d_out].
+        W_skip: buffer [d_out, d_in] of a transcoder with a skip connection, which calls add; None for others.
 
     Raises:
-        InputError: an invalid shape, dtype, device or capacity.
+        InputError: another object than an SAE, or an invalid shape, dtype, device or capacity.
     """
 
     encoder_rows: Tensor
@@ -49,18 +61,24 @@ class FusedSAE(nn.Module):
     threshold: Tensor
     W_dec: Tensor
     b_dec: Tensor
+    W_skip: Tensor | None
 
     def __init__(
         self,
-        weights: SAEWeights,
+        sae: SAEWeights | FoldedSAE,
         b_dec: Tensor | None = None,
         *,
         capacity: int | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        b_dec = weights.W_dec.new_zeros(weights.d_in) if b_dec is None else b_dec
-        check_shape("b_dec", b_dec, (weights.d_in,))
+        weights = sae if isinstance(sae, SAEWeights) else getattr(sae, "weights", None)
+        if not isinstance(weights, SAEWeights):
+            advice = "FusedSAE.from_sae_lens(sae) takes an SAE of SAELens, and FusedSAE.load(path) a file."
+            raise refuse("sae", f"a {type(sae).__name__}", "a dspa.FrozenSAE, or its weights", advice)
+        b_dec = getattr(sae, "b_dec", None) if b_dec is None else b_dec
+        b_dec = weights.W_dec.new_zeros(weights.d_out) if b_dec is None else b_dec
+        check_shape("b_dec", b_dec, (weights.d_out,))
         check_dtype("b_dec", b_dec, FLOATS)
         check_device("b_dec", b_dec, weights.W_dec, "weights.W_dec")
         if capacity is not None:
@@ -68,10 +86,147 @@ class FusedSAE(nn.Module):
         for name in ROWS:
             self.register_buffer(name, getattr(weights, name).detach().clone())
         self.register_buffer("b_dec", b_dec.detach().to(weights.W_dec.dtype, copy=True))
+        W_skip = getattr(sae, "W_skip", None)
+        self.register_buffer("W_skip", None if W_skip is None else W_skip.detach().clone())
+        default = "topk" if weights.k else "jumprelu"
+        self.architecture: str = getattr(sae, "arch", default)
+        self.is_transcoder: bool = getattr(sae, "transcoder", False)
+        self.is_centered: bool = getattr(sae, "centered", False)
+        self.reshape_activations: str = getattr(sae, "reshape_activations", "none")
+        self._metadata = {name: getattr(sae, name, None) for name in METADATA}
         self.capacity = capacity or weights.k or None
         self.backend = backend
         self._weights = replace(weights, **{name: getattr(self, name) for name in ROWS})
-        self._removed: tuple[Tensor, Tensor] | None = None
+        # Of the rows that were encoded last.
+        self._last = _Form(removed=None, d_head=None)
+
+    @classmethod
+    def from_sae_lens(cls, sae: Any, *, capacity: int | None = None, backend: str = "auto") -> FusedSAE:
+        """Make one of a `sae_lens.SAE` or transcoder for inference, on its device and in its dtype. It is copied.
+
+        It encodes the rows that `sae` encodes: those of a model with centred weights, if `sae` was trained on them.
+        `dspa.FrozenSAE.from_sae_lens` makes one for the residuals of transformers.
+
+        Args:
+            sae: the object.
+            capacity: as for the constructor.
+            backend: as for the constructor.
+
+        Raises:
+            dspa.SAEError: as for `dspa.FrozenSAE.from_sae_lens`.
+            InputError: an invalid capacity.
+        """
+        from dspa.saes.frozen import FrozenSAE
+
+        return cls(FrozenSAE.from_sae_lens(sae, center_writing_weights=False), capacity=capacity, backend=backend)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        release: str,
+        sae_id: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        capacity: int | None = None,
+        backend: str = "auto",
+    ) -> FusedSAE:
+        """Download one of SAELens' catalogue or of a Hugging Face repository, for which sae-lens must be installed.
+
+        Args:
+            release: the release in the catalogue, or the repository.
+            sae_id: the SAE in it.
+            device: device of the SAE.
+            dtype: dtype of the weights, by default fp32.
+            capacity: as for the constructor.
+            backend: as for the constructor.
+
+        Raises:
+            RuntimeError: sae-lens is not installed.
+            dspa.SAEError: as for `dspa.FrozenSAE.from_pretrained`.
+            InputError: an invalid capacity.
+        """
+        from dspa.saes.frozen import FrozenSAE
+
+        frozen = FrozenSAE.from_pretrained(release, sae_id, device=device, dtype=dtype, center_writing_weights=False)
+        return cls(frozen, capacity=capacity, backend=backend)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        dict_class: str | None = None,
+        k: int | None = None,
+        capacity: int | None = None,
+        backend: str = "auto",
+    ) -> FusedSAE:
+        """Load the SAE in a folder or file of any format that `dspa.FrozenSAE.load` reads, without sae-lens.
+
+        Args:
+            path: the folder, or the file of weights in it.
+            device: device of the SAE.
+            dtype: dtype of the weights, by default as stored.
+            dict_class: as for `dspa.FrozenSAE.load`.
+            k: as for `dspa.FrozenSAE.load`.
+            capacity: as for the constructor.
+            backend: as for the constructor.
+
+        Raises:
+            dspa.SAEError: as for `dspa.FrozenSAE.load`.
+            InputError: an invalid capacity.
+        """
+        from dspa.saes.frozen import FrozenSAE
+
+        frozen = FrozenSAE.load(
+            path, device=device, dtype=dtype, dict_class=dict_class, k=k, center_writing_weights=False
+        )
+        return cls(frozen, capacity=capacity, backend=backend)
+
+    @property
+    def cfg(self) -> SimpleNamespace:
+        """What it is, by the names of SAELens. It describes, and changing it changes nothing."""
+        sae = self.weights
+        return SimpleNamespace(
+            architecture=self.architecture,
+            d_in=sae.d_in,
+            d_sae=sae.d_sae,
+            d_out=sae.d_out,
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=str(self.device),
+            k=sae.k or None,
+            apply_b_dec_to_input=False,
+            normalize_activations=sae.normalize,
+            reshape_activations=self.reshape_activations,
+            metadata=SimpleNamespace(**self._metadata),
+        )
+
+    @property
+    def d_in(self) -> int:
+        """Width of the rows that are encoded."""
+        return self.weights.d_in
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.weights.d_sae
+
+    @property
+    def d_out(self) -> int:
+        """Width of the rows that are decoded: `d_in`, but for a transcoder."""
+        return self.weights.d_out
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.weights.encoder_rows.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of `W_enc`, `W_dec` and `b_dec`."""
+        return self.weights.encoder_rows.dtype
 
     @property
     def weights(self) -> SAEWeights:
@@ -94,18 +249,9 @@ class FusedSAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the latents [..., d_sae] of x [..., d_in], dense."""
-        rows, width = self._rows(x), self.weights.d_sae
-        self._removed = self._statistics(rows, x.shape)
-        if self._is_eager(rows):
-            return _shaped(eager.encode(*self._encoder(rows), self.capacity), x.shape)
-        f = rows.new_zeros(len(rows), width)
-        for block in row_blocks(len(rows), width):
-            latents = self._sparse(rows[block], self.capacity or width)
-            # Empty places add 0 to latent 0. Rows that exceed the capacity become NaN as a whole.
-            values = latents.values.to(f.dtype)
-            f[block].scatter_add_(1, latents.indices.clamp(min=0).long(), values)
-            f[block].masked_fill_(values.isnan().any(dim=1, keepdim=True), float("nan"))
-        return _shaped(f, x.shape)
+        rows, shape, self._last = self._rows(x)
+        eagerly = self._is_eager(rows)
+        return _shaped(eager.encode(*self._encoder(rows), self.capacity) if eagerly else self._dense(rows), shape)
 
     def encode_sparse(self, x: Tensor, capacity: int | None = None) -> SparseLatents:
         """Return the active latents of x [..., d_in]: indices and values [..., capacity], counts [...].
@@ -114,55 +260,84 @@ class FusedSAE(nn.Module):
             x: [..., d_in].
             capacity: replaces that of the module. A JumpReLU or ReLU SAE needs one of the two.
         """
-        rows = self._rows(x)
+        rows, shape, self._last = self._rows(x)
         latents = self._sparse(rows, self.capacity if capacity is None else capacity)
-        self._removed = self._statistics(rows, x.shape)
-        shape, places = x.shape[:-1], latents.indices.shape[1]
+        shape, places = shape[:-1], latents.indices.shape[1]
         return SparseLatents(
             latents.indices.view(*shape, places), latents.values.view(*shape, places), latents.counts.view(shape)
         )
 
     def decode(self, latents: Tensor | SparseLatents, like: Tensor | None = None) -> Tensor:
-        """Return the reconstruction [..., d_in] of latents.
+        """Return the reconstruction [..., d_out] of latents, without the skip connection of a transcoder.
 
         Args:
             latents: dense [..., d_sae], or sparse.
             like: the rows that were encoded [..., d_in]. An SAE that normalises its input undoes that with their mean
-                and scale. By default it takes the rows that were encoded last, once, as SAELens does.
+                and scale. By default it takes the rows that were encoded last, once, as SAELens does. If these were
+                [..., n_heads, d_head], the reconstruction is as well.
         """
         if isinstance(latents, SparseLatents):
             out = self._decoded(latents)
         else:
             check_shape("latents", latents, (*latents.shape[:-1], self.weights.d_sae))
             out = self._decoded_dense(latents)
-        removed, self._removed = self._removed, None
-        return self._with_statistics(out, removed if like is None else self._statistics(self._rows(like), like.shape))
+        last, self._last = self._last, self._last._replace(removed=None)
+        return self._finished(out, last if like is None else self._rows(like)[2])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the reconstruction [..., d_in] of x [..., d_in]."""
-        rows = self._rows(x)
-        removed = self._statistics(rows, x.shape)
+        """Return the reconstruction [..., d_out] of x [..., d_in], with the skip connection of a transcoder."""
+        # The form of this call, which another thread cannot replace.
+        rows, shape, form = self._rows(x)
         if self._is_eager(rows):
-            out = _shaped(eager.reconstruct(*self._encoder(rows), self.W_dec, self.b_dec, self.capacity), x.shape)
+            out = eager.reconstruct(*self._encoder(rows), self.W_dec, self.b_dec, self.capacity)
         elif self.capacity is None:
-            out = self._decoded_dense(self.encode(x))
+            out = self._decoded_dense(self._dense(rows))
         else:
-            out = self._decoded(self.encode_sparse(x))
-        self._removed = None
-        # The statistics of this call, which another thread cannot replace.
-        return self._with_statistics(out, removed)
+            out = self._decoded(self._sparse(rows, self.capacity))
+        self._last = form._replace(removed=None)
+        out = self._finished(_shaped(out, shape), form)
+        return out if self.W_skip is None else out + _shaped(product(rows, self.W_skip.T), shape)
 
     def extra_repr(self) -> str:
         """Return one line for `print`."""
-        sae = self.weights
-        return f"d_in={sae.d_in}, d_sae={sae.d_sae}, k={sae.k}, normalize={sae.normalize}, capacity={self.capacity}"
+        cfg = self.cfg
+        d_out = f", d_out={cfg.d_out}" if self.is_transcoder else ""
+        k = f", k={cfg.k}" if cfg.k else ""
+        normalize = f", {cfg.normalize_activations}" if cfg.normalize_activations != "none" else ""
+        place = f", {cfg.metadata.hook_name}" if cfg.metadata.hook_name else ""
+        backend = repr(self.backend)
+        if is_auto(self.backend):
+            backend += f" ({choose('sparse_encode', self.device, dtype=compute_dtype(self.W_dec))})"
+        return (
+            f"{cfg.architecture}{' transcoder' if self.is_transcoder else ''}, d_in={cfg.d_in}, d_sae={cfg.d_sae}"
+            f"{d_out}{k}{normalize}{place}, {cfg.dtype} on {cfg.device}, backend={backend}, capacity={self.capacity}"
+        )
 
-    def _rows(self, x: Tensor) -> Tensor:
+    def _rows(self, x: Tensor) -> tuple[Tensor, torch.Size, _Form]:
+        """Return x as rows [N, d_in] in the SAE's dtype, its shape [..., d_in], and what `decode` needs of it."""
         encoder_rows = self.weights.encoder_rows
+        d_in = encoder_rows.shape[1]
         check_dtype("x", x, FLOATS)
-        check_shape("x", x, (*x.shape[:-1], encoder_rows.shape[1]))
+        d_head = None
+        if self.reshape_activations == "hook_z" and x.shape[-2:].numel() == d_in != x.shape[-1]:
+            d_head = x.shape[-1]
+            x = x.flatten(-2)
+        check_shape("x", x, (*x.shape[:-1], d_in))
         check_device("x", x, encoder_rows, "W_enc")
-        return eager.cast(_flat(x), encoder_rows.dtype)
+        rows = eager.cast(_flat(x), encoder_rows.dtype)
+        return rows, x.shape, _Form(self._statistics(rows, x.shape), d_head)
+
+    def _dense(self, rows: Tensor) -> Tensor:
+        """Return the latents [N, d_sae] by the op for sparse ones."""
+        width = self.weights.d_sae
+        f = rows.new_zeros(len(rows), width)
+        for block in row_blocks(len(rows), width):
+            latents = self._sparse(rows[block], self.capacity or width)
+            # Empty places add 0 to latent 0. Rows that exceed the capacity become NaN as a whole.
+            values = latents.values.to(f.dtype)
+            f[block].scatter_add_(1, latents.indices.clamp(min=0).long(), values)
+            f[block].masked_fill_(values.isnan().any(dim=1, keepdim=True), float("nan"))
+        return f
 
     def _sparse(self, rows: Tensor, capacity: int | None) -> SparseLatents:
         return sparse_encode(rows, self.weights, capacity=capacity, backend=self.backend)
@@ -171,7 +346,7 @@ class FusedSAE(nn.Module):
         shape = latents.counts.shape
         flat = (shape.numel(), latents.indices.shape[-1])
         rows = SparseLatents(latents.indices.reshape(flat), latents.values.reshape(flat), latents.counts.flatten())
-        return sparse_decode(rows, self.W_dec, self.b_dec, backend=self.backend).view(*shape, self.weights.d_in)
+        return sparse_decode(rows, self.W_dec, self.b_dec, backend=self.backend).view(*shape, self.weights.d_out)
 
     def _decoded_dense(self, latents: Tensor) -> Tensor:
         W_dec, b_dec = self.weights.W_dec, self.b_dec
@@ -195,16 +370,24 @@ class FusedSAE(nn.Module):
         hn = rows if sae.normalize == "none" else sae.normalise(rows).rows
         return hn, sae.encoder_rows, sae.b_enc, sae.threshold, sae.k
 
-    def _with_statistics(self, out: Tensor, removed: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _finished(self, out: Tensor, form: _Form) -> Tensor:
+        """Return the reconstruction [..., d_out] in the form of the rows that were encoded."""
+        out = out if self._is_as_encoded else self._restored(out, form.removed)
+        return out if form.d_head is None else out.unflatten(-1, (-1, form.d_head))
+
+    @property
+    def _is_as_encoded(self) -> bool:
+        return self.is_transcoder or (self.weights.normalize == "none" and not self.is_centered)
+
+    def _restored(self, out: Tensor, removed: tuple[Tensor, Tensor] | None) -> Tensor:
         """Return a reconstruction with the mean and scale that were removed from its rows."""
-        if self.weights.normalize == "none":
-            return out
         if removed is None:
             raise refuse(
                 "like",
                 None,
                 f"the rows that were encoded, [..., {self.weights.d_in}]",
-                f"This SAE normalises them ({self.weights.normalize}), and none were encoded since the last decode.",
+                f"This SAE normalises them ({'less their mean' if self.is_centered else self.weights.normalize}), and "
+                "none were encoded since the last decode.",
             )
         mean, scale = removed
         check_shape("latents", out[..., :1], tuple(scale.shape), "Decode what was encoded last, or pass `like`.")
@@ -212,9 +395,10 @@ class FusedSAE(nn.Module):
 
     def _statistics(self, rows: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
         """Return the mean and scale [..., 1] that normalising removes from rows, None if it removes nothing."""
-        if self.weights.normalize == "none":
+        if self._is_as_encoded:
             return None
         _, mean, scale = self.weights.normalise(rows)
+        mean = rows.mean(dim=1, keepdim=True) if self.is_centered else mean
         return mean.view(*shape[:-1], 1), scale.view(*shape[:-1], 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedSAE:
@@ -226,8 +410,23 @@ class FusedSAE(nn.Module):
         return self
 
 
+class _Form(NamedTuple):
+    """What `decode` needs of the rows that were encoded: the mean and scale that were removed, the width of heads."""
+
+    removed: tuple[Tensor, Tensor] | None
+    d_head: int | None
+
+
+class FoldedSAE(Protocol):
+    """An SAE with everything folded into its weights, as `dspa.FrozenSAE` is."""
+
+    weights: SAEWeights
+    b_dec: Tensor
+
+
 # Buffers that are also fields of `SAEWeights`.
 ROWS = ("encoder_rows", "b_enc", "threshold", "W_dec")
+METADATA = ("model_name", "hook_name", "hook_name_out", "neuronpedia_id")
 
 
 def _flat(x: Tensor) -> Tensor:

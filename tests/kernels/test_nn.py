@@ -41,8 +41,7 @@ def sae_lens_sae(arch: str, **cfg: Any) -> Any:
 
 
 def fused(sae: Any, **options: Any) -> FusedSAE:
-    frozen = FrozenSAE.from_sae_lens(sae)
-    return FusedSAE(frozen.weights, frozen.b_dec, **options)
+    return FusedSAE.from_sae_lens(sae, **options)
 
 
 def rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -231,3 +230,127 @@ def test_a_call_has_the_statistics_of_its_own_rows(monkeypatch, capacity: int | 
 
     monkeypatch.setattr(FusedSAE, "_statistics", statistics)
     assert torch.equal(module(x), expected)
+
+
+PLACE = {"model_name": "gpt2-small", "hook_name": "blocks.3.hook_resid_post", "neuronpedia_id": "gpt2-small/3-x"}
+
+
+def test_made_in_each_way(tmp_path: Any) -> None:
+    theirs = sae_lens_sae("topk")
+    for name, value in PLACE.items():
+        theirs.cfg.metadata[name] = value
+    theirs.save_model(tmp_path)
+    x = rows(5)
+    expected = theirs.encode(x), theirs(x)
+    ways = {
+        "from_sae_lens": FusedSAE.from_sae_lens(theirs),
+        "load": FusedSAE.load(tmp_path),
+        "frozen": FusedSAE(FrozenSAE.load(tmp_path)),
+    }
+    for name, ours in ways.items():
+        assert_close(ours.encode(x), expected[0], D_IN)
+        assert_close(ours(x), expected[1], D_SAE)
+        assert (ours.d_in, ours.d_sae, ours.d_out, ours.dtype) == (D_IN, D_SAE, D_IN, theirs.dtype), name
+        assert ours.device == theirs.device
+        for attribute in ("d_in", "d_sae", "dtype", "device", "k", "normalize_activations", "reshape_activations"):
+            assert getattr(ours.cfg, attribute) == getattr(theirs.cfg, attribute), attribute
+        assert ours.cfg.architecture == theirs.cfg.architecture() == "topk"
+        assert {key: getattr(ours.cfg.metadata, key) for key in PLACE} == PLACE
+        for tensor in ("W_enc", "W_dec", "b_dec"):
+            assert torch.equal(getattr(ours, tensor), getattr(theirs, tensor)), tensor
+
+
+def test_from_pretrained_is_that_of_sae_lens(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = sae_lens_sae("jumprelu")
+    sae_lens = pytest.importorskip("sae_lens")
+    monkeypatch.setattr(sae_lens.SAE, "from_pretrained", lambda release, sae_id: theirs)
+    ours = FusedSAE.from_pretrained("a-release", "layer_3", dtype=torch.bfloat16)
+    assert ours.dtype == torch.bfloat16 and ours.cfg.dtype == "bfloat16"
+    assert_close(FusedSAE.from_pretrained("a-release", "layer_3").encode(rows(5)), theirs.encode(rows(5)), D_IN)
+
+
+def test_centred_rows_are_the_callers_unless_the_frozen_sae_centres() -> None:
+    """As SAELens, which leaves centring to the model; a FrozenSAE reads the residuals of transformers."""
+    theirs = sae_lens_sae("jumprelu", apply_b_dec_to_input=True)
+    theirs.cfg.metadata.model_from_pretrained_kwargs = {"center_writing_weights": True}
+    x = rows(5)
+    assert_close(FusedSAE.from_sae_lens(theirs).encode(x), theirs.encode(x), D_IN)
+    frozen = FrozenSAE.from_sae_lens(theirs)
+    centred = x - x.mean(dim=1, keepdim=True)
+    ours = FusedSAE(frozen)
+    assert_close(ours.encode(x), theirs.encode(centred), D_IN)
+    assert_close(ours(x), theirs(centred) + x.mean(dim=1, keepdim=True), D_SAE)
+
+
+@pytest.mark.parametrize("wrong", [torch.nn.Linear(2, 2), "gemma-scope", None, 3])
+def test_another_object_is_refused_with_advice(wrong: Any) -> None:
+    with pytest.raises(InputError, match=r"`sae` is a \w+; accepted: a dspa.FrozenSAE.*FusedSAE\.from_sae_lens\(sae\)"):
+        FusedSAE(wrong)
+
+
+def test_an_sae_of_sae_lens_is_refused_with_advice() -> None:
+    with pytest.raises(InputError, match=r"a JumpReLUSAE; .* FusedSAE\.from_sae_lens\(sae\)"):
+        FusedSAE(sae_lens_sae("jumprelu"))
+
+
+def test_prints_backend_and_shapes() -> None:
+    shown = repr(fused(sae_lens_sae("topk", normalize_activations="layer_norm")))
+    for part in (
+        "topk",
+        f"d_in={D_IN}",
+        f"d_sae={D_SAE}",
+        f"k={K}",
+        "layer_norm",
+        "float32 on cpu",
+        "'auto' (reference)",
+    ):
+        assert part in shown, shown
+
+
+TRANSCODERS = ("Transcoder", "SkipTranscoder", "JumpReLUTranscoder", "JumpReLUSkipTranscoder")
+
+
+def transcoder(name: str, d_out: int, **cfg: Any) -> Any:
+    module = pytest.importorskip("sae_lens.saes.transcoder")
+    config = getattr(module, f"{name}Config")(d_in=D_IN, d_sae=D_SAE, d_out=d_out, apply_b_dec_to_input=False, **cfg)
+    theirs = getattr(module, name)(config)
+    g = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=g) / D_IN**0.5)
+    return theirs
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+@pytest.mark.parametrize("d_out", [D_IN, D_IN + 16])
+@pytest.mark.parametrize("name", TRANSCODERS)
+def test_transcoders(name: str, d_out: int, normalize: str, backend: str) -> None:
+    theirs = transcoder(name, d_out, normalize_activations=normalize)
+    ours = FusedSAE.from_sae_lens(theirs, backend=backend)
+    x = rows(2, 3)
+    with torch.no_grad():
+        f, whole = theirs.encode(x), theirs(x)
+        recon = theirs.decode(f)
+    assert_close(ours.encode(x), f, D_IN)
+    assert_close(ours.decode(f), recon, D_SAE)
+    assert_close(ours.decode(ours.encode_sparse(x, capacity=D_SAE)), recon, D_SAE)
+    assert_close(ours(x), whole, D_SAE)
+    assert (ours.d_out, ours.cfg.d_out) == (d_out, d_out) and f"d_out={d_out}" in repr(ours)
+    assert (ours.W_skip is None) == ("Skip" not in name)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+def test_attention_heads(normalize: str, backend: str) -> None:
+    theirs = sae_lens_sae("jumprelu", normalize_activations=normalize, reshape_activations="hook_z")
+    ours = FusedSAE.from_sae_lens(theirs, backend=backend)
+    x = rows(2, 3).unflatten(-1, (4, D_IN // 4))
+    with torch.no_grad():
+        f, whole = theirs.encode(x), theirs(x)
+    assert f.shape == (2, 3, D_SAE) and whole.shape == x.shape
+    assert_close(ours.encode(x), f, D_IN)
+    assert_close(ours.decode(f), whole, D_SAE)
+    assert_close(ours(x), whole, D_SAE)
+    assert_close(ours(x.flatten(-2)), whole.flatten(-2), D_SAE)
+    assert_close(ours.decode(f, like=x), whole, D_SAE)
