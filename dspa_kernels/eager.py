@@ -7,6 +7,7 @@ they belong neither into a graph nor on a device that computes asynchronously.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -54,14 +55,16 @@ def decode(f: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
         sample = f[:: n_rows // 4 + 1]
         share = NARROW_SHARE if _is_narrow(n_rows, W_dec) else SPARSE_SHARE
         if share * int(sample.count_nonzero()) <= sample.numel():
-            out = W_dec.new_empty(n_rows, W_dec.shape[1])
-            for rows in row_blocks(n_rows, d_sae):
-                row, latents = f[rows].nonzero(as_tuple=True)
-                values = f[rows][row, latents]
+
+            def decoded(rows: slice) -> Tensor:
+                block = f[rows]
+                row, latents = block.nonzero(as_tuple=True)
+                values = block[row, latents]
                 if f.dtype != W_dec.dtype:
                     values = values.to(compute_dtype(f, W_dec))
-                out[rows] = decode_active(values, latents, _starts(row, len(out[rows])), W_dec, b_dec)
-            return out
+                return decode_active(values, latents, _starts(row, len(block)), W_dec, b_dec)
+
+            return _by_blocks(n_rows, d_sae, decoded)
     return linear(cast(f, W_dec.dtype), W_dec.T, b_dec)
 
 
@@ -77,25 +80,31 @@ def reconstruct(
 ) -> Tensor:
     """Return `decode(encode(hn))` [N, d_out], with the latents of a block of rows at a time."""
     hn, not_finite = _finite(hn, encoder_rows)
-    out = W_dec.new_empty(len(hn), W_dec.shape[1])
-    for rows in row_blocks(len(hn), len(encoder_rows)):
+
+    def reconstructed(rows: slice) -> Tensor:
         block = hn[rows]
         if k and SPARSE_SHARE * k <= len(encoder_rows) and sparse_pays(len(block), W_dec):
             values, latents, _ = top_latents(_pre_activations(block, encoder_rows, b_enc), k)
             starts = torch.arange(0, values.numel(), k)
-            out[rows] = decode_active(values.relu().flatten(), latents.flatten(), starts, W_dec, b_dec)
-        else:
-            out[rows] = decode(_latents(block, encoder_rows, b_enc, threshold, k, capacity), W_dec, b_dec)
+            return decode_active(values.relu().flatten(), latents.flatten(), starts, W_dec, b_dec)
+        return decode(_latents(block, encoder_rows, b_enc, threshold, k, capacity), W_dec, b_dec)
+
+    out = _by_blocks(len(hn), len(encoder_rows), reconstructed)
     return out if not_finite is None else out.masked_fill_(not_finite, torch.nan)
 
 
 def decode_active(values: Tensor, latents: Tensor, starts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    """Decode active latents [n_active], in the order of their rows, of which the first ones are at `starts` [N]."""
-    if W_dec.dtype != values.dtype:
+    """Decode active latents [n_active] in the order of their rows, of which the first ones are at `starts` [N].
+
+    The result [N, d_out] has the dtype of W_dec.
+    """
+    dtype = W_dec.dtype
+    if dtype != values.dtype:
         # The rows that are needed, widened once.
         used, latents = latents.unique(return_inverse=True)
         W_dec = W_dec[used].to(values.dtype)
-    return embedding_bag(latents, W_dec, starts, mode="sum", per_sample_weights=values).add_(b_dec)
+    out = embedding_bag(latents, W_dec, starts, mode="sum", per_sample_weights=values).add_(b_dec)
+    return cast(out, dtype)
 
 
 def top_latents(pre: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,6 +145,12 @@ def _is_narrow(n_rows: int, W_dec: Tensor) -> bool:
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return x in `dtype`. A call of `to` that changes nothing takes as long as a small product of one row."""
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def _by_blocks(n_rows: int, d_sae: int, compute: Callable[[slice], Tensor]) -> Tensor:
+    """Return what `compute` makes of blocks of rows, which is in new memory, without a copy where one is enough."""
+    blocks = [compute(rows) for rows in row_blocks(max(1, n_rows), d_sae)]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 def _finite(hn: Tensor, encoder_rows: Tensor) -> tuple[Tensor, Tensor | None]:

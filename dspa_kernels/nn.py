@@ -98,7 +98,7 @@ class FusedSAE(nn.Module):
         self.backend = backend
         self._weights = replace(weights, **{name: getattr(self, name) for name in ROWS})
         # Of the rows that were encoded last.
-        self._last = _Form(removed=None, d_head=None)
+        self._last = PLAIN
 
     @classmethod
     def from_sae_lens(cls, sae: Any, *, capacity: int | None = None, backend: str = "auto") -> FusedSAE:
@@ -249,7 +249,8 @@ class FusedSAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the latents [..., d_sae] of x [..., d_in], dense."""
-        rows, shape, self._last = self._rows(x)
+        rows, shape, form = self._rows(x)
+        self._remember(form)
         eagerly = self._is_eager(rows)
         return _shaped(eager.encode(*self._encoder(rows), self.capacity) if eagerly else self._dense(rows), shape)
 
@@ -260,7 +261,8 @@ class FusedSAE(nn.Module):
             x: [..., d_in].
             capacity: replaces that of the module. A JumpReLU or ReLU SAE needs one of the two.
         """
-        rows, shape, self._last = self._rows(x)
+        rows, shape, form = self._rows(x)
+        self._remember(form)
         latents = self._sparse(rows, self.capacity if capacity is None else capacity)
         shape, places = shape[:-1], latents.indices.shape[1]
         return SparseLatents(
@@ -281,7 +283,8 @@ class FusedSAE(nn.Module):
         else:
             check_shape("latents", latents, (*latents.shape[:-1], self.weights.d_sae))
             out = self._decoded_dense(latents)
-        last, self._last = self._last, self._last._replace(removed=None)
+        last = self._last
+        self._remember(last._replace(removed=None) if last.removed else last)
         return self._finished(out, last if like is None else self._rows(like)[2])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -294,7 +297,7 @@ class FusedSAE(nn.Module):
             out = self._decoded_dense(self._dense(rows))
         else:
             out = self._decoded(self._sparse(rows, self.capacity))
-        self._last = form._replace(removed=None)
+        self._remember(form._replace(removed=None) if form.removed else form)
         out = self._finished(_shaped(out, shape), form)
         return out if self.W_skip is None else out + _shaped(product(rows, self.W_skip.T), shape)
 
@@ -325,7 +328,13 @@ class FusedSAE(nn.Module):
         check_shape("x", x, (*x.shape[:-1], d_in))
         check_device("x", x, encoder_rows, "W_enc")
         rows = eager.cast(_flat(x), encoder_rows.dtype)
-        return rows, x.shape, _Form(self._statistics(rows, x.shape), d_head)
+        removed = self._statistics(rows, x.shape)
+        return rows, x.shape, PLAIN if removed is None and d_head is None else _Form(removed, d_head)
+
+    def _remember(self, form: _Form) -> None:
+        """Keep the form of rows for `decode`. Setting an attribute of a module takes long for what is there already."""
+        if form is not self._last:
+            self._last = form
 
     def _dense(self, rows: Tensor) -> Tensor:
         """Return the latents [N, d_sae] by the op for sparse ones."""
@@ -415,6 +424,9 @@ class _Form(NamedTuple):
 
     removed: tuple[Tensor, Tensor] | None
     d_head: int | None
+
+
+PLAIN = _Form(removed=None, d_head=None)
 
 
 class FoldedSAE(Protocol):
