@@ -115,8 +115,11 @@ def top_latents(pre: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     values, latents = pre.topk(k, dim=1, sorted=False)
     chosen = pre >= values.amin(dim=1, keepdim=True)
     if chosen.count_nonzero().item() != values.numel():
-        values, latents = (ordered[:, :k] for ordered in pre.sort(dim=1, descending=True, stable=True))
-        chosen = torch.zeros_like(chosen).scatter_(1, latents, True)
+        # Only the rows with ties, of which there may be one among thousands.
+        tied = chosen.count_nonzero(dim=1) != k
+        ordered = pre[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], latents[tied] = ordered.values[:, :k], ordered.indices[:, :k]
+        chosen[tied] = torch.zeros_like(chosen[tied]).scatter_(1, latents[tied], True)
     return values, latents, chosen
 
 

@@ -111,3 +111,29 @@ def test_decodes_few_latents_and_many(n_active: int, monkeypatch: pytest.MonkeyP
         f[-1, :n_active] = torch.randn(n_active)
         f[0, n_active:] *= -1
         assert_close(eager.decode(f, W_dec, torch.ones(D_IN)), f.double() @ W_dec.double() + 1)
+
+
+def test_only_rows_with_ties_are_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    pre, sizes, sort = rows(30), [], Tensor.sort
+    pre[7, :9] = pre[7].max()
+    monkeypatch.setattr(Tensor, "sort", lambda self, **options: sizes.append(len(self)) or sort(self, **options))
+    values, indices, chosen = eager.top_latents(pre, K)
+    assert sizes == [1]
+    assert indices[7].tolist() == list(range(K)) and torch.equal(chosen, active_latents(pre + 99, torch.zeros(D_IN), K))
+    assert torch.equal(values, pre.gather(1, indices))
+
+
+@pytest.mark.parametrize("arch", ["jumprelu", "topk"])
+def test_a_call_holds_the_latents_of_a_block_of_rows(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, pre_activations = [], eager._pre_activations
+
+    def recorded(*arguments: Tensor) -> Tensor:
+        pre = pre_activations(*arguments)
+        sizes.append(pre.numel())
+        return pre
+
+    monkeypatch.setattr(eager, "_pre_activations", recorded)
+    monkeypatch.setattr("dspa_kernels.formulas.MAX_ELEMENTS", 7 * D_SAE)
+    theirs = sae(arch)
+    eager.reconstruct(rows(40), *encoder(theirs), theirs.W_dec, torch.zeros(D_IN))
+    assert sum(sizes) == 40 * D_SAE and max(sizes) == 7 * D_SAE
