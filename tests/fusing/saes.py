@@ -45,7 +45,9 @@ def make_sae(arch: str, dtype: torch.dtype = torch.float32, *, hook_name: str | 
             sae.b_enc -= 2.3
         if arch == "gated":
             sae.b_gate -= 2.3
-            sae.b_mag += 1
+            sae.b_mag[::2] += 1
+            # Negative magnitudes of open gates.
+            sae.b_mag[1::2] -= 40
         if "jumprelu" in arch:
             sae.threshold += 2.3
     return sae.to(dtype)
