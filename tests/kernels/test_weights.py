@@ -5,7 +5,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dspa_kernels import EncoderStream, InputError, MapWeights, SAEWeights, SteeringPlan, sparse_encode
+from dspa_kernels import (
+    EncoderStream,
+    InputError,
+    MapWeights,
+    SAEWeights,
+    SteeringPlan,
+    fsrl_residual,
+    sparse_decode,
+    sparse_encode,
+)
 from dspa_kernels.testing import KINDS, random_sae
 from dspa_kernels.weights import NORMALIZATIONS
 from tests.kernels.cases import D_IN as CASE_D_IN
@@ -241,3 +250,16 @@ def test_plan_errors(change: dict[str, Any], parts: tuple[str, ...]) -> None:
     with pytest.raises(InputError) as error:
         remade(PLAN, change)
     assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_ops_that_steer_refuse_a_transcoder() -> None:
+    """It decodes to 5 dimensions, and reads 8. Ops that encode or decode take it."""
+    sae = random_sae("jumprelu", 8, 16)
+    transcoder = replace(sae, W_dec=torch.randn(16, 5))
+    assert (transcoder.d_in, transcoder.d_out) == (8, 5)
+    h = torch.randn(3, 8)
+    assert sparse_decode(sparse_encode(h, transcoder, capacity=16), transcoder.W_dec).shape == (3, 5)
+    with pytest.raises(InputError, match=r"`W_dec` is of shape \[2, 5\]; accepted: shape \[2, 8\]"):
+        MapWeights.gather(torch.tensor([1, 4]), torch.zeros(16, 2), transcoder)
+    with pytest.raises(InputError, match=r"`sae.W_dec` is of shape \[16, 5\].*A transcoder does not change the rows"):
+        fsrl_residual(h, transcoder, torch.zeros(16, 8), torch.zeros(16), torch.ones(16))
