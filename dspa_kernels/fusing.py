@@ -31,9 +31,8 @@ def fuse(sae: T, *, capacity: int | None = None, backend: str = "auto") -> T:
     `use_error_term`, `run_with_cache` and place in a `HookedSAETransformer`. Inputs and results have the shapes and
     dtypes of SAELens. Parameters are read at every call, so changes made after fusing count.
 
-    - `encode` is one matrix product, changed in place to latents. The latents are the same as SAELens' to the bit if
-      products of the same matrices are, as on a CPU. A gated SAE's are the same up to rounding: it takes one product
-      in place of two.
+    - `encode` is one matrix product, or two of a gated SAE, changed in place to latents. The latents are the same as
+      SAELens' to the bit if products of the same matrices are, as on a CPU.
     - `decode` reads only the rows of active latents, on a CPU and if few are active. Otherwise it is one product.
     - `sae(x)` holds no `[..., d_sae]` on a GPU if k or `capacity` bounds the number of active latents. They are dense
       if `hook_sae_acts_post` has a hook, for `use_error_term`, for an AbsTopK SAE, and for a TopK SAE with
@@ -176,9 +175,10 @@ def _jumprelu(sae: Any, rows: Tensor) -> Tensor:
 
 
 def _gated(sae: Any, rows: Tensor) -> Tensor:
-    gate = rows @ sae.W_enc
-    pre = _plus(gate * sae.r_mag.exp(), sae.b_mag)
-    return pre.masked_fill_((gate <= -sae.b_gate).logical_or_(pre <= 0), 0)
+    # The product of the gates times exp(r_mag) would do in place of the second one, with other bits.
+    gate = _plus(rows @ sae.W_enc, sae.b_gate)
+    pre = _plus(rows @ (sae.W_enc * sae.r_mag.exp()), sae.b_mag)
+    return pre.masked_fill_((gate <= 0).logical_or_(pre <= 0), 0)
 
 
 def _topk(sae: Any, rows: Tensor) -> Tensor:
