@@ -1,12 +1,14 @@
 """An SAE on the CPU compared with SAELens': `python -m bench.offline.saes`.
 
-Times of `FusedSAE` and of the SAELens SAE that it was made of, in turn in one run, each the least of many rounds. Other
-programs of the machine only lengthen a round. Rows are standard normal, and thresholds are such that as many latents
-are active as `L0`.
+Times of `FusedSAE`, of a copy of the SAELens SAE that went through `fuse`, and of that SAE itself, in turn in one run,
+each the least of many rounds. Other programs of the machine only lengthen a round. Rows are standard normal, and
+thresholds are such that as many latents are active as `L0`.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import json
 import time
@@ -21,11 +23,13 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.harness.machine import describe
+from dspa_kernels import fuse
 from dspa_kernels.nn import FusedSAE
 
 ARCHITECTURES = ("jumprelu", "topk")
 DTYPES = ("float32", "bfloat16")
 ROWS, WIDTHS, LATENTS = (1, 64, 2048), (576, 2304), (512, 4096, 16_384, 65_536)
+OURS = ("FusedSAE", "fuse")
 L0 = 64
 SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 0.6, 3, 400
 
@@ -61,37 +65,29 @@ def least_micros(calls: dict[str, Callable[[], object]]) -> tuple[dict[str, floa
 
 
 def compared(arch: str, dtype: str, d_in: int, d_sae: int, rows: Sequence[int]) -> list[dict[str, Any]]:
-    """The calls of one SAE at each number of rows, ours and theirs."""
+    """The calls of one SAE at each number of rows."""
     theirs = sae_lens_sae(arch, d_in, d_sae, dtype)
-    ours = FusedSAE.from_sae_lens(theirs)
+    saes = {"FusedSAE": FusedSAE.from_sae_lens(theirs), "fuse": fuse(copy.deepcopy(theirs)), "SAELens": theirs}
     results = []
     for n in rows:
         x = torch.randn(n, d_in, generator=torch.Generator().manual_seed(n)).to(theirs.dtype)
         f = theirs.encode(x)
-        check(ours.encode(x), f)
-        calls: dict[str, tuple[str, Tensor]] = {
-            "encode": ("encode", x),
-            "decode": ("decode", f),
-            "forward": ("forward", x),
-        }
-        for call, (name, argument) in calls.items():
-            micros, rounds = least_micros(
-                {
-                    "micros": lambda name=name, argument=argument: getattr(ours, name)(argument),
-                    "sae_lens_micros": lambda name=name, argument=argument: getattr(theirs, name)(argument),
-                }
-            )
+        for name in OURS:
+            check(saes[name].encode(x), f)
+        for call, argument in {"encode": x, "decode": f, "forward": x}.items():
+            calls = {name: functools.partial(getattr(sae, call), argument) for name, sae in saes.items()}
+            micros, rounds = least_micros(calls)
             case = {"arch": arch, "dtype": dtype, "d_in": d_in, "d_sae": d_sae, "rows": n, "call": call}
+            ratios = {name: micros[name] / micros["SAELens"] for name in OURS}
             l0 = float(f.count_nonzero()) / n
-            ratio = micros["micros"] / micros["sae_lens_micros"]
-            results.append(case | micros | {"ratio": ratio, "rounds": rounds, "l0": l0})
+            results.append(case | {"micros": micros, "ratios": ratios, "rounds": rounds, "l0": l0})
     return results
 
 
 def check(ours: Tensor, theirs: Tensor) -> None:
     """Raise unless the latents are the same, but for those at the threshold."""
-    same = (ours > 0) == (theirs > 0)
-    assert same.float().mean() > 0.999, "the latents differ"
+    n_others = int(((ours > 0) != (theirs > 0)).sum())
+    assert n_others <= 1 + ours.numel() / 1000, "the latents differ"
 
 
 def main(
@@ -112,10 +108,10 @@ def main(
             results += compared(*case, rows or ROWS)
             if out is not None:
                 out.write_text(json.dumps(describe("") | {"threads": threads, "results": results}, indent=1) + "\n")
-    table = Table("SAE", "dtype", "rows", "call", "us", "SAELens, us", "ratio")
+    table = Table("SAE", "dtype", "rows", "call", "SAELens, us", *(f"{name}, relative" for name in OURS))
     for r in results:
         sae = f"{r['arch']} {r['d_in']} x {r['d_sae']}"
-        times = (f"{r['micros']:.0f}", f"{r['sae_lens_micros']:.0f}", f"{r['ratio']:.2f}")
+        times = (f"{r['micros']['SAELens']:.0f}", *(f"{ratio:.2f}" for ratio in r["ratios"].values()))
         table.add_row(sae, r["dtype"], str(r["rows"]), r["call"], *times)
     Console().print(table)
 
