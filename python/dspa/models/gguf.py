@@ -116,12 +116,13 @@ def _dequantized(path: Path, dtype: str) -> tuple[Any, Any]:
         accepted, advice = "a GGUF file with a tokenizer", "Convert the model again, together with its tokenizer."
         raise refusal(ValueError, "`model`", f"{path}, a GGUF file without a tokenizer", accepted, advice)
     place = ModelPlace(str(path.parent), path.name)
-    options: dict[str, Any] = {**place.arguments, "trust_remote_code": False}
+    options: dict[str, Any] = {**place.arguments}
     with reading_model(place):
-        tokenizer = AutoTokenizer.from_pretrained(place.name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(place.name, **options, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place.name,
             **options,
+            trust_remote_code=False,
             dtype=dtype,
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,

@@ -181,8 +181,8 @@ def test_map_show(run, built, tmp_path, monkeypatch):
     assert run("map", "show", built, "--plot", tmp_path / "m.png")[0] == 0 and (tmp_path / "m.png").is_file()
     cdmap = ConditionalDifferenceMap.load(built)
     assert f"{len(cdmap.hot)}; the first" in text and f"{cdmap.meta.n_inactive} of 96" in text
-    cdmap.hot, cdmap.hot_counts = cdmap.hot[:0], cdmap.hot_counts[:0]
-    cdmap.save(built.parent / "uncalibrated")
+    uncalibrated = cdmap.replaced(hot=cdmap.hot[:0], hot_counts=cdmap.hot_counts[:0])
+    uncalibrated.save(built.parent / "uncalibrated")
     assert "the map has no calibration" in run("map", "show", built.parent / "uncalibrated")[1]
 
 

@@ -245,7 +245,7 @@ def test_a_folder_that_records_no_ratio_kept_all(tmp_path, monkeypatch, model, t
     record, checkpoint = tmp_path / "old" / "training.json", next((tmp_path / "old").glob("checkpoint-*"))
     content, place = json.loads(record.read_text()), json.loads((checkpoint / "stream.json").read_text())
     content["settings"].pop("max_norm_ratio")
-    del place["position"]["n_left_out"]
+    del place["position"]["n_left_out"], place["seal"]
     record.write_text(json.dumps(content))
     (checkpoint / "stream.json").write_text(json.dumps(place))
     with pytest.raises(TrainingError, match=r"max_norm_ratio: 0\.0 there, 10\.0 now"):

@@ -131,7 +131,7 @@ def test_paths(gemma, sae_in, sae_out, cdmap, calibrated):
 
 def test_paths_of_inactive_rows(gemma, sae_in, sae_out):
     cdmap = make_map(sae_in, sae_out)
-    cdmap.values.abs_()  # no negative score, so nothing to ablate
+    cdmap = cdmap.replaced(values=cdmap.values.abs())  # no negative score, so nothing to ablate
     paths = tallies(gemma, sae_in, sae_out, cdmap)
     assert paths["inactive"] == N_STEERED and paths["encoder_rows_read"] == 0
 

@@ -371,7 +371,7 @@ def test_bit_identical_where_nothing_is_steered(model: PreTrainedModel, sae_in, 
     config = dspa.SteeringConfig(alpha=0.0 if make == "alpha 0" else 0.7)
     if make == "selects nothing":
         cdmap = make_map(sae_in, sae_out)
-        cdmap.values.abs_()  # no negative score, so nothing to ablate
+        cdmap = cdmap.replaced(values=cdmap.values.abs())  # no negative score, so nothing to ablate
     steering = dspa.Steering(sae_in, sae_out, cdmap, config).attach(model)
     if make == "detached":
         assert not torch.equal(model.generate(**padded(PROMPTS), **settings).logits[0], before.logits[0])
