@@ -91,9 +91,9 @@ def unfolded(source: SourceSAE) -> tuple[SAEWeights, Tensor]:
     W_dec, rows = tensors["W_dec"], W_enc.T
     if not source.transcoder and W_dec.shape != rows.shape:
         raise refusal(SAEError, "`W_dec`", f"of shape {list(W_dec.shape)}", f"shape [d_sae, d_in], {list(rows.shape)}")
-    if source.transcoder and source.apply_b_dec_to_input:
-        advice = "Its b_dec belongs to the place that it writes."
-        raise refusal(SAEError, "`apply_b_dec_to_input` of a transcoder", "True", "False", advice)
+    if source.apply_b_dec_to_input and W_dec.shape[1:] != W_enc.shape[:1]:
+        got, accepted = "True, whose b_dec is of another width than its input", "False"
+        raise refusal(SAEError, "`apply_b_dec_to_input` of a transcoder", got, accepted)
     full = full_dtype(W_enc.dtype)
     threshold = torch.zeros_like(b_enc) if threshold is None else threshold
     weights = SAEWeights(

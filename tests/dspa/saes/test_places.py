@@ -120,7 +120,11 @@ def test_topk_transcoders_are_not_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"transcoder": True, "apply_b_dec_to_input": True}, "`apply_b_dec_to_input` of a transcoder is True"),
+        (
+            {"transcoder": True, "apply_b_dec_to_input": True}
+            | {"W_dec": torch.ones(D_SAE, D_OUT), "b_dec": torch.ones(D_OUT)},
+            "`apply_b_dec_to_input` of a transcoder is True, whose b_dec is of another width than its input",
+        ),
         ({"transcoder": True, "W_skip": torch.zeros(D_IN, D_IN + 1)}, rf"`W_skip` is of shape \[{D_IN}, {D_IN + 1}\]"),
         ({"transcoder": True, "W_skip": torch.full((D_IN, D_IN), torch.nan)}, "`W_skip` is NaN or infinite in 144"),
         ({"W_skip": torch.zeros(D_IN, D_IN)}, "`W_skip` is given; accepted: None, but for a transcoder"),

@@ -46,7 +46,7 @@ OF_ARCH = {"standard": STANDARD, "topk": STANDARD, "jumprelu": JUMPRELU, "gated"
 def make(arch: str = "jumprelu", **kwargs: Any) -> FrozenSAE:
     if arch == "topk":
         kwargs.setdefault("k", K)
-    return FrozenSAE(arch, **named(*OF_ARCH[arch]), **kwargs)
+    return FrozenSAE(arch, **(named(*OF_ARCH[arch]) | kwargs))
 
 
 def close(actual: Tensor, expected: Tensor) -> None:

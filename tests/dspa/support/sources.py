@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dspa.saes.formats.source import SourceSAE
+from dspa.saes.frozen import FrozenSAE
 
 from .saes import decoded_rounding
 
@@ -40,12 +41,14 @@ def output(source: SourceSAE, x: Tensor) -> Tensor:
 
 
 def close_output(source: SourceSAE, x: Tensor, expected: Tensor) -> None:
-    """Outputs equal up to fp32 rounding."""
+    """Outputs equal up to fp32 rounding, by the formula and of the `FrozenSAE` that is made of it."""
     scale = float(x.norm(dim=-1).max()) / x.shape[-1] ** 0.5 if source.normalize_activations != "none" else 1.0
     atol = decoded_rounding(latents(source, x), source.tensors["W_dec"], scale)
     if "W_skip" in source.tensors:
         atol += decoded_rounding(x.flatten(0, -2), source.tensors["W_skip"].T)
     torch.testing.assert_close(output(source, x), expected, rtol=0, atol=atol)
+    sae = FrozenSAE._from_source(source, None, None, False)
+    torch.testing.assert_close(sae.decode(sae.encode(x), like=x), expected, rtol=0, atol=atol)
 
 
 def _normalized(source: SourceSAE, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:

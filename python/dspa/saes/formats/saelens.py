@@ -177,6 +177,9 @@ def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Ten
     is_transcoder = arch.endswith("transcoder")
     d_in = cfg.get("d_in")
     check_stated(name, tensors, d_in=d_in, d_sae=cfg.get("d_sae"), d_out=cfg.get("d_out") if is_transcoder else d_in)
+    apply_b_dec_to_input = bool(cfg.get("apply_b_dec_to_input", True))
+    if is_transcoder and apply_b_dec_to_input:
+        raise refusal(SAEError, f"{name}: `apply_b_dec_to_input` of a {arch}", "true", "false, as in SAELens")
     normalize = cfg.get("normalize_activations") or "none"
     return SourceSAE(
         name=name,
@@ -189,7 +192,7 @@ def sae_lens_source(name: str, cfg: Mapping[str, Any], tensors: Mapping[str, Ten
         hook_name_out=metadata.get("hook_name_out") if is_transcoder else None,
         model_name=metadata.get("model_name"),
         neuronpedia_id=metadata.get("neuronpedia_id"),
-        apply_b_dec_to_input=bool(cfg.get("apply_b_dec_to_input", True)),
+        apply_b_dec_to_input=apply_b_dec_to_input,
         normalize_activations="expected_average_only_in" if normalize is True else normalize,
         reshape_activations=reshape,
         rescale_acts_by_decoder_norm=bool(cfg.get("rescale_acts_by_decoder_norm", False)),

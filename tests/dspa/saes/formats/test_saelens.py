@@ -186,6 +186,7 @@ def test_attention_heads_of_an_unknown_place(tmp_path: Path) -> None:
             rf"`W_dec` is of shape \[{D_SAE}, {D_IN}\]; accepted: \[{D_SAE}, {D_OUT}\], as the cfg says",
         ),
         ({"architecture": "skip_transcoder"}, "lacks W_skip; accepted: exactly W_dec, W_enc, W_skip, b_dec, b_enc"),
+        ({"architecture": "transcoder"}, "`apply_b_dec_to_input` of a transcoder is true; accepted: false"),
         ({"architecture": "transcoder", "d_out": "12"}, "`d_out` is '12'; accepted: a whole number >= 1"),
         ({"metadata": {"hook_name_out": 3}}, "`metadata.hook_name_out` is 3; accepted: text"),
     ],

@@ -79,9 +79,9 @@ def test_transcoder(h: Tensor, tmp_path: Path, skip: bool) -> None:
 def test_transcoder_of_an_early_version(h: Tensor, tmp_path: Path) -> None:
     """It was named in the configuration of the training alone, and the bias was taken off the input."""
     (tmp_path / "config.json").write_text(json.dumps({"transcode": True}))
-    source = read_sae(write(tmp_path / "layers.6.mlp", weights(), transcode=None, activation=None))
-    close(latents(source, h), topk(h - tensors()["b_dec"]))
-    assert source.transcoder
+    sae = FrozenSAE.load(write(tmp_path / "layers.6.mlp", weights(), transcode=None, activation=None))
+    close(sae.encode(h), topk(h - tensors()["b_dec"]))
+    assert sae.transcoder and sae.folded == ("apply_b_dec_to_input",)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,7 @@ def test_against_the_package(
     source = read_sae(tmp_path / "layers.6")
     close(latents(source, x), dense)
     close_output(source, x, out)
-    if not transcode:
-        close(FrozenSAE.load(tmp_path / "layers.6").encode(x), dense)
+    close(FrozenSAE.load(tmp_path / "layers.6").encode(x), dense)
 
 
 @pytest.mark.parametrize(
