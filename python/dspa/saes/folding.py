@@ -235,7 +235,8 @@ def to_center(source: SourceSAE, stated: bool | None) -> bool:
     """
     if CENTERED in (source.record or {}).get("folded", ()):
         if stated is False:
-            accepted, advice = "True or None", "Load the SAE from where it came from."
+            accepted = "True or None"
+            advice = "Load the SAE from where it came from. For a FusedSAE of this one: FusedSAE(FrozenSAE.load(path))."
             raise refusal(SAEError, f"`{CENTERED}`", "False, and it is folded into this copy", accepted, advice)
         return False
     if stated is None and source.hook_name is not None and is_elsewhere(source.hook_name):

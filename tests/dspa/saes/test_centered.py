@@ -18,6 +18,7 @@ from dspa.saes.frozen import FrozenSAE
 from dspa.saes.quality import evaluate_sae
 from dspa.saes.training import finetune_sae, read_qualities
 from dspa.testing import ENGLISH, make_map, make_model, make_sae, word_tokenizer
+from dspa_kernels.nn import FusedSAE
 
 from ...rounding import PASS, rounding
 from ..support.saes import OF_ARCH, named
@@ -283,6 +284,8 @@ def test_a_saved_copy_is_centred_once(tmp_path: Path) -> None:
         assert torch.equal(again.W_enc, sae.W_enc) and again.fingerprint == sae.fingerprint and again.centered
     with pytest.raises(SAEError, match=r"`center_writing_weights` is False, and it is folded into this copy"):
         FrozenSAE.load(tmp_path, center_writing_weights=False)
+    with pytest.raises(SAEError, match=r"For a FusedSAE of this one: FusedSAE\(FrozenSAE\.load\(path\)\)"):
+        FusedSAE.load(tmp_path)
 
 
 def test_fine_tuning_from_a_centred_sae(tmp_path: Path, gpt2: Any, h: Tensor) -> None:
