@@ -143,8 +143,9 @@ def check_stated(file: str, tensors: Mapping[str, Tensor], **stated: int | None)
         shape = list(tensors[name].shape)
         wanted = [stated.get(width) for width in widths]
         if len(shape) != 2 or any(n not in (None, m) for n, m in zip(wanted, shape, strict=True)):
-            accepted = ", ".join(width if n is None else str(n) for n, width in zip(wanted, widths, strict=True))
-            raise refusal(SAEError, f"{file}: `{name}`", f"of shape {shape}", f"[{accepted}], as the cfg says")
+            sizes = ", ".join(width if n is None else str(n) for n, width in zip(wanted, widths, strict=True))
+            accepted = f"[{sizes}], as its configuration or biases say"
+            raise refusal(SAEError, f"{file}: `{name}`", f"of shape {shape}", accepted)
 
 
 def check_names(

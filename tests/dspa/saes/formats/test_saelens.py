@@ -178,12 +178,15 @@ def test_attention_heads_of_an_unknown_place(tmp_path: Path) -> None:
     [
         (
             {"d_in": D_IN + 1},
-            rf"`W_enc` is of shape \[{D_IN}, {D_SAE}\]; accepted: \[{D_IN + 1}, {D_SAE}\], as the cfg",
+            rf"`W_enc` is of shape \[{D_IN}, {D_SAE}\]; accepted: \[{D_IN + 1}, {D_SAE}\], as its configuration",
         ),
-        ({"d_sae": 3}, rf"`W_enc` is of shape \[{D_IN}, {D_SAE}\]; accepted: \[{D_IN}, 3\], as the cfg says"),
+        (
+            {"d_sae": 3},
+            rf"`W_enc` is of shape \[{D_IN}, {D_SAE}\]; accepted: \[{D_IN}, 3\], as its configuration",
+        ),
         (
             {"architecture": "transcoder", "d_out": D_OUT},
-            rf"`W_dec` is of shape \[{D_SAE}, {D_IN}\]; accepted: \[{D_SAE}, {D_OUT}\], as the cfg says",
+            rf"`W_dec` is of shape \[{D_SAE}, {D_IN}\]; accepted: \[{D_SAE}, {D_OUT}\], as its configuration",
         ),
         ({"architecture": "skip_transcoder"}, "lacks W_skip; accepted: exactly W_dec, W_enc, W_skip, b_dec, b_enc"),
         ({"architecture": "transcoder"}, "`apply_b_dec_to_input` of a transcoder is true; accepted: false"),
