@@ -144,12 +144,13 @@ def evaluate_sae(sae: FrozenSAE, rows: Tensor, *, max_norm_ratio: float = MAX_NO
         max_norm_ratio: leave out rows with more than this many times the median norm; 0 keeps all.
 
     Raises:
+        SAEError: a transcoder.
         ValueError: rows without variance.
     """
-    typical = typical_rows(rows, max_norm_ratio)
     if sae.transcoder:
         advice = "Compare its output with the place that it computes."
         raise refusal(SAEError, "`sae`", repr(sae), "an SAE, which decodes to the rows that it encoded", advice)
+    typical = typical_rows(rows, max_norm_ratio)
     if sae.centered:
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         rows = rows - rows.mean(dim=1, keepdim=True)
