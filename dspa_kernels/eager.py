@@ -83,7 +83,8 @@ def reconstruct(
 
     def reconstructed(rows: slice) -> Tensor:
         block = hn[rows]
-        if k and SPARSE_SHARE * k <= len(encoder_rows) and sparse_pays(len(block), W_dec):
+        few = 0 < SPARSE_SHARE * k <= len(encoder_rows) and _bound(capacity, k) is None
+        if few and sparse_pays(len(block), W_dec):
             values, latents, _ = top_latents(_pre_activations(block, encoder_rows, b_enc), k)
             starts = torch.arange(0, values.numel(), k)
             return decode_active(values.relu().flatten(), latents.flatten(), starts, W_dec, b_dec)
@@ -185,9 +186,15 @@ def _latents(
     pre = _pre_activations(hn, encoder_rows, b_enc)
     active = top_latents(pre, k)[2] if k else pre > threshold
     f = pre.relu_().mul_(active)
-    if capacity is not None and not k:
-        f[f.count_nonzero(dim=1) > capacity] = torch.nan
+    bound = _bound(capacity, k)
+    if bound is not None:
+        f[f.count_nonzero(dim=1) > bound] = torch.nan
     return f
+
+
+def _bound(capacity: int | None, k: int) -> int | None:
+    """Return the capacity that a row may exceed, None if it cannot: a top-k SAE has at most k active latents."""
+    return None if capacity is None or 0 < k <= capacity else capacity
 
 
 def _starts(row: Tensor, n_rows: int) -> Tensor:

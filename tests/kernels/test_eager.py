@@ -113,6 +113,16 @@ def test_decodes_few_latents_and_many(n_active: int, monkeypatch: pytest.MonkeyP
         assert_close(eager.decode(f, W_dec, torch.ones(D_IN)), f.double() @ W_dec.double() + 1)
 
 
+@pytest.mark.parametrize("work", [0, 1 << 40])
+def test_fewer_places_than_k(work: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eager, "SPARSE_WORK", work)
+    theirs = sae("topk")
+    arguments = (*encoder(theirs), theirs.W_dec, torch.zeros(D_IN))
+    assert (eager.encode(rows(4), *encoder(theirs)) > 0).sum(dim=1).tolist() == 4 * [K]
+    assert eager.reconstruct(rows(4), *arguments, capacity=K - 1).isnan().all()
+    assert not eager.reconstruct(rows(4), *arguments, capacity=K).isnan().any()
+
+
 def test_only_rows_with_ties_are_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
     pre, sizes, sort = rows(30), [], Tensor.sort
     pre[7, :9] = pre[7].max()

@@ -122,6 +122,19 @@ def test_a_row_over_capacity_is_nan_and_the_others_are_whole() -> None:
     assert_close(narrow(x)[~over], ours(x)[~over], D_SAE)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+def test_fewer_places_than_k(backend: str) -> None:
+    theirs = sae_lens_sae("topk")
+    with torch.no_grad():
+        theirs.b_enc -= 4
+    x = rows(40)
+    over = (theirs.encode(x) > 0).sum(dim=1) > K - 2
+    assert over.any() and not over.all()
+    ours = fused(theirs, capacity=K - 2, backend=backend)
+    for out in (ours.encode(x), ours(x), ours.encode_sparse(x).values):
+        assert torch.equal(out.isnan().all(dim=1), over) and torch.equal(out.isnan().any(dim=1), over)
+
+
 def test_a_row_that_is_not_finite_is_nan() -> None:
     ours = fused(sae_lens_sae("jumprelu"))
     x = rows(3)
