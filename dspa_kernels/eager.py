@@ -86,7 +86,7 @@ def reconstruct(
         few = 0 < SPARSE_SHARE * k <= len(encoder_rows) and _bound(capacity, k) is None
         if few and sparse_pays(len(block), W_dec):
             values, latents, _ = top_latents(_pre_activations(block, encoder_rows, b_enc), k)
-            starts = torch.arange(0, values.numel(), k)
+            starts = torch.arange(0, values.numel(), k, device=values.device)
             return decode_active(values.relu().flatten(), latents.flatten(), starts, W_dec, b_dec)
         return decode(_latents(block, encoder_rows, b_enc, threshold, k, capacity), W_dec, b_dec)
 

@@ -123,6 +123,15 @@ def test_fewer_places_than_k(work: int, monkeypatch: pytest.MonkeyPatch) -> None
     assert not eager.reconstruct(rows(4), *arguments, capacity=K).isnan().any()
 
 
+def test_another_default_device_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eager, "SPARSE_WORK", 0)
+    for arch in ("jumprelu", "topk"):
+        theirs, hn, b_dec = sae(arch), rows(4), torch.zeros(D_IN)
+        whole = eager.reconstruct(hn, *encoder(theirs), theirs.W_dec, b_dec)
+        with torch.device("meta"):
+            assert torch.equal(eager.reconstruct(hn, *encoder(theirs), theirs.W_dec, b_dec), whole)
+
+
 def test_only_rows_with_ties_are_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
     pre, sizes, sort = rows(30), [], Tensor.sort
     pre[7, :9] = pre[7].max()

@@ -75,7 +75,7 @@ def read_llama_scope(file: Path) -> SourceSAE:
     if arch == "jumprelu" or (arch == "topk" and threshold > 0):
         arch = "jumprelu"
         # The maker compares it with what comes out of the folded encoder.
-        tensors["threshold"] = torch.full(tensors["b_enc"].shape, threshold)
+        tensors["threshold"] = torch.full_like(tensors["b_enc"], threshold, dtype=torch.float64)
     hook, out = cfg["hook_point_in"], cfg.get("hook_point_out")
     is_transcoder = out not in (None, hook)
     return SourceSAE(
