@@ -168,9 +168,11 @@ def _device_guard(device: torch.device) -> AbstractContextManager[object]:
 def is_intercepted(values: Iterable[object]) -> bool:
     """Return True if PyTorch has to see a call with these arguments.
 
-    It does where something traces or transforms operators, or records gradients, and for tensors that are not plain.
+    It does where something traces, transforms or differentiates operators, and for tensors that are not plain.
     """
     if torch.compiler.is_compiling() or torch._C._is_tracing() or any(map(_is_included, INTERCEPTORS)):
+        return True
+    if forward_ad._current_level >= 0:
         return True
     records = torch.is_grad_enabled()
     for value in values:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import dspa_kernels
 from dspa_kernels import InputError, eager, fuse, fusing, unfuse
@@ -327,6 +328,17 @@ def test_stays_the_same_object(tmp_path: Any) -> None:
         assert type(sae) is sae_lens.TopKSAE and same_bits(sae(x), theirs(x))
     assert sae.W_enc.is_contiguous() and vars(sae).keys() == vars(theirs).keys()
     assert all(parameters[name] is parameter for name, parameter in sae.named_parameters())
+
+
+@pytest.mark.parametrize("arch", ["jumprelu", "topk"])
+def test_forward_mode_derivatives(arch: str) -> None:
+    tangents = []
+    for sae in (make_sae(arch), fuse(make_sae(arch), backend="reference"), fuse(make_sae(arch))):
+        with torch.no_grad(), forward_ad.dual_level():
+            out = sae(forward_ad.make_dual(rows(40), rows(40, seed=2)))
+            tangents.append(forward_ad.unpack_dual(out).tangent)
+    for tangent in tangents[1:]:
+        assert_close(tangent, tangents[0])
 
 
 def test_print() -> None:

@@ -87,7 +87,7 @@ def encoded(h: Tensor) -> Tensor:
     return sparse_encode(h, SAE, capacity=D_SAE).values
 
 
-@pytest.mark.parametrize("function", [adapted, steered, encoded])
+@pytest.mark.parametrize("function", [adapted, steered, encoded, FusedSAE(SAE)])
 def test_a_forward_mode_derivative_is_refused_and_never_0(function: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(BackendError, match="no forward-mode derivative"):
         torch.func.jvp(function, (H,), (torch.ones_like(H),))
