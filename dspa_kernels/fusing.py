@@ -41,7 +41,7 @@ def fuse(sae: T, *, capacity: int | None = None, backend: str = "auto") -> T:
     A hook on `hook_sae_acts_pre` makes the calls that it sees encode as SAELens does. Gradients are those of SAELens.
     They need dense latents, and the parameters that SAELens loads require gradients: to save memory, call under
     `torch.no_grad()`. Calls traced by `torch.compile` are dense too. The first sparse call changes the strides of
-    `W_enc`, but not its shape or what `state_dict` returns.
+    `W_enc` and `W_dec`, but not their shapes or what `state_dict` returns.
 
     Args:
         sae: an SAE or transcoder of sae-lens 6. One that is already fused takes the new options.
@@ -80,7 +80,8 @@ def unfuse(sae: T) -> T:
     owner: Any = sae
     if isinstance(sae, FusedCalls):
         owner.__class__ = sae.sae_lens_class
-        owner.W_enc.data = owner.W_enc.data.contiguous()
+        with torch.inference_mode(False):
+            owner.W_enc.data = owner.W_enc.data.contiguous()
         del owner.fused_capacity, owner.fused_backend
     return sae
 
@@ -277,14 +278,23 @@ def _backend(sae: Any) -> str:
 
 def _weights(sae: Any) -> SAEWeights:
     """Return the encoder as the kernels read it, of the same memory as the parameters where they have its dtype."""
-    if not sae.W_enc.T.is_contiguous():
-        sae.W_enc.data = sae.W_enc.data.T.contiguous().T
+    # Loaders of SAELens transpose the decoders of some releases.
+    if not (sae.W_enc.T.is_contiguous() and sae.W_dec.is_contiguous()):
+        _lay_out(sae)
     encoder_rows = sae.W_enc.detach().T
     b_enc = sae.b_enc.detach().to(compute_dtype(encoder_rows))
     activation = _activation(sae, sae.activation_fn)
     threshold = sae.threshold.detach().to(b_enc) if activation is _jumprelu else torch.zeros_like(b_enc)
     # Encoding reads no decoder, and that of a transcoder has another width.
     return SAEWeights(encoder_rows, b_enc, threshold, encoder_rows, k=sae.activation_fn.k if activation is _topk else 0)
+
+
+# Inference mode would leave parameters behind that cannot be trained.
+@torch.inference_mode(False)
+def _lay_out(sae: Any) -> None:
+    """Give the encoder and decoder a contiguous row per latent, in place."""
+    sae.W_enc.data = sae.W_enc.data.T.contiguous().T
+    sae.W_dec.data = sae.W_dec.data.contiguous()
 
 
 @functools.cache

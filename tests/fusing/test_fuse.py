@@ -330,6 +330,31 @@ def test_stays_the_same_object(tmp_path: Any) -> None:
     assert all(parameters[name] is parameter for name, parameter in sae.named_parameters())
 
 
+def test_a_decoder_that_was_loaded_transposed() -> None:
+    """As loaders of SAELens assign some."""
+    theirs, ours = make_sae("topk"), fuse(make_sae("topk"), backend="reference")
+    state = {
+        name: tensor.T.contiguous().T if name == "W_dec" else tensor for name, tensor in theirs.state_dict().items()
+    }
+    ours.load_state_dict(state, assign=True)
+    assert not ours.W_dec.is_contiguous()
+    with torch.no_grad():
+        assert_close(ours(rows(40)), theirs(rows(40)))
+    assert ours.W_dec.is_contiguous(), "every call copies the decoder"
+
+
+def test_inference_mode_leaves_parameters_that_can_be_trained() -> None:
+    sae = fuse(make_sae("topk"), backend="reference")
+    with torch.inference_mode():
+        sae(rows(3))
+        assert not sae.W_enc.is_contiguous(), "the call was not sparse"
+    sae(rows(3)).sum().backward()
+    with torch.inference_mode():
+        unfuse(sae)
+    sae(rows(3)).sum().backward()
+    assert sae.W_enc.grad.any()
+
+
 @pytest.mark.parametrize("arch", ["jumprelu", "topk"])
 def test_forward_mode_derivatives(arch: str) -> None:
     tangents = []
