@@ -257,7 +257,8 @@ def _is_sparse(sae: Any, x: Tensor) -> bool:
         and _is_idle(sae.hook_sae_acts_pre)
         and _is_idle(sae.hook_sae_acts_post)
         and _backend(sae) != "dense"
-        and not is_intercepted((x, *sae._parameters.values()))
+        # By name, as replicas of torch.nn.DataParallel have no parameters but these tensors.
+        and not is_intercepted((x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, getattr(sae, "W_skip", x)))
     )
 
 

@@ -355,6 +355,16 @@ def test_inference_mode_leaves_parameters_that_can_be_trained() -> None:
     assert sae.W_enc.grad.any()
 
 
+def test_gradients_of_a_replica() -> None:
+    """The parameters of a replica of torch.nn.DataParallel are no parameters, but tensors with a gradient."""
+    sae = fuse(make_sae("topk"), backend="reference")
+    replica = sae._replicate_for_data_parallel()
+    for name, parameter in sae.named_parameters():
+        setattr(replica, name, parameter * 1)
+    replica(rows(5)).sum().backward()
+    assert all(parameter.grad.any() for parameter in sae.parameters())
+
+
 @pytest.mark.parametrize("arch", ["jumprelu", "topk"])
 def test_forward_mode_derivatives(arch: str) -> None:
     tangents = []
