@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dspa_kernels import eager
 from dspa_kernels.backends import choose, is_auto, is_intercepted
@@ -102,7 +102,7 @@ class FusedCalls:
     def encode(self: Any, x: Tensor) -> Tensor:
         """Return the latents [..., d_sae] of x."""
         activation = _activation(self, self.activation_fn)
-        if not _is_idle(self.hook_sae_acts_pre):
+        if not _is_unseen(self):
             return super().encode(x)  # type: ignore[misc, no-any-return]
         f: Tensor = self.hook_sae_acts_post(activation(self, self.process_sae_in(x)))
         return f
@@ -223,7 +223,9 @@ def _activation(fused: Any, activation_fn: object) -> Callable[[Any, Tensor], Te
         fused: the SAE or its class.
         activation_fn: its own, which can be replaced at any time.
     """
-    key = (fused.sae_lens_encoder, type(activation_fn).__name__)
+    kind = type(activation_fn)
+    is_known = kind is nn.ReLU or _is_sae_lens(kind)
+    key = fused.sae_lens_encoder, kind.__name__ if is_known else f"{kind.__module__}.{kind.__qualname__}"
     if key not in ACTIVATIONS:
         raise _refusal(fused.sae_lens_class, f", which encodes by {key[0]}.encode and {key[1]}, not by a kernel")
     return ACTIVATIONS[key]
@@ -237,8 +239,13 @@ def _finished(sae: Any, out: Tensor) -> Tensor:
     return out
 
 
+def _is_unseen(sae: Any) -> bool:
+    """Return True if nothing looks at what goes into the activation function, or comes out of it."""
+    return _is_idle(sae.hook_sae_acts_pre) and _is_idle(sae.activation_fn)
+
+
 def _is_idle(point: Any) -> bool:
-    """Return True if a hook point has no hooks."""
+    """Return True if a module has no hooks."""
     return not (point._forward_hooks or point._forward_pre_hooks or point._backward_hooks or point._backward_pre_hooks)
 
 
@@ -254,7 +261,7 @@ def _is_sparse(sae: Any, x: Tensor) -> bool:
         not (is_auto(sae.fused_backend) and sae.W_dec.is_cpu)
         and _places(sae)
         and not sae.use_error_term
-        and _is_idle(sae.hook_sae_acts_pre)
+        and _is_unseen(sae)
         and _is_idle(sae.hook_sae_acts_post)
         and _backend(sae) != "dense"
         # By name, as replicas of torch.nn.DataParallel have no parameters but these tensors.

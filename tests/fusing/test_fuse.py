@@ -376,6 +376,17 @@ def test_forward_mode_derivatives(arch: str) -> None:
         assert_close(tangent, tangents[0])
 
 
+def test_a_hook_on_the_activation_function() -> None:
+    for options in ({}, {"backend": "reference"}):
+        sae, seen = fuse(make_sae("topk"), **options), []
+        handle = sae.activation_fn.register_forward_hook(lambda _, args, f, seen=seen: seen.append((args[0], f)))
+        with torch.no_grad():
+            sae(rows(4))
+            handle.remove()
+            sae(rows(4))
+            assert len(seen) == 1 and same_bits(seen[0][1], sae.encode(rows(4)))
+
+
 def test_print() -> None:
     text = str(fuse(make_sae("topk")))
     assert text.startswith("FusedTopKSAE(") and "gradients" not in text
@@ -410,6 +421,16 @@ def own_activation(sae_lens: Any) -> Any:
     return sae
 
 
+def own_class_of_the_same_name(sae_lens: Any) -> Any:
+    class ReLU(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.relu() ** 2
+
+    sae = make_sae("standard")
+    sae.activation_fn = ReLU()
+    return sae
+
+
 def sae_of(name: str, **settings: Any) -> Callable[[Any], Any]:
     return lambda sae_lens: getattr(sae_lens, name)(getattr(sae_lens, f"{name}Config")(d_in=8, d_sae=16, **settings))
 
@@ -426,6 +447,7 @@ def sae_of(name: str, **settings: Any) -> Callable[[Any], Any]:
         (lambda sae_lens: sae_lens.TemporalSAE(sae_lens.TemporalSAEConfig(d_in=8, d_sae=512)), ("TemporalSAE",)),
         (own_encode, ("MySAE, whose own `encode`", "Fuse an SAE without MySAE")),
         (own_activation, ("StandardSAE", "GELU")),
+        (own_class_of_the_same_name, ("StandardSAE", "test_fuse.own_class_of_the_same_name.<locals>.ReLU")),
     ],
     ids=lambda value: "" if callable(value) else value[0],
 )
