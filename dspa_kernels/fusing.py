@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dspa_kernels import eager
-from dspa_kernels.backends import choose, is_auto, is_intercepted
+from dspa_kernels.backends import BackendError, choose, is_auto, is_intercepted
 from dspa_kernels.checks import InputError, refuse
 from dspa_kernels.formulas import compute_dtype
 from dspa_kernels.ops.sparse_decode import sparse_decode
@@ -38,16 +38,16 @@ def fuse(sae: T, *, capacity: int | None = None, backend: str = "auto") -> T:
       if `hook_sae_acts_post` has a hook, for `use_error_term`, for an AbsTopK SAE, and for a TopK SAE with
       `rescale_acts_by_decoder_norm`.
 
-    A hook on `hook_sae_acts_pre` makes the calls that it sees encode as SAELens does. Gradients are those of SAELens.
-    They need dense latents, and the parameters that SAELens loads require gradients: to save memory, call under
-    `torch.no_grad()`. Calls traced by `torch.compile` are dense too. The first sparse call changes the strides of
-    `W_enc` and `W_dec`, but not their shapes or what `state_dict` returns.
+    A hook on `hook_sae_acts_pre` or `activation_fn` makes the calls that it sees encode as SAELens does. Gradients are
+    those of SAELens. They need dense latents, and the parameters that SAELens loads require gradients: to save
+    memory, call under `torch.no_grad()`. Calls traced by `torch.compile` are dense too. The first sparse call changes
+    the strides of `W_enc` and `W_dec`, but not their shapes or what `state_dict` returns.
 
     Args:
         sae: an SAE or transcoder of sae-lens 6. One that is already fused takes the new options.
         capacity: places per row for active latents in `sae(x)`, for ReLU and JumpReLU. A row with more active latents
             becomes NaN as a whole. By default their number is not bounded and latents are dense. A top-k SAE has k.
-        backend: "auto", "reference" or "triton", for sparse latents in `sae(x)`. A named backend runs on a CPU too.
+        backend: "auto", "reference" or "triton", for sparse latents in `sae(x)`. "auto" keeps them dense on a CPU.
 
     Returns:
         `sae` itself. `unfuse` undoes it.
@@ -139,7 +139,10 @@ class FusedCalls:
         (d_in, d_sae), d_out, k = self.W_enc.shape, self.W_dec.shape[1], getattr(self.activation_fn, "k", None)
         shapes = f"d_in={d_in}, d_sae={d_sae}" + f", d_out={d_out}" * (d_out != d_in) + f", k={k}" * (k is not None)
         where = f"{str(self.W_dec.dtype).removeprefix('torch.')} on {self.W_dec.device}"
-        backend, places = _backend(self), _places(self)
+        try:
+            backend, places = _backend(self), _places(self)
+        except (BackendError, InputError):
+            backend, places = "cannot run", self.fused_capacity
         line = f"{shapes}, {where}, fused: backend={self.fused_backend} ({backend}), capacity={places}"
         records = places and backend != "dense" and any(weight.requires_grad for weight in self._parameters.values())
         return line + (", dense where gradients are recorded" if records else "")

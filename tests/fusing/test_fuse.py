@@ -387,6 +387,14 @@ def test_a_hook_on_the_activation_function() -> None:
             assert len(seen) == 1 and same_bits(seen[0][1], sae.encode(rows(4)))
 
 
+def test_print_of_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, other = fuse(make_sae("topk"), backend="triton"), fuse(make_sae("standard"), capacity=9)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "backend=triton (cannot run)" in str(sae)
+    other.activation_fn = nn.GELU()
+    assert "backend=auto (cannot run), capacity=9" in str(other)
+
+
 def test_print() -> None:
     text = str(fuse(make_sae("topk")))
     assert text.startswith("FusedTopKSAE(") and "gradients" not in text
