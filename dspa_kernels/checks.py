@@ -32,7 +32,9 @@ def _is_accepted(size: int, accepted: int | str) -> bool:
 
 
 def check_dtype(argument: str, tensor: Tensor, accepted: Sequence[dtype]) -> None:
-    """Raise `InputError` unless `tensor` has one of the `accepted` dtypes."""
+    """Raise `InputError` unless `tensor` is one and has one of the `accepted` dtypes."""
+    if not isinstance(tensor, Tensor):
+        raise refuse(argument, f"a {type(tensor).__name__}", "a tensor")
     if tensor.dtype not in accepted:
         names = ", ".join(map(str, accepted))
         raise refuse(argument, f"of dtype {tensor.dtype}", names, f"Convert it: {argument}.to({accepted[0]}).")

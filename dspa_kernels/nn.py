@@ -281,6 +281,7 @@ class FusedSAE(nn.Module):
         if isinstance(latents, SparseLatents):
             out = self._decoded(latents)
         else:
+            check_dtype("latents", latents, FLOATS)
             check_shape("latents", latents, (*latents.shape[:-1], self.weights.d_sae))
             out = self._decoded_dense(latents)
         last = self._last

@@ -201,6 +201,9 @@ def test_input_errors_of_the_constructor(change: dict[str, Any], parts: tuple[st
         (lambda sae: sae(torch.zeros(3, D_IN + 1)), ("`x`", "[3, 25]", "[3, 24]")),
         (lambda sae: sae(torch.zeros(3, D_IN, dtype=torch.int64)), ("`x`", "torch.int64", "torch.float32")),
         (lambda sae: sae(torch.zeros(3, D_IN, device="meta")), ("`x`", "meta", "cpu", "`W_enc`")),
+        (lambda sae: sae([[0.0] * D_IN]), ("`x`", "a list", "a tensor")),
+        (lambda sae: sae(torch.zeros(3, D_IN).numpy()), ("`x`", "a ndarray", "a tensor")),
+        (lambda sae: sae.decode([[0.0] * D_SAE]), ("`latents`", "a list", "a tensor")),
         (lambda sae: sae.encode_sparse(torch.zeros(3, D_IN)), ("`capacity`", "None", "1 to d_sae")),
         (lambda sae: sae.decode(torch.zeros(3, D_IN)), ("`latents`", "[3, 24]", "[3, 96]")),
         (
