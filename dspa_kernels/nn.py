@@ -29,8 +29,8 @@ class FusedSAE(nn.Module):
 
     `x [..., d_in]` may have any leading dimensions, and that of an SAE of attention heads may be
     `[..., n_heads, d_head]`. If the number of active latents is bounded, by k of a top-k SAE or by `capacity`, a call
-    uses sparse latents and makes no dense `[..., d_sae]`. On a CPU no call does. Inputs are rounded to the SAE's dtype,
-    as in SAELens. Sums are in fp32. Not differentiable.
+    uses sparse latents and makes no dense `[..., d_sae]`. On a CPU, every call holds the latents of a block of rows
+    alone. Inputs are rounded to the SAE's dtype, as in SAELens. Sums are in at least fp32. Not differentiable.
 
     Args:
         sae: a `dspa.FrozenSAE`, or weights where everything is folded. They are copied.
