@@ -46,7 +46,8 @@ def fuse(sae: T, *, capacity: int | None = None, backend: str = "auto") -> T:
     Args:
         sae: an SAE or transcoder of sae-lens 6. One that is already fused takes the new options.
         capacity: places per row for active latents in `sae(x)`, for ReLU and JumpReLU. A row with more active latents
-            becomes NaN as a whole. By default their number is not bounded and latents are dense. A top-k SAE has k.
+            becomes NaN as a whole, in calls that keep latents sparse; dense ones have no bound. By default their number
+            is not bounded and latents are dense. A top-k SAE has k.
         backend: "auto", "reference" or "triton", for sparse latents in `sae(x)`. "auto" keeps them dense on a CPU.
 
     Returns:

@@ -21,7 +21,7 @@ from dspa_kernels.weights import FLOATS, SAEWeights, SparseLatents, check_k
 
 
 class FusedSAE(nn.Module):
-    """An SAE whose `encode`, `decode` and call return the same as those of a `sae_lens.SAE`, in the SAE's dtype.
+    """An SAE whose `encode`, `decode` and call return what those of a `sae_lens.SAE` do, in the SAE's dtype.
 
         sae = FusedSAE.from_sae_lens(sae)
         sae = FusedSAE.from_pretrained("gemma-scope-2b-pt-res-canonical", "layer_12/width_16k/canonical")
@@ -30,7 +30,11 @@ class FusedSAE(nn.Module):
     `x [..., d_in]` may have any leading dimensions, and that of an SAE of attention heads may be
     `[..., n_heads, d_head]`. If the number of active latents is bounded, by k of a top-k SAE or by `capacity`, a call
     uses sparse latents and makes no dense `[..., d_sae]`. On a CPU, every call holds the latents of a block of rows
-    alone. Inputs are rounded to the SAE's dtype, as in SAELens. Sums are in at least fp32. Not differentiable.
+    alone. Inputs are rounded to the SAE's dtype, as in SAELens.
+
+    Sums are in at least fp32. SAELens rounds them to the SAE's dtype before it compares them with thresholds, so in
+    bf16 latents at a threshold or at the edge of k can differ; `dspa_kernels.fuse` keeps to SAELens there. It also
+    keeps what this module does not have: gradients, hook points, the error term.
 
     Args:
         sae: a `dspa.FrozenSAE`, or weights where everything is folded. They are copied.

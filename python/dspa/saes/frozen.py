@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dspa.errors import SAEError, refusal, require_package
 from dspa.files import SEAL, sealed
@@ -269,9 +269,13 @@ class FrozenSAE(Frozen, Autoencoder):
             center_writing_weights: as in the constructor, in place of what the metadata say.
 
         Raises:
-            SAEError: not one of standard, jumprelu, topk, gated and their transcoders, or `layer` for an SAE that does
-                not read the residual stream.
+            SAEError: another object, not one of standard, jumprelu, topk, gated and their transcoders, or `layer` for
+                an SAE that does not read the residual stream.
         """
+        is_sae = isinstance(sae, nn.Module) and hasattr(getattr(sae, "cfg", None), "to_dict")
+        if not is_sae:
+            advice = "SAE.from_pretrained of sae-lens 6 returns one. For a folder or file: load(path)."
+            raise refusal(SAEError, "`sae`", f"a {type(sae).__name__}", "an SAE of sae-lens 6", advice)
         # Folding on the CPU gives the same bits wherever the SAE came from.
         tensors = {name: tensor.detach().cpu() for name, tensor in sae.state_dict().items()}
         source = sae_lens_source(type(sae).__name__, sae.cfg.to_dict(), tensors)

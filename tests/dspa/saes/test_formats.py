@@ -132,6 +132,14 @@ def test_from_sae_lens_copies(sae_lens: Any) -> None:
     assert torch.equal(ours.W_dec, tensors()["W_dec"]) and (ours.layer, ours.model_name) == (1, "m")
 
 
+@pytest.mark.parametrize(
+    "other", [None, "gemma-scope", torch.nn.Linear(2, 2), (make(), {}, None), torch.nn.Module], ids=str
+)
+def test_from_sae_lens_of_another_object(other: object) -> None:
+    with pytest.raises(SAEError, match=r"`sae` is a .*accepted: an SAE of sae-lens 6\. .*load\(path\)"):
+        FrozenSAE.from_sae_lens(other)
+
+
 def test_batchtopk_of_sae_lens_after_training(sae_lens: Any, h: Tensor, tmp_path: Path) -> None:
     cfg = sae_lens.BatchTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=4, rescale_acts_by_decoder_norm=True)
     training = sae_lens.BatchTopKTrainingSAE(cfg)
@@ -277,10 +285,16 @@ def test_dictionary_learning(h: Tensor, tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", DICT_CLASSES)
 def test_dictionary_learning_without_config(h: Tensor, tmp_path: Path, name: str) -> None:
     dictionary_folder(tmp_path, name)
-    if name in ("AutoEncoderTopK", "BatchTopKSAE"):
-        with pytest.raises(SAEError, match=r"not certain.*dict_class= one of AutoEncoderTopK, BatchTopKSAE"):
+    # SAELens has the tensors of the last one too, for SAEs that take b_dec off their input.
+    uncertain = {
+        "AutoEncoderTopK": "AutoEncoderTopK, BatchTopKSAE",
+        "BatchTopKSAE": "AutoEncoderTopK, BatchTopKSAE",
+        "JumpReluAutoEncoder": "JumpReluAutoEncoder. For an SAE of SAELens, load the folder",
+    }
+    if name in uncertain:
+        with pytest.raises(SAEError, match=rf"not certain.*dict_class= one of {uncertain[name]}"):
             FrozenSAE.load(tmp_path / "ae.pt", layer=4)
-    for dict_class in {name, None if name not in ("AutoEncoderTopK", "BatchTopKSAE") else name}:
+    for dict_class in {name, name if name in uncertain else None}:
         sae = FrozenSAE.load(tmp_path / "ae.pt", layer=4, dict_class=dict_class)
         close(sae.encode(h), dictionary_latents(name, h))
         assert sae.layer == 4 and sae.model_name is None
@@ -315,7 +329,7 @@ def test_one_fingerprint_from_every_format(tmp_path: Path) -> None:
         folder.mkdir()
     lens_folder(folders["lens"])
     gemma_scope(folders["npz"])
-    dictionary_folder(folders["pt"], "JumpReluAutoEncoder")
+    dictionary_folder(folders["pt"], "JumpReluAutoEncoder", trainer_config("JumpReluAutoEncoder"))
     lens_folder(folders["gated lens"], "gated", apply_b_dec_to_input=True)
     dictionary_folder(folders["gated pt"], "GatedAutoEncoder")
     prints = {name: FrozenSAE.load(folder).fingerprint for name, folder in folders.items()}

@@ -108,10 +108,12 @@ def read_dictionary(file: Path, state: Mapping[str, Any], dict_class: str | None
 def _inferred_class(file: Path, state: Collection[str]) -> str:
     names = set(state)
     fitting = [name for name, kind in DICT_CLASSES.items() if kind.required <= names <= kind.required | kind.optional]
-    if len(fitting) != 1:
+    # SAELens has the same names for SAEs that may take b_dec off their input, which the tensors do not say.
+    if len(fitting) != 1 or names in SAE_LENS_TENSORS.values():
         held = f"the tensors {', '.join(sorted(names))} and no class in a {DICTIONARY_CONFIG} next to it"
         accepted = f"the class by name: dict_class= one of {', '.join(fitting or DICT_CLASSES)}"
-        raise refusal(SAEError, f"{file}: what it is", f"not certain, from {held}", accepted)
+        advice = "For an SAE of SAELens, load the folder that its save_model writes."
+        raise refusal(SAEError, f"{file}: what it is", f"not certain, from {held}", accepted, advice)
     return fitting[0]
 
 
