@@ -18,6 +18,7 @@ from torch import Tensor
 
 import dspa
 from dspa.errors import SAEError
+from dspa.files import sealed
 from dspa.fsrl import FSRLAdapter
 from dspa.saes.frozen import FrozenSAE
 from dspa.testing import D_SAE_OUT, L_IN, L_OUT, make_map, make_model, make_sae
@@ -200,6 +201,18 @@ def test_no_entry_of_the_record_can_be_edited(tmp_path: Path, entry: str) -> Non
     record = record_of(tmp_path)
     write_record(tmp_path, record | {entry: [] if entry == "folded" else "0" * 16})
     with pytest.raises(SAEError, match=r"not the one that was saved.*remove 'dspa' from the metadata"):
+        FrozenSAE.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"folded": None}, {"folded": "b_dec"}, {"fingerprint": 3}, {"weights": None}], ids=str
+)
+def test_a_record_that_is_sealed_and_none(tmp_path: Path, entry: dict[str, Any]) -> None:
+    make().save(tmp_path)
+    record = record_of(tmp_path)
+    del record["seal"]
+    write_record(tmp_path, sealed(record | entry))
+    with pytest.raises(SAEError, match=rf"dspa\.{next(iter(entry))}` is .*accepted: "):
         FrozenSAE.load(tmp_path)
 
 

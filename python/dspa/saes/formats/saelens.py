@@ -46,6 +46,14 @@ class _Arguments(TypedDict, total=False):
     k: PositiveInt | None
 
 
+# Written by `FrozenSAE.save`.
+class _Record(TypedDict, total=False):
+    fingerprint: Text
+    weights: Text
+    folded: list[Text]
+    seal: Text
+
+
 class _Metadata(TypedDict, total=False):
     hook_name: Text | None
     hook_name_out: Text | None
@@ -53,7 +61,7 @@ class _Metadata(TypedDict, total=False):
     model_name: Text | None
     neuronpedia_id: Text | None
     model_from_pretrained_kwargs: dict[Text, Any] | None
-    dspa: dict[Text, Any]
+    dspa: _Record
     explained_variance: Explained | None
     l0: NonNegative | None
     num_dead_features: Count | None
