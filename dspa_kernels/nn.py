@@ -191,7 +191,7 @@ class FusedSAE(nn.Module):
 
     @property
     def cfg(self) -> SimpleNamespace:
-        """What it is, by the names of SAELens. It describes, and changing it changes nothing."""
+        """The description of the SAE, by the names of SAELens. It describes, and changing it changes nothing."""
         sae = self.weights
         return SimpleNamespace(
             architecture=self.architecture,
@@ -425,7 +425,7 @@ class FusedSAE(nn.Module):
 
 
 class _Form(NamedTuple):
-    """What `decode` needs of the rows that were encoded: the mean and scale that were removed, the width of heads."""
+    """The part of the encoded rows that `decode` needs: the mean and scale that were removed, the width of heads."""
 
     removed: tuple[Tensor, Tensor] | None
     d_head: int | None

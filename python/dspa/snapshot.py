@@ -38,7 +38,7 @@ def _state(tensor: Tensor) -> tuple[int, int]:
 
 
 class Frozen(ABC):
-    """What is known by a name or a check of its tensors, and refused once they are others.
+    """An object that is known by a name or a check of its tensors, and refused once they are others.
 
     A subclass calls `_freeze()` when its tensors are made, and has `_tensors()`.
     """

@@ -414,7 +414,7 @@ class FrozenSAE(Frozen, Autoencoder):
 
     @property
     def _rows_kind(self) -> tuple[str, ...]:
-        """What a fingerprint covers of the place that it reads and writes, nothing for an SAE of plain rows."""
+        """The part of the place that a fingerprint covers, nothing for an SAE of plain rows."""
         heads = () if self.reshape_activations == "none" else (self.reshape_activations,)
         return ("transcoder", *heads) if self.transcoder else heads
 

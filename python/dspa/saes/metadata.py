@@ -75,7 +75,7 @@ def refused_hook(name: str, hook: str, advice: str) -> SAEError:
 
 
 class Placed(Protocol):
-    """What says where an SAE reads and writes: the SAE itself, or its file."""
+    """An SAE or its file, which says where the SAE reads and writes."""
 
     @property
     def hook_name(self) -> str | None:

@@ -1,4 +1,4 @@
-"""What the training of an SAE writes to its folder and reads again: `training.json`."""
+"""The record that the training of an SAE writes to its folder and reads again: `training.json`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What belongs to one call of a steered model, and not to the `Steering` that threads share."""
+"""The state of one call of a steered model, which is not the `Steering` that threads share."""
 
 from __future__ import annotations
 
