@@ -17,13 +17,13 @@ from dspa_kernels.formulas import MAX_ELEMENTS, compute_dtype, row_blocks
 
 # Numbers of narrow weights that are widened at once, so that they stay in a cache.
 WIDENED = 1 << 20
-# When decoding through sparse latents pays, by `python -m bench.offline.saes`: in rows this wide, in products of at
-# least so many multiplications, with at most one active latent among so many.
+# Decoding through sparse latents pays, by `python -m bench.offline.saes`, from this width of rows and this number of
+# multiplications on, and while at most one in SPARSE_SHARE latents is active.
 SPARSE_WIDTH, SPARSE_WORK, SPARSE_SHARE = 256, 1 << 20, 32
 # The last two for several rows and narrow weights, which a CPU multiplies several times as fast.
 NARROW_WORK, NARROW_SHARE = 1 << 26, 128
 WIDE = (torch.float32, torch.float64)
-# When oneDNN pays: in products of so many multiplications, of so many rows or with a matrix of contiguous rows.
+# oneDNN pays from this number of multiplications on, and from this number of rows on unless the matrix is contiguous.
 ONEDNN_WORK, ONEDNN_ROWS = 1 << 20, 8
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 

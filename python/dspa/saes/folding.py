@@ -188,7 +188,7 @@ def _at_inference(normalize: str) -> str:
 
 
 def _check_kinds(source: SourceSAE) -> None:
-    """Raise `SAEError` for a tensor that is none or holds no real floating numbers, and a setting of another type."""
+    """Raise `SAEError` unless tensors hold real floating-point numbers and settings are of their types."""
     accepted = ", ".join(map(str, DTYPES))
     for name, tensor in source.tensors.items():
         if not isinstance(tensor, Tensor):
