@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 
@@ -65,7 +65,11 @@ class Call:
             return [outcome]
         until = min(time.monotonic() + stage.limit * (SLOWER if self.rehearse else 1), self.deadline)
         with ThreadPoolExecutor(len(stage.jobs)) as pool:
-            return list(pool.map(lambda job: self.job(stage, job, until), stage.jobs))
+            futures = [pool.submit(self.job, stage, job, until) for job in stage.jobs]
+            # A signal does not always wake this thread, which has to handle it, from a wait without an end.
+            while wait(futures, timeout=0.1).not_done:
+                continue
+        return [future.result() for future in futures]
 
     def job(self, stage: Stage, job: str, until: float) -> str:
         """Run a job, and again from the next case on if it ends within one."""

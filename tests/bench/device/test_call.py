@@ -170,7 +170,7 @@ def test_a_call_that_is_ended_still_has_a_summary(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
     environment = os.environ | {"PYTHONPATH": str(root)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root, env=environment) as process:
-        while "still here" not in ((tmp_path / "log.txt").read_text() if (tmp_path / "log.txt").exists() else ""):
+        while not ((tmp_path / "log.txt").exists() and "[machine] still here" in (tmp_path / "log.txt").read_text()):
             time.sleep(0.05)
         process.terminate()
         text, _ = process.communicate(timeout=20)
