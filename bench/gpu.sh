@@ -2,10 +2,11 @@
 # What needs a GPU, in two calls that together take eleven minutes: bench/gpu.sh CALL OUT [--commit C] [--seconds N]
 #
 #   A    correctness, then `steer`: 4 minutes        machine compile smoke bits stream wide mean counts
-#   B    the rest: 7 minutes                         machine compile dense generate fsrl memory ncu tune
+#   B    the rest: 7 minutes                         machine compile dense sae generate fsrl memory ncu
 #
-# CALL is also the name of one stage, for when time is left: ncu, tune, and what fits into neither call, with a GPU of
-# one's own: ops (every op against the reference), stress (long), sanitize (all tools of compute-sanitizer).
+# CALL is also the name of one stage, for when time is left: ncu, tune (launch parameters), and what fits into neither
+# call, with a GPU of one's own: ops (every op against the reference), stress (long), sanitize (all tools of
+# compute-sanitizer).
 #
 # A stage is a process, or a few at once, with a time limit. One that prints nothing for too long is ended with all its
 # children, and begins again after the case in which it hung. One that does not fit into what is left of --seconds is
@@ -16,7 +17,8 @@
 #   bench/gpu.sh A OUT/a --commit "$(git rev-parse --short=12 HEAD)"
 #   bench/gpu.sh B OUT/b --commit "$(git rev-parse --short=12 HEAD)"
 #   python -m bench.report OUT/a/results.jsonl OUT/b/results.jsonl    # keeps them, and writes the tables
-#   python -m bench.tuning OUT/a/results.jsonl OUT/b/results.jsonl    # better launch parameters
+#   bench/gpu.sh tune OUT/t --commit "$(git rev-parse --short=12 HEAD)"
+#   python -m bench.tuning OUT/a/results.jsonl OUT/t/results.jsonl    # better launch parameters
 #
 # It needs a python3 (or PYTHON) with torch, Triton and transformers. The package does not have to be installed. If
 # dspa_kernels/libdspa_kernels.so does not load, it is compiled first, which takes nvcc and ninja. Where there is no GPU,

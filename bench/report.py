@@ -54,7 +54,11 @@ FIXED_TEXT = (
     "Steps that read nothing of the encoder. `all settled` less `launch alone` is select phase, grid barrier and tail, "
     "and so at least what barrier and tail take together."
 )
-FORMULA_TEXT = "SAELens was not installed: its columns are its formula, written out in PyTorch."
+FORMULA_TEXT = "SAELens was not installed: its times are those of its formula, written out in PyTorch."
+FUSE_TEXT = (
+    "Without SAELens there is nothing to `fuse`: only its function that makes latents was run, without hook points. "
+    "Its decode, its call and its sparse call were not run."
+)
 TIMED = ("wall_us", "device_us")
 # What may become of a case that is not timed.
 KINDS = ("wrong", "failed", "checked", "compiled", "lost")
@@ -279,7 +283,9 @@ def benchmark_section(run: Run | None) -> str:
             f"{ceilings[-1]['matmul_tflop_s']:.0f} TFLOP/s."
         )
     parts += [steer_table(shown, COLUMNS)]
-    parts += [FORMULA_TEXT] if any(result.get("sae_lens") == "formula" for result in shown) else []
+    formulas = [result["case"] for result in shown if result.get("sae_lens") == "formula"]
+    parts += [FORMULA_TEXT] if formulas else []
+    parts += [FUSE_TEXT] if any(case.startswith("fuse") for case in formulas) else []
     parts += [FIXED_TEXT, steer_table(shown, FIXED), other_table(shown)]
     lost = missing(run["lines"])
     parts += ["Not measured:\n\n" + "\n".join(f"- {text}" for text in lost)] if lost else []

@@ -83,6 +83,8 @@ MEAN = Stage("mean", needs=30, limit=60)
 COUNTS = Stage("counts", needs=15, limit=40)
 # The same step in plain PyTorch and in SAELens, eager and compiled.
 DENSE = Stage("dense", needs=45, limit=90, silence=60)
+# Encode, decode and call of an SAE at 1 and 4096 rows, of this package and of SAELens, eager and compiled.
+SAE = Stage("sae", needs=65, limit=110, silence=60)
 # Decoding with a whole model, captured by hand, then in generate().
 GENERATE = Stage("generate", needs=100, limit=160, silence=150)
 # Decoding and training steps under an adapter.
@@ -97,11 +99,12 @@ TUNE = Stage("tune", needs=60, limit=100, silence=60)
 # Calls, with the seconds of each.
 CALLS = {
     "A": (240.0, (MACHINE, COMPILE, SMOKE, BITS, STREAM, WIDE, MEAN, COUNTS)),
-    "B": (430.0, (MACHINE, COMPILE, DENSE, GENERATE, FSRL, MEMORY, NCU, TUNE)),
+    "B": (430.0, (MACHINE, COMPILE, DENSE, SAE, GENERATE, FSRL, MEMORY, NCU)),
 }
-# What takes longer than a call.
+# What takes longer than a call, or fits into neither.
 SANITIZE = tuple(f"{tool} {kernel}" for tool in SANITIZERS for kernel in KERNELS)
 LONG = (
+    TUNE,
     Stage("ops", 0, 3600, 300, KERNELS, every_op, resumes=False),
     Stage("stress", 0, 3600, 300, KERNELS),
     Stage("sanitize", 0, 3600, 600, SANITIZE, sanitizer, "compute-sanitizer", resumes=False),

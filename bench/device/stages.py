@@ -24,7 +24,7 @@ from bench.harness import results
 from bench.harness.cases import FEW_ROWS, KERNELS, ON_GPU, ROWS, SCREEN, SHAPES, Case, timed
 from bench.harness.machine import ROOT, describe
 from bench.harness.measure import Stopwatch, synchronize
-from bench.ops import counts, fsrl, read, steer, stress
+from bench.ops import counts, fsrl, read, saes, steer, stress
 from dspa_kernels import BackendError, cuda_library
 
 FIRST, LAST = SHAPES[0], SHAPES[min(2, len(SHAPES) - 1)]
@@ -49,6 +49,11 @@ def mean() -> Iterator[Case]:
 def dense() -> Iterator[Case]:
     yield from steer.cases((*steer.EAGER, *steer.COMPILED), ["torch"], FIRST, FEW_ROWS)
     yield from steer.cases(steer.EAGER, ["torch"], LAST, FEW_ROWS)
+
+
+def sae() -> Iterator[Case]:
+    yield from saes.cases(saes.OURS, ["triton"], FIRST)
+    yield from saes.cases((*saes.OF_SAE_LENS, saes.EAGER, saes.COMPILED), ["torch"], FIRST)
 
 
 def generate() -> Iterator[Case]:
@@ -89,6 +94,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "mean": mean,
     "counts": lambda: counts.cases(["triton", "torch"], FIRST),
     "dense": dense,
+    "sae": sae,
     "generate": generate,
     "fsrl": adapters,
     "tune": tune,

@@ -51,6 +51,9 @@ class SAELensFormula:
     def decode(self, f: Tensor) -> Tensor:
         return f @ self.W_dec + self.b_dec
 
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x))
+
 
 def sae_lens(sae: SAEWeights) -> tuple[Any, str]:
     """SAELens' JumpReLU SAE with these weights, and where it is from: the package, or its formula."""

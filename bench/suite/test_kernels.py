@@ -8,7 +8,7 @@ import pytest
 
 from bench.conftest import Measure
 from bench.harness.cases import FEW_ROWS, ROWS, SHAPES, Case, Shape, backends, steer_backends
-from bench.ops import counts, fsrl, read, sparse, steer
+from bench.ops import counts, fsrl, read, saes, sparse, steer
 
 
 def kernels_and_reference(names: list[str]) -> list[tuple[list[str], list[int]]]:
@@ -31,6 +31,8 @@ def cases(shape: Shape) -> Iterator[Case]:
         yield from sparse.cases(names, shape, rows)
     for names, rows in [*kernels_and_reference(backends("fsrl_residual")), (["torch"], ROWS)]:
         yield from fsrl.cases(names, shape, rows)
+    yield from saes.cases(saes.OURS, [name for name in backends("sparse_encode") if name != "reference"], shape)
+    yield from saes.cases((*saes.OF_SAE_LENS, saes.EAGER), ["torch"], shape)
 
 
 @pytest.mark.parametrize("case", [case for shape in SHAPES for case in cases(shape)], ids=str)

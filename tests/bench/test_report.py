@@ -183,6 +183,12 @@ def test_a_formula_is_not_passed_off_as_the_package() -> None:
         assert (report.FORMULA_TEXT in report.benchmark_section(measured)) == (source == "formula")
 
 
+def test_a_report_says_what_of_fuse_was_not_run() -> None:
+    for source in ("package", "formula"):
+        measured = run("2030-01-01", [result("fuse, bf16", 9.0, "torch", op="SAE.encode", sae_lens=source)])
+        assert (report.FUSE_TEXT in report.benchmark_section(measured)) == (source == "formula")
+
+
 def test_wall_time_stands_in_brackets() -> None:
     assert report.time_of(result("stream", 5.0)) == "5.0"
     assert report.time_of(result("stream", 5.0, device_us=None)) == "(99.0)"

@@ -180,7 +180,7 @@ def test_a_call_that_is_ended_still_has_a_summary(tmp_path: Path) -> None:
 def test_calls_fit_into_their_time() -> None:
     assert {name: sum(stage.needs for stage in stages) for name, (_, stages) in plan.CALLS.items()} == {
         "A": 240,
-        "B": 425,
+        "B": 430,
     }
     for seconds, stages in plan.CALLS.values():
         assert sum(stage.needs for stage in stages) <= seconds

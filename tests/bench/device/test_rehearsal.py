@@ -99,7 +99,7 @@ def few(cases: list[Case]) -> list[Case]:
     return list({(case.op, case.name, case.backend, case.launch): case for case in reversed(cases)}.values())
 
 
-@pytest.mark.parametrize("stage", ["stream", "mean", "counts", "dense", "generate", "tune"])
+@pytest.mark.parametrize("stage", ["stream", "mean", "counts", "dense", "sae", "generate", "tune"])
 def test_the_cases_of_a_stage_can_be_timed(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     monkeypatch.setattr("torch.compile", lambda function, **_: function)
