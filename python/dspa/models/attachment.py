@@ -35,6 +35,8 @@ from dspa.models.sources import check_weights
 ATTRIBUTE = "_dspa_attachment"
 # The method whose signature says which keywords a model takes, and which of ours it takes by how many blocks.
 PREPARE, ACCEPTED = "prepare_inputs_for_generation", "_dspa_accepted"
+# The method with which `generate_batch()` and a paged cache begin.
+CONTINUOUS = "init_continuous_batching"
 # Held while threads change what they share. Not an attribute of an `Attachable`, since a lock cannot be copied.
 LOCK = threading.Lock()
 # A child of fork() has no other thread that could release it.
@@ -329,6 +331,13 @@ class Attachment:
         self._undo.enter_context(accepting(self.model, names))
         self._undo.callback(self.model.register_forward_hook(self._keep_logits).remove)
         self._undo.enter_context(overridden(self.model, "generate", self._generate(self.model.generate)))
+        if kinds := ", ".join(type(attachable).__name__ for attachable in attached if attachable.keywords):
+            problem = (
+                "Continuous batching (generate_batch(), or generate() with cache_implementation='paged') cannot carry "
+                f"the plan of each prompt that the {kinds} attached to this model needs. Call generate() with a batch "
+                "of prompts and another cache, or dspa.detach(model) first."
+            )
+            self._undo.enter_context(overridden(self.model, CONTINUOUS, functools.partial(_refuse, problem)))
         unsaved = " ".join(attachable.unsaved for attachable in attached if attachable.unsaved)
         if unsaved:
             self._undo.enter_context(overridden(self.model, "save_pretrained", functools.partial(_refuse, unsaved)))

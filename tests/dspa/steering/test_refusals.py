@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 
@@ -61,6 +62,21 @@ def test_calls_outside_of_generate(gemma, steering):
         with pytest.raises(dspa.ModelError, match="without a plan"):
             gemma.model(PROMPT)
     gemma(PROMPT)
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_continuous_batching(gemma, steering, disabled):
+    """Its requests run in a thread of their own, which sees neither a plan nor `disabled()`."""
+    calls = (
+        lambda: gemma.generate_batch(PROMPT.tolist(), max_new_tokens=2),
+        lambda: gemma.generate(PROMPT, max_new_tokens=2, cache_implementation="paged"),
+        lambda: gemma.init_continuous_batching(),
+    )
+    with steering.attach(gemma), steering.disabled() if disabled else contextlib.nullcontext():
+        for call in calls:
+            with pytest.raises(dspa.ModelError, match=r"Continuous batching .* Steering .*Call generate\(\)"):
+                call()
+    assert "init_continuous_batching" not in vars(gemma)
 
 
 def test_hidden_states_that_are_not_finite(sae_in, sae_out, cdmap):
