@@ -303,10 +303,12 @@ class _Runner:
             yield attachable
 
     def work(self, methods: Sequence[Method], seeds: Sequence[int], progress: bool) -> Iterator[tuple[Method, int]]:
-        """Yield every method and seed, with a bar that names the method."""
-        n_scored = sum(len(seeds) if method.drawn else 1 for method in methods) * len(self.triples)
-        total = len(methods) * len(seeds) * len(self.prompts) + n_scored
-        with tqdm(total=total, unit="text", desc="check", disable=not progress) as self.bar:
+        """Yield every method and seed, with a bar that names the method.
+
+        It counts the answers still to be written, which take most of the time. Scores are in its pace only.
+        """
+        total = len(methods) * len(seeds) * len(self.prompts)
+        with tqdm(total=total, unit="answer", desc="check", disable=not progress) as self.bar:
             self.check(methods)
             for method in methods:
                 for seed in seeds:
@@ -322,7 +324,8 @@ class _Runner:
         """Return the answers of a method by one seed, from the store where they are there."""
         prompts, key = self.encoded(method.prefix), self.answers_key(method, seed)
         if (run := self.store.get(key, Answers)) is not None:
-            self.bar.update(len(prompts))
+            # As a step that takes no time it would spoil the estimate.
+            self.bar.total -= len(prompts)
             return run
         settings = self.settings
         arguments = {
@@ -374,7 +377,6 @@ class _Runner:
             empty = unsteered[0::2] if steering is not None else None
             run = TripleScores(scored.chosen.tolist(), scored.rejected.tolist(), empty)
             self.store.add(key, run)
-        self.bar.update(len(self.triples))
         return run
 
     @torch.no_grad()

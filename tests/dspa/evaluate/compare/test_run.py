@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from dspa import Comparison, Method, SteeringConfig, compare
 from dspa.errors import AdapterError, ModelError
@@ -221,6 +223,24 @@ def test_prompts_that_select_nothing_are_counted(model, tokenizer, dspa_method):
     assert got.scores[method.name][0].unsteered == (~on_triples[:, latent]).tolist()
 
 
+def test_the_bar_counts_the_answers_to_write(model, tokenizer, tmp_path, monkeypatch):
+    """Scores take far less time than answers. Counted as if alike, they make the first estimate many times too long."""
+    bars: list[Any] = []
+
+    class Bar(tqdm):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(file=io.StringIO(), **options)
+            bars.append(self)
+
+    monkeypatch.setattr(running, "tqdm", Bar)
+    settings = {"held_out": TRIPLES, "results": tmp_path / "out.json", **SETTINGS, "progress": True}
+    first, second = Method.prefixed("my own"), Method.prefixed("red tree")
+    compare(model, tokenizer, PROMPTS, [first], **settings)
+    compare(model, tokenizer, PROMPTS, [first, second], **settings)
+    # Three seeds for the base model and a method, then for the method that is new.
+    assert [(bar.n, bar.total) for bar in bars] == [(2 * 3 * 9, 2 * 3 * 9), (3 * 9, 3 * 9)]
+
+
 def test_a_stopped_comparison_goes_on(model, tokenizer, methods, comparison, tmp_path, monkeypatch):
     results, partial = tmp_path / "out.json", tmp_path / "out.json.partial"
     settings = {"held_out": TRIPLES, "counters": COUNTERS, "results": results, **SETTINGS}
@@ -273,9 +293,9 @@ def test_a_random_set_is_that_of_the_answers_in_hand(model, tokenizer, dspa_meth
 def test_the_bar_names_methods_from_the_start(model, tokenizer, dspa_method, capsys):
     compare(model, tokenizer, PROMPTS, [dspa_method], held_out=TRIPLES, **SETTINGS | {"progress": True})
     err = capsys.readouterr().err
-    # 5 methods by 3 seeds and 9 prompts, and 14 triples for three methods once and for two by each seed.
+    # 5 methods by 3 seeds and 9 prompts.
     assert "base, seed 0:   0%" in err and "DSPA both 1: shuffled map, seed 2" in err
-    assert f"{5 * 3 * 9 + 14 * (3 + 2 * 3)}/{5 * 3 * 9 + 14 * (3 + 2 * 3)}" in err
+    assert f"{5 * 3 * 9}/{5 * 3 * 9}" in err
 
 
 @pytest.mark.parametrize(
