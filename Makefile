@@ -15,9 +15,8 @@ CSRC := $(wildcard csrc/build.py csrc/*.cu csrc/*.cuh csrc/*.h csrc/device/*)
 # Two pips would write to one .venv.
 .NOTPARALLEL:
 
-# One thread: the model is small, and on a busy machine threads wait for each other for most of the time.
 demo: .venv/installed
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/dspa demo
+	$(BIN)/dspa demo
 
 # On all cores: the model has 135 M parameters.
 demo-smollm2: .venv/smollm2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from enum import Enum
 from pathlib import Path
@@ -49,7 +50,9 @@ def demo(
     json_path: Annotated[
         Path | None,
         typer.Option(
-            "--json", help="File to write all results to; by default dspa-demo.json or dspa-demo-PREFERENCE.json."
+            "--json",
+            help="File to write all results to; by default dspa-demo.json or dspa-demo-PREFERENCE.json. With smollm2, "
+            "the same command continues a stopped comparison.",
         ),
     ] = None,
 ) -> None:
@@ -82,7 +85,16 @@ def _tiny(retrain: bool, json_path: Path) -> None:
         with TemporaryDirectory() as folder:
             train(Path(folder))
             shutil.copytree(folder, ASSETS, dirs_exist_ok=True)
+    _use_one_thread()
     steer.run(json_path)
+
+
+def _use_one_thread() -> None:
+    """Compute on one thread, unless the user set a number: with a model this small, threads wait for each other."""
+    import torch
+
+    if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
+        torch.set_num_threads(1)
 
 
 def _smollm2(file: Path | None, name: str, n_prompts: int | None, json_path: Path | None) -> None:

@@ -16,6 +16,7 @@ from dspa.distributed import rank
 
 COUNTS = "The counts so far are kept"
 CHECKPOINT = "The last checkpoint is kept, if there is one yet"
+RUNS = "Finished runs are kept"
 # What commands leave for the same command to continue from.
 KEPT = {
     "map collect": COUNTS,
@@ -23,7 +24,8 @@ KEPT = {
     "sae train": CHECKPOINT,
     "sae finetune": CHECKPOINT,
     "fsrl train": CHECKPOINT,
-    "compare": "Finished runs are kept",
+    "compare": RUNS,
+    "demo smollm2": RUNS,
     "fsrl analyse layers": "Finished adapters and the last checkpoint are kept",
 }
 
@@ -59,13 +61,16 @@ def farewell(arguments: list[str], *, alone: bool) -> str:
         arguments: the command and its arguments, as typed.
         alone: True without other processes. Those were started by a launcher, whose command is not known.
     """
-    words = " ".join(argument for argument in arguments if not argument.startswith("-"))
-    kept = next((kept for command, kept in KEPT.items() if words.startswith(f"{command} ")), None)
-    if words.startswith("generate ") and any(argument.startswith("--out") for argument in arguments):
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    if words[:1] == ["demo"] and "smollm2" in words:
+        words = ["demo", "smollm2"]  # The model may come after options.
+    command = " ".join(words)
+    kept = next((kept for name, kept in KEPT.items() if f"{command} ".startswith(f"{name} ")), None)
+    if words[:1] == ["generate"] and any(argument.startswith("--out") for argument in arguments):
         return "Stopped. The answers so far are kept. The same command would begin from the start, and replace them."
     if kept is None:
         return "Stopped. The same command would begin from the start."
-    if words.startswith("map build ") and not any(argument.startswith("--work-dir") for argument in arguments):
+    if words[:2] == ["map", "build"] and not any(argument.startswith("--work-dir") for argument in arguments):
         return "Stopped. No counts are kept: the same command would begin from the start. --work-dir FOLDER keeps them."
     line = f":\n  {shlex.join(['dspa', *arguments])}" if alone else "."
     return f"Stopped. {kept}, and the same command continues from there{line}"

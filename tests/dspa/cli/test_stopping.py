@@ -61,6 +61,9 @@ ONE = ["--model", "m", "--sae", "a", "--out"]
         ["fsrl", "analyse", "layers", "prefs.jsonl", "--held-out", "t.jsonl", *ONE],
         ["sae", "train", "a$b.txt", "--layer", "1", "--model", "m", "--out"],
         ["sae", "finetune", "text.txt", *ONE],
+        ["demo", "smollm2"],
+        ["demo", "smollm2", "--prompts", "5"],
+        ["demo", "--preference", "warmth", "smollm2"],
     ],
     ids=lambda command: "-".join(command[:3]),
 )
@@ -73,6 +76,11 @@ def test_commands_that_continue_say_so(
     assert text.strip().startswith("Stopped. ") and "the same command continues from there:\n" in text
     # A shell reads the line as the command that was typed.
     assert shlex.split(text.splitlines()[-1]) == ["dspa", *map(str, arguments)]
+
+
+@pytest.mark.parametrize("command", [["demo"], ["demo", "tiny"], ["demo", "--json", "smollm2.json"]])
+def test_the_tiny_demo_begins_anew(stopped: Callable[..., tuple[int, str]], command: list[str]) -> None:
+    assert stopped(*command)[1].strip() == "Stopped. The same command would begin from the start."
 
 
 def test_commands_that_lose_their_work_say_so(stopped: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
@@ -91,7 +99,7 @@ def test_every_command_that_says_it_continues_is_one() -> None:
     """Their help says it too."""
     for name in KEPT:
         command = typer.main.get_command(app)
-        for word in name.split():
+        for word in name.removesuffix(" smollm2").split():
             command = command.commands[word]  # type: ignore[attr-defined]
         helps = " ".join(getattr(parameter, "help", None) or "" for parameter in command.params)
         assert "the same command continues a stopped" in helps, name
