@@ -15,7 +15,7 @@ from itertools import takewhile
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from dspa.cli import fsrl, sae
 from dspa.cli import map as maps
@@ -110,23 +110,26 @@ def info() -> None:
     for name, use in EXTRAS.items():
         if not _version(name):
             print_line(f"For {use}: {install_command(name)}")
+    backends = available_backends()
     table = Table(
         "backend",
         "what it is",
-        "runs here",
+        # A path may be longer than any width.
+        Column("runs here", overflow="fold"),
         "has run on GPUs",
-        "ops, or why not",
         title="Backends",
         caption="On a CUDA device, auto takes triton, or cuda where it was measured to be faster; elsewhere reference.",
     )
     gpu_runs: dict[str, list[str]] = parse_json(
         files("dspa_kernels").joinpath("gpu_runs.json").read_text(), ValueError, "gpu_runs.json"
     )
-    for name, status in available_backends().items():
+    for name, status in backends.items():
         places = "; ".join(gpu_runs[name]) or "not yet" if name in gpu_runs else ""
-        runs = "yes" if status.available else "no"
-        table.add_row(name, BACKENDS[name], runs, places, status.reason or ", ".join(status.ops))
+        table.add_row(name, BACKENDS[name], "yes" if status.available else f"no: {status.reason}", places)
     console.print(table)
+    for name, status in backends.items():
+        if status.available:
+            print_line(f"Ops of {name}: {', '.join(status.ops)}")
 
 
 def _version(package: str) -> str:

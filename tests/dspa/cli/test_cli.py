@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from dspa.cli import main
 from dspa.cli.loading import triple_source
@@ -16,6 +17,7 @@ from dspa.data.token_texts import quoted
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.saes.meanings import top_contexts
 from dspa.testing import ENGLISH, L_IN, L_OUT, make_model, make_sae, word_tokenizer
+from dspa_kernels import available_backends
 
 from ..support.files import save_model_and_saes
 
@@ -319,6 +321,14 @@ def test_info_says_how_to_get_what_is_missing(run, monkeypatch):
     text = run("info")[1]
     assert "trl │ not installed" in text and 'For training FSRL adapters: pip install "trl' in text
     assert "sae-lens │ 1.0" in text and 'pip install "sae-lens' not in text
+
+
+def test_info_cuts_nothing_off_in_a_narrow_terminal(run, monkeypatch):
+    monkeypatch.setattr("dspa.cli.console", Console(width=80, markup=False))
+    text = run("info")[1]
+    assert "…" not in text
+    for op in available_backends()["reference"].ops:
+        assert op in text
 
 
 def test_help_lists_the_commands_in_the_order_of_their_use(run):
