@@ -131,10 +131,11 @@ def generate(
             made.append(("--adapter", trained_template(tokenizer, adapter)[1]))
         warn_of_other_template(made, chat_template_kwargs)
     encode = partial(tokenize_prompt, tokenizer, chat=sampling.chat, chat_template_kwargs=chat_template_kwargs)
+    max_new_tokens = sampling.max_new_tokens
     if file is not None:
         prompts = list(prompts)
         # All of a file, before the first answer.
-        check_prompts(model, map(encode, prompts), sampling.max_new_tokens)
+        max_new_tokens = check_prompts(model, map(encode, prompts), max_new_tokens)
     with ExitStack() as stack:
         for attachable in attachables:
             stack.enter_context(attachable.attach(model, **on.names))
@@ -144,7 +145,7 @@ def generate(
         bar = stack.enter_context(tqdm(total=total, unit="prompt", desc="generate", disable=file is None))
         batches = answer_prompts(
             *(model, tokenizer, attachables, prompts, encode),
-            max_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=sampling.seed,

@@ -252,8 +252,13 @@ class AdapterOptions(AdapterSAEOptions):
 class SamplingOptions:
     """Settings of generation."""
 
-    max_new_tokens: int = field(
-        default=200, metadata={"help": "Largest number of tokens to generate per prompt.", "min": 1}
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Largest number of tokens to generate per prompt. By default 200, or as many as the model has "
+            "positions for.",
+            "min": 1,
+        },
     )
     temperature: float = field(
         default=0.0, metadata={"help": "Temperature of sampling; 0 is greedy decoding.", "min": 0}

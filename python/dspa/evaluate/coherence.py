@@ -84,7 +84,7 @@ def compare_texts(
     adapter: Attachable,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int = 200,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 16,
@@ -98,7 +98,7 @@ def compare_texts(
         tokenizer: the model's tokenizer.
         adapter: what steers, attached to the model.
         prompts: token ids of N prompts.
-        max_new_tokens: largest number of tokens per text.
+        max_new_tokens: largest number of tokens per text; None: as `check_prompts` chooses.
         temperature: 0 for greedy decoding. Otherwise the draws depend on `batch_size`.
         seed: seed of the draws, the same for both models.
         batch_size: number of texts that are generated together.
@@ -117,7 +117,7 @@ def compare_texts(
         raise refusal(
             ValueError, "The number of `prompts` that are not empty", got, "all, and 2 or more for an interval"
         )
-    check_prompts(inner, prompts, max_new_tokens)
+    max_new_tokens = check_prompts(inner, prompts, max_new_tokens)
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}

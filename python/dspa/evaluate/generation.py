@@ -20,6 +20,9 @@ from dspa.models.attachment import Attachable
 from dspa.models.layers import CausalLM, base_model, context_length, device_of
 from dspa.steering.dspa import Steering
 
+# Tokens per text where no number is given and the model has room for them.
+MAX_NEW_TOKENS = 200
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -46,7 +49,7 @@ def answer_prompts(
     prompts: Iterable[str],
     encode: Callable[[str], Sequence[int]],
     *,
-    max_new_tokens: int = 200,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float | None = None,
     seed: int = 0,
@@ -65,7 +68,7 @@ def answer_prompts(
         attached: all that steers, attached to the model. The trace of a `Steering` is cleared before each batch.
         prompts: the prompts.
         encode: returns the token ids of a prompt.
-        max_new_tokens: largest number of tokens per text.
+        max_new_tokens: largest number of tokens per text; None: as `check_prompts` chooses for each batch.
         temperature: 0 for greedy decoding. Otherwise the draws depend on `batch_size`.
         top_p: as in a `GenerationConfig`; None for the model's own.
         seed: seed of the draws. The n-th prompt, if it is the first of a batch, is drawn with `seed + n`.
@@ -85,12 +88,12 @@ def answer_prompts(
     if compare and (beams := inner.generation_config.num_beams or 1) > 1:
         raise refusal(ValueError, "`num_beams` of the model's generation config", beams, "1 to compare texts")
     steerings = [attachable for attachable in attached if isinstance(attachable, Steering)]
-    arguments = {"max_new_tokens": max_new_tokens, **sampling_arguments(temperature, top_p)}
+    arguments = sampling_arguments(temperature, top_p)
     special = set(tokenizer.all_special_ids) if steerings else set()
     ends, start, waiting = end_tokens(inner, tokenizer), 0, iter(prompts)
     while batch_of_texts := list(islice(waiting, batch_size)):
         batch = [encode(prompt) for prompt in batch_of_texts]
-        check_prompts(inner, batch, max_new_tokens, first=start, special=special)
+        arguments["max_new_tokens"] = check_prompts(inner, batch, max_new_tokens, first=start, special=special)
         for steering in steerings:
             steering.trace.clear()
         torch.manual_seed(seed + start)
@@ -134,19 +137,22 @@ def sampling_arguments(temperature: float, top_p: float | None = None) -> dict[s
 def check_prompts(
     model: CausalLM,
     prompts: Iterable[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     *,
     special: Collection[int] = (),
     first: int = 0,
-) -> None:
-    """Raise `ValueError` for a prompt without text, or one that leaves no room for `max_new_tokens`.
+) -> int:
+    """Return the largest number of tokens per text, for which all prompts leave room.
 
     Args:
         model: the model.
         prompts: token ids of each prompt.
-        max_new_tokens: largest number of tokens per text.
+        max_new_tokens: the number that was asked for; None: 200, or as many as the longest prompt leaves room for.
         special: tokens that are no text.
         first: number of the first prompt, from 0. Messages count from 1.
+
+    Raises:
+        ValueError: a prompt without text, or one that leaves no room.
     """
     special, context, longest, length = set(special), context_length(model), 0, 0
     for number, prompt in enumerate(prompts, start=first + 1):
@@ -155,6 +161,8 @@ def check_prompts(
             raise refusal(ValueError, f"Prompt {number}", got, "a prompt with text")
         if len(prompt) > length:
             longest, length = number, len(prompt)
+    if max_new_tokens is None:
+        max_new_tokens = MAX_NEW_TOKENS if context is None else max(1, min(MAX_NEW_TOKENS, context - length))
     if context is not None and length + max_new_tokens > context:
         raise refusal(
             ValueError,
@@ -163,6 +171,7 @@ def check_prompts(
             f"up to {context}, the model's positions",
             "Shorten the prompt or lower `max_new_tokens`.",
         )
+    return max_new_tokens
 
 
 def continue_prompts(

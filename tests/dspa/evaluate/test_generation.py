@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dspa.config import SteeringConfig
 from dspa.errors import ModelError
-from dspa.evaluate.generation import Answer, answer_prompts, edited_characters
+from dspa.evaluate.generation import Answer, answer_prompts, check_prompts, edited_characters
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.steering.dspa import Steering
 from dspa.testing import (
@@ -163,6 +163,29 @@ def test_a_prompt_that_cannot_be_answered_is_named(answer, prompt, message):
     with pytest.raises(ValueError, match=message):
         answer(["the cat", prompt])
     assert answer(["the cat", " ".join(["cat"] * 118)])
+
+
+@pytest.mark.parametrize(("n_tokens", "wanted"), [(6, 122), (127, 1), (None, 200)])
+def test_without_a_number_texts_are_as_long_as_there_is_room_for(model, n_tokens, wanted, monkeypatch):
+    """The model has 128 positions, or no bound."""
+    if n_tokens is None:
+        monkeypatch.setattr("dspa.evaluate.generation.context_length", lambda _: None)
+    assert check_prompts(model, [[5], [5] * (n_tokens or 300)], None) == wanted
+    assert check_prompts(model, [[5]], 7) == 7
+
+
+def test_a_prompt_without_room_for_a_token_is_refused(model):
+    with pytest.raises(
+        ValueError, match=r"Prompt 1 with `max_new_tokens`, 128 \+ 1, is 129 tokens; accepted: up to 128"
+    ):
+        check_prompts(model, [[5] * 128], None)
+
+
+def test_answers_fill_the_room_that_a_prompt_leaves(model, tokenizer, cdmap):
+    with steering_of(cdmap).attach(model) as steering:
+        encode = lambda text: tokenizer(text)["input_ids"]  # noqa: E731
+        (answer,) = next(answer_prompts(model, tokenizer, [steering], [" ".join(["cat"] * 118)], encode))
+    assert 1 <= len(tokenizer(answer.text, add_special_tokens=False)["input_ids"]) <= 9
 
 
 def test_prompts_are_read_as_they_are_needed(model, tokenizer, cdmap):
