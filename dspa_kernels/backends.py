@@ -107,6 +107,12 @@ def is_plain(requested: str) -> bool:
     return (DEFAULT if requested == "auto" else requested) in ("auto", "reference")
 
 
+def check_backend(argument: str, name: object) -> None:
+    """Raise `InputError` unless `name` is that of a backend, or "auto"."""
+    if name not in ("auto", *MODULES):
+        raise refuse(argument, repr(name), ", ".join(("auto", *MODULES)))
+
+
 def choose(
     op: str,
     device: torch.device,
@@ -134,8 +140,7 @@ def choose(
     """
     argument = "backend" if requested != "auto" else "DSPA_BACKEND"
     requested = DEFAULT if requested == "auto" else requested
-    if requested != "auto" and requested not in tuple(MODULES):
-        raise refuse(argument, repr(requested), ", ".join(("auto", *MODULES)))
+    check_backend(argument, requested)
     if argument == "DSPA_BACKEND" and ((op, requested) not in IMPLEMENTED or (requested == "cuda" and unfit())):
         requested = "auto"
     by_name = requested != "auto"
@@ -246,6 +251,18 @@ def define_op(
         return result
 
     return call
+
+
+def refuse_backward(op: str) -> None:
+    """Let `backward` through an op of an SAE end in an error that names what has gradients."""
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise BackendError(
+            f"{op} has no gradient, as it is for inference, and so is FusedSAE. An SAE of SAELens keeps its gradients "
+            "with dspa_kernels.fuse(sae)."
+        )
+
+    torch.library.register_autograd(f"dspa::{op}", backward)
 
 
 def _load_error() -> str:

@@ -20,11 +20,18 @@ def check_shape(argument: str, tensor: Tensor, shape: Sequence[int | str], advic
     try:
         sizes = tensor.shape
     except AttributeError:
-        raise refuse(argument, f"a {type(tensor).__name__}", "a tensor", advice) from None
+        raise _not_a_tensor(argument, tensor, advice) from None
     if sizes == shape or (len(sizes) == len(shape) and all(map(_is_accepted, sizes, shape))):
         return
     accepted = "[" + ", ".join(str(size) for size in shape) + "]"
     raise refuse(argument, f"of shape {list(sizes)}", f"shape {accepted}", advice)
+
+
+def _not_a_tensor(argument: str, value: object, advice: str = "") -> InputError:
+    kind = type(value).__name__
+    converters = {"ndarray": "torch.from_numpy", "list": "torch.tensor", "tuple": "torch.tensor"}
+    convert = f"Convert it: {converters[kind]}({argument})." if kind in converters else ""
+    return refuse(argument, f"a {kind}", "a tensor", convert or advice)
 
 
 def _is_accepted(size: int, accepted: int | str) -> bool:
@@ -34,7 +41,7 @@ def _is_accepted(size: int, accepted: int | str) -> bool:
 def check_dtype(argument: str, tensor: Tensor, accepted: Sequence[dtype]) -> None:
     """Raise `InputError` unless `tensor` is one and has one of the `accepted` dtypes."""
     if not isinstance(tensor, Tensor):
-        raise refuse(argument, f"a {type(tensor).__name__}", "a tensor")
+        raise _not_a_tensor(argument, tensor)
     if tensor.dtype not in accepted:
         names = ", ".join(map(str, accepted))
         raise refuse(argument, f"of dtype {tensor.dtype}", names, f"Convert it: {argument}.to({accepted[0]}).")

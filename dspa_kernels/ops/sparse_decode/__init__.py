@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dspa_kernels.backends import choose, define_op
+from dspa_kernels.backends import choose, define_op, refuse_backward
 from dspa_kernels.checks import check_device, check_dtype, check_shape
 from dspa_kernels.formulas import compute_dtype
 from dspa_kernels.weights import FLOATS, SparseLatents
@@ -58,3 +58,4 @@ def _fake(indices: Tensor, W_dec: Tensor, **_: object) -> Tensor:
 _sparse_decode = define_op(
     "sparse_decode", "(Tensor indices, Tensor values, Tensor W_dec, Tensor? b_dec) -> Tensor", _fake
 )
+refuse_backward("sparse_decode")

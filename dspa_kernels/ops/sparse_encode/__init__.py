@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dspa_kernels.backends import choose, define_op
+from dspa_kernels.backends import choose, define_op, refuse_backward
 from dspa_kernels.checks import check_device, check_dtype, check_shape, refuse
 from dspa_kernels.formulas import compute_dtype
 from dspa_kernels.weights import ENCODER, FLOATS, SAEWeights, SparseLatents, check_k
@@ -45,3 +45,4 @@ def _fake(h: Tensor, encoder_rows: Tensor, capacity: int, **_: object) -> tuple[
 
 
 _sparse_encode = define_op("sparse_encode", f"(Tensor h, {ENCODER}, int capacity) -> (Tensor, Tensor, Tensor)", _fake)
+refuse_backward("sparse_encode")
