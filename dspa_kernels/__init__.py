@@ -12,7 +12,16 @@ from dspa_kernels.ops.map_lookup import map_lookup
 from dspa_kernels.ops.sparse_decode import sparse_decode
 from dspa_kernels.ops.sparse_encode import sparse_encode
 from dspa_kernels.ops.steer import steer
-from dspa_kernels.weights import PATHS, Edits, EncoderStream, MapWeights, SAEWeights, SparseLatents, SteeringPlan
+from dspa_kernels.weights import (
+    PATHS,
+    Edits,
+    EncoderStream,
+    MapWeights,
+    SAEShape,
+    SAEWeights,
+    SparseLatents,
+    SteeringPlan,
+)
 
 __all__ = [
     "PATHS",
@@ -24,6 +33,7 @@ __all__ = [
     "FSRLOutput",
     "InputError",
     "MapWeights",
+    "SAEShape",
     "SAEWeights",
     "SparseLatents",
     "SteeringPlan",

@@ -6,21 +6,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dspa_kernels import eager
-from dspa_kernels.backends import choose, is_auto, is_intercepted, is_plain
+from dspa_kernels.backends import check_backend, choose, is_auto, is_intercepted, is_plain
 from dspa_kernels.checks import check_device, check_dtype, check_shape, refuse
-from dspa_kernels.formulas import compute_dtype, product, row_blocks
+from dspa_kernels.formulas import Normalised, compute_dtype, product, row_blocks
 from dspa_kernels.ops.sparse_decode import sparse_decode
 from dspa_kernels.ops.sparse_encode import sparse_encode
-from dspa_kernels.weights import FLOATS, SAEWeights, SparseLatents, check_k
+from dspa_kernels.weights import FLOATS, SAEShape, SAEWeights, SparseLatents, check_k
 
 
-class FusedSAE(nn.Module):
+class FusedSAE(SAEShape, nn.Module):
     """An SAE whose `encode`, `decode` and call return what those of a `sae_lens.SAE` do, in the SAE's dtype.
 
         sae = FusedSAE.from_sae_lens(sae)
@@ -57,7 +57,7 @@ class FusedSAE(nn.Module):
         W_skip: buffer [d_out, d_in] of a transcoder with a skip connection, which calls add; None for others.
 
     Raises:
-        InputError: another object than an SAE, or an invalid shape, dtype, device or capacity.
+        InputError: another object than an SAE, an invalid shape, dtype, device or capacity, or an unknown backend.
     """
 
     encoder_rows: Tensor
@@ -69,7 +69,7 @@ class FusedSAE(nn.Module):
 
     def __init__(
         self,
-        sae: SAEWeights | FoldedSAE,
+        sae: SAEWeights | SAEShape,
         b_dec: Tensor | None = None,
         *,
         capacity: int | None = None,
@@ -93,7 +93,8 @@ class FusedSAE(nn.Module):
         W_skip = getattr(sae, "W_skip", None)
         self.register_buffer("W_skip", None if W_skip is None else W_skip.detach().clone())
         default = "topk" if weights.k else "jumprelu"
-        self.architecture: str = getattr(sae, "arch", default)
+        is_gated = "gated" in getattr(sae, "folded", ())
+        self.architecture: str = "gated" if is_gated else getattr(sae, "arch", default)
         self.is_transcoder: bool = getattr(sae, "transcoder", False)
         self.is_centered: bool = getattr(sae, "centered", False)
         self.reshape_activations: str = getattr(sae, "reshape_activations", "none")
@@ -208,29 +209,14 @@ class FusedSAE(nn.Module):
         )
 
     @property
-    def d_in(self) -> int:
-        """Width of the rows that are encoded."""
-        return self.weights.d_in
+    def backend(self) -> str:
+        """The backend that was asked for. A name that is unknown is refused where it is set."""
+        return self._backend
 
-    @property
-    def d_sae(self) -> int:
-        """Number of latents."""
-        return self.weights.d_sae
-
-    @property
-    def d_out(self) -> int:
-        """Width of the rows that are decoded: `d_in`, but for a transcoder."""
-        return self.weights.d_out
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return self.weights.encoder_rows.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of `W_enc`, `W_dec` and `b_dec`."""
-        return self.weights.encoder_rows.dtype
+    @backend.setter
+    def backend(self, name: str) -> None:
+        check_backend("backend", name)
+        self._backend = name
 
     @property
     def weights(self) -> SAEWeights:
@@ -246,17 +232,13 @@ class FusedSAE(nn.Module):
             self._weights = sae = replace(sae, **{name: getattr(self, name) for name in ROWS})
         return sae
 
-    @property
-    def W_enc(self) -> Tensor:
-        """Encoder [d_in, d_sae], a transposed view of `encoder_rows`."""
-        return self.encoder_rows.T
-
     def encode(self, x: Tensor) -> Tensor:
         """Return the latents [..., d_sae] of x [..., d_in], dense."""
-        rows, shape, form = self._rows(x)
+        rows, normalised, shape, form = self._rows(x)
         self._remember(form)
-        eagerly = self._is_eager(rows)
-        return _shaped(eager.encode(*self._encoder(rows), self.capacity) if eagerly else self._dense(rows), shape)
+        if self._is_eager(rows):
+            return _shaped(eager.encode(*self._encoder(rows, normalised), self.capacity), shape)
+        return _shaped(self._dense(rows), shape)
 
     def encode_sparse(self, x: Tensor, capacity: int | None = None) -> SparseLatents:
         """Return the active latents of x [..., d_in]: indices and values [..., capacity], counts [...].
@@ -265,7 +247,7 @@ class FusedSAE(nn.Module):
             x: [..., d_in].
             capacity: replaces that of the module. A JumpReLU or ReLU SAE needs one of the two.
         """
-        rows, shape, form = self._rows(x)
+        rows, _, shape, form = self._rows(x)
         self._remember(form)
         latents = self._sparse(rows, self.capacity if capacity is None else capacity)
         shape, places = shape[:-1], latents.indices.shape[1]
@@ -290,14 +272,14 @@ class FusedSAE(nn.Module):
             out = self._decoded_dense(latents)
         last = self._last
         self._remember(last._replace(removed=None) if last.removed else last)
-        return self._finished(out, last if like is None else self._rows(like)[2])
+        return self._finished(out, last if like is None else self._rows(like)[3])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstruction [..., d_out] of x [..., d_in], with the skip connection of a transcoder."""
         # The form of this call, which another thread cannot replace.
-        rows, shape, form = self._rows(x)
+        rows, normalised, shape, form = self._rows(x)
         if self._is_eager(rows):
-            out = eager.reconstruct(*self._encoder(rows), self.W_dec, self.b_dec, self.capacity)
+            out = eager.reconstruct(*self._encoder(rows, normalised), self.W_dec, self.b_dec, self.capacity)
         elif self.capacity is None:
             out = self._decoded_dense(self._dense(rows))
         else:
@@ -312,17 +294,23 @@ class FusedSAE(nn.Module):
         d_out = f", d_out={cfg.d_out}" if self.is_transcoder else ""
         k = f", k={cfg.k}" if cfg.k else ""
         normalize = f", {cfg.normalize_activations}" if cfg.normalize_activations != "none" else ""
+        reshape = f", {cfg.reshape_activations}" if cfg.reshape_activations != "none" else ""
         place = f", {cfg.metadata.hook_name}" if cfg.metadata.hook_name else ""
+        skip = ", W_skip" if self.W_skip is not None else ""
+        capacity = f", capacity={self.capacity}" if self.capacity not in (None, cfg.k) else ""
         backend = repr(self.backend)
         if is_auto(self.backend):
             backend += f" ({choose('sparse_encode', self.device, dtype=compute_dtype(self.W_dec))})"
         return (
             f"{cfg.architecture}{' transcoder' if self.is_transcoder else ''}, d_in={cfg.d_in}, d_sae={cfg.d_sae}"
-            f"{d_out}{k}{normalize}{place}, {cfg.dtype} on {cfg.device}, backend={backend}, capacity={self.capacity}"
+            f"{d_out}{skip}{k}{normalize}{reshape}{place}, {cfg.dtype} on {cfg.device}, backend={backend}{capacity}"
         )
 
-    def _rows(self, x: Tensor) -> tuple[Tensor, torch.Size, _Form]:
-        """Return x as rows [N, d_in] in the SAE's dtype, its shape [..., d_in], and what `decode` needs of it."""
+    def _rows(self, x: Tensor) -> tuple[Tensor, Normalised | None, torch.Size, _Form]:
+        """Return x as rows [N, d_in] in the SAE's dtype, the same normalised, its shape, and what `decode` needs of it.
+
+        They are normalised if a reconstruction undoes that. The shape is [..., d_in].
+        """
         encoder_rows = self.weights.encoder_rows
         d_in = encoder_rows.shape[1]
         check_dtype("x", x, FLOATS)
@@ -330,11 +318,13 @@ class FusedSAE(nn.Module):
         if self.reshape_activations == "hook_z" and x.shape[-2:].numel() == d_in != x.shape[-1]:
             d_head = x.shape[-1]
             x = x.flatten(-2)
-        check_shape("x", x, (*x.shape[:-1], d_in))
+        if x.shape[-1:] != (d_in,):
+            raise refuse("x", f"of shape {list(x.shape)}", self._accepted_rows)
         check_device("x", x, encoder_rows, "W_enc")
         rows = eager.cast(_flat(x), encoder_rows.dtype)
-        removed = self._statistics(rows, x.shape)
-        return rows, x.shape, PLAIN if removed is None and d_head is None else _Form(removed, d_head)
+        normalised = None if self._is_as_encoded else self.weights.normalise(rows)
+        removed = None if normalised is None else self._statistics(rows, normalised, x.shape)
+        return rows, normalised, x.shape, PLAIN if removed is None and d_head is None else _Form(removed, d_head)
 
     def _remember(self, form: _Form) -> None:
         """Keep the form of rows for `decode`. Setting an attribute of a module takes long for what is there already."""
@@ -378,10 +368,10 @@ class FusedSAE(nn.Module):
             and not torch.is_autocast_enabled("cpu")
         )
 
-    def _encoder(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    def _encoder(self, rows: Tensor, normalised: Normalised | None) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         """Return normalised rows and the encoder, as the functions of `eager` take them."""
         sae = self.weights
-        hn = rows if sae.normalize == "none" else sae.normalise(rows).rows
+        hn = rows if sae.normalize == "none" else (normalised or sae.normalise(rows)).rows
         return hn, sae.encoder_rows, sae.b_enc, sae.threshold, sae.k
 
     def _finished(self, out: Tensor, form: _Form) -> Tensor:
@@ -407,11 +397,9 @@ class FusedSAE(nn.Module):
         check_shape("latents", out[..., :1], tuple(scale.shape), "Decode what was encoded last, or pass `like`.")
         return (out * scale + mean).to(out.dtype)
 
-    def _statistics(self, rows: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
-        """Return the mean and scale [..., 1] that normalising removes from rows, None if it removes nothing."""
-        if self._is_as_encoded:
-            return None
-        _, mean, scale = self.weights.normalise(rows)
+    def _statistics(self, rows: Tensor, normalised: Normalised, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Return the mean and scale [..., 1] that are removed from rows."""
+        _, mean, scale = normalised
         mean = rows.mean(dim=1, keepdim=True) if self.is_centered else mean
         return mean.view(*shape[:-1], 1), scale.view(*shape[:-1], 1)
 
@@ -419,9 +407,21 @@ class FusedSAE(nn.Module):
         """Convert the buffers but b_enc and threshold, whose rounding would change which latents are active."""
         kept = {name: getattr(self, name) for name in ("b_enc", "threshold")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        full = compute_dtype(self.encoder_rows)
         for name, tensor in kept.items():
-            setattr(self, name, tensor.to(self.encoder_rows.device, compute_dtype(self.encoder_rows)))
+            if getattr(self, name).dtype != full:
+                setattr(self, name, tensor.to(self.encoder_rows.device, full))
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        buffers = self.__dict__.get("_buffers", {})
+        if name in buffers:
+            return buffers[name]
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            advice = "A SAELens SAE keeps its own attributes, hook points and use in a HookedSAETransformer with"
+            raise AttributeError(f"{error}. {advice} dspa_kernels.fuse(sae).", name=name, obj=self) from None
 
 
 class _Form(NamedTuple):
@@ -432,13 +432,6 @@ class _Form(NamedTuple):
 
 
 PLAIN = _Form(removed=None, d_head=None)
-
-
-class FoldedSAE(Protocol):
-    """An SAE with everything folded into its weights, as `dspa.FrozenSAE` is."""
-
-    weights: SAEWeights
-    b_dec: Tensor
 
 
 # Buffers that are also fields of `SAEWeights`.

@@ -145,6 +145,58 @@ class SAEWeights:
         return _move_tensors(self, device)
 
 
+class SAEShape:
+    """The widths, device, dtype and encoder of an SAE, as its `weights` have them.
+
+    Attributes:
+        reshape_activations: "hook_z" for an SAE of attention heads, whose rows may be [n_heads, d_head], else "none".
+    """
+
+    reshape_activations: str
+    _weights: SAEWeights
+
+    @property
+    def weights(self) -> SAEWeights:
+        """The tensors that the kernels read."""
+        return self._weights
+
+    @property
+    def W_enc(self) -> Tensor:
+        """Encoder [d_in, d_sae], a transposed view of the rows that the kernels read."""
+        return self.weights.W_enc
+
+    @property
+    def d_in(self) -> int:
+        """Width of the rows that are encoded."""
+        return self.weights.d_in
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.weights.d_sae
+
+    @property
+    def d_out(self) -> int:
+        """Width of the rows that are decoded: `d_in`, but for a transcoder."""
+        return self.weights.d_out
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.weights.encoder_rows.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of `W_enc`, `W_dec` and `b_dec`."""
+        return self.weights.encoder_rows.dtype
+
+    @property
+    def _accepted_rows(self) -> str:
+        """The shapes of rows that it encodes, for messages."""
+        heads = f", or [..., n_heads, d_head] with n_heads x d_head = {self.d_in}"
+        return f"shape [..., {self.d_in}]" + heads * (self.reshape_activations == "hook_z")
+
+
 @dataclass(frozen=True, eq=False)
 class EncoderStream:
     """The encoder as `steer` reads it for the maximum of a row. Make it with `EncoderStream.of`.

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from dspa import FrozenSAE
-from dspa_kernels import InputError, SparseLatents
+from dspa_kernels import BackendError, InputError, SAEWeights, SparseLatents
 from dspa_kernels.nn import FusedSAE
 from dspa_kernels.testing import random_sae, same_bits
 
+from ..fusing.saes import make_sae
 from ..rounding import rounding
 from .cases import ROUNDINGS
 from .test_ops_contract import recorded
@@ -198,11 +199,11 @@ def test_input_errors_of_the_constructor(change: dict[str, Any], parts: tuple[st
 @pytest.mark.parametrize(
     ("call", "parts"),
     [
-        (lambda sae: sae(torch.zeros(3, D_IN + 1)), ("`x`", "[3, 25]", "[3, 24]")),
+        (lambda sae: sae(torch.zeros(3, D_IN + 1)), ("`x`", "[3, 25]", "[..., 24].")),
         (lambda sae: sae(torch.zeros(3, D_IN, dtype=torch.int64)), ("`x`", "torch.int64", "torch.float32")),
         (lambda sae: sae(torch.zeros(3, D_IN, device="meta")), ("`x`", "meta", "cpu", "`W_enc`")),
-        (lambda sae: sae([[0.0] * D_IN]), ("`x`", "a list", "a tensor")),
-        (lambda sae: sae(torch.zeros(3, D_IN).numpy()), ("`x`", "a ndarray", "a tensor")),
+        (lambda sae: sae([[0.0] * D_IN]), ("`x`", "a list", "a tensor", "torch.tensor(x)")),
+        (lambda sae: sae(torch.zeros(3, D_IN).numpy()), ("`x`", "a ndarray", "a tensor", "torch.from_numpy(x)")),
         (lambda sae: sae.decode([[0.0] * D_SAE]), ("`latents`", "a list", "a tensor")),
         (lambda sae: sae.encode_sparse(torch.zeros(3, D_IN)), ("`capacity`", "None", "1 to d_sae")),
         (lambda sae: sae.decode(torch.zeros(3, D_IN)), ("`latents`", "[3, 24]", "[3, 96]")),
@@ -309,6 +310,52 @@ def test_an_sae_of_sae_lens_is_refused_with_advice() -> None:
         FusedSAE(sae_lens_sae("jumprelu"))
 
 
+@pytest.mark.parametrize("capacity", [None, D_SAE])
+@pytest.mark.parametrize("call", [lambda sae, x: sae(x), lambda sae, x: sae.encode(x)])
+def test_backward_names_what_has_gradients(call: Any, capacity: int | None) -> None:
+    out = call(FusedSAE(WEIGHTS, capacity=capacity), rows(3).requires_grad_())
+    with pytest.raises(BackendError, match=r"FusedSAE.* gradients with dspa_kernels\.fuse\(sae\)"):
+        out.sum().backward()
+
+
+def test_an_unknown_backend_is_refused_where_it_is_set() -> None:
+    with pytest.raises(InputError, match=r"`backend` is 'fastest'; accepted: auto, cuda, triton, reference"):
+        FusedSAE(WEIGHTS, backend="fastest")
+    ours = FusedSAE(WEIGHTS, backend="reference")
+    with pytest.raises(InputError, match="`backend` is None"):
+        ours.backend = None
+    assert ours.backend == "reference"
+    ours.backend = "auto"
+    assert "'auto' (reference)" in repr(ours)
+
+
+@pytest.mark.parametrize("name", ["use_error_term", "hook_dict", "hook_sae_acts_post"])
+def test_what_a_hooked_transformer_asks_for_names_fuse(name: str) -> None:
+    ours = FusedSAE(WEIGHTS)
+    assert not hasattr(ours, name)
+    with pytest.raises(AttributeError, match=rf"'{name}'.*HookedSAETransformer with dspa_kernels\.fuse\(sae\)"):
+        getattr(ours, name)
+
+
+def test_a_module_on_the_meta_device_can_be_filled() -> None:
+    ours = FusedSAE(WEIGHTS)
+    empty = copy.deepcopy(ours).to("meta", torch.bfloat16).to(torch.float32).to_empty(device="cpu")
+    assert empty.threshold.dtype == torch.float32
+    empty.load_state_dict(ours.state_dict())
+    assert same_bits(empty(rows(3)), ours(rows(3)))
+
+
+@pytest.mark.parametrize("arch", CLASSES)
+def test_rows_are_normalised_once(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = fused(sae_lens_sae(arch, normalize_activations="layer_norm"))
+    calls, normalise = [], SAEWeights.normalise
+    monkeypatch.setattr(SAEWeights, "normalise", lambda sae, h: calls.append(1) or normalise(sae, h))
+    ours(rows(3))
+    assert len(calls) == 1
+    ours.encode(rows(3))
+    assert len(calls) == 2
+
+
 def test_prints_backend_and_shapes() -> None:
     shown = repr(fused(sae_lens_sae("topk", normalize_activations="layer_norm")))
     for part in (
@@ -321,6 +368,14 @@ def test_prints_backend_and_shapes() -> None:
         "'auto' (reference)",
     ):
         assert part in shown, shown
+    assert "capacity" not in shown
+    assert ", capacity=9)" in repr(FusedSAE(WEIGHTS, capacity=9))
+
+
+def test_prints_a_gated_sae_as_one() -> None:
+    theirs = make_sae("gated")
+    ours = FusedSAE.from_sae_lens(theirs)
+    assert repr(ours).startswith("FusedSAE(gated, ") and ours.cfg.architecture == theirs.cfg.architecture()
 
 
 TRANSCODERS = ("Transcoder", "SkipTranscoder", "JumpReLUTranscoder", "JumpReLUSkipTranscoder")
@@ -353,7 +408,7 @@ def test_transcoders(name: str, d_out: int, normalize: str, backend: str) -> Non
     assert_close(ours.decode(ours.encode_sparse(x, capacity=D_SAE)), recon, D_SAE)
     assert_close(ours(x), whole, D_SAE)
     assert (ours.d_out, ours.cfg.d_out) == (d_out, d_out) and f"d_out={d_out}" in repr(ours)
-    assert (ours.W_skip is None) == ("Skip" not in name)
+    assert (ours.W_skip is None) == ("Skip" not in name) == ("W_skip" not in repr(ours))
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -369,4 +424,8 @@ def test_attention_heads(normalize: str, backend: str) -> None:
     assert_close(ours.decode(f), whole, D_SAE)
     assert_close(ours(x), whole, D_SAE)
     assert_close(ours(x.flatten(-2)), whole.flatten(-2), D_SAE)
+    assert ", hook_z, " in repr(ours)
+    for encode in (ours, FrozenSAE.from_sae_lens(theirs).encode):
+        with pytest.raises(ValueError, match=r"\[2, 3, 5, 7\].*\[\.\.\., n_heads, d_head\] with n_heads x d_head = 24"):
+            encode(torch.zeros(2, 3, 5, 7))
     assert_close(ours.decode(f, like=x), whole, D_SAE)

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from dspa.errors import SAEError, refusal
 from dspa.saes.metadata import CENTERED
-from dspa_kernels import SAEWeights, product
+from dspa_kernels import SAEShape, product
 
 
-class Autoencoder:
+class Autoencoder(SAEShape):
     """The tensors of an SAE at inference, and what it computes with them.
 
     Attributes:
@@ -22,11 +22,9 @@ class Autoencoder:
         folded: names of the settings that were folded into the tensors.
     """
 
-    weights: SAEWeights
     b_dec: Tensor
     W_skip: Tensor | None
     transcoder: bool
-    reshape_activations: str
     folded: tuple[str, ...]
 
     def encode(self, h: Tensor) -> Tensor:
@@ -57,7 +55,7 @@ class Autoencoder:
         Raises:
             SAEError: `like` is needed and not given.
         """
-        _check_width("f", f, self.d_sae)
+        _check_rows("f", f, self.d_sae, f"shape [..., {self.d_sae}]")
         f = f.to(self._compute_dtype(f))
         out = product(f, self.W_dec.to(f.dtype)) + self.b_dec.to(f.dtype)
         undoes = not self.transcoder and (self.weights.normalize != "none" or self.centered)
@@ -86,18 +84,13 @@ class Autoencoder:
         """Return rows [..., d_in], which are [..., n_heads, d_head] where an SAE of attention heads takes them."""
         if self.reshape_activations == "hook_z" and x.shape[-2:].numel() == self.d_in != x.shape[-1]:
             return x.flatten(-2)
-        _check_width(name, x, self.d_in)
+        _check_rows(name, x, self.d_in, self._accepted_rows)
         return x
 
     @property
     def centered(self) -> bool:
         """True if the SAE was trained on residuals less their mean over d_in (`center_writing_weights`)."""
         return CENTERED in self.folded
-
-    @property
-    def W_enc(self) -> Tensor:
-        """Encoder [d_in, d_sae], a transposed view of the rows that the kernels read."""
-        return self.weights.W_enc
 
     @property
     def b_enc(self) -> Tensor:
@@ -114,38 +107,13 @@ class Autoencoder:
         """Decoder [d_sae, d_out]."""
         return self.weights.W_dec
 
-    @property
-    def d_in(self) -> int:
-        """Width of the rows that are encoded."""
-        return self.weights.d_in
-
-    @property
-    def d_out(self) -> int:
-        """Width of the rows that are decoded: `d_in`, but for a transcoder."""
-        return self.weights.d_out
-
-    @property
-    def d_sae(self) -> int:
-        """Number of latents."""
-        return self.weights.d_sae
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return self.weights.encoder_rows.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of `W_enc`, `W_dec` and `b_dec`."""
-        return self.weights.encoder_rows.dtype
-
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         return torch.promote_types(torch.promote_types(x.dtype, self.dtype), torch.float32)
 
 
-def _check_width(name: str, x: Tensor, width: int) -> None:
+def _check_rows(name: str, x: Tensor, width: int, accepted: str) -> None:
     if not isinstance(x, Tensor) or x.is_complex():
         got = x.dtype if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise refusal(SAEError, f"`{name}`", got, "a tensor of real numbers")
     if x.shape[-1:] != (width,):
-        raise refusal(SAEError, f"`{name}`", f"of shape {list(x.shape)}", f"shape [..., {width}]")
+        raise refusal(SAEError, f"`{name}`", f"of shape {list(x.shape)}", accepted)

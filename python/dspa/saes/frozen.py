@@ -156,7 +156,7 @@ class FrozenSAE(Frozen, Autoencoder):
         self.neuronpedia_id = source.neuronpedia_id
         self.transcoder, self.reshape_activations = source.transcoder, source.reshape_activations
         self.folded = tuple(name for name, folded in folds.items() if folded)
-        self.weights = fold(weights, b_dec, **folds)
+        self._weights = fold(weights, b_dec, **folds)
         self.b_dec = b_dec.to(weights.encoder_rows.dtype)
         skip = source.tensors.get("W_skip")
         self.W_skip = None if skip is None else skip.detach().to(weights.encoder_rows.dtype, copy=True)
@@ -397,7 +397,7 @@ class FrozenSAE(Frozen, Autoencoder):
         new._fingerprint, new._source = self.fingerprint, None
         new.b_dec = self.b_dec.to(device, dtype)
         new.W_skip = None if self.W_skip is None else self.W_skip.to(device, dtype)
-        new.weights = replace(
+        new._weights = replace(
             self.weights,
             encoder_rows=self.weights.encoder_rows.to(device, dtype),
             b_enc=self.b_enc.to(device, full),

@@ -31,7 +31,7 @@ NAMES = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")
 
 
 def replace_weights(sae: FrozenSAE) -> None:
-    sae.weights = replace(sae.weights, W_dec=2 * sae.W_dec)
+    sae._weights = replace(sae.weights, W_dec=2 * sae.W_dec)
 
 
 def replace_data(sae: FrozenSAE) -> None:
