@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dspa.errors import SAEError, refusal, require_package
-from dspa.files import SEAL, sealed
+from dspa.files import SEAL, check_seal, sealed
 from dspa.models.places import is_hub_name
 from dspa.models.sources import Source, absolute
 from dspa.saes.autoencoder import Autoencoder
@@ -205,7 +205,7 @@ class FrozenSAE(Frozen, Autoencoder):
             SAEError: a path or format that is not one of these, damaged files, missing or unknown tensors, `layer` for
                 an SAE that does not read the residual stream, and everything that the constructor refuses.
         """
-        sae = cls._from_source(read_sae(Path(path), dict_class, k), layer, model_name, center_writing_weights)
+        sae = cls._from_source(read_sae(path, dict_class, k), layer, model_name, center_writing_weights)
         sae.loaded_from = absolute(str(path))
         return sae.to(device, dtype)
 
@@ -234,7 +234,8 @@ class FrozenSAE(Frozen, Autoencoder):
 
         Raises:
             RuntimeError: sae-lens is not installed.
-            SAEError: a release that looks like a path, and as for `from_sae_lens`.
+            SAEError: a release that looks like a path, an SAE that SAELens does not know or cannot download, and as
+                for `from_sae_lens`.
         """
         if not is_hub_name(release):
             accepted = "a release of SAELens' catalogue, or a repository on the Hub"
@@ -243,8 +244,16 @@ class FrozenSAE(Frozen, Autoencoder):
         require_package("sae-lens", "FrozenSAE.from_pretrained", advice)
         from sae_lens import SAE
 
-        with without_model_advice():
-            theirs = SAE.from_pretrained(release, sae_id)
+        try:
+            with without_model_advice():
+                theirs = SAE.from_pretrained(release, sae_id)
+        # A name that SAELens does not know, or a file that the Hub does not give.
+        except (ValueError, OSError) as error:
+            got = f"not available ({type(error).__name__}: {error})"
+            accepted = "an SAE of SAELens' catalogue, or one in a repository on the Hub that can be reached"
+            raise refusal(
+                SAEError, f"{release}:{sae_id}", got, accepted, "Or download it and use load(path)."
+            ) from error
         sae = cls.from_sae_lens(
             theirs, layer=layer, model_name=model_name, center_writing_weights=center_writing_weights
         )
@@ -269,16 +278,20 @@ class FrozenSAE(Frozen, Autoencoder):
             center_writing_weights: as in the constructor, in place of what the metadata say.
 
         Raises:
-            SAEError: another object, not one of standard, jumprelu, topk, gated and their transcoders, or `layer` for
-                an SAE that does not read the residual stream.
+            SAEError: another object, one for training, not one of standard, jumprelu, topk, gated and their
+                transcoders, or `layer` for an SAE that does not read the residual stream.
         """
         is_sae = isinstance(sae, nn.Module) and hasattr(getattr(sae, "cfg", None), "to_dict")
         if not is_sae:
             advice = "SAE.from_pretrained of sae-lens 6 returns one. For a folder or file: load(path)."
             raise refusal(SAEError, "`sae`", f"a {type(sae).__name__}", "an SAE of sae-lens 6", advice)
+        name = type(sae).__name__
+        if any(parent.__name__ == "TrainingSAE" for parent in type(sae).__mro__):
+            advice = "Load what its save_inference_model() wrote: load(path)."
+            raise refusal(SAEError, "`sae`", f"a {name}, which is for training", "an SAE for inference", advice)
         # Folding on the CPU gives the same bits wherever the SAE came from.
         tensors = {name: tensor.detach().cpu() for name, tensor in sae.state_dict().items()}
-        source = sae_lens_source(type(sae).__name__, sae.cfg.to_dict(), tensors)
+        source = sae_lens_source(name, sae.cfg.to_dict(), tensors)
         return cls._from_source(source, layer, model_name, center_writing_weights).to(sae.W_enc.device)
 
     @classmethod
@@ -316,18 +329,20 @@ class FrozenSAE(Frozen, Autoencoder):
 
     def _restore_record(self, record: dict[str, Any], name: str) -> None:
         """Take the fingerprint of the source SAE, of which the tensors may be a folded or rounded copy."""
-        own, claimed = self.fingerprint, {key: value for key, value in record.items() if key != SEAL}
-        seal = record.get(SEAL)
-        is_whole = claimed.keys() == {"fingerprint", "weights", "folded"} and seal in (None, sealed(claimed)[SEAL])
-        if not is_whole or record["weights"] != own:
+        own, advice = (
+            self.fingerprint,
+            f"If the change is intended, remove {RECORD!r} from the metadata, which makes it another SAE.",
+        )
+        check_seal(record, SAEError, f"The record {record}", advice)
+        if record.keys() - {SEAL} != {"fingerprint", "weights", "folded"} or record["weights"] != own:
             raise refusal(
                 SAEError,
                 f"the SAE (fingerprint {own})",
                 f"not the one that was saved ({record})",
                 "what FrozenSAE.save wrote, neither changed nor rounded",
-                f"If the change is intended, remove {RECORD!r} from the metadata, which makes it another SAE.",
+                advice,
             )
-        if seal is None and record["fingerprint"] != own:
+        if not record.get(SEAL) and record["fingerprint"] != own:
             warnings.warn(
                 f"{name} says that its SAE is a folded or rounded copy of the one with fingerprint "
                 f"{record['fingerprint']}. An earlier version saved it, and did not make sure that nobody edits that. "

@@ -144,13 +144,35 @@ def test_batchtopk_of_sae_lens_after_training(sae_lens: Any, h: Tensor, tmp_path
     cfg = sae_lens.BatchTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=4, rescale_acts_by_decoder_norm=True)
     training = sae_lens.BatchTopKTrainingSAE(cfg)
     training.load_state_dict(named(*STANDARD) | {"topk_threshold": torch.tensor(1.5, dtype=torch.float64)})
-    with pytest.raises(SAEError, match=r"architecture is 'batchtopk'.*save_inference_model"):
+    with pytest.raises(SAEError, match=r"a BatchTopKTrainingSAE, which is for training.*save_inference_model"):
         FrozenSAE.from_sae_lens(training)
     training.save_inference_model(tmp_path)
     sae = FrozenSAE.load(tmp_path, layer=2)
     with torch.no_grad():
         close(sae.encode(h), sae_lens.SAE.load_from_disk(tmp_path).encode(h))
     assert sae.arch == "jumprelu" and set(sae.threshold.tolist()) == {1.5}
+
+
+@pytest.mark.parametrize("name", ["TopK", "Standard", "JumpReLU", "Gated"])
+def test_an_sae_in_training_is_refused(sae_lens: Any, name: str) -> None:
+    config = getattr(sae_lens, f"{name}TrainingSAEConfig")(d_in=D_IN, d_sae=D_SAE)
+    with pytest.raises(SAEError, match=rf"a {name}TrainingSAE, which is for training; .*save_inference_model"):
+        FrozenSAE.from_sae_lens(getattr(sae_lens, f"{name}TrainingSAE")(config))
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no network"), ValueError("Release r not found")], ids=repr)
+def test_from_pretrained_of_what_is_not_available(
+    sae_lens: Any, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: str) -> None:
+        raise error
+
+    monkeypatch.setattr(sae_lens.SAE, "from_pretrained", fail)
+    with pytest.raises(
+        SAEError, match=rf"release:id is not available \(\w+: {error}\); accepted.*load\(path\)"
+    ) as raised:
+        FrozenSAE.from_pretrained("release", "id")
+    assert raised.value.__cause__ is error
 
 
 @pytest.mark.parametrize("name", ["AbsTopKSAE", "MatchingPursuitSAE"])
@@ -407,6 +429,9 @@ def test_a_threshold_of_infinity_survives(h: Tensor, tmp_path: Path) -> None:
     assert not again.encode(100 * h)[..., :20].any() and again.encode(100 * h)[..., 20:].any()
 
 
+CHANGED = "(not the one that was saved|changed after it was written)"
+
+
 def change_weights(folder: Path) -> None:
     t = load_file(folder / "sae_weights.safetensors")
     t["W_dec"][0, 0] += 0.1
@@ -428,7 +453,7 @@ def change_record(folder: Path) -> None:
 def test_a_changed_folder_is_refused(tmp_path: Path, change: Callable[[Path], None]) -> None:
     make().save(tmp_path)
     change(tmp_path)
-    with pytest.raises(SAEError, match=r"not the one that was saved.*remove 'dspa' from the metadata"):
+    with pytest.raises(SAEError, match=rf"{CHANGED}.*remove 'dspa' from the metadata"):
         FrozenSAE.load(tmp_path)
 
 
@@ -586,13 +611,17 @@ def test_nothing_is_unpickled(tmp_path: Path, name: str) -> None:
 def test_paths_refused(tmp_path: Path) -> None:
     with pytest.raises(SAEError, match=r"gone is not there; accepted: a folder with one of sae_weights"):
         FrozenSAE.load(tmp_path / "gone")
-    with pytest.raises(SAEError, match=r"a folder with 0 of these \(\[\]\)"):
+    with pytest.raises(SAEError, match=r"a folder with none of these files \(it is empty\).*\*\.pt, or such a file\.$"):
         FrozenSAE.load(tmp_path)
+    with pytest.raises(SAEError, match=r"`path` is None; accepted: the path of a folder"):
+        FrozenSAE.load(None)
+    with pytest.raises(SAEError, match=r"from_pretrained\('a-release', 'blocks\.3/res'\)"):
+        FrozenSAE.load("a-release:blocks.3/res")
     (tmp_path / "weights.bin").write_bytes(b"")
     with pytest.raises(SAEError, match=r"a file of unknown kind '.bin'"):
         FrozenSAE.load(tmp_path / "weights.bin")
     gemma_scope(dictionary_folder(tmp_path, "AutoEncoder"))
-    with pytest.raises(SAEError, match=r"a folder with 2 of these.*Name the file"):
+    with pytest.raises(SAEError, match=r"a folder with several of these files \(ae\.pt, .*Name the file"):
         FrozenSAE.load(tmp_path)
     assert FrozenSAE.load(tmp_path / "ae.pt").arch == "standard"
 

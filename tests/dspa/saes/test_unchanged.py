@@ -188,7 +188,7 @@ def test_another_sae_cannot_be_passed_off_as_the_map_s(tmp_path: Path, apply_b_d
     other.save(tmp_path / "other")
     dspa.Steering(sae_in, FrozenSAE.load(tmp_path / "sae_out"), make_map(sae_in, sae_out))
     write_record(tmp_path / "other", record_of(tmp_path / "other") | {"fingerprint": sae_out.fingerprint})
-    with pytest.raises(SAEError, match="not the one that was saved"):
+    with pytest.raises(SAEError, match=r"The record .* was changed after it was written"):
         FrozenSAE.load(tmp_path / "other")
     write_record(tmp_path / "other", record_of(tmp_path / "sae_out"))
     with pytest.raises(SAEError, match="not the one that was saved"):
@@ -200,7 +200,9 @@ def test_no_entry_of_the_record_can_be_edited(tmp_path: Path, entry: str) -> Non
     make(apply_b_dec_to_input=True).save(tmp_path)
     record = record_of(tmp_path)
     write_record(tmp_path, record | {entry: [] if entry == "folded" else "0" * 16})
-    with pytest.raises(SAEError, match=r"not the one that was saved.*remove 'dspa' from the metadata"):
+    with pytest.raises(
+        SAEError, match=r"The record .* was changed after it was written.*remove 'dspa' from the metadata"
+    ):
         FrozenSAE.load(tmp_path)
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 
-from dspa.errors import SAEError, refusal
+from dspa.errors import SAEError, listed, refusal
+from dspa.models.places import is_hub_name
 from dspa.saes.formats.dictionary_learning import DICTIONARY_CONFIG, DICTIONARY_WEIGHTS, read_dictionary
 from dspa.saes.formats.gemma_scope import GEMMA_SCOPE_WEIGHTS, read_gemma_scope
 from dspa.saes.formats.gemma_scope_2 import GEMMA_SCOPE_2_WEIGHTS, read_gemma_scope_2
@@ -33,13 +35,14 @@ READERS: dict[str, Callable[[Path], SourceSAE]] = {
     **dict.fromkeys(LLAMA_SCOPE_WEIGHTS, read_llama_scope),
 }
 WEIGHTS = (*READERS, DICTIONARY_WEIGHTS)
+ACCEPTED = f"a folder with one of {', '.join(WEIGHTS)} or *.pt, or such a file"
 CONFIGS = (SAE_LENS_CONFIG, DICTIONARY_CONFIG, LLAMA_SCOPE_CONFIG)
 # By the kind of a file of another name.
 SUFFIXES = {".safetensors": read_sae_lens, ".npz": read_gemma_scope}
 STATE_DICTS = (".pt", ".pth")
 
 
-def read_sae(path: Path, dict_class: str | None = None, k: int | None = None) -> SourceSAE:
+def read_sae(path: str | Path, dict_class: str | None = None, k: int | None = None) -> SourceSAE:
     """Read the SAE in a folder or file. The names of the file of weights and of its tensors decide the reader.
 
     Args:
@@ -50,7 +53,7 @@ def read_sae(path: Path, dict_class: str | None = None, k: int | None = None) ->
     Raises:
         SAEError: a file that cannot be read, or is of another format.
     """
-    source = _read(_weights_file(path), dict_class)
+    source = _read(_weights_file(_checked_path(path)), dict_class)
     if source.arch != "topk" and k is not None:
         raise refusal(SAEError, "`k`", k, f"None, since {source.name} is a {source.arch} SAE", "Leave `k` out.")
     known = agreed(source.name, "k", source.k, k)
@@ -80,10 +83,17 @@ def _read(file: Path, dict_class: str | None) -> SourceSAE:
     return read_dictionary(file, state, dict_class)
 
 
+def _checked_path(path: str | Path) -> Path:
+    if not isinstance(path, str | PathLike):
+        raise refusal(SAEError, "`path`", repr(path), f"the path of {ACCEPTED}")
+    return Path(path)
+
+
 def _weights_file(path: Path) -> Path:
-    accepted = f"a folder with one of {', '.join(WEIGHTS)} or *.pt, or the path of such a file"
     if not path.exists():
-        raise refusal(SAEError, str(path), "not there", accepted, "For an SAE on a hub: FrozenSAE.from_pretrained.")
+        release, _, sae_id = str(path).partition(":")
+        names = f"{release!r}, {sae_id!r}" if sae_id and is_hub_name(release) else "release, sae_id"
+        raise refusal(SAEError, str(path), "not there", ACCEPTED, f"For an SAE on a hub: from_pretrained({names}).")
     if path.name in CONFIGS:
         path = path.parent
     if path.is_dir():
@@ -91,8 +101,15 @@ def _weights_file(path: Path) -> Path:
         files = files or [file for file in path.iterdir() if file.suffix in STATE_DICTS]
         if len(files) == 1:
             return files[0]
-        held = sorted(entry.name for entry in path.iterdir())[:8]
-        raise refusal(SAEError, str(path), f"a folder with {len(files)} of these ({held})", accepted, "Name the file.")
+        held = sorted(entry.name for entry in path.iterdir())
+        got, advice = ("several", "Name the file.") if files else ("none", "")
+        raise refusal(
+            SAEError,
+            str(path),
+            f"a folder with {got} of these files ({listed(held) or 'it is empty'})",
+            ACCEPTED,
+            advice,
+        )
     if path.suffix not in (*SUFFIXES, *STATE_DICTS):
-        raise refusal(SAEError, str(path), f"a file of unknown kind {path.suffix!r}", accepted)
+        raise refusal(SAEError, str(path), f"a file of unknown kind {path.suffix!r}", ACCEPTED)
     return path

@@ -42,7 +42,7 @@ def test_residual(h: Tensor, tmp_path: Path, name: str) -> None:
 
 def test_all_layers_are_in_one_folder(tmp_path: Path) -> None:
     write(write(tmp_path), layer=12)
-    with pytest.raises(SAEError, match=r"a folder with 2 of these \(\['layer12.sae.pt', 'layer7.sae.pt'\]\).*Name the"):
+    with pytest.raises(SAEError, match=r"several of these files \(layer12\.sae\.pt, layer7\.sae\.pt\).*Name the"):
         FrozenSAE.load(tmp_path, k=K)
     assert FrozenSAE.load(tmp_path / "layer12.sae.pt", k=K).layer == 12
 
