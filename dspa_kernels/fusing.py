@@ -14,6 +14,7 @@ from dspa_kernels import eager
 from dspa_kernels.backends import BackendError, choose, is_auto, is_intercepted
 from dspa_kernels.checks import InputError, refuse
 from dspa_kernels.formulas import compute_dtype
+from dspa_kernels.nn import FusedSAE
 from dspa_kernels.ops.sparse_decode import sparse_decode
 from dspa_kernels.ops.sparse_encode import sparse_encode
 from dspa_kernels.weights import SAEWeights, check_k
@@ -103,7 +104,9 @@ class FusedCalls:
     def encode(self: Any, x: Tensor) -> Tensor:
         """Return the latents [..., d_sae] of x."""
         activation = _activation(self, self.activation_fn)
-        if not _is_unseen(self):
+        # TopK makes sparse COO tensors if that is set.
+        is_coo = vars(self.activation_fn).get("use_sparse_activations")
+        if is_coo or not _is_unseen(self):
             return super().encode(x)  # type: ignore[misc, no-any-return]
         f: Tensor = self.hook_sae_acts_post(activation(self, self.process_sae_in(x)))
         return f
@@ -144,9 +147,23 @@ class FusedCalls:
             backend, places = _backend(self), _places(self)
         except (BackendError, InputError):
             backend, places = "cannot run", self.fused_capacity
-        line = f"{shapes}, {where}, fused: backend={self.fused_backend} ({backend}), capacity={places}"
+        capacity = f", capacity={self.fused_capacity}" if self.fused_capacity is not None else ""
+        line = f"{shapes}, {where}, fused: backend={self.fused_backend} ({backend}){capacity}"
         records = places and backend != "dense" and any(weight.requires_grad for weight in self._parameters.values())
         return line + (", dense where gradients are recorded" if records else "")
+
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
+        # The class has no name in a module, and functions that SAELens makes in its methods have none either.
+        state = {name: value for name, value in vars(self).items() if not _is_made_in_sae_lens(value)}
+        return _empty, (self.sae_lens_class,), state
+
+    def __setstate__(self: Any, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        self._setup_activation_normalization()
+        on = self.hook_z_reshaping_mode
+        self.turn_on_forward_pass_hook_z_reshaping() if on else self.turn_off_forward_pass_hook_z_reshaping()
+        # Functions of others in their place, and what the methods reset.
+        vars(self).update(state)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
@@ -318,7 +335,10 @@ def _fused_class(base: type) -> Any:
     """
     parents = [parent.__name__ for parent in base.__mro__ if _is_sae_lens(parent)]
     if "SAE" not in parents:
-        raise _refusal(base, "", "For an SAE of this package: dspa_kernels.nn.FusedSAE. For a model: fuse its SAEs.")
+        advice = "For a dspa.FrozenSAE: dspa_kernels.nn.FusedSAE(sae). For a model: fuse its SAEs."
+        if issubclass(base, FusedSAE):
+            advice = "It runs on the kernels already. To keep gradients and hooks, fuse the SAE of SAELens instead."
+        raise _refusal(base, "", advice)
     if "TrainingSAE" in parents:
         raise _refusal(base, ", which is for training", "Load what its save_inference_model() wrote, and fuse that.")
     owners = {name: _owner(base, name) for name in ("encode", "decode", "forward")}
@@ -337,13 +357,23 @@ def _fused_class(base: type) -> Any:
     )
 
 
+def _empty(base: type) -> Any:
+    """Return a fused SAE of a class of SAELens without content, which unpickling fills."""
+    fused = _fused_class(base)
+    return fused.__new__(fused)
+
+
+def _is_made_in_sae_lens(value: object) -> bool:
+    return isinstance(value, types.FunctionType) and _is_sae_lens(value) and "<locals>" in value.__qualname__
+
+
 def _owner(cls: type, method: str) -> type:
     """Return the class that defines a method."""
     return next(parent for parent in cls.__mro__ if method in vars(parent))
 
 
-def _is_sae_lens(cls: type) -> bool:
-    return cls.__module__.startswith("sae_lens.saes.")
+def _is_sae_lens(value: type | types.FunctionType) -> bool:
+    return value.__module__.startswith("sae_lens.saes.")
 
 
 def _refusal(base: type, reason: str, advice: str = "") -> InputError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch.autograd import forward_ad
 
 import dspa_kernels
 from dspa_kernels import InputError, eager, fuse, fusing, unfuse
+from dspa_kernels.nn import FusedSAE
 from dspa_kernels.testing import same_bits
 
 from ..kernels.test_ops_contract import recorded
@@ -395,11 +398,50 @@ def test_print_of_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "backend=auto (cannot run), capacity=9" in str(other)
 
 
+@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+@pytest.mark.parametrize("arch", [*SAES, "skip_transcoder"])
+def test_pickles(arch: str, normalize: str) -> None:
+    sae = fuse(make_sae(arch, normalize_activations=normalize), backend="reference")
+    twin, file = pickle.loads(pickle.dumps(sae)), io.BytesIO()
+    torch.save(sae, file)
+    file.seek(0)
+    with torch.no_grad():
+        expected = sae(rows(5))
+        for other in (twin, torch.load(file, weights_only=False), copy.deepcopy(sae)):
+            assert type(other) is type(sae) and other.fused_backend == "reference"
+            assert same_bits(other(rows(5)), expected)
+            assert same_bits(unfuse(other).encode(rows(5)), sae.encode(rows(5)))
+
+
+def test_a_pickle_keeps_heads_and_own_functions() -> None:
+    settings = {"reshape_activations": "hook_z", "hook_name": "blocks.0.attn.hook_z"}
+    sae, x = fuse(make_sae("topk", **settings)), rows(2, D_IN // D_HEAD, width=D_HEAD)
+    with torch.no_grad():
+        assert same_bits(pickle.loads(pickle.dumps(sae))(x), sae(x))
+        sae.run_time_activation_norm_fn_in = torch.relu
+        assert same_bits(pickle.loads(pickle.dumps(sae))(x), sae(x))
+
+
+def test_sparse_activations_that_are_switched_on() -> None:
+    theirs, ours = make_sae("topk"), fuse(make_sae("topk"))
+    theirs.activation_fn.use_sparse_activations = ours.activation_fn.use_sparse_activations = True
+    with torch.no_grad():
+        f = ours.encode(rows(5))
+        assert f.is_sparse and same_bits(f.to_dense(), theirs.encode(rows(5)).to_dense())
+        assert_close(ours(rows(5)), theirs(rows(5)))
+
+
+def test_a_module_of_this_package_is_refused_with_advice() -> None:
+    with pytest.raises(InputError, match=r"FusedSAE; .*runs on the kernels already.*fuse the SAE of SAELens"):
+        fuse(FusedSAE.from_sae_lens(make_sae("topk")))
+
+
 def test_print() -> None:
     text = str(fuse(make_sae("topk")))
     assert text.startswith("FusedTopKSAE(") and "gradients" not in text
-    for part in (f"d_in={D_IN}, d_sae={D_SAE}, k={K}", "float32 on cpu", "backend=auto (dense)", f"capacity={K}"):
+    for part in (f"d_in={D_IN}, d_sae={D_SAE}, k={K}", "float32 on cpu", "backend=auto (dense)"):
         assert part in text, text
+    assert "capacity" not in text
     sae = fuse(make_sae("transcoder", torch.bfloat16), capacity=9, backend="triton")
     parts = ("d_out=320", "bfloat16", "backend=triton (triton)", "capacity=9", "dense where gradients are recorded")
     for part in parts:
