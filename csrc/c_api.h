@@ -50,6 +50,8 @@ typedef struct {
   const int32_t *rows;
   const int64_t *positions;
   const int64_t *start;
+  /* null, or the strength of each plan [n_prompts], in place of `alpha` */
+  const float *alphas;
   /* six counters that are added to */
   int64_t *paths;
   /* the edits, if recorded: values [n_rows, n_slots] before and after, the maximum [n_rows] */

@@ -100,9 +100,14 @@ struct Summary {
 // True if a lower bound on M can settle a row. It cannot if M itself is recorded, or if ranks decide what is active.
 __device__ inline bool can_settle(const Arguments &a) { return !a.record && !a.k; }
 
+// alpha of a row: the number of the launch, or that of its plan.
+__device__ inline float strength_of(const Arguments &a, const RowState &row) {
+  return a.alphas && row.plan >= 0 ? a.alphas[row.plan] : a.alpha;
+}
+
 // True if M is still needed for a row with M >= bound.
 __device__ inline bool is_waiting(const Arguments &a, const RowState &row, float bound) {
-  return row.required_shift > (can_settle(a) ? a.alpha * bound : 0.f);
+  return row.required_shift > (can_settle(a) ? strength_of(a, row) * bound : 0.f);
 }
 
 // Arrives at the grid barrier and releases everything that this block has written. Thread 0 gets the token to wait

@@ -107,7 +107,7 @@ __device__ void edit_row(const Arguments &a, const Storage &storage, unsigned wa
   float delta[8] = {};
   bool changed = false, active = false;
   for (int i = 0; i < a.n_slots; i += 32) {
-    const SlotEdit edit = is_steered ? edit_slot(a, row, i_row, i + lane(), a.alpha * maximum) : SlotEdit();
+    const SlotEdit edit = is_steered ? edit_slot(a, row, i_row, i + lane(), strength_of(a, row) * maximum) : SlotEdit();
     if (a.record && is_first && i + lane() < a.n_slots) {
       a.before[int64_t(i_row) * a.n_slots + i + lane()] = edit.before;
       a.after[int64_t(i_row) * a.n_slots + i + lane()] = edit.after;

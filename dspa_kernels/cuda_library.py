@@ -29,8 +29,9 @@ def _words(text: str) -> tuple[str, ...]:
 
 POINTERS = _words(
     "h out encoder_rows b_enc threshold order screen_rows screen_latents screen_mean"
-    " columns columns_encoder_rows columns_b_enc columns_threshold columns_W_dec slots signs rows positions start paths"
-    " before after maximum slot_values summaries running_max rank screen_bound n_candidates candidates upper barrier"
+    " columns columns_encoder_rows columns_b_enc columns_threshold columns_W_dec slots signs rows positions start"
+    " alphas paths before after maximum slot_values summaries running_max rank screen_bound n_candidates candidates"
+    " upper barrier"
 )
 INTEGERS = _words("d_in d_sae n_rows n_columns n_slots n_large k dtype record programmatic ahead")
 

@@ -121,6 +121,7 @@ def compiled_reference(case: Case, backend: str) -> Steps:
     compiled = torch.compile(reference.steer)
     fixed = setting.sae.stream.arguments() | setting.cdmap.latents() | {"slots": setting.plan.slots}
     fixed |= {"signs": setting.plan.signs, "positions": None, "start": None, "paths": None}
+    fixed["alphas"] = None
 
     def run(h: Tensor, rows: Tensor) -> Tensor:
         out, *_ = compiled(h=h, rows=rows, alpha=ALPHA, record=False, **fixed)

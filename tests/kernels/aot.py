@@ -194,6 +194,7 @@ def plain_steering(
         "start": torch.zeros(n, dtype=torch.int64),
         "paths": torch.zeros(6, dtype=torch.int64),
         "alpha": 0.2,
+        "alphas": None,
         "record": record,
     }
 
@@ -235,6 +236,9 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
         enumerate(DTYPES), ("jumprelu", "topk"), SCREENS, enumerate(ROWS)
     ):
         yield "steer", plain_steering(kind, dtypes, n, normalize, screen, record=(i + j) % 2 == 1)
+    for kind, screen, n in itertools.product(("jumprelu", "topk"), SCREENS, ROWS):
+        steering = plain_steering(kind, DTYPES[0][0], n, "none", screen, record=False)
+        yield "steer", {**steering, "alphas": torch.zeros(n)}
     fp16 = (torch.float16, torch.float16)
     yield "steer", plain_steering("relu", fp16, 1, "none", "none", record=False)
     yield (

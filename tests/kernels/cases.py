@@ -31,6 +31,8 @@ DTYPES = [
     (torch.float16, torch.float64),
     (torch.float64, torch.float32),
 ]
+# A strength for each prompt, for the sums of integers exact.
+PER_PLAN = torch.tensor([3, 0.125, 1])
 # The one of a decoding step, which every backend takes.
 BF16 = DTYPES[1]
 

@@ -107,7 +107,7 @@ def steer(
     cdmap: MapWeights,
     plan: SteeringPlan,
     rows: Tensor,
-    alpha: float,
+    alpha: float | Tensor,
     dtype: Any = EXACT,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return h', before, after and maximum in `dtype`. An unedited row of h' is the row of h."""
@@ -127,7 +127,8 @@ def steer(
                 continue
             f = latents[columns[slot]]
             maximum[n] = max(latents.values())
-            edited = f + dtype(alpha) * maximum[n] * sign
+            strength = alpha[prompt].item() if isinstance(alpha, Tensor) else alpha
+            edited = f + dtype(strength) * maximum[n] * sign
             before[n, s], after[n, s] = f, max(edited, 0)
             out[n] += scale * (after[n, s] - f) * W_dec[columns[slot]]
     return tuple(torch.from_numpy(result) for result in (out, before, after, maximum))

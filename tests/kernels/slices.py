@@ -39,8 +39,8 @@ def calls() -> Iterator[tuple[str, dict[str, Any], tuple[str, ...]]]:
         yield "activation_counts", {**rows, "sequences": sequences, "n_sequences": 1}, ("sequences",)
         yield "sparse_encode", {**rows, "capacity": CAPACITY}, ()
         steering = plain_steering(kind, (torch.bfloat16, torch.bfloat16), N_ROWS, "none", "none", record=False)
-        steering["rows"] = torch.zeros(N_ROWS, dtype=torch.int32)
-        yield "steer", steering, ("rows", "positions", "start", "paths")
+        steering |= {"rows": torch.zeros(N_ROWS, dtype=torch.int32), "alphas": torch.zeros(N_ROWS)}
+        yield "steer", steering, ("rows", "positions", "start", "paths", "alphas")
     latents = {"indices": torch.zeros(N_ROWS, CAPACITY, dtype=torch.int32), "values": torch.zeros(N_ROWS, CAPACITY)}
     yield "sparse_decode", {**latents, "W_dec": torch.zeros(D_SAE, 256), "b_dec": None}, tuple(latents)
     adapter = adapting("jumprelu", "jumprelu", (torch.bfloat16, torch.bfloat16), N_ROWS, x=False)

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dspa_kernels import InputError, lookup_and_steer, map_lookup, steer
 from dspa_kernels.backends import IMPLEMENTED
@@ -10,7 +11,7 @@ from dspa_kernels.weights import NORMALIZATIONS
 
 from ..rounding import rounding
 from . import oracle
-from .cases import D_IN, D_SAE_IN, DTYPES, MARGIN, N_PROMPTS, ROUNDINGS, VIEWS, integer_tensor, make_case
+from .cases import D_IN, D_SAE_IN, DTYPES, MARGIN, N_PROMPTS, PER_PLAN, ROUNDINGS, VIEWS, integer_tensor, make_case
 
 LOOKUP = {"k_prompt": 5, "k_diff": 4}
 
@@ -24,12 +25,12 @@ def make_arguments(**case: Any) -> dict[str, Any]:
     return arguments | {"counts": counts}
 
 
-@pytest.mark.parametrize("alpha", [0.5, 1])
+@pytest.mark.parametrize("alpha", [0.5, 1, PER_PLAN], ids=repr)
 @pytest.mark.parametrize("mode", ["ablate", "augment", "both"])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_exact_on_integers(
-    backend: str, kind: str, dtypes: tuple[torch.dtype, torch.dtype], mode: str, alpha: float
+    backend: str, kind: str, dtypes: tuple[torch.dtype, torch.dtype], mode: str, alpha: float | Tensor
 ) -> None:
     arguments = make_arguments(kind=kind, dtypes=dtypes, integers=True)
     out, plan, edits = run_on(backend, lookup_and_steer, **arguments, **LOOKUP, mode=mode, alpha=alpha)

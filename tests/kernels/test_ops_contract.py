@@ -22,8 +22,9 @@ from dspa_kernels import (
 from dspa_kernels.backends import OPS, implementation
 from dspa_kernels.testing import KINDS, run_on, same_bits, tensors
 
-from .cases import BF16, D_IN, D_SAE, D_SAE_IN, N_COLUMNS, N_PROMPTS, Case, integer_tensor, make_case
+from .cases import BF16, D_IN, D_SAE, D_SAE_IN, N_COLUMNS, N_PROMPTS, PER_PLAN, Case, integer_tensor, make_case
 
+CASE = make_case()
 Call = tuple[Callable[..., Any], dict[str, Any]]
 
 
@@ -58,6 +59,11 @@ def calls(case: Case) -> dict[str, Call]:
     }
     assert tuple(of_op) == OPS
     return of_op
+
+
+def options(case: Case) -> dict[str, dict[str, Any]]:
+    """Optional tensors of ops, by the op's name."""
+    return {"steer": {"alpha": PER_PLAN}, "lookup_and_steer": {"alpha": PER_PLAN}}
 
 
 class Recorded(TorchDispatchMode):
@@ -95,9 +101,21 @@ def test_opcheck(op: str, kind: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(func, args, kwargs)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_compiled_is_eager(op: str) -> None:
-    function, arguments = calls(make_case("topk", (torch.bfloat16, torch.bfloat16), integers=True))[op]
+@pytest.mark.parametrize("op", options(CASE))
+def test_opcheck_with_options(op: str) -> None:
+    case = make_case()
+    function, arguments = calls(case)[op]
+    call = recorded(function, **arguments | options(case)[op]).call
+    assert call is not None
+    torch.library.opcheck(*call)
+
+
+@pytest.mark.parametrize(("op", "with_options"), [*((op, False) for op in OPS), *((op, True) for op in options(CASE))])
+def test_compiled_is_eager(op: str, with_options: bool) -> None:
+    case = make_case("topk", (torch.bfloat16, torch.bfloat16), integers=True)
+    function, arguments = calls(case)[op]
+    if with_options:
+        arguments |= options(case)[op]
     torch._dynamo.reset()
     compiled = torch.compile(lambda: function(**arguments), fullgraph=True)
     for ours, eager in zip(tensors(compiled()), tensors(function(**arguments)), strict=True):

@@ -12,7 +12,7 @@ from dspa_kernels.weights import NORMALIZATIONS
 
 from ..rounding import rounding
 from . import oracle
-from .cases import BF16, D_IN, D_SAE, DTYPES, MARGIN, N_PROMPTS, N_SLOTS, ROUNDINGS, VIEWS, Case, make_case
+from .cases import BF16, D_IN, D_SAE, DTYPES, MARGIN, N_PROMPTS, N_SLOTS, PER_PLAN, ROUNDINGS, VIEWS, Case, make_case
 
 MODES = ("ablate", "augment", "both")
 
@@ -36,12 +36,12 @@ def with_negative_zeros(case: Case) -> Case:
     return replace(case, h=torch.where(case.h == 0, -0.0, case.h))
 
 
-@pytest.mark.parametrize("alpha", [0.125, 1, 3])
+@pytest.mark.parametrize("alpha", [0.125, 1, 3, PER_PLAN], ids=repr)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_exact_on_integers(
-    backend: str, kind: str, dtypes: tuple[torch.dtype, torch.dtype], mode: str, alpha: float
+    backend: str, kind: str, dtypes: tuple[torch.dtype, torch.dtype], mode: str, alpha: float | Tensor
 ) -> None:
     case = with_negative_zeros(make_case(kind, dtypes, mode=mode, integers=True))
     out, edits = run_on(backend, steer, **case.arguments(alpha=alpha, record=True))
@@ -326,6 +326,9 @@ VALID = make_case(n=11)
         ({"alpha": -0.1}, ("`alpha`", "-0.1", "finite number >= 0")),
         ({"alpha": float("nan")}, ("`alpha`", "nan", "finite number >= 0")),
         ({"alpha": float("inf")}, ("`alpha`", "inf", "finite number >= 0")),
+        ({"alpha": torch.ones(2)}, ("`alpha`", "[2]", "[3]")),
+        ({"alpha": torch.ones(3, dtype=torch.float64)}, ("`alpha`", "torch.float64", "torch.float32")),
+        ({"alpha": torch.ones(3, device="meta")}, ("`alpha`", "meta", "cpu")),
         ({"backend": "cudnn"}, ("`backend`", "'cudnn'", "auto, cuda, triton, reference")),
     ],
 )

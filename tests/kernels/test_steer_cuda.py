@@ -70,6 +70,22 @@ def test_exact_on_integers(d_in: int, n: int, dtypes: Any, kind: str, screen: st
     assert same_bits(run_on("cuda", steer, **arguments), expected[0])
 
 
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("screen", ["none", "int5"])
+@pytest.mark.parametrize("kind", ["jumprelu", "topk"])
+@pytest.mark.parametrize("n", [7, 8])
+def test_a_strength_for_each_plan(n: int, kind: str, screen: str, record: bool) -> None:
+    arguments = make_arguments(272, n, kind=kind, screen=screen) | {"record": record}
+    alphas = torch.tensor([2, 0, 0.125])
+    actual = tensors(run_on("cuda", steer, **arguments | {"alpha": alphas}))
+    for plan, alpha in enumerate(alphas.tolist()):
+        expected = tensors(run_on("reference", steer, **arguments | {"alpha": alpha}))
+        rows = arguments["rows"] == plan
+        assert all(same_bits(ours[rows], theirs[rows]) for ours, theirs in zip(actual, expected, strict=True))
+    unsteered = arguments["rows"] < 0
+    assert same_bits(actual[0][unsteered], arguments["h"][unsteered])
+
+
 @pytest.mark.parametrize("screen", ["none", "int5"])
 @pytest.mark.parametrize("kind", ["jumprelu", "topk"])
 @pytest.mark.parametrize("dtypes", [BF16, FP16], ids=str)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dspa_kernels import EncoderStream, MapWeights, SAEWeights, SteeringPlan, steer
 from dspa_kernels.cuda_library import MAX_ROWS
-from dspa_kernels.testing import random_sae, run_on, same_bits
+from dspa_kernels.testing import KINDS, random_sae, run_on, same_bits
 from dspa_kernels.weights import PATHS, SCREENS
 
 from ..rounding import rounding
@@ -151,6 +151,28 @@ def test_without_rows_each_follows_its_own_plan(backend: str) -> None:
     h = case.h[:n]
     without = run_on(backend, steer, **case.arguments(h=h, rows=None))
     assert same_bits(without, run_on(backend, steer, **case.arguments(h=h, rows=own)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("record", [False, True])
+def test_each_plan_has_the_bits_and_paths_of_its_own_strength(backend: str, kind: str, record: bool) -> None:
+    """Rows that are settled by their strength, streamed, not finite and unsteered. A view of strengths is enough."""
+    case = make_case(kind, BF16, mode="ablate")
+    case.h[-1, 3] = float("inf")
+    alphas = torch.tensor([2.5, 0, 0.125])
+    stream = EncoderStream.of(case.sae, hot=torch.arange(0, D_SAE, 3), n_large=5)
+    common = case.arguments(stream=stream, record=record)
+    strided = alphas.repeat_interleave(2)[::2]
+    out, paths = steered(backend, **common | {"alpha": strided})
+    total = dict.fromkeys(paths, 0)
+    for prompt, alpha in enumerate(alphas.tolist()):
+        rows = torch.where(case.rows == prompt, case.rows, -1)
+        alone, own = steered(backend, **common | {"alpha": alpha, "rows": rows})
+        assert same_bits(out[case.rows == prompt], alone[case.rows == prompt])
+        total = {name: total[name] + own[name] for name in own}
+    assert paths["unsteered"] == (case.rows < 0).sum()
+    names = ("not_finite", "inactive", "settled", "streamed")
+    assert [paths[name] for name in names] == [total[name] for name in names]
 
 
 # Streams

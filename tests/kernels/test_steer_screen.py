@@ -134,6 +134,20 @@ def test_only_latents_that_could_be_the_maximum_are_read(values: list[float], re
     assert same_bits(out.cpu(), run_on("triton", steer, **arguments, alpha=0.2, record=True)[0])
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory")
+def test_a_screen_settles_rows_by_the_strength_of_their_plan() -> None:
+    arguments = identity(3, [1.5, 1.0, 5.0, 4.0])
+    alphas = torch.tensor([0.2, 0.4, 0.0])
+    device = "cpu" if INTERPRETED else "cuda"
+    moved = {name: value.to(device) for name, value in arguments.items()} | {"alpha": alphas.to(device)}
+    stream, tally = EncoderStream.of(arguments["sae"], screen="int5").to(device), torch.zeros(6, dtype=torch.int64)
+    tally = tally.to(device)
+    out = steer(**moved, stream=stream, paths=tally, backend="triton")
+    assert out[:, 0].tolist() == [0.5, 0, 1.5] and out[:, 1:].cpu().equal(arguments["h"][:, 1:])
+    assert tally[4] == 3 and 1 <= int(tally[-1]) <= 2
+
+
 # Unpacking
 
 Registers = dict[str, int]

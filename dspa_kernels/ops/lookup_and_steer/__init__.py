@@ -6,7 +6,7 @@ from torch import Tensor
 from dspa_kernels.backends import choose, define_op
 from dspa_kernels.formulas import compute_dtype
 from dspa_kernels.ops.map_lookup import check_lookup, n_slots
-from dspa_kernels.ops.steer.contract import GATE, check_residual, empty_results, stream_of
+from dspa_kernels.ops.steer.contract import GATE, STRENGTH, check_residual, empty_results, stream_of, strength_of
 from dspa_kernels.weights import COLUMNS, STREAM, Edits, EncoderStream, MapWeights, SAEWeights, SteeringPlan
 
 
@@ -20,7 +20,7 @@ def lookup_and_steer(
     k_prompt: int = 32,
     k_diff: int = 16,
     mode: str = "ablate",
-    alpha: float = 0.2,
+    alpha: float | Tensor = 0.2,
     record: bool = True,
     stream: EncoderStream | None = None,
     positions: Tensor | None = None,
@@ -68,7 +68,7 @@ def lookup_and_steer(
         k_prompt=k_prompt,
         k_diff=k_diff,
         lookup_mode=mode,
-        alpha=alpha,
+        **strength_of(alpha),
         record=record,
         backend=choose("lookup_and_steer", h.device, backend, compute_dtype(h, sae.encoder_rows)),
     )
@@ -86,7 +86,7 @@ def _fake(
 _lookup_and_steer = define_op(
     "lookup_and_steer",
     f"(Tensor h, Tensor counts, Tensor values, {STREAM}, {COLUMNS}, {GATE}, int k_prompt,"
-    " int k_diff, str lookup_mode, float alpha, bool record) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f" int k_diff, str lookup_mode, {STRENGTH}, bool record) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     mutates=("paths",),
 )

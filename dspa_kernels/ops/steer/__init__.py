@@ -6,7 +6,16 @@ from torch import Tensor
 
 from dspa_kernels.backends import define_op
 from dspa_kernels.checks import check_device
-from dspa_kernels.ops.steer.contract import GATE, check_residual, choose_steer, empty_results, fastest, stream_of
+from dspa_kernels.ops.steer.contract import (
+    GATE,
+    STRENGTH,
+    check_residual,
+    choose_steer,
+    empty_results,
+    fastest,
+    stream_of,
+    strength_of,
+)
 from dspa_kernels.weights import (
     COLUMNS,
     STREAM,
@@ -26,7 +35,7 @@ def steer(
     plan: SteeringPlan,
     rows: Tensor | None = ...,
     *,
-    alpha: float = ...,
+    alpha: float | Tensor = ...,
     record: Literal[False] = ...,
     stream: EncoderStream | None = ...,
     positions: Tensor | None = ...,
@@ -44,7 +53,7 @@ def steer(
     plan: SteeringPlan,
     rows: Tensor | None = ...,
     *,
-    alpha: float = ...,
+    alpha: float | Tensor = ...,
     record: Literal[True],
     stream: EncoderStream | None = ...,
     positions: Tensor | None = ...,
@@ -61,7 +70,7 @@ def steer(
     plan: SteeringPlan,
     rows: Tensor | None = None,
     *,
-    alpha: float = 0.2,
+    alpha: float | Tensor = 0.2,
     record: bool = False,
     stream: EncoderStream | None = None,
     positions: Tensor | None = None,
@@ -83,7 +92,8 @@ def steer(
         rows: [N] int32, the plan row of each residual row. A negative one is not steered. By default N = B and row n
             has plan row n. Kernels check neither these nor the plan's slots, and read other memory if one is out of
             range.
-        alpha: strength, a finite number >= 0 (published: 0.2).
+        alpha: strength, a finite number >= 0 (published: 0.2); or [B] fp32, the strength of each plan row. Those are on
+            the device, where only their shape is checked: a negative or infinite one steers by what the formula gives.
         record: also return the `Edits`. They contain M, so that it is needed for every row with an active selected
             latent.
         stream: the encoder as it is read where M is needed, made from `sae`; by default `sae.stream`.
@@ -115,7 +125,7 @@ def steer(
         slots=plan.slots,
         signs=plan.signs,
         **gate,
-        alpha=alpha,
+        **strength_of(alpha),
         record=record,
         backend=choose_steer(h, sae, backend),
     )
@@ -130,7 +140,7 @@ def _fake(
 
 _steer = define_op(
     "steer",
-    f"(Tensor h, {STREAM}, {COLUMNS}, Tensor slots, Tensor signs, {GATE}, float alpha, bool record)"
+    f"(Tensor h, {STREAM}, {COLUMNS}, Tensor slots, Tensor signs, {GATE}, {STRENGTH}, bool record)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
     mutates=("paths",),

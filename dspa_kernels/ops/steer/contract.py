@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from dspa_kernels.launch import NATIVE, CudaEntry, cuda_entry, precision, steer_
 from dspa_kernels.weights import FLOATS, PATHS, EncoderStream, MapWeights, SAEWeights
 
 GATE = "Tensor? rows, Tensor? positions, Tensor? start, Tensor(a!)? paths"
+STRENGTH = "float alpha, Tensor? alphas"
 
 
 def stream_of(sae: SAEWeights, stream: EncoderStream | None) -> EncoderStream:
@@ -30,6 +31,20 @@ def stream_of(sae: SAEWeights, stream: EncoderStream | None) -> EncoderStream:
     if (stream.k, stream.normalize) != (sae.k, sae.normalize):
         raise refuse("stream", (stream.k, stream.normalize), f"k and normalize of the SAE, {sae.k}, {sae.normalize}")
     return stream
+
+
+class Strength(TypedDict):
+    """The arguments `alpha` and `alphas` of the op: a number for all rows, or one per plan row in place of it."""
+
+    alpha: float
+    alphas: Tensor | None
+
+
+def strength_of(alpha: float | Tensor) -> Strength:
+    """Return `alpha` as the op takes it. A tensor without dimensions is a number."""
+    if isinstance(alpha, Tensor) and alpha.dim():
+        return {"alpha": 0.0, "alphas": alpha}
+    return {"alpha": cast(float, alpha), "alphas": None}
 
 
 def choose_steer(h: Tensor, sae: SAEWeights, requested: str) -> str:
@@ -71,7 +86,7 @@ def check_residual(
     h: Tensor,
     sae: SAEWeights,
     cdmap: MapWeights,
-    alpha: float,
+    alpha: float | Tensor,
     n_prompts: int,
     rows: Tensor | None,
     positions: Tensor | None,
@@ -85,7 +100,8 @@ def check_residual(
     check_device("cdmap", cdmap.encoder_rows, h, "h")
     check_shape("cdmap.encoder_rows", cdmap.encoder_rows, ("C", sae.d_in), "Gather the map from the SAE that steers.")
     check_dtype("cdmap.encoder_rows", cdmap.encoder_rows, (sae.encoder_rows.dtype,))
-    check_at_least("alpha", alpha, 0)
+    strength = strength_of(alpha)
+    check_at_least("alpha", strength["alpha"], 0)
     n_rows = h.shape[0]
     if rows is None and n_rows != n_prompts:
         raise refuse("rows", None, f"the plan row of each of {n_rows} rows", f"The plan has {n_prompts} rows.")
@@ -96,6 +112,7 @@ def check_residual(
         ("positions", positions, (n_rows,), torch.int64),
         ("start", start, (n_prompts,), torch.int64),
         ("paths", paths, (len(PATHS) + 1,), torch.int64),
+        ("alpha", strength["alphas"], (n_prompts,), torch.float32),
     ):
         if tensor is not None:
             check_shape(name, tensor, shape)

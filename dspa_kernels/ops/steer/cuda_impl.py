@@ -55,6 +55,7 @@ def steer(
     positions: Tensor | None,
     start: Tensor | None,
     alpha: float,
+    alphas: Tensor | None,
     record: bool,
     **unchanged: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -81,6 +82,7 @@ def steer(
         "rows": None if rows is None else rows.contiguous(),
         "positions": None if positions is None else positions.contiguous(),
         "start": None if start is None else start.contiguous(),
+        "alphas": None if alphas is None else alphas.contiguous(),
         "before": before if record else None,
         "after": after if record else None,
         "maximum": maximum if record else None,

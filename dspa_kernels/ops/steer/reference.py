@@ -69,12 +69,14 @@ def steer(
     start: Tensor | None,
     paths: Tensor | None,
     alpha: float,
+    alphas: Tensor | None,
     record: bool,
     **_screen: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return h'_n = h_n + scale_n sum_j (f'_j - f_j) W_dec[j], over the active latents j of plan row rows[n].
 
-    f'_j = f_j + alpha M (sign +1) or max(f_j - alpha M, 0) (sign -1), with M the maximum of all latents of the row.
+    f'_j = f_j + alpha M (sign +1) or max(f_j - alpha M, 0) (sign -1), with M the maximum of all latents of the row
+    and alpha = alphas[rows[n]] if there are `alphas`.
     A row with rows[n] < 0, without an active selected latent, or without a change is copied. So is a steered row that
     is not finite, and its maximum is NaN. A row that is not finite once edited counts in paths[1] as well. The selected
     and the first `n_large` latents give a lower bound on M. Unless recorded, the encoder is not read for a row whose
@@ -96,6 +98,7 @@ def steer(
     hn, _, scale = normalise(h[row], normalize, dtype)
     slot, sign = slots[prompt[row]].long(), signs[prompt[row]]
     chosen, slot = slot >= 0, slot.clamp(min=0)
+    strength: float | Tensor = alpha if alphas is None else alphas[prompt[row], None].to(dtype)
     if columns.numel():
         f = pre_activations(hn, columns_encoder_rows, columns_b_enc).gather(1, slot)
         active = chosen & (f > 0 if k else is_active(f, columns_threshold[slot]))
@@ -109,7 +112,7 @@ def steer(
     large = pre_activations(hn, encoder_rows[:n_large], b_enc[:n_large])
     large = large.clamp(min=0) if k else torch.where(is_active(large, threshold[:n_large]), large, 0)
     bound = torch.cat([f, large], dim=1).amax(dim=1) if f.shape[1] + n_large else hn.new_zeros(len(hn))
-    gone = ~active | ((sign < 0) & (f <= alpha * bound[:, None]))
+    gone = ~active | ((sign < 0) & (f <= strength * bound[:, None]))
     settled = open_rows & gone.all(dim=1) & (not record and not k)
     streamed = open_rows & ~settled
     counts += [int(path.sum()) for path in (~open_rows, settled, streamed)]
@@ -128,7 +131,7 @@ def steer(
         if k:
             active[at] &= beaten < k
     f = torch.where(active, f, 0)
-    step = alpha * bound[:, None]
+    step = strength * bound[:, None]
     edited = torch.where(sign > 0, f + step, (f - step).clamp(min=0))
     edited = torch.where(active, edited, 0)
     if record:

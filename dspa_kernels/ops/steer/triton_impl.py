@@ -156,6 +156,7 @@ def steer(
     start: Tensor | None,
     paths: Tensor | None,
     alpha: float,
+    alphas: Tensor | None,
     record: bool,
     lookup: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -185,6 +186,7 @@ def steer(
         "p_rows": None if rows is None else rows.contiguous(),
         "p_positions": None if positions is None else positions.contiguous(),
         "p_start": None if start is None else start.contiguous(),
+        "p_alphas": None if alphas is None else alphas.contiguous(),
         "p_paths": paths,
         "record": Record(before, after, maximum) if record else None,
         "lookup": None,

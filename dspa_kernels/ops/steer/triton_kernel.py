@@ -18,7 +18,7 @@ _BLOCK_S, _BLOCK_G, _BLOCK_D = tl.constexpr(BLOCK_S), tl.constexpr(BLOCK_G), tl.
 
 SIZES = ("k", "d_sae", "d_sae_in", "n_rows", "n_prompts", "n_columns", "n_slots", "n_large", "k_prompt", "k_diff")
 # Callers slice these, and another alignment would be another kernel, compiled in the middle of decoding.
-SLICED = ("p_slots", "p_signs", "p_rows", "p_positions", "p_start", "p_paths")
+SLICED = ("p_slots", "p_signs", "p_rows", "p_positions", "p_start", "p_alphas", "p_paths")
 
 
 @triton.jit(do_not_specialize=[*SIZES, "n_programs"], do_not_specialize_on_alignment=[*SLICED])
@@ -33,6 +33,7 @@ def steer_kernel(
     p_rows,
     p_positions,
     p_start,
+    p_alphas,
     p_paths,
     record,
     lookup,
@@ -148,7 +149,9 @@ def steer_kernel(
     n_waiting = 0
     if PHASE == _ALL or PHASE == _STREAM or PHASE == _EVALUATE:
         n_read = 0
-        b_state, m_waiting, summary = waiting_rows(scratch, 0, alpha, n_rows, n_slots, n_large, SETTLE, BLOCK_N)
+        b_state, m_waiting, summary = waiting_rows(
+            scratch, 0, alpha, p_alphas, n_rows, n_slots, n_large, SETTLE, BLOCK_N
+        )
         n_waiting = n_rows if MANY_ROWS else tl.sum(m_waiting.to(tl.int32), axis=0)
         if n_waiting > 0 and PHASE != _EVALUATE:
             # Latents are the outer loop, so that each encoder row comes from memory once for all rows. Addresses that
@@ -163,7 +166,6 @@ def steer_kernel(
                         i_tile * BLOCK_L,
                         m_waiting,
                         summary,
-                        alpha,
                         d_in,
                         d_sae,
                         n_rows,
@@ -176,7 +178,7 @@ def steer_kernel(
                     for i_first in range(0, n_rows, BLOCK_N):
                         if MANY_ROWS:
                             b_state, m_waiting, summary = waiting_rows(
-                                scratch, i_first, alpha, n_rows, n_slots, n_large, SETTLE, BLOCK_N
+                                scratch, i_first, alpha, p_alphas, n_rows, n_slots, n_large, SETTLE, BLOCK_N
                             )
                         n_read += stream_tile(
                             p_x,
@@ -189,7 +191,6 @@ def steer_kernel(
                             b_state,
                             m_waiting,
                             summary,
-                            alpha,
                             d_in,
                             d_sae,
                             n_slots,
@@ -218,7 +219,6 @@ def steer_kernel(
                         b_state,
                         m_waiting,
                         summary,
-                        alpha,
                         d_in,
                         n_rows,
                         n_slots,
@@ -251,6 +251,7 @@ def steer_kernel(
                 scratch,
                 i,
                 alpha,
+                p_alphas,
                 k,
                 d_in,
                 n_rows,

@@ -123,7 +123,6 @@ def screen_tile(
     i_latent,
     m_waiting,
     summary,
-    alpha,
     d_in,
     d_sae,
     n_rows,
@@ -140,7 +139,7 @@ def screen_tile(
     TOP_K: tl.constexpr = scratch.rank is not None
     o_latent, o_row = i_latent + tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_N)
     b_bound = running_maxima(scratch.screen_bound, 0, m_waiting, BLOCK_N)
-    m_unsettled = unsettled_rows(m_waiting, summary, b_bound, alpha, SETTLE)
+    m_unsettled = unsettled_rows(m_waiting, summary, b_bound, SETTLE)
     if tl.max(m_unsettled.to(tl.int32), axis=0) > 0:
         m_latent = o_latent < d_sae
         b_z = quantised_product(screen.rows, p_x, i_latent, m_latent, m_unsettled, d_in, BLOCK_L, BLOCK_N, PRECISION)
@@ -192,7 +191,6 @@ def evaluate_candidates(
     b_state,
     m_waiting,
     summary,
-    alpha,
     d_in,
     n_rows,
     n_slots,
@@ -207,7 +205,7 @@ def evaluate_candidates(
     """
     o_c, o_row = tl.arange(0, _BLOCK_G), tl.arange(0, BLOCK_N)
     b_bound = running_maxima(scratch.screen_bound, 0, m_waiting, BLOCK_N)
-    m_unsettled = unsettled_rows(m_waiting, summary, b_bound, alpha, SETTLE)
+    m_unsettled = unsettled_rows(m_waiting, summary, b_bound, SETTLE)
     m_candidate = o_c < n_latents
     # Other programs wrote these.
     o_latent = tl.load(scratch.candidates + i_first + o_c, mask=m_candidate, other=0, cache_modifier=".cg")

@@ -23,11 +23,13 @@ class Summary(NamedTuple):
 
     required_shift: the smallest alpha M that sets all active selected latents to 0; infinite if one of them is
     augmented, 0 if none is active. min_active: the smallest active selected value. lower_bound: a lower bound on M.
+    alpha: the strength, one number or one per row.
     """
 
     required_shift: Any
     min_active: Any
     lower_bound: Any
+    alpha: Any
 
 
 @triton.jit
@@ -40,6 +42,15 @@ def plan_rows(p_rows, p_positions, p_start, o_row, m_row):
         b_start = tl.load(p_start + b_plan, mask=m_row & (b_plan >= 0), other=0)
         b_plan = tl.where(tl.load(p_positions + o_row, mask=m_row, other=0) >= b_start, b_plan, -1)
     return tl.where(m_row, b_plan, -1)
+
+
+@triton.jit
+def strength(alpha, p_alphas, b_plan):
+    """Return the strength of each plan row, 0 where there is none; without `p_alphas` the number alpha."""
+    b_alpha = alpha
+    if p_alphas is not None:
+        b_alpha = tl.load(p_alphas + b_plan, mask=b_plan >= 0, other=0.0)
+    return b_alpha
 
 
 @triton.jit
@@ -170,7 +181,7 @@ def select_latents(
 
 
 @triton.jit
-def summarise(scratch, o_row, m_row, n_rows, n_slots, n_large, BLOCK_N: tl.constexpr):
+def summarise(scratch, alpha, p_alphas, o_row, m_row, n_rows, n_slots, n_large, BLOCK_N: tl.constexpr):
     """Return the state and the `Summary` of BLOCK_N rows; nothing is active in a row that is unsteered or not finite.
 
     A row's partial summaries are required_shift, min_active and lower_bound of its blocks of slots, then lower_bound of
@@ -192,4 +203,4 @@ def summarise(scratch, o_row, m_row, n_rows, n_slots, n_large, BLOCK_N: tl.const
         b_min_active = tl.minimum(b_min_active, tl.min(tl.where(m_active, b_partial, float("inf")), axis=0))
     m_finite = b_state >= 0
     b_required_shift, b_lower_bound = tl.where(m_finite, b_required_shift, 0.0), tl.where(m_finite, b_lower_bound, 0.0)
-    return b_state, Summary(b_required_shift, b_min_active, b_lower_bound)
+    return b_state, Summary(b_required_shift, b_min_active, b_lower_bound, strength(alpha, p_alphas, b_state))

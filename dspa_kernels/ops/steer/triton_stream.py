@@ -11,11 +11,13 @@ THREADS = tl.constexpr(32 * STEER_WARPS)
 
 
 @triton.jit
-def waiting_rows(scratch, i_row, alpha, n_rows, n_slots, n_large, SETTLE: tl.constexpr, BLOCK_N: tl.constexpr):
+def waiting_rows(
+    scratch, i_row, alpha, p_alphas, n_rows, n_slots, n_large, SETTLE: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """Return the state, m_waiting (rows that need the encoder) and the summary of BLOCK_N rows."""
     o_row = i_row + tl.arange(0, BLOCK_N)
-    b_state, summary = summarise(scratch, o_row, o_row < n_rows, n_rows, n_slots, n_large, BLOCK_N)
-    m_waiting = unsettled_rows(summary.required_shift > 0, summary, summary.lower_bound, alpha, SETTLE)
+    b_state, summary = summarise(scratch, alpha, p_alphas, o_row, o_row < n_rows, n_rows, n_slots, n_large, BLOCK_N)
+    m_waiting = unsettled_rows(summary.required_shift > 0, summary, summary.lower_bound, SETTLE)
     return b_state, m_waiting, summary
 
 
@@ -45,7 +47,6 @@ def stream_tile(
     b_state,
     m_waiting,
     summary,
-    alpha,
     d_in,
     d_sae,
     n_slots,
@@ -61,7 +62,7 @@ def stream_tile(
     """
     o_latent, o_row = i_latent + tl.arange(0, BLOCK_L), i_row + tl.arange(0, BLOCK_N)
     b_running_max = running_maxima(scratch.running_max, i_row, m_waiting, BLOCK_N)
-    m_unsettled = unsettled_rows(m_waiting, summary, b_running_max, alpha, SETTLE)
+    m_unsettled = unsettled_rows(m_waiting, summary, b_running_max, SETTLE)
     m_latent = o_latent < d_sae * tl.max(m_unsettled.to(tl.int32), axis=0)
     n_read = tl.sum(m_latent.to(tl.int32), axis=0)
     if n_read > 0:
@@ -73,11 +74,11 @@ def stream_tile(
 
 
 @triton.jit
-def unsettled_rows(m_waiting, summary, b_bound, alpha, SETTLE: tl.constexpr):
+def unsettled_rows(m_waiting, summary, b_bound, SETTLE: tl.constexpr):
     """Return the waiting rows that neither their own bound on the maximum nor another one settles."""
     m_unsettled = m_waiting
     if SETTLE:
-        m_unsettled = m_waiting & (summary.required_shift > alpha * tl.maximum(summary.lower_bound, b_bound))
+        m_unsettled = m_waiting & (summary.required_shift > summary.alpha * tl.maximum(summary.lower_bound, b_bound))
     return m_unsettled
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from dspa_kernels.formulas import RESIDUAL_LIMIT
 from dspa_kernels.ops.shared.triton_grid import prefetch
 from dspa_kernels.ops.shared.triton_tiles import rounded
-from dspa_kernels.ops.steer.triton_select import NOT_FINITE, UNSTEERED, summarise
+from dspa_kernels.ops.steer.triton_select import NOT_FINITE, UNSTEERED, strength, summarise
 
 # Slots that are processed together, and columns of one item.
 BLOCK_SLOTS, BLOCK_D = 16, 1024
@@ -48,6 +48,7 @@ def edit_row(
     scratch,
     i_item,
     alpha,
+    p_alphas,
     k,
     d_in,
     n_rows,
@@ -67,7 +68,7 @@ def edit_row(
     # Other programs wrote this, so the load bypasses the L1 cache.
     b_running_max = tl.load(scratch.running_max + i_row, cache_modifier=".cg").to(tl.float32, bitcast=True)
     b_states, summary = summarise(
-        scratch, i_row + tl.arange(0, 1), tl.full([1], True, tl.int1), n_rows, n_slots, n_large, 1
+        scratch, alpha, p_alphas, i_row + tl.arange(0, 1), tl.full([1], True, tl.int1), n_rows, n_slots, n_large, 1
     )
     b_state, b_lower_bound = tl.max(b_states, axis=0), tl.max(summary.lower_bound, axis=0)
     b_required_shift = tl.max(summary.required_shift, axis=0)
@@ -77,7 +78,8 @@ def edit_row(
         b_screen_bound = tl.load(scratch.screen_bound + i_row, cache_modifier=".cg")
         b_maximum = tl.maximum(b_maximum, b_screen_bound.to(tl.float32, bitcast=True))
     b_maximum = tl.where(b_state >= 0, b_maximum, 0.0)
-    b_shift = alpha * b_maximum
+    b_alpha = strength(alpha, p_alphas, b_state)
+    b_shift = b_alpha * b_maximum
 
     b_delta = tl.zeros([_BLOCK_D], dtype=tl.float32)
     b_changed, b_active = tl.zeros([], dtype=tl.float32), tl.zeros([], dtype=tl.float32)
@@ -120,6 +122,6 @@ def edit_row(
         if p_paths is not None:
             b_path = tl.where(b_required_shift > 0, 4, 2)
             if record is None and scratch.rank is None:
-                b_path = tl.where((b_required_shift > 0) & (b_required_shift <= alpha * b_lower_bound), 3, b_path)
+                b_path = tl.where((b_required_shift > 0) & (b_required_shift <= b_alpha * b_lower_bound), 3, b_path)
             b_path = tl.where(b_state == _UNSTEERED, 0, tl.where(b_state == _NOT_FINITE, 1, b_path))
             tl.atomic_add(p_paths + b_path, 1, sem="relaxed")
