@@ -256,7 +256,10 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
         h_dtype, W_dtype = dtypes
         sae = random_sae(kind, 256, 512, dtype=W_dtype, normalize=normalize)
         h, sequences = torch.zeros(n, 256, dtype=h_dtype), torch.zeros(n, dtype=torch.int32)
-        yield "activation_counts", {"h": h, **sae.encoder(), "sequences": sequences, "n_sequences": 1}
+        yield (
+            "activation_counts",
+            {"h": h, **sae.encoder(), "sequences": sequences, "counts": torch.zeros(1, 512, dtype=torch.int32)},
+        )
         yield "sparse_encode", {"h": h, **sae.encoder(), "capacity": 64}
         latents = {"indices": torch.zeros(n, 64, dtype=torch.int32), "values": torch.zeros(n, 64)}
         yield "sparse_decode", {**latents, "W_dec": sae.W_dec, "b_dec": None}

@@ -1,5 +1,6 @@
 """What holds for every op: its contract with torch, inputs left alone, and no dense [N, d_sae]."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -63,7 +64,12 @@ def calls(case: Case) -> dict[str, Call]:
 
 def options(case: Case) -> dict[str, dict[str, Any]]:
     """Optional tensors of ops, by the op's name."""
-    return {"steer": {"alpha": PER_PLAN}, "lookup_and_steer": {"alpha": PER_PLAN}}
+    counts = integer_tensor(0, 9, (N_PROMPTS, D_SAE))
+    return {
+        "activation_counts": {"out": counts, "accumulate": True},
+        "steer": {"alpha": PER_PLAN},
+        "lookup_and_steer": {"alpha": PER_PLAN},
+    }
 
 
 class Recorded(TorchDispatchMode):
@@ -116,9 +122,10 @@ def test_compiled_is_eager(op: str, with_options: bool) -> None:
     function, arguments = calls(case)[op]
     if with_options:
         arguments |= options(case)[op]
+    expected = tensors(function(**copy.deepcopy(arguments)))
     torch._dynamo.reset()
     compiled = torch.compile(lambda: function(**arguments), fullgraph=True)
-    for ours, eager in zip(tensors(compiled()), tensors(function(**arguments)), strict=True):
+    for ours, eager in zip(tensors(compiled()), expected, strict=True):
         assert same_bits(ours, eager)
 
 

@@ -21,11 +21,10 @@ def activation_counts(
     k: int,
     normalize: str,
     sequences: Tensor,
-    n_sequences: int,
-) -> Tensor:
-    """Return counts[s, j], the number of rows n with sequences[n] = s on which latent j is active."""
+    counts: Tensor,
+) -> None:
+    """counts[s, j] += number of rows n with sequences[n] = s on which latent j is active."""
     d_sae = encoder_rows.shape[0]
-    counts = torch.zeros(n_sequences, d_sae, dtype=torch.int32, device=h.device)
     counted = (sequences >= 0).nonzero().flatten()
     hn = normalise(h[counted], normalize, compute_dtype(h, encoder_rows)).rows
     sequence = sequences[counted].long()
@@ -40,4 +39,3 @@ def activation_counts(
         pre = pre_activations(hn[rows], encoder_rows[latents], b_enc[latents])
         active = active_latents(pre, threshold[latents], k)
         counts[:, latents].index_add_(0, sequence[rows], active.to(torch.int32))
-    return counts

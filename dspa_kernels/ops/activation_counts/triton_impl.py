@@ -5,7 +5,6 @@ Top-k needs whole rows. It stores the keys of a block of rows, which are then co
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,14 +37,13 @@ def activation_counts(
     k: int,
     normalize: str,
     sequences: Tensor,
-    n_sequences: int,
-) -> Tensor:
-    """Return counts [S, d_sae]."""
-    d_sae = len(encoder_rows)
-    counts = torch.zeros(n_sequences, d_sae, dtype=torch.int32, device=h.device)
+    counts: Tensor,
+) -> None:
+    """Add to counts [S, d_sae]."""
+    n_sequences, d_sae = counts.shape
     sequences = sequences.contiguous()
     if k:
-        for rows, keys in row_keys(h, encoder_rows, b_enc, threshold, k, normalize):
+        for rows, keys in row_keys(h, encoder_rows, b_enc, threshold, k, normalize, sequences, n_sequences):
             count_row_kernel[(len(keys),)](
                 keys,
                 sequences[rows],
@@ -60,5 +58,4 @@ def activation_counts(
             )
     elif len(h):
         x, multiply = normalised_rows(h, normalize), precision(h, encoder_rows, normalize)
-        launch_encode(x, encoder_rows, b_enc, threshold, k, multiply, sequences=sequences, counts=counts)
-    return counts
+        launch_encode(x, encoder_rows, b_enc, threshold, k, multiply, sequences, n_sequences, counts=counts)

@@ -27,6 +27,8 @@ from dspa_kernels.ops.shared.triton_tiles import (
 ALIGN = 16
 # Number of keys that the program of a row reads at a time.
 BLOCK = 2048
+# Tiles of rows that are looked at together for a row that counts.
+_TILES = tl.constexpr(16)
 
 
 @triton.jit
@@ -91,6 +93,23 @@ def tile_sequences(p_sequences, o_row, n_rows, n_sequences):
 
 
 @triton.jit
+def list_tiles(p_sequences, p_tiles, n_rows, n_sequences, BLOCK_N: tl.constexpr):
+    """List the tiles of rows that have a row of a sequence, and return their number.
+
+    Every program writes the same list and reads only what it has written itself.
+    """
+    n = 0
+    for i in range(0, tl.cdiv(n_rows, BLOCK_N), _TILES):
+        o_tile = i + tl.arange(0, _TILES)
+        o_row = o_tile[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        b_counts = (tl.max(tile_sequences(p_sequences, o_row, n_rows, n_sequences), axis=1) >= 0).to(tl.int32)
+        tl.store(p_tiles + n + tl.cumsum(b_counts, axis=0) - 1, o_tile, mask=b_counts > 0)
+        n += tl.sum(b_counts, axis=0)
+    tl.debug_barrier()
+    return n
+
+
+@triton.jit
 def finish_tile(
     b_acc,
     b_sequence,
@@ -132,6 +151,7 @@ def encode_kernel(
     p_b_enc,
     p_threshold,
     p_sequences,
+    p_tiles,
     p_counts,
     p_f,
     d_in,
@@ -150,10 +170,12 @@ def encode_kernel(
 ):
     """f_nj = pre_nj if pre_nj > 0 and pre_nj > threshold_j, else 0; top-k: if pre_nj > 0.
 
-    With sequences, counts_sj += number of rows n with sequence_n = s and f_nj > 0, and f is not stored. x and
-    encoder_rows are pointers or, with DESCRIPTORS, tensor descriptors of tiles.
+    With counts, counts_sj += number of rows n with sequence_n = s and f_nj > 0, and f is not stored. Tiles without a
+    row of a sequence are skipped. x and encoder_rows are pointers or, with DESCRIPTORS, tensor descriptors of tiles.
     """
     n_row_tiles, n_latent_tiles = tl.cdiv(n_rows, BLOCK_N), tl.cdiv(d_sae, BLOCK_L)
+    if p_tiles is not None:
+        n_row_tiles = list_tiles(p_sequences, p_tiles, n_rows, n_sequences, BLOCK_N)
     n_tiles = n_row_tiles * n_latent_tiles
     if DESCRIPTORS:
         # One loop passes through the steps along d_in of all tiles of a program, so that the first loads of a tile run
@@ -167,6 +189,8 @@ def encode_kernel(
             if i_step == 0:
                 i += n_programs
                 i_row_tile, i_latent_tile = grouped_tile(i, n_row_tiles, n_latent_tiles, GROUP_SIZE)
+                if p_tiles is not None:
+                    i_row_tile = tl.load(p_tiles + i_row_tile)
                 i_row, i_latent = i_row_tile * BLOCK_N, i_latent_tile * BLOCK_L
             # What lies outside of a matrix is loaded as 0.
             b_w = encoder_rows.load([i_latent, i_step * BLOCK_K])
@@ -190,6 +214,9 @@ def encode_kernel(
                 b_acc = product_tile(
                     encoder_rows, x, i_latent, m_latent, i_row, m_row, d_in, BLOCK_L, BLOCK_N, BLOCK_K, PRECISION
                 )
+                if p_f is not None:
+                    # Loaded again, because fp32 tiles that are stored leave no registers to keep them.
+                    b_sequence = tile_sequences(p_sequences, o_row, n_rows, n_sequences)
                 finish_tile(
                     b_acc, b_sequence, o_row, o_latent, p_b_enc, p_threshold, p_counts, p_f, d_sae, width, TOP_K
                 )
@@ -220,10 +247,11 @@ def launch_encode(
     k: int,
     multiply: int,
     sequences: Tensor | None = None,
+    n_sequences: int = 0,
     counts: Tensor | None = None,
     f: Tensor | None = None,
 ) -> None:
-    """Add to counts [S, d_sae], or write f [N, width], for the (normalised) rows x [N, d_in]."""
+    """Add to counts [S, d_sae], or write f [N, width], for the (normalised) rows x [N, d_in] of `sequences`."""
     (n_rows, d_in), d_sae = x.shape, len(encoder_rows)
     launch = launch_parameters("encode", n_rows, d_in, d_sae, multiply, x.device)
     programs = n_programs(x.device, launch.programs)
@@ -232,18 +260,21 @@ def launch_encode(
     if descriptors:
         blocks = [launch.BLOCK_N, launch.BLOCK_K], [launch.BLOCK_L, launch.BLOCK_K]
         operands = tuple(map(TensorDescriptor.from_tensor, operands, blocks))
+    n_tiles = triton.cdiv(n_rows, launch.BLOCK_N)
+    tiles = x.new_empty(n_tiles, dtype=torch.int32) if descriptors and sequences is not None else None
     encode_kernel[(programs,)](
         *operands,
         b_enc,
         threshold,
         sequences,
+        tiles,
         counts,
         f,
         d_in,
         d_sae,
         0 if f is None else f.shape[1],
         n_rows,
-        0 if counts is None else len(counts),
+        n_sequences,
         programs,
         TOP_K=k > 0,
         PRECISION=multiply,
@@ -254,9 +285,18 @@ def launch_encode(
 
 
 def row_keys(
-    h: Tensor, encoder_rows: Tensor, b_enc: Tensor, threshold: Tensor, k: int, normalize: str
+    h: Tensor,
+    encoder_rows: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    k: int,
+    normalize: str,
+    sequences: Tensor | None = None,
+    n_sequences: int = 0,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield blocks of rows with the keys of their latents, int32 [rows, width]; each block overwrites the last.
+
+    Those of rows without a sequence are undefined if there are `sequences`.
 
     Keys are the bits of the values, and order like them. They are positive where a latent is active or, for top-k,
     where it could be.
@@ -268,5 +308,6 @@ def row_keys(
         if not len(scratch):
             scratch = h.new_empty(rows.stop, width, dtype=torch.float32)
         f = scratch[: rows.stop - rows.start]
-        launch_encode(x[rows], encoder_rows, b_enc, threshold, k, multiply, f=f)
+        own = None if sequences is None else sequences[rows]
+        launch_encode(x[rows], encoder_rows, b_enc, threshold, k, multiply, own, n_sequences, f=f)
         yield rows, f.view(torch.int32)
