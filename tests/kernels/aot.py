@@ -248,7 +248,10 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
     counts, values = torch.zeros(4, 64, dtype=torch.int32), torch.zeros(64, 40)
     for mode in ("ablate", "both"):
         lookup = {"counts": counts, "values": values, "k_prompt": 32, "k_diff": 16}
-        yield "map_lookup", {**lookup, "mode": mode}
+        slots = torch.zeros(4, 32 if mode == "both" else 16, dtype=torch.int32)
+        for rows in (None, torch.zeros(4, dtype=torch.int32)):
+            plan = {"slots": slots, "signs": slots.to(torch.int8)}
+            yield "map_lookup", {**lookup, "rows": rows, "lookup_mode": mode, **plan}
         steering = plain_steering("jumprelu", DTYPES[0][0], 4, "none", "none", record=False)
         del steering["slots"], steering["signs"]
         yield "lookup_and_steer", {**steering, **lookup, "lookup_mode": mode}

@@ -1,14 +1,16 @@
+import os
 from typing import Any
 
 import pytest
 import torch
 
-from dspa_kernels import InputError, map_lookup
+from dspa_kernels import InputError, SteeringPlan, map_lookup
 from dspa_kernels.testing import run_on
 
 from . import oracle
 from .cases import D_SAE_IN, N_COLUMNS, integer_tensor
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MODES = ("ablate", "augment", "both")
 COUNTS = integer_tensor(0, 4, (4, D_SAE_IN))
 # Quarters: exact sums, and ties among the scores.
@@ -84,6 +86,31 @@ def test_few_prompts_and_columns(backend: str, n_prompts: int, n_columns: int) -
     assert (plan.slots.tolist(), plan.signs.tolist()) == oracle.lookup(counts, values, 3, 2, "both")
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rows", [[2, -1, 0, -1], [-1, -1], [3], [], [1, 0, 3, 2], None], ids=str)
+def test_only_named_prompts_are_planned(backend: str, rows: list[int] | None, mode: str) -> None:
+    """Plans of other prompts, and their neighbours in memory, stay."""
+    device = "cpu" if backend == "reference" or INTERPRETED else "cuda"
+    width = 8 if mode == "both" else 4
+    slots = integer_tensor(0, N_COLUMNS, (6, width), seed=3)
+    signs = torch.full_like(slots, 7, dtype=torch.int8)
+    before = slots.clone(), signs.clone()
+    wanted = oracle.lookup(COUNTS, VALUES, 5, 4, mode)
+    slots, signs = slots.to(device), signs.to(device)
+    out = SteeringPlan(slots[1:-1], signs[1:-1])
+    named = None if rows is None else torch.tensor(rows, dtype=torch.int32, device=device)
+    moved = COUNTS.to(device), VALUES.to(device)
+    plan = map_lookup(*moved, k_prompt=5, k_diff=4, mode=mode, rows=named, out=out, backend=backend)
+    assert plan is out
+    for row in range(4):
+        expected = (
+            [part[row] for part in wanted] if rows is None or row in rows else [b[row + 1].tolist() for b in before]
+        )
+        assert [slots[row + 1].tolist(), signs[row + 1].tolist()] == expected
+    for outer in (0, -1):
+        assert [slots[outer].tolist(), signs[outer].tolist()] == [b[outer].tolist() for b in before]
+
+
 def test_published_defaults(backend: str) -> None:
     counts = integer_tensor(0, 9, (2, 50))
     values = (integer_tensor(-8, 9, (50, 40)) / 4).float()
@@ -98,6 +125,8 @@ def test_views(backend: str) -> None:
     assert (plan.slots.tolist(), plan.signs.tolist()) == oracle.lookup(COUNTS, VALUES, 5, 4, "ablate")
 
 
+ROWS = torch.arange(4, dtype=torch.int32)
+OUT = SteeringPlan(torch.zeros(4, 4, dtype=torch.int32), torch.zeros(4, 4, dtype=torch.int8))
 VALID = {"counts": COUNTS, "values": VALUES, "k_prompt": 5, "k_diff": 4}
 
 
@@ -113,6 +142,12 @@ VALID = {"counts": COUNTS, "values": VALUES, "k_prompt": 5, "k_diff": 4}
         ({"k_prompt": 32}, ("`k_prompt`", "is 32", "31")),
         ({"k_diff": 0}, ("`k_diff`", "is 0", "from 1 to")),
         ({"k_diff": 10**9}, ("`k_diff`", "is 1000000000", "1048576")),
+        ({"rows": ROWS.long(), "out": OUT}, ("`rows`", "torch.int64", "torch.int32")),
+        ({"rows": ROWS[None], "out": OUT}, ("`rows`", "[1, 4]", "[n]")),
+        ({"rows": ROWS.to("meta"), "out": OUT}, ("`rows`", "meta", "cpu")),
+        ({"rows": ROWS}, ("`out`", "None", "the plan to write to")),
+        ({"out": OUT, "mode": "both"}, ("`out`", "[4, 4]", "[4, 8]")),
+        ({"out": OUT.to("meta")}, ("`out`", "meta", "cpu")),
         ({"mode": "remove"}, ("`mode`", "'remove'", "ablate, augment, both")),
         ({"backend": "gpu"}, ("`backend`", "'gpu'", "reference")),
     ],

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspa_kernels import (
+    SteeringPlan,
     activation_counts,
     formulas,
     fsrl_residual,
@@ -65,8 +66,11 @@ def calls(case: Case) -> dict[str, Call]:
 def options(case: Case) -> dict[str, dict[str, Any]]:
     """Optional tensors of ops, by the op's name."""
     counts = integer_tensor(0, 9, (N_PROMPTS, D_SAE))
+    slots = torch.zeros(N_PROMPTS, 3, dtype=torch.int32)
+    plan = SteeringPlan(slots, slots.to(torch.int8))
     return {
         "activation_counts": {"out": counts, "accumulate": True},
+        "map_lookup": {"rows": torch.tensor([1, -1], dtype=torch.int32), "out": plan},
         "steer": {"alpha": PER_PLAN},
         "lookup_and_steer": {"alpha": PER_PLAN},
     }

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dspa_kernels.backends import choose, define_op
-from dspa_kernels.checks import check_device, check_dtype, check_shape, refuse
+from dspa_kernels.checks import check_contiguous, check_device, check_dtype, check_shape, refuse
 from dspa_kernels.weights import SteeringPlan, check_k
 
 MODES = ("ablate", "augment", "both")
@@ -19,6 +19,8 @@ def map_lookup(
     k_prompt: int = 32,
     k_diff: int = 16,
     mode: str = "ablate",
+    rows: Tensor | None = None,
+    out: SteeringPlan | None = None,
     backend: str = "auto",
 ) -> SteeringPlan:
     """Choose the latents that each prompt steers (DSPA, online steps 1 to 3).
@@ -32,26 +34,49 @@ def map_lookup(
         values: [d_sae_in, C] fp32, the map at its columns.
         k_prompt: number of prompt latents (published: 32).
         k_diff: number of latents to augment, and to ablate (published: 16), up to 2**20.
-        mode: "ablate", "augment" or "both".
+        mode: "ablate", "augment" or "both". It holds for all prompts. Where requests differ, plan "both" and clear the
+            signs and slots of the half that a request does not use: the first `k_diff` slots augment.
+        rows: [n] int32, with `out`: the prompts to plan in this call, -1 for none. No prompt may come twice. Nothing is
+            read on the host, and kernels do not check that a row is below B.
+        out: the plan of B rows to write to, contiguous. Those that `rows` does not name stay as they are. By default a
+            new plan of all prompts.
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
-        A plan of B rows and `k_diff` slots, or `2 k_diff` for "both", augmenting ones first. Not differentiable.
+        A plan of B rows and `k_diff` slots, or `2 k_diff` for "both", augmenting ones first, which is `out` if
+        it was passed. Not differentiable.
 
     Raises:
         InputError: an invalid shape, dtype, device or value.
         BackendError: the named backend cannot run.
     """
     check_lookup(counts, values, k_prompt, k_diff, mode)
-    slots, signs = _map_lookup(
+    chosen = choose("map_lookup", counts.device, backend)
+    shape = (len(counts), n_slots(k_diff, mode))
+    if rows is not None:
+        check_shape("rows", rows, ("n",))
+        check_dtype("rows", rows, (torch.int32,))
+        check_device("rows", rows, counts, "counts")
+        if out is None:
+            raise refuse("out", None, "the plan to write to, with `rows`", "Pass a plan, or leave `rows` out.")
+    if out is None:
+        out = SteeringPlan(counts.new_empty(shape), counts.new_empty(shape, dtype=torch.int8))
+    check_shape("out", out.slots, shape)
+    check_device("out", out.slots, counts, "counts")
+    check_contiguous("out.slots", out.slots, "Pass a plan of its own.")
+    check_contiguous("out.signs", out.signs, "Pass a plan of its own.")
+    _map_lookup(
         counts=counts,
         values=values,
+        rows=rows,
         k_prompt=k_prompt,
         k_diff=k_diff,
-        mode=mode,
-        backend=choose("map_lookup", counts.device, backend),
+        lookup_mode=mode,
+        slots=out.slots,
+        signs=out.signs,
+        backend=chosen,
     )
-    return SteeringPlan(slots=slots, signs=signs)
+    return out
 
 
 def check_lookup(counts: Tensor, values: Tensor, k_prompt: int, k_diff: int, mode: str) -> None:
@@ -72,13 +97,14 @@ def n_slots(k_diff: int, mode: str) -> int:
     return 2 * k_diff if mode == "both" else k_diff
 
 
-def _fake(counts: Tensor, k_diff: int, mode: str, **_: object) -> tuple[Tensor, Tensor]:
-    shape = (counts.shape[0], n_slots(k_diff, mode))
-    return counts.new_empty(shape), counts.new_empty(shape, dtype=torch.int8)
+def _fake(**_: object) -> None:
+    return None
 
 
 _map_lookup = define_op(
     "map_lookup",
-    "(Tensor counts, Tensor values, int k_prompt, int k_diff, str mode) -> (Tensor, Tensor)",
+    "(Tensor counts, Tensor values, Tensor? rows, int k_prompt, int k_diff, str lookup_mode, Tensor(a!) slots,"
+    " Tensor(b!) signs) -> ()",
     _fake,
+    mutates=("slots", "signs"),
 )

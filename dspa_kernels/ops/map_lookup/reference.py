@@ -13,7 +13,22 @@ def _extremes(score: Tensor, n: int, sign: int) -> Tensor:
     return slots
 
 
-def map_lookup(counts: Tensor, values: Tensor, k_prompt: int, k_diff: int, mode: str) -> tuple[Tensor, Tensor]:
+def map_lookup(
+    counts: Tensor,
+    values: Tensor,
+    rows: Tensor | None,
+    k_prompt: int,
+    k_diff: int,
+    lookup_mode: str,
+    slots: Tensor,
+    signs: Tensor,
+) -> None:
+    """Write the plan of the prompts in `rows`, by default of all, to their rows of slots and signs."""
+    at = torch.arange(len(counts), device=counts.device) if rows is None else rows[rows >= 0].long()
+    slots[at], signs[at] = plan_of(counts[at], values, k_prompt, k_diff, lookup_mode)
+
+
+def plan_of(counts: Tensor, values: Tensor, k_prompt: int, k_diff: int, mode: str) -> tuple[Tensor, Tensor]:
     """Return the slots and signs of the k_diff extremes of s on each side.
 
     s = sum of values[i] over the latents i of the k_prompt largest counts that are not 0. The sum runs from the largest

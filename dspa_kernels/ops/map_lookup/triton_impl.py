@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -62,10 +61,14 @@ def lookup_prompt(
             tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["d_sae", "n_columns", "k_prompt", "k_diff", "n_slots"])
+@triton.jit(
+    do_not_specialize=["d_sae", "n_columns", "k_prompt", "k_diff", "n_slots"],
+    do_not_specialize_on_alignment=["p_rows", "p_slots", "p_signs"],
+)
 def lookup_kernel(
     p_counts,
     p_values,
+    p_rows,
     p_latents,
     p_key,
     p_slots,
@@ -83,27 +86,31 @@ def lookup_kernel(
     BLOCK_DIFF: tl.constexpr,
     CHUNK_DIFF: tl.constexpr,
 ):
-    """Call `lookup_prompt` with one program per prompt."""
-    i_prompt = tl.program_id(0).to(tl.int64)
-    lookup_prompt(
-        p_counts + i_prompt * d_sae,
-        p_values,
-        p_latents + i_prompt * k_prompt,
-        p_key + i_prompt * n_columns,
-        p_slots + i_prompt * n_slots,
-        p_signs + i_prompt * n_slots,
-        d_sae,
-        n_columns,
-        k_prompt,
-        k_diff,
-        AUGMENT,
-        ABLATE,
-        BLOCK,
-        BLOCK_PROMPT,
-        CHUNK_PROMPT,
-        BLOCK_DIFF,
-        CHUNK_DIFF,
-    )
+    """Call `lookup_prompt` with one program per prompt, or per row of `rows` that is not -1."""
+    i_program = tl.program_id(0).to(tl.int64)
+    i_prompt = i_program
+    if p_rows is not None:
+        i_prompt = tl.load(p_rows + i_program).to(tl.int64)
+    if i_prompt >= 0:
+        lookup_prompt(
+            p_counts + i_prompt * d_sae,
+            p_values,
+            p_latents + i_program * k_prompt,
+            p_key + i_program * n_columns,
+            p_slots + i_prompt * n_slots,
+            p_signs + i_prompt * n_slots,
+            d_sae,
+            n_columns,
+            k_prompt,
+            k_diff,
+            AUGMENT,
+            ABLATE,
+            BLOCK,
+            BLOCK_PROMPT,
+            CHUNK_PROMPT,
+            BLOCK_DIFF,
+            CHUNK_DIFF,
+        )
 
 
 def lookup_constants(k_prompt: int, k_diff: int, mode: str) -> dict[str, int | bool]:
@@ -113,27 +120,33 @@ def lookup_constants(k_prompt: int, k_diff: int, mode: str) -> dict[str, int | b
     return {"AUGMENT": augment, "ABLATE": ablate, "BLOCK": BLOCK, **blocks}
 
 
-def map_lookup(counts: Tensor, values: Tensor, k_prompt: int, k_diff: int, mode: str) -> tuple[Tensor, Tensor]:
-    """Return the slots and signs [B, S] of a plan."""
-    n_prompts, d_sae = counts.shape
-    n_columns, n_slots = values.shape[1], k_diff * sum(SIDES[mode])
-    slots = counts.new_empty(n_prompts, n_slots, dtype=torch.int32)
-    signs = counts.new_empty(n_prompts, n_slots, dtype=torch.int8)
+def map_lookup(
+    counts: Tensor,
+    values: Tensor,
+    rows: Tensor | None,
+    k_prompt: int,
+    k_diff: int,
+    lookup_mode: str,
+    slots: Tensor,
+    signs: Tensor,
+) -> None:
+    """Write the plan of the prompts in `rows`, by default of all, to their rows of slots and signs [B, S]."""
+    n_columns, n_prompts = values.shape[1], len(counts) if rows is None else len(rows)
     if n_prompts:
         lookup_kernel[(n_prompts,)](
             counts.contiguous(),
             values.contiguous(),
+            None if rows is None else rows.contiguous(),
             counts.new_empty(n_prompts, k_prompt),
             counts.new_empty(n_prompts, n_columns),
             slots,
             signs,
-            d_sae,
+            counts.shape[1],
             n_columns,
             k_prompt,
             k_diff,
-            n_slots,
-            **lookup_constants(k_prompt, k_diff, mode),
+            slots.shape[1],
+            **lookup_constants(k_prompt, k_diff, lookup_mode),
             num_warps=4,
             enable_fp_fusion=False,
         )
-    return slots, signs

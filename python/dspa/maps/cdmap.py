@@ -344,8 +344,8 @@ class ConditionalDifferenceMap(Frozen):
             # Each prompt looks up one row, which holds its own score.
             values, k_prompt = self._demixed_values(counts, config), 1
             counts = torch.eye(len(counts), dtype=torch.int32, device=counts.device)
-        sizes = {"k_prompt": k_prompt, "k_diff": config.k_diff}
-        return map_lookup(counts, values, **sizes, mode=config.mode, backend=backend)
+        k_diff, mode = config.k_diff, config.mode
+        return map_lookup(counts, values, k_prompt=k_prompt, k_diff=k_diff, mode=mode, backend=backend)
 
     def scored(self, config: SteeringConfig) -> Tensor:
         """Return the values [d_sae_in, C] whose rows `config.scoring` sums.
