@@ -19,7 +19,7 @@ DSPA = (
     {"demo"},
     {"fsrl"},
     {"baselines", "evaluate"},
-    {"steering", "testing"},
+    {"serving", "steering", "testing"},
     {"maps"},
     {"saes"},
     {"training_folder"},

@@ -1,0 +1,71 @@
+"""What a request asks for: flat keys, as HTTP's `vllm_xargs` takes texts and numbers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from dspa.config import MODES, Strength
+from dspa.errors import refusal
+from dspa.schemas import OneOf, PositiveInt, Text, check, schema
+from dspa.serving.settings import KEY, ServingSettings
+
+SERVED_POSITIONS = ("response", "generated")
+
+
+@schema
+class SteeringRequest:
+    """The steering of one request; `dspa.serving.requests.parse` fills in what the engine has for those not given.
+
+    Attributes:
+        dspa: "on" or "off".
+        dspa_map: name of a map of the engine.
+        dspa_alpha: strength.
+        dspa_mode: "ablate", "augment" or "both".
+        dspa_positions: "response", or "generated" to leave the last token of the prompt alone.
+        dspa_start: number of tokens of the prompt that come before a response which is given with it, None for all.
+    """
+
+    dspa: Annotated[str, OneOf(("on", "off"))]
+    dspa_map: Text
+    dspa_alpha: Strength
+    dspa_mode: Annotated[str, OneOf(MODES)]
+    dspa_positions: Annotated[str, OneOf(SERVED_POSITIONS)]
+    dspa_start: PositiveInt | None = None
+
+    def n_counted(self, n_prompt: int) -> int:
+        """Return the number of tokens, from the first, by which the latents are chosen."""
+        return n_prompt if self.dspa_start is None else self.dspa_start
+
+    def first_edited(self, n_prompt: int) -> int:
+        """Return the position of the first token that is edited."""
+        return self.n_counted(n_prompt) - (self.dspa_positions == "response")
+
+
+def keys(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the entries of a request's `vllm_xargs` or `extra_args` that are about steering."""
+    return {name: value for name, value in (extra_args or {}).items() if name.startswith(KEY)}
+
+
+def parse(extra_args: Mapping[str, Any] | None, settings: ServingSettings) -> SteeringRequest | None:
+    """Return what a request asks for, None if it is not to be steered.
+
+    Args:
+        extra_args: the request's `vllm_xargs` or `extra_args`.
+        settings: settings of the engine.
+
+    Raises:
+        ValueError: an unknown key or map, or a value outside its choices or its range.
+    """
+    asked, config = keys(extra_args), settings.config
+    defaults = {
+        "dspa": "on" if asked or settings.steer_all else "off",
+        "dspa_map": settings.names[0],
+        "dspa_alpha": config.alpha,
+        "dspa_mode": config.mode,
+        "dspa_positions": config.positions,
+    }
+    request = check(SteeringRequest, defaults | asked, ValueError, "vllm_xargs")
+    if request.dspa_map not in settings.maps:
+        raise refusal(ValueError, "`dspa_map`", repr(request.dspa_map), ", ".join(settings.names))
+    return request if request.dspa == "on" else None

@@ -1,0 +1,183 @@
+"""Small worlds that vLLM serves, what transformers answers in them, and engines in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dspa
+from dspa.serving import vllm_options
+from dspa.testing import (
+    BOS,
+    D_SAE_IN,
+    D_SAE_OUT,
+    FAMILIES,
+    L_IN,
+    L_OUT,
+    VOCAB,
+    make_map,
+    make_model,
+    make_sae,
+    make_tokenizer,
+)
+
+HERE = Path(__file__).parent
+D_IN = 128
+# What vLLM needs on a machine without a GPU, see docs/serving.md.
+NO_GPU = {
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # Two ranks would bind themselves to two sockets.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+# By the name of its settings, what a request asks for, and the same for `dspa.Steering`.
+ASKED: dict[str, tuple[dict[str, Any] | None, dspa.SteeringConfig | None]] = {
+    "base": (None, None),
+    "ablate": ({"dspa": "on"}, dspa.SteeringConfig()),
+    "ablate 1": ({"dspa_alpha": 1.0}, dspa.SteeringConfig(alpha=1.0)),
+    "augment": ({"dspa_alpha": 0.4, "dspa_mode": "augment"}, dspa.SteeringConfig(alpha=0.4, mode="augment")),
+    "both": ({"dspa_alpha": 1.0, "dspa_mode": "both"}, dspa.SteeringConfig(alpha=1.0, mode="both")),
+    "generated": (
+        {"dspa_alpha": 1.0, "dspa_mode": "both", "dspa_positions": "generated"},
+        dspa.SteeringConfig(alpha=1.0, mode="both", positions="generated"),
+    ),
+}
+
+
+def make_prompts(lengths: Sequence[int]) -> list[list[int]]:
+    """Return prompts of words, of which the long ones begin alike."""
+    words = random.Random(0)
+    shared = [BOS, *(words.randrange(3, VOCAB) for _ in range(70))]
+    return [
+        ((shared if length > len(shared) else [BOS]) + [words.randrange(3, VOCAB) for _ in range(length)])[:length]
+        for length in lengths
+    ]
+
+
+PROMPTS = make_prompts([3, 11, 11, 40, 75, 75, 75, 100])
+
+
+@dataclass(frozen=True)
+class World:
+    """A model, its SAEs and a map, in files."""
+
+    folder: Path
+
+    @property
+    def model(self) -> str:
+        return str(self.folder / "model")
+
+    @property
+    def map(self) -> str:
+        return str(self.folder / "map.safetensors")
+
+    def place(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def options(self, **settings: Any) -> dict[str, Any]:
+        """Options of an engine that steers."""
+        steering = {"maps": self.map, "sae_in": self.place("sae_in"), "sae_out": self.place("sae_out")}
+        return self.plain() | vllm_options(self.model, **(steering | settings))
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "dtype": "float32",
+            "enforce_eager": True,
+            "block_size": 32,
+            "max_num_seqs": 16,
+            "max_num_batched_tokens": 128,
+            "max_model_len": 128,
+            "seed": 0,
+            "enable_prefix_caching": False,
+            "disable_log_stats": False,
+        }
+
+    def answers(self, prompt: list[int], config: dspa.SteeringConfig | None, n: int = 16) -> list[int]:
+        """Tokens that transformers generates greedily, with `dspa.Steering`."""
+        model = load(self.model)
+        steering: Any = nullcontext()
+        if config is not None:
+            saes = [dspa.FrozenSAE.load(self.place(name)) for name in ("sae_in", "sae_out")]
+            cdmap = dspa.ConditionalDifferenceMap.load(self.map)
+            steering = dspa.Steering(*saes, cdmap, config).attach(model)
+        ids = torch.tensor([prompt])
+        with steering:
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
+        return out[0, len(prompt) :].tolist()
+
+
+@cache
+def load(path: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="session")
+def make_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], World]:
+    """Return a function that makes the world of a family once."""
+    made: dict[str, World] = {}
+
+    def make(family: str) -> World:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            # vLLM's attention on CPUs takes heads of few sizes, 32 the smallest.
+            sizes = {"hidden_size": D_IN} | ({"head_dim": 32} if "head_dim" in FAMILIES[family] else {})
+            model = make_model(family, **sizes)
+            model.save_pretrained(folder / "model")
+            make_tokenizer().save_pretrained(folder / "model")
+            sae_in, sae_out = make_sae(L_IN, D_SAE_IN, d_in=D_IN), make_sae(L_OUT, D_SAE_OUT, d_in=D_IN, seed=1)
+            sae_in.save(folder / "sae_in")
+            sae_out.save(folder / "sae_out")
+            make_map(sae_in, sae_out).save(folder / "map.safetensors")
+            made[family] = World(folder)
+        return made[family]
+
+    return make
+
+
+@pytest.fixture
+def run_engine(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Return a function that runs an engine on a job, see `engine.py`."""
+
+    def run(**job: Any) -> dict[str, Any]:
+        source, target = tmp_path / "job.json", tmp_path / "answers.json"
+        source.write_text(json.dumps(job))
+        environment = engine_environment()
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.serving.engine", str(source), str(target)],
+            env=environment,
+            cwd=HERE.parents[1],
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, done.stderr[-6000:]
+        return json.loads(target.read_text())
+
+    return run
+
+
+def engine_environment() -> dict[str, str]:
+    """Variables of a process that runs an engine."""
+    paths = [str(HERE / "no_gpu"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | NO_GPU | {"PYTHONPATH": os.pathsep.join(paths)}

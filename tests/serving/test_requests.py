@@ -1,0 +1,87 @@
+"""`dspa.serving.requests`: what a request asks for, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import dspa
+from dspa.serving.requests import parse
+from dspa.serving.settings import Place, ServingSettings
+
+PLACE = Place("/somewhere", "0")
+
+
+def settings(**kwargs: Any) -> ServingSettings:
+    maps = {"polite": Place("/a", "1"), "terse": Place("/b", "2")}
+    return ServingSettings(**{"maps": maps, "sae_in": PLACE, "sae_out": PLACE} | kwargs)
+
+
+def test_requests_that_ask_for_nothing() -> None:
+    assert parse(None, settings()) is None
+    assert parse({}, settings()) is None
+    assert parse({"other": 1}, settings()) is None
+    assert parse({"dspa": "off"}, settings(steer_all=True)) is None
+
+
+def test_defaults_are_those_of_the_engine() -> None:
+    config = dspa.SteeringConfig(alpha=0.7, mode="both", positions="generated")
+    for asked in (parse({"dspa": "on"}, settings(config=config)), parse({}, settings(config=config, steer_all=True))):
+        assert asked is not None
+        assert (asked.dspa_map, asked.dspa_alpha, asked.dspa_mode) == ("polite", 0.7, "both")
+        assert (asked.dspa_positions, asked.dspa_start) == ("generated", None)
+
+
+@pytest.mark.parametrize(
+    ("keys", "counted", "edited"),
+    [
+        ({"dspa": "on"}, 9, 8),
+        ({"dspa_positions": "generated"}, 9, 9),
+        ({"dspa_start": 4}, 4, 3),
+        ({"dspa_start": 4, "dspa_positions": "generated"}, 4, 4),
+        ({"dspa_map": "terse", "dspa_alpha": 1}, 9, 8),
+    ],
+)
+def test_tokens_that_count_and_that_are_edited(keys: dict[str, Any], counted: int, edited: int) -> None:
+    asked = parse(keys, settings())
+    assert asked is not None
+    assert (asked.n_counted(9), asked.first_edited(9)) == (counted, edited)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"dspa_alfa": 1}, "`dspa_alfa` is not known"),
+        ({"dspa": "yes"}, "`dspa` is 'yes'; accepted: on, off"),
+        ({"dspa": True}, "`dspa` is True; accepted: on, off"),
+        ({"dspa_alpha": -1}, "`dspa_alpha` is -1; accepted: a finite number >= 0"),
+        ({"dspa_alpha": "0.5"}, "`dspa_alpha` is '0.5'"),
+        ({"dspa_alpha": float("nan")}, "`dspa_alpha` is nan"),
+        ({"dspa_alpha": True}, "`dspa_alpha` is True"),
+        ({"dspa_mode": "x"}, "`dspa_mode` is 'x'; accepted: ablate, augment, both"),
+        ({"dspa_positions": "all"}, "`dspa_positions` is 'all'; accepted: response, generated"),
+        ({"dspa_start": 0}, "`dspa_start` is 0; accepted: a whole number >= 1"),
+        ({"dspa_start": 1.5}, "`dspa_start` is 1.5"),
+        ({"dspa_map": "rude"}, "`dspa_map` is 'rude'; accepted: polite, terse"),
+        ({"dspa": "off", "dspa_alpha": -1}, "`dspa_alpha` is -1"),
+        ({"dspa": ["on"]}, "`dspa` is"),
+    ],
+)
+def test_what_is_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        parse(keys, settings())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"maps": {}},
+        {"config": dspa.SteeringConfig(scoring="demixed")},
+        {"config": dspa.SteeringConfig(positions="all")},
+        {"steer_all": "yes"},
+    ],
+)
+def test_settings_that_no_engine_can_have(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="accepted"):
+        settings(**changes)

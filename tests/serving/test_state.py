@@ -1,0 +1,109 @@
+"""`dspa.serving.state` against the ops called once for each request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import dspa
+from dspa.config import MODES
+from dspa.errors import MapError
+from dspa.maps.cdmap import ConditionalDifferenceMap
+from dspa.serving.requests import parse
+from dspa.serving.settings import Place, ServingSettings, Steerers
+from dspa.serving.state import ServingState
+from dspa.testing import D_IN, D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_map, make_sae
+from dspa_kernels import MapWeights, activation_counts, steer
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> ServingSettings:
+    sae_in, sae_out = make_sae(L_IN, D_SAE_IN), make_sae(L_OUT, D_SAE_OUT, seed=1)
+    places = {}
+    for name, sae in (("sae_in", sae_in), ("sae_out", sae_out)):
+        sae.save(tmp_path / name)
+        places[name] = Place(str(tmp_path / name), sae.fingerprint, sae.layer)
+    maps = {}
+    for name, seed in (("polite", 0), ("terse", 1)):
+        path = tmp_path / f"{name}.safetensors"
+        make_map(sae_in, sae_out, n_columns=30 + seed, seed=seed).save(path)
+        maps[name] = Place(str(path), dspa.files.file_sha256(path))
+    return ServingSettings(maps=maps, **places, config=dspa.SteeringConfig(k_prompt=8, k_diff=4))
+
+
+def alone(settings: ServingSettings, keys: dict[str, object], h_in: Tensor, h_out: Tensor, n_prompt: int) -> Tensor:
+    """Residuals of one sequence, with the edits that the ops make of it by itself."""
+    asked = parse(keys, settings)
+    if asked is None:
+        return h_out
+    sae_in, sae_out = (dspa.FrozenSAE.load(place.path) for place in (settings.sae_in, settings.sae_out))
+    cdmap = ConditionalDifferenceMap.load(settings.maps[asked.dspa_map].path)
+    counted = asked.n_counted(n_prompt)
+    counts = activation_counts(h_in[:counted], sae_in.weights, torch.zeros(counted, dtype=torch.int32), 1)
+    plan = cdmap.select(counts, dspa.SteeringConfig(k_prompt=8, k_diff=4, mode=asked.dspa_mode))
+    rows = torch.where(torch.arange(len(h_out)) >= asked.first_edited(n_prompt), 0, -1).int()
+    weights = MapWeights.gather(cdmap.columns, cdmap.values, sae_out.weights)
+    return steer(h_out, sae_out.weights, weights, plan, rows, alpha=asked.dspa_alpha)
+
+
+def test_steps_of_mixed_requests(settings: ServingSettings) -> None:
+    """Prompts in chunks of any size beside decoding, rows that are used again: each request as by itself."""
+    torch.manual_seed(0)
+    state = ServingState(settings, 3, 40, torch.device("cpu"))
+    asked: list[dict[str, object]] = [
+        {},
+        *({"dspa_alpha": 0.3 + n, "dspa_mode": mode} for n, mode in enumerate(MODES)),
+        {"dspa_map": "terse", "dspa_mode": "both", "dspa_positions": "generated"},
+        {"dspa_start": 3, "dspa_alpha": 1.0},
+    ]
+    changed = 0
+    for turn in range(4):
+        keys = [asked[(turn + n) % len(asked)] for n in range(3)]
+        prompts = [5, 9, 14]
+        h = torch.randn(2, 3, 20, D_IN) * D_IN**0.5 / 3
+        expected = [alone(settings, keys[n], h[0, n], h[1, n], prompts[n]) for n in range(3)]
+        changed += sum(not torch.equal(expected[n], h[1, n]) for n in range(3))
+        # Row of each request, whose order differs from that in the batch.
+        rows = torch.tensor([2, 0, 1])
+        for n, row in enumerate(rows.tolist()):
+            state.begin(row, parse(keys[n], settings), prompts[n])
+        out: list[list[Tensor]] = [[], [], []]
+        done = [0, 0, 0]
+        for step in range(40):
+            sizes = [min(20 - done[n], (1, 2, 7, 3)[(step + n) % 4] if done[n] < prompts[n] else 1) for n in range(3)]
+            tokens = [slice(done[n], done[n] + sizes[n]) for n in range(3)]
+            starts = torch.tensor([0, *sizes]).cumsum(0).int()
+            state.place(rows, starts, torch.cat([torch.arange(20)[token] for token in tokens]))
+            # Padding follows the tokens of a step.
+            padding = torch.randn(2, D_IN)
+            state.count(torch.cat([*(h[0, n, token] for n, token in enumerate(tokens)), padding]))
+            edited = state.edit(torch.cat([*(h[1, n, token] for n, token in enumerate(tokens)), padding]))
+            assert torch.equal(edited[-2:], padding)
+            for n in range(3):
+                out[n].append(edited[starts[n] : starts[n + 1]])
+                done[n] += sizes[n]
+        for n in range(3):
+            answered, unsteered = torch.cat(out[n]), h[1, n]
+            # Sums of other batches round differently; what is not edited has the same bits.
+            torch.testing.assert_close(answered, expected[n])
+            assert torch.equal((answered != unsteered).any(1), (expected[n] != unsteered).any(1)), (turn, keys[n])
+    assert changed >= 9
+
+
+def test_a_dummy_step_changes_nothing(settings: ServingSettings) -> None:
+    state = ServingState(settings, 2, 8, torch.device("cpu"))
+    state.begin(0, parse({"dspa_alpha": 1.0}, settings), 4)
+    state.place_nothing()
+    h = torch.randn(8, D_IN)
+    state.count(h)
+    assert torch.equal(state.edit(h), h) and not state.counts.any()
+
+
+def test_a_map_that_was_replaced_is_refused(settings: ServingSettings) -> None:
+    sae_in, sae_out = (dspa.FrozenSAE.load(place.path) for place in (settings.sae_in, settings.sae_out))
+    make_map(sae_in, sae_out, seed=7).save(settings.maps["terse"].path)
+    with pytest.raises(MapError, match="another file than when the engine was started"):
+        Steerers.load(settings, "cpu")
