@@ -1,0 +1,127 @@
+"""The plugin that vLLM loads in each of its processes: it knows the architectures, and checks requests as they come."""
+
+from __future__ import annotations
+
+import functools
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from dspa.errors import refusal
+from dspa.serving.requests import keys, parse
+from dspa.serving.settings import ARCHITECTURES, KEY, PREFIX, ServingSettings
+from dspa.serving.versions import is_supported
+
+BEAM_SEARCH = "dspa: beam search grows the prompt with each token, so that it cannot be steered. Use sampling."
+
+
+def register() -> None:
+    """Add the steered architectures, and the checks of requests. A version of vLLM that is not known gets neither."""
+    if not is_supported():
+        return
+    from vllm import ModelRegistry
+    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    for architecture in ARCHITECTURES:
+        name = PREFIX + architecture
+        ModelRegistry.register_model(name, f"dspa.serving.models:{name}")
+    _wrap(InputProcessor, "process_inputs", _checked)
+    for protocol in (ChatCompletionRequest, CompletionRequest):
+        _wrap(protocol, "to_beam_search_params", _without_keys)
+    for entry in (BeamSearchOfflineMixin, BeamSearchOnlineMixin):
+        _wrap(entry, "beam_search", _without_steer_all)
+
+
+def _wrap(owner: type, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace a method by what `wrapper` makes of it, once."""
+    original = getattr(owner, name)
+    if not hasattr(original, "dspa_wrapped"):
+        wrapped: Any = functools.update_wrapper(wrapper(original), original)
+        wrapped.dspa_wrapped = original
+        setattr(owner, name, wrapped)
+
+
+def _checked(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `InputProcessor.process_inputs` that refuses what cannot be steered.
+
+    It is the one way of requests into an engine. What fails behind it ends the engine, and what fails here is a
+    message to the client.
+    """
+
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = process_inputs(self, *args, **kwargs)
+        params = request.sampling_params
+        check_request(request, keys(params.extra_args if params else None), self.vllm_config.model_config.hf_config)
+        return request
+
+    return checked
+
+
+def check_request(request: Any, asked: dict[str, Any], hf_config: Any) -> None:
+    """Check a request, and keep a steered one apart from the prefix cache.
+
+    Raises:
+        VLLMValidationError: steering that the engine cannot do.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    refuse = functools.partial(VLLMValidationError, parameter="vllm_xargs")
+    settings = ServingSettings.of(hf_config)
+    if settings is None:
+        if asked:
+            raise refuse(f"{', '.join(asked)}: this engine does not steer. Start it with dspa serve.")
+        return
+    try:
+        steering = parse(asked, settings)
+    except ValueError as error:
+        raise refuse(str(error)) from error
+    if steering is None:
+        return
+    n_prompt = len(request.prompt_token_ids or ())
+    if request.sampling_params is None:
+        raise refuse("dspa: a request without sampling, as for embeddings, cannot be steered. Pass dspa: 'off'.")
+    if request.prompt_embeds is not None or request.mm_features:
+        raise refuse("dspa: a steered prompt is text alone, and this one has embeddings or images.")
+    if request.resumable:
+        raise refuse("dspa: a steered prompt comes as a whole, and this one is streamed.")
+    if request.lora_request is not None:
+        raise refuse("dspa: a map is made for a model's own weights, and this request changes them by a LoRA.")
+    if steering.n_counted(n_prompt) > n_prompt:
+        accepted = f"1 to {n_prompt}, the number of tokens of the prompt"
+        raise refuse(str(refusal(ValueError, "`dspa_start`", steering.dspa_start, accepted)))
+    # Tokens from the cache have no latents that could be counted, and edited ones must serve no other request.
+    request.sampling_params.skip_reading_prefix_cache = True
+    request.cache_salt = f"{request.cache_salt or ''}dspa:{uuid.uuid4().hex}"
+
+
+def _without_keys(to_beam_search_params: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the method of an HTTP request that refuses beam search with steering: its parameters would lose that."""
+
+    def unsteered(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_beam_search(keys(self.vllm_xargs).get(KEY, "on") != "off" and keys(self.vllm_xargs))
+        return to_beam_search_params(self, *args, **kwargs)
+
+    return unsteered
+
+
+def _without_steer_all(beam_search: Callable[..., Any]) -> Callable[..., Any]:
+    """Return beam search that an engine which steers all requests refuses: it makes requests of its own."""
+
+    def unsteered(self: Any, *args: Any, **kwargs: Any) -> Any:
+        engine = self.llm_engine if hasattr(self, "llm_engine") else self.engine_client
+        settings = ServingSettings.of(engine.vllm_config.model_config.hf_config)
+        _refuse_beam_search(settings and settings.steer_all)
+        return beam_search(self, *args, **kwargs)
+
+    return unsteered
+
+
+def _refuse_beam_search(steered: object) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    if steered:
+        raise VLLMValidationError(BEAM_SEARCH, parameter="use_beam_search")

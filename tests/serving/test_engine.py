@@ -1,0 +1,94 @@
+"""Engines against `dspa.Steering` with transformers: the same tokens, whatever else is in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.serving.conftest import ASKED, PROMPTS, World
+
+pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
+
+
+def differences(world: World, answers: dict[str, Any], n_tokens: int = 16) -> list[str]:
+    """Compare all answers with those of transformers."""
+    expected = {
+        (n, name): world.answers(prompt, config, n_tokens)
+        for n, prompt in enumerate(PROMPTS)
+        for name, (_, config) in ASKED.items()
+    }
+    requests = list(expected)
+    assert len({tuple(tokens) for tokens in expected.values()}) > len(PROMPTS), "steering changes nothing here"
+    return [
+        f"round {number}, prompt {requests[i]}: {answer['tokens']} != {expected[requests[i]]}"
+        for number, answered in enumerate(answers["rounds"])
+        for i, answer in enumerate(answered)
+        if answer["tokens"] != expected[requests[i]]
+    ]
+
+
+REQUESTS = [[n, extra] for n in range(len(PROMPTS)) for extra, _ in ASKED.values()]
+# By the name of a case, the options of its engine.
+CASES: dict[str, dict[str, Any]] = {
+    "whole prompts": {},
+    "chunks and the prefix cache": {"max_num_batched_tokens": 24, "enable_prefix_caching": True},
+    "preemptions": {"num_gpu_blocks_override": 10, "enable_prefix_caching": True},
+    "compiled, in chunks": {"enforce_eager": False, "max_num_batched_tokens": 48, "enable_prefix_caching": True},
+    "two ranks": {"tensor_parallel_size": 2, "max_num_batched_tokens": 48, "enable_prefix_caching": True},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
+def test_each_architecture(family: str, make_world: Any, run_engine: Callable[..., dict[str, Any]]) -> None:
+    world = make_world(family)
+    answers = run_engine(options=world.options(), prompts=PROMPTS, requests=REQUESTS)
+    assert differences(world, answers) == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_way_of_scheduling(case: str, make_world: Any, run_engine: Callable[..., dict[str, Any]]) -> None:
+    world = make_world("qwen3")
+    # Long answers need more blocks than were there for their prompts.
+    n_tokens = 28 if case == "preemptions" else 16
+    options, sampling = world.options() | CASES[case], {"max_tokens": n_tokens}
+    answers = run_engine(options=options, prompts=PROMPTS, requests=REQUESTS, rounds=2, sampling=sampling)
+    assert differences(world, answers, n_tokens) == []
+    if case == "preemptions":
+        assert answers["preemptions"] > 0
+    if case == "chunks and the prefix cache":
+        cached = {extra is not None: 0 for _, extra in REQUESTS}
+        for answer, (_, extra) in zip(answers["rounds"][1], REQUESTS, strict=True):
+            cached[extra is not None] += answer["cached"]
+        assert cached[False] > 0 and cached[True] == 0
+
+
+def test_second_turns(make_world: Any, run_engine: Callable[..., dict[str, Any]]) -> None:
+    """What a steered turn left in the prefix cache serves no other request: answers are those of an empty cache."""
+    world = make_world("qwen3")
+    config = ASKED["both"][1]
+    turns = [prompt[:60] + world.answers(prompt[:60], config) + PROMPTS[1] for prompt in PROMPTS if len(prompt) >= 75]
+    firsts = [turn[:60] for turn in turns]
+    requests = [[n, ASKED["both"][0]] for n in range(len(firsts))]
+    requests += [[len(firsts) + n, ASKED[name][0]] for name in ("base", "both") for n in range(len(turns))]
+    # One at a time, so that the first turns are over when the second ones begin.
+    options = world.options() | {"enable_prefix_caching": True, "max_num_seqs": 1}
+    (answers,) = run_engine(options=options, prompts=firsts + turns, requests=requests)["rounds"]
+    expected = [world.answers(turn, ASKED[name][1]) for name in ("base", "both") for turn in turns]
+    assert [answer["tokens"] for answer in answers[len(firsts) :]] == expected
+
+
+def test_unsteered_requests_are_those_of_plain_vllm(make_world: Any, run_engine: Any) -> None:
+    world = make_world("qwen3")
+    steered = run_engine(options=world.options(), prompts=PROMPTS, requests=REQUESTS)
+    plain = run_engine(options=world.plain(), prompts=PROMPTS, requests=[[n, None] for n, _ in REQUESTS])
+    assert [
+        (mine["tokens"], mine["logprobs"])
+        for mine, (_, extra) in zip(steered["rounds"][0], REQUESTS, strict=True)
+        if extra is None
+    ] == [
+        (other["tokens"], other["logprobs"])
+        for other, (_, extra) in zip(plain["rounds"][0], REQUESTS, strict=True)
+        if extra is None
+    ]

@@ -1,0 +1,130 @@
+"""The server as its users see it: `dspa serve`, asked over HTTP by the `openai` client."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+from tests.serving.conftest import ASKED, PROMPTS, World, engine_environment
+
+pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
+
+
+@pytest.fixture(scope="module")
+def world(make_world: Any) -> World:
+    return make_world("llama")
+
+
+@pytest.fixture(scope="module")
+def client(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Start the server, and stop it."""
+    import openai
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    command = [sys.executable, "-m", "dspa", "serve", world.model, "--map", world.map]
+    command += ["--sae-in", world.place("sae_in"), "--sae-out", world.place("sae_out"), "--port", str(port)]
+    command += ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-model-len", "128"]
+    command += ["--max-num-batched-tokens", "64", "--max-num-seqs", "16", "--served-model-name", "tiny"]
+    with log.open("w") as file, subprocess.Popen(command, env=engine_environment(), stdout=file, stderr=file) as server:
+        try:
+            wait_for(server, f"http://127.0.0.1:{port}/health", log)
+            yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        finally:
+            server.terminate()
+            assert server.wait(60) is not None
+
+
+def wait_for(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    for _ in range(600):
+        try:
+            urlopen(url, timeout=2)
+            return
+        except (URLError, OSError):
+            assert server.poll() is None, log.read_text()[-6000:]
+            time.sleep(0.5)
+    pytest.fail(log.read_text()[-6000:])
+
+
+def ask(client: Any, prompt: list[int], extra: dict[str, Any] | None, **settings: Any) -> list[int]:
+    body: dict[str, Any] = {"return_token_ids": True, "ignore_eos": True} | ({"vllm_xargs": extra} if extra else {})
+    answer = client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=16, temperature=0, extra_body=body, **settings
+    )
+    return answer.choices[0].token_ids
+
+
+def test_many_at_once(world: World, client: Any) -> None:
+    cases = [(n, name) for _ in range(3) for n in range(len(PROMPTS)) for name in ASKED]
+    with ThreadPoolExecutor(100) as pool:
+        answers = list(pool.map(lambda case: ask(client, PROMPTS[case[0]], ASKED[case[1]][0]), cases))
+    expected = {case: world.answers(PROMPTS[case[0]], ASKED[case[1]][1]) for case in dict.fromkeys(cases)}
+    wrong = [case for case, answer in zip(cases, answers, strict=True) if answer != expected[case]]
+    assert len(cases) > 100 and wrong == []
+
+
+def test_streaming(world: World, client: Any) -> None:
+    body = {"return_token_ids": True, "ignore_eos": True, "vllm_xargs": ASKED["both"][0]}
+    parts = client.completions.create(
+        model="tiny", prompt=PROMPTS[3], max_tokens=16, temperature=0, stream=True, extra_body=body
+    )
+    tokens = [token for part in parts if part.choices for token in part.choices[0].token_ids or []]
+    assert tokens == world.answers(PROMPTS[3], ASKED["both"][1])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"dspa_alfa": 1}, "dspa_alfa"),
+        ({"dspa_alpha": -1}, "a finite number >= 0"),
+        ({"dspa_mode": "x"}, "ablate, augment, both"),
+        ({"dspa_positions": "all"}, "response, generated"),
+        ({"dspa_start": 99}, "1 to 11"),
+        ({"dspa_map": "other"}, "default"),
+        # By vLLM itself, which takes flat values alone.
+        ({"dspa": {"alpha": 1}}, "vllm_xargs"),
+    ],
+)
+def test_a_request_that_cannot_be_steered(keys: dict[str, Any], message: str, client: Any) -> None:
+    import openai
+
+    with pytest.raises(openai.BadRequestError, match=message):
+        ask(client, PROMPTS[1], keys)
+    # The engine goes on.
+    assert len(ask(client, PROMPTS[1], {"dspa": "on"})) == 16
+
+
+def test_beam_search_is_refused(client: Any) -> None:
+    import openai
+
+    body = {"use_beam_search": True, "vllm_xargs": {"dspa": "on"}}
+    with pytest.raises(openai.BadRequestError, match="beam search"):
+        client.completions.create(model="tiny", prompt=PROMPTS[1], n=2, max_tokens=4, temperature=0, extra_body=body)
+
+
+def test_cancelled_requests_leave_nothing(world: World, client: Any) -> None:
+    """Rows of requests that ended early are those of others later."""
+    body = {"ignore_eos": True, "vllm_xargs": {"dspa_alpha": 1.0}}
+
+    def cancel(n: int) -> None:
+        with client.completions.create(
+            model="tiny", prompt=PROMPTS[n % len(PROMPTS)], max_tokens=20, stream=True, extra_body=body
+        ) as parts:
+            next(iter(parts))
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(cancel, range(48)))
+    for name in ("base", "both"):
+        assert ask(client, PROMPTS[4], ASKED[name][0]) == world.answers(PROMPTS[4], ASKED[name][1])
