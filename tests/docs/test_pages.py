@@ -104,8 +104,14 @@ def check_command(command: Any, words: list[str]) -> None:
         words = [*words, "VALUE"]  # which a sentence that names an option may leave out
     # As it parses a command line, without the checks of values: files need not exist, and required options may be left
     # out of a sentence.
-    _, rest, _ = command.make_parser(command.context_class(command)).parse_args(list(words))
-    assert not rest, f"too many arguments: {rest}"
+    context = command.context_class(command, **command.context_settings)
+    _, rest, _ = command.make_parser(context).parse_args(list(words))
+    passes_on = command.context_settings.get("allow_extra_args")
+    assert not rest or passes_on, f"too many arguments: {rest}"
+
+
+# Packages of other environments.
+ELSEWHERE = ("openai", "vllm")
 
 
 @dataclass(frozen=True)
@@ -124,8 +130,8 @@ class Names:
     def read(self, code: str) -> None:
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.Import):
-                self.values |= {a.asname or a.name: importlib.import_module(a.name) for a in node.names}
-            elif isinstance(node, ast.ImportFrom):
+                self.values |= {a.asname or a.name: imported(a.name) for a in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module not in ELSEWHERE:
                 module = importlib.import_module(str(node.module))
                 self.values |= {a.asname or a.name: getattr(module, a.name) for a in node.names}
         for node in ast.walk(ast.parse(code)):
@@ -143,6 +149,10 @@ class Names:
         if isinstance(node, ast.Call):
             return returned(self.value(node.func), [k.arg for k in node.keywords if k.arg])
         return None
+
+
+def imported(name: str) -> Any:
+    return None if name in ELSEWHERE else importlib.import_module(name)
 
 
 def ours(value: Any) -> bool:

@@ -22,6 +22,7 @@ from dspa.cli import map as maps
 from dspa.cli.compare import compare
 from dspa.cli.demo import demo
 from dspa.cli.generate import generate
+from dspa.cli.serve import PASSED_ON, serve
 from dspa.cli.stopping import StoppableCommands
 from dspa.cli.tables import console, print_error, print_line, print_table
 from dspa.errors import install_command
@@ -38,7 +39,7 @@ To begin, `dspa demo` and `dspa fsrl demo` show the two on a small model that co
 `dspa demo smollm2` shows DSPA on a chat model.
 """
 # As a new user needs them.
-ORDER = ("demo", "map", "generate", "compare", "fsrl", "sae", "info")
+ORDER = ("demo", "map", "generate", "serve", "compare", "fsrl", "sae", "info")
 
 
 class Commands(StoppableCommands):
@@ -62,6 +63,7 @@ app.add_typer(fsrl.app, name="fsrl")
 app.command()(demo)
 app.command()(generate)
 app.command()(compare)
+app.command(context_settings=PASSED_ON)(serve)
 
 EMULATED = "DSPA_TESTS_EMULATED_CUDA"
 PACKAGES = ("dspa-kernels", "torch", "triton", "transformers", "safetensors", "numpy")
