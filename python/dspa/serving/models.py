@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from vllm import ModelRegistry
+from vllm import ModelRegistry, envs
 
 from dspa.errors import ModelError, listed
 from dspa.serving import ops
@@ -84,6 +84,11 @@ def check_engine(vllm_config: Any) -> None:
         # Versions differ in whether they have it.
         "sequence parallelism: the residual is split over ranks": getattr(passes, "enable_sp", False),
         "a KV connector: prompt tokens computed elsewhere are not counted": vllm_config.kv_transfer_config is not None,
+        "weight transfer: a map is made for the weights that the engine starts with": (
+            vllm_config.weight_transfer_config is not None
+        ),
+        "a revision, other than the one that was checked; download it to a folder": model.revision is not None,
+        "the Rust frontend, which does not check requests": envs.VLLM_USE_RUST_FRONTEND,
         "sleep mode": model.enable_sleep_mode,
         "prompt embeddings": model.enable_prompt_embeds,
     }

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from dspa.errors import refusal
+from dspa.errors import ModelError, refusal
 from dspa.serving.requests import keys, parse
 from dspa.serving.settings import ARCHITECTURES, KEY, PREFIX, ServingSettings
 from dspa.serving.versions import is_supported
@@ -29,6 +29,7 @@ def register() -> None:
     for architecture in ARCHITECTURES:
         name = PREFIX + architecture
         ModelRegistry.register_model(name, f"dspa.serving.models:{name}")
+    _wrap(InputProcessor, "__init__", _of_one_kind)
     _wrap(InputProcessor, "process_inputs", _checked)
     for protocol in (ChatCompletionRequest, CompletionRequest):
         _wrap(protocol, "to_beam_search_params", _without_keys)
@@ -43,6 +44,24 @@ def _wrap(owner: type, name: str, wrapper: Callable[[Callable[..., Any]], Callab
         wrapped: Any = functools.update_wrapper(wrapper(original), original)
         wrapped.dspa_wrapped = original
         setattr(owner, name, wrapped)
+
+
+def _of_one_kind(init: Callable[..., None]) -> Callable[..., None]:
+    """Return `InputProcessor.__init__` that refuses settings of steering beside a model that would ignore them."""
+
+    def checked(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        model = vllm_config.model_config
+        if ServingSettings.of(model.hf_config) is not None and not model.architecture.startswith(PREFIX):
+            raise refusal(
+                ModelError,
+                f"The architecture beside the settings of `{KEY}`",
+                model.architecture,
+                f"{PREFIX}... of vllm_options",
+                "Pass on what it returns as it is, without model_impl or an architecture of your own.",
+            )
+        init(self, vllm_config, *args, **kwargs)
+
+    return checked
 
 
 def _checked(process_inputs: Callable[..., Any]) -> Callable[..., Any]:

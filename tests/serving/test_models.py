@@ -1,0 +1,90 @@
+"""`dspa.serving.models`: the engines that are refused, each for one setting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dspa.errors import ModelError
+from tests.serving.conftest import PROMPTS, World
+
+pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
+
+
+@pytest.fixture(scope="module")
+def world(make_world: Callable[[str], World]) -> World:
+    return make_world("llama")
+
+
+def engine_config(world: World) -> Any:
+    """The settings of an engine that `check_engine` reads."""
+    return SimpleNamespace(
+        use_v2_model_runner=True,
+        kv_transfer_config=None,
+        weight_transfer_config=None,
+        model_config=SimpleNamespace(
+            hf_config=SimpleNamespace(dspa=world.options()["hf_overrides"]["dspa"]),
+            enable_sleep_mode=False,
+            enable_prompt_embeds=False,
+            revision=None,
+        ),
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=1,
+            prefill_context_parallel_size=1,
+            decode_context_parallel_size=1,
+            use_ubatching=False,
+        ),
+        compilation_config=SimpleNamespace(pass_config=SimpleNamespace(enable_sp=False)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("use_v2_model_runner", False, "model runner V1"),
+        ("kv_transfer_config", object(), "a KV connector"),
+        ("weight_transfer_config", object(), "weight transfer"),
+        ("model_config.hf_config.dspa", None, "no settings beside it"),
+        ("model_config.enable_sleep_mode", True, "sleep mode"),
+        ("model_config.enable_prompt_embeds", True, "prompt embeddings"),
+        ("model_config.revision", "v2", "a revision"),
+        ("parallel_config.pipeline_parallel_size", 2, "pipeline parallelism"),
+        ("parallel_config.prefill_context_parallel_size", 2, "prefill context parallelism"),
+        ("parallel_config.decode_context_parallel_size", 2, "decode context parallelism"),
+        ("parallel_config.use_ubatching", True, "micro-batches"),
+        ("compilation_config.pass_config.enable_sp", True, "sequence parallelism"),
+    ],
+)
+def test_an_engine_that_cannot_steer(setting: str, value: object, message: str, world: World) -> None:
+    from dspa.serving.models import check_engine
+
+    config = engine_config(world)
+    check_engine(config)
+    owner = config
+    *path, name = setting.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    assert hasattr(owner, name)
+    setattr(owner, name, value)
+    with pytest.raises(ModelError, match=message):
+        check_engine(config)
+
+
+def test_the_rust_frontend_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its requests reach an engine without `InputProcessor`, which checks them."""
+    from dspa.serving.models import check_engine
+
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ModelError, match="Rust frontend"):
+        check_engine(engine_config(world))
+
+
+def test_settings_beside_another_architecture(world: World, run_engine: Callable[..., dict[str, Any]]) -> None:
+    """A model of vLLM's own would answer without steering."""
+    options = world.options()
+    del options["hf_overrides"]["architectures"]
+    with pytest.raises(AssertionError, match="beside the settings of `dspa` is LlamaForCausalLM"):
+        run_engine(options=options, prompts=PROMPTS[:1], requests=[[0, {"dspa": "on"}]])
