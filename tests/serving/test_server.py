@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import socket
 import subprocess
 import sys
@@ -76,11 +78,8 @@ def test_many_at_once(world: World, client: Any) -> None:
 
 
 def test_streaming(world: World, client: Any) -> None:
-    body = {"return_token_ids": True, "ignore_eos": True, "vllm_xargs": ASKED["both"][0]}
-    parts = client.completions.create(
-        model="tiny", prompt=PROMPTS[3], max_tokens=16, temperature=0, stream=True, extra_body=body
-    )
-    tokens = [token for part in parts if part.choices for token in part.choices[0].token_ids or []]
+    with stream(client, PROMPTS[3], ASKED["both"][0], 16) as parts:
+        tokens = [token for part in parts if part.choices for token in part.choices[0].token_ids or []]
     assert tokens == world.answers(PROMPTS[3], ASKED["both"][1])
 
 
@@ -114,17 +113,52 @@ def test_beam_search_is_refused(client: Any) -> None:
         client.completions.create(model="tiny", prompt=PROMPTS[1], n=2, max_tokens=4, temperature=0, extra_body=body)
 
 
-def test_cancelled_requests_leave_nothing(world: World, client: Any) -> None:
-    """Rows of requests that ended early are those of others later."""
-    body = {"ignore_eos": True, "vllm_xargs": {"dspa_alpha": 1.0}}
+def test_a_load_of_random_requests(world: World, client: Any) -> None:
+    """Random settings, lengths and cancellations: every token that came is right, and nothing is left at the end."""
+    chance = random.Random(0)
+    jobs = [
+        (chance.randrange(len(PROMPTS)), chance.choice(list(ASKED)), chance.randrange(1, 17), chance.random() < 0.3)
+        for _ in range(40 * int(os.environ.get("DSPA_SOAK", "1")))
+    ]
 
-    def cancel(n: int) -> None:
-        with client.completions.create(
-            model="tiny", prompt=PROMPTS[n % len(PROMPTS)], max_tokens=20, stream=True, extra_body=body
-        ) as parts:
-            next(iter(parts))
+    def run(job: tuple[int, str, int, bool]) -> list[int]:
+        prompt, name, n_tokens, cancelled = job
+        tokens: list[int] = []
+        with stream(client, PROMPTS[prompt], ASKED[name][0], n_tokens) as parts:
+            for part in parts:
+                tokens += part.choices[0].token_ids or [] if part.choices else []
+                if cancelled and len(tokens) > n_tokens // 2:
+                    return tokens
+        assert len(tokens) == n_tokens
+        return tokens
 
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(cancel, range(48)))
-    for name in ("base", "both"):
-        assert ask(client, PROMPTS[4], ASKED[name][0]) == world.answers(PROMPTS[4], ASKED[name][1])
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(run, jobs))
+    expected = {(n, name): world.answers(PROMPTS[n], ASKED[name][1]) for n, name in {job[:2] for job in jobs}}
+    wrong = [job for job, answer in zip(jobs, answers, strict=True) if answer != expected[job[:2]][: len(answer)]]
+    assert wrong == [] and all(answers)
+    assert left_over(client) == {"vllm:num_requests_running": 0, "vllm:num_requests_waiting": 0, USAGE: 0}
+
+
+USAGE = "vllm:kv_cache_usage_perc"
+
+
+def left_over(client: Any) -> dict[str, float]:
+    """What the server's metrics say of requests that run, once they had some seconds to end."""
+    for _ in range(20):
+        lines = urlopen(str(client.base_url).replace("/v1/", "/metrics"), timeout=10).read().decode().splitlines()
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting", USAGE)
+        values = {
+            name: float(line.rsplit(" ", 1)[1]) for line in lines for name in names if line.startswith(f"{name}{{")
+        }
+        if not any(values.values()):
+            break
+        time.sleep(0.5)
+    return values
+
+
+def stream(client: Any, prompt: list[int], extra: dict[str, Any] | None, n_tokens: int) -> Any:
+    body: dict[str, Any] = {"return_token_ids": True, "ignore_eos": True} | ({"vllm_xargs": extra} if extra else {})
+    return client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=n_tokens, temperature=0, stream=True, extra_body=body
+    )
