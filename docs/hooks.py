@@ -21,6 +21,7 @@ PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md"}
 PACKAGES = {
     "dspa": ROOT / "python" / "dspa",
     "dspa.fsrl": ROOT / "python" / "dspa" / "fsrl",
+    "dspa.serving": ROOT / "python" / "dspa" / "serving",
     "dspa_kernels": ROOT / "dspa_kernels",
 }
 # Modules with public names that no package exports, and their pages.

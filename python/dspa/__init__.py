@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dspa import fsrl
+    from dspa import fsrl, serving
     from dspa.config import SteeringConfig
     from dspa.data.triples import Triple, load_triples
     from dspa.errors import AdapterError, MapError, ModelError, PreferenceError, SAEError
@@ -73,14 +73,15 @@ __all__ = [
     "load_model",
     "load_triples",
     "reduce",
+    "serving",
     "top_contexts",
     "top_tokens",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "fsrl":
-        return import_module("dspa.fsrl")
+    if name in ("fsrl", "serving"):
+        return import_module(f"dspa.{name}")
     if name not in HOMES:
         raise AttributeError(f"module 'dspa' has no attribute {name!r}")
     return getattr(import_module(HOMES[name]), name)
