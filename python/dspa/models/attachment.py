@@ -335,7 +335,7 @@ class Attachment:
             problem = (
                 "Continuous batching (generate_batch(), or generate() with cache_implementation='paged') cannot carry "
                 f"the plan of each prompt that the {kinds} attached to this model needs. Call generate() with a batch "
-                "of prompts and another cache, or dspa.detach(model) first."
+                "of prompts and another cache, serve the model with vLLM (dspa serve), or dspa.detach(model) first."
             )
             self._undo.enter_context(overridden(self.model, CONTINUOUS, functools.partial(_refuse, problem)))
         unsaved = " ".join(attachable.unsaved for attachable in attached if attachable.unsaved)
