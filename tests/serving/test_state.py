@@ -29,7 +29,10 @@ def settings(tmp_path: Path) -> ServingSettings:
     maps = {}
     for name, seed in (("polite", 0), ("terse", 1)):
         path = tmp_path / f"{name}.safetensors"
-        make_map(sae_in, sae_out, n_columns=30 + seed, seed=seed).save(path)
+        cdmap = make_map(sae_in, sae_out, n_columns=30 + seed, seed=seed)
+        # The first has a calibration, by which the encoder is read.
+        hot = {"hot": torch.arange(9, -1, -1).int(), "hot_counts": torch.arange(10, 0, -1), "mean": torch.zeros(D_IN)}
+        cdmap.replaced(**({} if seed else hot)).save(path)
         maps[name] = Place(str(path), dspa.files.file_sha256(path))
     return ServingSettings(maps=maps, **places, config=dspa.SteeringConfig(k_prompt=8, k_diff=4))
 
@@ -53,6 +56,7 @@ def test_steps_of_mixed_requests(settings: ServingSettings) -> None:
     """Prompts in chunks of any size beside decoding, rows that are used again: each request as by itself."""
     torch.manual_seed(0)
     state = ServingState(settings, 3, 40, torch.device("cpu"))
+    assert state.steerers.stream.n_large == 10
     asked: list[dict[str, object]] = [
         {},
         *({"dspa_alpha": 0.3 + n, "dspa_mode": mode} for n, mode in enumerate(MODES)),

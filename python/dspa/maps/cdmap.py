@@ -22,7 +22,7 @@ from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_residual
 from dspa.schemas import Accepts, Count, Day, Flag, OneOf, Percentile, PositiveInt, Text, check, check_at_most, schema
 from dspa.snapshot import Frozen
-from dspa_kernels import SteeringPlan, map_lookup, product
+from dspa_kernels import EncoderStream, SteeringPlan, map_lookup, product
 
 FORMAT = "dspa.map.3"
 GATE_RULES = ("published", "active")
@@ -302,6 +302,19 @@ class ConditionalDifferenceMap(Frozen):
         ):
             if k > width:
                 raise refusal(ValueError, f"`{name}`", k, f"1 to the {end} SAE's width, {width}")
+
+    def encoder_stream(self, sae_out: FrozenSAE, screen: str = "none") -> EncoderStream:
+        """Return the output SAE's encoder as `dspa_kernels.steer` reads it for a largest latent.
+
+        With a calibration it is a copy, its rows in the order of the hot latents. Make it anew on each device, so that
+        it shares the other tensors of the SAE there.
+
+        Args:
+            sae_out: the SAE whose latents are steered.
+            screen: as for `EncoderStream.of`.
+        """
+        mean = self.mean if len(self.mean) else None
+        return EncoderStream.of(sae_out.weights, hot=self.hot, n_large=N_LARGE, screen=screen, mean=mean)
 
     # Scores and plans
 

@@ -17,7 +17,7 @@ from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import required_layer
 from dspa.schemas import Flag, Text, check, schema
-from dspa_kernels import MapWeights
+from dspa_kernels import EncoderStream, MapWeights
 
 # The name of the settings in the model's configuration, and the beginning of the architectures that read them.
 KEY, PREFIX = "dspa", "Dspa"
@@ -108,12 +108,14 @@ class Steerers:
         sae_in, sae_out: the SAEs.
         weights: the columns that any of the maps has [C]. Its values are those of the first map.
         values: the values [d_sae_in, C] of each map at these columns, as the scoring sums them.
+        stream: the output SAE's encoder, in the order of the first map's calibration.
     """
 
     sae_in: FrozenSAE
     sae_out: FrozenSAE
     weights: MapWeights
     values: list[Tensor]
+    stream: EncoderStream
 
     @property
     def layer_in(self) -> int:
@@ -147,7 +149,8 @@ class Steerers:
             wide = cdmap.values.new_zeros(cdmap.meta.d_sae_in, len(columns))
             wide[:, torch.searchsorted(columns, cdmap.columns)] = cdmap.scored(settings.config)
             values.append(wide)
-        return cls(sae_in, sae_out, MapWeights.gather(columns, values[0], sae_out.weights), values)
+        weights = MapWeights.gather(columns, values[0], sae_out.weights)
+        return cls(sae_in, sae_out, weights, values, maps[0].encoder_stream(sae_out))
 
 
 def _load_map(place: Place) -> ConditionalDifferenceMap:

@@ -137,6 +137,7 @@ class ServingState:
             SteeringPlan(self.slots, self.signs),
             self.row[:n_tokens],
             alpha=self.alpha,
+            stream=self.steerers.stream,
             positions=self.position[:n_tokens],
             start=self.first_edited,
         )

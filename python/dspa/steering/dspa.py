@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dspa.config import SteeringConfig
 from dspa.errors import ModelError, refusal
-from dspa.maps.cdmap import N_LARGE, ConditionalDifferenceMap
+from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.maps.provenance import check_provenance
 from dspa.models.attachment import LOCK, Attachable, Attachment
 from dspa.models.layers import (
@@ -36,7 +36,6 @@ from dspa.steering.plans import check_device, plan_prompts
 from dspa.steering.trace import Trace
 from dspa_kernels import (
     BackendError,
-    EncoderStream,
     MapWeights,
     SteeringPlan,
     available_backends,
@@ -118,7 +117,7 @@ class Steering(Attachable, nn.Module):
         self.plan: SteeringPlan | None = None
         self.trace = Trace(promoted=cdmap.promoted.get("sae_out"))
         self._weights = MapWeights.gather(cdmap.columns, cdmap.values, sae_out.weights)
-        self._stream = self._encoder_stream()
+        self._stream = cdmap.encoder_stream(sae_out, screen)
         self._n_plans = 0
         self._warned = False
         self._keys: dict[str, str] = {}
@@ -173,17 +172,8 @@ class Steering(Attachable, nn.Module):
         self.sae_in, self.sae_out = self.sae_in.to(device_in), self.sae_out.to(device_out)
         self._weights, self.cdmap = self._weights.to(device_out), self.cdmap.to(device_out)
         if moves:
-            self._stream, self._counters = self._encoder_stream(), self._counters.to(device_out)
-
-    def _encoder_stream(self) -> EncoderStream:
-        """Return the output SAE's encoder as it is read for a largest latent.
-
-        It is made anew on each device, so that it shares the tensors of the SAE there.
-        """
-        mean = self.cdmap.mean if len(self.cdmap.mean) else None
-        return EncoderStream.of(
-            self.sae_out.weights, hot=self.cdmap.hot, n_large=N_LARGE, screen=self.screen, mean=mean
-        )
+            self._stream = self.cdmap.encoder_stream(self.sae_out, self.screen)
+            self._counters = self._counters.to(device_out)
 
     # Attaching
 
