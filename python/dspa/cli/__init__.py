@@ -72,6 +72,7 @@ EXTRAS = {
     "sae-lens": "SAEs of its catalogue, and training SAEs",
     "trl": "training FSRL adapters",
     "datasets": "data sets of the Hub, and Parquet files",
+    "vllm": "serving, where there is a GPU",
 }
 BACKENDS = {
     "reference": "plain PyTorch, on any device",
