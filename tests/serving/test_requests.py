@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -55,9 +56,15 @@ def test_tokens_that_count_and_that_are_edited(keys: dict[str, Any], counted: in
         ({"dspa_alfa": 1}, "`dspa_alfa` is not known"),
         ({"dspa": "yes"}, "`dspa` is 'yes'; accepted: on, off"),
         ({"dspa": True}, "`dspa` is True; accepted: on, off"),
-        ({"dspa_alpha": -1}, "`dspa_alpha` is -1; accepted: a finite number >= 0"),
+        ({"dspa_alpha": -1}, "`dspa_alpha` is -1; accepted: a number from 0 to 100"),
         ({"dspa_alpha": "0.5"}, "`dspa_alpha` is '0.5'"),
         ({"dspa_alpha": float("nan")}, "`dspa_alpha` is nan"),
+        # More than float32 holds, which would end the engine.
+        ({"dspa_alpha": 1e39}, "`dspa_alpha` is 1e+39; accepted: a number from 0 to 100"),
+        ({"dspa_alpha": 101}, "`dspa_alpha` is 101"),
+        ({"dspa_alpha": float("inf")}, "`dspa_alpha` is inf"),
+        ({"DSPA": "on"}, "`DSPA` is not known"),
+        ({"Dspa_alpha": 0.5}, "`Dspa_alpha` is not known"),
         ({"dspa_alpha": True}, "`dspa_alpha` is True"),
         ({"dspa_mode": "x"}, "`dspa_mode` is 'x'; accepted: ablate, augment, both"),
         ({"dspa_positions": "all"}, "`dspa_positions` is 'all'; accepted: response, generated"),
@@ -69,7 +76,7 @@ def test_tokens_that_count_and_that_are_edited(keys: dict[str, Any], counted: in
     ],
 )
 def test_what_is_refused(keys: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         parse(keys, settings())
 
 
@@ -79,6 +86,7 @@ def test_what_is_refused(keys: dict[str, Any], message: str) -> None:
         {"maps": {}},
         {"config": dspa.SteeringConfig(scoring="demixed")},
         {"config": dspa.SteeringConfig(positions="all")},
+        {"config": dspa.SteeringConfig(alpha=1e39)},
         {"steer_all": "yes"},
     ],
 )

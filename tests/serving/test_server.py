@@ -87,7 +87,9 @@ def test_streaming(world: World, client: Any) -> None:
     ("keys", "message"),
     [
         ({"dspa_alfa": 1}, "dspa_alfa"),
-        ({"dspa_alpha": -1}, "a finite number >= 0"),
+        ({"dspa_alpha": -1}, "a number from 0 to 100"),
+        ({"dspa_alpha": 1e39}, "a number from 0 to 100"),
+        ({"DSPA": "on"}, "DSPA"),
         ({"dspa_mode": "x"}, "ablate, augment, both"),
         ({"dspa_positions": "all"}, "response, generated"),
         ({"dspa_start": 99}, "1 to 11"),

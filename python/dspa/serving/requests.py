@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
-from dspa.config import MODES, Strength
+from pydantic import Field, StrictFloat
+
+from dspa.config import MODES
 from dspa.errors import refusal
-from dspa.schemas import OneOf, PositiveInt, Text, check, schema
-from dspa.serving.settings import KEY, ServingSettings
+from dspa.schemas import Accepts, OneOf, PositiveInt, Text, check, schema
+from dspa.serving.settings import KEY, MAX_ALPHA, ServingSettings
 
 SERVED_POSITIONS = ("response", "generated")
+ServedStrength: TypeAlias = Annotated[
+    StrictFloat, Field(ge=0, le=MAX_ALPHA), Accepts(f"a number from 0 to {MAX_ALPHA:g} (published: 0.2)")
+]
 
 
 @schema
@@ -28,7 +33,7 @@ class SteeringRequest:
 
     dspa: Annotated[str, OneOf(("on", "off"))]
     dspa_map: Text
-    dspa_alpha: Strength
+    dspa_alpha: ServedStrength
     dspa_mode: Annotated[str, OneOf(MODES)]
     dspa_positions: Annotated[str, OneOf(SERVED_POSITIONS)]
     dspa_start: PositiveInt | None = None
@@ -44,7 +49,7 @@ class SteeringRequest:
 
 def keys(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the entries of a request's `vllm_xargs` or `extra_args` that are about steering."""
-    return {name: value for name, value in (extra_args or {}).items() if name.startswith(KEY)}
+    return {name: value for name, value in (extra_args or {}).items() if name.lower().startswith(KEY)}
 
 
 def parse(extra_args: Mapping[str, Any] | None, settings: ServingSettings) -> SteeringRequest | None:

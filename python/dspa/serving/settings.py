@@ -31,6 +31,8 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
 )
 DEFAULT = "default"
+# A residual that overflows makes keys and values NaN, and attention can read those in the blocks of a later request.
+MAX_ALPHA = 100.0
 
 
 @schema
@@ -76,6 +78,8 @@ class ServingSettings:
                 "raw, whitened, confident",
                 "Steer with dspa.Steering and transformers for demixed scoring.",
             )
+        if self.config.alpha > MAX_ALPHA:
+            raise refusal(ValueError, "`alpha`", self.config.alpha, f"for serving 0 to {MAX_ALPHA:g}")
         if self.config.positions == "all":
             raise refusal(
                 ValueError,
