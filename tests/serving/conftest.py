@@ -144,7 +144,9 @@ def make_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Worl
             sizes = {"hidden_size": D_IN} | ({"head_dim": 32} if "head_dim" in FAMILIES[family] else {})
             model = make_model(family, **sizes)
             model.save_pretrained(folder / "model")
-            make_tokenizer().save_pretrained(folder / "model")
+            tokenizer = make_tokenizer()
+            tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+            tokenizer.save_pretrained(folder / "model")
             sae_in, sae_out = make_sae(L_IN, D_SAE_IN, d_in=D_IN), make_sae(L_OUT, D_SAE_OUT, d_in=D_IN, seed=1)
             sae_in.save(folder / "sae_in")
             sae_out.save(folder / "sae_out")

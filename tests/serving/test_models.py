@@ -7,8 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from dspa.errors import ModelError
+from dspa.serving.settings import ServingSettings
 from tests.serving.conftest import PROMPTS, World
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
@@ -27,6 +29,8 @@ def engine_config(world: World) -> Any:
         weight_transfer_config=None,
         model_config=SimpleNamespace(
             hf_config=SimpleNamespace(dspa=world.options()["hf_overrides"]["dspa"]),
+            model=world.model,
+            dtype=torch.bfloat16,
             enable_sleep_mode=False,
             enable_prompt_embeds=False,
             revision=None,
@@ -48,6 +52,8 @@ def engine_config(world: World) -> Any:
         ("kv_transfer_config", object(), "a KV connector"),
         ("weight_transfer_config", object(), "weight transfer"),
         ("model_config.hf_config.dspa", None, "no settings beside it"),
+        ("model_config.model", "another/model", "The engine's model is 'another/model'"),
+        ("model_config.dtype", torch.float16, "float16"),
         ("model_config.enable_sleep_mode", True, "sleep mode"),
         ("model_config.enable_prompt_embeds", True, "prompt embeddings"),
         ("model_config.revision", "v2", "a revision"),
@@ -88,3 +94,26 @@ def test_settings_beside_another_architecture(world: World, run_engine: Callable
     del options["hf_overrides"]["architectures"]
     with pytest.raises(AssertionError, match="beside the settings of `dspa` is LlamaForCausalLM"):
         run_engine(options=options, prompts=PROMPTS[:1], requests=[[0, {"dspa": "on"}]])
+
+
+def test_a_process_has_one_engine(world: World) -> None:
+    """Graphs that vLLM keeps hold the name of their engine."""
+    from dspa.serving.models import ENGINE, Steered
+    from dspa.serving.state import STATES, ServingState
+
+    settings = ServingSettings.of(engine_config(world).model_config.hf_config)
+    assert settings is not None
+
+    def start() -> ServingState:
+        model: Any = Steered.__new__(Steered)
+        model.model = SimpleNamespace(layers=[torch.nn.Identity() for _ in range(4)])
+        state = ServingState(settings, 2, 8, torch.device("cpu"))
+        model.steer_with(state)
+        return state
+
+    first = start()
+    with pytest.raises(ModelError, match="one steered engine"):
+        start()
+    assert STATES[ENGINE] is first
+    del first
+    start()

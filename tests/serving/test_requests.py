@@ -16,7 +16,7 @@ PLACE = Place("/somewhere", "0")
 
 def settings(**kwargs: Any) -> ServingSettings:
     maps = {"polite": Place("/a", "1"), "terse": Place("/b", "2")}
-    return ServingSettings(**{"maps": maps, "sae_in": PLACE, "sae_out": PLACE} | kwargs)
+    return ServingSettings(**{"model": "m", "maps": maps, "sae_in": PLACE, "sae_out": PLACE} | kwargs)
 
 
 def test_requests_that_ask_for_nothing() -> None:

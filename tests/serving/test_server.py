@@ -107,6 +107,15 @@ def test_a_request_that_cannot_be_steered(keys: dict[str, Any], message: str, cl
     assert len(ask(client, PROMPTS[1], {"dspa": "on"})) == 16
 
 
+def test_keys_in_another_place_are_refused(client: Any) -> None:
+    import openai
+
+    with pytest.raises(openai.BadRequestError, match="dspa_alpha: put it into `vllm_xargs`"):
+        client.completions.create(model="tiny", prompt=PROMPTS[1], max_tokens=4, extra_body={"dspa_alpha": 1})
+    with pytest.raises(openai.BadRequestError, match="dspa: put it into `vllm_xargs`"):
+        client.responses.create(model="tiny", input="w5 w6", max_output_tokens=4, extra_body={"dspa": "on"})
+
+
 def test_beam_search_is_refused(client: Any) -> None:
     import openai
 

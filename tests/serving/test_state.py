@@ -34,7 +34,7 @@ def settings(tmp_path: Path) -> ServingSettings:
         hot = {"hot": torch.arange(9, -1, -1).int(), "hot_counts": torch.arange(10, 0, -1), "mean": torch.zeros(D_IN)}
         cdmap.replaced(**({} if seed else hot)).save(path)
         maps[name] = Place(str(path), dspa.files.file_sha256(path))
-    return ServingSettings(maps=maps, **places, config=dspa.SteeringConfig(k_prompt=8, k_diff=4))
+    return ServingSettings(model="m", maps=maps, **places, config=dspa.SteeringConfig(k_prompt=8, k_diff=4))
 
 
 def alone(settings: ServingSettings, keys: dict[str, object], h_in: Tensor, h_out: Tensor, n_prompt: int) -> Tensor:

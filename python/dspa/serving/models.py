@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
+import gc
 from typing import Any
 
+import torch
 from vllm import ModelRegistry, envs
 
-from dspa.errors import ModelError, listed
+from dspa.errors import ModelError, listed, refusal
 from dspa.serving import ops
 from dspa.serving.settings import ARCHITECTURES, PREFIX, ServingSettings
 from dspa.serving.state import STATES, ServingState
 from dspa.serving.versions import check_version
 
-# Compiled graphs hold the name of their engine, which is the same in each process that has one engine.
-_numbers = itertools.count()
+# Compiled graphs, which vLLM keeps for other processes, hold it: so it is the same in all of them.
+ENGINE = "dspa"
 
 
 class Steered:
@@ -37,16 +38,21 @@ class Steered:
         """Let the layers of the SAEs count and edit with `state`.
 
         Raises:
-            ModelError: SAEs of other layers, or of another width.
+            ModelError: SAEs of layers that the model does not have, or a second engine in one process.
         """
         layers, steerers = self.model.layers, state.steerers  # type: ignore[attr-defined]
         l_in, l_out = steerers.layer_in, steerers.layer_out
         if not 0 <= l_in < l_out < len(layers):
             raise ModelError(f"The SAEs sit at layers {l_in} and {l_out}, and the model has {len(layers)} layers.")
-        engine = f"dspa_{next(_numbers)}"
-        STATES[engine] = state
+        # One that was dropped may wait for Python's collection.
+        gc.collect()
+        if ENGINE in STATES:
+            raise ModelError(
+                "A process has one steered engine, and this is another. Delete the first, or start another process."
+            )
+        STATES[ENGINE] = state
         for layer, op in ((layers[l_in], ops.count), (layers[l_out], ops.edit)):
-            layer.dspa_counts, layer.dspa_engine = state.counts, engine
+            layer.dspa_counts = state.counts
             layer.__class__ = _with_op(type(layer), op)
 
 
@@ -56,7 +62,7 @@ def _with_op(base: type, op: Any) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         hidden, residual = out if isinstance(out, tuple) else (out, None)
-        op(hidden, residual, self.dspa_counts, self.dspa_engine)
+        op(hidden, residual, self.dspa_counts, ENGINE)
         return out
 
     return type(f"{PREFIX}{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})
@@ -64,7 +70,8 @@ def _with_op(base: type, op: Any) -> type:
 
 def check_engine(vllm_config: Any) -> None:
     """Raise `ModelError` for settings of an engine under which steering is wrong, or was never tried."""
-    if ServingSettings.of(vllm_config.model_config.hf_config) is None:
+    settings = ServingSettings.of(vllm_config.model_config.hf_config)
+    if settings is None:
         raise ModelError(
             "The architecture is one of dspa's, and there are no settings beside it. Start the engine with dspa serve, "
             "or LLM(model, **dspa.serving.vllm_options(model, ...))."
@@ -76,6 +83,8 @@ def check_engine(vllm_config: Any) -> None:
         )
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     passes = vllm_config.compilation_config.pass_config
+    if model.model != settings.model:
+        raise refusal(ModelError, "The engine's model", repr(model.model), f"{settings.model!r}, which was checked")
     refused = {
         "pipeline parallelism: a plan would have to travel between stages": parallel.pipeline_parallel_size > 1,
         "prefill context parallelism: no rank sees a whole prompt": parallel.prefill_context_parallel_size > 1,
@@ -89,6 +98,9 @@ def check_engine(vllm_config: Any) -> None:
         ),
         "a revision, other than the one that was checked; download it to a folder": model.revision is not None,
         "the Rust frontend, which does not check requests": envs.VLLM_USE_RUST_FRONTEND,
+        "float16: an edited residual can overflow, and reach other requests through the key/value cache": (
+            model.dtype == torch.float16
+        ),
         "sleep mode": model.enable_sleep_mode,
         "prompt embeddings": model.enable_prompt_embeds,
     }

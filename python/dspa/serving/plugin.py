@@ -24,6 +24,7 @@ def register() -> None:
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
     from vllm.v1.engine.input_processor import InputProcessor
 
     for architecture in ARCHITECTURES:
@@ -31,6 +32,8 @@ def register() -> None:
         ModelRegistry.register_model(name, f"dspa.serving.models:{name}")
     _wrap(InputProcessor, "__init__", _of_one_kind)
     _wrap(InputProcessor, "process_inputs", _checked)
+    for protocol in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
+        _wrap(protocol, "to_sampling_params", _with_keys_in_place)
     for protocol in (ChatCompletionRequest, CompletionRequest):
         _wrap(protocol, "to_beam_search_params", _without_keys)
     for entry in (BeamSearchOfflineMixin, BeamSearchOnlineMixin):
@@ -117,11 +120,25 @@ def check_request(request: Any, asked: dict[str, Any], hf_config: Any) -> None:
     request.cache_salt = f"{request.cache_salt or ''}dspa:{uuid.uuid4().hex}"
 
 
+def _with_keys_in_place(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the method of an HTTP request that refuses our keys beside `vllm_xargs`, where vLLM would ignore them."""
+
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm.exceptions import VLLMValidationError
+
+        if misplaced := keys(self.model_extra):
+            raise VLLMValidationError(f"{', '.join(misplaced)}: put it into `vllm_xargs`.", parameter="vllm_xargs")
+        return to_sampling_params(self, *args, **kwargs)
+
+    return checked
+
+
 def _without_keys(to_beam_search_params: Callable[..., Any]) -> Callable[..., Any]:
     """Return the method of an HTTP request that refuses beam search with steering: its parameters would lose that."""
 
     def unsteered(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _refuse_beam_search(keys(self.vllm_xargs).get(KEY, "on") != "off" and keys(self.vllm_xargs))
+        asked = keys(self.vllm_xargs)
+        _refuse_beam_search(bool(asked) and asked.get(KEY) != "off")
         return to_beam_search_params(self, *args, **kwargs)
 
     return unsteered
@@ -133,13 +150,13 @@ def _without_steer_all(beam_search: Callable[..., Any]) -> Callable[..., Any]:
     def unsteered(self: Any, *args: Any, **kwargs: Any) -> Any:
         engine = self.llm_engine if hasattr(self, "llm_engine") else self.engine_client
         settings = ServingSettings.of(engine.vllm_config.model_config.hf_config)
-        _refuse_beam_search(settings and settings.steer_all)
+        _refuse_beam_search(settings is not None and settings.steer_all)
         return beam_search(self, *args, **kwargs)
 
     return unsteered
 
 
-def _refuse_beam_search(steered: object) -> None:
+def _refuse_beam_search(steered: bool) -> None:
     from vllm.exceptions import VLLMValidationError
 
     if steered:

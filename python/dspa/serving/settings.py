@@ -55,12 +55,14 @@ class ServingSettings:
     """Settings of a steered engine.
 
     Attributes:
+        model: the model that was checked, as vLLM names it.
         maps: the maps by name, all of one pair of SAEs. Requests that name none take the first.
         sae_in, sae_out: the SAEs.
         config: settings of steering, which a request may replace in part.
         steer_all: True to steer requests that do not ask for it.
     """
 
+    model: Text
     maps: dict[Text, Place]
     sae_in: Place
     sae_out: Place
@@ -219,6 +221,7 @@ def vllm_options(
     place_in, frozen_in = _load_sae("sae_in", sae_in, first, first.meta.layer_in)
     place_out, frozen_out = _load_sae("sae_out", sae_out, first, first.meta.layer_out)
     settings = ServingSettings(
+        model=str(model),
         maps={name: Place(str(path), file_sha256(path)) for name, path in paths.items()},
         sae_in=place_in,
         sae_out=place_out,
