@@ -65,7 +65,7 @@ def test_each_way_of_scheduling(case: str, make_world: Any, run_engine: Callable
 
 
 def test_second_turns(make_world: Any, run_engine: Callable[..., dict[str, Any]]) -> None:
-    """What a steered turn left in the prefix cache serves no other request: answers are those of an empty cache."""
+    """The prefix cache of a steered turn serves no other request: answers are those of an empty cache."""
     world = make_world("qwen3")
     config = ASKED["both"][1]
     turns = [prompt[:60] + world.answers(prompt[:60], config) + PROMPTS[1] for prompt in PROMPTS if len(prompt) >= 75]

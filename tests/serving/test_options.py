@@ -34,7 +34,7 @@ def test_an_architecture_and_its_settings(world: World) -> None:
     assert overrides["architectures"] == ["DspaLlamaForCausalLM"]
 
     class Config:
-        """What vLLM makes of the overrides."""
+        """The configuration that vLLM makes of the overrides."""
 
     config: Any = Config()
     config.dspa = overrides["dspa"]

@@ -155,7 +155,7 @@ USAGE = "vllm:kv_cache_usage_perc"
 
 
 def left_over(client: Any) -> dict[str, float]:
-    """What the server's metrics say of requests that run, once they had some seconds to end."""
+    """The server's metrics of requests that run, once they had some seconds to end."""
     for _ in range(20):
         lines = urlopen(str(client.base_url).replace("/v1/", "/metrics"), timeout=10).read().decode().splitlines()
         names = ("vllm:num_requests_running", "vllm:num_requests_waiting", USAGE)

@@ -1,4 +1,4 @@
-"""What a request asks for: flat keys, as HTTP's `vllm_xargs` takes texts and numbers alone."""
+"""The steering that a request asks for: flat keys, as HTTP's `vllm_xargs` takes texts and numbers alone."""
 
 from __future__ import annotations
 

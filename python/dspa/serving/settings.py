@@ -1,4 +1,4 @@
-"""What a steered engine loads: maps by name and the two SAEs, as vLLM carries them from process to process."""
+"""The maps and SAEs that a steered engine loads, as settings that vLLM carries from process to process."""
 
 from __future__ import annotations
 

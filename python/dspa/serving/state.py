@@ -1,4 +1,4 @@
-"""What steered requests are, on the device: tensors at fixed addresses, so that a CUDA graph can read them."""
+"""The steered requests, on the device: tensors at fixed addresses, so that a CUDA graph can read them."""
 
 from __future__ import annotations
 
