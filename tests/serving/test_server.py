@@ -107,6 +107,17 @@ def test_a_request_that_cannot_be_steered(keys: dict[str, Any], message: str, cl
     assert len(ask(client, PROMPTS[1], {"dspa": "on"})) == 16
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [("5", "accepted: a JSON object"), ('{"dspa": {}}', "is with dspa"), ('{"architectures": ["X"]}', "architectures")],
+)
+def test_overrides_that_would_replace_ours(overrides: str, message: str, world: World) -> None:
+    from dspa.serving.server import serve
+
+    with pytest.raises(ValueError, match=message):
+        serve(world.model, world.options(), ["--hf-overrides", overrides])
+
+
 def test_keys_in_another_place_are_refused(client: Any) -> None:
     import openai
 

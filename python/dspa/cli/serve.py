@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dspa.cli.options import MODEL_HELP, RECORDED, SAE_IN_HELP, SAE_OUT_HELP, Options, with_options
+from dspa.cli.options import RECORDED, SAE_IN_HELP, SAE_OUT_HELP, Options, with_options
 from dspa.config import SteeringConfig
 from dspa.errors import refusal, require_package
 
@@ -20,7 +20,7 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 def serve(
     context: typer.Context,
     config: Annotated[SteeringConfig, Options("Steering", without=["ridge", "delta"])],
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Annotated[str, typer.Argument(help="Hugging Face model: a folder, or a name on the Hub.")],
     maps: Annotated[
         list[str],
         typer.Option(

@@ -30,6 +30,8 @@ def serve(model: str, options: Mapping[str, Any], arguments: Sequence[str]) -> N
     cli_env_setup()
     parsed = make_arg_parser(FlexibleArgumentParser(prog="dspa serve MODEL")).parse_args([model, *arguments])
     overrides, ours = parsed.hf_overrides or {}, options["hf_overrides"]
+    if not isinstance(overrides, Mapping):
+        raise refusal(ValueError, "--hf-overrides", repr(overrides), "a JSON object")
     if taken := sorted(set(overrides) & set(ours)):
         raise refusal(ValueError, "--hf-overrides", f"with {', '.join(taken)}", "overrides of other settings")
     parsed.hf_overrides = {**overrides, **ours}
