@@ -141,13 +141,17 @@ def make_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Worl
         if family not in made:
             folder = tmp_path_factory.mktemp(family)
             # vLLM's attention on CPUs takes heads of few sizes, 32 the smallest.
-            sizes = {"hidden_size": D_IN} | ({"head_dim": 32} if "head_dim" in FAMILIES[family] else {})
+            # Gemma, which scales its embeddings by it, is not moved by these SAEs if it is wider.
+            sizes = ({} if family.startswith("gemma") else {"hidden_size": D_IN}) | (
+                {"head_dim": 32} if "head_dim" in FAMILIES[family] else {}
+            )
             model = make_model(family, **sizes)
+            d_in = model.config.hidden_size
             model.save_pretrained(folder / "model")
             tokenizer = make_tokenizer()
             tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
             tokenizer.save_pretrained(folder / "model")
-            sae_in, sae_out = make_sae(L_IN, D_SAE_IN, d_in=D_IN), make_sae(L_OUT, D_SAE_OUT, d_in=D_IN, seed=1)
+            sae_in, sae_out = make_sae(L_IN, D_SAE_IN, d_in=d_in), make_sae(L_OUT, D_SAE_OUT, d_in=d_in, seed=1)
             sae_in.save(folder / "sae_in")
             sae_out.save(folder / "sae_out")
             make_map(sae_in, sae_out).save(folder / "map.safetensors")
