@@ -13,7 +13,7 @@ from dspa.config import MODES
 from dspa.errors import MapError
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.serving.requests import parse
-from dspa.serving.settings import Place, ServingSettings, Steerers
+from dspa.serving.settings import Place, ServingSettings
 from dspa.serving.state import ServingState
 from dspa.testing import D_IN, D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_map, make_sae
 from dspa_kernels import MapWeights, activation_counts, steer
@@ -56,7 +56,7 @@ def test_steps_of_mixed_requests(settings: ServingSettings) -> None:
     """Prompts in chunks of any size beside decoding, rows that are used again: each request as by itself."""
     torch.manual_seed(0)
     state = ServingState(settings, 3, 40, torch.device("cpu"))
-    assert state.steerers.stream.n_large == 10
+    assert state.methods[0].stream.n_large == 10
     asked: list[dict[str, object]] = [
         {},
         *({"dspa_alpha": 0.3 + n, "dspa_mode": mode} for n, mode in enumerate(MODES)),
@@ -80,11 +80,11 @@ def test_steps_of_mixed_requests(settings: ServingSettings) -> None:
             sizes = [min(20 - done[n], (1, 2, 7, 3)[(step + n) % 4] if done[n] < prompts[n] else 1) for n in range(3)]
             tokens = [slice(done[n], done[n] + sizes[n]) for n in range(3)]
             starts = torch.tensor([0, *sizes]).cumsum(0).int()
-            state.place(rows, starts, torch.cat([torch.arange(20)[token] for token in tokens]))
+            state.batch.place(rows, starts, torch.cat([torch.arange(20)[token] for token in tokens]))
             # Padding follows the tokens of a step.
             padding = torch.randn(2, D_IN)
-            state.count(torch.cat([*(h[0, n, token] for n, token in enumerate(tokens)), padding]))
-            edited = state.edit(torch.cat([*(h[1, n, token] for n, token in enumerate(tokens)), padding]))
+            state.read(L_IN, torch.cat([*(h[0, n, token] for n, token in enumerate(tokens)), padding]))
+            edited = state.write(L_OUT, torch.cat([*(h[1, n, token] for n, token in enumerate(tokens)), padding]))
             assert torch.equal(edited[-2:], padding)
             for n in range(3):
                 out[n].append(edited[starts[n] : starts[n + 1]])
@@ -100,14 +100,14 @@ def test_steps_of_mixed_requests(settings: ServingSettings) -> None:
 def test_a_dummy_step_changes_nothing(settings: ServingSettings) -> None:
     state = ServingState(settings, 2, 8, torch.device("cpu"))
     state.begin(0, parse({"dspa_alpha": 1.0}, settings), 4)
-    state.place_nothing()
+    state.batch.place_nothing()
     h = torch.randn(8, D_IN)
-    state.count(h)
-    assert torch.equal(state.edit(h), h) and not state.counts.any()
+    state.read(L_IN, h)
+    assert torch.equal(state.write(L_OUT, h), h) and not state.methods[0].counts.any()
 
 
 def test_a_map_that_was_replaced_is_refused(settings: ServingSettings) -> None:
     sae_in, sae_out = (dspa.FrozenSAE.load(place.path) for place in (settings.sae_in, settings.sae_out))
     make_map(sae_in, sae_out, seed=7).save(settings.maps["terse"].path)
     with pytest.raises(MapError, match="another file than when the engine was started"):
-        Steerers.load(settings, "cpu")
+        ServingState(settings, 1, 1, torch.device("cpu"))

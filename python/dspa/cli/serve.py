@@ -49,8 +49,8 @@ def serve(
     `dspa serve MODEL --map map.dspa.safetensors --port 8000 --max-model-len 4096`
     """
     require_package("vllm", "dspa serve", "On a machine without a GPU, see docs/serving.md.")
+    from dspa.serving.options import vllm_options
     from dspa.serving.server import serve as serve_until_stopped
-    from dspa.serving.settings import vllm_options
 
     options = vllm_options(
         model,

@@ -38,13 +38,13 @@ class SteeredModelState(DefaultModelState):  # type: ignore[misc]
         """Say which request each token of the step belongs to, before the step or its graph runs."""
         if all(req_id in req_states.req_id_to_index for req_id in input_batch.req_ids):
             n_tokens, n_requests = input_batch.num_tokens, input_batch.num_reqs
-            self.steering.place(
+            self.steering.batch.place(
                 input_batch.idx_mapping[:n_requests],
                 input_batch.query_start_loc[: n_requests + 1],
                 input_batch.positions[:n_tokens],
             )
         else:
             # A dummy batch, for profiling or capture.
-            self.steering.place_nothing()
+            self.steering.batch.place_nothing()
         prepared: dict[str, Any] = super().prepare_inputs(input_batch, req_states)
         return prepared

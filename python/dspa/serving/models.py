@@ -1,4 +1,4 @@
-"""vLLM's models with two layers that steer: `DspaLlamaForCausalLM` and so on, made when they are asked for."""
+"""vLLM's models with layers that steer: `DspaLlamaForCausalLM` and so on, made when they are asked for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENGINE = "dspa"
 
 
 class Steered:
-    """A model whose layers at the two SAEs count and edit, mixed into a class of vLLM."""
+    """A model some of whose layers are read and edited, mixed into a class of vLLM."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
         check_version()
@@ -35,15 +35,15 @@ class Steered:
         return SteeredModelState
 
     def steer_with(self, state: ServingState) -> None:
-        """Let the layers of the SAEs count and edit with `state`.
+        """Let the layers that a method needs be read and edited by `state`.
 
         Raises:
             ModelError: SAEs of layers that the model does not have, or a second engine in one process.
         """
-        layers, steerers = self.model.layers, state.steerers  # type: ignore[attr-defined]
-        l_in, l_out = steerers.layer_in, steerers.layer_out
-        if not 0 <= l_in < l_out < len(layers):
-            raise ModelError(f"The SAEs sit at layers {l_in} and {l_out}, and the model has {len(layers)} layers.")
+        layers = self.model.layers  # type: ignore[attr-defined]
+        touched = sorted(state.reads | state.writes)
+        if touched[-1] >= len(layers):
+            raise ModelError(f"The SAEs sit at layers {listed(touched)}, and the model has {len(layers)} layers.")
         # One that was dropped may wait for Python's collection.
         gc.collect()
         if ENGINE in STATES:
@@ -51,18 +51,21 @@ class Steered:
                 "A process has one steered engine, and this is another. Delete the first, or start another process."
             )
         STATES[ENGINE] = state
-        for layer, op in ((layers[l_in], ops.count), (layers[l_out], ops.edit)):
-            layer.dspa_counts = state.counts
-            layer.__class__ = _with_op(type(layer), op)
+        for number in touched:
+            layers[number].dspa_order, layers[number].dspa_layer = state.order, number
+            layers[number].__class__ = _steered(type(layers[number]), number in state.reads, number in state.writes)
 
 
-def _with_op(base: type, op: Any) -> type:
-    """Return a class of decoder layers that calls an op on what `base` returns."""
+def _steered(base: type, reads: bool, writes: bool) -> type:
+    """Return a class of decoder layers whose outputs are read, or edited, or both."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         hidden, residual = out if isinstance(out, tuple) else (out, None)
-        op(hidden, residual, self.dspa_counts, ENGINE)
+        if reads:
+            ops.read(hidden, residual, self.dspa_order, ENGINE, self.dspa_layer)
+        if writes:
+            ops.write(hidden, residual, self.dspa_order, ENGINE, self.dspa_layer)
         return out
 
     return type(f"{PREFIX}{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})

@@ -1,0 +1,162 @@
+"""DSPA of the requests of an engine: the latents of their prompts, their plans, and their edits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dspa.errors import MapError, refusal
+from dspa.files import file_sha256
+from dspa.maps.cdmap import ConditionalDifferenceMap
+from dspa.saes.frozen import FrozenSAE
+from dspa.saes.placement import required_layer
+from dspa.serving.batch import Batch
+from dspa.serving.requests import SteeringRequest
+from dspa.serving.settings import Place, ServingSettings
+from dspa_kernels import MapWeights, SteeringPlan, activation_counts, map_lookup, steer
+
+# A position that no token has.
+NEVER = torch.iinfo(torch.int64).max
+
+
+class MapSteering:
+    """The maps and SAEs of an engine, and one row for each of its R requests.
+
+    The layer of the input SAE calls `count` and that of the output SAE `edit`. Neither reads a number on the host.
+
+    Args:
+        settings: settings of the engine.
+        batch: the tokens of its steps.
+
+    Attributes:
+        reads: `count`, by the layer after which it is called.
+        writes: `edit`, likewise.
+
+    Raises:
+        MapError: a map that is another one now, or belongs to other SAEs.
+        SAEError: a damaged SAE.
+    """
+
+    def __init__(self, settings: ServingSettings, batch: Batch) -> None:
+        device, n_requests = batch.row.device, batch.n_requests
+        self.config, self.names, self.batch = settings.config, settings.names, batch
+        self.sae_in, self.sae_out = (
+            FrozenSAE.load(place.path, layer=place.layer, device=device)
+            for place in (settings.sae_in, settings.sae_out)
+        )
+        self._load([_load_map(place).to(device) for place in settings.maps.values()])
+        self.reads: dict[int, Callable[[Tensor], None]] = {required_layer(self.sae_in): self.count}
+        self.writes: dict[int, Callable[[Tensor], Tensor]] = {required_layer(self.sae_out): self.edit}
+        n_slots = 2 * self.config.k_diff
+        self.n_counted = torch.zeros(n_requests, dtype=torch.int64, device=device)
+        self.first_edited = torch.full((n_requests,), NEVER, dtype=torch.int64, device=device)
+        self.alpha = torch.zeros(n_requests, dtype=torch.float32, device=device)
+        self.map = torch.zeros(n_requests, dtype=torch.int32, device=device)
+        # The signs that its mode keeps.
+        self.keeps = torch.zeros(n_requests, n_slots, dtype=torch.bool, device=device)
+        self.counts = torch.zeros(n_requests, self.sae_in.d_sae, dtype=torch.int32, device=device)
+        self.slots = torch.full((n_requests, n_slots), -1, dtype=torch.int32, device=device)
+        self.signs = torch.zeros(n_requests, n_slots, dtype=torch.int8, device=device)
+
+    def _load(self, maps: list[ConditionalDifferenceMap]) -> None:
+        """Keep the columns that any of the maps has [C], and the values [d_sae_in, C] of each map at them."""
+        for cdmap in maps:
+            cdmap.check_saes(self.sae_in, self.sae_out)
+            cdmap.check_sizes(self.config)
+        columns = torch.cat([cdmap.columns for cdmap in maps]).unique()
+        self.values = []
+        for cdmap in maps:
+            wide = cdmap.values.new_zeros(cdmap.meta.d_sae_in, len(columns))
+            wide[:, torch.searchsorted(columns, cdmap.columns)] = cdmap.scored(self.config)
+            self.values.append(wide)
+        self.weights = MapWeights.gather(columns, self.values[0], self.sae_out.weights)
+        # In the order of the first map's calibration.
+        self.stream = maps[0].encoder_stream(self.sae_out)
+
+    def begin(self, row: int, request: SteeringRequest | None, n_prompt: int) -> None:
+        """Give a row to a request, None for one that is not steered, which will be computed from its first token on."""
+        self.n_counted[row], self.first_edited[row] = 0, NEVER
+        if request is None:
+            return
+        k_diff = self.config.k_diff
+        self.n_counted[row] = request.n_counted(n_prompt)
+        self.first_edited[row] = request.first_edited(n_prompt)
+        self.alpha[row] = request.dspa_alpha
+        self.map[row] = self.names.index(request.dspa_map)
+        self.keeps[row, :k_diff] = request.dspa_mode != "ablate"
+        self.keeps[row, k_diff:] = request.dspa_mode != "augment"
+        self.counts[row] = 0
+        self.slots[row], self.signs[row] = -1, 0
+
+    def count(self, h: Tensor) -> None:
+        """Count the latents of a step's prompt tokens, and plan the requests whose prompt ends in it.
+
+        Args:
+            h: residuals [n_tokens, d_in] after the layer of the input SAE.
+        """
+        row, position = self.batch.tokens(len(h))
+        request = row.clamp(min=0).long()
+        counted = (row >= 0) & (position < self.n_counted[request])
+        activation_counts(
+            h,
+            self.sae_in.weights,
+            torch.where(counted, row, -1),
+            len(self.counts),
+            out=self.counts,
+            accumulate=True,
+        )
+        ends = (row >= 0) & (position == self.n_counted[request] - 1)
+        # Row R takes the tokens that end no prompt.
+        due = torch.zeros(len(self.counts) + 1, dtype=torch.bool, device=h.device)
+        due = due.index_fill_(0, torch.where(ends, request, len(self.counts)), True)[:-1]
+        self._plan(due)
+
+    def _plan(self, due: Tensor) -> None:
+        """Choose the latents of some requests, each by its map and for its mode.
+
+        Args:
+            due: [R] bool.
+        """
+        rows = torch.arange(len(due), dtype=torch.int32, device=due.device)
+        for number, values in enumerate(self.values):
+            map_lookup(
+                self.counts,
+                values,
+                k_prompt=self.config.k_prompt,
+                k_diff=self.config.k_diff,
+                mode="both",
+                rows=torch.where(due & (self.map == number), rows, -1),
+                out=SteeringPlan(self.slots, self.signs),
+            )
+        self.slots.masked_fill_(~self.keeps, -1)
+        self.signs.masked_fill_(~self.keeps, 0)
+
+    def edit(self, h: Tensor) -> Tensor:
+        """Return the residuals of a step [n_tokens, d_in] after the layer of the output SAE, with their edits."""
+        row, position = self.batch.tokens(len(h))
+        return steer(
+            h,
+            self.sae_out.weights,
+            self.weights,
+            SteeringPlan(self.slots, self.signs),
+            row,
+            alpha=self.alpha,
+            stream=self.stream,
+            positions=position,
+            start=self.first_edited,
+        )
+
+
+def _load_map(place: Place) -> ConditionalDifferenceMap:
+    if (digest := file_sha256(Path(place.path))) != place.digest:
+        raise refusal(
+            MapError,
+            place.path,
+            f"another file than when the engine was started (SHA-256 {digest}, was {place.digest})",
+            "the same file in all processes",
+            "Start the engine again.",
+        )
+    return ConditionalDifferenceMap.load(place.path)
