@@ -47,7 +47,8 @@ def test_defaults_are_those_of_the_engine() -> None:
 def test_tokens_that_count_and_that_are_edited(keys: dict[str, Any], counted: int, edited: int) -> None:
     asked = parse(keys, settings())
     assert asked is not None
-    assert (asked.n_counted(9), asked.first_edited(9)) == (counted, edited)
+    asked = asked.of_prompt(9)
+    assert (asked.n_counted, asked.first_edited) == (counted, edited)
 
 
 @pytest.mark.parametrize(

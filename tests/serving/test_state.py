@@ -42,12 +42,13 @@ def alone(settings: ServingSettings, keys: dict[str, object], h_in: Tensor, h_ou
     asked = parse(keys, settings)
     if asked is None:
         return h_out
+    asked = asked.of_prompt(n_prompt)
     sae_in, sae_out = (dspa.FrozenSAE.load(place.path) for place in (settings.sae_in, settings.sae_out))
     cdmap = ConditionalDifferenceMap.load(settings.maps[asked.dspa_map].path)
-    counted = asked.n_counted(n_prompt)
+    counted = asked.n_counted
     counts = activation_counts(h_in[:counted], sae_in.weights, torch.zeros(counted, dtype=torch.int32), 1)
     plan = cdmap.select(counts, dspa.SteeringConfig(k_prompt=8, k_diff=4, mode=asked.dspa_mode))
-    rows = torch.where(torch.arange(len(h_out)) >= asked.first_edited(n_prompt), 0, -1).int()
+    rows = torch.where(torch.arange(len(h_out)) >= asked.first_edited, 0, -1).int()
     weights = MapWeights.gather(cdmap.columns, cdmap.values, sae_out.weights)
     return steer(h_out, sae_out.weights, weights, plan, rows, alpha=asked.dspa_alpha)
 
@@ -73,7 +74,8 @@ def test_steps_of_mixed_requests(settings: ServingSettings) -> None:
         # Row of each request, whose order differs from that in the batch.
         rows = torch.tensor([2, 0, 1])
         for n, row in enumerate(rows.tolist()):
-            state.begin(row, parse(keys[n], settings), prompts[n])
+            request = parse(keys[n], settings)
+            state.begin(row, request and request.of_prompt(prompts[n]))
         out: list[list[Tensor]] = [[], [], []]
         done = [0, 0, 0]
         for step in range(40):
@@ -99,7 +101,9 @@ def test_steps_of_mixed_requests(settings: ServingSettings) -> None:
 
 def test_a_dummy_step_changes_nothing(settings: ServingSettings) -> None:
     state = ServingState(settings, 2, 8, torch.device("cpu"))
-    state.begin(0, parse({"dspa_alpha": 1.0}, settings), 4)
+    request = parse({"dspa_alpha": 1.0}, settings)
+    assert request is not None
+    state.begin(0, request.of_prompt(4))
     state.batch.place_nothing()
     h = torch.randn(8, D_IN)
     state.read(L_IN, h)

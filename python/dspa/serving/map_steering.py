@@ -76,14 +76,14 @@ class MapSteering:
         # In the order of the first map's calibration.
         self.stream = maps[0].encoder_stream(self.sae_out)
 
-    def begin(self, row: int, request: SteeringRequest | None, n_prompt: int) -> None:
+    def begin(self, row: int, request: SteeringRequest | None) -> None:
         """Give a row to a request, None for one that is not steered, which will be computed from its first token on."""
         self.n_counted[row], self.first_edited[row] = 0, NEVER
         if request is None:
             return
         k_diff = self.config.k_diff
-        self.n_counted[row] = request.n_counted(n_prompt)
-        self.first_edited[row] = request.first_edited(n_prompt)
+        self.n_counted[row] = request.n_counted
+        self.first_edited[row] = request.first_edited
         self.alpha[row] = request.dspa_alpha
         self.map[row] = self.names.index(request.dspa_map)
         self.keeps[row, :k_diff] = request.dspa_mode != "ablate"

@@ -32,7 +32,7 @@ class SteeredModelState(DefaultModelState):  # type: ignore[misc]
                 "dspa: a steered request came with tokens from the prefix cache, whose latents are not known."
             )
         # Not the length of what is computed again, which after a preemption holds answered tokens too.
-        self.steering.begin(req_index, request, new_req_data.prompt_len)
+        self.steering.begin(req_index, request and request.of_prompt(new_req_data.prompt_len))
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         """Say which request each token of the step belongs to, before the step or its graph runs."""

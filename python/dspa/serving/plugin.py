@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dspa.errors import ModelError, refusal
-from dspa.serving.requests import keys, parse
+from dspa.serving.requests import SteeringRequest, keys, parse
 from dspa.serving.settings import ARCHITECTURES, KEY, PREFIX, ServingSettings
 from dspa.serving.versions import is_supported
 
@@ -91,33 +91,35 @@ def check_request(request: Any, asked: dict[str, Any], hf_config: Any) -> None:
     """
     from vllm.exceptions import VLLMValidationError
 
-    refuse = functools.partial(VLLMValidationError, parameter="vllm_xargs")
-    settings = ServingSettings.of(hf_config)
-    if settings is None:
-        if asked:
-            raise refuse(f"{', '.join(asked)}: this engine does not steer. Start it with dspa serve.")
-        return
     try:
-        steering = parse(asked, settings)
+        steering = _steering_of(request, asked, ServingSettings.of(hf_config))
     except ValueError as error:
-        raise refuse(str(error)) from error
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
     if steering is None:
         return
-    n_prompt = len(request.prompt_token_ids or ())
-    if request.sampling_params is None:
-        raise refuse("dspa: a request without sampling, as for embeddings, cannot be steered. Pass dspa: 'off'.")
-    if request.prompt_embeds is not None or request.mm_features:
-        raise refuse("dspa: a steered prompt is text alone, and this one has embeddings or images.")
-    if request.resumable:
-        raise refuse("dspa: a steered prompt comes as a whole, and this one is streamed.")
-    if request.lora_request is not None:
-        raise refuse("dspa: a map is made for a model's own weights, and this request changes them by a LoRA.")
-    if steering.n_counted(n_prompt) > n_prompt:
-        accepted = f"1 to {n_prompt}, the number of tokens of the prompt"
-        raise refuse(str(refusal(ValueError, "`dspa_start`", steering.dspa_start, accepted)))
     # Tokens from the cache have no latents that could be counted, and edited ones must serve no other request.
     request.sampling_params.skip_reading_prefix_cache = True
     request.cache_salt = f"{request.cache_salt or ''}dspa:{uuid.uuid4().hex}"
+
+
+def _steering_of(request: Any, asked: dict[str, Any], settings: ServingSettings | None) -> SteeringRequest | None:
+    """Return the steering that a request asks for, None for none; raise `ValueError` if it cannot have it."""
+    if settings is None:
+        if asked:
+            raise ValueError(f"{', '.join(asked)}: this engine does not steer. Start it with dspa serve.")
+        return None
+    steering = parse(asked, settings)
+    if steering is None:
+        return None
+    if request.sampling_params is None:
+        raise ValueError("dspa: a request without sampling, as for embeddings, cannot be steered. Pass dspa: 'off'.")
+    if request.prompt_embeds is not None or request.mm_features:
+        raise ValueError("dspa: a steered prompt is text alone, and this one has embeddings or images.")
+    if request.resumable:
+        raise ValueError("dspa: a steered prompt comes as a whole, and this one is streamed.")
+    if request.lora_request is not None:
+        raise ValueError("dspa: a map is made for a model's own weights, and this request changes them by a LoRA.")
+    return steering.of_prompt(len(request.prompt_token_ids))
 
 
 def _with_keys_in_place(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field, StrictFloat
@@ -29,6 +30,7 @@ class SteeringRequest:
         dspa_mode: "ablate", "augment" or "both".
         dspa_positions: "response", or "generated" to leave the last token of the prompt alone.
         dspa_start: number of tokens of the prompt that come before a response which is given with it, None for all.
+            The latents of these tokens choose the plan.
     """
 
     dspa: Annotated[str, OneOf(("on", "off"))]
@@ -38,13 +40,28 @@ class SteeringRequest:
     dspa_positions: Annotated[str, OneOf(SERVED_POSITIONS)]
     dspa_start: PositiveInt | None = None
 
-    def n_counted(self, n_prompt: int) -> int:
-        """Return the number of tokens, from the first, by which the latents are chosen."""
-        return n_prompt if self.dspa_start is None else self.dspa_start
+    def of_prompt(self, n_prompt: int) -> SteeringRequest:
+        """Return the same with `dspa_start` given, for a prompt of `n_prompt` tokens.
 
-    def first_edited(self, n_prompt: int) -> int:
-        """Return the position of the first token that is edited."""
-        return self.n_counted(n_prompt) - (self.dspa_positions == "response")
+        Raises:
+            ValueError: a `dspa_start` beyond it.
+        """
+        start = n_prompt if self.dspa_start is None else self.dspa_start
+        if start > n_prompt:
+            accepted = f"1 to {n_prompt}, the number of tokens of the prompt"
+            raise refusal(ValueError, "`dspa_start`", start, accepted)
+        return replace(self, dspa_start=start)
+
+    @property
+    def n_counted(self) -> int:
+        """Number of tokens, from the first, by whose latents the plan is chosen."""
+        assert self.dspa_start is not None
+        return self.dspa_start
+
+    @property
+    def first_edited(self) -> int:
+        """Position of the first token that is edited."""
+        return self.n_counted - (self.dspa_positions == "response")
 
 
 def keys(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -45,10 +45,10 @@ class ServingState:
         """Layers after which a method edits the residuals."""
         return {layer for method in self.methods for layer in method.writes}
 
-    def begin(self, row: int, request: SteeringRequest | None, n_prompt: int) -> None:
+    def begin(self, row: int, request: SteeringRequest | None) -> None:
         """Give a row to a request, None for one that is not steered."""
         for method in self.methods:
-            method.begin(row, request, n_prompt)
+            method.begin(row, request)
 
     def read(self, layer: int, h: Tensor) -> None:
         """Let the methods read the residuals of a step [n_tokens, d_in] after a layer."""
