@@ -40,6 +40,7 @@ def client(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
     command += ["--sae-in", world.place("sae_in"), "--sae-out", world.place("sae_out"), "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-model-len", "128"]
     command += ["--max-num-batched-tokens", "64", "--max-num-seqs", "16", "--served-model-name", "tiny"]
+    command += ["--enable-scale-out"]
     with log.open("w") as file, subprocess.Popen(command, env=engine_environment(), stdout=file, stderr=file) as server:
         try:
             wait_for(server, f"http://127.0.0.1:{port}/health", log)
@@ -125,6 +126,68 @@ def test_keys_in_another_place_are_refused(client: Any) -> None:
         client.completions.create(model="tiny", prompt=PROMPTS[1], max_tokens=4, extra_body={"dspa_alpha": 1})
     with pytest.raises(openai.BadRequestError, match="dspa: put it into `vllm_xargs`"):
         client.responses.create(model="tiny", input="w5 w6", max_output_tokens=4, extra_body={"dspa": "on"})
+
+
+WORDS = "w5 w9 w40 w7 w11"
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": WORDS}], "max_tokens": 8, "temperature": 0}
+BATCH = CHAT | {"messages": [CHAT["messages"]]}
+TEXT = {"model": "tiny", "prompt": f"{WORDS} ", "max_tokens": 8, "temperature": 0}
+RESPONSE = {"model": "tiny", "input": WORDS, "max_output_tokens": 8, "temperature": 0}
+
+
+RENDERED = {"chat": ("/v1/chat/completions/render", CHAT), "text": ("/v1/completions/render", TEXT)}
+RENDERED |= {"message": ("/v1/messages/render", CHAT), "response": ("/v1/responses/render", RESPONSE)}
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "where", "kind"),
+    [
+        ("/v1/chat/completions", CHAT, ("choices", 0, "message", "content"), "chat"),
+        ("/v1/chat/completions/batch", BATCH, ("choices", 0, "message", "content"), "chat"),
+        ("/v1/completions", TEXT, ("choices", 0, "text"), "text"),
+        ("/v1/messages", CHAT, ("content", 0, "text"), "message"),
+        ("/v1/responses", RESPONSE, ("output", 0, "content", 0, "text"), "response"),
+        ("/invocations", CHAT, ("choices", 0, "message", "content"), "chat"),
+        ("/invocations", TEXT, ("choices", 0, "text"), "text"),
+    ],
+)
+def test_routes_that_take_keys_steer(
+    route: str, body: dict[str, Any], where: tuple[Any, ...], kind: str, world: World, client: Any
+) -> None:
+    """So do those that render a request for the route that generates, which takes the same keys in another place."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(world.model)
+    texts = {}
+    for name in ("base", "both"):
+        keys, config = ASKED[name]
+        extra = {"vllm_xargs": keys} if keys else {}
+        render, rendered = RENDERED[kind]
+        rendered = post(client, render, rendered | extra)
+        rendered = rendered[0] if isinstance(rendered, list) else rendered
+        expected = world.answers(rendered["token_ids"], config, 8)
+        assert post(client, "/inference/v1/generate", rendered)["choices"][0]["token_ids"] == expected
+        answer = post(client, route, body | extra)
+        for part in where:
+            answer = answer[part]
+        assert answer.split() == tokenizer.decode(expected, skip_special_tokens=True).split()
+        texts[name] = answer
+    assert texts["base"] != texts["both"]
+
+
+def test_routes_that_cannot_steer(client: Any) -> None:
+    """They answer, and refuse keys, also the one that would turn off what the server steers by default."""
+    import openai
+
+    scoring = {"model": "tiny", "query": WORDS, "items": ["w1", "w2"], "label_token_ids": [5, 6]}
+    assert len(post(client, "/generative_scoring", scoring)["data"]) == 2
+    for keys in ({"dspa": "on"}, {"dspa": "off"}):
+        with pytest.raises(openai.BadRequestError, match="/generative_scoring cannot steer"):
+            post(client, "/generative_scoring", scoring | {"vllm_xargs": keys})
+
+
+def post(client: Any, route: str, body: Any) -> Any:
+    return client.post(str(client.base_url).removesuffix("/v1/") + route, body=body, cast_to=object)
 
 
 def test_beam_search_is_refused(client: Any) -> None:

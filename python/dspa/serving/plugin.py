@@ -4,44 +4,59 @@ from __future__ import annotations
 
 import functools
 import uuid
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from dspa.errors import ModelError, refusal
-from dspa.serving.requests import SteeringRequest, keys, parse
+from dspa.serving.requests import SteeringRequest, keys, parse, places
 from dspa.serving.settings import ARCHITECTURES, KEY, PREFIX, ServingSettings
 from dspa.serving.versions import is_supported
 
+Wrapper: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
 BEAM_SEARCH = "dspa: beam search grows the prompt with each token, so that it cannot be steered. Use sampling."
 
 
 def register() -> None:
-    """Add the steered architectures, and the checks of requests. A version of vLLM that is not known gets neither."""
+    """Attach this package to vLLM, or warn where that cannot be done: vLLM then serves, but knows no steered model."""
+    try:
+        attach()
+    except RuntimeError as error:
+        warnings.warn(f"dspa: no engine can be steered here. {error}", stacklevel=2)
+
+
+def attach() -> None:
+    """Add the steered architectures, and the checks of requests. A version of vLLM that is not known gets neither.
+
+    Raises:
+        RuntimeError: a vLLM without something that the checks need. Nothing is added then.
+    """
     if not is_supported():
         return
-    from vllm import ModelRegistry
-    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
-    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-    from vllm.v1.engine.input_processor import InputProcessor
+    # Whatever fails here: vLLM is another than was known, and must start all the same.
+    try:
+        from vllm import ModelRegistry
 
+        doors = _doors()
+        for owner, name, _ in doors:
+            getattr(owner, name)
+    except Exception as error:
+        raise refusal(
+            RuntimeError,
+            "vLLM",
+            f"without something by which requests are checked ({type(error).__name__}: {error})",
+            "one whose insides are known, such as 0.32.0",
+            "Install that, or a newer dspa-kernels.",
+        ) from error
+    for door in doors:
+        wrap(*door)
     for architecture in ARCHITECTURES:
         name = PREFIX + architecture
         ModelRegistry.register_model(name, f"dspa.serving.models:{name}")
-    _wrap(InputProcessor, "__init__", _of_one_kind)
-    _wrap(InputProcessor, "process_inputs", _checked)
-    for protocol in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
-        _wrap(protocol, "to_sampling_params", _with_keys_in_place)
-    for protocol in (ChatCompletionRequest, CompletionRequest):
-        _wrap(protocol, "to_beam_search_params", _without_keys)
-    for entry in (BeamSearchOfflineMixin, BeamSearchOnlineMixin):
-        _wrap(entry, "beam_search", _without_steer_all)
 
 
-def _wrap(owner: type, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace a method by what `wrapper` makes of it, once."""
+def wrap(owner: Any, name: str, wrapper: Wrapper) -> None:
+    """Replace a function of vLLM by what `wrapper` makes of it, once."""
     original = getattr(owner, name)
     if not hasattr(original, "dspa_wrapped"):
         wrapped: Any = functools.update_wrapper(wrapper(original), original)
@@ -49,12 +64,41 @@ def _wrap(owner: type, name: str, wrapper: Callable[[Callable[..., Any]], Callab
         setattr(owner, name, wrapped)
 
 
+def _doors() -> list[tuple[Any, str, Wrapper]]:
+    """Return the functions of vLLM through which requests come, as owner, name, and what checks them there."""
+    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    from vllm.entrypoints.launchers import app
+    from vllm.entrypoints.launchers.run_batch import BatchRequestInput
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from dspa.serving.http import with_batch_checked, with_places_checked
+
+    return [
+        (app, "register_api_routers", with_places_checked),
+        (BatchRequestInput, "model_validate_json", with_batch_checked),
+        (ChatCompletionRequest, "to_beam_search_params", _without_keys),
+        (CompletionRequest, "to_beam_search_params", _without_keys),
+        (BeamSearchOfflineMixin, "beam_search", _without_steer_all),
+        (BeamSearchOnlineMixin, "beam_search", _without_steer_all),
+        (InputProcessor, "__init__", _of_one_kind),
+        (InputProcessor, "process_inputs", _checked),
+        (LLMEngine, "add_request", _checked_if_built),
+        (AsyncLLM, "add_request", _checked_if_built),
+    ]
+
+
 def _of_one_kind(init: Callable[..., None]) -> Callable[..., None]:
     """Return `InputProcessor.__init__` that refuses settings of steering beside a model that would ignore them."""
 
     def checked(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         model = vllm_config.model_config
-        if ServingSettings.of(model.hf_config) is not None and not model.architecture.startswith(PREFIX):
+        self.dspa_settings = ServingSettings.of(model.hf_config)
+        if self.dspa_settings is not None and not model.architecture.startswith(PREFIX):
             raise refusal(
                 ModelError,
                 f"The architecture beside the settings of `{KEY}`",
@@ -70,21 +114,36 @@ def _of_one_kind(init: Callable[..., None]) -> Callable[..., None]:
 def _checked(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
     """Return `InputProcessor.process_inputs` that refuses what cannot be steered.
 
-    It is the one way of requests into an engine. What fails behind it ends the engine, and what fails here is a
-    message to the client.
+    What fails behind it ends the engine, and what fails here is a message to the client.
     """
 
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process_inputs(self, *args, **kwargs)
-        params = request.sampling_params
-        check_request(request, keys(params.extra_args if params else None), self.vllm_config.model_config.hf_config)
+        check_request(request, self.dspa_settings)
         return request
 
     return checked
 
 
-def check_request(request: Any, asked: dict[str, Any], hf_config: Any) -> None:
+def _checked_if_built(add_request: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an engine's `add_request` that checks a request which a caller built, and `process_inputs` did not."""
+
+    def checked(self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm.v1.engine import EngineCoreRequest
+
+        if isinstance(prompt, EngineCoreRequest):
+            check_request(prompt, self.input_processor.dspa_settings)
+        return add_request(self, request_id, prompt, *args, **kwargs)
+
+    return checked
+
+
+def check_request(request: Any, settings: ServingSettings | None) -> None:
     """Check a request, and keep a steered one apart from the prefix cache.
+
+    Args:
+        request: an `EngineCoreRequest` of vLLM.
+        settings: settings of the engine, None if it does not steer.
 
     Raises:
         VLLMValidationError: steering that the engine cannot do.
@@ -92,7 +151,7 @@ def check_request(request: Any, asked: dict[str, Any], hf_config: Any) -> None:
     from vllm.exceptions import VLLMValidationError
 
     try:
-        steering = _steering_of(request, asked, ServingSettings.of(hf_config))
+        steering = _steering_of(request, settings)
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
     if steering is None:
@@ -102,8 +161,13 @@ def check_request(request: Any, asked: dict[str, Any], hf_config: Any) -> None:
     request.cache_salt = f"{request.cache_salt or ''}dspa:{uuid.uuid4().hex}"
 
 
-def _steering_of(request: Any, asked: dict[str, Any], settings: ServingSettings | None) -> SteeringRequest | None:
+def _steering_of(request: Any, settings: ServingSettings | None) -> SteeringRequest | None:
     """Return the steering that a request asks for, None for none; raise `ValueError` if it cannot have it."""
+    sampling, pooling = request.sampling_params, request.pooling_params
+    extra_args = sampling.extra_args if sampling else pooling.extra_kwargs if pooling else None
+    asked = keys(extra_args)
+    if inner := [place for place in places(extra_args) if place not in asked]:
+        raise ValueError(f"{', '.join(inner)}: put it into `extra_args` itself.")
     if settings is None:
         if asked:
             raise ValueError(f"{', '.join(asked)}: this engine does not steer. Start it with dspa serve.")
@@ -111,7 +175,7 @@ def _steering_of(request: Any, asked: dict[str, Any], settings: ServingSettings 
     steering = parse(asked, settings)
     if steering is None:
         return None
-    if request.sampling_params is None:
+    if sampling is None:
         raise ValueError("dspa: a request without sampling, as for embeddings, cannot be steered. Pass dspa: 'off'.")
     if request.prompt_embeds is not None or request.mm_features:
         raise ValueError("dspa: a steered prompt is text alone, and this one has embeddings or images.")
@@ -120,19 +184,6 @@ def _steering_of(request: Any, asked: dict[str, Any], settings: ServingSettings 
     if request.lora_request is not None:
         raise ValueError("dspa: a map is made for a model's own weights, and this request changes them by a LoRA.")
     return steering.of_prompt(len(request.prompt_token_ids))
-
-
-def _with_keys_in_place(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the method of an HTTP request that refuses our keys beside `vllm_xargs`, where vLLM would ignore them."""
-
-    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm.exceptions import VLLMValidationError
-
-        if misplaced := keys(self.model_extra):
-            raise VLLMValidationError(f"{', '.join(misplaced)}: put it into `vllm_xargs`.", parameter="vllm_xargs")
-        return to_sampling_params(self, *args, **kwargs)
-
-    return checked
 
 
 def _without_keys(to_beam_search_params: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,8 @@ from dspa.schemas import Accepts, OneOf, PositiveInt, Text, check, schema
 from dspa.serving.settings import KEY, MAX_ALPHA, ServingSettings
 
 SERVED_POSITIONS = ("response", "generated")
+# What clients put into a request for an engine, and into one another.
+CONTAINERS = ("vllm_xargs", "extra_args", "extra_body", "sampling_params")
 ServedStrength: TypeAlias = Annotated[
     StrictFloat, Field(ge=0, le=MAX_ALPHA), Accepts(f"a number from 0 to {MAX_ALPHA:g} (published: 0.2)")
 ]
@@ -67,6 +69,14 @@ class SteeringRequest:
 def keys(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the entries of a request's `vllm_xargs` or `extra_args` that are about steering."""
     return {name: value for name, value in (extra_args or {}).items() if name.lower().startswith(KEY)}
+
+
+def places(body: Any, inside: str = "") -> list[str]:
+    """Return where a request has keys about steering, as in `vllm_xargs.dspa`, in the right place or in a wrong one."""
+    if not isinstance(body, Mapping):
+        return []
+    inner = [place for name in CONTAINERS for place in places(body.get(name), f"{inside}{name}.")]
+    return [inside + name for name in keys(body)] + inner
 
 
 def parse(extra_args: Mapping[str, Any] | None, settings: ServingSettings) -> SteeringRequest | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dspa.errors import refusal
+from dspa.serving.plugin import attach
 from dspa.serving.versions import check_version
 
 
@@ -19,15 +21,16 @@ def serve(model: str, options: Mapping[str, Any], arguments: Sequence[str]) -> N
 
     Raises:
         ValueError: arguments that would replace the options.
-        RuntimeError: a version of vLLM that is not known.
+        RuntimeError: a version of vLLM that is not known, or that lacks what the checks of requests need.
     """
     check_version()
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    attach()
+    # The last two are defined in other modules in 0.33 than in 0.32.
+    from vllm.entrypoints.cli.serve import ServeSubcommand, make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    cli_env_setup()
+    # As vLLM's own command has it: a device does not survive a fork.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     parsed = make_arg_parser(FlexibleArgumentParser(prog="dspa serve MODEL")).parse_args([model, *arguments])
     overrides, ours = parsed.hf_overrides or {}, options["hf_overrides"]
     if not isinstance(overrides, Mapping):
