@@ -92,3 +92,22 @@ def test_unsteered_requests_are_those_of_plain_vllm(make_world: Any, run_engine:
         for other, (_, extra) in zip(plain["rounds"][0], REQUESTS, strict=True)
         if extra is None
     ]
+
+
+def test_ways_past_the_checks_of_a_running_engine(make_world: Any, run_engine: Callable[..., dict[str, Any]]) -> None:
+    """Other weights are refused, requests that a caller built are checked, and the engine answers on as before."""
+    world = make_world("llama")
+    keys, config = ASKED["both"]
+    answers = run_engine(
+        options=world.options() | {"enable_prefix_caching": True},
+        prompts=PROMPTS,
+        requests=REQUESTS,
+        rounds=2,
+        calls=["reload_weights", "reset_weights"],
+        built=[[4, keys], [5, keys], [4, {"dspa_alfa": 1}], [4, {"dspa_start": 99}], [4, {"vllm_xargs": keys}]],
+    )
+    assert ["made for the weights that it started with" in error for error in answers["calls"]] == [True, True]
+    assert answers["built"][:2] == [world.answers(PROMPTS[n], config) for n in (4, 5)]
+    for error, part in zip(answers["built"][2:], ("`dspa_alfa`", "1 to 75", "vllm_xargs.dspa_alpha"), strict=True):
+        assert part in error
+    assert differences(world, answers) == []

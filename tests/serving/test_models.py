@@ -34,7 +34,9 @@ def engine_config(world: World) -> Any:
             enable_sleep_mode=False,
             enable_prompt_embeds=False,
             revision=None,
+            runner_type="generate",
         ),
+        load_config=SimpleNamespace(load_format="auto"),
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=1,
             prefill_context_parallel_size=1,
@@ -57,6 +59,8 @@ def engine_config(world: World) -> Any:
         ("model_config.enable_sleep_mode", True, "sleep mode"),
         ("model_config.enable_prompt_embeds", True, "prompt embeddings"),
         ("model_config.revision", "v2", "a revision"),
+        ("model_config.runner_type", "pooling", "a runner other than generate"),
+        ("load_config.load_format", "dummy", "dummy weights"),
         ("parallel_config.pipeline_parallel_size", 2, "pipeline parallelism"),
         ("parallel_config.prefill_context_parallel_size", 2, "prefill context parallelism"),
         ("parallel_config.decode_context_parallel_size", 2, "decode context parallelism"),

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from vllm import ModelRegistry, envs
+from vllm.v1.worker.gpu_worker import Worker
 
 from dspa.errors import ModelError, listed, refusal
 from dspa.serving import ops
+from dspa.serving.plugin import wrap
 from dspa.serving.settings import ARCHITECTURES, PREFIX, ServingSettings
 from dspa.serving.state import STATES, ServingState
 from dspa.serving.versions import check_version
 
 # Compiled graphs, which vLLM keeps for other processes, hold it: so it is the same in all of them.
 ENGINE = "dspa"
+OTHER_WEIGHTS = (
+    "dspa: the maps of a steered engine are made for the weights that it started with, and these would change them. "
+    "Start another engine."
+)
 
 
 class Steered:
     """A model some of whose layers are read and edited, mixed into a class of vLLM."""
+
+    started = False
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
         check_version()
@@ -33,6 +42,12 @@ class Steered:
         from dspa.serving.model_state import SteeredModelState
 
         return SteeredModelState
+
+    def load_weights(self, weights: Any) -> Any:
+        """Load the weights that the engine starts with, and refuse any after them."""
+        if self.started:
+            raise ModelError(OTHER_WEIGHTS)
+        return super().load_weights(weights)  # type: ignore[misc]
 
     def steer_with(self, state: ServingState) -> None:
         """Let the layers that a method needs be read and edited by `state`.
@@ -51,9 +66,23 @@ class Steered:
                 "A process has one steered engine, and this is another. Delete the first, or start another process."
             )
         STATES[ENGINE] = state
+        self.started = True
+        for name in ("reload_weights", "reset_weights"):
+            wrap(Worker, name, _unless_steered)
         for number in touched:
             layers[number].dspa_order, layers[number].dspa_layer = state.order, number
             layers[number].__class__ = _steered(type(layers[number]), number in state.reads, number in state.writes)
+
+
+def _unless_steered(change_weights: Callable[..., None]) -> Callable[..., None]:
+    """Return a method of vLLM's worker, which takes weights apart before it loads others, without a steered model."""
+
+    def refused(self: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.get_model(), Steered):
+            raise ModelError(OTHER_WEIGHTS)
+        change_weights(self, *args, **kwargs)
+
+    return refused
 
 
 def _steered(base: type, reads: bool, writes: bool) -> type:
@@ -104,6 +133,8 @@ def check_engine(vllm_config: Any) -> None:
         "float16: an edited residual can overflow, and reach other requests through the key/value cache": (
             model.dtype == torch.float16
         ),
+        "a runner other than generate: what it answers is not steered": model.runner_type != "generate",
+        "dummy weights: a map is made for a model's own": vllm_config.load_config.load_format == "dummy",
         "sleep mode": model.enable_sleep_mode,
         "prompt embeddings": model.enable_prompt_embeds,
     }
