@@ -9,6 +9,7 @@ from dspa_kernels.ops.activation_counts import activation_counts
 from dspa_kernels.ops.fsrl_residual import FSRLOutput, fsrl_residual
 from dspa_kernels.ops.lookup_and_steer import lookup_and_steer
 from dspa_kernels.ops.map_lookup import map_lookup
+from dspa_kernels.ops.place_tokens import PlacedTokens, PromptRows, place_tokens
 from dspa_kernels.ops.sparse_decode import sparse_decode
 from dspa_kernels.ops.sparse_encode import sparse_encode
 from dspa_kernels.ops.steer import steer
@@ -33,6 +34,8 @@ __all__ = [
     "FSRLOutput",
     "InputError",
     "MapWeights",
+    "PlacedTokens",
+    "PromptRows",
     "SAEShape",
     "SAEWeights",
     "SparseLatents",
@@ -43,6 +46,7 @@ __all__ = [
     "fuse",
     "lookup_and_steer",
     "map_lookup",
+    "place_tokens",
     "product",
     "sparse_decode",
     "sparse_encode",

@@ -34,6 +34,7 @@ OPS = (
     "sparse_encode",
     "sparse_decode",
     "fsrl_residual",
+    "place_tokens",
 )
 BACKWARD = "_backward"
 DEFAULT = os.environ.get("DSPA_BACKEND") or "auto"

@@ -255,6 +255,11 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
         steering = plain_steering("jumprelu", DTYPES[0][0], 4, "none", "none", record=False)
         del steering["slots"], steering["signs"]
         yield "lookup_and_steer", {**steering, **lookup, "lookup_mode": mode}
+    ints, longs = torch.zeros(4, dtype=torch.int32), torch.zeros(64, dtype=torch.int64)
+    prompts = {"n_counted": longs[:4], "group": ints, "planned": torch.zeros(4, dtype=torch.bool)}
+    step = {"rows": ints[:3], "starts": ints, "positions": longs, "slots": longs}
+    placed = {"row": longs.int(), "position": longs.clone(), "slot": longs.clone(), "due": ints.expand(2, 4).clone()}
+    yield "place_tokens", {**step, **prompts, **placed}
     for (dtypes, normalize), kind, n in itertools.product(DTYPES, ("jumprelu", "topk"), ROWS):
         h_dtype, W_dtype = dtypes
         sae = random_sae(kind, 256, 512, dtype=W_dtype, normalize=normalize)
