@@ -18,7 +18,7 @@ Level: TypeAlias = Annotated[StrictFloat, Field(gt=0, lt=1), Accepts("a number b
 class SteeringConfig:
     """Settings of steering; the defaults are the published ones.
 
-    The metadata of each field hold its help, and its choices where it has some.
+    The metadata of each field hold its help, and its choices where it has some, with what they mean.
 
     Raises:
         ValueError: a setting outside its choices or its range.
@@ -47,18 +47,24 @@ class SteeringConfig:
     positions: Annotated[str, OneOf(POSITIONS)] = field(
         default="response",
         metadata={
-            "help": "Tokens to edit. response: the last prompt token, which predicts the first of the response, and "
-            "all after it; generated: only those after it; all: the whole prompt too.",
-            "choices": POSITIONS,
+            "help": "Tokens to edit.",
+            "choices": {
+                "response": "the last prompt token, which predicts the first of the response, and all after it",
+                "generated": "only those after it",
+                "all": "the whole prompt too",
+            },
         },
     )
     scoring: Annotated[str, OneOf(SCORINGS)] = field(
         default="raw",
         metadata={
-            "help": "How a prompt's output latents are chosen. raw: by the sum of its rows of the map, as published; "
-            "demixed: less what its input latents have in common; whitened: relative to each latent's variance; "
-            "confident: by entries beyond chance only.",
-            "choices": SCORINGS,
+            "help": "How a prompt's output latents are chosen.",
+            "choices": {
+                "raw": "by the sum of its rows of the map, as published",
+                "demixed": "less what its input latents have in common",
+                "whitened": "relative to each latent's variance",
+                "confident": "by entries beyond chance only",
+            },
         },
     )
     ridge: Positive = field(default=1e-3, metadata={"help": "Ridge of the least squares of demixed scoring."})

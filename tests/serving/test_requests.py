@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
 import dspa
+from dspa.config import POSITIONS, SCORINGS
 from dspa.serving.requests import parse
 from dspa.serving.settings import Place, ServingSettings
 
@@ -79,6 +81,20 @@ def test_tokens_that_count_and_that_are_edited(keys: dict[str, Any], counted: in
 def test_what_is_refused(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         parse(keys, settings())
+
+
+def test_the_command_has_the_choices_that_can_be_served() -> None:
+    import typer
+
+    from dspa.cli import app
+
+    options = {option.name: option for option in typer.main.get_command(app).commands["serve"].params}  # type: ignore[attr-defined]
+    for name, choices in (("positions", POSITIONS), ("scoring", SCORINGS)):
+        served = options[name].metavar.strip("<>").split("|")
+        for choice in choices:
+            assert (f"{choice}: " in options[name].help) == (choice in served)
+            with nullcontext() if choice in served else pytest.raises(ValueError, match=choice):
+                settings(config=dspa.SteeringConfig(**{name: choice}))
 
 
 @pytest.mark.parametrize(

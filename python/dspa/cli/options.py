@@ -32,11 +32,13 @@ class Options:
         panel: title above the options in the help.
         without: fields that have no option, and keep their defaults.
         names: option of each field for which it is not `--field-name`; for a boolean, "--yes-name/--no-name".
+        without_choices: choices of fields that the command does not take.
     """
 
     panel: str
     without: Collection[str] = ()
     names: Mapping[str, str] = field(default_factory=dict)
+    without_choices: Mapping[str, Collection[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,18 @@ class _Group:
     def _declared(self, name: str) -> str:
         return self.options.names.get(name, "--" + name.replace("_", "-"))
 
+    def choices(self, setting: Field[Any]) -> dict[str, str]:
+        """Choices of a field with what they mean, which is empty where its help says it."""
+        choices, refused = setting.metadata.get("choices", ()), self.options.without_choices.get(setting.name, ())
+        meanings = choices if isinstance(choices, Mapping) else dict.fromkeys(choices, "")
+        return {choice: meaning for choice, meaning in meanings.items() if choice not in refused}
+
+    def help(self, setting: Field[Any]) -> str:
+        """Help of a field, with what its choices mean."""
+        meanings = [f"{choice}: {meaning}" for choice, meaning in self.choices(setting).items() if meaning]
+        text = setting.metadata["help"] + (f" {'; '.join(meanings)}." if meanings else "")
+        return name_options(text, self.option_names())
+
     def parameters(self) -> Iterator[inspect.Parameter]:
         """Yield the parameter of each option, as Typer reads it."""
         hints = get_type_hints(self.kind)
@@ -64,10 +78,10 @@ class _Group:
             option = self._declared(setting.name)
             if hints[setting.name] is bool and "/" not in option:
                 option += f"/--no-{option.removeprefix('--')}"
-            choices = setting.metadata.get("choices", ())
+            choices = self.choices(setting)
             info = typer.Option(
                 option,
-                help=name_options(setting.metadata["help"], self.option_names()),
+                help=self.help(setting),
                 rich_help_panel=self.options.panel,
                 min=setting.metadata.get("min"),
                 metavar=f"<{'|'.join(choices)}>" if choices else None,
@@ -83,7 +97,7 @@ class _Group:
     def make(self, values: Mapping[str, Any]) -> Any:
         """Make the dataclass from the values of all options."""
         for setting in self.fields():
-            value, choices = values[setting.name], setting.metadata.get("choices")
+            value, choices = values[setting.name], self.choices(setting)
             if choices and value not in choices:
                 raise refusal(ValueError, self.option_names()[setting.name], repr(value), ", ".join(choices))
         return self.kind(**{setting.name: values[setting.name] for setting in self.fields()})

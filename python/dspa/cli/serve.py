@@ -12,6 +12,8 @@ from dspa.cli.options import RECORDED, SAE_IN_HELP, SAE_OUT_HELP, Options, with_
 from dspa.config import SteeringConfig
 from dspa.errors import refusal, require_package
 
+# Choices of steering that `ServingSettings` refuses.
+NOT_SERVED = {"positions": ("all",), "scoring": ("demixed",)}
 # Arguments of `vllm serve`, which come after our own.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -19,7 +21,7 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 @with_options
 def serve(
     context: typer.Context,
-    config: Annotated[SteeringConfig, Options("Steering", without=["ridge", "delta"])],
+    config: Annotated[SteeringConfig, Options("Steering", without=["ridge", "delta"], without_choices=NOT_SERVED)],
     model: Annotated[str, typer.Argument(help="Hugging Face model: a folder, or a name on the Hub.")],
     maps: Annotated[
         list[str],

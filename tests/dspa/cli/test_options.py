@@ -31,7 +31,7 @@ from dspa.cli.options import (
     SAEPairOptions,
     with_options,
 )
-from dspa.config import SteeringConfig
+from dspa.config import MODES, POSITIONS, SCORINGS, SteeringConfig
 from dspa.fsrl.config import FSRLConfig, TrainingConfig
 from dspa.saes.config import SAETrainingConfig
 from dspa_kernels import available_backends
@@ -130,6 +130,8 @@ def test_defaults_of_maps_are_those_of_reduce():
     for function in (reduce, build_map):
         parameters = inspect.signature(function).parameters
         assert all(parameters[setting.name].default == setting.default for setting in fields(MapOptions))
+    given = {setting.name: tuple(setting.metadata.get("choices", ())) for setting in fields(SteeringConfig)}
+    assert (given["mode"], given["positions"], given["scoring"]) == (MODES, POSITIONS, SCORINGS)
     choices = {setting.name: setting.metadata.get("choices") for setting in fields(MapOptions)}
     assert (choices["gate_rule"], choices["count_tokens"]) == (GATE_RULES, COUNT_TOKENS)
     assert set(BACKENDS) == {"auto", *available_backends()}
