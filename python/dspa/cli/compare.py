@@ -23,6 +23,7 @@ from dspa.cli.options import (
     RecordedSAEPair,
     RecordedSAEPairOptions,
     SamplingOptions,
+    check_used,
     messages_of_options,
     with_options,
 )
@@ -137,8 +138,7 @@ def compare(
 
     if not map_paths and not adapter and not prefix:
         raise ValueError("None of --map, --adapter and --prefix was given; accepted: one of them, or more.")
-    if fraction and not adapter:
-        raise ValueError("Without --adapter there is no use for --fraction. Pass --adapter, or leave it out.")
+    check_used("--adapter", adapter, ["--fraction"] if fraction else [])
     _check_repeated({"--map": map_paths, "--alpha": alpha, "--mode": mode, "--adapter": adapter})
     _check_repeated({"--fraction": fraction, "--prefix": prefix})
     if not max_perplexity:

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +26,8 @@ from dspa.cli.options import (
     RecordedSAEPair,
     RecordedSAEPairOptions,
     Sampling,
+    changed,
+    check_used,
     with_options,
 )
 from dspa.cli.texts import as_record, print_comparison
@@ -178,20 +180,11 @@ def _check_given(
     """Raise `ValueError` where nothing steers, or for an option of what is not used."""
     if map_path is None and adapter is None:
         raise ValueError("Neither --map (DSPA) nor --adapter (FSRL) was given; accepted: one of them, or both.")
-    of_maps = [*_changed(pair), *_changed(config), *_changed(ops, "backend")]
+    of_maps = [*changed(pair), *changed(config), *changed(ops, "backend")]
     if trace is not None:
         of_maps.append("--trace")
-    for option, path, given in (("--map", map_path, of_maps), ("--adapter", adapter, _changed(adapter_sae))):
-        if path is None and given:
-            raise ValueError(
-                f"Without {option} there is no use for {', '.join(given)}. Pass {option}, or leave it out."
-            )
-
-
-def _changed(options: Any, *but: str) -> list[str]:
-    """Return the options of a dataclass that differ from their defaults."""
-    names = (setting.name for setting in fields(options) if getattr(options, setting.name) != setting.default)
-    return [f"--{name.replace('_', '-')}" for name in names if name not in but]
+    check_used("--map", map_path, of_maps)
+    check_used("--adapter", adapter, changed(adapter_sae))
 
 
 def _load(

@@ -169,6 +169,18 @@ def _add(parameters: dict[str, inspect.Parameter], option: inspect.Parameter) ->
         known.annotation.__metadata__[0].help += " " + option.annotation.__metadata__[0].help
 
 
+def changed(options: Any, *but: str) -> list[str]:
+    """Return the options of a dataclass that differ from their defaults."""
+    names = (setting.name for setting in fields(options) if getattr(options, setting.name) != setting.default)
+    return [f"--{name.replace('_', '-')}" for name in names if name not in but]
+
+
+def check_used(option: str, value: object, others: Collection[str]) -> None:
+    """Raise `ValueError` where `option` was not given, and `others` were, which nothing uses without it."""
+    if not value and others:
+        raise ValueError(f"Without {option} there is no use for {', '.join(others)}. Pass {option}, or leave it out.")
+
+
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 SAE_HELP = "A folder or file of an SAE, or RELEASE:SAE_ID of SAELens' catalogue."
 MODEL_HELP = "Hugging Face model: a folder, a GGUF file, or a name on the Hub."
