@@ -23,22 +23,10 @@ from dspa.testing import D_IN, D_SAE_OUT, FAMILIES, L_OUT, make_map, make_model,
 
 from ...rounding import PASS, assert_same_logits, rounding
 from ..steering.test_generate import PROMPTS, compiled_decoding, new_tokens, padded
+from ..support.adapters import make_adapter
 from ..support.saes import DECODING
 
 N_NEW = 6
-
-
-def make_adapter(sae: Any, activation: str = "soft_threshold", *, seed: int = 0) -> FSRLAdapter:
-    """An adapter that moves about half of the latents of a random model, far enough to change its tokens."""
-    adapter = FSRLAdapter(sae, FSRLConfig(activation))
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        adapter.W_a.copy_(torch.randn(adapter.W_a.shape, generator=g))
-        adapter.b_a.copy_(torch.randn(adapter.b_a.shape, generator=g))
-        for name, parameter in adapter.named_parameters():
-            if "threshold" in name:
-                parameter.copy_(torch.rand(parameter.shape, generator=g))
-    return adapter.requires_grad_(False).eval()
 
 
 @pytest.fixture(scope="module", params=ACTIVATIONS)

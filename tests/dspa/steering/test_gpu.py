@@ -9,7 +9,7 @@ import dspa
 from dspa.fsrl.config import ACTIVATIONS
 from dspa.testing import make_model
 
-from ..fsrl.test_adapter import make_adapter
+from ..support.adapters import make_adapter
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,7 +16,7 @@ import dspa
 from dspa.fsrl import FSRLAdapter
 from dspa.testing import L_OUT, make_model
 
-from ..fsrl.test_adapter import make_adapter
+from ..support.adapters import make_adapter
 from .test_generate import PROMPTS
 
 N_THREADS, N_CALLS, N_NEW = 8, 4, 4

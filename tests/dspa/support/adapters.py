@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dspa.evaluate.responses import Response
-from dspa.fsrl import FSRLAdapter
+from dspa.fsrl import FSRLAdapter, FSRLConfig
 from dspa.models.reading import read_layers
 from dspa.saes.frozen import FrozenSAE
 from dspa.testing import D_SAE_OUT, ENGLISH, L_OUT, make_sae, word_tokenizer
@@ -45,6 +45,19 @@ def hidden_states(model: PreTrainedModel, responses: list[Response]) -> torch.Te
         h = read_layers(model, [L_OUT], input_ids=torch.tensor([response.prompt + response.ids]))[L_OUT][0]
         rows.append(h[len(response.prompt) :])
     return torch.cat(rows)
+
+
+def make_adapter(sae: FrozenSAE, activation: str = "soft_threshold", *, seed: int = 0) -> FSRLAdapter:
+    """An adapter that moves about half of the latents of a random model, far enough to change its tokens."""
+    adapter = FSRLAdapter(sae, FSRLConfig(activation))
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        adapter.W_a.copy_(torch.randn(adapter.W_a.shape, generator=g))
+        adapter.b_a.copy_(torch.randn(adapter.b_a.shape, generator=g))
+        for name, parameter in adapter.named_parameters():
+            if "threshold" in name:
+                parameter.copy_(torch.rand(parameter.shape, generator=g))
+    return adapter.requires_grad_(False).eval()
 
 
 def acting_adapter(
