@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[1]
 DSPA = (
     {"__main__"},
     {"cli"},
-    {"demo"},
+    {"demo", "serving"},
     {"fsrl"},
     {"baselines", "evaluate"},
-    {"serving", "steering", "testing"},
+    {"steering", "testing"},
     {"maps"},
     {"saes"},
     {"training_folder"},

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import dspa
+from dspa.fsrl import FSRLAdapter
 from dspa.serving import vllm_options
 from dspa.testing import (
     BOS,
@@ -32,6 +33,7 @@ from dspa.testing import (
     make_sae,
     make_tokenizer,
 )
+from tests.dspa.support.adapters import make_adapter
 
 HERE = Path(__file__).parent
 D_IN = 128
@@ -48,8 +50,8 @@ NO_GPU = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
-# By the name of its settings, what a request asks for, and the same for `dspa.Steering`.
-ASKED: dict[str, tuple[dict[str, Any] | None, dspa.SteeringConfig | None]] = {
+# By the name of its settings, what a request asks for, and the same for `dspa.Steering`, or the name of an adapter.
+ASKED: dict[str, tuple[dict[str, Any] | None, dspa.SteeringConfig | str | None]] = {
     "base": (None, None),
     "ablate": ({"dspa": "on"}, dspa.SteeringConfig()),
     "ablate 1": ({"dspa_alpha": 1.0}, dspa.SteeringConfig(alpha=1.0)),
@@ -59,7 +61,11 @@ ASKED: dict[str, tuple[dict[str, Any] | None, dspa.SteeringConfig | None]] = {
         {"dspa_alpha": 1.0, "dspa_mode": "both", "dspa_positions": "generated"},
         dspa.SteeringConfig(alpha=1.0, mode="both", positions="generated"),
     ),
+    "early": ({"dspa_adapter": "early"}, "early"),
+    "late": ({"dspa": "on", "dspa_adapter": "late"}, "late"),
 }
+# By the name of an adapter, its SAE, and the activation of its latents' movements.
+ADAPTERS = {"early": ("sae_in", "soft_threshold"), "late": ("sae_out", "jumprelu")}
 
 
 def make_prompts(lengths: Sequence[int]) -> list[list[int]]:
@@ -77,7 +83,7 @@ PROMPTS = make_prompts([3, 11, 11, 40, 75, 75, 75, 100])
 
 @dataclass(frozen=True)
 class World:
-    """A model, its SAEs and a map, in files."""
+    """A model, its SAEs, a map and two adapters, in files."""
 
     folder: Path
 
@@ -89,12 +95,17 @@ class World:
     def map(self) -> str:
         return str(self.folder / "map.safetensors")
 
+    @property
+    def adapters(self) -> dict[str, str]:
+        return {name: self.place(name) for name in ADAPTERS}
+
     def place(self, name: str) -> str:
         return str(self.folder / name)
 
     def options(self, **settings: Any) -> dict[str, Any]:
         """Options of an engine that steers."""
-        steering = {"maps": self.map, "sae_in": self.place("sae_in"), "sae_out": self.place("sae_out")}
+        steering: dict[str, Any] = {"maps": self.map, "adapters": self.adapters}
+        steering |= {name: self.place(name) for name in ("sae_in", "sae_out")}
         return self.plain() | vllm_options(self.model, **(steering | settings))
 
     def plain(self) -> dict[str, Any]:
@@ -111,11 +122,14 @@ class World:
             "disable_log_stats": False,
         }
 
-    def answers(self, prompt: list[int], config: dspa.SteeringConfig | None, n: int = 16) -> list[int]:
-        """Tokens that transformers generates greedily, with `dspa.Steering`."""
+    def answers(self, prompt: list[int], config: dspa.SteeringConfig | str | None, n: int = 16) -> list[int]:
+        """Tokens that transformers generates greedily, with `dspa.Steering` or an adapter."""
         model = load(self.model)
         steering: Any = nullcontext()
-        if config is not None:
+        if isinstance(config, str):
+            sae = dspa.FrozenSAE.load(self.place(ADAPTERS[config][0]))
+            steering = FSRLAdapter.load(self.place(config), sae).attach(model)
+        elif config is not None:
             saes = [dspa.FrozenSAE.load(self.place(name)) for name in ("sae_in", "sae_out")]
             cdmap = dspa.ConditionalDifferenceMap.load(self.map)
             steering = dspa.Steering(*saes, cdmap, config).attach(model)
@@ -155,6 +169,9 @@ def make_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Worl
             sae_in.save(folder / "sae_in")
             sae_out.save(folder / "sae_out")
             make_map(sae_in, sae_out).save(folder / "map.safetensors")
+            for seed, (name, (sae, activation)) in enumerate(ADAPTERS.items()):
+                # Loaded, so that the adapter records where it is.
+                make_adapter(dspa.FrozenSAE.load(folder / sae), activation, seed=seed).save(folder / name)
             made[family] = World(folder)
         return made[family]
 

@@ -11,10 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dspa
-from dspa.errors import MapError, ModelError, SAEError
+from dspa.errors import AdapterError, MapError, ModelError, SAEError
 from dspa.serving import vllm_options
 from dspa.serving.settings import ServingSettings
-from dspa.testing import L_IN, make_map, make_model, make_sae
+from dspa.testing import L_IN, L_OUT, make_map, make_model, make_sae
+from tests.dspa.support.adapters import make_adapter
 from tests.serving.conftest import D_IN, World
 
 
@@ -39,13 +40,27 @@ def test_an_architecture_and_its_settings(world: World) -> None:
     config: Any = Config()
     config.dspa = overrides["dspa"]
     settings = ServingSettings.of(config)
-    assert settings is not None and settings.names == ["default"] and settings.config.alpha == 0.5
+    assert settings is not None and list(settings.maps) == ["default"] and settings.config.alpha == 0.5
     assert ServingSettings.of(Config()) is None
 
 
 def test_maps_by_name(world: World) -> None:
     overrides = options(world, maps={"polite": world.map, "terse": world.map})["hf_overrides"]
     assert list(overrides["dspa"]["maps"]) == ["polite", "terse"]
+
+
+def test_adapters_beside_maps_and_without(world: World) -> None:
+    for changes, names in (
+        ({"adapters": world.place("late")}, ["default"]),
+        ({"adapters": world.adapters}, ["early", "late"]),
+        ({"adapters": world.adapters, "maps": None, "sae_in": None, "sae_out": None}, ["early", "late"]),
+    ):
+        settings = options(world, **changes)["hf_overrides"]["dspa"]
+        assert list(settings["adapters"]) == names
+        late = settings["adapters"][names[-1]]
+        # Where the adapter says that its SAE is.
+        assert late["sae"]["path"] == world.place("sae_out") and late["sae"]["layer"] == L_OUT
+        assert late["record"]["path"].startswith(world.place("late"))
 
 
 def test_settings_that_were_edited_are_refused(world: World) -> None:
@@ -68,10 +83,18 @@ def test_settings_that_were_edited_are_refused(world: World) -> None:
         ({"config": dspa.SteeringConfig(scoring="demixed")}, ValueError, "demixed"),
         ({"config": dspa.SteeringConfig(positions="all")}, ValueError, "response, generated"),
         ({"model_name": "google/gemma-2-2b"}, None, ""),
+        ({"adapters": {}}, ValueError, "`adapters` is empty"),
+        ({"adapters": "nowhere"}, AdapterError, "holds no adapter.json"),
+        ({"adapters": "late", "sae": "sae_in"}, AdapterError, "was trained with an SAE of d_sae 128"),
+        ({"adapters": "late", "sae": "nowhere"}, SAEError, "nowhere"),
+        ({"sae": "sae_in"}, ValueError, "Without `adapters` there is no use for `sae`"),
+        ({"maps": None}, ValueError, "Without `maps` there is no use for `sae_in`, `sae_out`"),
+        ({"maps": None, "sae_in": None, "sae_out": None}, ValueError, "`maps` and `adapters` is empty"),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], error: Any, message: str, world: World) -> None:
-    changes = {name: world.place(value) if value in ("sae_in", "sae_out") else value for name, value in changes.items()}
+    places = ("sae_in", "sae_out", "late")
+    changes = {name: world.place(value) if value in places else value for name, value in changes.items()}
     if error is None:
         options(world, **changes)
         return
@@ -106,6 +129,36 @@ def test_other_weights(world: World, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="other weights"):
         options(world, **changes)
     options(world, other_weights=True, **changes)
+
+
+def test_an_adapter_of_other_weights(world: World, tmp_path: Path) -> None:
+    """Its record holds the digest of the weights that it was trained with."""
+    adapter = make_adapter(dspa.FrozenSAE.load(world.place("sae_out")))
+    adapter.trained_with = str(dspa.models.sources.model_digest(AutoModelForCausalLM.from_pretrained(world.model)))
+    adapter.save(tmp_path / "same")
+    options(world, adapters=tmp_path / "same")
+    adapter.trained_with = str(dspa.models.sources.model_digest(make_model("llama", seed=1)))
+    adapter.save(tmp_path / "other")
+    with pytest.raises(ModelError, match="The adapter was made with other weights"):
+        options(world, adapters=tmp_path / "other")
+    options(world, adapters=tmp_path / "other", other_weights=True)
+
+
+@pytest.mark.parametrize(
+    ("sae", "message"),
+    [
+        (make_sae(4, 64, d_in=D_IN), "`sae` sits at layer 4; accepted: 0 to 3"),
+        (make_sae(1, 64, d_in=64), "64 dimensions"),
+        (make_sae(1, 64, d_in=D_IN, model_name="google/gemma-2-2b"), "google/gemma-2-2b"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_the_model(
+    sae: dspa.FrozenSAE, message: str, world: World, tmp_path: Path
+) -> None:
+    sae.save(tmp_path / "sae")
+    make_adapter(dspa.FrozenSAE.load(tmp_path / "sae")).save(tmp_path / "adapter")
+    with pytest.raises(ModelError, match=message):
+        options(world, adapters=tmp_path / "adapter", model_name="meta-llama/Llama-3.1-8B")
 
 
 def test_an_sae_of_another_model(world: World, tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ import pytest
 import dspa
 from dspa.config import POSITIONS, SCORINGS
 from dspa.serving.requests import parse
-from dspa.serving.settings import Place, ServingSettings
+from dspa.serving.settings import AdapterPlace, Place, ServingSettings
 
 PLACE = Place("/somewhere", "0")
+ADAPTERS = {"warm": AdapterPlace(PLACE, PLACE), "cold": AdapterPlace(PLACE, PLACE)}
+WITHOUT_MAPS: dict[str, Any] = {"maps": {}, "sae_in": None, "sae_out": None}
 
 
 def settings(**kwargs: Any) -> ServingSettings:
@@ -51,6 +53,54 @@ def test_tokens_that_count_and_that_are_edited(keys: dict[str, Any], counted: in
     assert asked is not None
     asked = asked.of_prompt(9)
     assert (asked.n_counted, asked.first_edited) == (counted, edited)
+
+
+def test_a_map_or_an_adapter() -> None:
+    both, adapters = settings(adapters=ADAPTERS), settings(adapters=ADAPTERS, **WITHOUT_MAPS)
+    for keys, engine, expected in (
+        ({"dspa": "on"}, both, ("polite", None)),
+        ({"dspa_adapter": "cold"}, both, (None, "cold")),
+        ({"dspa": "on"}, adapters, (None, "warm")),
+        ({"dspa": "on", "dspa_adapter": "cold"}, adapters, (None, "cold")),
+    ):
+        asked = parse(keys, engine)
+        assert asked is not None and (asked.dspa_map, asked.dspa_adapter) == expected
+        # An adapter reads no prompt, and edits every token.
+        asked = asked.of_prompt(9)
+        assert (asked.n_counted, asked.first_edited) == ((9, 8) if asked.dspa_map else (0, 0))
+    asked = parse({}, settings(adapters=ADAPTERS, **WITHOUT_MAPS, steer_all=True))
+    assert asked is not None and asked.dspa_adapter == "warm"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"dspa_map": "polite", "dspa_adapter": "warm"}, "dspa_adapter: not for a request that `dspa_map` steers"),
+        (
+            {"dspa_adapter": "warm", "dspa_alpha": 1, "dspa_mode": "both", "dspa": "on"},
+            "dspa_alpha, dspa_mode: not for a request that `dspa_adapter` steers; accepted beside it: dspa.",
+        ),
+        ({"dspa_adapter": "warm", "dspa_positions": "response"}, "dspa_positions: not for"),
+        ({"dspa_adapter": "warm", "dspa_start": 1}, "dspa_start: not for"),
+        ({"dspa": "off", "dspa_adapter": "warm", "dspa_start": 1}, "dspa_start: not for"),
+        ({"dspa_adapter": "hot"}, "`dspa_adapter` is 'hot'; accepted: warm, cold"),
+        ({"dspa_adapter": 1}, "`dspa_adapter` is 1; accepted: text"),
+        ({"dspa_adapter": None}, "`dspa_adapter` is None; accepted: warm, cold"),
+        ({"dspa_adaptor": "warm"}, "`dspa_adaptor` is not known"),
+    ],
+)
+def test_what_is_refused_of_adapters(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(keys, settings(adapters=ADAPTERS))
+
+
+def test_what_an_engine_does_not_have() -> None:
+    with pytest.raises(ValueError, match="`dspa_adapter` is 'warm'; accepted: no such key, as this engine has none"):
+        parse({"dspa_adapter": "warm"}, settings())
+    with pytest.raises(ValueError, match="`dspa_map` is 'polite'; accepted: no such key, as this engine has none"):
+        parse({"dspa_map": "polite"}, settings(adapters=ADAPTERS, **WITHOUT_MAPS))
+    with pytest.raises(ValueError, match="dspa_alpha: not for a request that `dspa_adapter` steers"):
+        parse({"dspa_alpha": 1}, settings(adapters=ADAPTERS, **WITHOUT_MAPS))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +150,9 @@ def test_the_command_has_the_choices_that_can_be_served() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"maps": {}},
+        WITHOUT_MAPS,
+        {"maps": {}, "adapters": ADAPTERS},
+        {"sae_in": None},
         {"config": dspa.SteeringConfig(scoring="demixed")},
         {"config": dspa.SteeringConfig(positions="all")},
         {"config": dspa.SteeringConfig(alpha=1e39)},

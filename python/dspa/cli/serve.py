@@ -8,7 +8,14 @@ from typing import Annotated
 
 import typer
 
-from dspa.cli.options import RECORDED, SAE_IN_HELP, SAE_OUT_HELP, Options, with_options
+from dspa.cli.options import (
+    AdapterSAEOptions,
+    Options,
+    RecordedSAEPairOptions,
+    changed,
+    check_used,
+    with_options,
+)
 from dspa.config import SteeringConfig
 from dspa.errors import refusal, require_package
 
@@ -21,30 +28,39 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 @with_options
 def serve(
     context: typer.Context,
+    pair: Annotated[RecordedSAEPairOptions, Options("SAEs", without=["layer_in", "layer_out"])],
+    adapter_sae: Annotated[AdapterSAEOptions, Options("SAEs", without=["layer"])],
     config: Annotated[SteeringConfig, Options("Steering", without=["ridge", "delta"], without_choices=NOT_SERVED)],
     model: Annotated[str, typer.Argument(help="Hugging Face model: a folder, or a name on the Hub.")],
     maps: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--map",
             help="A map, a file that dspa map build wrote, or several, each as NAME=FILE. All are of the same SAEs, "
-            "and requests that name none take the first.",
+            "and requests that name nothing take the first.",
         ),
-    ],
-    sae_in: Annotated[str | None, typer.Option(help=f"{SAE_IN_HELP} {RECORDED.format('map')}")] = None,
-    sae_out: Annotated[str | None, typer.Option(help=f"{SAE_OUT_HELP} {RECORDED.format('map')}")] = None,
+    ] = None,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            help="An FSRL adapter, a folder that dspa fsrl train wrote, or several, each as NAME=FOLDER. Requests that "
+            "name nothing take the first where there is no map.",
+        ),
+    ] = None,
     steer_all: Annotated[bool, typer.Option(help="Steer requests that do not ask for it, too.")] = False,
     model_name: Annotated[
         str | None, typer.Option(help="Name of the model, if it is in a folder that does not record it.")
     ] = None,
     other_weights: Annotated[
-        bool, typer.Option(help="Accept a model with other weights than the maps were made with.")
+        bool, typer.Option(help="Accept a model with other weights than the maps and adapters were made with.")
     ] = False,
 ) -> None:
     """Serve a model with vLLM: its OpenAI-compatible server, whose requests can be steered, each in its own way.
 
     A request asks for it by `vllm_xargs`: `{"dspa": "on"}`, and `dspa_alpha`, `dspa_mode`, `dspa_positions`,
-    `dspa_map` and `dspa_start` for other settings than the server's. Others in the same batch are not changed.
+    `dspa_map` and `dspa_start` for other settings than the server's, or `dspa_adapter` for an FSRL adapter. Others in
+    the same batch are not changed.
 
     All further arguments are those of `vllm serve`:
 
@@ -54,12 +70,18 @@ def serve(
     from dspa.serving.options import vllm_options
     from dspa.serving.server import serve as serve_until_stopped
 
+    if not (maps or adapters):
+        raise ValueError("Neither --map (DSPA) nor --adapter (FSRL) was given; accepted: one of them, or both.")
+    check_used("--map", maps, [*changed(pair), *changed(config)])
+    check_used("--adapter", adapters, changed(adapter_sae))
     options = vllm_options(
         model,
-        _named(maps),
-        sae_in,
-        sae_out,
-        config,
+        _named("--map", "FILE", maps),
+        pair.sae_in,
+        pair.sae_out,
+        config if maps else None,
+        adapters=_named("--adapter", "FOLDER", adapters),
+        sae=adapter_sae.sae,
         steer_all=steer_all,
         model_name=model_name,
         other_weights=other_weights,
@@ -67,16 +89,18 @@ def serve(
     serve_until_stopped(model, options, context.args)
 
 
-def _named(maps: Sequence[str]) -> dict[str, str] | str:
-    """Return the maps by name, or the one that has none."""
-    if len(maps) == 1 and (Path(maps[0]).exists() or "=" not in maps[0]):
-        return maps[0]
+def _named(option: str, kind: str, given: Sequence[str] | None) -> dict[str, str] | str | None:
+    """Return what an option gives by name, or the one that has none."""
+    if not given:
+        return None
+    if len(given) == 1 and (Path(given[0]).exists() or "=" not in given[0]):
+        return given[0]
     named = {}
-    for text in maps:
+    for text in given:
         name, equals, path = text.partition("=")
         if not (name and equals and path):
-            raise refusal(ValueError, "--map", text, "NAME=FILE where there are several")
+            raise refusal(ValueError, option, text, f"NAME={kind} where there are several")
         if name in named:
-            raise refusal(ValueError, "--map", f"{name} twice", "one file per name")
+            raise refusal(ValueError, option, f"{name} twice", "one path per name")
         named[name] = path
     return named

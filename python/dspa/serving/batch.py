@@ -13,14 +13,15 @@ class Batch:
         n_requests: requests that can run at once, R. Each has a row.
         n_tokens: tokens of a step at most.
         device: device of the residuals.
+        dtype: dtype of the residuals.
 
     Attributes:
         row: [n_tokens] int32, the row of each token's request, -1 for padding.
         position: [n_tokens] int64, its position in its sequence.
     """
 
-    def __init__(self, n_requests: int, n_tokens: int, device: torch.device) -> None:
-        self.n_requests = n_requests
+    def __init__(self, n_requests: int, n_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.n_requests, self.dtype = n_requests, dtype
         self.row = torch.full((n_tokens,), -1, dtype=torch.int32, device=device)
         self.position = torch.zeros(n_tokens, dtype=torch.int64, device=device)
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dspa.errors import MapError, refusal
-from dspa.files import file_sha256
+from dspa.errors import MapError
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import required_layer
@@ -28,8 +26,9 @@ class MapSteering:
     The layer of the input SAE calls `count` and that of the output SAE `edit`. Neither reads a number on the host.
 
     Args:
-        settings: settings of the engine.
+        settings: settings of the engine, which has maps.
         batch: the tokens of its steps.
+        load_sae: loads an SAE onto the device of the residuals.
 
     Attributes:
         reads: `count`, by the layer after which it is called.
@@ -40,13 +39,11 @@ class MapSteering:
         SAEError: a damaged SAE.
     """
 
-    def __init__(self, settings: ServingSettings, batch: Batch) -> None:
+    def __init__(self, settings: ServingSettings, batch: Batch, load_sae: Callable[[Place], FrozenSAE]) -> None:
         device, n_requests = batch.row.device, batch.n_requests
-        self.config, self.names, self.batch = settings.config, settings.names, batch
-        self.sae_in, self.sae_out = (
-            FrozenSAE.load(place.path, layer=place.layer, device=device)
-            for place in (settings.sae_in, settings.sae_out)
-        )
+        assert settings.sae_in is not None and settings.sae_out is not None
+        self.config, self.names, self.batch = settings.config, list(settings.maps), batch
+        self.sae_in, self.sae_out = load_sae(settings.sae_in), load_sae(settings.sae_out)
         self._load([_load_map(place).to(device) for place in settings.maps.values()])
         self.reads: dict[int, Callable[[Tensor], None]] = {required_layer(self.sae_in): self.count}
         self.writes: dict[int, Callable[[Tensor], Tensor]] = {required_layer(self.sae_out): self.edit}
@@ -79,7 +76,7 @@ class MapSteering:
     def begin(self, row: int, request: SteeringRequest | None) -> None:
         """Give a row to a request, None for one that is not steered, which will be computed from its first token on."""
         self.n_counted[row], self.first_edited[row] = 0, NEVER
-        if request is None:
+        if request is None or request.dspa_map is None:
             return
         k_diff = self.config.k_diff
         self.n_counted[row] = request.n_counted
@@ -151,12 +148,5 @@ class MapSteering:
 
 
 def _load_map(place: Place) -> ConditionalDifferenceMap:
-    if (digest := file_sha256(Path(place.path))) != place.digest:
-        raise refusal(
-            MapError,
-            place.path,
-            f"another file than when the engine was started (SHA-256 {digest}, was {place.digest})",
-            "the same file in all processes",
-            "Start the engine again.",
-        )
+    place.check_unchanged(MapError)
     return ConditionalDifferenceMap.load(place.path)

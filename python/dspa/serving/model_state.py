@@ -19,7 +19,7 @@ class SteeredModelState(DefaultModelState):  # type: ignore[misc]
         super().__init__(vllm_config, model, encoder_cache, device)
         settings = ServingSettings.of(vllm_config.model_config.hf_config)
         assert settings is not None
-        self.steering = ServingState(settings, self.max_num_reqs, self.max_num_tokens, device)
+        self.steering = ServingState(settings, self.max_num_reqs, self.max_num_tokens, device, self.dtype)
         model.steer_with(self.steering)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:

@@ -8,20 +8,23 @@ from pathlib import Path
 from typing import Any, cast
 
 from dspa.config import SteeringConfig
-from dspa.errors import MapError, ModelError, listed, refusal
-from dspa.files import file_sha256
+from dspa.errors import AdapterError, MapError, ModelError, listed, refusal
+from dspa.fsrl.adapter import RECORD, FSRLAdapter, read_record
 from dspa.maps.cdmap import ConditionalDifferenceMap
+from dspa.models.sources import Source
 from dspa.saes.frozen import FrozenSAE
-from dspa.serving.settings import ARCHITECTURES, DEFAULT, KEY, PREFIX, Place, ServingSettings
+from dspa.serving.settings import ARCHITECTURES, DEFAULT, KEY, PREFIX, AdapterPlace, Place, ServingSettings
 
 
 def vllm_options(
     model: str | Path,
-    maps: str | Path | Mapping[str, str | Path],
+    maps: str | Path | Mapping[str, str | Path] | None = None,
     sae_in: str | Path | None = None,
     sae_out: str | Path | None = None,
     config: SteeringConfig | None = None,
     *,
+    adapters: str | Path | Mapping[str, str | Path] | None = None,
+    sae: str | Path | None = None,
     steer_all: bool = False,
     model_name: str | None = None,
     other_weights: bool = False,
@@ -33,79 +36,132 @@ def vllm_options(
     llm.generate(prompts, vllm.SamplingParams(extra_args={"dspa": "on", "dspa_alpha": 0.5}))
     ```
 
-    Everything is checked here, before vLLM starts: the files, the SAEs against the maps, and both against the model,
-    which is read once for that.
+    Everything is checked here, before vLLM starts: the files, the SAEs against the maps and adapters, and all of them
+    against the model, which is read once for that.
 
     Args:
         model: a folder, or a name on the Hub, of one of the `ARCHITECTURES`.
         maps: a map's file, or several by name. All are of the same SAEs. The first is the default.
         sae_in: folder or file of the input SAE, by default what the first map records.
         sae_out: the same of the output SAE.
-        config: settings of steering, which a request may replace in part. Not scoring="demixed", nor positions="all".
+        config: settings of steering by a map, which a request may replace in part. Not scoring="demixed", nor
+            positions="all".
+        adapters: the folder of an FSRL adapter, or several by name. The first is the default where there is no map.
+        sae: folder or file of the adapters' SAE, by default what each of them records.
         steer_all: steer requests that do not ask for it.
         model_name: name of the model, if it is in a folder that does not record it.
-        other_weights: accept a model with other weights than the maps were made with, and do not read them.
+        other_weights: accept a model with other weights than the maps and adapters were made with, and do not read
+            them.
 
     Returns:
         `hf_overrides`, with an architecture of this package and, beside it, the settings. Neither works without the
         other. Pass them on as they are.
 
     Raises:
+        AdapterError: an adapter that is missing, damaged, or of another SAE.
         MapError: a map that is missing, damaged, or of other SAEs.
-        ModelError: a model that cannot be served, or is not the one that the maps were made with.
+        ModelError: a model that cannot be served, or is not the one that the maps and adapters were made with.
         SAEError: an SAE that is missing or damaged.
-        ValueError: settings that cannot be served.
+        ValueError: settings that cannot be served, or that nothing uses.
     """
-    named = dict(maps) if isinstance(maps, Mapping) else {DEFAULT: maps}
-    if not named:
-        raise refusal(ValueError, "`maps`", "empty", "a map's file, or several by name")
-    paths = {name: Path(path).absolute() for name, path in named.items()}
-    loaded = {name: ConditionalDifferenceMap.load(path) for name, path in paths.items()}
-    first = next(iter(loaded.values()))
-    place_in, frozen_in = _load_sae("sae_in", sae_in, first, first.meta.layer_in)
-    place_out, frozen_out = _load_sae("sae_out", sae_out, first, first.meta.layer_out)
+    map_paths, adapter_paths = _by_name("maps", maps), _by_name("adapters", adapters)
+    _check_used("maps", map_paths, sae_in=sae_in, sae_out=sae_out, config=config)
+    _check_used("adapters", adapter_paths, sae=sae)
+    config = config or SteeringConfig()
+    cdmaps = {name: ConditionalDifferenceMap.load(path) for name, path in map_paths.items()}
+    pair = _load_pair(list(cdmaps.values()), sae_in, sae_out, config)
+    loaded = {name: _load_adapter(path, sae) for name, path in adapter_paths.items()}
     settings = ServingSettings(
         model=str(model),
-        maps={name: Place(str(path), file_sha256(path)) for name, path in paths.items()},
-        sae_in=place_in,
-        sae_out=place_out,
-        config=config or SteeringConfig(),
+        maps={name: Place.of_file(path) for name, path in map_paths.items()},
+        **{name: _place_of(of_pair) for name, of_pair in pair.items()},
+        adapters={
+            name: AdapterPlace(Place.of_file(path / RECORD), _place_of(loaded[name].sae))
+            for name, path in adapter_paths.items()
+        },
+        config=config,
         steer_all=steer_all,
     )
-    for cdmap in loaded.values():
-        cdmap.check_saes(frozen_in, frozen_out)
-        cdmap.check_sizes(settings.config)
-    architecture = _check_model(model, list(loaded.values()), frozen_in, frozen_out, model_name, other_weights)
+    architecture = _check_model(
+        model, list(cdmaps.values()), pair, list(loaded.values()), model_name, other_weights=other_weights
+    )
     return {"hf_overrides": {"architectures": [PREFIX + architecture], KEY: asdict(cast(Any, settings))}}
 
 
+def _by_name(argument: str, given: str | Path | Mapping[str, str | Path] | None) -> dict[str, Path]:
+    """Return the paths of an argument by name, none for None."""
+    if given is None:
+        return {}
+    named = given if isinstance(given, Mapping) else {DEFAULT: given}
+    if not named:
+        raise refusal(ValueError, f"`{argument}`", "empty", "a path, or several by name")
+    return {name: Path(path).absolute() for name, path in named.items()}
+
+
+def _check_used(argument: str, paths: Mapping[str, Path], **others: object) -> None:
+    """Raise `ValueError` for other arguments that nothing uses without this one."""
+    if not paths and (unused := [f"`{name}`" for name, value in others.items() if value is not None]):
+        raise ValueError(f"Without `{argument}` there is no use for {listed(unused)}. Pass it, or leave them out.")
+
+
+def _load_pair(
+    maps: list[ConditionalDifferenceMap],
+    sae_in: str | Path | None,
+    sae_out: str | Path | None,
+    config: SteeringConfig,
+) -> dict[str, FrozenSAE]:
+    """Return the SAEs of maps, `sae_in` and `sae_out`, and nothing for no map."""
+    if not maps:
+        return {}
+    sources, meta = maps[0].sources, maps[0].meta
+    pair = {
+        "sae_in": _load_sae("sae_in", sae_in, sources, meta.layer_in, MapError),
+        "sae_out": _load_sae("sae_out", sae_out, sources, meta.layer_out, MapError),
+    }
+    for cdmap in maps:
+        cdmap.check_saes(**pair)
+        cdmap.check_sizes(config)
+    return pair
+
+
+def _load_adapter(path: Path, sae: str | Path | None) -> FSRLAdapter:
+    record = read_record(path)
+    return FSRLAdapter.load(path, _load_sae("sae", sae, record.sources, record.sae.layer, AdapterError))
+
+
 def _load_sae(
-    option: str, given: str | Path | None, cdmap: ConditionalDifferenceMap, layer: int
-) -> tuple[Place, FrozenSAE]:
-    """Return an SAE that was given, or else the one that a map records, and its place."""
-    if given is None and option not in cdmap.sources:
-        raise refusal(MapError, f"`{option}`", "not given, and the map does not record it", "its folder or file")
-    path = str(given if given is not None else cdmap.sources[option].path)
+    option: str, given: str | Path | None, sources: Mapping[str, Source], layer: int, error: type[Exception]
+) -> FrozenSAE:
+    """Return an SAE that was given, or else the one that a map or adapter records."""
+    if given is None and option not in sources:
+        raise refusal(
+            error, f"`{option}`", "not given, and what was made with it does not record it", "its folder or file"
+        )
+    path = given if given is not None else sources[option].path
     sae = FrozenSAE.load(path)
-    if sae.layer is None:
-        sae = FrozenSAE.load(path, layer=layer)
-    return Place(str(Path(path).absolute()), sae.fingerprint, sae.layer), sae
+    return sae if sae.layer is not None else FrozenSAE.load(path, layer=layer)
+
+
+def _place_of(sae: FrozenSAE) -> Place:
+    assert sae.source is not None
+    return Place(sae.source.path, sae.source.digest, sae.layer)
 
 
 def _check_model(
     model: str | Path,
     maps: list[ConditionalDifferenceMap],
-    sae_in: FrozenSAE,
-    sae_out: FrozenSAE,
+    pair: Mapping[str, FrozenSAE],
+    adapters: list[FSRLAdapter],
     model_name: str | None,
+    *,
     other_weights: bool,
 ) -> str:
-    """Return the architecture of a model that can be steered with maps and SAEs; raise `ModelError` for any other."""
+    """Return the architecture of a model that all of these fit; raise `ModelError` for any other."""
     from dspa.models.layers import check_model_name, decoder_layers, loaded_name
     from dspa.models.load import load_model
     from dspa.models.places import model_place
     from dspa.models.sources import check_weights
-    from dspa.saes.placement import check_saes
+    from dspa.saes.placement import check_sae, check_saes
 
     if model_place(str(model)).gguf_file:
         raise refusal(
@@ -119,8 +175,13 @@ def _check_model(
     architecture = type(inner).__name__
     if architecture not in ARCHITECTURES:
         raise refusal(ModelError, "`model`", f"a {architecture}", f"for serving {listed(ARCHITECTURES)}")
-    check_saes(sae_in, sae_out, inner, len(decoder_layers(inner)), model_name)
+    n_layers = len(decoder_layers(inner))
+    if pair:
+        check_saes(pair["sae_in"], pair["sae_out"], inner, n_layers, model_name)
     for cdmap in maps:
         check_model_name("The map was made with", cdmap.meta.model_name, model_name or loaded_name(inner))
         check_weights("The map was made with", cdmap.model_digest, inner, other_weights=other_weights)
+    for adapter in adapters:
+        check_sae("sae", adapter.sae, inner, n_layers, model_name)
+        check_weights("The adapter was made with", adapter.model_digest, inner, other_weights=other_weights)
     return architecture

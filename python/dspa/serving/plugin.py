@@ -182,7 +182,9 @@ def _steering_of(request: Any, settings: ServingSettings | None) -> SteeringRequ
     if request.resumable:
         raise ValueError("dspa: a steered prompt comes as a whole, and this one is streamed.")
     if request.lora_request is not None:
-        raise ValueError("dspa: a map is made for a model's own weights, and this request changes them by a LoRA.")
+        raise ValueError(
+            "dspa: what steers is made for a model's own weights, and this request changes them by a LoRA."
+        )
     return steering.of_prompt(len(request.prompt_token_ids))
 
 

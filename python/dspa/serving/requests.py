@@ -16,6 +16,11 @@ from dspa.serving.settings import KEY, MAX_ALPHA, ServingSettings
 SERVED_POSITIONS = ("response", "generated")
 # What clients put into a request for an engine, and into one another.
 CONTAINERS = ("vllm_xargs", "extra_args", "extra_body", "sampling_params")
+# Keys that a method of steering takes, by the key that chooses one of the engine's.
+TAKES: dict[str, tuple[str, ...]] = {
+    "dspa_map": ("dspa_alpha", "dspa_mode", "dspa_positions", "dspa_start"),
+    "dspa_adapter": (),
+}
 ServedStrength: TypeAlias = Annotated[
     StrictFloat, Field(ge=0, le=MAX_ALPHA), Accepts(f"a number from 0 to {MAX_ALPHA:g} (published: 0.2)")
 ]
@@ -27,7 +32,8 @@ class SteeringRequest:
 
     Attributes:
         dspa: "on" or "off".
-        dspa_map: name of a map of the engine.
+        dspa_map: name of a map of the engine, None for a request that is steered by something else.
+        dspa_adapter: name of an adapter of the engine, likewise. The other settings mean nothing to it.
         dspa_alpha: strength.
         dspa_mode: "ablate", "augment" or "both".
         dspa_positions: "response", or "generated" to leave the last token of the prompt alone.
@@ -36,10 +42,11 @@ class SteeringRequest:
     """
 
     dspa: Annotated[str, OneOf(("on", "off"))]
-    dspa_map: Text
     dspa_alpha: ServedStrength
     dspa_mode: Annotated[str, OneOf(MODES)]
     dspa_positions: Annotated[str, OneOf(SERVED_POSITIONS)]
+    dspa_map: Text | None = None
+    dspa_adapter: Text | None = None
     dspa_start: PositiveInt | None = None
 
     def of_prompt(self, n_prompt: int) -> SteeringRequest:
@@ -56,13 +63,15 @@ class SteeringRequest:
 
     @property
     def n_counted(self) -> int:
-        """Number of tokens, from the first, by whose latents the plan is chosen."""
+        """Number of tokens, from the first, by whose latents the plan is chosen: none for an adapter."""
         assert self.dspa_start is not None
-        return self.dspa_start
+        return 0 if self.dspa_map is None else self.dspa_start
 
     @property
     def first_edited(self) -> int:
-        """Position of the first token that is edited."""
+        """Position of the first token that is edited: the first of all for an adapter."""
+        if self.dspa_map is None:
+            return 0
         return self.n_counted - (self.dspa_positions == "response")
 
 
@@ -87,17 +96,25 @@ def parse(extra_args: Mapping[str, Any] | None, settings: ServingSettings) -> St
         settings: settings of the engine.
 
     Raises:
-        ValueError: an unknown key or map, or a value outside its choices or its range.
+        ValueError: an unknown key or name, a value outside its choices or its range, or keys of two methods.
     """
-    asked, config = keys(extra_args), settings.config
+    asked, config, choices = keys(extra_args), settings.config, settings.choices
+    chosen = [key for key in TAKES if key in asked]
+    method = (chosen or [key for key in TAKES if choices[key]])[0]
     defaults = {
         "dspa": "on" if asked or settings.steer_all else "off",
-        "dspa_map": settings.names[0],
+        method: choices[method][0] if choices[method] else None,
         "dspa_alpha": config.alpha,
         "dspa_mode": config.mode,
         "dspa_positions": config.positions,
     }
     request = check(SteeringRequest, defaults | asked, ValueError, "vllm_xargs")
-    if request.dspa_map not in settings.maps:
-        raise refusal(ValueError, "`dspa_map`", repr(request.dspa_map), ", ".join(settings.names))
+    if unused := [key for key in asked if key not in (KEY, method, *TAKES[method])]:
+        accepted = ", ".join((KEY, *TAKES[method]))
+        raise ValueError(
+            f"{', '.join(unused)}: not for a request that `{method}` steers; accepted beside it: {accepted}."
+        )
+    if (name := getattr(request, method)) not in choices[method]:
+        accepted = ", ".join(choices[method]) or "no such key, as this engine has none"
+        raise refusal(ValueError, f"`{method}`", repr(name), accepted)
     return request if request.dspa == "on" else None

@@ -1,11 +1,13 @@
-"""The maps and SAEs that a steered engine loads, as settings that vLLM carries from process to process."""
+"""The maps, adapters and SAEs that a steered engine loads, as settings that vLLM carries from process to process."""
 
 from __future__ import annotations
 
 from dataclasses import field
+from pathlib import Path
 
 from dspa.config import SteeringConfig
 from dspa.errors import refusal
+from dspa.files import file_sha256
 from dspa.schemas import Flag, Text, check, schema
 
 # The name of the settings in the model's configuration, and the beginning of the architectures that read them.
@@ -30,13 +32,42 @@ class Place:
 
     Attributes:
         path: an absolute path.
-        digest: SHA-256 of a map's file, or the fingerprint of an SAE.
-        layer: layer of an SAE, None for a map.
+        digest: SHA-256 of a map's file or of an adapter's record, or the fingerprint of an SAE.
+        layer: layer of an SAE, None for others.
     """
 
     path: Text
     digest: Text
     layer: int | None = None
+
+    @classmethod
+    def of_file(cls, path: Path) -> Place:
+        """Return the place of a file."""
+        return cls(str(path), file_sha256(path))
+
+    def check_unchanged(self, error: type[Exception]) -> None:
+        """Raise `error` for a file that is another than when the engine was asked for."""
+        if (digest := file_sha256(Path(self.path))) != self.digest:
+            raise refusal(
+                error,
+                self.path,
+                f"another file than when the engine was started (SHA-256 {digest}, was {self.digest})",
+                "the same file in all processes",
+                "Start the engine again.",
+            )
+
+
+@schema
+class AdapterPlace:
+    """An adapter and the SAE that it was trained with.
+
+    Attributes:
+        record: its record, the file that holds the checksum of its tensors.
+        sae: the SAE.
+    """
+
+    record: Place
+    sae: Place
 
 
 @schema
@@ -45,22 +76,28 @@ class ServingSettings:
 
     Attributes:
         model: the model that was checked, as vLLM names it.
-        maps: the maps by name, all of one pair of SAEs. Requests that name none take the first.
-        sae_in, sae_out: the SAEs.
-        config: settings of steering, which a request may replace in part.
+        maps: the maps by name, all of one pair of SAEs. Requests that name nothing take the first.
+        sae_in, sae_out: the SAEs of the maps, None without maps.
+        adapters: the adapters by name. Requests that name nothing take the first where there is no map.
+        config: settings of steering by a map, which a request may replace in part.
         steer_all: True to steer requests that do not ask for it.
     """
 
     model: Text
-    maps: dict[Text, Place]
-    sae_in: Place
-    sae_out: Place
+    maps: dict[Text, Place] = field(default_factory=dict)
+    sae_in: Place | None = None
+    sae_out: Place | None = None
+    adapters: dict[Text, AdapterPlace] = field(default_factory=dict)
     config: SteeringConfig = field(default_factory=SteeringConfig)
     steer_all: Flag = False
 
     def __post_init__(self) -> None:
-        if not self.maps:
-            raise refusal(ValueError, "`maps`", "empty", "one map or more")
+        if not (self.maps or self.adapters):
+            raise refusal(ValueError, "`maps` and `adapters`", "empty", "one map or adapter, or more")
+        if {self.sae_in is None, self.sae_out is None} != {not self.maps}:
+            raise refusal(
+                ValueError, "`sae_in` and `sae_out`", "given without maps, or missing", "both with maps alone"
+            )
         if self.config.scoring == "demixed":
             raise refusal(
                 ValueError,
@@ -80,9 +117,9 @@ class ServingSettings:
             )
 
     @property
-    def names(self) -> list[str]:
-        """Names of the maps, the default first."""
-        return list(self.maps)
+    def choices(self) -> dict[str, list[str]]:
+        """Names that a request can choose from, by the key that chooses."""
+        return {f"{KEY}_map": list(self.maps), f"{KEY}_adapter": list(self.adapters)}
 
     @classmethod
     def of(cls, hf_config: object) -> ServingSettings | None:

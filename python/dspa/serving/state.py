@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from dspa.saes.frozen import FrozenSAE
+from dspa.serving.adapter_steering import AdapterSteering
 from dspa.serving.batch import Batch
 from dspa.serving.map_steering import MapSteering
 from dspa.serving.requests import SteeringRequest
-from dspa.serving.settings import ServingSettings
+from dspa.serving.settings import Place, ServingSettings
 
 # States by name, as the ops of a graph find theirs. A state belongs to its engine.
 STATES: WeakValueDictionary[str, ServingState] = WeakValueDictionary()
@@ -26,12 +29,29 @@ class ServingState:
         n_requests: requests that can run at once.
         n_tokens: tokens of a step at most.
         device: device of the residuals.
+        dtype: dtype of the residuals.
     """
 
-    def __init__(self, settings: ServingSettings, n_requests: int, n_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        settings: ServingSettings,
+        n_requests: int,
+        n_tokens: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.settings = settings
-        self.batch = Batch(n_requests, n_tokens, device)
-        self.methods = [MapSteering(settings, self.batch)]
+        self.batch = Batch(n_requests, n_tokens, device, dtype)
+
+        @cache
+        def load_sae(place: Place) -> FrozenSAE:
+            return FrozenSAE.load(place.path, layer=place.layer, device=device)
+
+        self.methods: list[MapSteering | AdapterSteering] = []
+        if settings.maps:
+            self.methods.append(MapSteering(settings, self.batch, load_sae))
+        if settings.adapters:
+            self.methods.append(AdapterSteering(settings, self.batch, load_sae))
         # An order for compilers: what reads also writes it, and what writes reads it.
         self.order = torch.zeros(1, device=device)
 
