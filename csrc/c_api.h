@@ -24,8 +24,11 @@ enum dspa_error {
 
 /* Arguments of `steer`. */
 typedef struct {
-  /* residual rows [n_rows, d_in], input and output, for 1 to 8 rows; rows and weights have the same `dtype` */
+  /* residual rows [n_rows, d_in], input and output, for 1 to 8 rows; rows and weights have the same `dtype`. `out` may
+   * be `h`: then only the rows that change are written. With a `residual` [n_rows, d_in] it has to be: h + residual is
+   * steered, and a row that changes becomes h' and its residual 0 */
   const void *h;
+  void *residual;
   void *out;
   /* the encoder's rows [d_sae, d_in], in the order in which they are read; for top-k the latent of each */
   const void *encoder_rows;

@@ -44,6 +44,11 @@ template <class T> struct Vec8 {
   __device__ void store(T *p) const {
     memcpy(__builtin_assume_aligned(reinterpret_cast<char *>(p), 16), x, sizeof(x));
   }
+  // Sums rounded to T.
+  __device__ void add(const Vec8 &other) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = rounded<T>(to_float(x[i]) + other[i]);
+  }
   // The first `left` of them, number by number, and zeros.
   __device__ void load_part(const T *p, int left) {
 #pragma unroll
@@ -71,8 +76,8 @@ __device__ inline float warp_min(float x, int width = 32) { return -warp_max(-x,
 
 // True if all rows can be loaded and copied 16 bytes at a time.
 __device__ inline bool is_aligned(const Arguments &a) {
-  const auto bits = reinterpret_cast<uintptr_t>(a.h) | reinterpret_cast<uintptr_t>(a.out) |
-                    reinterpret_cast<uintptr_t>(a.encoder_rows) | reinterpret_cast<uintptr_t>(a.columns_encoder_rows) |
+  const auto bits = reinterpret_cast<uintptr_t>(a.h) | reinterpret_cast<uintptr_t>(a.residual) |
+                    reinterpret_cast<uintptr_t>(a.out) | reinterpret_cast<uintptr_t>(a.encoder_rows) | reinterpret_cast<uintptr_t>(a.columns_encoder_rows) |
                     reinterpret_cast<uintptr_t>(a.columns_W_dec);
   return bits % 16 == 0 && a.d_in % MMA_K == 0;
 }

@@ -10,26 +10,42 @@
 
 namespace dspa {
 
-// Copies a row into shared memory, with zeros after its end. By one warp.
+// Copies a row, 16 bytes at a time, and adds another to it if there is one, with zeros after their end.
+template <bool IS_SUM, class T>
+__device__ void copy_aligned(T *to, const T *row, const T *other, int d_in, int width) {
+  constexpr int N_VECS = IS_SUM ? 4 : 8;  // of a row, so that a thread has eight loads in flight
+  for (int o = 8 * lane(); o < width; o += 256 * N_VECS) {
+    Vec8<T> x[N_VECS] = {}, y[N_VECS] = {};
+#pragma unroll
+    for (int i = 0; i < N_VECS; i++) {
+      if (o + 256 * i >= d_in) continue;
+      x[i].load(row + o + 256 * i);
+      if (IS_SUM) y[i].load(other + o + 256 * i);
+    }
+#pragma unroll
+    for (int i = 0; i < N_VECS; i++) {
+      if (IS_SUM) x[i].add(y[i]);
+      if (o + 256 * i < width) x[i].store(to + o + 256 * i);
+    }
+  }
+}
+
+// Copies a row of h, or of h + residual, into shared memory, with zeros after its end. By one warp.
 template <class Storage> __device__ void copy_row(const Arguments &a, const Storage &storage, int i_row) {
   using T = typename Storage::T;
-  constexpr int N_VECS = 8;  // loads in flight per thread
   const T *row = static_cast<const T *>(a.h) + int64_t(i_row) * a.d_in;
+  const T *other = a.residual ? static_cast<const T *>(a.residual) + int64_t(i_row) * a.d_in : nullptr;
   T *to = storage.template resident_row<T>(i_row);
   const int width = Storage::traits().padded_width(a.d_in);
-  if (!is_aligned(a)) {
-#pragma unroll 1
-    for (int i = lane(); i < width; i += 32) to[i] = i < a.d_in ? row[i] : rounded<T>(0.f);
+  if (is_aligned(a)) {
+    if (other) copy_aligned<true>(to, row, other, a.d_in, width);
+    else copy_aligned<false>(to, row, other, a.d_in, width);
     return;
   }
-  for (int o = 8 * lane(); o < width; o += 256 * N_VECS) {
-    Vec8<T> x[N_VECS] = {};
-#pragma unroll
-    for (int i = 0; i < N_VECS; i++)
-      if (o + 256 * i < a.d_in) x[i].load(row + o + 256 * i);
-#pragma unroll
-    for (int i = 0; i < N_VECS; i++)
-      if (o + 256 * i < width) x[i].store(to + o + 256 * i);
+#pragma unroll 1
+  for (int i = lane(); i < width; i += 32) {
+    to[i] = i < a.d_in ? row[i] : rounded<T>(0.f);
+    if (other && i < a.d_in) to[i] = rounded<T>(to_float(row[i]) + to_float(other[i]));
   }
 }
 

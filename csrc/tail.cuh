@@ -92,9 +92,9 @@ __device__ void add_decoder_rows(float (&delta)[8], const SlotEdit &edit, const 
   }
 }
 
-// out = h + sum_j (f'_j - f_j) W_dec[j] at TAIL_COLUMNS columns, summed in the order of the slots. By one warp. The
-// first column tile of a row also records the edits and counts the row in `paths`. Each tile that is not finite once
-// edited counts there as not finite.
+// out = h + sum_j (f'_j - f_j) W_dec[j] at TAIL_COLUMNS columns, summed in the order of the slots. By one warp. In
+// place, a row that does not change is not written. The first column tile of a row also records the edits and counts
+// the row in `paths`. Each tile that is not finite once edited counts there as not finite.
 template <class Storage>
 __device__ void edit_row(const Arguments &a, const Storage &storage, unsigned waiting, int i_row, int o_d) {
   using T = typename Storage::T;
@@ -129,9 +129,13 @@ __device__ void edit_row(const Arguments &a, const Storage &storage, unsigned wa
     for (int c = 0; c < 8; c++) is_finite &= fabsf(x[c]) < RESIDUAL_LIMIT || c >= n_left;  // a NaN compares false
     if (ballot(!is_finite) && lane() == 0) atomic_add(a.paths + 1, int64_t(1));
   }
-  T *out = static_cast<T *>(a.out) + int64_t(i_row) * a.d_in + o_d + 8 * lane();
-  if (!aligned) x.store_part(out, n_left);
-  else if (n_left > 0) x.store(out);
+  const auto store = [&](const Vec8<T> &numbers, void *rows) {
+    T *to = static_cast<T *>(rows) + int64_t(i_row) * a.d_in + o_d + 8 * lane();
+    if (!aligned) numbers.store_part(to, n_left);
+    else if (n_left > 0) numbers.store(to);
+  };
+  if (changed || a.out != a.h) store(x, a.out);
+  if (changed && a.residual) store({}, a.residual);
   if (!is_first || lane() != 0) return;
   if (a.record) a.maximum[i_row] = row.plan >= 0 && !row.finite ? float_of(0x7fc00000) : active ? maximum : 0.f;
   if (a.paths) atomic_add(a.paths + path_of(row, waiting >> i_row & 1), int64_t(1));

@@ -12,7 +12,7 @@ from dspa_kernels.ops.map_lookup import map_lookup
 from dspa_kernels.ops.place_tokens import PlacedTokens, PromptRows, place_tokens
 from dspa_kernels.ops.sparse_decode import sparse_decode
 from dspa_kernels.ops.sparse_encode import sparse_encode
-from dspa_kernels.ops.steer import steer
+from dspa_kernels.ops.steer import steer, steer_
 from dspa_kernels.weights import (
     PATHS,
     Edits,
@@ -51,5 +51,6 @@ __all__ = [
     "sparse_decode",
     "sparse_encode",
     "steer",
+    "steer_",
     "unfuse",
 ]

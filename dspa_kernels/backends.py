@@ -36,7 +36,8 @@ OPS = (
     "fsrl_residual",
     "place_tokens",
 )
-BACKWARD = "_backward"
+# Suffixes of ops that are in the modules of another: its backward, and its form that writes to its arguments.
+BACKWARD, IN_PLACE = "_backward", "_"
 DEFAULT = os.environ.get("DSPA_BACKEND") or "auto"
 # Keys that PyTorch's dispatcher includes in a thread while a mode, a transformation of torch.func or functionalisation
 # intercepts the calls of operators.
@@ -157,9 +158,14 @@ def choose(
     raise BackendError("; ".join(reasons) + f". Use {argument}='auto' or 'reference'.")
 
 
+def owner(op: str) -> str:
+    """Return the op of `OPS` in whose modules `op` is."""
+    return op.removesuffix(BACKWARD).removesuffix(IN_PLACE)
+
+
 def implementation(op: str, backend: str) -> Callable[..., Any]:
-    """Return the function that computes `op` on `backend`. A backward is in the module of its op."""
-    module = f"dspa_kernels.ops.{op.removesuffix(BACKWARD)}.{MODULES[backend]}"
+    """Return the function that computes `op` on `backend`."""
+    module = f"dspa_kernels.ops.{owner(op)}.{MODULES[backend]}"
     function: Callable[..., Any] = getattr(importlib.import_module(module), op)
     return function
 

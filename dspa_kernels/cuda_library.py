@@ -28,7 +28,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 POINTERS = _words(
-    "h out encoder_rows b_enc threshold order screen_rows screen_latents screen_mean"
+    "h residual out encoder_rows b_enc threshold order screen_rows screen_latents screen_mean"
     " columns columns_encoder_rows columns_b_enc columns_threshold columns_W_dec slots signs rows positions start"
     " alphas paths before after maximum slot_values summaries running_max rank screen_bound n_candidates candidates"
     " upper barrier"

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -21,7 +22,9 @@ from bench.harness.measure import synchronize
 from dspa_kernels import (
     BackendError,
     EncoderStream,
+    MapWeights,
     SAEWeights,
+    SteeringPlan,
     activation_counts,
     fsrl_residual,
     lookup_and_steer,
@@ -29,6 +32,7 @@ from dspa_kernels import (
     sparse_decode,
     sparse_encode,
     steer,
+    steer_,
 )
 from dspa_kernels.backends import IMPLEMENTED
 from dspa_kernels.testing import random_map, random_plan, random_sae, run_on, tensors
@@ -112,6 +116,9 @@ def checks() -> Iterator[tuple[str, str, Check]]:
         plan = random_plan(N_PROMPTS, 6, N_COLUMNS)
         fixed = {"rows": integers(-1, N_PROMPTS, n), "alpha": 0.125, "record": record, "stream": stream_of(sae, screen)}
         yield "steer", name, compare(steer, exact, h, sae, cdmap, plan, **fixed)
+        if not record:
+            parts = (h, integers(-2, 3, n + 1, D_IN)[1:].to(h))
+            yield "steer", f"{name}, in place", compare(in_place, exact, *parts, sae, cdmap, plan, **fixed)
         arguments = (h, counts, sae, cdmap)
         yield "lookup_and_steer", name, compare(lookup_and_steer, exact, *arguments, **fixed)
         if screen == "none" and not record:
@@ -124,6 +131,15 @@ def checks() -> Iterator[tuple[str, str, Check]]:
         values = torch.randn(D_SAE_IN, N_COLUMNS, generator=torch.Generator().manual_seed(0))
         yield "map_lookup", mode, compare(map_lookup, True, counts, values, mode=mode)
     yield from adapter_checks()
+
+
+def in_place(
+    h: Tensor, residual: Tensor, sae: SAEWeights, cdmap: MapWeights, plan: SteeringPlan, *, record: bool, **fixed: Any
+) -> tuple[Tensor, Tensor]:
+    """Copies of both parts of a residual stream after `steer_`, which records nothing."""
+    h, residual = h.clone(), residual.clone()
+    steer_(h, sae, cdmap, plan, residual=residual, **fixed)
+    return h, residual
 
 
 def few_programs(n: int | None) -> contextlib.AbstractContextManager[object]:

@@ -26,7 +26,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from dspa_kernels import EncoderStream
-from dspa_kernels.backends import BACKWARD, IMPLEMENTED, implementation
+from dspa_kernels.backends import IMPLEMENTED, implementation, owner
 from dspa_kernels.testing import random_map, random_plan, random_sae
 from dspa_kernels.weights import SCREENS
 
@@ -239,6 +239,12 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
     for kind, screen, n in itertools.product(("jumprelu", "topk"), SCREENS, ROWS):
         steering = plain_steering(kind, DTYPES[0][0], n, "none", screen, record=False)
         yield "steer", {**steering, "alphas": torch.zeros(n)}
+        del steering["record"]
+        yield "steer_", {**steering, "residual": steering["h"].clone()}
+    for (dtypes, normalize), n in itertools.product(DTYPES[1:], ROWS):
+        steering = plain_steering("jumprelu", dtypes, n, normalize, "none", record=False)
+        del steering["record"]
+        yield "steer_", {**steering, "residual": None if n == 1 else steering["h"].clone()}
     fp16 = (torch.float16, torch.float16)
     yield "steer", plain_steering("relu", fp16, 1, "none", "none", record=False)
     yield (
@@ -292,7 +298,7 @@ def main(capability: int, output: str) -> None:
     """Write a JSON list of the op, its rows, whether it ranks latents, and the facts of its launches, per call."""
     results: list[dict[str, Any]] = []
     for op, arguments in calls():
-        if (op.removesuffix(BACKWARD), "triton") not in IMPLEMENTED:
+        if (owner(op), "triton") not in IMPLEMENTED:
             continue
         with compiling(capability) as compiled:
             implementation(op, "triton")(**arguments)

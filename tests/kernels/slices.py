@@ -40,7 +40,10 @@ def calls() -> Iterator[tuple[str, dict[str, Any], tuple[str, ...]]]:
         yield "sparse_encode", {**rows, "capacity": CAPACITY}, ()
         steering = plain_steering(kind, (torch.bfloat16, torch.bfloat16), N_ROWS, "none", "none", record=False)
         steering |= {"rows": torch.zeros(N_ROWS, dtype=torch.int32), "alphas": torch.zeros(N_ROWS)}
-        yield "steer", steering, ("rows", "positions", "start", "paths", "alphas")
+        sliced_in_steer = ("rows", "positions", "start", "paths", "alphas")
+        yield "steer", steering, sliced_in_steer
+        del steering["record"]
+        yield "steer_", {**steering, "residual": h.clone()}, sliced_in_steer
     latents = {"indices": torch.zeros(N_ROWS, CAPACITY, dtype=torch.int32), "values": torch.zeros(N_ROWS, CAPACITY)}
     yield "sparse_decode", {**latents, "W_dec": torch.zeros(D_SAE, 256), "b_dec": None}, tuple(latents)
     adapter = adapting("jumprelu", "jumprelu", (torch.bfloat16, torch.bfloat16), N_ROWS, x=False)

@@ -21,6 +21,7 @@ from dspa_kernels import (
     sparse_decode,
     sparse_encode,
     steer,
+    steer_,
 )
 from dspa_kernels.backends import OPS, implementation
 from dspa_kernels.testing import KINDS, run_on, same_bits, tensors
@@ -114,6 +115,33 @@ def test_opcheck(op: str, kind: str, dtype: torch.dtype) -> None:
     func, args, kwargs = call
     assert func is getattr(torch.ops.dspa, op).default
     torch.library.opcheck(func, args, kwargs)
+
+
+def in_place(residual: Tensor | None) -> dict[str, Any]:
+    """Arguments of `steer_`, which returns nothing."""
+    return make_case(integers=True).arguments(residual=residual, paths=torch.zeros(6, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("residual", [None, torch.ones(8, D_IN)])
+def test_opcheck_in_place(residual: Tensor | None) -> None:
+    call = recorded(steer_, **in_place(residual)).call
+    assert call is not None and call[0] is torch.ops.dspa.steer_.default
+    torch.library.opcheck(*call)
+
+
+@pytest.mark.parametrize("residual", [None, torch.ones(8, D_IN)])
+@pytest.mark.parametrize("mode", ["compiled", "inference", "autocast"])
+def test_in_place_is_eager(mode: str, residual: Tensor | None) -> None:
+    arguments, expected = copy.deepcopy(in_place(residual)), copy.deepcopy(in_place(residual))
+    steer_(**expected)
+    assert not same_bits(expected["h"], arguments["h"])
+    if mode == "compiled":
+        torch._dynamo.reset()
+        torch.compile(lambda: steer_(**arguments), fullgraph=True)()
+    else:
+        with torch.inference_mode() if mode == "inference" else torch.autocast("cpu", torch.bfloat16):
+            steer_(**arguments)
+    assert all(same_bits(*pair) for pair in zip(tensors(arguments), tensors(expected), strict=True))
 
 
 @pytest.mark.parametrize("op", options(CASE))

@@ -19,6 +19,7 @@ from dspa_kernels import (
     cuda_library,
     launch,
     steer,
+    steer_,
 )
 from dspa_kernels.cuda_library import EMULATED
 from dspa_kernels.ops.steer import cuda_impl
@@ -68,6 +69,31 @@ def test_exact_on_integers(d_in: int, n: int, dtypes: Any, kind: str, screen: st
     expected = tensors(run_on("reference", steer, **arguments, record=True))
     assert all(same_bits(*pair) for pair in zip(actual, expected, strict=True))
     assert same_bits(run_on("cuda", steer, **arguments), expected[0])
+
+
+@pytest.mark.parametrize("screen", ["none", "int5"])
+@pytest.mark.parametrize("dtypes", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("n", [1, 8])
+@pytest.mark.parametrize("d_in", [16, 272, 1552, 130, 24])
+def test_two_parts_in_place(d_in: int, n: int, dtypes: Any, screen: str) -> None:
+    arguments = make_arguments(d_in, n, dtypes=dtypes, screen=screen) | {"rows": torch.arange(n, dtype=torch.int32) % 3}
+    total = arguments.pop("h")
+    # Sums are rounded to the integers again.
+    second = torch.where(torch.arange(d_in) % 3 == 0, 1, torch.finfo(total.dtype).eps / 8 * (total != 0)).to(total)
+    first = torch.where(second == 1, total - 1, total)
+    assert same_bits(first + second, total) and not torch.equal(first.double() + second.double(), total.double())
+
+    def in_place(first: Tensor, second: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+        parts = first.clone(), second.clone()
+        steer_(parts[0], residual=parts[1], **arguments)
+        return parts
+
+    expected, edits = run_on("reference", steer, total, **arguments, record=True)
+    changed = (edits.before != edits.after).any(dim=1)
+    assert changed.any() or n == 1
+    out, rest = run_on("cuda", in_place, first, second, **arguments)
+    assert same_bits(out[changed], expected[changed]) and same_bits(rest[changed], torch.zeros_like(rest[changed]))
+    assert same_bits(out[~changed], first[~changed]) and same_bits(rest[~changed], second[~changed])
 
 
 @pytest.mark.parametrize("record", [False, True])

@@ -1,15 +1,16 @@
-"""`steer`: edit residual rows on which latents of their plan are active."""
+"""`steer` and `steer_`: edit residual rows on which latents of their plan are active, and do so in place."""
 
 from typing import Any, Literal, overload
 
 from torch import Tensor
 
 from dspa_kernels.backends import define_op
-from dspa_kernels.checks import check_device
+from dspa_kernels.checks import check_device, check_dtype, check_shape
 from dspa_kernels.ops.steer.contract import (
     GATE,
     STRENGTH,
     check_residual,
+    check_written,
     choose_steer,
     empty_results,
     fastest,
@@ -132,10 +133,75 @@ def steer(
     return (out, Edits(*edits)) if record else out
 
 
+def steer_(
+    h: Tensor,
+    sae: SAEWeights,
+    cdmap: MapWeights,
+    plan: SteeringPlan,
+    rows: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    alpha: float | Tensor = 0.2,
+    stream: EncoderStream | None = None,
+    positions: Tensor | None = None,
+    start: Tensor | None = None,
+    paths: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Edit a residual stream in place, in one tensor or in the two parts in which vLLM's layers carry it.
+
+    With a `residual`, `h + residual` is steered, rounded to their dtype as in PyTorch. A row with an edit becomes h',
+    and its residual 0. Any other row keeps both parts bit for bit, and Triton and CUDA do not write it at all. They
+    read nothing on the host, so that a captured graph can serve steps with and without rows to steer.
+
+    Args:
+        h: residual rows [N, d_in], any floating dtype, contiguous; N may be 0.
+        sae: as for `steer`.
+        cdmap: as for `steer`.
+        plan: as for `steer`.
+        rows: as for `steer`.
+        residual: [N, d_in] in the dtype of h, contiguous, memory of its own, or None.
+        alpha: as for `steer`.
+        stream: as for `steer`.
+        positions: as for `steer`.
+        start: as for `steer`.
+        paths: as for `steer`.
+        backend: as for `steer`.
+
+    Raises:
+        InputError: an invalid shape, dtype, device, layout or value.
+        BackendError: the named backend cannot run.
+    """
+    gate = {"rows": rows, "positions": positions, "start": start, "paths": paths}
+    check_residual(h, sae, cdmap, alpha, len(plan.slots), **gate)
+    check_device("plan", plan.slots, h, "h")
+    check_written("h", h)
+    if residual is not None:
+        check_shape("residual", residual, h.shape)
+        check_dtype("residual", residual, (h.dtype,))
+        check_device("residual", residual, h, "h")
+        check_written("residual", residual)
+    _steer_(
+        h=h,
+        residual=residual,
+        **stream_of(sae, stream).arguments(),
+        **cdmap.latents(),
+        slots=plan.slots,
+        signs=plan.signs,
+        **gate,
+        **strength_of(alpha),
+        backend=choose_steer(h, sae, backend),
+    )
+
+
 def _fake(
     h: Tensor, encoder_rows: Tensor, slots: Tensor, record: bool, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return empty_results(h, encoder_rows, slots.shape[1], record)
+
+
+def _fake_(**_: Any) -> None:
+    return None
 
 
 _steer = define_op(
@@ -144,5 +210,13 @@ _steer = define_op(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
     mutates=("paths",),
+    fastest=fastest,
+)
+
+_steer_ = define_op(
+    "steer_",
+    f"(Tensor(b!) h, Tensor(c!)? residual, {STREAM}, {COLUMNS}, Tensor slots, Tensor signs, {GATE}, {STRENGTH}) -> ()",
+    _fake_,
+    mutates=("h", "residual", "paths"),
     fastest=fastest,
 )

@@ -122,6 +122,14 @@ def check_residual(
         check_contiguous("paths", paths, "Pass a tensor of its own, to which the counters are added.")
 
 
+def check_written(name: str, tensor: Tensor) -> None:
+    """Raise `InputError` unless kernels can edit `tensor` in place."""
+    check_contiguous(name, tensor, "It is edited in place. Pass a contiguous tensor, or use steer.")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        accepted = "a tensor that autograd does not record, as the edit has no gradient"
+        raise refuse(name, "one that requires a gradient", accepted, "Call steer_ under torch.no_grad().")
+
+
 def empty_results(h: Tensor, encoder_rows: Tensor, n_slots: int, record: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocate h', before, after and maximum; those of the edits have no rows unless recorded."""
     dtype, n_rows = compute_dtype(h, encoder_rows), h.shape[0] if record else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,23 @@ def padded(n: int) -> int:
 
 
 def steer(
+    h: Tensor, encoder_rows: Tensor, slots: Tensor, record: bool, **arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return h', before, after and maximum."""
+    out, *edits = results = empty_results(h, encoder_rows, slots.shape[1], record)
+    run(h.contiguous(), out, edits if record else [], encoder_rows=encoder_rows, slots=slots, **arguments)
+    return results
+
+
+def steer_(h: Tensor, **arguments: Any) -> None:
+    """Edit h and residual in place."""
+    run(h, h, [], **arguments)
+
+
+def run(
     h: Tensor,
+    out: Tensor,
+    edits: list[Tensor],
     encoder_rows: Tensor,
     k: int,
     normalize: str,
@@ -56,19 +73,21 @@ def steer(
     start: Tensor | None,
     alpha: float,
     alphas: Tensor | None,
-    record: bool,
     **unchanged: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return h', before, after and maximum."""
+) -> None:
+    """Write h' to `out`, and before, after and maximum to `edits`, if it has them.
+
+    Where `out` is h itself, only the rows that change are written, and 0 to their residual.
+    """
     (n_rows, d_in), n_slots = h.shape, slots.shape[1]
-    out, before, after, maximum = empty_results(h, encoder_rows, n_slots, record)
     if not n_rows:
-        return out, before, after, maximum
+        return
 
     # References keep the tensors alive until the launch is made. Addresses would not.
     tensors: dict[str, Tensor | None] = {
         **unchanged,
-        "h": h.contiguous(),
+        **dict(zip(("before", "after", "maximum"), edits, strict=False)),
+        "h": h,
         "out": out,
         "encoder_rows": encoder_rows,
         "order": order if k else None,
@@ -83,9 +102,6 @@ def steer(
         "positions": None if positions is None else positions.contiguous(),
         "start": None if start is None else start.contiguous(),
         "alphas": None if alphas is None else alphas.contiguous(),
-        "before": before if record else None,
-        "after": after if record else None,
-        "maximum": maximum if record else None,
         "barrier": barrier_word(h.device),
     }
     entry = entry_of(h, encoder_rows, k, normalize, screen_rows)
@@ -102,7 +118,7 @@ def steer(
         n_large=n_large,
         k=k,
         dtype=DTYPES[h.dtype],
-        record=record,
+        record=len(edits) > 0,
         programmatic=entry is not None and entry.programmatic and is_unchanged(streamed),
         ahead=entry is not None and entry.ahead,
         alpha=alpha,
@@ -124,4 +140,3 @@ def steer(
     parts = zip(numbers.items(), starts, strict=False)
     fill(arguments, **{name: scratch.data_ptr() + 4 * start for (name, n), start in parts if n})
     launch_steer(arguments, h.device)
-    return out, before, after, maximum

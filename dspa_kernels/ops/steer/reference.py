@@ -48,7 +48,23 @@ def steered_rows(n_rows: int, rows: Tensor | None, positions: Tensor | None, sta
     return torch.where(positions >= first, prompt, -1)
 
 
-def steer(
+def steer(h: Tensor, **arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return h', in which only the rows that change differ from h, and before, after and maximum as `edits_of`."""
+    out = h.clone(memory_format=torch.contiguous_format)
+    changed, rows, before, after, maximum = edits_of(h, **arguments)
+    out[changed] = rows
+    return out, before, after, maximum
+
+
+def steer_(h: Tensor, residual: Tensor | None, **arguments: Any) -> None:
+    """Set the rows of h that change to (h + residual)', and those of the residual to 0. Others keep their bits."""
+    changed, rows, *_ = edits_of(h if residual is None else h + residual, **arguments, record=False)
+    h[changed] = rows
+    if residual is not None:
+        residual[changed] = 0
+
+
+def edits_of(
     h: Tensor,
     encoder_rows: Tensor,
     b_enc: Tensor,
@@ -72,18 +88,20 @@ def steer(
     alphas: Tensor | None,
     record: bool,
     **_screen: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return h'_n = h_n + scale_n sum_j (f'_j - f_j) W_dec[j], over the active latents j of plan row rows[n].
 
     f'_j = f_j + alpha M (sign +1) or max(f_j - alpha M, 0) (sign -1), with M the maximum of all latents of the row
     and alpha = alphas[rows[n]] if there are `alphas`.
-    A row with rows[n] < 0, without an active selected latent, or without a change is copied. So is a steered row that
-    is not finite, and its maximum is NaN. A row that is not finite once edited counts in paths[1] as well. The selected
+    A row with rows[n] < 0, without an active selected latent, or without a change stays. So does a steered row that is
+    not finite, and its maximum is NaN. A row that is not finite once edited counts in paths[1] as well. The selected
     and the first `n_large` latents give a lower bound on M. Unless recorded, the encoder is not read for a row whose
     active selected latents all go to 0 by that bound.
+
+    Returns:
+        the rows that change [E] int64, their h' [E, d_in], and before, after and maximum.
     """
     dtype = compute_dtype(h, encoder_rows)
-    out = h.clone(memory_format=torch.contiguous_format)
     before = torch.zeros(len(h) if record else 0, slots.shape[1], dtype=dtype, device=h.device)
     after = torch.zeros_like(before)
     maximum = torch.zeros(len(before), dtype=dtype, device=h.device)
@@ -120,7 +138,7 @@ def steer(
         read = len(encoder_rows) if counts[-1] else 0
         paths += torch.tensor([*counts, read], device=paths.device)
     if not open_rows.any():
-        return out, before, after, maximum
+        return row[:0], h[:0], before, after, maximum
 
     at = streamed.nonzero().flatten()
     if len(at):
@@ -143,7 +161,6 @@ def steer(
     change.scatter_add_(1, slot, edited - f)
     delta = change[changed] @ columns_W_dec.to(dtype) * scale[changed]
     steered = (h[row[changed]].to(dtype) + delta).to(h.dtype)
-    out[row[changed]] = steered
     if paths is not None:
         paths[1] += (~is_finite(steered)).sum()
-    return out, before, after, maximum
+    return row[changed], steered, before, after, maximum

@@ -1,6 +1,6 @@
 """`steer` in Triton: one cooperative launch of its phases, with grid barriers between them.
 
-- *prepare* (with a lookup or normalised rows): a prompt's slots, a row's normalisation.
+- *prepare* (with a lookup, a residual or normalised rows): a prompt's slots, a row's sum and normalisation.
 - *select*: the row's state, its selected latents, and the large latents that bound its maximum.
 - *stream*: the running maxima over the encoder, tile by tile, until every row is settled.
 - *evaluate* (with a screen, whose copy is streamed instead): the running maxima over the candidates that it leaves.
@@ -83,6 +83,7 @@ class Scratch(NamedTuple):
         rank: [N, S] int32, for top-k: latents that are ahead of each selected one.
         selected: [N, S] fp32, selected latents.
         partials: [P, N] fp32, the partial summaries that `summarise` describes.
+        total: [N, d_in], the sums of rows that are carried in two parts, in their dtype.
         x: [N, d_in] fp32, normalised rows.
         scale: [N] fp32, what an edit of a normalised row is multiplied by.
         norms: [N, 2] fp32, for a screen, like the next four.
@@ -97,6 +98,7 @@ class Scratch(NamedTuple):
     rank: Tensor | None
     selected: Tensor
     partials: Tensor
+    total: Tensor | None
     x: Tensor | None
     scale: Tensor | None
     norms: Tensor | None
@@ -107,7 +109,16 @@ class Scratch(NamedTuple):
 
     @classmethod
     def of(
-        cls, h: Tensor, d_sae: int, n_slots: int, n_large: int, *, ranked: bool, normalised: bool, screened: bool
+        cls,
+        h: Tensor,
+        d_sae: int,
+        n_slots: int,
+        n_large: int,
+        *,
+        summed: bool,
+        ranked: bool,
+        normalised: bool,
+        screened: bool,
     ) -> Scratch:
         """Allocate what a launch needs."""
         n_rows, d_in = h.shape
@@ -122,6 +133,7 @@ class Scratch(NamedTuple):
             rank=empty(n_rows, n_slots, dtype=torch.int32) if ranked else None,
             selected=empty(n_rows, n_slots),
             partials=empty(n_partials, n_rows),
+            total=empty(n_rows, d_in, dtype=h.dtype) if summed else None,
             x=empty(n_rows, d_in) if normalised else None,
             scale=empty(n_rows) if normalised else None,
             norms=empty(n_rows, 2) if screened else None,
@@ -133,7 +145,24 @@ class Scratch(NamedTuple):
 
 
 def steer(
+    h: Tensor, encoder_rows: Tensor, slots: Tensor, record: bool, **arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return h', before, after and maximum."""
+    out, *edits = results = empty_results(h, encoder_rows, slots.shape[1], record)
+    run(h, None, out, Record(*edits) if record else None, encoder_rows=encoder_rows, slots=slots, **arguments)
+    return results
+
+
+def steer_(h: Tensor, residual: Tensor | None, **arguments: Any) -> None:
+    """Edit h and residual in place."""
+    run(h, residual, None, None, **arguments)
+
+
+def run(
     h: Tensor,
+    residual: Tensor | None,
+    out: Tensor | None,
+    record: Record | None,
     encoder_rows: Tensor,
     b_enc: Tensor,
     threshold: Tensor,
@@ -157,15 +186,13 @@ def steer(
     paths: Tensor | None,
     alpha: float,
     alphas: Tensor | None,
-    record: bool,
     lookup: dict[str, Any] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return h', before, after and maximum. With `lookup`, the launch first fills slots and signs."""
+) -> None:
+    """Write h' to `out`, or without it edit h and residual in place. With `lookup`, first fill slots and signs."""
     (n_rows, d_in), d_sae = h.shape, len(encoder_rows)
     n_prompts, n_slots = slots.shape
-    out, before, after, maximum = empty_results(h, encoder_rows, n_slots, record)
     if not n_rows and lookup is None:
-        return out, before, after, maximum
+        return
 
     shape = (d_in, d_sae, precision(h, encoder_rows, normalize), h.device)
     stream, screen = launch_parameters(steer_variant(k, screen_rows), n_rows, *shape), None
@@ -177,6 +204,7 @@ def steer(
             stream = launch_parameters(steer_variant(k, None), n_rows, *shape)
     arguments: dict[str, Any] = {
         "p_h": h.contiguous(),
+        "p_residual": residual,
         "p_out": out,
         "encoder": Encoder(encoder_rows, b_enc, threshold, order if k else None),
         "screen": screen,
@@ -188,10 +216,17 @@ def steer(
         "p_start": None if start is None else start.contiguous(),
         "p_alphas": None if alphas is None else alphas.contiguous(),
         "p_paths": paths,
-        "record": Record(before, after, maximum) if record else None,
+        "record": record,
         "lookup": None,
         "scratch": Scratch.of(
-            h, d_sae, n_slots, n_large, ranked=k > 0, normalised=normalize != "none", screened=screen is not None
+            h,
+            d_sae,
+            n_slots,
+            n_large,
+            summed=residual is not None,
+            ranked=k > 0,
+            normalised=normalize != "none",
+            screened=screen is not None,
         ),
         "p_barrier": barrier_word(h.device),
         "alpha": alpha,
@@ -214,12 +249,13 @@ def steer(
     # The interpreter runs programs one after the other, so that none can wait for another.
     if n_rows <= stream.BLOCK_N and not INTERPRETED:
         launch_cooperative(steer_kernel, programs, **arguments, PHASE=ALL, **stream.kernel_options())
-        return out, before, after, maximum
+        return
 
     few = launch_parameters(steer_variant(k, None), 1, *shape)
+    prepares = lookup is not None or residual is not None or normalize != "none"
     n_large_items = triton.cdiv(n_large, BLOCK_S) * triton.cdiv(n_rows, few.BLOCK_N)
     for phase, n_items, launch in (
-        (PREPARE, max(n_rows, n_prompts) if lookup or normalize != "none" else 0, few),
+        (PREPARE, max(n_rows, n_prompts) if prepares else 0, few),
         (SELECT, n_large_items + n_rows * (1 + triton.cdiv(n_slots, BLOCK_S)), few),
         (STREAM, programs, stream),
         (EVALUATE, programs if screen else 0, stream),
@@ -230,4 +266,3 @@ def steer(
             many = n_rows > launch.BLOCK_N
             options = launch.kernel_options()
             steer_kernel[(grid,)](**arguments, n_programs=grid, PHASE=phase, MANY_ROWS=many, **options)
-    return out, before, after, maximum

@@ -24,6 +24,7 @@ SLICED = ("p_slots", "p_signs", "p_rows", "p_positions", "p_start", "p_alphas", 
 @triton.jit(do_not_specialize=[*SIZES, "n_programs"], do_not_specialize_on_alignment=[*SLICED])
 def steer_kernel(
     p_h,
+    p_residual,
     p_out,
     encoder,
     screen,
@@ -73,13 +74,17 @@ def steer_kernel(
 
     encoder: rows, b_enc, threshold, order. screen: rows, latents, mean. columns: latents, encoder_rows, b_enc,
     threshold, W_dec. record: before, after, maximum. lookup: counts, cdmap, latents, key.
+
+    With p_residual, h is total = h + residual. Without p_out, rows that change are written to h in place, their
+    residual becomes 0, and nothing else is written.
     """
     TOP_K: tl.constexpr = scratch.rank is not None
     SETTLE: tl.constexpr = record is None and not TOP_K
-    # Rows are prepared before the selection if that reads normalised rows, else along with it.
-    PREPARED: tl.constexpr = NORMALIZE != "none"
+    # Rows are prepared before the selection if that reads sums or normalised rows, else along with it.
+    PREPARED: tl.constexpr = NORMALIZE != "none" or p_residual is not None
     i_program = tl.program_id(0)
-    p_x = p_h if NORMALIZE == "none" else scratch.x
+    p_total = p_h if p_residual is None else scratch.total
+    p_x = p_total if NORMALIZE == "none" else scratch.x
 
     if PREPARED or lookup is not None:
         if PHASE == _ALL or PHASE == _PREPARE:
@@ -109,7 +114,7 @@ def steer_kernel(
                 for i in range(i_program, n_rows, n_programs):
                     i_row = tl.cast(i, tl.int64)
                     b_plan = plan_rows(p_rows, p_positions, p_start, i_row, i_row < n_rows)
-                    prepare_row(p_h, screen, scratch, i_row, b_plan, d_in, n_slots, NORMALIZE)
+                    prepare_row(p_h, p_residual, screen, scratch, i_row, b_plan, d_in, n_slots, NORMALIZE)
         if PHASE == _ALL:
             grid_wait(p_barrier, grid_arrive(p_barrier, n_programs))
 
@@ -142,7 +147,7 @@ def steer_kernel(
             else:
                 i_row = tl.cast(i - n_items, tl.int64)
                 b_plan = plan_rows(p_rows, p_positions, p_start, i_row, i_row < n_rows)
-                prepare_row(p_h, screen, scratch, i_row, b_plan, d_in, n_slots, NORMALIZE)
+                prepare_row(p_h, p_residual, screen, scratch, i_row, b_plan, d_in, n_slots, NORMALIZE)
     if PHASE == _ALL:
         grid_wait(p_barrier, grid_arrive(p_barrier, n_programs))
 
@@ -241,7 +246,9 @@ def steer_kernel(
                 grid_wait(p_barrier, b_token)
         for i in range(i_program, n_items, n_programs):
             edit_row(
+                p_total,
                 p_h,
+                p_residual,
                 p_out,
                 columns,
                 p_slots,

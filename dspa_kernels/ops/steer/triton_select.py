@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from dspa_kernels.formulas import RESIDUAL_LIMIT
-from dspa_kernels.ops.shared.triton_tiles import gathered_tile, row_chunk, row_scale
+from dspa_kernels.ops.shared.triton_tiles import gathered_tile, rounded, row_chunk, row_scale
 
 # States of a row in scratch: its plan row, or why it has none.
 UNSTEERED, NOT_FINITE = -1, -2
@@ -54,10 +54,23 @@ def strength(alpha, p_alphas, b_plan):
 
 
 @triton.jit
-def prepare_row(p_h, screen, scratch, i_row, b_plan, d_in, n_slots, NORMALIZE: tl.constexpr):
+def add_residual(p_h, p_residual, p_total, d_in):
+    """total = h + residual for one row, rounded to their dtype. Any thread of the block may read it afterwards."""
+    o_k = tl.arange(0, _BLOCK_C)
+    for i_k in range(0, d_in, _BLOCK_C):
+        m_k = o_k < d_in - i_k
+        b_h = tl.load(p_h + i_k + o_k, mask=m_k, other=0.0)
+        b_residual = tl.load(p_residual + i_k + o_k, mask=m_k, other=0.0)
+        b_total = rounded(b_h.to(tl.float32) + b_residual.to(tl.float32), b_h.dtype)
+        tl.store(p_total + i_k + o_k, b_total, mask=m_k)
+    tl.debug_barrier()
+
+
+@triton.jit
+def prepare_row(p_h, p_residual, screen, scratch, i_row, b_plan, d_in, n_slots, NORMALIZE: tl.constexpr):
     """state = the plan row, or why there is none; running_max, screen_bound, n_candidates and rank are 0.
 
-    Where needed also x = n(h), its scale, and norms = ||x - mean||, ||x||.
+    Where needed also total = h + residual, x = n(total), its scale, and norms = ||x - mean||, ||x||.
     """
     tl.store(scratch.running_max + i_row, 0)
     if screen is not None:
@@ -67,6 +80,9 @@ def prepare_row(p_h, screen, scratch, i_row, b_plan, d_in, n_slots, NORMALIZE: t
     tl.store(scratch.state + i_row, _UNSTEERED)
     if b_plan >= 0:
         p_row = p_h + i_row * d_in
+        if p_residual is not None:
+            p_row = scratch.total + i_row * d_in
+            add_residual(p_h + i_row * d_in, p_residual + i_row * d_in, p_row, d_in)
         b_mean, b_divisor, b_scale = row_scale(p_row, d_in, NORMALIZE, _BLOCK_C)
         o_k = tl.arange(0, _BLOCK_C)
         b_infinite = tl.zeros([_BLOCK_C], dtype=tl.int32)

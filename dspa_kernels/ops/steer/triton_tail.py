@@ -38,7 +38,9 @@ def prefetch_row(columns, p_slots, scratch, i_item, d_in, n_slots):
 
 @triton.jit
 def edit_row(
+    p_total,
     p_h,
+    p_residual,
     p_out,
     columns,
     p_slots,
@@ -55,8 +57,9 @@ def edit_row(
     n_slots,
     n_large,
 ):
-    """out = h + scale sum_j (f'_j - f_j) W_dec[j] at BLOCK_D columns; f' = f + alpha M or max(f - alpha M, 0).
+    """out = total + scale sum_j (f'_j - f_j) W_dec[j] at BLOCK_D columns; f' = f + alpha M or max(f - alpha M, 0).
 
+    Without p_out, h = out and residual = 0 in a row that changes, and any other stays as it is.
     The first column tile of a row also records the edits and counts the row in `paths`. Each tile that is not finite
     once edited counts there as not finite.
     """
@@ -64,7 +67,7 @@ def edit_row(
     i_row, i_column_tile = (i_item // n_column_tiles).to(tl.int64), i_item % n_column_tiles
     o_d = i_column_tile * _BLOCK_D + tl.arange(0, _BLOCK_D)
     m_d = o_d < d_in
-    b_h = tl.load(p_h + i_row * d_in + o_d, mask=m_d, other=0.0)
+    b_h = tl.load(p_total + i_row * d_in + o_d, mask=m_d, other=0.0)
     # Other programs wrote this, so the load bypasses the L1 cache.
     b_running_max = tl.load(scratch.running_max + i_row, cache_modifier=".cg").to(tl.float32, bitcast=True)
     b_states, summary = summarise(
@@ -108,7 +111,12 @@ def edit_row(
     if scratch.scale is not None:
         b_delta *= tl.load(scratch.scale + i_row, mask=b_state >= 0, other=0.0)
     b_out = rounded(b_h.to(tl.float32) + b_delta, b_h.dtype)
-    tl.store(p_out + i_row * d_in + o_d, tl.where(b_changed > 0, b_out, b_h), mask=m_d)
+    if p_out is not None:
+        tl.store(p_out + i_row * d_in + o_d, tl.where(b_changed > 0, b_out, b_h), mask=m_d)
+    elif b_changed > 0:
+        tl.store(p_h + i_row * d_in + o_d, b_out, mask=m_d)
+        if p_residual is not None:
+            tl.store(p_residual + i_row * d_in + o_d, tl.zeros_like(b_h), mask=m_d)
     if p_paths is not None:
         # Comparisons with NaN are false.
         m_finite = (tl.abs(b_out.to(tl.float32)) < _RESIDUAL_LIMIT) | (m_d == 0)
