@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,31 @@ def test_a_map_that_was_replaced_is_refused(settings: ServingSettings) -> None:
     make_map(sae_in, sae_out, seed=7).save(settings.maps["terse"].path)
     with pytest.raises(MapError, match="another file than when the engine was started"):
         ServingState(settings, 1, 1, torch.device("cpu"))
+
+
+def test_residuals_that_are_not_finite_are_reported(settings: ServingSettings) -> None:
+    """At the next request, of steered tokens alone, and in words that are shown once."""
+    torch.manual_seed(0)
+    state = ServingState(settings, 2, 8, torch.device("cpu"))
+    steered = parse({"dspa": "on"}, settings)
+    assert steered is not None
+
+    def step(row: int, bad: float) -> None:
+        state.batch.place(torch.tensor([row]), torch.tensor([0, 4]), torch.arange(4))
+        state.read(L_IN, torch.randn(4, D_IN))
+        h = torch.randn(4, D_IN)
+        h[3, 0] = bad
+        state.write(L_OUT, h)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for row, bad in ((0, 1.0), (1, math.nan)):
+            state.begin(0, steered.of_prompt(4))
+            state.begin(1, None)
+            step(row, bad)
+        state.begin(0, steered.of_prompt(4))
+        state.begin(0, steered.of_prompt(4))
+    step(0, math.inf)
+    with pytest.warns(UserWarning, match=f"after layer {L_OUT} were NaN or infinite"):
+        for _ in range(2):
+            state.begin(1, None)

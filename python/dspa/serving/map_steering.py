@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -57,6 +58,9 @@ class MapSteering:
         self.counts = torch.zeros(n_requests, self.sae_in.d_sae, dtype=torch.int32, device=device)
         self.slots = torch.full((n_requests, n_slots), -1, dtype=torch.int32, device=device)
         self.signs = torch.zeros(n_requests, n_slots, dtype=torch.int8, device=device)
+        # Counters of `steer`, and where they are copied to without a wait.
+        self.paths = torch.zeros(6, dtype=torch.int64, device=device)
+        self.paths_seen = torch.zeros(6, dtype=torch.int64, pin_memory=device.type == "cuda")
 
     def _load(self, maps: list[ConditionalDifferenceMap]) -> None:
         """Keep the columns that any of the maps has [C], and the values [d_sae_in, C] of each map at them."""
@@ -75,6 +79,7 @@ class MapSteering:
 
     def begin(self, row: int, request: SteeringRequest | None) -> None:
         """Give a row to a request, None for one that is not steered, which will be computed from its first token on."""
+        self._warn_of_residuals()
         self.n_counted[row], self.first_edited[row] = 0, NEVER
         if request is None or request.dspa_map is None:
             return
@@ -87,6 +92,17 @@ class MapSteering:
         self.keeps[row, k_diff:] = request.dspa_mode != "augment"
         self.counts[row] = 0
         self.slots[row], self.signs[row] = -1, 0
+
+    def _warn_of_residuals(self) -> None:
+        """Warn of residuals that were not finite, as an earlier call had them copied."""
+        if self.paths_seen[1]:
+            (layer,) = self.writes
+            warnings.warn(
+                f"dspa: residuals of steered tokens after layer {layer} were NaN or infinite, or became so by their "
+                "edit. Where they were so before, they are left as they are.",
+                stacklevel=2,
+            )
+        self.paths_seen.copy_(self.paths, non_blocking=True)
 
     def count(self, h: Tensor) -> None:
         """Count the latents of a step's prompt tokens, and plan the requests whose prompt ends in it.
@@ -144,6 +160,7 @@ class MapSteering:
             stream=self.stream,
             positions=position,
             start=self.first_edited,
+            paths=self.paths,
         )
 
 
