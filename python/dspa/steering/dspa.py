@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from dspa.config import SteeringConfig
 from dspa.errors import ModelError, refusal
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.maps.provenance import check_provenance
-from dspa.models.attachment import LOCK, Attachable, Attachment
+from dspa.models.attachment import LOCK, Attachment
 from dspa.models.layers import (
     NOT_FINITE,
     CausalLM,
@@ -26,12 +24,11 @@ from dspa.models.layers import (
     loaded_name,
 )
 from dspa.models.prompts import Prompts
-from dspa.models.reading import READING
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_saes, required_layer
 from dspa.steering.calls import Recording, SteeredCall
 from dspa.steering.counters import Counters
-from dspa.steering.gates import first_steered, response_columns, token_gate, whole_sequences
+from dspa.steering.gated import Gated
 from dspa.steering.plans import check_device, plan_prompts
 from dspa.steering.trace import Trace
 from dspa_kernels import (
@@ -43,7 +40,7 @@ from dspa_kernels import (
 )
 
 
-class Steering(Attachable, nn.Module):
+class Steering(Gated, nn.Module):
     """Steering of a model's `generate()` while attached, without touching its weights.
 
     ```python
@@ -85,7 +82,7 @@ class Steering(Attachable, nn.Module):
         ValueError: an unknown backend or screen, or a k larger than the width of its SAE.
     """
 
-    _serial = itertools.count()
+    plan_names = ("slots", "signs")
 
     def __init__(
         self,
@@ -120,7 +117,6 @@ class Steering(Attachable, nn.Module):
         self._stream = cdmap.encoder_stream(sae_out, screen)
         self._n_plans = 0
         self._warned = False
-        self._keys: dict[str, str] = {}
         self._counters = Counters(sae_out.device)
 
     def extra_repr(self) -> str:
@@ -135,6 +131,11 @@ class Steering(Attachable, nn.Module):
     def config(self) -> SteeringConfig:
         """Settings of steering. For others, make another Steering."""
         return self._config
+
+    @property
+    def positions(self) -> str:
+        """Tokens that may be edited, `config.positions`."""
+        return self.config.positions
 
     @property
     def record(self) -> bool:
@@ -193,13 +194,7 @@ class Steering(Attachable, nn.Module):
         check_provenance(self.cdmap.meta.attention, model, stack)
         self._place(*(device_of(stack[required_layer(sae)]) for sae in (self.sae_in, self.sae_out)))
         self._mark_static_addresses()
-        # A graph compiled for an earlier Steering must not be found again.
-        serial = next(self._serial)
-        self._keys = {name: f"dspa_{serial}_{name}" for name in ("slots", "signs", "start", "call", "rows", "tokens")}
-
-    def _register_hooks(self, model: CausalLM, layer: nn.Module) -> list[RemovableHandle]:
-        plan = model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
-        return [*super()._register_hooks(model, layer), plan]
+        self._name_keywords()
 
     def _mark_static_addresses(self) -> None:
         """Mark the tensors that stay at their addresses, so that a CUDA graph need not copy them."""
@@ -209,58 +204,12 @@ class Steering(Attachable, nn.Module):
                 torch._dynamo.mark_static_address(tensor)
 
     @contextmanager
-    def responses(self, starts: Sequence[int] | Tensor) -> Iterator[None]:
-        """Steer plain forward passes over given responses (teacher forcing), within a `with` block.
-
-        Each pass gets whole sequences, prompt and response, with an attention_mask if they are padded, and no cache.
-
-        Args:
-            starts: column of each row's first response token [B], whole numbers.
-
-        Raises:
-            ModelError: this is not attached, or nothing was steered.
-        """
-        if self._attachment is None:
-            raise ModelError("This Steering is not attached: call attach(model) first.")
-        columns = response_columns(starts)
-        if not self.enabled:
-            yield
-            return
-        with self.checked_call():
-            call = self._innermost(SteeredCall)
-            assert call is not None
-            call.starts = columns
-            yield
-
-    @contextmanager
     def recording(self) -> Iterator[Trace]:
         """Record the edits of the calls that this thread or asyncio task begins within a `with` block."""
         with self._opened(Recording(self, Trace(promoted=self.trace.promoted))) as scope:
             yield scope.trace
 
     # One call of the model
-
-    @property
-    def keywords(self) -> tuple[str, ...]:
-        """Names of the keywords that hold the plan in `generate()`, and the call that it belongs to."""
-        return tuple(self._keys[name] for name in ("slots", "signs", "start", "call"))
-
-    def call_keywords(self, prompts: Prompts | None) -> dict[str, Any]:
-        """Return the plan of each prompt as keyword tensors, one row per prompt, and the call."""
-        call = self._innermost(SteeredCall)
-        if prompts is None or call is None:
-            return {self._keys["call"]: SteeredCall(self, enabled=False)}
-        if self.config.positions == "all" and prompts.n_cached:
-            raise refusal(
-                ModelError,
-                "The key/value cache",
-                f"of {prompts.n_cached} tokens of the prompt",
-                "an empty one, as positions='all' steers the whole prompt",
-                "Pass no cache, or steer with positions='response'.",
-            )
-        plan = self._plan_prompts(prompts, call)
-        start = first_steered(prompts.last_position, self.config.positions)
-        return dict(zip(self.keywords, (plan.slots, plan.signs, start, call), strict=True))
 
     @contextmanager
     def checked_call(self) -> Iterator[None]:
@@ -289,8 +238,16 @@ class Steering(Attachable, nn.Module):
         traces = (*([self.trace] if self.record else []), *([recording.trace] if recording else []))
         return SteeredCall(self, counters=counters, before=tuple(counters.tolist()), traces=traces)
 
-    def _plan_prompts(self, prompts: Prompts, call: SteeredCall) -> SteeringPlan:
+    def _plan(self, prompts: Prompts, call: SteeredCall) -> dict[str, Tensor]:
         """Return the plan of each prompt, which becomes the latest."""
+        if self.positions == "all" and prompts.n_cached:
+            raise refusal(
+                ModelError,
+                "The key/value cache",
+                f"of {prompts.n_cached} tokens of the prompt",
+                "an empty one, as positions='all' steers the whole prompt",
+                "Pass no cache, or steer with positions='response'.",
+            )
         assert self._attachment is not None
         plan = plan_prompts(
             self._attachment.model,
@@ -305,7 +262,7 @@ class Steering(Attachable, nn.Module):
         with LOCK:
             self.plan, call.number = plan, self._n_plans
             self._n_plans += 1
-        return plan
+        return {"slots": plan.slots, "signs": plan.signs}
 
     def _warn_if_empty(self, plan: SteeringPlan) -> None:
         """Warn the first time that no prompt of a call selects a latent."""
@@ -318,49 +275,14 @@ class Steering(Attachable, nn.Module):
             stacklevel=2,
         )
 
-    def _before_forward(
-        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # An architecture without a decoder of its own, as Llama-4's text model, is read by passes of the model itself.
-        if READING in kwargs or not self._acts_on(kwargs):
-            return None
-        call: SteeredCall | None = kwargs.get(self._keys["call"])
-        added: dict[str, Any] = {}
-        if call is None:
-            call = self._innermost(SteeredCall)
-            if call is None or call.starts is None:
-                raise ModelError(
-                    "This model is steered and was called outside of generate(), or by it for another text (as with "
-                    "guidance_scale), so it is not known where the response begins. Pass it, `with "
-                    "steering.responses(starts): model(...)`, or call dspa.detach(model) first."
-                )
-            prompts, rows = whole_sequences(args, kwargs, call.starts, self.config.positions)
-            plan = self._plan_prompts(prompts, call)
-            added = {"slots": plan.slots, "signs": plan.signs, "rows": rows, "call": call}
-        if call.traces:
-            added["tokens"] = kwargs.get("input_ids", args[0] if args else None)
-        return (args, {**kwargs, **{self._keys[name]: value for name, value in added.items()}}) if added else None
-
-    def _acts_on(self, kwargs: dict[str, Any]) -> bool:
-        call = kwargs.get(self._keys["call"])
-        return self.enabled if call is None else bool(call.enabled)
-
     def _edit(self, h: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """Edit the residual at the output of layer `l_out` (steps 4 and 5)."""
-        if kwargs.get(READING) is not None:
+        gated = self._gate(h, kwargs)
+        if gated is None:
             return None
-        call = kwargs.get(self._keys["call"])
-        if call is None or kwargs.get("position_ids") is None:
-            raise ModelError(
-                "This model is steered, and its layers were called without a plan or position_ids: directly, by a "
-                "serving loop, or because this architecture keeps them from its layers and cannot be steered. Call "
-                "the model itself, or call dspa.detach(model) first."
-            )
         check_device("sae_out", self.sae_out, h)
-        positions = kwargs["position_ids"].expand(*h.shape[:2]).to(h.device)
-        slots, signs = (kwargs[self._keys[name]].to(h.device) for name in ("slots", "signs"))
-        plan = SteeringPlan(slots=slots, signs=signs)
-        gate = token_gate(positions, kwargs.get(self._keys["start"]), kwargs.get(self._keys["rows"]))
+        (positions, gate), call = gated, kwargs[self._keys["call"]]
+        plan = SteeringPlan(*(kwargs[self._keys[name]].to(h.device) for name in self.plan_names))
         settings: dict[str, Any] = {
             "alpha": self.config.alpha,
             "stream": self._stream,
