@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from dspa import fsrl, serving
     from dspa.config import SteeringConfig
     from dspa.data.triples import Triple, load_triples
-    from dspa.errors import AdapterError, MapError, ModelError, PreferenceError, SAEError
+    from dspa.errors import AdapterError, MapError, ModelError, PreferenceError, SAEError, VectorError
     from dspa.evaluate.compare.comparison import Comparison
     from dspa.evaluate.compare.methods import Method
     from dspa.evaluate.compare.run import compare
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dspa.saes.frozen import FrozenSAE
     from dspa.saes.meanings import top_contexts, top_tokens
     from dspa.steering.dspa import Steering, detach
+    from dspa.steering.vector import SteeringVector
     from dspa.version import __version__
 
 # The module of each public name. It is imported on first use, because torch and transformers take seconds to import,
@@ -42,10 +43,12 @@ HOMES = {
     "load_triples": "dspa.data.triples",
     "load_model": "dspa.models.load",
     "SAEError": "dspa.errors",
+    "VectorError": "dspa.errors",
     "FrozenSAE": "dspa.saes.frozen",
     "top_contexts": "dspa.saes.meanings",
     "top_tokens": "dspa.saes.meanings",
     "Steering": "dspa.steering.dspa",
+    "SteeringVector": "dspa.steering.vector",
     "detach": "dspa.steering.dspa",
     "__version__": "dspa.version",
 }
@@ -63,7 +66,9 @@ __all__ = [
     "SAEError",
     "Steering",
     "SteeringConfig",
+    "SteeringVector",
     "Triple",
+    "VectorError",
     "__version__",
     "build_map",
     "collect",

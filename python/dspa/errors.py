@@ -19,6 +19,10 @@ class AdapterError(ValueError):
     """An FSRL adapter that is damaged, or does not belong to what it is used with."""
 
 
+class VectorError(ValueError):
+    """A steering vector that is damaged, or has numbers or settings that cannot be used."""
+
+
 class PreferenceError(ValueError):
     """A source of triples, or one triple, that cannot be used. The message names it and says what to do."""
 

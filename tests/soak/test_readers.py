@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dspa.config import SteeringConfig
+from dspa.config import POSITIONS, SteeringConfig
 from dspa.data.triples import Triple, load_triples
-from dspa.errors import LabelError, MapError, PreferenceError, SAEError, TrainingError
+from dspa.errors import LabelError, MapError, PreferenceError, SAEError, TrainingError, VectorError
 from dspa.files import METADATA_KEY, SEAL, sealed, write_tensors
 from dspa.fsrl import TrainingConfig, read_held_out
 from dspa.fsrl.training import trained_template
@@ -38,6 +38,7 @@ from dspa.saes.frozen import FrozenSAE
 from dspa.saes.labels import read_labels, read_rules
 from dspa.saes.quality import weaknesses
 from dspa.saes.records import read_figures, read_record
+from dspa.steering.vector import SteeringVector
 from dspa.testing import L_IN, L_OUT, make_map, make_model, make_sae, word_tokenizer
 from dspa.training_folder import TrainingFolder
 
@@ -95,6 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sae_in, sae_out = make_sae(L_IN, 24, seed=1), make_sae(L_OUT, 32, seed=2)
     sae_in.save(folder / "sae")
     make_map(sae_in, sae_out, n_columns=8, n_triples=12).save(folder / "map")
+    SteeringVector(torch.ones(8), L_IN, 2.0, "response", model_name="m").save(folder / "vector")
     collect(make_model("gemma2"), word_tokenizer(), PLAIN, sae_in, sae_out, work_dir=folder / "counts", progress=False)
     (folder / "rules.json").write_text(json.dumps({"style": ["polite", "(?:dear|sir)"], "topic": ["cat|dog"]}))
     for name, record in {"sae-training": SAE_TRAINING, "adapter-training": ADAPTER_TRAINING}.items():
@@ -157,6 +159,21 @@ def test_maps(folder, done, data):
     assert 0 <= meta.percentile <= 100 and meta.k_diff > 0
     plan = cdmap.select(torch.ones(2, meta.d_sae_in, dtype=torch.int32), SteeringConfig(k_prompt=3, k_diff=4))
     assert plan.latents(cdmap.columns).max() < meta.d_sae_out
+
+
+@fuzz
+@given(data=st.data())
+def test_vectors(folder, done, data):
+    done["damaged files: vectors"] += 1
+    path = folder / "damaged-vector"
+    damage(data, folder / "vector", path)
+    try:
+        vector = SteeringVector.load(path)
+    except VectorError:
+        return
+    assert vector.vector.dim() == 1 and (vector.scale * vector.vector).isfinite().all()
+    assert vector.layer >= 0 and vector.scale >= 0 and vector.positions in POSITIONS
+    assert isinstance(vector.model_name, str) and isinstance(vector.model_digest, str)
 
 
 @fuzz
