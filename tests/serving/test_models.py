@@ -26,6 +26,7 @@ def engine_config(world: World) -> Any:
     return SimpleNamespace(
         use_v2_model_runner=True,
         kv_transfer_config=None,
+        speculative_config=None,
         weight_transfer_config=None,
         model_config=SimpleNamespace(
             hf_config=SimpleNamespace(dspa=world.options()["hf_overrides"]["dspa"]),
@@ -35,6 +36,7 @@ def engine_config(world: World) -> Any:
             enable_prompt_embeds=False,
             revision=None,
             runner_type="generate",
+            quantization=None,
         ),
         load_config=SimpleNamespace(load_format="auto"),
         parallel_config=SimpleNamespace(
@@ -60,6 +62,8 @@ def engine_config(world: World) -> Any:
         ("model_config.enable_prompt_embeds", True, "prompt embeddings"),
         ("model_config.revision", "v2", "a revision"),
         ("model_config.runner_type", "pooling", "a runner other than generate"),
+        ("model_config.quantization", "fp8", "quantization of weights"),
+        ("speculative_config", object(), "speculative decoding"),
         ("load_config.load_format", "dummy", "dummy weights"),
         ("parallel_config.pipeline_parallel_size", 2, "pipeline parallelism"),
         ("parallel_config.prefill_context_parallel_size", 2, "prefill context parallelism"),
@@ -81,6 +85,16 @@ def test_an_engine_that_cannot_steer(setting: str, value: object, message: str, 
     setattr(owner, name, value)
     with pytest.raises(ModelError, match=message):
         check_engine(config)
+
+
+def test_a_quantized_checkpoint_is_served(world: World) -> None:
+    """Its weights are those that were checked."""
+    from dspa.serving.models import check_engine
+
+    config = engine_config(world)
+    config.model_config.quantization = "compressed-tensors"
+    config.model_config.hf_config.quantization_config = {"quant_method": "compressed-tensors"}
+    check_engine(config)
 
 
 def test_the_rust_frontend_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

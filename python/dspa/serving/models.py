@@ -135,6 +135,10 @@ def check_engine(vllm_config: Any) -> None:
         ),
         "a runner other than generate: what it answers is not steered": model.runner_type != "generate",
         "dummy weights: a map is made for a model's own": vllm_config.load_config.load_format == "dummy",
+        "quantization of weights that were checked without it; save such a model, and make maps for it": (
+            model.quantization is not None and getattr(model.hf_config, "quantization_config", None) is None
+        ),
+        "speculative decoding, which was never tried": vllm_config.speculative_config is not None,
         "sleep mode": model.enable_sleep_mode,
         "prompt embeddings": model.enable_prompt_embeds,
     }
