@@ -50,7 +50,8 @@ NO_GPU = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
-# By the name of its settings, what a request asks for, and the same for `dspa.Steering`, or the name of an adapter.
+# By the name of its settings, what a request asks for, and the same for transformers: settings of `dspa.Steering`, or
+# the name of an adapter or a vector.
 ASKED: dict[str, tuple[dict[str, Any] | None, dspa.SteeringConfig | str | None]] = {
     "base": (None, None),
     "ablate": ({"dspa": "on"}, dspa.SteeringConfig()),
@@ -63,7 +64,12 @@ ASKED: dict[str, tuple[dict[str, Any] | None, dspa.SteeringConfig | str | None]]
     ),
     "early": ({"dspa_adapter": "early"}, "early"),
     "late": ({"dspa": "on", "dspa_adapter": "late"}, "late"),
+    "all": ({"dspa_vector": "all"}, "all"),
+    "answer": ({"dspa_vector": "answer"}, "answer"),
 }
+# By the name of a vector, its layer and its positions.
+VECTORS = {"all": (L_IN, "all"), "answer": (L_OUT, "response")}
+VECTOR_SCALE = 3.0
 # By the name of an adapter, its SAE, and the activation of its latents' movements.
 ADAPTERS = {"early": ("sae_in", "soft_threshold"), "late": ("sae_out", "jumprelu")}
 
@@ -83,7 +89,7 @@ PROMPTS = make_prompts([3, 11, 11, 40, 75, 75, 75, 100])
 
 @dataclass(frozen=True)
 class World:
-    """A model, its SAEs, a map and two adapters, in files."""
+    """A model, its SAEs, a map, two adapters and two vectors, in files."""
 
     folder: Path
 
@@ -99,12 +105,16 @@ class World:
     def adapters(self) -> dict[str, str]:
         return {name: self.place(name) for name in ADAPTERS}
 
+    @property
+    def vectors(self) -> dict[str, str]:
+        return {name: self.place(f"{name}.safetensors") for name in VECTORS}
+
     def place(self, name: str) -> str:
         return str(self.folder / name)
 
     def options(self, **settings: Any) -> dict[str, Any]:
         """Options of an engine that steers."""
-        steering: dict[str, Any] = {"maps": self.map, "adapters": self.adapters}
+        steering: dict[str, Any] = {"maps": self.map, "adapters": self.adapters, "vectors": self.vectors}
         steering |= {name: self.place(name) for name in ("sae_in", "sae_out")}
         return self.plain() | vllm_options(self.model, **(steering | settings))
 
@@ -123,10 +133,12 @@ class World:
         }
 
     def answers(self, prompt: list[int], config: dspa.SteeringConfig | str | None, n: int = 16) -> list[int]:
-        """Tokens that transformers generates greedily, with `dspa.Steering` or an adapter."""
+        """Tokens that transformers generates greedily, with `dspa.Steering`, an adapter or a vector."""
         model = load(self.model)
         steering: Any = nullcontext()
-        if isinstance(config, str):
+        if config in self.vectors:
+            steering = dspa.SteeringVector.load(self.vectors[config]).attach(model)
+        elif isinstance(config, str):
             sae = dspa.FrozenSAE.load(self.place(ADAPTERS[config][0]))
             steering = FSRLAdapter.load(self.place(config), sae).attach(model)
         elif config is not None:
@@ -173,6 +185,9 @@ def make_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Worl
                 # Loaded, so that the adapter records where it is.
                 make_adapter(dspa.FrozenSAE.load(folder / sae), activation, seed=seed).save(folder / name)
             made[family] = World(folder)
+            for name, (layer, positions) in VECTORS.items():
+                vector = torch.randn(d_in, generator=torch.Generator().manual_seed(2))
+                dspa.SteeringVector(vector, layer, VECTOR_SCALE, positions).save(made[family].vectors[name])
         return made[family]
 
     return make

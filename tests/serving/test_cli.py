@@ -54,10 +54,17 @@ def test_an_adapter_alone(world: World, started: list[Any]) -> None:
     assert settings["maps"] == {} and list(settings["adapters"]) == ["default"]
 
 
+def test_vectors_alone(world: World, started: list[Any]) -> None:
+    result = serve(world.model, *(f"--vector={name}={path}" for name, path in world.vectors.items()))
+    assert result.exception is None, result.exception
+    settings = started[0][1]["hf_overrides"]["dspa"]
+    assert settings["maps"] == {} and list(settings["vectors"]) == list(world.vectors)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Neither --map (DSPA) nor --adapter (FSRL) was given"),
+        ([], "None of --map, --adapter and --vector was given"),
         (["--adapter", "a", "--alpha", "1"], "Without --map there is no use for --alpha."),
         (["--adapter", "a", "--sae-in", "s"], "Without --map there is no use for --sae-in."),
         (["--map", "m", "--sae", "s"], "Without --adapter there is no use for --sae."),

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dspa
-from dspa.errors import AdapterError, MapError, ModelError, SAEError
+from dspa.errors import AdapterError, MapError, ModelError, SAEError, VectorError
 from dspa.serving import vllm_options
 from dspa.serving.settings import ServingSettings
 from dspa.testing import L_IN, L_OUT, make_map, make_model, make_sae
 from tests.dspa.support.adapters import make_adapter
-from tests.serving.conftest import D_IN, World
+from tests.serving.conftest import D_IN, VECTOR_SCALE, World
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +83,16 @@ def test_settings_that_were_edited_are_refused(world: World) -> None:
         ({"config": dspa.SteeringConfig(scoring="demixed")}, ValueError, "demixed"),
         ({"config": dspa.SteeringConfig(positions="all")}, ValueError, "response, generated"),
         ({"model_name": "google/gemma-2-2b"}, None, ""),
+        ({"vectors": {}}, ValueError, "`vectors` is empty"),
+        ({"vectors": "nowhere"}, VectorError, "There is no file at"),
+        ({"vectors": "sae_in"}, VectorError, "There is no file at"),
         ({"adapters": {}}, ValueError, "`adapters` is empty"),
         ({"adapters": "nowhere"}, AdapterError, "holds no adapter.json"),
         ({"adapters": "late", "sae": "sae_in"}, AdapterError, "was trained with an SAE of d_sae 128"),
         ({"adapters": "late", "sae": "nowhere"}, SAEError, "nowhere"),
         ({"sae": "sae_in"}, ValueError, "Without `adapters` there is no use for `sae`"),
         ({"maps": None}, ValueError, "Without `maps` there is no use for `sae_in`, `sae_out`"),
-        ({"maps": None, "sae_in": None, "sae_out": None}, ValueError, "`maps` and `adapters` is empty"),
+        ({"maps": None, "sae_in": None, "sae_out": None}, ValueError, "`maps`, `adapters` and `vectors` is empty"),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], error: Any, message: str, world: World) -> None:
@@ -142,6 +145,31 @@ def test_an_adapter_of_other_weights(world: World, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="The adapter was made with other weights"):
         options(world, adapters=tmp_path / "other")
     options(world, adapters=tmp_path / "other", other_weights=True)
+
+
+def test_vectors_alone(world: World) -> None:
+    settings = vllm_options(world.model, vectors=world.vectors)["hf_overrides"]["dspa"]
+    assert list(settings["vectors"]) == list(world.vectors) and not settings["maps"] and not settings["adapters"]
+    assert settings["vectors"]["all"]["positions"] == "all" and settings["vectors"]["all"]["scale"] == VECTOR_SCALE
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"scale": 101.0}, VectorError, "`scale` is 101.0; accepted: a number from 0 to 100"),
+        ({"layer": 4}, ModelError, "The vector is of layer 4; accepted: 0 to 3"),
+        ({"vector": torch.ones(3)}, ModelError, "The vector has 3 numbers"),
+        ({"model_name": "google/gemma-2-2b"}, ModelError, "The vector was made with 'google/gemma-2-2b'"),
+        ({"model_digest": "sampled-0"}, ModelError, "The vector was made with other weights"),
+    ],
+)
+def test_vectors_that_cannot_be_served(
+    changes: dict[str, Any], error: Any, message: str, world: World, tmp_path: Path
+) -> None:
+    path = tmp_path / "v.safetensors"
+    dspa.SteeringVector(**{"vector": torch.ones(D_IN), "layer": 1} | changes).save(path)
+    with pytest.raises(error, match=message):
+        options(world, vectors=path, model_name="meta-llama/Llama-3.1-8B")
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import pytest
 import dspa
 from dspa.config import POSITIONS, SCORINGS
 from dspa.serving.requests import parse
-from dspa.serving.settings import AdapterPlace, Place, ServingSettings
+from dspa.serving.settings import AdapterPlace, Place, ServingSettings, VectorPlace
 
 PLACE = Place("/somewhere", "0")
 ADAPTERS = {"warm": AdapterPlace(PLACE, PLACE), "cold": AdapterPlace(PLACE, PLACE)}
+VECTORS = {"calm": VectorPlace(PLACE, 4.0, "all"), "bold": VectorPlace(PLACE, 0.5, "generated")}
 WITHOUT_MAPS: dict[str, Any] = {"maps": {}, "sae_in": None, "sae_out": None}
 
 
@@ -84,7 +85,7 @@ def test_a_map_or_an_adapter() -> None:
         ({"dspa_adapter": "warm", "dspa_start": 1}, "dspa_start: not for"),
         ({"dspa": "off", "dspa_adapter": "warm", "dspa_start": 1}, "dspa_start: not for"),
         ({"dspa_adapter": "hot"}, "`dspa_adapter` is 'hot'; accepted: warm, cold"),
-        ({"dspa_adapter": 1}, "`dspa_adapter` is 1; accepted: text"),
+        ({"dspa_adapter": 1}, "`dspa_adapter` is 1; accepted: warm, cold"),
         ({"dspa_adapter": None}, "`dspa_adapter` is None; accepted: warm, cold"),
         ({"dspa_adaptor": "warm"}, "`dspa_adaptor` is not known"),
     ],
@@ -92,6 +93,45 @@ def test_a_map_or_an_adapter() -> None:
 def test_what_is_refused_of_adapters(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         parse(keys, settings(adapters=ADAPTERS))
+
+
+def test_vectors() -> None:
+    everything, vectors = settings(adapters=ADAPTERS, vectors=VECTORS), settings(vectors=VECTORS, **WITHOUT_MAPS)
+    asked = parse({"dspa": "on"}, everything)
+    assert asked is not None and asked.dspa_map == "polite" and asked.dspa_vector is None
+    for keys, expected in (
+        # Name, scale and first edited position.
+        ({"dspa": "on"}, ("calm", 4.0, 0)),
+        ({"dspa_vector": "bold"}, ("bold", 0.5, 9)),
+        ({"dspa_alpha": 7}, ("calm", 7.0, 0)),
+        ({"dspa_vector": "calm", "dspa_positions": "response"}, ("calm", 4.0, 8)),
+        ({"dspa_vector": "bold", "dspa_positions": "all", "dspa_alpha": 100}, ("bold", 100.0, 0)),
+        ({"dspa_vector": "bold", "dspa_start": 3}, ("bold", 0.5, 3)),
+    ):
+        for engine in (vectors, everything) if "dspa_vector" in keys else (vectors,):
+            asked = parse(keys, engine)
+            assert asked is not None and asked.dspa_map is None and asked.dspa_adapter is None
+            asked = asked.of_prompt(9)
+            assert (asked.dspa_vector, asked.dspa_alpha, asked.first_edited) == expected
+            assert asked.n_counted == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"dspa_vector": "calm", "dspa_mode": "both"}, "dspa_mode: not for a request that `dspa_vector` steers"),
+        ({"dspa_vector": "calm", "dspa_map": "polite"}, "dspa_vector: not for a request that `dspa_map` steers"),
+        ({"dspa_vector": "calm", "dspa_adapter": "warm"}, "dspa_vector: not for a request that `dspa_adapter` steers"),
+        ({"dspa_vector": "loud"}, "`dspa_vector` is 'loud'; accepted: calm, bold"),
+        ({"dspa_vector": "calm", "dspa_alpha": 101}, "`dspa_alpha` is 101; accepted: a number from 0 to 100"),
+        ({"dspa_vector": "calm", "dspa_alpha": -1}, "`dspa_alpha` is -1"),
+        ({"dspa_vector": "calm", "dspa_positions": "last"}, "`dspa_positions` is 'last'; accepted: response, gen"),
+        ({"dspa_map": "polite", "dspa_positions": "all"}, "`dspa_positions` is 'all'; accepted: response, generated"),
+    ],
+)
+def test_what_is_refused_of_vectors(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(keys, settings(adapters=ADAPTERS, vectors=VECTORS))
 
 
 def test_what_an_engine_does_not_have() -> None:

@@ -38,6 +38,7 @@ def client(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
     log = tmp_path_factory.mktemp("server") / "log.txt"
     command = [sys.executable, "-m", "dspa", "serve", world.model, "--map", world.map]
     command += [word for name, path in world.adapters.items() for word in ("--adapter", f"{name}={path}")]
+    command += [word for name, path in world.vectors.items() for word in ("--vector", f"{name}={path}")]
     command += ["--sae-in", world.place("sae_in"), "--sae-out", world.place("sae_out"), "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-model-len", "128"]
     command += ["--max-num-batched-tokens", "64", "--max-num-seqs", "16", "--served-model-name", "tiny"]
@@ -97,6 +98,8 @@ def test_streaming(world: World, client: Any) -> None:
         ({"dspa_start": 99}, "1 to 11"),
         ({"dspa_map": "other"}, "default"),
         ({"dspa_adapter": "other"}, "early, late"),
+        ({"dspa_vector": "other"}, "all, answer"),
+        ({"dspa_vector": "all", "dspa_mode": "both"}, "dspa_mode: not for a request that `dspa_vector` steers"),
         ({"dspa_adapter": "late", "dspa_alpha": 0.5}, "dspa_alpha: not for a request that `dspa_adapter` steers"),
         ({"dspa_adapter": "late", "dspa_map": "default"}, "dspa_adapter: not for a request that `dspa_map` steers"),
         # By vLLM itself, which takes flat values alone.

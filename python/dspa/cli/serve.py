@@ -48,19 +48,27 @@ def serve(
             "name nothing take the first where there is no map.",
         ),
     ] = None,
+    vectors: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--vector",
+            help="A file that dspa.SteeringVector.save wrote, or several, each as NAME=FILE. Requests that name "
+            "nothing take the first where there is nothing else.",
+        ),
+    ] = None,
     steer_all: Annotated[bool, typer.Option(help="Steer requests that do not ask for it, too.")] = False,
     model_name: Annotated[
         str | None, typer.Option(help="Name of the model, if it is in a folder that does not record it.")
     ] = None,
     other_weights: Annotated[
-        bool, typer.Option(help="Accept a model with other weights than the maps and adapters were made with.")
+        bool, typer.Option(help="Accept a model with other weights than what steers was made with.")
     ] = False,
 ) -> None:
     """Serve a model with vLLM: its OpenAI-compatible server, whose requests can be steered, each in its own way.
 
     A request asks for it by `vllm_xargs`: `{"dspa": "on"}`, and `dspa_alpha`, `dspa_mode`, `dspa_positions`,
-    `dspa_map` and `dspa_start` for other settings than the server's, or `dspa_adapter` for an FSRL adapter. Others in
-    the same batch are not changed.
+    `dspa_map` and `dspa_start` for other settings than the server's, `dspa_adapter` for an FSRL adapter, or
+    `dspa_vector` for a vector. Others in the same batch are not changed.
 
     All further arguments are those of `vllm serve`:
 
@@ -70,8 +78,8 @@ def serve(
     from dspa.serving.options import vllm_options
     from dspa.serving.server import serve as serve_until_stopped
 
-    if not (maps or adapters):
-        raise ValueError("Neither --map (DSPA) nor --adapter (FSRL) was given; accepted: one of them, or both.")
+    if not (maps or adapters or vectors):
+        raise ValueError("None of --map, --adapter and --vector was given; accepted: one of them, or more.")
     check_used("--map", maps, [*changed(pair), *changed(config)])
     check_used("--adapter", adapters, changed(adapter_sae))
     options = vllm_options(
@@ -82,6 +90,7 @@ def serve(
         config if maps else None,
         adapters=_named("--adapter", "FOLDER", adapters),
         sae=adapter_sae.sae,
+        vectors=_named("--vector", "FILE", vectors),
         steer_all=steer_all,
         model_name=model_name,
         other_weights=other_weights,

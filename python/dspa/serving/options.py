@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from dspa.config import SteeringConfig
-from dspa.errors import AdapterError, MapError, ModelError, listed, refusal
+from dspa.errors import AdapterError, MapError, ModelError, VectorError, listed, refusal
 from dspa.fsrl.adapter import RECORD, FSRLAdapter, read_record
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.models.sources import Source
 from dspa.saes.frozen import FrozenSAE
-from dspa.serving.settings import ARCHITECTURES, DEFAULT, KEY, PREFIX, AdapterPlace, Place, ServingSettings
+from dspa.schemas import check
+from dspa.serving.settings import ARCHITECTURES, DEFAULT, KEY, PREFIX, AdapterPlace, Place, ServingSettings, VectorPlace
+from dspa.steering.vector import SteeringVector
 
 
 def vllm_options(
@@ -25,6 +27,7 @@ def vllm_options(
     *,
     adapters: str | Path | Mapping[str, str | Path] | None = None,
     sae: str | Path | None = None,
+    vectors: str | Path | Mapping[str, str | Path] | None = None,
     steer_all: bool = False,
     model_name: str | None = None,
     other_weights: bool = False,
@@ -36,8 +39,8 @@ def vllm_options(
     llm.generate(prompts, vllm.SamplingParams(extra_args={"dspa": "on", "dspa_alpha": 0.5}))
     ```
 
-    Everything is checked here, before vLLM starts: the files, the SAEs against the maps and adapters, and all of them
-    against the model, which is read once for that.
+    Everything is checked here, before vLLM starts: the files, the SAEs against the maps and adapters, and all that
+    steers against the model, which is read once for that.
 
     Args:
         model: a folder, or a name on the Hub, of one of the `ARCHITECTURES`.
@@ -48,10 +51,11 @@ def vllm_options(
             positions="all".
         adapters: the folder of an FSRL adapter, or several by name. The first is the default where there is no map.
         sae: folder or file of the adapters' SAE, by default what each of them records.
+        vectors: the file of a `dspa.SteeringVector`, or several by name. The first is the default where there is
+            neither a map nor an adapter.
         steer_all: steer requests that do not ask for it.
         model_name: name of the model, if it is in a folder that does not record it.
-        other_weights: accept a model with other weights than the maps and adapters were made with, and do not read
-            them.
+        other_weights: accept a model with other weights than what steers was made with, and do not read them.
 
     Returns:
         `hf_overrides`, with an architecture of this package and, beside it, the settings. Neither works without the
@@ -60,17 +64,20 @@ def vllm_options(
     Raises:
         AdapterError: an adapter that is missing, damaged, or of another SAE.
         MapError: a map that is missing, damaged, or of other SAEs.
-        ModelError: a model that cannot be served, or is not the one that the maps and adapters were made with.
+        ModelError: a model that cannot be served, or is not the one that what steers was made with.
         SAEError: an SAE that is missing or damaged.
+        VectorError: a vector that is missing or damaged, or whose scale cannot be served.
         ValueError: settings that cannot be served, or that nothing uses.
     """
     map_paths, adapter_paths = _by_name("maps", maps), _by_name("adapters", adapters)
+    vector_paths = _by_name("vectors", vectors)
     _check_used("maps", map_paths, sae_in=sae_in, sae_out=sae_out, config=config)
     _check_used("adapters", adapter_paths, sae=sae)
     config = config or SteeringConfig()
     cdmaps = {name: ConditionalDifferenceMap.load(path) for name, path in map_paths.items()}
     pair = _load_pair(list(cdmaps.values()), sae_in, sae_out, config)
     loaded = {name: _load_adapter(path, sae) for name, path in adapter_paths.items()}
+    added = {name: SteeringVector.load(path) for name, path in vector_paths.items()}
     settings = ServingSettings(
         model=str(model),
         maps={name: Place.of_file(path) for name, path in map_paths.items()},
@@ -79,11 +86,18 @@ def vllm_options(
             name: AdapterPlace(Place.of_file(path / RECORD), _place_of(loaded[name].sae))
             for name, path in adapter_paths.items()
         },
+        vectors={name: _vector_place(path, added[name]) for name, path in vector_paths.items()},
         config=config,
         steer_all=steer_all,
     )
     architecture = _check_model(
-        model, list(cdmaps.values()), pair, list(loaded.values()), model_name, other_weights=other_weights
+        model,
+        list(cdmaps.values()),
+        pair,
+        list(loaded.values()),
+        list(added.values()),
+        model_name,
+        other_weights=other_weights,
     )
     return {"hf_overrides": {"architectures": [PREFIX + architecture], KEY: asdict(cast(Any, settings))}}
 
@@ -147,11 +161,17 @@ def _place_of(sae: FrozenSAE) -> Place:
     return Place(sae.source.path, sae.source.digest, sae.layer)
 
 
+def _vector_place(path: Path, vector: SteeringVector) -> VectorPlace:
+    place = {"file": Place.of_file(path), "scale": vector.scale, "positions": vector.positions}
+    return check(VectorPlace, place, VectorError, str(path))
+
+
 def _check_model(
     model: str | Path,
     maps: list[ConditionalDifferenceMap],
     pair: Mapping[str, FrozenSAE],
     adapters: list[FSRLAdapter],
+    vectors: list[SteeringVector],
     model_name: str | None,
     *,
     other_weights: bool,
@@ -180,8 +200,11 @@ def _check_model(
         check_saes(pair["sae_in"], pair["sae_out"], inner, n_layers, model_name)
     for cdmap in maps:
         check_model_name("The map was made with", cdmap.meta.model_name, model_name or loaded_name(inner))
-        check_weights("The map was made with", cdmap.model_digest, inner, other_weights=other_weights)
     for adapter in adapters:
         check_sae("sae", adapter.sae, inner, n_layers, model_name)
-        check_weights("The adapter was made with", adapter.model_digest, inner, other_weights=other_weights)
+    for vector in vectors:
+        vector.check_model(inner, n_layers, model_name)
+    for kind, made in (("map", maps), ("adapter", adapters), ("vector", vectors)):
+        for one in made:
+            check_weights(f"The {kind} was made with", one.model_digest, inner, other_weights=other_weights)
     return architecture

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
-from pydantic import Field, StrictFloat
-
-from dspa.config import MODES
+from dspa.config import MODES, POSITIONS
 from dspa.errors import refusal
-from dspa.schemas import Accepts, OneOf, PositiveInt, Text, check, schema
-from dspa.serving.settings import KEY, MAX_ALPHA, ServingSettings
+from dspa.schemas import OneOf, PositiveInt, Text, check, schema
+from dspa.serving.settings import KEY, ServedStrength, ServingSettings
 
-SERVED_POSITIONS = ("response", "generated")
+# Positions of a map, whose plan needs the whole prompt.
+MAP_POSITIONS = ("response", "generated")
 # What clients put into a request for an engine, and into one another.
 CONTAINERS = ("vllm_xargs", "extra_args", "extra_body", "sampling_params")
 # Keys that a method of steering takes, by the key that chooses one of the engine's.
 TAKES: dict[str, tuple[str, ...]] = {
     "dspa_map": ("dspa_alpha", "dspa_mode", "dspa_positions", "dspa_start"),
     "dspa_adapter": (),
+    "dspa_vector": ("dspa_alpha", "dspa_positions", "dspa_start"),
 }
-ServedStrength: TypeAlias = Annotated[
-    StrictFloat, Field(ge=0, le=MAX_ALPHA), Accepts(f"a number from 0 to {MAX_ALPHA:g} (published: 0.2)")
-]
 
 
 @schema
@@ -34,9 +31,10 @@ class SteeringRequest:
         dspa: "on" or "off".
         dspa_map: name of a map of the engine, None for a request that is steered by something else.
         dspa_adapter: name of an adapter of the engine, likewise. The other settings mean nothing to it.
-        dspa_alpha: strength.
+        dspa_vector: name of a vector of the engine, likewise.
+        dspa_alpha: strength, for a vector its scale.
         dspa_mode: "ablate", "augment" or "both".
-        dspa_positions: "response", or "generated" to leave the last token of the prompt alone.
+        dspa_positions: "response", "generated" to leave the last token of the prompt alone, or for a vector "all".
         dspa_start: number of tokens of the prompt that come before a response which is given with it, None for all.
             The latents of these tokens choose the plan.
     """
@@ -44,9 +42,10 @@ class SteeringRequest:
     dspa: Annotated[str, OneOf(("on", "off"))]
     dspa_alpha: ServedStrength
     dspa_mode: Annotated[str, OneOf(MODES)]
-    dspa_positions: Annotated[str, OneOf(SERVED_POSITIONS)]
+    dspa_positions: Annotated[str, OneOf(POSITIONS)]
     dspa_map: Text | None = None
     dspa_adapter: Text | None = None
+    dspa_vector: Text | None = None
     dspa_start: PositiveInt | None = None
 
     def of_prompt(self, n_prompt: int) -> SteeringRequest:
@@ -63,16 +62,15 @@ class SteeringRequest:
 
     @property
     def n_counted(self) -> int:
-        """Number of tokens, from the first, by whose latents the plan is chosen: none for an adapter."""
+        """Number of tokens, from the first, by whose latents the plan of a map is chosen."""
         assert self.dspa_start is not None
         return 0 if self.dspa_map is None else self.dspa_start
 
     @property
     def first_edited(self) -> int:
-        """Position of the first token that is edited: the first of all for an adapter."""
-        if self.dspa_map is None:
-            return 0
-        return self.n_counted - (self.dspa_positions == "response")
+        """Position of the first token that is edited."""
+        assert self.dspa_start is not None
+        return 0 if self.dspa_positions == "all" else self.dspa_start - (self.dspa_positions == "response")
 
 
 def keys(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -98,23 +96,30 @@ def parse(extra_args: Mapping[str, Any] | None, settings: ServingSettings) -> St
     Raises:
         ValueError: an unknown key or name, a value outside its choices or its range, or keys of two methods.
     """
-    asked, config, choices = keys(extra_args), settings.config, settings.choices
+    asked, choices = keys(extra_args), settings.choices
     chosen = [key for key in TAKES if key in asked]
     method = (chosen or [key for key in TAKES if choices[key]])[0]
-    defaults = {
-        "dspa": "on" if asked or settings.steer_all else "off",
-        method: choices[method][0] if choices[method] else None,
-        "dspa_alpha": config.alpha,
-        "dspa_mode": config.mode,
-        "dspa_positions": config.positions,
-    }
-    request = check(SteeringRequest, defaults | asked, ValueError, "vllm_xargs")
+    name = asked.get(method, next(iter(choices[method]), None))
+    if name not in choices[method]:
+        accepted = ", ".join(choices[method]) or "no such key, as this engine has none"
+        raise refusal(ValueError, f"`{method}`", repr(name), accepted)
+    on = {"dspa": "on" if asked or settings.steer_all else "off", method: name}
+    request = check(SteeringRequest, on | _defaults(method, name, settings) | asked, ValueError, "vllm_xargs")
     if unused := [key for key in asked if key not in (KEY, method, *TAKES[method])]:
         accepted = ", ".join((KEY, *TAKES[method]))
         raise ValueError(
             f"{', '.join(unused)}: not for a request that `{method}` steers; accepted beside it: {accepted}."
         )
-    if (name := getattr(request, method)) not in choices[method]:
-        accepted = ", ".join(choices[method]) or "no such key, as this engine has none"
-        raise refusal(ValueError, f"`{method}`", repr(name), accepted)
+    if request.dspa_map is not None and request.dspa_positions not in MAP_POSITIONS:
+        raise refusal(ValueError, "`dspa_positions`", repr(request.dspa_positions), ", ".join(MAP_POSITIONS))
     return request if request.dspa == "on" else None
+
+
+def _defaults(method: str, name: str, settings: ServingSettings) -> dict[str, Any]:
+    """Return the settings of a request that gives none."""
+    config = settings.config
+    defaults = {"dspa_alpha": config.alpha, "dspa_mode": config.mode, "dspa_positions": config.positions}
+    if method == "dspa_vector":
+        vector = settings.vectors[name]
+        return defaults | {"dspa_alpha": vector.scale, "dspa_positions": vector.positions}
+    return defaults | ({"dspa_positions": "all"} if method == "dspa_adapter" else {})

@@ -1,14 +1,17 @@
-"""The maps, adapters and SAEs that a steered engine loads, as settings that vLLM carries from process to process."""
+"""What a steered engine loads, as settings that vLLM carries from process to process: maps, adapters, vectors, SAEs."""
 
 from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
+from typing import Annotated, TypeAlias
 
-from dspa.config import SteeringConfig
+from pydantic import Field, StrictFloat
+
+from dspa.config import POSITIONS, SteeringConfig
 from dspa.errors import refusal
 from dspa.files import file_sha256
-from dspa.schemas import Flag, Text, check, schema
+from dspa.schemas import Accepts, Flag, OneOf, Text, check, schema
 
 # The name of the settings in the model's configuration, and the beginning of the architectures that read them.
 KEY, PREFIX = "dspa", "Dspa"
@@ -24,6 +27,9 @@ ARCHITECTURES = (
 DEFAULT = "default"
 # A residual that overflows makes keys and values NaN, and attention can read those in the blocks of a later request.
 MAX_ALPHA = 100.0
+ServedStrength: TypeAlias = Annotated[
+    StrictFloat, Field(ge=0, le=MAX_ALPHA), Accepts(f"a number from 0 to {MAX_ALPHA:g} (published: 0.2)")
+]
 
 
 @schema
@@ -32,7 +38,7 @@ class Place:
 
     Attributes:
         path: an absolute path.
-        digest: SHA-256 of a map's file or of an adapter's record, or the fingerprint of an SAE.
+        digest: SHA-256 of a file, or the fingerprint of an SAE.
         layer: layer of an SAE, None for others.
     """
 
@@ -71,6 +77,21 @@ class AdapterPlace:
 
 
 @schema
+class VectorPlace:
+    """A vector, and what it has for requests that do not say otherwise.
+
+    Attributes:
+        file: its file.
+        scale: how many times it is added.
+        positions: tokens to which it is added.
+    """
+
+    file: Place
+    scale: ServedStrength
+    positions: Annotated[str, OneOf(POSITIONS)]
+
+
+@schema
 class ServingSettings:
     """Settings of a steered engine.
 
@@ -79,6 +100,7 @@ class ServingSettings:
         maps: the maps by name, all of one pair of SAEs. Requests that name nothing take the first.
         sae_in, sae_out: the SAEs of the maps, None without maps.
         adapters: the adapters by name. Requests that name nothing take the first where there is no map.
+        vectors: the vectors by name. Requests that name nothing take the first where there is nothing else.
         config: settings of steering by a map, which a request may replace in part.
         steer_all: True to steer requests that do not ask for it.
     """
@@ -88,12 +110,13 @@ class ServingSettings:
     sae_in: Place | None = None
     sae_out: Place | None = None
     adapters: dict[Text, AdapterPlace] = field(default_factory=dict)
+    vectors: dict[Text, VectorPlace] = field(default_factory=dict)
     config: SteeringConfig = field(default_factory=SteeringConfig)
     steer_all: Flag = False
 
     def __post_init__(self) -> None:
-        if not (self.maps or self.adapters):
-            raise refusal(ValueError, "`maps` and `adapters`", "empty", "one map or adapter, or more")
+        if not any(self.choices.values()):
+            raise refusal(ValueError, "`maps`, `adapters` and `vectors`", "empty", "one of them, or more")
         if {self.sae_in is None, self.sae_out is None} != {not self.maps}:
             raise refusal(
                 ValueError, "`sae_in` and `sae_out`", "given without maps, or missing", "both with maps alone"
@@ -119,7 +142,11 @@ class ServingSettings:
     @property
     def choices(self) -> dict[str, list[str]]:
         """Names that a request can choose from, by the key that chooses."""
-        return {f"{KEY}_map": list(self.maps), f"{KEY}_adapter": list(self.adapters)}
+        return {
+            f"{KEY}_map": list(self.maps),
+            f"{KEY}_adapter": list(self.adapters),
+            f"{KEY}_vector": list(self.vectors),
+        }
 
     @classmethod
     def of(cls, hf_config: object) -> ServingSettings | None:

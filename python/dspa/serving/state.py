@@ -14,6 +14,7 @@ from dspa.serving.batch import Batch
 from dspa.serving.map_steering import MapSteering
 from dspa.serving.requests import SteeringRequest
 from dspa.serving.settings import Place, ServingSettings
+from dspa.serving.vector_steering import VectorSteering
 
 # States by name, as the ops of a graph find theirs. A state belongs to its engine.
 STATES: WeakValueDictionary[str, ServingState] = WeakValueDictionary()
@@ -47,11 +48,13 @@ class ServingState:
         def load_sae(place: Place) -> FrozenSAE:
             return FrozenSAE.load(place.path, layer=place.layer, device=device)
 
-        self.methods: list[MapSteering | AdapterSteering] = []
+        self.methods: list[MapSteering | AdapterSteering | VectorSteering] = []
         if settings.maps:
             self.methods.append(MapSteering(settings, self.batch, load_sae))
         if settings.adapters:
             self.methods.append(AdapterSteering(settings, self.batch, load_sae))
+        if settings.vectors:
+            self.methods.append(VectorSteering(settings, self.batch))
         # An order for compilers: what reads also writes it, and what writes reads it.
         self.order = torch.zeros(1, device=device)
 
