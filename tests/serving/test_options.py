@@ -14,6 +14,7 @@ import dspa
 from dspa.errors import AdapterError, MapError, ModelError, SAEError, VectorError
 from dspa.serving import vllm_options
 from dspa.serving.settings import ServingSettings
+from dspa.serving.state import ServingState
 from dspa.testing import L_IN, L_OUT, make_map, make_model, make_sae
 from tests.dspa.support.adapters import make_adapter
 from tests.serving.conftest import D_IN, VECTOR_SCALE, World
@@ -61,6 +62,29 @@ def test_adapters_beside_maps_and_without(world: World) -> None:
         # Where the adapter says that its SAE is.
         assert late["sae"]["path"] == world.place("sae_out") and late["sae"]["layer"] == L_OUT
         assert late["record"]["path"].startswith(world.place("late"))
+
+
+def test_saes_of_a_catalogue(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the names that a map records, in the process that asks for the engine and in the engine's."""
+    names: list[str] = []
+
+    def from_pretrained(release: str, sae_id: str, *, device: Any, layer: int | None) -> dspa.FrozenSAE:
+        sae = dspa.FrozenSAE.load(world.place(sae_id), device=device, layer=layer)
+        sae.loaded_from = f"{release}:{sae_id}"
+        names.append(sae.loaded_from)
+        return sae
+
+    monkeypatch.setattr(dspa.FrozenSAE, "from_pretrained", from_pretrained)
+    given = options(world, sae_in="tiny-release:sae_in", sae_out="tiny-release:sae_out")["hf_overrides"]["dspa"]
+    assert given["sae_in"]["path"] == "tiny-release:sae_in" and names == ["tiny-release:sae_in", "tiny-release:sae_out"]
+
+    class Config:
+        dspa = given
+
+    settings = ServingSettings.of(Config())
+    assert settings is not None
+    ServingState(settings, 1, 1, torch.device("cpu"))
+    assert len(names) == 4
 
 
 def test_settings_that_were_edited_are_refused(world: World) -> None:

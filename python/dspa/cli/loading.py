@@ -105,14 +105,10 @@ def check_model(options: RecordedModelOptions) -> None:
 
 def load_sae(spec: str, layer: int | None, device: str, layer_option: str = "--layer") -> FrozenSAE:
     """Load an SAE from a path, or from RELEASE:SAE_ID; `layer_option` is what gave the layer."""
-    from dspa.models.places import is_hub_name
     from dspa.saes.frozen import FrozenSAE
 
-    release, _, sae_id = spec.partition(":")
     with messages_of_options({"layer": layer_option}):
-        if sae_id and not Path(spec).exists() and is_hub_name(release):
-            return FrozenSAE.from_pretrained(release, sae_id, device=device, layer=layer)
-        return FrozenSAE.load(spec, layer=layer, device=device)
+        return FrozenSAE.from_name(spec, layer=layer, device=device)
 
 
 def load_recorded(option: str, source: Source | None, load: Callable[[str], T], digest: Callable[[T], str | None]) -> T:

@@ -210,6 +210,24 @@ class FrozenSAE(Frozen, Autoencoder):
         return sae.to(device, dtype)
 
     @classmethod
+    def from_name(cls, name: str, *, layer: int | None = None, device: torch.device | str = "cpu") -> FrozenSAE:
+        """Load an SAE by what `source.path` records: a path, or RELEASE:SAE_ID of SAELens' catalogue.
+
+        Args:
+            name: the path, or the two names.
+            layer: as for `load` and `from_pretrained`.
+            device: device of the SAE.
+
+        Raises:
+            RuntimeError: sae-lens is needed and not installed.
+            SAEError: as for `load` and `from_pretrained`.
+        """
+        release, _, sae_id = name.partition(":")
+        if sae_id and not Path(name).exists() and is_hub_name(release):
+            return cls.from_pretrained(release, sae_id, device=device, layer=layer)
+        return cls.load(name, layer=layer, device=device)
+
+    @classmethod
     def from_pretrained(
         cls,
         release: str,

@@ -45,7 +45,8 @@ def vllm_options(
     Args:
         model: a folder, or a name on the Hub, of one of the `ARCHITECTURES`.
         maps: a map's file, or several by name. All are of the same SAEs. The first is the default.
-        sae_in: folder or file of the input SAE, by default what the first map records.
+        sae_in: folder or file of the input SAE, or RELEASE:SAE_ID of SAELens' catalogue; by default what the first map
+            records.
         sae_out: the same of the output SAE.
         config: settings of steering by a map, which a request may replace in part. Not scoring="demixed", nor
             positions="all".
@@ -151,9 +152,9 @@ def _load_sae(
         raise refusal(
             error, f"`{option}`", "not given, and what was made with it does not record it", "its folder or file"
         )
-    path = given if given is not None else sources[option].path
-    sae = FrozenSAE.load(path)
-    return sae if sae.layer is not None else FrozenSAE.load(path, layer=layer)
+    name = str(given) if given is not None else sources[option].path
+    sae = FrozenSAE.from_name(name)
+    return sae if sae.layer is not None else FrozenSAE.from_name(name, layer=layer)
 
 
 def _place_of(sae: FrozenSAE) -> Place:

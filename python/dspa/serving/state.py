@@ -46,7 +46,7 @@ class ServingState:
 
         @cache
         def load_sae(place: Place) -> FrozenSAE:
-            return FrozenSAE.load(place.path, layer=place.layer, device=device)
+            return FrozenSAE.from_name(place.path, layer=place.layer, device=device)
 
         self.methods: list[MapSteering | AdapterSteering | VectorSteering] = []
         if settings.maps:
