@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from io import TextIOWrapper
 from itertools import takewhile
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ from rich.table import Column, Table
 from dspa.cli import fsrl, sae
 from dspa.cli import map as maps
 from dspa.cli.compare import compare
+from dspa.cli.contents import contents
 from dspa.cli.demo import demo
 from dspa.cli.generate import generate
 from dspa.cli.serve import PASSED_ON, serve
@@ -99,8 +101,16 @@ def _options(
 
 
 @app.command()
-def info() -> None:
+def info(
+    path: Annotated[
+        Path | None,
+        typer.Argument(help="A map, a vector or an adapter: show what it holds, and not what is installed."),
+    ] = None,
+) -> None:
     """Show what is installed, which GPUs there are, and which backends run here or why not."""
+    if path is not None:
+        print_table(str(path), contents(path))
+        return
     import torch
 
     from dspa_kernels import available_backends

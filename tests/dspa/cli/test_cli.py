@@ -9,14 +9,18 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
 from dspa.cli import main
 from dspa.cli.loading import triple_source
 from dspa.data.token_texts import quoted
+from dspa.fsrl import FSRLAdapter
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.saes.meanings import top_contexts
-from dspa.testing import ENGLISH, L_IN, L_OUT, make_model, make_sae, word_tokenizer
+from dspa.steering.vector import SteeringVector
+from dspa.testing import ENGLISH, L_IN, L_OUT, make_map, make_model, make_sae, word_tokenizer
 from dspa_kernels import available_backends
 
 from ..support.files import save_model_and_saes
@@ -321,6 +325,33 @@ def test_info_says_how_to_get_what_is_missing(run, monkeypatch):
     text = run("info")[1]
     assert "trl │ not installed" in text and 'For training FSRL adapters: pip install "trl' in text
     assert "sae-lens │ 1.0" in text and 'pip install "sae-lens' not in text
+
+
+def test_info_of_files(run, tmp_path):
+    """A vector, a map and an adapter say what they are of; anything else is refused by name."""
+    sae_in, sae_out = make_sae(L_IN, 96), make_sae(L_OUT, 128, seed=2)
+    vector = SteeringVector(torch.ones(4), 7, 2.5, "response", model_name="google/gemma-2-2b")
+    vector.save(tmp_path / "vector")
+    make_map(sae_in, sae_out).save(tmp_path / "map")
+    FSRLAdapter(sae_out).save(tmp_path / "adapter")
+    for name, rows in {
+        "vector": [
+            "kind │ vector",
+            "layer │ 7",
+            "norm │ 2",
+            "scale │ 2.5",
+            "positions │ response",
+            "google/gemma-2-2b",
+        ],
+        "map": ["kind │ map", sae_in.fingerprint, sae_out.fingerprint, "triples │ 50"],
+        "adapter": ["kind │ FSRL adapter", f"layer │ {L_OUT}", sae_out.fingerprint, "weights │ not recorded"],
+    }.items():
+        code, text = run("info", tmp_path / name)
+        assert code == 0 and all(row in " ".join(text.split()) for row in rows), text
+    save_file({"a": torch.ones(1)}, tmp_path / "other")
+    for name, message in {"none": "where there is nothing", "other": "a file of another format (None)"}.items():
+        code, text = run("info", tmp_path / name)
+        assert code == 2 and message in text and "accepted: the file of a map or a vector" in text
 
 
 def test_info_cuts_nothing_off_in_a_narrow_terminal(run, monkeypatch):

@@ -1,0 +1,74 @@
+"""`dspa info PATH`: what a map, a vector or an adapter says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dspa.errors import refusal
+
+ACCEPTED = "the file of a map or a vector, or the folder of an adapter"
+UNKNOWN = "not recorded"
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """Return names and values of what is at a path.
+
+    Raises:
+        ValueError: something else, or damaged.
+    """
+    if path.is_dir():
+        return _adapter(path)
+    if not path.is_file():
+        raise refusal(ValueError, "PATH", f"{path}, where there is nothing", ACCEPTED)
+    from dspa.files import read_header
+    from dspa.maps.cdmap import FORMATS
+    from dspa.steering.vector import FORMAT
+
+    form = read_header(path).get("format")
+    if form == FORMAT:
+        return _vector(path)
+    if form in FORMATS:
+        return _map(path)
+    raise refusal(ValueError, "PATH", f"{path}, a file of another format ({form!r})", ACCEPTED)
+
+
+def _vector(path: Path) -> dict[str, Any]:
+    from dspa.steering.vector import SteeringVector
+
+    vector = SteeringVector.load(path)
+    return {
+        "kind": "vector",
+        "layer": vector.layer,
+        "numbers": len(vector.vector),
+        "norm": f"{vector.vector.norm():.4g}",
+        "scale": f"{vector.scale:g}",
+        "positions": vector.positions,
+        "model": vector.model_name or UNKNOWN,
+        "weights": vector.model_digest or UNKNOWN,
+    }
+
+
+def _map(path: Path) -> dict[str, Any]:
+    from dspa.maps.cdmap import ConditionalDifferenceMap
+    from dspa.maps.reports import origin
+
+    cdmap = ConditionalDifferenceMap.load(path)
+    rows: dict[str, Any] = {"kind": "map; dspa map show has more"}
+    return rows | {name: value for name, value, _ in origin(cdmap.meta)} | {"weights": cdmap.model_digest or UNKNOWN}
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    from dspa.fsrl.adapter import read_record
+
+    record = read_record(path)
+    sae, model = record.sae, record.sources.get("model")
+    return {
+        "kind": "FSRL adapter",
+        "layer": sae.layer,
+        "SAE": f"{sae.d_sae} latents of {sae.d_in} numbers, fingerprint {sae.fingerprint}",
+        "activation": record.config.activation,
+        "model": model.path if model else sae.model_name or UNKNOWN,
+        "weights": record.model_digest or (model.digest if model else UNKNOWN),
+        "package": record.package or UNKNOWN,
+    }
