@@ -48,7 +48,10 @@ def begin(state: ServingState, row: int, name: str | None, n_prompt: int) -> Non
 
 def edited(state: ServingState, h: dict[int, Tensor]) -> dict[int, Tensor]:
     """Residuals of a step after each layer, with the edits."""
-    return {layer: state.write(layer, h[layer]) for layer in h}
+    edits = {layer: of_step.clone() for layer, of_step in h.items()}
+    for layer, of_step in edits.items():
+        state.write(layer, of_step)
+    return edits
 
 
 def test_steps_of_mixed_requests(settings: ServingSettings) -> None:
@@ -102,7 +105,23 @@ def test_sixteen_bits(settings: ServingSettings) -> None:
     begin(state, 0, "late", 8)
     state.batch.place(torch.tensor([0]), torch.tensor([0, 8]), torch.arange(8))
     h = torch.randn(8, D_IN, dtype=torch.bfloat16)
-    assert torch.equal(state.write(L_OUT, h), load(settings, "late")(h))
+    expected = load(settings, "late")(h)
+    state.write(L_OUT, h)
+    assert torch.equal(h, expected)
+
+
+def test_two_parts_in_place(settings: ServingSettings) -> None:
+    """A row with an adapter becomes h' and 0, and any other keeps both parts."""
+    torch.manual_seed(0)
+    state = ServingState(settings, 2, 8, torch.device("cpu"))
+    begin(state, 0, "late", 3)
+    begin(state, 1, "early", 3)
+    state.batch.place(torch.tensor([0, 1]), torch.tensor([0, 3, 6]), torch.arange(6) % 3)
+    hidden, residual = torch.randn(2, 8, D_IN)
+    expected, kept = load(settings, "late")(hidden + residual), (hidden[3:].clone(), residual[3:].clone())
+    state.write(L_OUT, hidden, residual)
+    torch.testing.assert_close(hidden[:3], expected[:3], rtol=1e-5, atol=1e-4)
+    assert not residual[:3].any() and torch.equal(hidden[3:], kept[0]) and torch.equal(residual[3:], kept[1])
 
 
 def test_adapters_share_an_sae(settings: ServingSettings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +137,7 @@ def test_a_dummy_step_changes_nothing(settings: ServingSettings) -> None:
     begin(state, 0, "late", 4)
     state.batch.place_nothing()
     h = torch.randn(8, D_IN)
-    assert torch.equal(state.write(L_OUT, h), h)
+    assert torch.equal(edited(state, {L_OUT: h})[L_OUT], h)
 
 
 def test_an_adapter_that_was_replaced_is_refused(settings: ServingSettings) -> None:

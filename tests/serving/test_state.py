@@ -71,6 +71,9 @@ def test_steps_of_mixed_requests(settings: ServingSettings) -> None:
         keys = [asked[(turn + n) % len(asked)] for n in range(3)]
         prompts = [5, 9, 14]
         h = torch.randn(2, 3, 20, D_IN) * D_IN**0.5 / 3
+        # The second layer's residuals come in two parts.
+        parts = torch.stack([h[1], torch.randn(3, 20, D_IN)])
+        h[1] = parts[0] + parts[1]
         expected = [alone(settings, keys[n], h[0, n], h[1, n], prompts[n]) for n in range(3)]
         changed += sum(not torch.equal(expected[n], h[1, n]) for n in range(3))
         # Row of each request, whose order differs from that in the batch.
@@ -88,10 +91,15 @@ def test_steps_of_mixed_requests(settings: ServingSettings) -> None:
             # Padding follows the tokens of a step.
             padding = torch.randn(2, D_IN)
             state.read(L_IN, torch.cat([*(h[0, n, token] for n, token in enumerate(tokens)), padding]))
-            edited = state.write(L_OUT, torch.cat([*(h[1, n, token] for n, token in enumerate(tokens)), padding]))
-            assert torch.equal(edited[-2:], padding)
+            hidden, residual = (
+                torch.cat([*(part[n, token] for n, token in enumerate(tokens)), padding]) for part in parts
+            )
+            before = hidden.clone(), residual.clone()
+            state.write(L_OUT, hidden, residual)
+            kept = torch.equal(hidden[-2:], padding) and torch.equal(residual[-2:], padding)
+            assert kept and ((hidden == before[0]) & (residual == before[1]) | (residual == 0)).all()
             for n in range(3):
-                out[n].append(edited[starts[n] : starts[n + 1]])
+                out[n].append((hidden + residual)[starts[n] : starts[n + 1]])
                 done[n] += sizes[n]
         for n in range(3):
             answered, unsteered = torch.cat(out[n]), h[1, n]
@@ -109,7 +117,9 @@ def test_a_dummy_step_changes_nothing(settings: ServingSettings) -> None:
     state.batch.place_nothing()
     h = torch.randn(8, D_IN)
     state.read(L_IN, h)
-    assert torch.equal(state.write(L_OUT, h), h) and not state.methods[0].counts.any()
+    edited = h.clone()
+    state.write(L_OUT, edited)
+    assert torch.equal(edited, h) and not state.methods[0].counts.any()
 
 
 def test_a_map_that_was_replaced_is_refused(settings: ServingSettings) -> None:

@@ -46,7 +46,7 @@ class AdapterSteering:
         for number, adapter in enumerate(adapters):
             moves.setdefault(adapter.layer, {})[number] = _move_by(adapter, batch.dtype)
         self.reads: dict[int, Callable[[Tensor], None]] = {}
-        self.writes: dict[int, Callable[[Tensor], Tensor]] = {
+        self.writes: dict[int, Callable[[Tensor, Tensor | None], None]] = {
             layer: partial(self.move, here) for layer, here in moves.items()
         }
 
@@ -55,18 +55,22 @@ class AdapterSteering:
         name = None if request is None else request.dspa_adapter
         self.adapter[row] = -1 if name is None else self.names.index(name)
 
-    def move(self, moves: dict[int, Callable[..., FSRLOutput]], h: Tensor) -> Tensor:
-        """Return the residuals of a step [n_tokens, d_in] with their latents moved.
+    def move(self, moves: dict[int, Callable[..., FSRLOutput]], hidden: Tensor, residual: Tensor | None) -> None:
+        """Move the latents of the residuals of a step `hidden + residual`, [n_tokens, d_in], in place.
 
         Args:
             moves: what moves them, by the number of its adapter.
-            h: residuals.
+            hidden: first part of the residuals.
+            residual: second part, None if there is none.
         """
-        row, _ = self.batch.tokens(len(h))
+        row, _ = self.batch.tokens(len(hidden))
+        h = hidden if residual is None else hidden + residual
         adapter = torch.where(row >= 0, self.adapter[row.clamp(min=0).long()], -1)
         for number, move in moves.items():
-            h = torch.where((adapter == number)[:, None], move(h).h, h)
-        return h
+            own = (adapter == number)[:, None]
+            hidden.copy_(torch.where(own, move(h).h, hidden))
+            if residual is not None:
+                residual.masked_fill_(own, 0)
 
 
 def _load(place: AdapterPlace, load_sae: Callable[[Place], FrozenSAE]) -> FSRLAdapter:

@@ -15,7 +15,7 @@ from dspa.saes.placement import required_layer
 from dspa.serving.batch import Batch
 from dspa.serving.requests import SteeringRequest
 from dspa.serving.settings import Place, ServingSettings
-from dspa_kernels import MapWeights, SteeringPlan, activation_counts, map_lookup, steer
+from dspa_kernels import MapWeights, SteeringPlan, activation_counts, map_lookup, steer_
 
 # A position that no token has.
 NEVER = torch.iinfo(torch.int64).max
@@ -47,7 +47,7 @@ class MapSteering:
         self.sae_in, self.sae_out = load_sae(settings.sae_in), load_sae(settings.sae_out)
         self._load([_load_map(place).to(device) for place in settings.maps.values()])
         self.reads: dict[int, Callable[[Tensor], None]] = {required_layer(self.sae_in): self.count}
-        self.writes: dict[int, Callable[[Tensor], Tensor]] = {required_layer(self.sae_out): self.edit}
+        self.writes: dict[int, Callable[[Tensor, Tensor | None], None]] = {required_layer(self.sae_out): self.edit}
         n_slots = 2 * self.config.k_diff
         self.n_counted = torch.zeros(n_requests, dtype=torch.int64, device=device)
         self.first_edited = torch.full((n_requests,), NEVER, dtype=torch.int64, device=device)
@@ -147,15 +147,16 @@ class MapSteering:
         self.slots.masked_fill_(~self.keeps, -1)
         self.signs.masked_fill_(~self.keeps, 0)
 
-    def edit(self, h: Tensor) -> Tensor:
-        """Return the residuals of a step [n_tokens, d_in] after the layer of the output SAE, with their edits."""
-        row, position = self.batch.tokens(len(h))
-        return steer(
-            h,
+    def edit(self, hidden: Tensor, residual: Tensor | None) -> None:
+        """Edit the residuals of a step `hidden + residual`, [n_tokens, d_in], after the layer of the output SAE."""
+        row, position = self.batch.tokens(len(hidden))
+        steer_(
+            hidden,
             self.sae_out.weights,
             self.weights,
             SteeringPlan(self.slots, self.signs),
             row,
+            residual=residual,
             alpha=self.alpha,
             stream=self.stream,
             positions=position,

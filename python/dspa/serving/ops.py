@@ -24,12 +24,7 @@ def _(hidden: Tensor, residual: Tensor | None, order: Tensor, engine: str, layer
 @torch.library.custom_op("dspa_serving::write", mutates_args=("hidden", "residual"))
 def write(hidden: Tensor, residual: Tensor | None, order: Tensor, engine: str, layer: int) -> None:
     """Edit `h = hidden + residual`. A row that changes becomes h' and 0, and any other stays as it is, bit for bit."""
-    h = hidden if residual is None else hidden + residual
-    edited = STATES[engine].write(layer, h)
-    changed = (edited != h).any(dim=1, keepdim=True)
-    hidden.copy_(torch.where(changed, edited, hidden))
-    if residual is not None:
-        residual.masked_fill_(changed, 0)
+    STATES[engine].write(layer, hidden, residual)
 
 
 @write.register_fake

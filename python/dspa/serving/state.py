@@ -79,9 +79,11 @@ class ServingState:
             if layer in method.reads:
                 method.reads[layer](h)
 
-    def write(self, layer: int, h: Tensor) -> Tensor:
-        """Return the residuals of a step [n_tokens, d_in] after a layer, with their edits."""
+    def write(self, layer: int, hidden: Tensor, residual: Tensor | None = None) -> None:
+        """Edit the residuals of a step `hidden + residual`, [n_tokens, d_in], after a layer, in place.
+
+        A row with an edit becomes h' and 0, and any other stays as it is, bit for bit.
+        """
         for method in self.methods:
             if layer in method.writes:
-                h = method.writes[layer](h)
-        return h
+                method.writes[layer](hidden, residual)
