@@ -55,7 +55,9 @@ def test_steps_of_mixed_requests(settings: ServingSettings, dtype: torch.dtype) 
     assert state.reads == set() and state.writes == {L_IN, L_OUT}
     for turn in range(len(ASKED)):
         asked = [ASKED[(turn + n) % len(ASKED)] for n in range(3)]
-        h = {layer: torch.randn(3, N_TOKENS, D_IN).to(dtype) for layer in (L_IN, L_OUT)}
+        # Residuals come in two parts.
+        parts = {layer: torch.randn(2, 3, N_TOKENS, D_IN).to(dtype) for layer in (L_IN, L_OUT)}
+        h = {layer: part[0] + part[1] for layer, part in parts.items()}
         rows = torch.tensor([2, 0, 1])
         for (keys, _), row in zip(asked, rows.tolist(), strict=True):
             request = parse(keys, settings)
@@ -69,10 +71,15 @@ def test_steps_of_mixed_requests(settings: ServingSettings, dtype: torch.dtype) 
             state.batch.place(rows, starts, torch.cat([torch.arange(N_TOKENS)[token] for token in tokens]))
             for layer in h:
                 padding = torch.randn(2, D_IN).to(dtype)
-                edited = state.write(layer, torch.cat([*(h[layer][n, t] for n, t in enumerate(tokens)), padding]))
-                assert torch.equal(edited[-2:], padding)
+                hidden, residual = (
+                    torch.cat([*(part[n, t] for n, t in enumerate(tokens)), padding]) for part in parts[layer]
+                )
+                before = hidden.clone(), residual.clone()
+                state.write(layer, hidden, residual)
+                assert torch.equal(hidden[-2:], padding)
+                assert ((hidden == before[0]) & (residual == before[1]) | (residual == 0)).all()
                 for n in range(3):
-                    out[layer][n].append(edited[starts[n] : starts[n + 1]])
+                    out[layer][n].append((hidden + residual)[starts[n] : starts[n + 1]])
             done = [done[n] + sizes[n] for n in range(3)]
         for n, (keys, edit) in enumerate(asked):
             for layer in h:
@@ -90,7 +97,9 @@ def test_a_dummy_step_changes_nothing(settings: ServingSettings) -> None:
     state.begin(0, request.of_prompt(4))
     state.batch.place_nothing()
     h = torch.randn(8, D_IN)
-    assert torch.equal(state.write(L_OUT, h), h)
+    edited = h.clone()
+    state.write(L_OUT, edited)
+    assert torch.equal(edited, h)
 
 
 def test_a_vector_that_was_replaced_is_refused(settings: ServingSettings) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dspa.errors import AdapterError
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.saes.frozen import FrozenSAE
-from dspa.serving.batch import Batch
+from dspa.serving.batch import Batch, put_rows
 from dspa.serving.requests import SteeringRequest
 from dspa.serving.settings import AdapterPlace, Place, ServingSettings
 from dspa_kernels import FSRLOutput, fsrl_residual
@@ -67,10 +67,7 @@ class AdapterSteering:
         h = hidden if residual is None else hidden + residual
         adapter = torch.where(row >= 0, self.adapter[row.clamp(min=0).long()], -1)
         for number, move in moves.items():
-            own = (adapter == number)[:, None]
-            hidden.copy_(torch.where(own, move(h).h, hidden))
-            if residual is not None:
-                residual.masked_fill_(own, 0)
+            put_rows(adapter == number, move(h).h, hidden, residual)
 
 
 def _load(place: AdapterPlace, load_sae: Callable[[Place], FrozenSAE]) -> FSRLAdapter:

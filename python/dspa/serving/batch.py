@@ -49,3 +49,10 @@ class Batch:
     def place_nothing(self) -> None:
         """Leave all tokens of a step alone."""
         self.row.fill_(-1)
+
+
+def put_rows(rows: Tensor, h: Tensor, hidden: Tensor, residual: Tensor | None) -> None:
+    """Set `hidden + residual`, [n_tokens, d_in], to h in `rows` [n_tokens] bool, where the residual becomes 0."""
+    hidden.copy_(torch.where(rows[:, None], h, hidden))
+    if residual is not None:
+        residual.masked_fill_(rows[:, None], 0)

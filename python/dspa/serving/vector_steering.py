@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dspa.errors import VectorError
-from dspa.serving.batch import Batch
+from dspa.serving.batch import Batch, put_rows
 from dspa.serving.requests import SteeringRequest
 from dspa.serving.settings import ServingSettings, VectorPlace
 from dspa.steering.vector import SteeringVector
@@ -41,7 +41,7 @@ class VectorSteering:
         self.scale = torch.zeros(n_requests, dtype=torch.float32, device=device)
         self.first_edited = torch.zeros(n_requests, dtype=torch.int64, device=device)
         self.reads: dict[int, Callable[[Tensor], None]] = {}
-        self.writes: dict[int, Callable[[Tensor], Tensor]] = {
+        self.writes: dict[int, Callable[[Tensor, Tensor | None], None]] = {
             vector.layer: partial(self.add, vector.layer) for vector in vectors
         }
 
@@ -53,14 +53,15 @@ class VectorSteering:
         self.vector[row] = self.names.index(request.dspa_vector)
         self.scale[row], self.first_edited[row] = request.dspa_alpha, request.first_edited
 
-    def add(self, layer: int, h: Tensor) -> Tensor:
-        """Return the residuals of a step [n_tokens, d_in] after a layer, with its vectors added."""
-        row, position = self.batch.tokens(len(h))
+    def add(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
+        """Add the vectors of a layer to the residuals of a step `hidden + residual`, [n_tokens, d_in], in place."""
+        row, position = self.batch.tokens(len(hidden))
         request = row.clamp(min=0).long()
         vector = self.vector[request]
         steered = (row >= 0) & (vector >= 0) & (self.layer[vector] == layer) & (position >= self.first_edited[request])
         added = self.scale[request, None] * self.vectors[vector]
-        return torch.where(steered[:, None], (h + added).to(h.dtype), h)
+        h = hidden if residual is None else hidden + residual
+        put_rows(steered, (h + added).to(h.dtype), hidden, residual)
 
 
 def _load(place: VectorPlace) -> SteeringVector:
