@@ -68,16 +68,30 @@ def test_each_way_of_scheduling(case: str, make_world: Any, run_engine: Callable
 def test_second_turns(make_world: Any, run_engine: Callable[..., dict[str, Any]]) -> None:
     """The prefix cache of a steered turn serves no other request: answers are those of an empty cache."""
     world = make_world("qwen3")
-    config = ASKED["both"][1]
-    turns = [prompt[:60] + world.answers(prompt[:60], config) + PROMPTS[1] for prompt in PROMPTS if len(prompt) >= 75]
-    firsts = [turn[:60] for turn in turns]
-    requests = [[n, ASKED["both"][0]] for n in range(len(firsts))]
-    requests += [[len(firsts) + n, ASKED[name][0]] for name in ("base", "both") for n in range(len(turns))]
-    # One at a time, so that the first turns are over when the second ones begin.
+    prompts, requests, expected = [], [], []
+    for name in ("both", "late", "all", "answer"):
+        for first in (PROMPTS[3], PROMPTS[7][:60]):
+            turn = first + world.answers(first, ASKED[name][1]) + PROMPTS[1]
+            for prompt, kind in ((first, name), (turn, "base"), (turn, name)):
+                requests.append([len(prompts), ASKED[kind][0]])
+                prompts.append(prompt)
+                expected.append(world.answers(prompt, ASKED[kind][1]))
+    # One at a time, so that a first turn is over when the second ones begin.
     options = world.options() | {"enable_prefix_caching": True, "max_num_seqs": 1}
-    (answers,) = run_engine(options=options, prompts=firsts + turns, requests=requests)["rounds"]
-    expected = [world.answers(turn, ASKED[name][1]) for name in ("base", "both") for turn in turns]
-    assert [answer["tokens"] for answer in answers[len(firsts) :]] == expected
+    (answers,) = run_engine(options=options, prompts=prompts, requests=requests)["rounds"]
+    assert [answer["tokens"] for answer in answers] == expected
+
+
+def test_prompts_that_another_steering_left_in_the_cache(make_world: Any, run_engine: Any) -> None:
+    """One request at a time, all kinds over the same prompts in both orders: answers are those of an empty cache."""
+    world = make_world("qwen3")
+    cases = [(n, name) for names in (reversed(ASKED), ASKED) for name in names for n in (4, 7)]
+    options = world.options() | {"enable_prefix_caching": True, "max_num_seqs": 1}
+    requests = [[n, ASKED[name][0]] for n, name in cases]
+    (answers,) = run_engine(options=options, prompts=PROMPTS, requests=requests)["rounds"]
+    expected = {case: world.answers(PROMPTS[case[0]], ASKED[case[1]][1]) for case in set(cases)}
+    wrong = [case for case, answer in zip(cases, answers, strict=True) if answer["tokens"] != expected[case]]
+    assert wrong == [] and sum(answer["cached"] for answer in answers) > 0
 
 
 def test_unsteered_requests_are_those_of_plain_vllm(make_world: Any, run_engine: Any) -> None:
