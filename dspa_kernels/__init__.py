@@ -3,9 +3,11 @@
 from dspa_kernels.backends import BackendError, BackendStatus, available_backends
 from dspa_kernels.checks import InputError
 from dspa_kernels.cuda_library import CudaError
-from dspa_kernels.formulas import product
+from dspa_kernels.formulas import n_words, product
 from dspa_kernels.fusing import fuse, unfuse
+from dspa_kernels.ops.activation_bits import activation_bits
 from dspa_kernels.ops.activation_counts import activation_counts
+from dspa_kernels.ops.bit_counts import bit_counts
 from dspa_kernels.ops.fsrl_residual import FSRLOutput, fsrl_residual
 from dspa_kernels.ops.lookup_and_steer import lookup_and_steer
 from dspa_kernels.ops.map_lookup import map_lookup
@@ -40,12 +42,15 @@ __all__ = [
     "SAEWeights",
     "SparseLatents",
     "SteeringPlan",
+    "activation_bits",
     "activation_counts",
     "available_backends",
+    "bit_counts",
     "fsrl_residual",
     "fuse",
     "lookup_and_steer",
     "map_lookup",
+    "n_words",
     "place_tokens",
     "product",
     "sparse_decode",

@@ -12,6 +12,8 @@ from torch import Tensor
 MAX_ELEMENTS = 1 << 24
 # Residuals are smaller than this, since the squares that a norm sums up would overflow in fp32.
 RESIDUAL_LIMIT = 2.0**56
+# Bits of a word of packed latents.
+WORD = 32
 
 
 class Normalised(NamedTuple):
@@ -98,14 +100,28 @@ def latents(hn: Tensor, encoder_rows: Tensor, b_enc: Tensor, threshold: Tensor, 
     return torch.where(active_latents(pre, threshold, k), pre, 0)
 
 
+def n_words(d_sae: int) -> int:
+    """Return the number of int32 words that hold one bit per latent."""
+    return -(-d_sae // WORD)
+
+
+def pack_latents(active: Tensor) -> Tensor:
+    """Return words [N, n_words] int32 of the active latents [N, d_sae] bool: j is bit `j % 32` of word `j // 32`."""
+    words = n_words(active.shape[1])
+    padded = torch.nn.functional.pad(active, (0, words * WORD - active.shape[1]))
+    bit = torch.arange(WORD, dtype=torch.int32, device=active.device)
+    packed: Tensor = (padded.unflatten(1, (words, WORD)).int() << bit).sum(dim=-1, dtype=torch.int32)
+    return packed
+
+
 def n_kept(counts: Tensor, fraction: float) -> Tensor:
     """Return `fraction` of each of `counts`, rounded up; the rounding error of the product does not count."""
     return (counts.double() * fraction - 1e-9).ceil().clamp(min=0).to(torch.int32)
 
 
-def latent_blocks(n_rows: int, d_sae: int) -> Iterator[slice]:
-    """Return slices of the latents, so narrow that `n_rows` rows of them stay small."""
-    width = max(1, MAX_ELEMENTS // max(1, n_rows))
+def latent_blocks(n_rows: int, d_sae: int, least: int = 1) -> Iterator[slice]:
+    """Return slices of the latents, so narrow that `n_rows` rows of them stay small, in multiples of `least`."""
+    width = least * max(1, MAX_ELEMENTS // (least * max(1, n_rows)))
     return (slice(start, min(start + width, d_sae)) for start in range(0, d_sae, width))
 
 

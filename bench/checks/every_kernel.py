@@ -23,12 +23,18 @@ from dspa_kernels import (
     BackendError,
     EncoderStream,
     MapWeights,
+    PlacedTokens,
+    PromptRows,
     SAEWeights,
     SteeringPlan,
+    activation_bits,
     activation_counts,
+    bit_counts,
     fsrl_residual,
     lookup_and_steer,
     map_lookup,
+    n_words,
+    place_tokens,
     sparse_decode,
     sparse_encode,
     steer,
@@ -95,6 +101,27 @@ def adapter_checks() -> Iterator[tuple[str, str, Check]]:
         yield "fsrl_residual", name, compare(adapted, True, *arguments, activation, settings)
 
 
+def served(h: Tensor, sae: SAEWeights, slots: Tensor, blocks: Tensor, *, backend: str) -> list[Tensor]:
+    """Bits of the rows that are kept, and counts of two rows of blocks of 4 slots, one of which is named."""
+    bits = torch.zeros(len(h), n_words(sae.d_sae), dtype=torch.int32, device=h.device)
+    activation_bits(h, sae, slots, bits, backend=backend)
+    n_tokens, rows = torch.tensor([len(h), 0], device=h.device), torch.tensor([0, -1], device=h.device).int()
+    counts = torch.full((2, sae.d_sae), 7, dtype=torch.int32, device=h.device)
+    return [bits, bit_counts(bits, blocks, 4, n_tokens, rows, counts, backend=backend)]
+
+
+def placed(positions: Tensor, *, backend: str) -> list[Tensor]:
+    """Tokens of a step of two sequences, the first of which ends its prompt."""
+    device, n_tokens = positions.device, len(positions)
+    rows, starts = torch.tensor([3, 1], device=device), torch.tensor([0, 2, n_tokens], device=device).int()
+    n_counted = torch.tensor([0, 2 * n_tokens, 0, 2], device=device)
+    prompts = PromptRows(n_counted, torch.zeros_like(n_counted).int(), torch.zeros_like(n_counted).bool())
+    token = torch.zeros(2 * n_tokens, dtype=torch.int64, device=device)
+    out = PlacedTokens(token.int(), token.clone(), token.clone(), torch.zeros(1, 4, device=device).int())
+    place_tokens(rows, starts, positions, positions, prompts, out, backend=backend)
+    return [out.row, out.position[:n_tokens], out.slot, out.due, prompts.planned]
+
+
 def integers(low: int, high: int, *shape: int) -> Tensor:
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.int32)
 
@@ -124,12 +151,15 @@ def checks() -> Iterator[tuple[str, str, Check]]:
         if screen == "none" and not record:
             arguments = (h, sae, integers(-1, 3, n), 3)
             yield "activation_counts", name, compare(activation_counts, exact, *arguments)
+            slots, blocks = torch.arange(n).flip(0), torch.arange(2 * n, dtype=torch.int32).view(2, n)
+            yield "activation_bits", name, compare(served, exact, h, sae, slots, blocks % -(-n // 4))
             yield "sparse_encode", name, compare(sparse_encode, exact, h, sae, capacity=400)
             latents = sparse_encode(h, sae, capacity=400, backend="reference")
             yield "sparse_decode", name, compare(sparse_decode, exact, latents, sae.W_dec)
     for mode in ("ablate", "augment", "both"):
         values = torch.randn(D_SAE_IN, N_COLUMNS, generator=torch.Generator().manual_seed(0))
         yield "map_lookup", mode, compare(map_lookup, True, counts, values, mode=mode)
+    yield "place_tokens", "two sequences", compare(placed, True, torch.arange(40))
     yield from adapter_checks()
 
 

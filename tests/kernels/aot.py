@@ -263,9 +263,13 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
         yield "lookup_and_steer", {**steering, **lookup, "lookup_mode": mode}
     ints, longs = torch.zeros(4, dtype=torch.int32), torch.zeros(64, dtype=torch.int64)
     prompts = {"n_counted": longs[:4], "group": ints, "planned": torch.zeros(4, dtype=torch.bool)}
-    step = {"rows": ints[:3], "starts": ints, "positions": longs, "slots": longs}
+    step = {"rows": longs[:3], "starts": ints, "positions": longs, "slots": longs}
     placed = {"row": longs.int(), "position": longs.clone(), "slot": longs.clone(), "due": ints.expand(2, 4).clone()}
     yield "place_tokens", {**step, **prompts, **placed}
+    kept = {"bits": torch.zeros(64, 16, dtype=torch.int32), "blocks": torch.zeros(4, 4, dtype=torch.int32)}
+    counted = {"block_size": 16, "n_tokens": longs[:4], "rows": ints}
+    for d_sae in (512, 500):
+        yield "bit_counts", {**kept, **counted, "counts": torch.zeros(4, d_sae, dtype=torch.int32)}
     for (dtypes, normalize), kind, n in itertools.product(DTYPES, ("jumprelu", "topk"), ROWS):
         h_dtype, W_dtype = dtypes
         sae = random_sae(kind, 256, 512, dtype=W_dtype, normalize=normalize)
@@ -273,6 +277,10 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
         yield (
             "activation_counts",
             {"h": h, **sae.encoder(), "sequences": sequences, "counts": torch.zeros(1, 512, dtype=torch.int32)},
+        )
+        yield (
+            "activation_bits",
+            {"h": h, **sae.encoder(), "slots": sequences.long(), "bits": torch.zeros(n, 16, dtype=torch.int32)},
         )
         yield "sparse_encode", {"h": h, **sae.encoder(), "capacity": 64}
         latents = {"indices": torch.zeros(n, 64, dtype=torch.int32), "values": torch.zeros(n, 64)}

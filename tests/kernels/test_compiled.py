@@ -69,7 +69,7 @@ def test_a_step_is_one_launch(compiled: dict[int, list[Facts]], capability: int)
         few = call["op"] == "fsrl_residual" and "BLOCK_D" in call["launches"][-1]["launch"] and not call["ranked"]
         if call["op"] in ("steer", "steer_", "lookup_and_steer"):
             few = call["rows"] <= (64 if max(precisions(call["launches"][0])) < FULL else 16)
-        if few or call["op"] in ("map_lookup", "place_tokens", "sparse_decode"):
+        if few or call["op"] in ("bit_counts", "map_lookup", "place_tokens", "sparse_decode"):
             assert len(call["launches"]) == 1, call["op"]
 
 

@@ -12,11 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspa_kernels import (
     SteeringPlan,
+    activation_bits,
     activation_counts,
+    bit_counts,
     formulas,
     fsrl_residual,
     lookup_and_steer,
     map_lookup,
+    n_words,
     place_tokens,
     sparse_decode,
     sparse_encode,
@@ -31,7 +34,7 @@ from .test_place_tokens import placing
 
 CASE = make_case()
 # They have no results but what they are given to write to.
-IN_PLACE = ("place_tokens",)
+IN_PLACE = ("activation_bits", "bit_counts", "place_tokens")
 Call = tuple[Callable[..., Any], dict[str, Any]]
 
 
@@ -46,6 +49,26 @@ def calls(case: Case) -> dict[str, Call]:
         "activation_counts": (
             activation_counts,
             {"h": case.h, "sae": case.sae, "sequences": case.rows, "n_sequences": N_PROMPTS},
+        ),
+        "activation_bits": (
+            activation_bits,
+            {
+                "h": case.h,
+                "sae": case.sae,
+                "slots": torch.arange(len(case.h)).flip(0) - 1,
+                "out": integer_tensor(0, 99, (len(case.h), n_words(D_SAE))),
+            },
+        ),
+        "bit_counts": (
+            bit_counts,
+            {
+                "bits": integer_tensor(-(2**31), 2**31 - 1, (9, n_words(D_SAE))),
+                "blocks": integer_tensor(0, 3, (N_PROMPTS, 2)),
+                "block_size": 3,
+                "n_tokens": torch.arange(N_PROMPTS),
+                "rows": torch.arange(N_PROMPTS, dtype=torch.int32) - 1,
+                "out": counts.repeat(1, D_SAE)[:, :D_SAE].contiguous(),
+            },
         ),
         "map_lookup": (map_lookup, {**lookup, "values": case.cdmap.values}),
         "steer": (steer, case.arguments(record=True)),

@@ -28,7 +28,7 @@ def placing(
     # A server's buffers are longer than the step.
     positions = torch.cat([*parts, torch.full((3,), 99)])
     arguments = {
-        "rows": torch.tensor(rows, dtype=torch.int32),
+        "rows": torch.tensor(rows, dtype=torch.int64),
         "starts": torch.tensor([0, *lengths]).cumsum(0).int(),
         "positions": positions,
         "slots": torch.arange(100, 100 + len(positions)),
@@ -101,9 +101,9 @@ def test_more_tokens_and_rows_than_a_tile(backend: str) -> None:
         group=torch.zeros(1500, dtype=torch.int32, device=device),
         planned=torch.zeros(1500, dtype=torch.bool, device=device),
     )
-    rows, starts = (torch.tensor(values, dtype=torch.int32, device=device) for values in ([1400], [0, n]))
+    rows, starts = (torch.tensor(values, device=device) for values in ([1400], [0, n]))
     token = torch.arange(n, device=device)
-    out = place_tokens(rows, starts, token, token, prompts, results(3000, 1, 1500, device), backend=backend)
+    out = place_tokens(rows, starts.int(), token, token, prompts, results(3000, 1, 1500, device), backend=backend)
     assert out.row.tolist() == [1400] * n + [-1] * 500
     assert out.position[:n].tolist() == list(range(n))
     assert out.slot.tolist() == list(range(2000)) + [-1] * 1000

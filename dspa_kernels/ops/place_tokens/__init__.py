@@ -61,7 +61,7 @@ def place_tokens(
     one is out of range.
 
     Args:
-        rows: [B] int32, the row of each sequence, below R, none twice; B may be 0.
+        rows: [B] int64, the row of each sequence, below R, none twice; B may be 0.
         starts: [B + 1] int32, its first token in the step; the last is the number of tokens, at most N.
         positions: [n] int64, the position of each token in its sequence, for the tokens of the step at least.
         slots: [n] int64, the slot in which it is kept, for the tokens of the step at least.
@@ -78,7 +78,7 @@ def place_tokens(
     """
     n_rows, n_groups, n_tokens = len(prompts.n_counted), len(out.due), len(out.row)
     shapes: dict[str, tuple[Tensor, torch.dtype, tuple[int | str, ...]]] = {
-        "rows": (rows, torch.int32, ("B",)),
+        "rows": (rows, torch.int64, ("B",)),
         "starts": (starts, torch.int32, (len(rows) + 1,)),
         "positions": (positions, torch.int64, ("n",)),
         "slots": (slots, torch.int64, ("n",)),

@@ -29,11 +29,11 @@ def place_tokens(
     due.fill_(-1)
     lengths = starts.diff().long()
     n_tokens = int(lengths.sum())
-    of_token = rows.long().repeat_interleave(lengths)
+    of_token = rows.repeat_interleave(lengths)
     row[:n_tokens] = of_token.int()
     position[:n_tokens] = positions[:n_tokens]
     slot[:n_tokens] = torch.where(positions[:n_tokens] < n_counted[of_token], slots[:n_tokens], -1)
-    at = rows.long()[lengths > 0]
+    at = rows[lengths > 0]
     last = positions[starts[1:].long()[lengths > 0] - 1]
     ends = (n_counted[at] > 0) & ~planned[at] & (last >= n_counted[at] - 1)
     sequence = (lengths > 0).nonzero().flatten()

@@ -44,14 +44,14 @@ def normalise_kernel(p_h, p_out, d_in, NORMALIZE: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def packed_rows(m):
-    """Pack a mask [L, N] into words [L, N / 32], one bit per row, or 16 rows into one word [L, 1]."""
-    BLOCK_L: tl.constexpr = m.shape[0]
+def packed(m):
+    """Pack a mask [M, N] into words [M, N / 32], one bit per column, or 16 columns into one word [M, 1]."""
+    BLOCK_M: tl.constexpr = m.shape[0]
     BLOCK_N: tl.constexpr = m.shape[1]
-    WORD: tl.constexpr = 32 if BLOCK_N >= 32 else BLOCK_N
-    b_bit = tl.full([BLOCK_N], 1, dtype=tl.uint32) << (tl.arange(0, BLOCK_N) % WORD).to(tl.uint32)
+    SIZE: tl.constexpr = 32 if BLOCK_N >= 32 else BLOCK_N
+    b_bit = tl.full([BLOCK_N], 1, dtype=tl.uint32) << (tl.arange(0, BLOCK_N) % SIZE).to(tl.uint32)
     b_bits = tl.where(m, b_bit[None, :], tl.zeros([1, BLOCK_N], dtype=tl.uint32))
-    return tl.sum(tl.reshape(b_bits, [BLOCK_L, BLOCK_N // WORD, WORD]), axis=2)
+    return tl.sum(tl.reshape(b_bits, [BLOCK_M, BLOCK_N // SIZE, SIZE]), axis=2)
 
 
 @triton.jit
@@ -69,15 +69,30 @@ def count_tile(p_counts, m_active, b_sequence, o_latent, d_sae):
 
     The mask is packed once, so that every further sequence of a tile costs one instruction per 32 rows.
     """
-    b_active = packed_rows(m_active)
+    b_active = packed(m_active)
     i_sequence = tl.max(b_sequence, axis=0)
     while i_sequence >= 0:
         m_sequence = b_sequence == i_sequence
-        b_count = tl.sum(n_ones(b_active & packed_rows(m_sequence[None, :])), axis=1)
+        b_count = tl.sum(n_ones(b_active & packed(m_sequence[None, :])), axis=1)
         p_count = p_counts + i_sequence.to(tl.int64) * d_sae + o_latent
         tl.atomic_add(p_count, b_count, mask=b_count > 0, sem="relaxed")
         b_sequence = tl.where(m_sequence, -1, b_sequence)
         i_sequence = tl.max(b_sequence, axis=0)
+
+
+@triton.jit
+def store_bits(p_bits, b_slot, m_active, i_latent, n_words):
+    """Bit i_latent + l of slot_n = 1 if m_active [N, L] is true at n and l, else 0. A negative slot is not written.
+
+    L and i_latent are multiples of 32, so that no other tile has bits of the same words.
+    """
+    BLOCK_L: tl.constexpr = m_active.shape[1]
+    tl.static_assert(BLOCK_L % 32 == 0, "a tile of latents that writes bits has whole words")
+    o_word = i_latent // 32 + tl.arange(0, BLOCK_L // 32)
+    p_word = p_bits + b_slot.to(tl.int64)[:, None] * n_words + o_word[None, :]
+    tl.store(
+        p_word, packed(m_active).to(tl.int32, bitcast=True), mask=(b_slot >= 0)[:, None] & (o_word < n_words)[None, :]
+    )
 
 
 @triton.jit
@@ -113,17 +128,19 @@ def list_tiles(p_sequences, p_tiles, n_rows, n_sequences, BLOCK_N: tl.constexpr)
 def finish_tile(
     b_acc,
     b_sequence,
+    i_latent,
     o_row,
     o_latent,
     p_b_enc,
     p_threshold,
     p_counts,
+    p_bits,
     p_f,
     d_sae,
     width,
     TOP_K: tl.constexpr,
 ):
-    """Count or store f_nj = pre_nj if pre_nj > max(threshold_j, 0), else 0, with pre = acc + b_enc, of a tile."""
+    """Count, pack or store f_nj = pre_nj if pre_nj > max(threshold_j, 0), else 0, with pre = acc + b_enc, of a tile."""
     m_latent = o_latent < d_sae
     b_pre = b_acc + tl.load(p_b_enc + o_latent, mask=m_latent, other=0.0)[:, None]
     # Of latents that do not exist, pre is 0 or NaN, which no floor is below.
@@ -135,6 +152,8 @@ def finish_tile(
     m_active = b_pre > b_floor[:, None]
     if p_counts is not None:
         count_tile(p_counts, m_active, b_sequence, o_latent, d_sae)
+    elif p_bits is not None:
+        store_bits(p_bits, b_sequence, tl.trans(m_active), i_latent, width)
     else:
         p_f_tile = p_f + o_row.to(tl.int64)[None, :] * width + o_latent[:, None]
         m_store = (b_sequence >= 0)[None, :] & (o_latent < width)[:, None]
@@ -143,7 +162,7 @@ def finish_tile(
 
 @triton.jit(
     do_not_specialize=["d_sae", "n_rows", "n_sequences", "n_programs"],
-    do_not_specialize_on_alignment=["p_sequences"],
+    do_not_specialize_on_alignment=["p_sequences", "p_bits"],
 )
 def encode_kernel(
     x,
@@ -153,6 +172,7 @@ def encode_kernel(
     p_sequences,
     p_tiles,
     p_counts,
+    p_bits,
     p_f,
     d_in,
     d_sae,
@@ -170,8 +190,9 @@ def encode_kernel(
 ):
     """f_nj = pre_nj if pre_nj > 0 and pre_nj > threshold_j, else 0; top-k: if pre_nj > 0.
 
-    With counts, counts_sj += number of rows n with sequence_n = s and f_nj > 0, and f is not stored. Tiles without a
-    row of a sequence are skipped. x and encoder_rows are pointers or, with DESCRIPTORS, tensor descriptors of tiles.
+    With counts, counts_sj += number of rows n with sequence_n = s and f_nj > 0, and f is not stored. With bits, the
+    sequence of a row is its slot s, and bit j of s = 1 if f_nj > 0, else 0. Tiles without a row of a sequence are
+    skipped. x and encoder_rows are pointers or, with DESCRIPTORS, tensor descriptors of tiles.
     """
     n_row_tiles, n_latent_tiles = tl.cdiv(n_rows, BLOCK_N), tl.cdiv(d_sae, BLOCK_L)
     if p_tiles is not None:
@@ -200,7 +221,19 @@ def encode_kernel(
                 o_row, o_latent = i_row + tl.arange(0, BLOCK_N), i_latent + tl.arange(0, BLOCK_L)
                 b_sequence = tile_sequences(p_sequences, o_row, n_rows, n_sequences)
                 finish_tile(
-                    b_acc, b_sequence, o_row, o_latent, p_b_enc, p_threshold, p_counts, p_f, d_sae, width, TOP_K
+                    b_acc,
+                    b_sequence,
+                    i_latent,
+                    o_row,
+                    o_latent,
+                    p_b_enc,
+                    p_threshold,
+                    p_counts,
+                    p_bits,
+                    p_f,
+                    d_sae,
+                    width,
+                    TOP_K,
                 )
                 b_acc = tl.zeros([BLOCK_L, BLOCK_N], dtype=tl.float32)
     else:
@@ -218,7 +251,19 @@ def encode_kernel(
                     # Loaded again, because fp32 tiles that are stored leave no registers to keep them.
                     b_sequence = tile_sequences(p_sequences, o_row, n_rows, n_sequences)
                 finish_tile(
-                    b_acc, b_sequence, o_row, o_latent, p_b_enc, p_threshold, p_counts, p_f, d_sae, width, TOP_K
+                    b_acc,
+                    b_sequence,
+                    i_latent,
+                    o_row,
+                    o_latent,
+                    p_b_enc,
+                    p_threshold,
+                    p_counts,
+                    p_bits,
+                    p_f,
+                    d_sae,
+                    width,
+                    TOP_K,
                 )
 
 
@@ -249,10 +294,15 @@ def launch_encode(
     sequences: Tensor | None = None,
     n_sequences: int = 0,
     counts: Tensor | None = None,
+    bits: Tensor | None = None,
     f: Tensor | None = None,
 ) -> None:
-    """Add to counts [S, d_sae], or write f [N, width], for the (normalised) rows x [N, d_in] of `sequences`."""
+    """Add to counts [S, d_sae], or write bits [S, width] or f [N, width], for the (normalised) rows x [N, d_in].
+
+    Rows without one of the S `sequences` are left out. To bits, a sequence gives one row at most.
+    """
     (n_rows, d_in), d_sae = x.shape, len(encoder_rows)
+    width = next((out.shape[1] for out in (bits, f) if out is not None), 0)
     launch = launch_parameters("encode", n_rows, d_in, d_sae, multiply, x.device)
     programs = n_programs(x.device, launch.programs)
     operands: tuple[Any, Any] = x, encoder_rows
@@ -269,10 +319,11 @@ def launch_encode(
         sequences,
         tiles,
         counts,
+        bits,
         f,
         d_in,
         d_sae,
-        0 if f is None else f.shape[1],
+        width,
         n_rows,
         n_sequences,
         programs,
