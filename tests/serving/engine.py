@@ -2,9 +2,9 @@
 
 A job has `options` of the engine, `prompts` as token ids, `requests` as [number of a prompt, extra_args], `rounds`, and
 `sampling`. An answer has, by round, the token ids of each request, the number of prompt tokens from the cache and the
-log-probabilities of the tokens. Before the last round come its `calls` of the worker and its `built` requests, as
-`extra_args`, which a caller builds in place of vLLM; the answer has the errors of the calls, and of the built requests
-the token ids or the error.
+log-probabilities of the tokens, and for all the number of preemptions and of blocks of the cache. Before the last round
+come its `calls` of the worker and its `built` requests, as `extra_args`, which a caller builds in place of vLLM; the
+answer has the errors of the calls, and of the built requests the token ids or the error.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
                 for output in outputs
             ]
         )
+    blocks = engine.llm_engine.vllm_config.cache_config.num_gpu_blocks
     preemptions = [metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions"]
-    return {"rounds": rounds, "preemptions": sum(preemptions), "calls": calls, "built": built}
+    return {"rounds": rounds, "preemptions": sum(preemptions), "blocks": blocks, "calls": calls, "built": built}
 
 
 def error_of(function: Any, *args: Any) -> str:

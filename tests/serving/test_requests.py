@@ -21,7 +21,7 @@ WITHOUT_MAPS: dict[str, Any] = {"maps": {}, "sae_in": None, "sae_out": None}
 
 def settings(**kwargs: Any) -> ServingSettings:
     maps = {"polite": Place("/a", "1"), "terse": Place("/b", "2")}
-    return ServingSettings(**{"model": "m", "maps": maps, "sae_in": PLACE, "sae_out": PLACE} | kwargs)
+    return ServingSettings(**{"model": "m", "maps": maps, "sae_in": PLACE, "sae_out": PLACE, "d_sae_in": 64} | kwargs)
 
 
 def test_requests_that_ask_for_nothing() -> None:

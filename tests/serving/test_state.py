@@ -14,6 +14,7 @@ import dspa
 from dspa.config import MODES
 from dspa.errors import MapError
 from dspa.maps.cdmap import ConditionalDifferenceMap
+from dspa.serving.prefix_cache import CacheSlots
 from dspa.serving.requests import parse
 from dspa.serving.settings import Place, ServingSettings
 from dspa.serving.state import ServingState
@@ -36,7 +37,9 @@ def settings(tmp_path: Path) -> ServingSettings:
         hot = {"hot": torch.arange(9, -1, -1).int(), "hot_counts": torch.arange(10, 0, -1), "mean": torch.zeros(D_IN)}
         cdmap.replaced(**({} if seed else hot)).save(path)
         maps[name] = Place(str(path), dspa.files.file_sha256(path))
-    return ServingSettings(model="m", maps=maps, **places, config=dspa.SteeringConfig(k_prompt=8, k_diff=4))
+    return ServingSettings(
+        model="m", maps=maps, **places, d_sae_in=D_SAE_IN, config=dspa.SteeringConfig(k_prompt=8, k_diff=4)
+    )
 
 
 def alone(settings: ServingSettings, keys: dict[str, object], h_in: Tensor, h_out: Tensor, n_prompt: int) -> Tensor:
@@ -55,10 +58,30 @@ def alone(settings: ServingSettings, keys: dict[str, object], h_in: Tensor, h_ou
     return steer(h_out, sae_out.weights, weights, plan, rows, alpha=asked.dspa_alpha)
 
 
+class Cache:
+    """Blocks of 4 slots, some for each request, and what a step writes where."""
+
+    def __init__(self, n_requests: int, n_tokens: int) -> None:
+        n_blocks = 8 * n_requests
+        blocks = torch.randperm(n_blocks, generator=torch.Generator().manual_seed(0)).int().view(n_requests, 8)
+        self.slots = CacheSlots(4 * n_blocks, 4, torch.full((n_tokens,), -1), blocks)
+
+    def place(self, rows: Tensor, starts: Tensor, positions: Tensor) -> None:
+        self.slots.slots.fill_(-1)
+        row = rows.repeat_interleave(starts.diff())
+        self.slots.slots[: len(positions)] = self.slots.blocks[row, positions // 4].long() * 4 + positions % 4
+
+
+def start(settings: ServingSettings, n_requests: int, n_tokens: int) -> tuple[ServingState, Cache]:
+    state, cache = ServingState(settings, n_requests, n_tokens, torch.device("cpu")), Cache(n_requests, n_tokens)
+    state.keep_beside(cache.slots)
+    return state, cache
+
+
 def test_steps_of_mixed_requests(settings: ServingSettings) -> None:
     """Prompts in chunks of any size beside decoding, rows that are used again: each request as by itself."""
     torch.manual_seed(0)
-    state = ServingState(settings, 3, 40, torch.device("cpu"))
+    state, cache = start(settings, 3, 40)
     assert state.methods[0].stream.n_large == 10
     asked: list[dict[str, object]] = [
         {},
@@ -87,7 +110,9 @@ def test_steps_of_mixed_requests(settings: ServingSettings) -> None:
             sizes = [min(20 - done[n], (1, 2, 7, 3)[(step + n) % 4] if done[n] < prompts[n] else 1) for n in range(3)]
             tokens = [slice(done[n], done[n] + sizes[n]) for n in range(3)]
             starts = torch.tensor([0, *sizes]).cumsum(0).int()
-            state.batch.place(rows, starts, torch.cat([torch.arange(20)[token] for token in tokens]))
+            positions = torch.cat([torch.arange(20)[token] for token in tokens])
+            cache.place(rows, starts, positions)
+            state.batch.place(rows, starts, positions, cache.slots.slots)
             # Padding follows the tokens of a step.
             padding = torch.randn(2, D_IN)
             state.read(L_IN, torch.cat([*(h[0, n, token] for n, token in enumerate(tokens)), padding]))
@@ -109,8 +134,46 @@ def test_steps_of_mixed_requests(settings: ServingSettings) -> None:
     assert changed >= 9
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_prompts_from_the_cache(together: bool, settings: ServingSettings) -> None:
+    """Tokens that another request computed, before or in the same step, count as those of the prompt itself."""
+    torch.manual_seed(1)
+    state, cache = start(settings, 3, 44)
+    keys: list[dict[str, object]] = [
+        {"dspa_alpha": 1.0, "dspa_mode": "both"},
+        {"dspa_alpha": 0.5, "dspa_map": "terse"},
+        # All of what is counted is in the cache.
+        {"dspa_alpha": 2.0, "dspa_mode": "augment", "dspa_start": 7},
+    ]
+    h = torch.randn(2, 3, 20, D_IN) * D_IN**0.5 / 3
+    h[:, 1:, :8] = h[:, :1, :8]
+    expected = [alone(settings, keys[n], h[0, n], h[1, n], 20) for n in range(3)]
+    cache.slots.blocks[1:, :2] = cache.slots.blocks[:1, :2]
+    for n in range(3):
+        request = parse(keys[n], settings)
+        assert request is not None
+        state.begin(n, request.of_prompt(20))
+
+    def step(rows: list[int]) -> list[Tensor]:
+        tokens = [slice(8 * (row > 0), 20) for row in rows]
+        starts = torch.tensor([0, *(token.stop - token.start for token in tokens)]).cumsum(0).int()
+        positions = torch.cat([torch.arange(20)[token] for token in tokens])
+        cache.place(torch.tensor(rows), starts, positions)
+        state.batch.place(torch.tensor(rows), starts, positions, cache.slots.slots)
+        state.read(L_IN, torch.cat([h[0, row, token] for row, token in zip(rows, tokens, strict=True)]))
+        edited = torch.cat([h[1, row, token] for row, token in zip(rows, tokens, strict=True)])
+        state.write(L_OUT, edited)
+        return list(edited.split(starts.diff().tolist()))
+
+    edited = step([2, 0, 1]) if together else [*step([0]), *step([2, 1])]
+    for n, rows in zip((2, 0, 1) if together else (0, 2, 1), edited, strict=True):
+        answered = expected[n][8 * (n > 0) :]
+        torch.testing.assert_close(rows, answered)
+        assert not torch.equal(answered, h[1, n, 8 * (n > 0) :])
+
+
 def test_a_dummy_step_changes_nothing(settings: ServingSettings) -> None:
-    state = ServingState(settings, 2, 8, torch.device("cpu"))
+    state, _ = start(settings, 2, 8)
     request = parse({"dspa_alpha": 1.0}, settings)
     assert request is not None
     state.begin(0, request.of_prompt(4))
@@ -119,7 +182,7 @@ def test_a_dummy_step_changes_nothing(settings: ServingSettings) -> None:
     state.read(L_IN, h)
     edited = h.clone()
     state.write(L_OUT, edited)
-    assert torch.equal(edited, h) and not state.methods[0].counts.any()
+    assert torch.equal(edited, h) and not state.methods[0].bits.any()
 
 
 def test_a_map_that_was_replaced_is_refused(settings: ServingSettings) -> None:
@@ -132,12 +195,12 @@ def test_a_map_that_was_replaced_is_refused(settings: ServingSettings) -> None:
 def test_residuals_that_are_not_finite_are_reported(settings: ServingSettings) -> None:
     """At the next request, of steered tokens alone, and in words that are shown once."""
     torch.manual_seed(0)
-    state = ServingState(settings, 2, 8, torch.device("cpu"))
+    state, cache = start(settings, 2, 8)
     steered = parse({"dspa": "on"}, settings)
     assert steered is not None
 
     def step(row: int, bad: float) -> None:
-        state.batch.place(torch.tensor([row]), torch.tensor([0, 4]), torch.arange(4))
+        state.batch.place(torch.tensor([row]), torch.tensor([0, 4]).int(), torch.arange(4), cache.slots.slots)
         state.read(L_IN, torch.randn(4, D_IN))
         h = torch.randn(4, D_IN)
         h[3, 0] = bad

@@ -41,7 +41,7 @@ class AdapterSteering:
         self.names, self.batch = list(settings.adapters), batch
         adapters = [_load(place, load_sae) for place in settings.adapters.values()]
         # -1 for requests that no adapter steers.
-        self.adapter = torch.full((batch.n_requests,), -1, dtype=torch.int32, device=batch.row.device)
+        self.adapter = torch.full((batch.n_requests,), -1, dtype=torch.int32, device=batch.device)
         moves: dict[int, dict[int, Callable[..., FSRLOutput]]] = {}
         for number, adapter in enumerate(adapters):
             moves.setdefault(adapter.layer, {})[number] = _move_by(adapter, batch.dtype)

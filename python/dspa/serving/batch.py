@@ -5,50 +5,59 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dspa_kernels import PlacedTokens, PromptRows, place_tokens
+
 
 class Batch:
-    """The request and the position of each token of a step.
+    """The request, position and slot of each token of a step.
 
     Args:
         n_requests: requests that can run at once, R. Each has a row.
         n_tokens: tokens of a step at most.
+        n_groups: groups of requests that are planned apart.
         device: device of the residuals.
         dtype: dtype of the residuals.
 
     Attributes:
-        row: [n_tokens] int32, the row of each token's request, -1 for padding.
-        position: [n_tokens] int64, its position in its sequence.
+        prompts: what is known of the prompts of requests, by row.
+        placed: the tokens of the step.
     """
 
-    def __init__(self, n_requests: int, n_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.n_requests, self.dtype = n_requests, dtype
-        self.row = torch.full((n_tokens,), -1, dtype=torch.int32, device=device)
-        self.position = torch.zeros(n_tokens, dtype=torch.int64, device=device)
+    def __init__(self, n_requests: int, n_tokens: int, n_groups: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.n_requests, self.device, self.dtype = n_requests, device, dtype
+        self.prompts = PromptRows(
+            n_counted=torch.zeros(n_requests, dtype=torch.int64, device=device),
+            group=torch.zeros(n_requests, dtype=torch.int32, device=device),
+            planned=torch.zeros(n_requests, dtype=torch.bool, device=device),
+        )
+        token = torch.full((n_tokens,), -1, device=device)
+        due = torch.full((n_groups, n_requests), -1, dtype=torch.int32, device=device)
+        self.placed = PlacedTokens(row=token.int(), position=token.clone(), slot=token.clone(), due=due)
 
     def tokens(self, n: int) -> tuple[Tensor, Tensor]:
-        """Return rows and positions of the first `n` tokens."""
-        return self.row[:n], self.position[:n]
+        """Return row and position of the first `n` tokens, row -1 for padding."""
+        return self.placed.row[:n], self.placed.position[:n]
 
-    def place(self, rows: Tensor, starts: Tensor, positions: Tensor) -> None:
-        """Say which request each token of a step belongs to.
+    def begin(self, row: int, n_counted: int = 0, group: int = 0) -> None:
+        """Give a row to a request whose plan is made of its first `n_counted` tokens, 0 for one without a plan."""
+        self.prompts.n_counted[row], self.prompts.group[row], self.prompts.planned[row] = n_counted, group, False
+
+    def place(self, rows: Tensor, starts: Tensor, positions: Tensor, slots: Tensor | None = None) -> None:
+        """Say which request each token of a step belongs to, see `dspa_kernels.place_tokens`.
 
         Args:
-            rows: [B] row of each sequence of the batch.
-            starts: [B + 1] its first token in the step; the last is the number of tokens.
-            positions: [n_tokens] position of each token in its sequence.
+            rows: [B] int64, row of each sequence of the batch.
+            starts: [B + 1] int32, its first token in the step; the last is the number of tokens.
+            positions: [n_tokens] int64, position of each token in its sequence.
+            slots: [n_tokens] int64, its slot in the key/value cache, None where no request has a plan.
         """
-        n_tokens = len(positions)
-        self.row.fill_(-1)
-        if not n_tokens:
-            return
-        token = torch.arange(n_tokens, device=self.row.device)
-        sequence = torch.searchsorted(starts[1:].long().contiguous(), token, right=True).clamp(max=len(rows) - 1)
-        self.row[:n_tokens] = rows[sequence]
-        self.position[:n_tokens] = positions
+        place_tokens(rows, starts, positions, positions if slots is None else slots, self.prompts, self.placed)
 
     def place_nothing(self) -> None:
         """Leave all tokens of a step alone."""
-        self.row.fill_(-1)
+        self.placed.row.fill_(-1)
+        self.placed.slot.fill_(-1)
+        self.placed.due.fill_(-1)
 
 
 def put_rows(rows: Tensor, h: Tensor, hidden: Tensor, residual: Tensor | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 
@@ -13,9 +14,12 @@ from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import required_layer
 from dspa.serving.batch import Batch
+from dspa.serving.prefix_cache import CacheSlots
 from dspa.serving.requests import SteeringRequest
 from dspa.serving.settings import Place, ServingSettings
-from dspa_kernels import MapWeights, SteeringPlan, activation_counts, map_lookup, steer_
+from dspa_kernels import MapWeights, SteeringPlan, activation_bits, bit_counts, map_lookup, n_words, steer_
+
+logger = logging.getLogger(__name__)
 
 # A position that no token has.
 NEVER = torch.iinfo(torch.int64).max
@@ -24,7 +28,8 @@ NEVER = torch.iinfo(torch.int64).max
 class MapSteering:
     """The maps and SAEs of an engine, and one row for each of its R requests.
 
-    The layer of the input SAE calls `count` and that of the output SAE `edit`. Neither reads a number on the host.
+    After the layer of the input SAE comes `read_prompt`, after that of the output SAE `edit`. Neither reads a number on
+    the host.
 
     Args:
         settings: settings of the engine, which has maps.
@@ -32,7 +37,7 @@ class MapSteering:
         load_sae: loads an SAE onto the device of the residuals.
 
     Attributes:
-        reads: `count`, by the layer after which it is called.
+        reads: `read_prompt`, by the layer after which it is called.
         writes: `edit`, likewise.
 
     Raises:
@@ -41,20 +46,19 @@ class MapSteering:
     """
 
     def __init__(self, settings: ServingSettings, batch: Batch, load_sae: Callable[[Place], FrozenSAE]) -> None:
-        device, n_requests = batch.row.device, batch.n_requests
+        device, n_requests = batch.device, batch.n_requests
         assert settings.sae_in is not None and settings.sae_out is not None
         self.config, self.names, self.batch = settings.config, list(settings.maps), batch
         self.sae_in, self.sae_out = load_sae(settings.sae_in), load_sae(settings.sae_out)
         self._load([_load_map(place).to(device) for place in settings.maps.values()])
-        self.reads: dict[int, Callable[[Tensor], None]] = {required_layer(self.sae_in): self.count}
+        self.reads: dict[int, Callable[[Tensor], None]] = {required_layer(self.sae_in): self.read_prompt}
         self.writes: dict[int, Callable[[Tensor, Tensor | None], None]] = {required_layer(self.sae_out): self.edit}
         n_slots = 2 * self.config.k_diff
-        self.n_counted = torch.zeros(n_requests, dtype=torch.int64, device=device)
         self.first_edited = torch.full((n_requests,), NEVER, dtype=torch.int64, device=device)
         self.alpha = torch.zeros(n_requests, dtype=torch.float32, device=device)
-        self.map = torch.zeros(n_requests, dtype=torch.int32, device=device)
-        # The signs that its mode keeps.
-        self.keeps = torch.zeros(n_requests, n_slots, dtype=torch.bool, device=device)
+        # The slots of the sign that its mode does not use.
+        self.drops = torch.zeros(n_requests, n_slots, dtype=torch.bool, device=device)
+        self.cache: CacheSlots | None = None
         self.counts = torch.zeros(n_requests, self.sae_in.d_sae, dtype=torch.int32, device=device)
         self.slots = torch.full((n_requests, n_slots), -1, dtype=torch.int32, device=device)
         self.signs = torch.zeros(n_requests, n_slots, dtype=torch.int8, device=device)
@@ -80,18 +84,16 @@ class MapSteering:
     def begin(self, row: int, request: SteeringRequest | None) -> None:
         """Give a row to a request, None for one that is not steered, which will be computed from its first token on."""
         self._warn_of_residuals()
-        self.n_counted[row], self.first_edited[row] = 0, NEVER
+        self.first_edited[row] = NEVER
         if request is None or request.dspa_map is None:
+            self.batch.begin(row)
             return
         k_diff = self.config.k_diff
-        self.n_counted[row] = request.n_counted
+        self.batch.begin(row, request.n_counted, self.names.index(request.dspa_map))
         self.first_edited[row] = request.first_edited
         self.alpha[row] = request.dspa_alpha
-        self.map[row] = self.names.index(request.dspa_map)
-        self.keeps[row, :k_diff] = request.dspa_mode != "ablate"
-        self.keeps[row, k_diff:] = request.dspa_mode != "augment"
-        self.counts[row] = 0
-        self.slots[row], self.signs[row] = -1, 0
+        self.drops[row, :k_diff] = request.dspa_mode == "ablate"
+        self.drops[row, k_diff:] = request.dspa_mode == "augment"
 
     def _warn_of_residuals(self) -> None:
         """Warn of residuals that were not finite, as an earlier call had them copied."""
@@ -104,48 +106,45 @@ class MapSteering:
             )
         self.paths_seen.copy_(self.paths, non_blocking=True)
 
-    def count(self, h: Tensor) -> None:
-        """Count the latents of a step's prompt tokens, and plan the requests whose prompt ends in it.
+    def keep_beside(self, cache: CacheSlots) -> None:
+        """Keep the active latents of prompt tokens, a bit each, in the slots of their keys and values."""
+        self.cache = cache
+        self.bits = torch.zeros(cache.n_slots, n_words(self.sae_in.d_sae), dtype=torch.int32, device=self.batch.device)
+        size = self.bits.nbytes / 2**20
+        logger.info("Active latents of prompts, beside the key/value cache: %.1f MiB, a bit each.", size)
+
+    def read_prompt(self, h: Tensor) -> None:
+        """Keep the active latents of a step's prompt tokens, and plan the requests whose prompt ends in it.
+
+        A prompt's other tokens can be of an earlier step, of the prefix cache, or of another request in this step.
 
         Args:
             h: residuals [n_tokens, d_in] after the layer of the input SAE.
         """
-        row, position = self.batch.tokens(len(h))
-        request = row.clamp(min=0).long()
-        counted = (row >= 0) & (position < self.n_counted[request])
-        activation_counts(
-            h,
-            self.sae_in.weights,
-            torch.where(counted, row, -1),
-            len(self.counts),
-            out=self.counts,
-            accumulate=True,
+        if self.cache is None:
+            # vLLM measures the memory of a step before there is a cache.
+            return
+        placed = self.batch.placed
+        activation_bits(h, self.sae_in.weights, placed.slot[: len(h)], self.bits)
+        bit_counts(
+            self.bits,
+            self.cache.blocks,
+            self.cache.block_size,
+            self.batch.prompts.n_counted,
+            placed.due.view(-1),
+            self.counts,
         )
-        ends = (row >= 0) & (position == self.n_counted[request] - 1)
-        # Row R takes the tokens that end no prompt.
-        due = torch.zeros(len(self.counts) + 1, dtype=torch.bool, device=h.device)
-        due = due.index_fill_(0, torch.where(ends, request, len(self.counts)), True)[:-1]
-        self._plan(due)
-
-    def _plan(self, due: Tensor) -> None:
-        """Choose the latents of some requests, each by its map and for its mode.
-
-        Args:
-            due: [R] bool.
-        """
-        rows = torch.arange(len(due), dtype=torch.int32, device=due.device)
-        for number, values in enumerate(self.values):
+        for due, values in zip(placed.due, self.values, strict=True):
             map_lookup(
                 self.counts,
                 values,
                 k_prompt=self.config.k_prompt,
                 k_diff=self.config.k_diff,
                 mode="both",
-                rows=torch.where(due & (self.map == number), rows, -1),
+                rows=due,
                 out=SteeringPlan(self.slots, self.signs),
             )
-        self.slots.masked_fill_(~self.keeps, -1)
-        self.signs.masked_fill_(~self.keeps, 0)
+        self.slots.masked_fill_(self.drops, -1)
 
     def edit(self, hidden: Tensor, residual: Tensor | None) -> None:
         """Edit the residuals of a step `hidden + residual`, [n_tokens, d_in], after the layer of the output SAE."""

@@ -83,6 +83,7 @@ def vllm_options(
         model=str(model),
         maps={name: Place.of_file(path) for name, path in map_paths.items()},
         **{name: _place_of(of_pair) for name, of_pair in pair.items()},
+        d_sae_in=pair["sae_in"].d_sae if pair else 0,
         adapters={
             name: AdapterPlace(Place.of_file(path / RECORD), _place_of(loaded[name].sae))
             for name, path in adapter_paths.items()

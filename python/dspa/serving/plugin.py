@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import uuid
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from dspa.errors import ModelError, refusal
+from dspa.serving.prefix_cache import with_room, with_steering
 from dspa.serving.requests import SteeringRequest, keys, parse, places
 from dspa.serving.settings import ARCHITECTURES, KEY, PREFIX, ServingSettings
 from dspa.serving.versions import is_supported
@@ -65,13 +65,18 @@ def wrap(owner: Any, name: str, wrapper: Wrapper) -> None:
 
 
 def _doors() -> list[tuple[Any, str, Wrapper]]:
-    """Return the functions of vLLM through which requests come, as owner, name, and what checks them there."""
+    """Return the functions of vLLM that this package wraps, as owner, name, and wrapper.
+
+    Through them come requests, and the blocks of the key/value cache.
+    """
     from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
     from vllm.entrypoints.launchers import app
     from vllm.entrypoints.launchers.run_batch import BatchRequestInput
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.v1.core import block_pool, kv_cache_utils
+    from vllm.v1.engine import core
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -85,6 +90,9 @@ def _doors() -> list[tuple[Any, str, Wrapper]]:
         (CompletionRequest, "to_beam_search_params", _without_keys),
         (BeamSearchOfflineMixin, "beam_search", _without_steer_all),
         (BeamSearchOnlineMixin, "beam_search", _without_steer_all),
+        (core, "get_kv_cache_configs", with_room),
+        (kv_cache_utils, "generate_block_hash_extra_keys", with_steering),
+        (block_pool, "generate_block_hash_extra_keys", with_steering),
         (InputProcessor, "__init__", _of_one_kind),
         (InputProcessor, "process_inputs", _checked),
         (LLMEngine, "add_request", _checked_if_built),
@@ -139,7 +147,7 @@ def _checked_if_built(add_request: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_request(request: Any, settings: ServingSettings | None) -> None:
-    """Check a request, and keep a steered one apart from the prefix cache.
+    """Check a request, and put what was found in it into its parameters.
 
     Args:
         request: an `EngineCoreRequest` of vLLM.
@@ -154,11 +162,10 @@ def check_request(request: Any, settings: ServingSettings | None) -> None:
         steering = _steering_of(request, settings)
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
-    if steering is None:
-        return
-    # Tokens from the cache have no latents that could be counted, and edited ones must serve no other request.
-    request.sampling_params.skip_reading_prefix_cache = True
-    request.cache_salt = f"{request.cache_salt or ''}dspa:{uuid.uuid4().hex}"
+    if steering is not None:
+        # In full, so that the engine's other processes need nothing else.
+        params = request.sampling_params
+        params.extra_args = (params.extra_args or {}) | steering.keys
 
 
 def _steering_of(request: Any, settings: ServingSettings | None) -> SteeringRequest | None:

@@ -61,6 +61,12 @@ class SteeringRequest:
         return replace(self, dspa_start=start)
 
     @property
+    def keys(self) -> dict[str, Any]:
+        """The keys by which `parse` gives the same request whatever the defaults of an engine."""
+        method = next(key for key in TAKES if getattr(self, key) is not None)
+        return {name: getattr(self, name) for name in (KEY, method, *TAKES[method])}
+
+    @property
     def n_counted(self) -> int:
         """Number of tokens, from the first, by whose latents the plan of a map is chosen."""
         assert self.dspa_start is not None
@@ -69,8 +75,15 @@ class SteeringRequest:
     @property
     def first_edited(self) -> int:
         """Position of the first token that is edited."""
-        assert self.dspa_start is not None
-        return 0 if self.dspa_positions == "all" else self.dspa_start - (self.dspa_positions == "response")
+        return first_edited(self.keys)
+
+
+def first_edited(asked: Mapping[str, Any]) -> int:
+    """Return the position of the first token that a request edits whose keys are given in full: 0 for an adapter."""
+    if asked.get("dspa_positions", "all") == "all":
+        return 0
+    start: int = asked["dspa_start"]
+    return start - 1 if asked["dspa_positions"] == "response" else start
 
 
 def keys(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:

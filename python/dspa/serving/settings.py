@@ -11,7 +11,7 @@ from pydantic import Field, StrictFloat
 from dspa.config import POSITIONS, SteeringConfig
 from dspa.errors import refusal
 from dspa.files import file_sha256
-from dspa.schemas import Accepts, Flag, OneOf, Text, check, schema
+from dspa.schemas import Accepts, Count, Flag, OneOf, Text, check, schema
 
 # The name of the settings in the model's configuration, and the beginning of the architectures that read them.
 KEY, PREFIX = "dspa", "Dspa"
@@ -99,6 +99,7 @@ class ServingSettings:
         model: the model that was checked, as vLLM names it.
         maps: the maps by name, all of one pair of SAEs. Requests that name nothing take the first.
         sae_in, sae_out: the SAEs of the maps, None without maps.
+        d_sae_in: latents of the input SAE, 0 without maps.
         adapters: the adapters by name. Requests that name nothing take the first where there is no map.
         vectors: the vectors by name. Requests that name nothing take the first where there is nothing else.
         config: settings of steering by a map, which a request may replace in part.
@@ -109,6 +110,7 @@ class ServingSettings:
     maps: dict[Text, Place] = field(default_factory=dict)
     sae_in: Place | None = None
     sae_out: Place | None = None
+    d_sae_in: Count = 0
     adapters: dict[Text, AdapterPlace] = field(default_factory=dict)
     vectors: dict[Text, VectorPlace] = field(default_factory=dict)
     config: SteeringConfig = field(default_factory=SteeringConfig)

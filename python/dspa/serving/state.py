@@ -12,6 +12,7 @@ from dspa.saes.frozen import FrozenSAE
 from dspa.serving.adapter_steering import AdapterSteering
 from dspa.serving.batch import Batch
 from dspa.serving.map_steering import MapSteering
+from dspa.serving.prefix_cache import CacheSlots
 from dspa.serving.requests import SteeringRequest
 from dspa.serving.settings import Place, ServingSettings
 from dspa.serving.vector_steering import VectorSteering
@@ -42,7 +43,7 @@ class ServingState:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.settings = settings
-        self.batch = Batch(n_requests, n_tokens, device, dtype)
+        self.batch = Batch(n_requests, n_tokens, len(settings.maps), device, dtype)
 
         @cache
         def load_sae(place: Place) -> FrozenSAE:
@@ -72,6 +73,12 @@ class ServingState:
         """Give a row to a request, None for one that is not steered."""
         for method in self.methods:
             method.begin(row, request)
+
+    def keep_beside(self, cache: CacheSlots) -> None:
+        """Keep what plans need of prompts beside the key/value cache."""
+        for method in self.methods:
+            if isinstance(method, MapSteering):
+                method.keep_beside(cache)
 
     def read(self, layer: int, h: Tensor) -> None:
         """Let the methods read the residuals of a step [n_tokens, d_in] after a layer."""

@@ -31,7 +31,7 @@ class VectorSteering:
     """
 
     def __init__(self, settings: ServingSettings, batch: Batch) -> None:
-        device, n_requests = batch.row.device, batch.n_requests
+        device, n_requests = batch.device, batch.n_requests
         self.names, self.batch = list(settings.vectors), batch
         vectors = [_load(place) for place in settings.vectors.values()]
         self.vectors = torch.stack([vector.vector for vector in vectors]).to(device)
