@@ -23,7 +23,7 @@ DSPA = (
     {"maps"},
     {"saes"},
     {"training_folder"},
-    {"archives", "data", "expressions", "models", "files", "outputs"},
+    {"archives", "data", "expressions", "judges", "models", "files", "outputs"},
     {"config", "distributed", "errors", "intervals", "schemas", "snapshot", "version"},
 )
 KERNELS = (

@@ -43,6 +43,10 @@ class LabelError(ValueError):
     """Labels or rules that cannot be used. The message names the file and the latents."""
 
 
+class JudgeError(RuntimeError):
+    """A judge that cannot be asked, or replies of one that cannot be used. The message says what to do."""
+
+
 class SAEError(ValueError):
     """An SAE, or a file of one, that cannot be used. The message says why, and what is accepted."""
 

@@ -75,6 +75,7 @@ EXTRAS = {
     "trl": "training FSRL adapters",
     "datasets": "data sets of the Hub, and Parquet files",
     "vllm": "serving, where there is a GPU",
+    "openai": "asking a judge, a model behind a chat endpoint",
 }
 BACKENDS = {
     "reference": "plain PyTorch, on any device",
