@@ -156,14 +156,16 @@ class SteeringVector(Gated):
         self._name_keywords()
 
     def _edit(self, h: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        # A model may have moved since it was attached.
+        edited = (h + self._added.to(h.device)).to(h.dtype)
         if self.positions == "all":
-            return (h + self._added).to(h.dtype)
+            return edited
         gated = self._gate(h, kwargs)
         if gated is None:
             return None
         _, gate = gated
         steered = gate["rows"] >= 0 if "rows" in gate else gate["positions"] >= gate["start"]
-        return torch.where(steered.view(*h.shape[:2], 1), (h + self._added).to(h.dtype), h)
+        return torch.where(steered.view(*h.shape[:2], 1), edited, h)
 
     def save(self, path: str | Path) -> None:
         """Write the vector to one safetensors file, with its settings in the header.
