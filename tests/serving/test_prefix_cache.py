@@ -12,14 +12,14 @@ import torch
 from dspa.errors import ModelError
 from dspa.serving.prefix_cache import CacheSlots, with_room, with_steering
 from dspa.serving.requests import parse
-from tests.serving.test_requests import settings
+from tests.serving.test_requests import ADAPTERS, VECTORS, settings
 
 BLOCK, PROMPT = 4, (("dspa", "dspa prompt"),)
 
 
 def block_keys(asked: dict[str, Any], n_prompt: int, n_tokens: int, others: tuple[str, ...] | None = None) -> list[Any]:
     """Extra keys of the blocks of a request, as vLLM's hasher asks for them."""
-    request = parse(asked, settings())
+    request = parse(asked, settings(adapters=ADAPTERS, vectors=VECTORS))
     keys = request.of_prompt(n_prompt).keys if request else asked
     params = SimpleNamespace(extra_args=keys | {"other": 1})
     extra_keys = with_steering(lambda *_: (others, 5))
@@ -48,6 +48,22 @@ def test_edited_blocks_are_of_one_steering(other: dict[str, Any]) -> None:
     assert block_keys(asked, 9, 16)[-1] == block_keys(asked, 9, 16)[-1] != block_keys(asked | other, 9, 16)[-1]
     # The same tokens as a prompt and its answer, or as a longer prompt.
     assert block_keys(asked, 9, 16)[-1] != block_keys(asked, 10, 16)[-1]
+
+
+def test_blocks_without_a_map() -> None:
+    """They have no latents, which a map would look for, and before their first edit they are plain vLLM's."""
+    response = {"dspa_vector": "bold", "dspa_positions": "response"}
+    keys = block_keys(response, 9, 16)
+    assert keys[:2] == [None, None] and keys[2] == keys[3] != block_keys(response | {"dspa_alpha": 3}, 9, 16)[2]
+    assert block_keys(response, 10, 16)[2] != keys[2]
+    # Edited from the first token on, whatever the length of a prompt.
+    for asked, other in (
+        ({"dspa_adapter": "warm"}, {"dspa_adapter": "cold"}),
+        ({"dspa_vector": "calm"}, {"dspa_vector": "calm", "dspa_alpha": 3}),
+        ({"dspa_vector": "bold", "dspa_positions": "all"}, {"dspa_vector": "calm", "dspa_alpha": 0.5}),
+    ):
+        (key, *others), (apart, *_) = block_keys(asked, 9, 16), block_keys(other, 9, 16)
+        assert key is not None and others == [key] * 3 and block_keys(asked, 10, 16) == [key] * 4 and apart != key
 
 
 @pytest.mark.parametrize("asked", [{}, {"dspa": "off"}])

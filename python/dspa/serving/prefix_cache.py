@@ -3,8 +3,8 @@
 A plan needs the latents of all tokens of a prompt, and a prompt that is in the cache is not computed again. So the
 active latents of prompt tokens are kept, a bit each, in the slots of their keys and values. Keys and values that were
 computed under edits serve no other steering: a block's hash, by which vLLM knows it, has the steering in it from the
-first edited token on. Blocks before that are shared by all steered prompts that begin alike, and not with requests that
-are not steered, whose latents nobody computes.
+first edited token on. Blocks before that are shared by all prompts that are steered by a map and begin alike, and not
+with other requests, whose latents nobody computes. Requests without a map share theirs with those that are not steered.
 """
 
 from __future__ import annotations
@@ -98,9 +98,12 @@ def with_steering(extra_keys: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _block_key(sampling_params: Any, end: int) -> tuple[str, str] | None:
-    """Return what sets a block apart whose last token is before position `end`, None for a request without steering."""
+    """Return what sets a block apart whose last token is before position `end`, None for one that plain vLLM makes."""
     asked = keys(sampling_params.extra_args if sampling_params else None)
     if asked.get(KEY) != "on":
         return None
     # vLLM's keys are a tag and a value. Those who listen to its events get the value alone.
-    return KEY, f"{KEY} prompt" if end <= first_edited(asked) else f"{KEY} {sorted(asked.items())}"
+    if end > first_edited(asked):
+        return KEY, f"{KEY} {sorted(asked.items())}"
+    # Only requests with a map keep the latents of their prompts.
+    return (KEY, f"{KEY} prompt") if "dspa_map" in asked else None

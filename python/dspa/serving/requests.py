@@ -64,7 +64,9 @@ class SteeringRequest:
     def keys(self) -> dict[str, Any]:
         """The keys by which `parse` gives the same request whatever the defaults of an engine."""
         method = next(key for key in TAKES if getattr(self, key) is not None)
-        return {name: getattr(self, name) for name in (KEY, method, *TAKES[method])}
+        # Where all tokens are edited, the end of the prompt means nothing, and must not keep equal blocks apart.
+        unused = ("dspa_start",) if self.dspa_positions == "all" else ()
+        return {name: getattr(self, name) for name in (KEY, method, *TAKES[method]) if name not in unused}
 
     @property
     def n_counted(self) -> int:
