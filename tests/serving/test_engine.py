@@ -96,7 +96,9 @@ def test_prompts_that_another_steering_left_in_the_cache(make_world: Any, run_en
     (answers,) = run_engine(options=options, prompts=PROMPTS, requests=requests)["rounds"]
     expected = {case: world.answers(PROMPTS[case[0]], ASKED[case[1]][1]) for case in set(cases)}
     wrong = [case for case, answer in zip(cases, answers, strict=True) if answer["tokens"] != expected[case]]
-    assert wrong == [] and sum(answer["cached"] for answer in answers) > 0
+    assert wrong == []
+    # Each finds at least what it left itself.
+    assert all(answer["cached"] >= 64 for answer in answers[len(cases) // 2 :])
 
 
 def test_unsteered_requests_are_those_of_plain_vllm(make_world: Any, run_engine: Any) -> None:
