@@ -100,8 +100,8 @@ class SteeringVector(Gated):
 
     @property
     def vector(self) -> Tensor:
-        """The vector [d_in], fp32."""
-        return self._vector
+        """A copy of the vector [d_in], fp32."""
+        return self._vector.clone()
 
     @property
     def layer(self) -> int:
@@ -143,9 +143,9 @@ class SteeringVector(Gated):
         """
         if self.layer >= n_layers:
             raise ModelError(f"The vector is of layer {self.layer}; accepted: 0 to {n_layers - 1}, the model's layers.")
-        if len(self.vector) != hidden_size(model):
+        if len(self._vector) != hidden_size(model):
             raise ModelError(
-                f"The vector has {len(self.vector)} numbers and the model's hidden size is {hidden_size(model)}: it "
+                f"The vector has {len(self._vector)} numbers and the model's hidden size is {hidden_size(model)}: it "
                 "was made with another model."
             )
         check_model_name("The vector was made with", self.model_name, model_name or loaded_name(model))
@@ -176,7 +176,7 @@ class SteeringVector(Gated):
         """
         output_file(Path(path), "The path of the vector", VectorError)
         header = {name: value for name, value in asdict(self._record).items() if name not in ("sha256", SEAL)}
-        write_tensors(Path(path), {"vector": self.vector.cpu()}, header | {"package": version("dspa-kernels")})
+        write_tensors(Path(path), {"vector": self._vector.cpu()}, header | {"package": version("dspa-kernels")})
 
     @classmethod
     def load(cls, path: str | Path) -> SteeringVector:
@@ -202,4 +202,4 @@ class SteeringVector(Gated):
         return cls(vector, record.layer, record.scale, record.positions, **settings)
 
     def __repr__(self) -> str:
-        return f"SteeringVector(d_in={len(self.vector)}, layer={self.layer}, scale={self.scale:g}, {self.positions!r})"
+        return f"SteeringVector(d_in={len(self._vector)}, layer={self.layer}, scale={self.scale:g}, {self.positions!r})"

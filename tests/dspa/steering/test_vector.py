@@ -266,6 +266,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     given = torch.ones(D_IN, dtype=torch.float64)
     kept = dspa.SteeringVector(given, 0)
     given.zero_()
+    kept.vector.zero_()
     assert kept.vector.dtype == torch.float32 and bool((kept.vector == 1).all())
 
 
