@@ -17,6 +17,7 @@ DSPA = (
     {"__main__"},
     {"cli"},
     {"demo", "serving"},
+    {"audit"},
     {"fsrl"},
     {"baselines", "evaluate"},
     {"steering", "testing"},

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dspa import fsrl, serving
+    from dspa.audit.evidence import collect_evidence, top_contexts
     from dspa.config import SteeringConfig
     from dspa.data.triples import Triple, load_triples
     from dspa.errors import AdapterError, MapError, ModelError, PreferenceError, SAEError, VectorError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from dspa.maps.reduce import reduce
     from dspa.models.load import load_model
     from dspa.saes.frozen import FrozenSAE
-    from dspa.saes.meanings import top_contexts, top_tokens
+    from dspa.saes.meanings import top_tokens
     from dspa.steering.dspa import Steering, detach
     from dspa.steering.vector import SteeringVector
     from dspa.version import __version__
@@ -45,7 +46,8 @@ HOMES = {
     "SAEError": "dspa.errors",
     "VectorError": "dspa.errors",
     "FrozenSAE": "dspa.saes.frozen",
-    "top_contexts": "dspa.saes.meanings",
+    "collect_evidence": "dspa.audit.evidence",
+    "top_contexts": "dspa.audit.evidence",
     "top_tokens": "dspa.saes.meanings",
     "Steering": "dspa.steering.dspa",
     "SteeringVector": "dspa.steering.vector",
@@ -72,6 +74,7 @@ __all__ = [
     "__version__",
     "build_map",
     "collect",
+    "collect_evidence",
     "compare",
     "detach",
     "fsrl",

@@ -17,9 +17,9 @@ from dspa.distributed import device_named
 from dspa.errors import refusal
 
 if TYPE_CHECKING:
+    from dspa.audit.evidence import Context
     from dspa.maps.cdmap import ConditionalDifferenceMap, MapMeta
     from dspa.maps.reports import Column, Row
-    from dspa.saes.meanings import Context
 
 N_TOKENS = 100_000
 Plot = Annotated[Path | None, typer.Option(help="Write a plot here, as PNG.")]
@@ -127,10 +127,11 @@ def _read_meanings(
     n_tokens: int,
 ) -> dict[str, dict[int, list[Context]]]:
     """Put the tokens that latents promote into a map, and return where in `texts` they are strongest."""
+    from dspa.audit.evidence import top_contexts
     from dspa.data.texts import TextFile
     from dspa.models.layers import check_model_name, loaded_name
     from dspa.models.sources import check_weights
-    from dspa.saes.meanings import top_contexts, top_tokens
+    from dspa.saes.meanings import top_tokens
 
     file = None if texts is None else TextFile(texts)
     check_model(on)

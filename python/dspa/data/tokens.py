@@ -11,7 +11,8 @@ from typing import Any, TypeAlias, cast
 from transformers import PreTrainedTokenizerBase
 
 from dspa.data.templates import apply_template, unread_names
-from dspa.data.triples import Message, Triple, shared_length
+from dspa.data.token_texts import shared_length
+from dspa.data.triples import Message, Triple
 from dspa.errors import ChatTemplateError, PreferenceError, refusal
 
 # Rule of the place where a text's prompt ends. Earlier versions tokenized prompt and response "apart".

@@ -6,7 +6,7 @@ explicit or an implicit prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -15,6 +15,7 @@ from dspa.data.lines import check_encodable
 from dspa.data.records import ACCEPTED as RECORDS
 from dspa.data.records import read_records
 from dspa.data.templates import check_names
+from dspa.data.token_texts import shared_length
 from dspa.errors import PreferenceError, refusal
 from dspa.schemas import parse_json
 
@@ -187,12 +188,6 @@ def _prompt_length(chosen: Text, rejected: Text) -> int:
     if shared == min(len(chosen), len(rejected)):
         return max(shared - 1, 0)
     return shared - 1 if chosen[shared - 1 : shared] == " " else shared
-
-
-def shared_length(first: Sequence[object], second: Sequence[object]) -> int:
-    """Return the length of the common prefix of two sequences."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _user_says(messages: list[Message], text: str) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from dspa.data.triples import shared_length
+from dspa.data.token_texts import token_pieces
 from dspa.errors import ModelError, refusal
 from dspa.evaluate.responses import Response
 from dspa.models.attachment import Attachable
@@ -251,15 +251,14 @@ def edited_characters(
         ids: token ids of the text.
         edited: numbers of these tokens, from 0.
     """
-    text, ranges, end, pending = decode(tokenizer, ids), list[tuple[int, int]](), 0, False
-    for n in range(len(ids)):
-        start, end = end, shared_length(text, decode(tokenizer, ids[: n + 1]))
+    ranges, start, pending = list[tuple[int, int]](), 0, False
+    for n, piece in enumerate(token_pieces(tokenizer, ids, special=False)):
         pending |= n in edited
-        # The first tokens of a character that has several end in a replacement character.
-        if start < end:
+        if piece:
+            end = start + len(piece)
             if pending:
                 ranges.append((ranges.pop()[0] if ranges and ranges[-1][1] == start else start, end))
-            pending = False
+            start, pending = end, False
     return tuple(ranges)
 
 

@@ -13,12 +13,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from dspa.audit.evidence import top_contexts
 from dspa.cli import main
 from dspa.cli.loading import triple_source
 from dspa.data.token_texts import quoted
 from dspa.fsrl import FSRLAdapter
 from dspa.maps.cdmap import ConditionalDifferenceMap
-from dspa.saes.meanings import top_contexts
 from dspa.steering.vector import SteeringVector
 from dspa.testing import ENGLISH, L_IN, L_OUT, make_map, make_model, make_sae, word_tokenizer
 from dspa_kernels import available_backends

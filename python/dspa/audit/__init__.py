@@ -1,0 +1,1 @@
+"""Audits: what a map edits, and what the edited latents stand for."""
