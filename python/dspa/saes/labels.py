@@ -2,9 +2,10 @@
 
 A labels file, or each file in a folder of them, is one of two kinds.
 
-*Descriptions*, as Neuronpedia exports explanations (a folder of `batch-N.jsonl.gz`): JSON Lines or a JSON list, gzipped
-or not, of objects with `modelId`, `layer` ("12-gemmascope-res-65k"), `index` (a number, also as text), `description`
-and `explanationModelName`. Other keys are ignored. Rules give each description its category. They are a JSON object
+*Descriptions*, as Neuronpedia exports explanations (a folder of `batch-N.jsonl.gz`, or the folder of an SAE in which it
+is, next to others such as `explanations-gpt-4o-mini`): JSON Lines or a JSON list, gzipped or not, of objects with
+`modelId`, `layer` ("12-gemmascope-res-65k"), `index` (a number, also as text), `description` and
+`explanationModelName`. Other keys are ignored. Rules give each description its category. They are a JSON object
 `{category: [regular expression, ...]}`. A description has the first category of which an expression matches it, in
 upper or lower case, or "other" if none does.
 
@@ -32,6 +33,8 @@ from dspa.schemas import is_json, parse_json
 Rules: TypeAlias = dict[str, list[re.Pattern[str]]]
 
 OTHER, UNLABELLED = "other", "unlabelled"
+# Neuronpedia's names of the folders of explanations in that of an SAE, the second by an explainer.
+EXPLANATIONS = re.compile("explanations(-.*)?")
 ACCEPTED = (
     "a Neuronpedia export of explanations, an object of latents and categories, or a list of objects with `index` and "
     "`category`"
@@ -72,11 +75,11 @@ def read_labels(
     path, patterns = Path(path), None if rules is None else read_rules(rules)
     categories: dict[int, str] = {}
     outside, twice, described = list[int](), dict[int, str](), False
-    for name, row in _rows(path):
-        _check_origin(name, row, sae)
+    for name, row in read_rows(path):
+        check_origin(name, row, sae)
         if explainer is not None and row.get("explanationModelName") != explainer:
             continue
-        latent, category = _latent(name, row["index"]), _category(name, row, patterns)
+        latent, category = latent_of(name, row), _category(name, row, patterns)
         described = described or "description" in row
         if not 0 <= latent < sae.d_sae:
             outside.append(latent)
@@ -110,37 +113,76 @@ class LatentSpace:
         return f"an SAE of {self.d_sae} latents at layer {self.layer}"
 
 
-def read_descriptions(
+@dataclass(frozen=True)
+class Explanation:
+    """What a file says a latent stands for.
+
+    Attributes:
+        text: the text.
+        explainer: name of the model that wrote it, or empty if the file does not say.
+        method: name of the method, as "oai_token-act-pair", or empty if the file does not say.
+    """
+
+    text: str
+    explainer: str = ""
+    method: str = ""
+
+
+def read_explanations(
     path: str | Path, sae: FrozenSAE | LatentSpace, *, explainer: str | None = None
-) -> dict[int, str]:
+) -> dict[int, list[Explanation]]:
     """Read what a file or folder says of the latents of `sae`: descriptions, or categories. Empty texts say nothing.
 
     Args:
         path: the file or folder.
-        sae: the SAE whose latents are described.
-        explainer: read only the descriptions of this `explanationModelName`.
+        sae: the SAE whose latents are explained.
+        explainer: read only the explanations of this `explanationModelName`.
 
     Returns:
-        Text by latent. Several texts on a latent are joined.
+        Explanations by latent, in the order of the files, each once.
 
     Raises:
-        LabelError: files that describe no latent, latents that the SAE does not have, or labels of another layer or
+        LabelError: files that explain no latent, latents that the SAE does not have, or labels of another layer or
             model.
     """
     path = Path(path)
-    texts: dict[int, dict[str, None]] = {}
-    for name, row in _rows(path):
-        _check_origin(name, row, sae)
+    explanations: dict[int, dict[Explanation, None]] = {}
+    for name, row in read_rows(path):
+        check_origin(name, row, sae)
         if explainer is None or row.get("explanationModelName") == explainer:
             text = row.get("category") or row.get("label") or row.get("description") or ""
             if not isinstance(text, str):
                 raise refusal(LabelError, f"{name}: its label", repr(text), "text")
             if text.strip():
-                texts.setdefault(_latent(name, row["index"]), {})[text.strip()] = None
-    _check_latents(path, [latent for latent in texts if not 0 <= latent < sae.d_sae], sae)
-    if not texts:
+                by, method = (str(row.get(key) or "") for key in ("explanationModelName", "typeName"))
+                explanations.setdefault(latent_of(name, row), {})[Explanation(text.strip(), by, method)] = None
+    _check_latents(path, [latent for latent in explanations if not 0 <= latent < sae.d_sae], sae)
+    if not explanations:
         raise LabelError(f"{path} labels no latent{_by(explainer)}; accepted: {ACCEPTED}.")
-    return {latent: "; ".join(several) for latent, several in texts.items()}
+    return {latent: list(several) for latent, several in explanations.items()}
+
+
+def read_descriptions(
+    path: str | Path, sae: FrozenSAE | LatentSpace, *, explainer: str | None = None
+) -> dict[int, str]:
+    """Read what a file or folder says of the latents of `sae`, as `read_explanations` does.
+
+    Args:
+        path: as for `read_explanations`.
+        sae: as for `read_explanations`.
+        explainer: as for `read_explanations`.
+
+    Returns:
+        Text by latent. Several texts on a latent are joined.
+
+    Raises:
+        LabelError: as for `read_explanations`.
+    """
+    explanations = read_explanations(path, sae, explainer=explainer)
+    return {
+        latent: "; ".join(dict.fromkeys(explanation.text for explanation in several))
+        for latent, several in explanations.items()
+    }
 
 
 def _check_latents(path: Path, outside: list[int], sae: FrozenSAE | LatentSpace) -> None:
@@ -170,19 +212,27 @@ def read_rules(path: str | Path) -> Rules:
     return rules
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the objects with `index`, each with its name in messages."""
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if ending_of(file) in JSON)
-        if not files:
-            raise LabelError(f"{path} holds no file of labels; accepted: {', '.join(JSON)}, also as .gz.")
-    for file in files:
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the objects with `index` in a file or folder, each with its name in messages.
+
+    Raises:
+        LabelError: a folder without a file of them, a file that is damaged, or an object without `index`.
+    """
+    for file in _files(path) if path.is_dir() else [path]:
         for number, row in enumerate(_entries(file), start=1):
             name = f"{file} entry {number}"
             if not isinstance(row, dict) or "index" not in row:
                 raise refusal(LabelError, name, repr(str(row)[:60]), ACCEPTED)
             yield name, row
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files of a folder, or those of the folders of explanations in it."""
+    inner = sorted(place for place in folder.iterdir() if place.is_dir() and EXPLANATIONS.fullmatch(place.name))
+    files = [file for place in inner or [folder] for file in sorted(place.iterdir()) if ending_of(file) in JSON]
+    if not files:
+        raise LabelError(f"{folder} holds no file of labels; accepted: {', '.join(JSON)}, also as .gz.")
+    return files
 
 
 def _entries(file: Path) -> Iterator[Any]:
@@ -205,7 +255,13 @@ def _values(file: Path) -> Iterator[Any]:
         yield parse_json(read_text(file, LabelError), LabelError, str(file), ACCEPTED)
 
 
-def _latent(name: str, index: object) -> int:
+def latent_of(name: str, row: Mapping[str, Any]) -> int:
+    """Return the latent that an object is about: its `index`, a number or its text, as Neuronpedia writes it.
+
+    Raises:
+        LabelError: another `index`.
+    """
+    index = row["index"]
     if isinstance(index, int) and not isinstance(index, bool):
         return index
     if isinstance(index, str) and re.fullmatch(r"-?[0-9]+", index):
@@ -248,8 +304,8 @@ def _place(given: str, sae: FrozenSAE | LatentSpace) -> str:
     return sae.neuronpedia_place if "-" in sae.neuronpedia_place else f"{sae.neuronpedia_place}-{source}"
 
 
-def _check_origin(name: str, row: Mapping[str, Any], sae: FrozenSAE | LatentSpace) -> None:
-    """Raise `LabelError` if a row names another layer or model than those of `sae`."""
+def check_origin(name: str, row: Mapping[str, Any], sae: FrozenSAE | LatentSpace) -> None:
+    """Raise `LabelError` for an object that names another layer or model than those of `sae`."""
     if "layer" in row:
         wanted = _place(str(row["layer"]), sae)
         if str(row["layer"]) != wanted:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dspa.fsrl import LabelError, Labels, read_labels
-from dspa.saes.labels import LatentSpace, read_descriptions
+from dspa.saes.labels import Explanation, LatentSpace, read_descriptions, read_explanations
 from dspa.testing import make_sae
 
 D_SAE = 40
@@ -172,6 +172,27 @@ def test_descriptions(tmp_path, sae):
     assert read_descriptions(tmp_path, SPACE, explainer="claude") == {3: "bullets"}
     file = written(tmp_path / "categories.json", {"5": "style"})
     assert read_descriptions(file, SPACE) == {5: "style"}
+
+
+def test_the_folder_of_an_sae_in_an_export(tmp_path):
+    """Latents are ordered as text, several explainers have folders of their own, and other folders are not labels."""
+    texts = {latent: f"text {latent}" for latent in range(D_SAE)}
+    ordered = sorted(map(str, texts))
+    for name, by, latents in (("explanations", "gpt-4o-mini", ordered), ("explanations-o3", "o3", ["3", "10"])):
+        (tmp_path / name).mkdir()
+        for n in range(0, len(latents), 16):
+            rows = [exported(k, f"{texts[int(k)]} by {by}", explanationModelName=by) for k in latents[n : n + 16]]
+            (tmp_path / name / f"batch-{n // 16}.jsonl.gz").write_bytes(gzip.compress(as_lines(rows)))
+    for name in ("features", "activations", "explanations_of_others"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "batch-0.jsonl").write_text('{"index": "0", "tokens": [], "description": "none"}')
+    (tmp_path / "source.jsonl").write_text('{"id": "12-gemmascope-res-65k"}')
+    explanations = read_explanations(tmp_path, SPACE)
+    assert sorted(explanations) == list(range(D_SAE))
+    one, other = Explanation("text 10 by gpt-4o-mini", "gpt-4o-mini", "oai_token-act-pair"), "text 10 by o3"
+    assert explanations[10] == [one, Explanation(other, "o3", "oai_token-act-pair")]
+    assert explanations[2] == [Explanation("text 2 by gpt-4o-mini", "gpt-4o-mini", "oai_token-act-pair")]
+    assert read_descriptions(tmp_path, SPACE, explainer="o3") == {3: "text 3 by o3", 10: other}
 
 
 def test_descriptions_of_the_residual_before_a_layer(tmp_path):
