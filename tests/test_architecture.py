@@ -25,7 +25,7 @@ DSPA = (
     {"saes"},
     {"training_folder"},
     {"archives", "data", "expressions", "judges", "models", "files", "outputs"},
-    {"config", "distributed", "errors", "intervals", "schemas", "snapshot", "version"},
+    {"config", "confusion", "distributed", "errors", "intervals", "schemas", "snapshot", "version"},
 )
 KERNELS = (
     {"fusing", "nn"},

@@ -15,7 +15,7 @@ RESAMPLES = 9999
 
 
 def bootstrap(
-    samples: Sequence[Values], statistic: Callable[..., Any], confidence: float = 0.95, seed: int = 0
+    samples: Sequence[np.ndarray[Any, Any]], statistic: Callable[..., Any], confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval of a statistic of paired samples.
 

@@ -35,6 +35,17 @@ if TYPE_CHECKING:
     from dspa.fsrl.usage import Decay, Usage
     from dspa.saes.labels import Labels
 
+# Columns of `quality_by_category.csv` that the terminal shows.
+SHOWN_AGREEMENT = (
+    "category",
+    "n_hand",
+    "n_label",
+    "precision",
+    "recall",
+    "balanced_accuracy",
+    "mcc",
+    "corrected_share",
+)
 NOT_MEASURED = "NOT MEASURED (--hand FILE compares them with labels by hand)"
 
 
@@ -389,6 +400,7 @@ def _agreement(labels: Labels, hand: Labels, out: Path) -> str:
 
     agreement = compare_labels(labels, hand)
     low, high = agreement.accuracy_interval()
+    mcc_low, mcc_high = agreement.mcc_interval()
     rows = [asdict(category) for category in agreement.per_category]
     summary = {
         "n": agreement.n,
@@ -397,15 +409,17 @@ def _agreement(labels: Labels, hand: Labels, out: Path) -> str:
         "accuracy_high": high,
         "macro_f1": agreement.macro_f1,
         "mcc": agreement.mcc,
+        "mcc_low": mcc_low,
+        "mcc_high": mcc_high,
         "n_unlabelled": agreement.n_unlabelled,
     }
     _write(out / "quality.csv", [summary])
     _write(out / "quality_by_category.csv", rows)
-    console.print(column_table("Labels compared with labels by hand", rows, tuple(rows[0])))
+    console.print(column_table("Labels compared with labels by hand", rows, SHOWN_AGREEMENT))
     print_table("Agreement", {name: cell(value) for name, value in summary.items()})
     return (
         f"accuracy {agreement.accuracy:.3f} [{low:.3f}, {high:.3f}], macro F1 {agreement.macro_f1:.3f}, "
-        f"MCC {agreement.mcc:.3f}, on {agreement.n} latents labelled by hand"
+        f"MCC {agreement.mcc:.3f} [{mcc_low:.3f}, {mcc_high:.3f}], on {agreement.n} latents labelled by hand"
     )
 
 

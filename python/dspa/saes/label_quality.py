@@ -1,15 +1,18 @@
-"""Agreement of labels with labels by hand: accuracy, F1 and Matthews' correlation, from a confusion matrix."""
+"""Agreement of labels with labels by hand: accuracy, F1 and Matthews' correlation, from a confusion matrix.
+
+What falls short of full agreement also shows how far the share of a category in all labels is from the true one.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dspa.confusion import Confusion, expanded, matthews
 from dspa.errors import LabelError
-from dspa.intervals import wilson
+from dspa.intervals import bootstrap, wilson
 from dspa.saes.labels import Labels
 
 
@@ -24,6 +27,13 @@ class CategoryAgreement:
         precision: `n_both / n_label`, None if `n_label` is 0.
         recall: `n_both / n_hand`, None if `n_hand` is 0.
         f1: `2 n_both / (n_hand + n_label)`.
+        balanced_accuracy: mean of the shares of agreement on latents of the category and on others by hand, None if
+            there are no such latents.
+        mcc: Matthews' correlation of being of the category.
+        mcc_low, mcc_high: its bootstrap interval of 95 %.
+        share: share of the category in all labels.
+        corrected_share: share of latents of the category that the agreement makes of it (`Confusion.corrected_share`),
+            None if it shows no more than guesses.
     """
 
     category: str
@@ -32,7 +42,13 @@ class CategoryAgreement:
     n_both: int
     precision: float | None
     recall: float | None
-    f1: float
+    f1: float | None
+    balanced_accuracy: float | None
+    mcc: float
+    mcc_low: float
+    mcc_high: float
+    share: float
+    corrected_share: float | None
 
 
 @dataclass(frozen=True)
@@ -43,11 +59,13 @@ class Agreement:
         categories: names of the K categories.
         confusion: number of latents by their category by hand (rows) and by label (columns) [K, K] int64.
         n_unlabelled: latents labelled only by hand, which count nowhere else.
+        shares: share of each category in all labels, those of other latents among them.
     """
 
     categories: list[str]
     confusion: Tensor
     n_unlabelled: int
+    shares: list[float]
 
     @property
     def n(self) -> int:
@@ -67,32 +85,48 @@ class Agreement:
     def per_category(self) -> list[CategoryAgreement]:
         """Agreement on each category that occurs by hand or by label."""
         agreements = []
-        for k, name in enumerate(self.categories):
-            both = int(self.confusion[k, k])
-            hand, label = int(self.confusion[k].sum()), int(self.confusion[:, k].sum())
-            precision, recall = both / label if label else None, both / hand if hand else None
-            f1 = 2 * both / (hand + label)
-            agreements.append(CategoryAgreement(name, hand, label, both, precision, recall, f1))
+        for name, share, one in zip(self.categories, self.shares, self._confusions, strict=True):
+            agreements.append(
+                CategoryAgreement(
+                    name,
+                    n_hand=one.tp + one.fn,
+                    n_label=one.tp + one.fp,
+                    n_both=one.tp,
+                    precision=one.precision,
+                    recall=one.recall,
+                    f1=one.f1,
+                    balanced_accuracy=one.balanced_accuracy,
+                    mcc=one.mcc,
+                    **dict(zip(("mcc_low", "mcc_high"), one.mcc_interval(), strict=True)),
+                    share=share,
+                    corrected_share=one.corrected_share(share),
+                )
+            )
         return agreements
 
     @property
     def macro_f1(self) -> float:
         """Mean F1 of the categories."""
-        return sum(category.f1 for category in self.per_category) / len(self.categories)
+        return sum(one.f1 or 0.0 for one in self._confusions) / len(self.categories)
 
     @property
     def mcc(self) -> float:
-        """Matthews' correlation coefficient of several categories.
+        """Matthews' correlation coefficient of all categories (`matthews`)."""
+        return float(matthews(*expanded(self.confusion.numpy())))
 
-        Gorodkin's R_K (Computational Biology and Chemistry 28, 2004) is
-        `(c s - sum_k p_k t_k) / sqrt((s^2 - sum_k p_k^2) (s^2 - sum_k t_k^2))` with s latents, c of them agreed on,
-        and t_k by hand and p_k by label of category k. It is 0 if either has only one category.
-        """
-        s, c = self.n, int(self.confusion.trace())
-        t, p = self.confusion.sum(dim=1).tolist(), self.confusion.sum(dim=0).tolist()
-        spread = (s * s - sum(n * n for n in p)) * (s * s - sum(n * n for n in t))
-        agreed = c * s - sum(a * b for a, b in zip(p, t, strict=True))
-        return agreed / math.sqrt(spread) if spread else 0.0
+    def mcc_interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Return the bootstrap interval of Matthews' correlation coefficient."""
+        return bootstrap(expanded(self.confusion.numpy()), matthews, confidence)
+
+    @property
+    def _confusions(self) -> list[Confusion]:
+        """Each category against the others, with the labels by hand as the truth."""
+        both, hand, label = (
+            self.confusion.diag().tolist(),
+            self.confusion.sum(1).tolist(),
+            self.confusion.sum(0).tolist(),
+        )
+        return [Confusion(b, h - b, k - b, self.n - h - k + b) for b, h, k in zip(both, hand, label, strict=True)]
 
 
 def compare_labels(labels: Labels, hand: Labels) -> Agreement:
@@ -107,4 +141,6 @@ def compare_labels(labels: Labels, hand: Labels) -> Agreement:
     confusion = torch.zeros(len(categories), len(categories), dtype=torch.int64)
     for latent in shared:
         confusion[place[hand.categories[latent]], place[labels.categories[latent]]] += 1
-    return Agreement(categories, confusion, len(hand.categories) - len(shared))
+    given = list(labels.categories.values())
+    shares = [given.count(name) / len(given) for name in categories]
+    return Agreement(categories, confusion, len(hand.categories) - len(shared), shares)

@@ -122,6 +122,7 @@ def test_shares_without_a_score_of_the_labels_say_so(run, folder, used, tmp_path
     (quality,) = table(tmp_path / "b" / "quality.csv")
     # By hand the first three of eight are topics, of which the labels have one; of the five others three.
     assert (int(quality["n"]), float(quality["accuracy"])) == (8, 3 / 8)
+    assert float(quality["mcc_low"]) <= float(quality["mcc"]) <= float(quality["mcc_high"])
     assert "NOT MEASURED" not in said and "accuracy 0.375" in said
     assert (tmp_path / "b" / "categories.png").read_bytes().startswith(b"\x89PNG")
 

@@ -51,3 +51,19 @@ def test_what_has_one_label_alone_is_told_and_not_compared():
     assert (agreement.n, agreement.n_unlabelled, agreement.categories) == (2, 2, ["a", "b"])
     with pytest.raises(LabelError, match="None of the 1 latents labelled by hand has a label"):
         compare_labels(Labels({1: "a"}, 10), Labels({2: "a"}, 10))
+
+
+def test_all_figures_of_a_category():
+    """The labels of 300 latents and the shares of all of them, as published for the formatting of a 9B model."""
+    hand = {n: "a" if n < 67 else "b" for n in range(300)}
+    label = {n: "a" if n < 23 or 67 <= n < 72 else "b" for n in range(300)}
+    # Of all labels 1889 in 16384 are of the category.
+    label |= {n: "a" if n < 300 + 1889 - 28 else "b" for n in range(300, 16384)}
+    agreement = compare_labels(Labels(label, 16384), Labels(hand, 16384))
+    a = agreement.per_category[0]
+    assert (a.n_hand, a.n_label, a.n_both) == (67, 28, 23)
+    assert a.balanced_accuracy == pytest.approx(0.6609, abs=5e-5)
+    assert a.mcc == agreement.mcc == pytest.approx(0.4608, abs=5e-5)
+    assert (a.mcc_low, a.mcc_high) == pytest.approx(agreement.mcc_interval(), abs=0.01)
+    assert a.share == 1889 / 16384
+    assert a.corrected_share == pytest.approx(0.29, abs=0.005)
