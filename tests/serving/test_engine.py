@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,9 @@ def test_each_way_of_scheduling(case: str, make_world: Any, run_engine: Callable
     # Long answers need more blocks than were there for their prompts.
     n_tokens = 28 if case == "preemptions" else 16
     options, sampling = world.options() | CASES[case], {"max_tokens": n_tokens}
-    answers = run_engine(options=options, prompts=PROMPTS, requests=REQUESTS, rounds=2, sampling=sampling)
+    # More rounds show what builds up.
+    rounds = 2 * int(os.environ.get("DSPA_SOAK", "1"))
+    answers = run_engine(options=options, prompts=PROMPTS, requests=REQUESTS, rounds=rounds, sampling=sampling)
     assert differences(world, answers, n_tokens) == []
     if case == "preemptions":
         assert answers["preemptions"] > 0
