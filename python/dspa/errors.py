@@ -47,6 +47,10 @@ class JudgeError(RuntimeError):
     """A judge that cannot be asked, or replies of one that cannot be used. The message says what to do."""
 
 
+class TraceError(ValueError):
+    """A file of edits that is damaged, or does not belong to what it is read with."""
+
+
 class SAEError(ValueError):
     """An SAE, or a file of one, that cannot be used. The message says why, and what is accepted."""
 

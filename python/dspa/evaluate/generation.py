@@ -19,6 +19,7 @@ from dspa.evaluate.responses import Response
 from dspa.models.attachment import Attachable
 from dspa.models.layers import CausalLM, base_model, context_length, device_of
 from dspa.steering.dspa import Steering
+from dspa.steering.gates import first_steered
 
 # Tokens per text where no number is given and the model has room for them.
 MAX_NEW_TOKENS = 200
@@ -34,12 +35,14 @@ class Answer:
         base: what the model wrote with nothing attached, if that was asked for.
         edited: ranges of characters of `text` whose tokens were predicted from an edited residual, from the trace of a
             `Steering`.
+        ids: token ids of `text`, with its end token.
     """
 
     prompt: str
     text: str
     base: str | None = None
     edited: tuple[tuple[int, int], ...] = ()
+    ids: tuple[int, ...] = ()
 
 
 def answer_prompts(
@@ -85,7 +88,7 @@ def answer_prompts(
         attachable.check_attached(inner)
     if batch_size < 1 or (stream and batch_size > 1):
         raise refusal(ValueError, "`batch_size`", batch_size, "1 to stream" if stream else "a whole number >= 1")
-    if compare and (beams := inner.generation_config.num_beams or 1) > 1:
+    if compare and (beams := _n_beams(inner)) > 1:
         raise refusal(ValueError, "`num_beams` of the model's generation config", beams, "1 to compare texts")
     steerings = [attachable for attachable in attached if isinstance(attachable, Steering)]
     arguments = sampling_arguments(temperature, top_p)
@@ -100,6 +103,8 @@ def answer_prompts(
         streamer = _Streamer(tokenizer, steerings, start) if stream else None
         texts = continue_prompts(inner, tokenizer, batch, ends, **arguments, streamer=streamer)
         _check_steered(steerings, start)
+        if _n_beams(inner) == 1:
+            _end_traces(steerings, texts)
         base: list[Response | None] = [None] * len(batch)
         if compare:
             with ExitStack() as disabled:
@@ -113,10 +118,26 @@ def answer_prompts(
                 text=decode(tokenizer, text.ids),
                 base=None if unsteered is None else decode(tokenizer, unsteered.ids),
                 edited=edited_characters(tokenizer, text.ids, _edited_tokens(text, steerings, row)) if compare else (),
+                ids=tuple(text.ids),
             )
             for row, (prompt, text, unsteered) in enumerate(zip(batch_of_texts, texts, base, strict=True))
         ]
         start += len(batch)
+
+
+def _n_beams(model: CausalLM) -> int:
+    return model.generation_config.num_beams or 1
+
+
+def _end_traces(steerings: Sequence[Steering], texts: Sequence[Response]) -> None:
+    """Note in the traces where the texts of a batch end."""
+    last_prompt = torch.tensor([len(text.prompt) - 1 for text in texts])
+    for steering in steerings:
+        if steering.record:
+            firsts = first_steered(last_prompt, steering.positions).tolist()
+            # The last token of a text predicted none of it.
+            numbers = [max(0, len(text) - 1 - first) for text, first in zip(texts, firsts, strict=True)]
+            steering.trace.end(firsts, numbers)
 
 
 def sampling_arguments(temperature: float, top_p: float | None = None) -> dict[str, Any]:

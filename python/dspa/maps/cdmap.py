@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from dspa.config import SteeringConfig
 from dspa.errors import MapError, refusal
-from dspa.files import read_header, read_tensors, warn_unsealed, write_tensors
+from dspa.files import checksum, digest_of, read_header, read_tensors, warn_unsealed, write_tensors
 from dspa.models.sources import Source
 from dspa.outputs import output_file
 from dspa.saes.frozen import FrozenSAE
@@ -240,6 +241,12 @@ class ConditionalDifferenceMap(Frozen):
             f"ConditionalDifferenceMap({m.model_name or 'model'}, layer {m.layer_in} [{m.d_sae_in}] -> layer "
             f"{m.layer_out} [{m.d_sae_out}], {len(self.columns)} columns from {m.n_triples} triples)"
         )
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hexadecimal digits that identify the map by its values and settings, wherever it is stored or computed."""
+        values = checksum({name: tensor.cpu() for name, tensor in self._tensors().items()})
+        return digest_of({"values": values, "meta": asdict(self.meta)})
 
     @property
     def model_digest(self) -> str:

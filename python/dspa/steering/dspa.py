@@ -112,7 +112,7 @@ class Steering(Gated, nn.Module):
         self.sae_in, self.sae_out, self.cdmap = sae_in, sae_out, cdmap
         self.backend, self._record, self.screen = backend, record, screen
         self.plan: SteeringPlan | None = None
-        self.trace = Trace(promoted=cdmap.promoted.get("sae_out"))
+        self.trace = self._new_trace(record)
         self._weights = MapWeights.gather(cdmap.columns, cdmap.values, sae_out.weights)
         self._stream = cdmap.encoder_stream(sae_out, screen)
         self._n_plans = 0
@@ -206,8 +206,12 @@ class Steering(Gated, nn.Module):
     @contextmanager
     def recording(self) -> Iterator[Trace]:
         """Record the edits of the calls that this thread or asyncio task begins within a `with` block."""
-        with self._opened(Recording(self, Trace(promoted=self.trace.promoted))) as scope:
+        with self._opened(Recording(self, self._new_trace())) as scope:
             yield scope.trace
+
+    def _new_trace(self, recorded: bool = True) -> Trace:
+        """Return an empty trace. The digest of the map, which reads all of it, is for one that is `recorded`."""
+        return Trace(promoted=self.cdmap.promoted.get("sae_out"), map_digest=self.cdmap.digest if recorded else "")
 
     # One call of the model
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from dspa.data.token_texts import quoted
+from dspa.schemas import Count, Number
 
 # Rows of a table, and names in a cell.
 N_ROWS, N_NAMES = 10, 3
@@ -30,16 +31,32 @@ class Edit:
         promoted: the tokens that each of `latents` promotes most, None where the map does not record them.
     """
 
-    call: int
-    row: int
-    position: int
-    maximum: float
-    latents: list[int]
-    before: list[float]
-    after: list[float]
-    token: int | None = None
+    call: Count
+    row: Count
+    position: Count
+    maximum: Number
+    latents: list[Count]
+    before: list[Number]
+    after: list[Number]
+    token: Count | None = None
     text: str | None = None
     promoted: list[list[str]] | None = None
+
+
+@dataclass(frozen=True)
+class SteeredText:
+    """One text of a call, whose edits are recorded to its end.
+
+    Attributes:
+        call, row: as of its edits.
+        n_tokens: number of tokens that were predicted with steering, from edited and unedited residuals.
+        map_digest: `ConditionalDifferenceMap.digest` of the map that steered it.
+    """
+
+    call: Count
+    row: Count
+    n_tokens: Count
+    map_digest: str
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TextIO
@@ -11,9 +11,12 @@ from typing import TextIO
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dspa.data.records import read_records
 from dspa.data.token_texts import token_text
+from dspa.errors import TraceError, refusal
 from dspa.outputs import replacing
-from dspa.steering.edits import N_NAMES, Edit, Summary
+from dspa.schemas import check
+from dspa.steering.edits import N_NAMES, Edit, SteeredText, Summary
 from dspa_kernels import Edits
 
 
@@ -23,13 +26,20 @@ class Trace:
     Attributes:
         tokenizer: the model's tokenizer, which gives edits their text. It can be set at any time.
         promoted: the tokens that latents promote most, which show what latents mean; those of the map, if it has them.
+        map_digest: `ConditionalDifferenceMap.digest` of the map, "" where it is not known.
+        texts: the texts that `end` was told of.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | None = None, promoted: Mapping[int, list[str]] | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        promoted: Mapping[int, list[str]] | None = None,
+        map_digest: str = "",
     ) -> None:
-        self.tokenizer, self.promoted = tokenizer, promoted or {}
+        self.tokenizer, self.promoted, self.map_digest = tokenizer, promoted or {}, map_digest
+        self.texts: list[SteeredText] = []
         self._edits: list[Edit] = []
+        self._call = 0
 
     def add(
         self,
@@ -50,6 +60,7 @@ class Trace:
             latents: latents of each plan row [B, S].
             edits: values of the latents before and after [N, S].
         """
+        self._call = call
         changed = edits.before != edits.after
         for n in changed.any(dim=1).nonzero().flatten().tolist():
             row, which = n if rows is None else int(rows[n]), changed[n]
@@ -66,9 +77,23 @@ class Trace:
                 )
             )
 
+    def end(self, firsts: Sequence[int], n_tokens: Sequence[int]) -> None:
+        """Note where the texts of the latest call end, and remove its edits after that.
+
+        A batch runs until its longest text has ended, and what comes after the end of a text is padding.
+
+        Args:
+            firsts: position of the first token that each row predicted with steering.
+            n_tokens: number of tokens that each row predicted with steering.
+        """
+        ends = [first + n for first, n in zip(firsts, n_tokens, strict=True)]
+        self._edits = [edit for edit in self._edits if edit.call != self._call or edit.position < ends[edit.row]]
+        self.texts += [SteeredText(self._call, row, n, self.map_digest) for row, n in enumerate(n_tokens)]
+
     def clear(self) -> None:
-        """Remove all edits."""
+        """Remove all edits and texts."""
         self._edits.clear()
+        self.texts.clear()
 
     def __repr__(self) -> str:
         return f"Trace({len(self)} edited tokens)"
@@ -94,11 +119,31 @@ class Trace:
             yield edit
 
     def save(self, path: str | Path) -> None:
-        """Write JSON Lines, one record per edited token."""
+        """Write JSON Lines, one record per edited token, and one per text that has ended."""
         with replacing(Path(path)) as made, made.open("w", encoding="utf-8") as file:
             self.write(file)
 
     def write(self, file: TextIO) -> None:
-        """Write JSON Lines to an open file, one record per edited token, as to keep the traces of many calls."""
-        for edit in self:
-            file.write(json.dumps(asdict(edit)) + "\n")
+        """Write the same to an open file, as to keep the traces of many calls."""
+        for record in (*self, *self.texts):
+            file.write(json.dumps(asdict(record)) + "\n")
+
+
+def read_trace(path: str | Path) -> tuple[list[Edit], list[SteeredText]]:
+    """Read what `Trace.save` or `dspa generate --trace` wrote: edits, and the texts that have ended.
+
+    Raises:
+        TraceError: a file that is not a trace, or a damaged record.
+    """
+    edits, texts = list[Edit](), list[SteeredText]()
+    for name, record in read_records(path, TraceError):
+        if isinstance(record, Mapping) and "latents" in record:
+            edit = check(Edit, record, TraceError, name)
+            if not len(edit.latents) == len(edit.before) == len(edit.after):
+                raise refusal(TraceError, name, "damaged: its lists differ in length", "one value per latent")
+            edits.append(edit)
+        elif isinstance(record, Mapping) and "n_tokens" in record:
+            texts.append(check(SteeredText, record, TraceError, name))
+        else:
+            raise refusal(TraceError, name, repr(record)[:60], "a record that dspa generate --trace wrote")
+    return edits, texts

@@ -19,6 +19,7 @@ from dspa.cli.loading import triple_source
 from dspa.data.token_texts import quoted
 from dspa.fsrl import FSRLAdapter
 from dspa.maps.cdmap import ConditionalDifferenceMap
+from dspa.steering.trace import read_trace
 from dspa.steering.vector import SteeringVector
 from dspa.testing import ENGLISH, L_IN, L_OUT, make_map, make_model, make_sae, word_tokenizer
 from dspa_kernels import available_backends
@@ -272,7 +273,10 @@ def test_generate(run, folder, built, tmp_path):
     )
     answers = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert code == 0 and [answer["prompt"] for answer in answers] == ["the cat", "is a dog of"]
-    assert all(set(json.loads(line)) >= {"row", "position"} for line in (tmp_path / "t.jsonl").read_text().splitlines())
+    edits, texts = read_trace(tmp_path / "t.jsonl")
+    assert {(edit.call, edit.row) for edit in edits} == {(0, 0), (1, 0)}
+    digest = ConditionalDifferenceMap.load(built).digest
+    assert [(text.call, text.n_tokens, text.map_digest) for text in texts] == [(0, 3, digest), (1, 3, digest)]
 
 
 def test_interactive(run, folder, built, monkeypatch):

@@ -101,6 +101,29 @@ def test_marks_are_the_words_after_edited_positions(model, tokenizer, cdmap, ans
     assert seen == {False, True}
 
 
+@pytest.mark.parametrize(("positions", "start"), [("all", 0), ("response", -1), ("generated", 0)])
+def test_a_trace_ends_where_the_text_ends(model, tokenizer, cdmap, monkeypatch, positions, start):
+    """In a batch, whose shorter texts are padded to the longest."""
+    config = SteeringConfig(alpha=1.0, mode="both", positions=positions)
+    with steering_of(cdmap, config, record=True).attach(model) as steering:
+        end = alone(model, tokenizer, PROMPTS[0])[2]
+        monkeypatch.setattr(model.generation_config, "eos_token_id", end)
+        answers = next(
+            answer_prompts(
+                *(model, tokenizer, [steering], PROMPTS, lambda text: tokenizer(text)["input_ids"]),
+                max_new_tokens=N_NEW,
+                batch_size=len(PROMPTS),
+            )
+        )
+    lengths = [len(answer.ids) for answer in answers]
+    assert min(lengths) < max(lengths) and {answer.ids[-1] for answer in answers if len(answer.ids) < N_NEW} == {end}
+    for row, (answer, text) in enumerate(zip(answers, steering.trace.texts, strict=True)):
+        n_prompt = len(tokenizer(answer.prompt)["input_ids"])
+        first = 0 if positions == "all" else n_prompt + start
+        assert (text.row, text.n_tokens) == (row, n_prompt + len(answer.ids) - 1 - first)
+        assert {edit.position for edit in steering.trace if edit.row == row} <= set(range(first, first + text.n_tokens))
+
+
 def _within(answer: Answer, n: int) -> bool:
     """Return True if the last letter of the n-th word is in a range."""
     end = len(" ".join(answer.text.split()[: n + 1]))

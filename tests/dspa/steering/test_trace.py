@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import dspa
+from dspa.errors import TraceError
 from dspa.maps.cdmap import TENSORS, ConditionalDifferenceMap
-from dspa.steering.trace import Edit, Trace
+from dspa.steering.edits import SteeredText
+from dspa.steering.trace import Edit, Trace, read_trace
 from dspa.testing import word_tokenizer
 from dspa_kernels import Edits
 
@@ -164,3 +166,51 @@ def test_a_notebook_shows_the_same_with_nothing_to_interpret():
 
 def test_an_empty_trace_says_so():
     assert "record=True" in str(Trace()) and "record=True" in Trace()._repr_html_()
+
+
+# Files
+
+
+def test_a_trace_is_read_as_it_was_written(tmp_path):
+    tokenizer = word_tokenizer()
+    trace = filled(tokenizer("the cat the dog", add_special_tokens=False)["input_ids"])
+    trace.tokenizer, trace.map_digest = tokenizer, "0123456789abcdef"
+    trace.end([7], [3])
+    trace.save(tmp_path / "t.jsonl")
+    edits, texts = read_trace(tmp_path / "t.jsonl")
+    # The token at position 10 came after the end.
+    assert edits == list(trace) and [edit.position for edit in edits] == [7, 8, 9]
+    assert texts == trace.texts == [SteeredText(0, 0, 3, "0123456789abcdef")]
+    trace.clear()
+    assert not len(trace) and trace.texts == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a"}', "line 2 is {'text': 'a'}; accepted: a record that dspa generate --trace wrote"),
+        ('{"call": 0, "row": 0, "n_tokens": 1.5, "map_digest": ""}', "`n_tokens` is 1.5; accepted: a whole number"),
+        ('{"call": 0, "row": 0, "position": 1, "maximum": 1.0, "latents": [1, -2]}', "`latents.1` is -2"),
+        (
+            '{"call": 0, "row": 0, "position": 1, "maximum": 1.0, "latents": [1], "before": [], "after": [1.0]}',
+            "its lists differ in length",
+        ),
+        ("nonsense", "not JSON"),
+    ],
+)
+def test_a_damaged_trace_is_refused(tmp_path, line, message):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"call": 0, "row": 0, "n_tokens": 1, "map_digest": ""}\n' + line + "\n")
+    with pytest.raises(TraceError, match="line 2") as error:
+        read_trace(path)
+    assert message in str(error.value)
+
+
+def test_the_digest_is_of_the_map_wherever_it_is(cdmap, sae_in, sae_out, tmp_path):
+    cdmap.save(tmp_path / "map")
+    assert len(cdmap.digest) == 16 and ConditionalDifferenceMap.load(tmp_path / "map").digest == cdmap.digest
+    values = cdmap.values.clone()
+    values[0, 0] += 1
+    assert cdmap.replaced(values=values).digest != cdmap.digest
+    assert dspa.Steering(sae_in, sae_out, cdmap).trace.map_digest == ""
+    assert dspa.Steering(sae_in, sae_out, cdmap, record=True).trace.map_digest == cdmap.digest
