@@ -26,10 +26,16 @@ PACKAGES = {
 }
 # Modules with public names that no package exports, and their pages.
 MODULES = {
+    "dspa.audit.explain": "dspa.audit",
+    "dspa.audit.scoring": "dspa.audit",
+    "dspa.audit.shares": "dspa.audit",
+    "dspa.audit.neuronpedia": "dspa.audit",
     "dspa.baselines.static_sae": "dspa.baselines",
     "dspa.baselines.random_set": "dspa.baselines",
     "dspa.baselines.shuffled_map": "dspa.baselines",
     "dspa.baselines.wrong_layer": "dspa.baselines",
+    "dspa.judges.judge": "dspa.judges",
+    "dspa.judges.questions": "dspa.judges",
     "dspa.saes.config": "dspa.saes",
     "dspa.saes.training": "dspa.saes",
     "dspa_kernels.nn": "dspa_kernels.nn",
