@@ -27,6 +27,7 @@ PACKAGES = {
 # Modules with public names that no package exports, and their pages.
 MODULES = {
     "dspa.audit.explain": "dspa.audit",
+    "dspa.audit.explained": "dspa.audit",
     "dspa.audit.scoring": "dspa.audit",
     "dspa.audit.shares": "dspa.audit",
     "dspa.audit.neuronpedia": "dspa.audit",
