@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from dspa.cli import fsrl, sae
+from dspa.cli import baseline, fsrl, sae
 from dspa.cli import map as maps
 from dspa.cli.compare import compare
 from dspa.cli.contents import contents
@@ -41,7 +41,7 @@ To begin, `dspa demo` and `dspa fsrl demo` show the two on a small model that co
 `dspa demo smollm2` shows DSPA on a chat model.
 """
 # As a new user needs them.
-ORDER = ("demo", "map", "generate", "serve", "compare", "fsrl", "sae", "info")
+ORDER = ("demo", "map", "generate", "serve", "compare", "baseline", "fsrl", "sae", "info")
 
 
 class Commands(StoppableCommands):
@@ -60,6 +60,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(maps.app, name="map")
+app.add_typer(baseline.app, name="baseline")
 app.add_typer(sae.app, name="sae")
 app.add_typer(fsrl.app, name="fsrl")
 app.command()(demo)

@@ -90,6 +90,9 @@ def compare(
         list[float] | None,
         typer.Option(help="Share of each token's v that adapters keep; by default 1, all.", min=0, max=1),
     ] = None,
+    vector: Annotated[
+        list[Path] | None, typer.Option(help="Vector that is added at a layer, such as that of `dspa baseline repe`.")
+    ] = None,
     prefix: Annotated[
         list[str] | None,
         typer.Option(help="Instruction to the base model: a system message, or text before a plain prompt."),
@@ -135,12 +138,13 @@ def compare(
     from dspa.evaluate.compare.runs import RunStore
     from dspa.fsrl.training import trained_template
     from dspa.maps.cdmap import ConditionalDifferenceMap
+    from dspa.steering.vector import SteeringVector
 
-    if not map_paths and not adapter and not prefix:
-        raise ValueError("None of --map, --adapter and --prefix was given; accepted: one of them, or more.")
+    if not (map_paths or adapter or vector or prefix):
+        raise ValueError("None of --map, --adapter, --vector and --prefix was given; accepted: one of them, or more.")
     check_used("--adapter", adapter, ["--fraction"] if fraction else [])
     _check_repeated({"--map": map_paths, "--alpha": alpha, "--mode": mode, "--adapter": adapter})
-    _check_repeated({"--fraction": fraction, "--prefix": prefix})
+    _check_repeated({"--fraction": fraction, "--vector": vector, "--prefix": prefix})
     if not max_perplexity:
         raise refusal(ValueError, "--max-perplexity", 0, "a number > 0, such as 1.15")
     counters = dict(map(_counter, count or []))
@@ -152,10 +156,12 @@ def compare(
     if prefer not in (None, "margin", *counters):
         raise refusal(ValueError, "--prefer", repr(prefer), ", ".join(("margin", *counters)))
     read = {"PROMPTS": prompts, "--held-out": held_out} | {f"--map {path}": path for path in map_paths or []}
+    read |= {f"--vector {path}": path for path in vector or []}
     check_writable("--json", json_path, read)
     # Refuses a file of something else before anything is loaded.
     RunStore.open(json_path)
     prefixed = _prefixed(prefix or [])
+    vectors = {path: SteeringVector.load(path) for path in vector or []}
     texts = read_prompt_file("PROMPTS", prompts)
     triples = None if held_out is None else list(load_triples(held_out))
     with messages_of_options({"alpha": "--alpha", "mode": "--mode"}):
@@ -168,6 +174,7 @@ def compare(
         for kept in fraction or [1.0]:
             top = "" if kept == 1 else f" top {kept:.3g}"
             methods.append(Method.adapted(loaded, fraction=kept, name=f"FSRL {labels[path]}{top}"))
+    methods += [Method.vector(loaded, name=f"vector {_labels(vectors)[path]}") for path, loaded in vectors.items()]
     methods += prefixed
     if sampling.chat or not all(isinstance(text, str) for text in texts):
         made = [("--map", cdmap.meta.chat_template_kwargs) for cdmap in maps.values()]

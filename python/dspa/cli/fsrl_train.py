@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dspa.cli.loading import check_model, check_writable, load_model, load_sae, triple_source
+from dspa.cli.loading import check_model, check_writable, checked_triples, load_model, load_sae
 from dspa.cli.options import (
     FILES,
     SAE_HELP,
@@ -69,7 +68,7 @@ def train(
         TrainingFolder(out).check()
         TrainingFolder(out).check_free()
     was_finished = TrainingFolder(out).finished
-    data, held_out_triples = _triples(triples, split, first), _held_out(held_out)
+    data, held_out_triples = checked_triples(triples, split, first), _held_out(held_out)
     check_model(on)
     loaded = load_sae(sae, layer, device_named(on.device))
     model, tokenizer = load_model(on)
@@ -120,7 +119,7 @@ def layers(
     require_package("trl", "Training an adapter")
     if rank() == 0:
         try_folder(out, "--out", ValueError)
-    data, held_out_triples = _triples(triples, split, first), _held_out(held_out)
+    data, held_out_triples = checked_triples(triples, split, first), _held_out(held_out)
     check_model(on)
     saes = [load_sae(spec, None, device_named(on.device)) for spec in sae]
     model, tokenizer = load_model(on)
@@ -156,15 +155,6 @@ def demo(
 
     check_writable("--json", json_path)
     fsrl.run(json_path)
-
-
-def _triples(triples: str, split: str, first: int | None) -> Any:
-    """Return the triples to train on; the first are checked before a model is loaded."""
-    from dspa.data.triples import load_triples
-
-    source = triple_source(triples, split, stream=False)
-    next(load_triples(source))
-    return source if first is None else islice(load_triples(source), first)
 
 
 def _held_out(path: Path | None) -> list[Triple] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -232,3 +233,12 @@ def triple_source(triples: str, split: str, stream: bool) -> Any:
             f"{triples} cannot be read as a data set ({error}); accepted: a file of triples, a folder of JSON Lines or "
             "Parquet files of triples, or the name of a data set."
         ) from error
+
+
+def checked_triples(triples: str, split: str, first: int | None) -> Any:
+    """Return triples as `triple_source` does, all or the first; the first one is checked before a model is loaded."""
+    from dspa.data.triples import load_triples
+
+    source = triple_source(triples, split, stream=False)
+    next(load_triples(source))
+    return source if first is None else islice(load_triples(source), first)

@@ -22,6 +22,7 @@ from dspa.models.layers import CausalLM, find_layers
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import required_layer
 from dspa.steering.dspa import Steering
+from dspa.steering.vector import SteeringVector
 
 BASE = "base"
 CONTROLS = ("random set", "shuffled map", "wrong layer")
@@ -56,11 +57,13 @@ class Parts:
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """One way to answer prompts. Make it with `dspa`, `static`, `adapted` or `prefixed`; `base` is in every comparison.
+    """One way to answer prompts; `base` is in every comparison.
+
+    Make it with `dspa`, `static`, `adapted`, `vector` or `prefixed`.
 
     Attributes:
         name: name in tables and files, different from the others'.
-        kind: "base", "DSPA", "Static-SAE", "adapter", "prefix", or "control".
+        kind: "base", "DSPA", "Static-SAE", "adapter", "vector", "prefix", or "control".
         settings: all that its answers depend on, as JSON: digests of maps, SAEs and adapters are among them.
         attachable: returns what steers, not attached, for a seed; None for nothing.
         drawn: True if that is another one for each seed.
@@ -161,6 +164,22 @@ class Method:
         make(0)
         name = name or ("FSRL" if fraction == 1 else f"FSRL top {fraction:.3g}")
         return cls(name, "adapter", settings, make)
+
+    @classmethod
+    def vector(cls, vector: SteeringVector, *, name: str = "") -> Method:
+        """Return a vector that is added at one layer, as RepE's.
+
+        Args:
+            vector: the vector, not attached.
+            name: by default "vector" and its scale.
+        """
+        settings = {
+            "vector": checksum({"vector": vector.vector.cpu()})[:16],
+            "scale": vector.scale,
+            "positions": vector.positions,
+            "layers": [vector.layer],
+        }
+        return cls(name or f"vector {vector.scale:g}", "vector", settings, lambda _seed: vector)
 
     @classmethod
     def prefixed(cls, text: str, *, name: str = "") -> Method:

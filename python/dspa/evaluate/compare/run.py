@@ -72,7 +72,7 @@ def compare(
         model: a transformers causal language model in evaluation mode, to which nothing is attached.
         tokenizer: the model's tokenizer.
         prompts: texts, or lists of messages.
-        methods: what `Method.dspa`, `.static`, `.adapted` and `.prefixed` made.
+        methods: what `Method.dspa`, `.static`, `.adapted`, `.vector` and `.prefixed` made.
         held_out: preference triples that no method was made with, to measure log-probabilities on.
         counters: by name, a compiled regular expression, whose matches in an answer are counted, or a function of
             prompt (of messages, the text of the last one) and answer.
@@ -210,7 +210,7 @@ def _check(
     if not methods:
         raise refusal(ValueError, "`methods`", "empty", "one method or more besides the base model")
     if strays := [method for method in methods if not isinstance(method, Method)]:
-        made = "what Method.dspa, .static, .adapted and .prefixed make"
+        made = "what Method.dspa, .static, .adapted, .vector and .prefixed make"
         raise refusal(ValueError, "`methods`", f"with a {type(strays[0]).__name__}", made)
     names = [BASE, *(method.name for method in methods)]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
