@@ -168,9 +168,12 @@ def make_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Worl
             folder = tmp_path_factory.mktemp(family)
             # vLLM's attention on CPUs takes heads of few sizes, 32 the smallest.
             # Gemma, which scales its embeddings by it, is not moved by these SAEs if it is wider.
-            sizes = ({} if family.startswith("gemma") else {"hidden_size": D_IN}) | (
+            sizes: dict[str, Any] = ({} if family.startswith("gemma") else {"hidden_size": D_IN}) | (
                 {"head_dim": 32} if "head_dim" in FAMILIES[family] else {}
             )
+            if family == "gemma3_text":
+                # As real ones, which are deeper, it has layers that attend to all tokens.
+                sizes["layer_types"] = ["sliding_attention", "full_attention"] * 2
             model = make_model(family, **sizes)
             d_in = model.config.hidden_size
             model.save_pretrained(folder / "model")

@@ -122,6 +122,20 @@ def test_unsteered_requests_are_those_of_plain_vllm(make_world: Any, run_engine:
     assert steered["blocks"] == pytest.approx(MEMORY / (MEMORY / plain["blocks"] + latents), abs=2) != plain["blocks"]
 
 
+def test_windows_alone(make_world: Any, run_engine: Callable[..., dict[str, Any]]) -> None:
+    """Whose layers all attend to a window keeps no whole prompt; prompts of one window are served as without it."""
+    world = make_world("mistral")
+    windowed = world.options() | {"hf_overrides": world.options()["hf_overrides"] | {"sliding_window": 64}}
+    requests = [[n, extra] for n, extra in REQUESTS if len(PROMPTS[n]) <= 40]
+    with pytest.raises(AssertionError, match="--disable-sliding-window"):
+        run_engine(options=windowed, prompts=PROMPTS, requests=requests)
+    whole = windowed | {"max_model_len": 64, "disable_sliding_window": True}
+    (answers,) = run_engine(options=whole, prompts=PROMPTS, requests=requests)["rounds"]
+    names = [name for n in range(len(PROMPTS)) if len(PROMPTS[n]) <= 40 for name in ASKED]
+    expected = [world.answers(PROMPTS[n], ASKED[name][1]) for (n, _), name in zip(requests, names, strict=True)]
+    assert [answer["tokens"] for answer in answers] == expected
+
+
 def test_ways_past_the_checks_of_a_running_engine(make_world: Any, run_engine: Callable[..., dict[str, Any]]) -> None:
     """Other weights are refused, requests that a caller built are checked, and the engine answers on as before."""
     world = make_world("llama")
