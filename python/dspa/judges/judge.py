@@ -169,9 +169,9 @@ class Judge:
             raise self._no_endpoint(_reason(error)) from error
         if not isinstance(completion, openai.types.chat.ChatCompletion):
             raise self._no_endpoint(repr(str(completion)[:80]))
-        if not completion.choices:
+        choice = completion.choices[0] if completion.choices else None
+        if choice is None or choice.message is None:
             return str(getattr(completion, "error", None) or "no answer came")
-        choice = completion.choices[0]
         reply = Reply(choice.message.content or "", choice.finish_reason or "", completion.model or "")
         self._cache.put(request, reply)
         return reply
@@ -191,7 +191,10 @@ class Judge:
         from openai import OpenAI
 
         # The client wants a key, and endpoints without keys ignore it.
-        key = os.environ.get(KEY) or "none"
+        key = os.environ.get(KEY, "").strip() or "none"
+        if not (key.isascii() and key.isprintable()):
+            # No header can hold it, and the error about that would show it.
+            raise refusal(JudgeError, KEY, "no key: it has characters that no key has", "the key of the endpoint")
         return OpenAI(base_url=self.url, api_key=key, max_retries=self._retries, timeout=self._timeout)
 
 

@@ -118,7 +118,10 @@ def _json_values(text: str) -> Iterator[Any]:
             try:
                 value, end = decoder.raw_decode(text, place)
                 yield value
-            # RecursionError: brackets that are nested too deeply.
-            except (ValueError, RecursionError):
+            except RecursionError:
+                # Brackets that are nested too deeply for JSON, as when a model repeats itself. The next thousands of
+                # brackets would be no better, and each would take as long.
+                return
+            except ValueError:
                 pass
         place = end

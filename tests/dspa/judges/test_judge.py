@@ -134,6 +134,7 @@ def test_calls_at_the_same_time_are_bounded(tmp_path: Path):
         ((200, "{broken"), "not as a chat endpoint does"),
         ((400, '{"error": {"message": "no such parameter"}}'), "refuses all of 1 questions.*no such parameter"),
         ((200, '{"error": {"message": "overloaded"}, "choices": []}'), "refuses all of 1 questions.*overloaded"),
+        ((200, '{"choices": [{"message": null}]}'), "refuses all of 1 questions: no answer came"),
     ],
 )
 def test_errors_of_the_endpoint(tmp_path: Path, reply: tuple[int, str], message: str):
@@ -202,6 +203,17 @@ def test_the_key_is_sent_and_never_written(tmp_path: Path, monkeypatch: pytest.M
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 1
     assert "secret" not in files[0].read_text()
+
+
+def test_a_key_that_no_header_can_hold_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DSPA_JUDGE_KEY", "sec\nret")
+    with serving(paris) as endpoint, pytest.raises(JudgeError, match="DSPA_JUDGE_KEY is no key") as caught:
+        Judge(endpoint.url, "m", cache=tmp_path).ask(city("a"))
+    assert "ret" not in str(caught.value).partition("accepted")[0]
+    monkeypatch.setenv("DSPA_JUDGE_KEY", " secret\n")
+    with serving(paris) as endpoint:
+        Judge(endpoint.url, "m", cache=tmp_path).ask(city("a"))
+    assert endpoint.keys == ["Bearer secret"]
 
 
 def test_no_key_of_others_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
