@@ -10,20 +10,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dspa.cli.options import (
     AdapterSAEOptions,
+    JudgeOptions,
     ModelOptions,
     RecordedModelOptions,
     RecordedSAEPairOptions,
     SAEPairOptions,
+    changed,
+    check_used,
     messages_of_options,
 )
 from dspa.data.records import ENDINGS, ending_of
 from dspa.distributed import device_named
 from dspa.errors import AdapterError, MapError, refusal, require_package
 from dspa.outputs import FILE, try_output
-from dspa.schemas import Text, check
+from dspa.schemas import Text, check, parse_json
 
 if TYPE_CHECKING:
     from dspa.fsrl.adapter import FSRLAdapter
+    from dspa.judges.judge import Judge
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.models.sources import Source
     from dspa.saes.frozen import FrozenSAE
@@ -203,6 +207,31 @@ def load_all(options: ModelOptions, pair: SAEPairOptions) -> tuple[Any, Any, Fro
     sae_in, sae_out = load_pair(pair, device_named(options.device))
     model, tokenizer = load_model(options)
     return model, tokenizer, sae_in.to(dtype=model.dtype), sae_out.to(dtype=model.dtype)
+
+
+def open_judge(options: JudgeOptions, out: Path) -> Judge | None:
+    """Return the judge of the options, None without one. Its replies are kept in the output folder by default."""
+    if options.judge is None and not options.replay:
+        check_used("--judge", None, changed(options))
+        return None
+    if options.judge_model is None:
+        raise refusal(ValueError, "--judge-model", "missing", "the name of the model of the judge")
+    from dspa.judges.judge import Judge
+
+    what, accepted = "--judge-parameters", """a JSON object such as '{"temperature": 1}'"""
+    given = parse_json(options.judge_parameters, ValueError, what, accepted) if options.judge_parameters else None
+    if given is not None and not isinstance(given, dict):
+        raise refusal(ValueError, what, options.judge_parameters, accepted)
+    if not options.replay:
+        require_package("openai", "--judge")
+    return Judge(
+        options.judge,
+        options.judge_model,
+        cache=options.judge_cache or out / "judge",
+        parameters=given,
+        concurrency=options.judge_calls,
+        replay=options.replay,
+    )
 
 
 def triple_source(triples: str, split: str, stream: bool) -> Any:

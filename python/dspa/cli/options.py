@@ -315,6 +315,39 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True)
+class JudgeOptions:
+    """The judge, a language model behind an OpenAI-compatible chat endpoint."""
+
+    judge: str | None = field(
+        default=None,
+        metadata={
+            "help": "Address of the judge's endpoint, such as http://localhost:8000/v1. Its key, if it needs one, is "
+            "read from the environment variable DSPA_JUDGE_KEY."
+        },
+    )
+    judge_model: str | None = field(default=None, metadata={"help": "Name of the model at the endpoint of `judge`."})
+    judge_cache: Path | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the judge's replies. What is in it is not asked again. By default the folder judge in "
+            "that of the output."
+        },
+    )
+    judge_parameters: str = field(
+        default="",
+        metadata={
+            "help": "Parameters of the requests, as a JSON object in place of "
+            """'{"temperature": 0, "max_tokens": 1024}', as some models need."""
+        },
+    )
+    judge_calls: int = field(default=8, metadata={"help": "Calls of the judge at the same time.", "min": 1})
+    replay: bool = field(
+        default=False,
+        metadata={"help": "Never call the judge: all replies have to be in `judge_cache`, and `judge` is not needed."},
+    )
+
+
+@dataclass(frozen=True)
 class MapOptions:
     """Settings of `reduce`, which turns counts into a map."""
 
@@ -357,6 +390,7 @@ OnModel = Annotated[ModelOptions, Options("Model and device", without=["other_we
 OnRecordedModel = Annotated[RecordedModelOptions, Options("Model and device")]
 SAEPair = Annotated[SAEPairOptions, Options("SAEs")]
 RecordedSAEPair = Annotated[RecordedSAEPairOptions, Options("SAEs")]
+JudgedBy = Annotated[JudgeOptions, Options("Judge")]
 Sampling = Annotated[SamplingOptions, Options("Sampling")]
 AdapterSAE = Annotated[AdapterSAEOptions, Options("SAEs")]
 

@@ -38,7 +38,7 @@ class Judge:
 
     def __init__(
         self,
-        url: str,
+        url: str | None,
         model: str,
         *,
         cache: str | Path,
@@ -51,7 +51,7 @@ class Judge:
         """Make a judge. Nothing is sent yet.
 
         Args:
-            url: address of the endpoint up to its version, such as "http://localhost:8000/v1".
+            url: address of the endpoint up to its version, such as "http://localhost:8000/v1". None with `replay`.
             model: name of the model at the endpoint.
             cache: folder of the replies. Judges of other models and endpoints can share it.
             parameters: parameters of the requests, any that the endpoint knows. Default: temperature 0 and at most
@@ -62,14 +62,11 @@ class Judge:
             replay: never call the endpoint, and raise for what is not in the cache.
 
         Raises:
-            ValueError: a URL that is none or holds a password, a parameter that is the judge's own, or an invalid
+            ValueError: an invalid URL, or one that holds a password, a parameter that is the judge's own, or an invalid
                 number.
         """
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise refusal(ValueError, "The URL of the judge", repr(url), "an address such as http://localhost:8000/v1")
-        if "@" in parts.netloc:
-            raise refusal(ValueError, "The URL of the judge", "one with a password", "one without", f"Set {KEY}.")
+        if url is not None or not replay:
+            _check_url(url or "")
         if own := sorted(set(OWN) & set(parameters or {})):
             raise refusal(ValueError, "`parameters`", f"of {listed(own)}", "parameters of a single answer")
         check(PositiveInt, concurrency, ValueError, "`concurrency`")
@@ -196,6 +193,14 @@ class Judge:
             # No header can hold it, and the error about that would show it.
             raise refusal(JudgeError, KEY, "no key: it has characters that no key has", "the key of the endpoint")
         return OpenAI(base_url=self.url, api_key=key, max_retries=self._retries, timeout=self._timeout)
+
+
+def _check_url(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise refusal(ValueError, "The URL of the judge", repr(url), "an address such as http://localhost:8000/v1")
+    if "@" in parts.netloc:
+        raise refusal(ValueError, "The URL of the judge", "one with a password", "one without", f"Set {KEY}.")
 
 
 def _reason(error: Exception) -> str:

@@ -98,7 +98,7 @@ def test_replies_under_way_are_kept_when_another_fails(tmp_path: Path):
 def test_replay_calls_nothing(tmp_path: Path):
     with serving(paris) as endpoint:
         Judge(endpoint.url, "m", cache=tmp_path).ask(city("a"))
-    replay = Judge("http://127.0.0.1:9", "m", cache=tmp_path, replay=True, retries=0)
+    replay = Judge(None, "m", cache=tmp_path, replay=True)
     assert replay.ask(city("a")).value == "Paris"
     with pytest.raises(JudgeError, match=r"1 of 2 questions have no reply in .*'what of b\?'"):
         replay.ask_all([city("a"), city("what of b?")])
@@ -248,6 +248,7 @@ def test_a_damaged_reply_is_refused(tmp_path: Path, damage: Any):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"url": None}, "URL of the judge is ''; accepted: an address"),
         ({"url": "localhost:8000"}, "URL of the judge.*accepted: an address"),
         ({"url": "http://me:word@host/v1"}, "password.*DSPA_JUDGE_KEY"),
         ({"parameters": {"stream": True, "n": 2}}, "`parameters` is of n, stream"),
