@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ from fastapi import Depends, Request
 from starlette.requests import HTTPConnection
 from vllm.exceptions import VLLMValidationError
 
+from dspa.schemas import parse_json
 from dspa.serving.requests import places
 
 XARGS = "vllm_xargs"
@@ -47,7 +47,8 @@ def with_batch_checked(model_validate_json: Callable[..., Any]) -> Callable[...,
 
     def read(line: str | bytes, *args: Any, **kwargs: Any) -> Any:
         request = model_validate_json(line, *args, **kwargs)
-        check_places(request.url, json.loads(line)["body"])
+        text = line if isinstance(line, str) else line.decode()
+        check_places(request.url, parse_json(text, ValueError, "A line of the batch")["body"])
         return request
 
     return read
