@@ -143,7 +143,14 @@ setup(
     ],
     package_dir={"dspa": "python/dspa"},
     package_data={
-        "dspa": ["py.typed", "demo/assets/*", "demo/assets/*/*", "demo/smollm2/assets/*", "demo/smollm2/assets/*/*"],
+        "dspa": [
+            "py.typed",
+            "audit/templates/*",
+            "demo/assets/*",
+            "demo/assets/*/*",
+            "demo/smollm2/assets/*",
+            "demo/smollm2/assets/*/*",
+        ],
         "dspa_kernels": ["py.typed", "launch_table.json", "cuda_table.json", "gpu_runs.json"],
     },
 )

@@ -20,6 +20,7 @@ from rich.table import Column, Table
 
 from dspa.cli import baseline, fsrl, sae
 from dspa.cli import map as maps
+from dspa.cli.audit import audit
 from dspa.cli.compare import compare
 from dspa.cli.contents import contents
 from dspa.cli.demo import demo
@@ -33,7 +34,8 @@ from dspa.schemas import parse_json
 HELP = """Steer language models with sparse autoencoders (SAEs). No weight of the model changes.
 
 **DSPA**: preference data become a map, once (`dspa map`). With it, each prompt selects SAE latents, which are edited
-while the model generates (`dspa generate`). `dspa compare` shows what that changes, next to other methods and controls.
+while the model generates (`dspa generate`). `dspa compare` shows what that changes, next to other methods and controls,
+and `dspa audit` which latents it edits and what they stand for.
 
 **FSRL**: a small adapter learns to move SAE latents (`dspa fsrl`).
 
@@ -41,7 +43,7 @@ To begin, `dspa demo` and `dspa fsrl demo` show the two on a small model that co
 `dspa demo smollm2` shows DSPA on a chat model.
 """
 # As a new user needs them.
-ORDER = ("demo", "map", "generate", "serve", "compare", "baseline", "fsrl", "sae", "info")
+ORDER = ("demo", "map", "generate", "serve", "compare", "audit", "baseline", "fsrl", "sae", "info")
 
 
 class Commands(StoppableCommands):
@@ -66,6 +68,7 @@ app.add_typer(fsrl.app, name="fsrl")
 app.command()(demo)
 app.command()(generate)
 app.command()(compare)
+app.command()(audit)
 app.command(context_settings=PASSED_ON)(serve)
 
 EMULATED = "DSPA_TESTS_EMULATED_CUDA"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from dspa.cli.loading import check_writable, load_adapter, load_model
+from dspa.cli.loading import load_adapter, load_model, make_folder
 from dspa.cli.options import (
     FILES,
     AdapterOptions,
@@ -26,7 +26,6 @@ from dspa.data.token_texts import quoted
 from dspa.distributed import device_named
 from dspa.errors import ModelError, refusal
 from dspa.fsrl.config import LOSSES, TrainingConfig
-from dspa.outputs import try_folder
 
 if TYPE_CHECKING:
     from dspa.data.triples import Triple
@@ -97,7 +96,7 @@ def usage(
     """Show which latents the adapter moves, those it moves farthest first, and how fast their use decays with rank."""
     from dspa.fsrl.plots import plot_usage
 
-    _make(out, ["usage.csv", "usage.png", "decay.csv"], [triples])
+    make_folder(out, ["usage.csv", "usage.png", "decay.csv"], [triples])
     held_out = _read(triples, data.first)
     model, tokenizer, loaded = _load(on, _adapter(adapter, on.device))
     measured = _usage(model, loaded, _responses(model, tokenizer, held_out, data.max_length, adapter.adapter), data, on)
@@ -129,7 +128,7 @@ def fraction(
     from dspa.fsrl.ablations import FRACTIONS, fraction_curve
     from dspa.fsrl.plots import plot_fractions
 
-    _make(out, ["fraction.csv", "fraction.png"], [triples])
+    make_folder(out, ["fraction.csv", "fraction.png"], [triples])
     held_out = _read(triples, data.first)
     model, tokenizer, loaded = _load(on, _adapter(adapter, on.device))
     with loaded.attach(model, **on.names):
@@ -174,7 +173,7 @@ def mask(
 
     if bool(latent) == bool(labels) or bool(labels) != bool(category):
         raise ValueError("Say what to mask in exactly one way: --latent, or --labels with --category.")
-    _make(out, ["mask.csv", "comparison.csv", "mask.png"], [triples, labels, rules])
+    make_folder(out, ["mask.csv", "comparison.csv", "mask.png"], [triples, labels, rules])
     held_out = _read(triples, data.first)
     loaded = _adapter(adapter, on.device)
     if labels is not None and category is not None:
@@ -226,7 +225,7 @@ def categories(
     from dspa.fsrl.plots import plot_categories
     from dspa.saes.labels import read_labels
 
-    _make(
+    make_folder(
         out,
         ["categories.csv", "categories.png", "quality.csv", "quality_by_category.csv"],
         [triples, labels, rules, hand],
@@ -269,7 +268,7 @@ def coherence(
 
     if sampling.seed < 0:
         raise refusal(ValueError, "--seed", sampling.seed, "a whole number >= 0")
-    _make(out, ["texts.csv", "coherence.csv", "coherence.png"], [file])
+    make_folder(out, ["texts.csv", "coherence.csv", "coherence.png"], [file])
     texts = list(read_prompts(None, file))
     model, tokenizer, loaded = _load(on, _adapter(adapter, on.device))
     kwargs = trained_template(tokenizer, adapter.adapter)[1] if sampling.chat else None
@@ -311,16 +310,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "categories": categories,
     "coherence": coherence,
 }
-
-
-def _make(out: Path, names: Sequence[str], read: Sequence[Path | None]) -> None:
-    """Make the output folder before the work, and check that its files can be written and are none of those read."""
-    if (out.exists() and not out.is_dir()) or not out.absolute().parent.is_dir():
-        raise refusal(ValueError, "--out", out, "a folder, or one to make in a folder that exists")
-    try_folder(out, "--out", ValueError)
-    for name in names if out.exists() else ():
-        check_writable("--out", out / name, {str(path): path for path in read})
-    out.mkdir(exist_ok=True)
 
 
 def _read(triples: Path, first: int | None) -> list[Triple]:

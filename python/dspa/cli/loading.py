@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,13 +22,13 @@ from dspa.cli.options import (
 from dspa.data.records import ENDINGS, ending_of
 from dspa.distributed import device_named
 from dspa.errors import AdapterError, MapError, refusal, require_package
-from dspa.outputs import FILE, try_output
+from dspa.outputs import FILE, try_folder, try_output
 from dspa.schemas import Text, check, parse_json
 
 if TYPE_CHECKING:
     from dspa.fsrl.adapter import FSRLAdapter
     from dspa.judges.judge import Judge
-    from dspa.maps.cdmap import ConditionalDifferenceMap
+    from dspa.maps.cdmap import ConditionalDifferenceMap, MapMeta
     from dspa.models.sources import Source
     from dspa.saes.frozen import FrozenSAE
 
@@ -60,6 +60,16 @@ def check_writable(option: str, path: Path | None, others: Mapping[str, str | Pa
             got = f"{path}, a file in the folder that {name} is"
             raise refusal(ValueError, option, got, "a new file, one elsewhere, or a map", "Name another, or delete it.")
     try_output(path, option)
+
+
+def make_folder(out: Path, names: Sequence[str], read: Sequence[Path | None]) -> None:
+    """Make the output folder before the work, and check that its files can be written and are none of those read."""
+    if (out.exists() and not out.is_dir()) or not out.absolute().parent.is_dir():
+        raise refusal(ValueError, "--out", out, "a folder, or one to make in a folder that exists")
+    try_folder(out, "--out", ValueError)
+    for name in names if out.exists() else ():
+        check_writable("--out", out / name, {str(path): path for path in read})
+    out.mkdir(exist_ok=True)
 
 
 def _recorded_places(path: Path) -> dict[str, str]:
@@ -190,6 +200,22 @@ def load_pair(
     )
 
 
+def load_made_with(
+    cdmap: ConditionalDifferenceMap, on: RecordedModelOptions, pair: RecordedSAEPairOptions
+) -> tuple[Any, Any, tuple[FrozenSAE, FrozenSAE]]:
+    """Load a map's model, its tokenizer and the two SAEs in the model's dtype, and check that they are those of it."""
+    from dspa.models.layers import check_model_name, loaded_name
+    from dspa.models.sources import check_weights
+
+    check_model(on)
+    sae_in, sae_out = load_pair(pair, device_named(on.device), cdmap)
+    cdmap.check_saes(sae_in, sae_out)
+    model, tokenizer = load_model(on, cdmap.sources.get("model"))
+    check_model_name("The map was made with", cdmap.meta.model_name, on.model_name or loaded_name(model))
+    check_weights("The map was made with", cdmap.model_digest, model, other_weights=on.other_weights)
+    return model, tokenizer, (sae_in.to(dtype=model.dtype), sae_out.to(dtype=model.dtype))
+
+
 def load_adapter(path: Path, options: AdapterSAEOptions, device: str, backend: str = "auto") -> FSRLAdapter:
     """Load an FSRL adapter and its SAE; without --sae, the one that the adapter records."""
     from dspa.fsrl.adapter import FSRLAdapter, read_record
@@ -232,6 +258,19 @@ def open_judge(options: JudgeOptions, out: Path) -> Judge | None:
         concurrency=options.judge_calls,
         replay=options.replay,
     )
+
+
+def described_latents(labels: Path | None, meta: MapMeta, explainer: str | None) -> dict[int, str]:
+    """Read what --labels says of output latents; nothing without it."""
+    if labels is None:
+        if explainer is not None:
+            raise refusal(ValueError, "--explainer", f"{explainer!r} without --labels", "both, or neither")
+        return {}
+    from dspa.saes.labels import LatentSpace, read_descriptions
+
+    place = meta.neuronpedia_out or str(meta.layer_out)
+    space = LatentSpace(meta.layer_out, place, meta.d_sae_out, meta.model_name)
+    return read_descriptions(labels, space, explainer=explainer)
 
 
 def triple_source(triples: str, split: str, stream: bool) -> Any:

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from dspa.cli.loading import check_model, check_writable, load_model, load_pair
+from dspa.cli.loading import check_writable, described_latents, load_made_with
 from dspa.cli.options import FILES, Options, RecordedModelOptions, RecordedSAEPairOptions, with_options
 from dspa.cli.tables import console, print_figures, print_line, print_warning
 from dspa.data.token_texts import quoted
-from dspa.distributed import device_named
 from dspa.errors import refusal
 
 if TYPE_CHECKING:
     from dspa.audit.evidence import Context
-    from dspa.maps.cdmap import ConditionalDifferenceMap, MapMeta
+    from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.maps.reports import Column, Row
 
 N_TOKENS = 100_000
@@ -73,7 +72,7 @@ def map_show(
     if n_tokens is not None and texts is None:
         raise refusal(ValueError, "--tokens", f"{n_tokens} without --texts", "both, or neither")
     cdmap = ConditionalDifferenceMap.load(path)
-    described = _descriptions(labels, cdmap.meta, explainer)
+    described = described_latents(labels, cdmap.meta, explainer)
     augmented, ablated = top_columns(cdmap, top)
     rows = top_rows(cdmap, top)
     listed = {
@@ -105,19 +104,6 @@ def map_show(
         print_line(f"Plot: {plot}")
 
 
-def _descriptions(labels: Path | None, meta: MapMeta, explainer: str | None) -> dict[int, str]:
-    """Read what is known of output latents; nothing without a file."""
-    if labels is None:
-        if explainer is not None:
-            raise refusal(ValueError, "--explainer", f"{explainer!r} without --labels", "both, or neither")
-        return {}
-    from dspa.saes.labels import LatentSpace, read_descriptions
-
-    place = meta.neuronpedia_out or str(meta.layer_out)
-    space = LatentSpace(meta.layer_out, place, meta.d_sae_out, meta.model_name)
-    return read_descriptions(labels, space, explainer=explainer)
-
-
 def _read_meanings(
     cdmap: ConditionalDifferenceMap,
     listed: Mapping[str, Sequence[int]],
@@ -129,20 +115,12 @@ def _read_meanings(
     """Put the tokens that latents promote into a map, and return where in `texts` they are strongest."""
     from dspa.audit.evidence import top_contexts
     from dspa.data.texts import TextFile
-    from dspa.models.layers import check_model_name, loaded_name
-    from dspa.models.sources import check_weights
     from dspa.saes.meanings import top_tokens
 
     file = None if texts is None else TextFile(texts)
-    check_model(on)
-    saes = dict(zip(listed, load_pair(pair, device_named(on.device), cdmap), strict=True))
-    cdmap.check_saes(*saes.values())
-    model, tokenizer = load_model(on, cdmap.sources.get("model"))
-    check_model_name("The map was made with", cdmap.meta.model_name, on.model_name or loaded_name(model))
-    check_weights("The map was made with", cdmap.model_digest, model, other_weights=on.other_weights)
+    model, tokenizer, saes = load_made_with(cdmap, on, pair)
     contexts = {}
-    for name, latents in listed.items():
-        sae = saes[name].to(dtype=model.dtype)
+    for (name, latents), sae in zip(listed.items(), saes, strict=True):
         given: dict[str, Any] = {"layers": on.layers, "model_name": on.model_name}
         cdmap.promoted[name] = top_tokens(sae, model, tokenizer, cdmap.latents()[name], **given)
         if file is not None:

@@ -1,0 +1,190 @@
+"""`dspa audit`: a report on what a map edits, and what the edited latents stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dspa.cli.generate import warn_of_other_template
+from dspa.cli.loading import described_latents, load_made_with, make_folder
+from dspa.cli.options import (
+    FILES,
+    ChatTemplateKwargs,
+    OnRecordedModel,
+    Options,
+    RecordedModelOptions,
+    RecordedSAEPair,
+    RecordedSAEPairOptions,
+    SamplingOptions,
+    changed,
+    check_used,
+    with_options,
+)
+from dspa.cli.tables import print_line
+from dspa.config import SteeringConfig
+
+if TYPE_CHECKING:
+    from dspa.audit.edits import TextEdits
+    from dspa.audit.record import Sample
+    from dspa.data.triples import Text
+    from dspa.saes.frozen import FrozenSAE
+    from dspa.steering.dspa import Steering
+
+N_TOKENS = 200_000
+# Tokens per latent that the logit lens shows.
+N_PROMOTED = 8
+
+
+@with_options
+def audit(
+    map_path: Annotated[Path, typer.Option("--map", help="Map to audit, a file that dspa map build wrote.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for report.html, audit.json and latents.csv, made if there is none.")
+    ],
+    on: OnRecordedModel,
+    pair: RecordedSAEPair,
+    config: Annotated[SteeringConfig, Options("Steering of --prompts", without=["ridge", "delta"])],
+    sampling: Annotated[SamplingOptions, Options("Sampling for --prompts")],
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Edits to audit, which dspa generate --trace wrote; by default those of --prompts."),
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also show where in this file latents are strongest, and how often they are active. Text, one "
+            f"document per line; {FILES} with `text`; or preference triples."
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Answer these prompts with and without steering, and show the texts with their edits. Text, one per "
+            f"line, or {FILES} with `prompt`."
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="Labels of the output SAE's latents: a Neuronpedia export, or categories in JSON."),
+    ] = None,
+    explainer: Annotated[
+        str | None, typer.Option(help="Use only the descriptions of this `explanationModelName`.")
+    ] = None,
+    top: Annotated[
+        int, typer.Option(help="Number of latents per group: largest and smallest columns, and random ones.", min=1)
+    ] = 50,
+    contexts: Annotated[int, typer.Option(help="Number of contexts per latent.", min=1)] = 10,
+    n_tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", help=f"Tokens of --texts to read, from its start; by default {N_TOKENS:,}.", min=1),
+    ] = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+) -> None:
+    """Report which latents a map edits, how often and how far, and what they stand for.
+
+    The report is one HTML file that opens in any browser, without a network. It holds the columns of the map with the
+    largest and the smallest sums, random latents as a control, and what else was edited: in the texts of a trace, or in
+    those that the model writes after --prompts. --texts adds the evidence that needs no labels: where each latent is
+    strongest, and how often it is active.
+
+    For example: `dspa audit --map map.dspa.safetensors --prompts prompts.txt --texts texts.txt --out audit`
+    """
+    from dspa.audit.edits import audited_latents, read_edits
+    from dspa.audit.evidence import collect_evidence
+    from dspa.audit.record import audit_of, with_edited
+    from dspa.audit.report import FILES as WRITTEN
+    from dspa.audit.report import write_report
+    from dspa.audit.words import summary
+    from dspa.data.prompts import read_prompt_file
+    from dspa.data.texts import TextFile
+    from dspa.maps.cdmap import ConditionalDifferenceMap
+    from dspa.steering.dspa import Steering
+
+    # The seed also draws the control, and k_diff is that of a trace's steering.
+    of_prompts = [*changed(sampling, "--seed"), *changed(config, "--k-diff")]
+    check_used("--prompts", prompts, of_prompts + ["--chat-template-kwargs"] * bool(chat_template_kwargs))
+    check_used("--texts", texts, ["--tokens"] * bool(n_tokens))
+    files = {"trace": trace, "texts": texts, "prompts": prompts, "labels": labels}
+    make_folder(out, WRITTEN, [map_path, *files.values()])
+    cdmap = ConditionalDifferenceMap.load(map_path)
+    asked = None if prompts is None else read_prompt_file("--prompts", prompts)
+    file = None if texts is None else TextFile(texts)
+    described = described_latents(labels, cdmap.meta, explainer)
+    groups = audited_latents(cdmap, top, seed=sampling.seed)
+    edits = None if trace is None else read_edits(trace, cdmap)
+    groups = with_edited(groups, edits, top)
+    known: dict[str, Any] = {}
+    if asked is not None or file is not None or on != RecordedModelOptions() or pair != RecordedSAEPairOptions():
+        model, tokenizer, (sae_in, sae_out) = load_made_with(cdmap, on, pair)
+        if asked is not None:
+            if sampling.chat:
+                warn_of_other_template([("--map", cdmap.meta.chat_template_kwargs)], chat_template_kwargs)
+            steering = Steering(sae_in, sae_out, cdmap, config, record=True)
+            known["samples"], own = _samples(model, tokenizer, steering, asked, on, sampling, chat_template_kwargs)
+            if edits is None:
+                edits, groups = own, with_edited(groups, own, top)
+        known |= _meanings(model, tokenizer, sae_out, groups, on)
+        if file is not None:
+            latents = [latent for several in groups.values() for latent in several]
+            names: dict[str, Any] = {"layers": on.layers, "model_name": on.model_name}
+            counted = n_tokens or N_TOKENS
+            known["evidence"] = collect_evidence(
+                sae_out, model, tokenizer, file, latents, n=contexts, n_tokens=counted, **names
+            )
+    made = audit_of(
+        cdmap,
+        groups,
+        title=map_path.name,
+        settings={name: str(path) for name, path in files.items() if path} | asdict(config) | asdict(sampling),
+        k_diff=config.k_diff,
+        labels=described,
+        edits=edits,
+        **known,
+    )
+    write_report(made, out)
+    for sentence in summary(made):
+        print_line(sentence)
+    print_line(f"Report: {out / 'report.html'}")
+
+
+def _samples(
+    model: Any,
+    tokenizer: Any,
+    steering: Steering,
+    prompts: Sequence[Text],
+    on: RecordedModelOptions,
+    sampling: SamplingOptions,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> tuple[list[Sample], TextEdits]:
+    """Answer --prompts with and without steering."""
+    from dspa.audit.samples import sample_texts
+    from dspa.data.prompts import tokenize_prompt
+
+    options = asdict(sampling)
+    encode = partial(tokenize_prompt, tokenizer, chat=options.pop("chat"), chat_template_kwargs=chat_template_kwargs)
+    with steering.attach(model, **on.names):
+        return sample_texts(model, tokenizer, steering, prompts, encode, progress=True, **options)
+
+
+def _meanings(
+    model: Any, tokenizer: Any, sae: FrozenSAE, groups: Mapping[str, Sequence[int]], on: RecordedModelOptions
+) -> dict[str, dict[int, list[str]]]:
+    """Return the tokens that latents promote and suppress, by the logit lens."""
+    from dspa.saes.meanings import top_tokens
+
+    latents = [latent for several in groups.values() for latent in several]
+    return {
+        name: top_tokens(
+            *(sae, model, tokenizer, latents),
+            n=N_PROMOTED,
+            suppressed=name == "suppresses",
+            layers=on.layers,
+            model_name=on.model_name,
+        )
+        for name in ("promotes", "suppresses")
+    }
