@@ -226,6 +226,7 @@ def adapting(activation: str, kind: str, dtypes: tuple[torch.dtype, torch.dtype]
         "activation": activation,
         "bandwidth": 1e-3,
         "mask": torch.ones(512, dtype=torch.bool) if kind == "topk" else None,
+        "rows": None,
         "fraction": 0.5 if kind == "topk" else 1.0,
     }
 
@@ -293,6 +294,7 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
     for activation, kind, i, n in adapted:
         arguments = adapting(activation, kind, DTYPES[i][0], n, x=i == 1)
         yield "fsrl_residual", {**arguments, "keep": n % 2 == 0}
+        yield "fsrl_residual", {**arguments, "keep": False, "rows": torch.ones(n, dtype=torch.bool)}
         if n > 1:
             # The change of normalised rows is returned in fp32, and so is its gradient.
             gradients = {"grad": torch.zeros(n, 256, dtype=torch.float32 if i == 1 else DTYPES[i][0][0])}

@@ -47,6 +47,7 @@ class Case:
     grad_l1: Tensor
     bandwidth: float = 2.0
     mask: Tensor | None = None
+    rows: Tensor | None = None
     fraction: float = 1.0
 
     def arguments(self) -> dict[str, Any]:
@@ -203,6 +204,63 @@ def test_exact_on_integers(backend: str, activation: str, kind: str, dtypes: tup
     assert 0 < int(actual["l0"].sum()) < actual["l0"].numel() * D_SAE and bool((actual["out"] != case.h).any())
 
 
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize("dtypes", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(
+    ("activation", "kind"), [(name, "jumprelu") for name in ACTIVATIONS] + [(ACTIVATIONS[0], "topk")]
+)
+@pytest.mark.usefixtures("blocks")
+def test_some_rows(backend: str, activation: str, kind: str, dtypes: tuple[torch.dtype, ...], fraction: float) -> None:
+    """Those in `rows` as by themselves. Any other keeps its bits, and moves no other."""
+    rows = torch.tensor([False, True, False, True, True, False])
+    case = make_case(activation, kind, dtypes, integers=True, fraction=fraction, rows=rows)
+    case = replace(case, h=torch.where(case.h == 0, -0.0, case.h))
+    out, l1, l0 = run_on(backend, fsrl_residual, **case.arguments())
+    wanted = dense(replace(case, h=case.h[rows]).in_dtype(torch.float64))
+    assert wanted[2].sum() > 0
+    for ours, value in zip((out, l1, l0), wanted, strict=True):
+        assert torch.equal(ours[rows], value.to(ours.dtype))
+    assert same_bits(out[~rows], case.h[~rows]) and not l1[~rows].any() and not l0[~rows].any()
+
+
+@pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm_rescale"])
+def test_some_normalised_rows(backend: str, normalize: str) -> None:
+    rows = torch.tensor([False, True, False, True, True, False])
+    case = make_case("soft_threshold", normalize=normalize)
+    case = replace(case, h=torch.where(case.h.abs() < 0.3, -0.0, case.h))
+    some = run_on(backend, fsrl_residual, **replace(case, rows=rows).arguments())
+    every = run_on(backend, fsrl_residual, **case.arguments())
+    assert same_bits(some[0][~rows], case.h[~rows])
+    for ours, other in zip(some, every, strict=True):
+        torch.testing.assert_close(ours[rows], other[rows])
+
+
+@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+@pytest.mark.usefixtures("blocks")
+def test_rows_that_are_not_moved_may_be_anything(backend: str, normalize: str) -> None:
+    rows = torch.tensor([False, True, False, True, True, False])
+    case = make_case("soft_threshold", normalize=normalize, rows=rows)
+    clean, *clean_sums = run_on(backend, fsrl_residual, **case.arguments())
+    case.h[0, 3], case.h[2, 5], case.h[5] = float("nan"), float("inf"), 0
+    out, l1, l0 = run_on(backend, fsrl_residual, **case.arguments())
+    assert same_bits(out[~rows], case.h[~rows]) and same_bits(out[rows], clean[rows])
+    assert same_bits(l1, clean_sums[0]) and same_bits(l0, clean_sums[1])
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="loads are counted in Triton's interpreter")
+@pytest.mark.parametrize(("n", "few"), [(6, True), (40, False)])
+def test_tiles_of_rows_that_are_not_moved_read_no_weights(n: int, few: bool) -> None:
+    case = make_case("soft_threshold", n=n)
+    read = []
+    for rows in (torch.zeros(n, dtype=torch.bool), torch.arange(n) < 3, None):
+        with loads() as meter:
+            fsrl_residual(**case.arguments() | {"rows": rows}, backend="triton")
+        read.append([meter.of(W) for W in (case.W_a, case.sae.encoder_rows, case.sae.W_dec)])
+    assert read[0] == [0, 0, 0]
+    assert read[1][0] == case.W_a.nbytes and read[1][1] > 0 and (read[1][2] > 0) == few
+    assert read[2][0] == case.W_a.nbytes and read[2][1] > read[1][1]
+
+
 @pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.usefixtures("blocks")
@@ -310,7 +368,7 @@ def test_the_change_of_normalised_rows_is_not_rounded_before_it_is_scaled(backen
     frozen = {name: getattr(case.sae, name) for name in ("encoder_rows", "b_enc", "k", "W_dec")}
     frozen["sae_threshold"] = case.sae.threshold
     adapter = {"W_a": case.W_a, "b_a": case.b_a, "threshold": case.threshold, "activation": case.activation}
-    others = {"bandwidth": 1.0, "mask": None, "fraction": 1.0, "keep": False}
+    others = {"bandwidth": 1.0, "mask": None, "rows": None, "fraction": 1.0, "keep": False}
 
     def change(h: Tensor, *, backend: str, **operands: Any) -> Tensor:
         x = h.float()
@@ -565,6 +623,13 @@ def test_programs_keep_sums_of_their_own_for_few_rows_only(
         ({"activation": "gelu"}, "`activation` is 'gelu'; accepted: soft_threshold, relu, jumprelu"),
         ({"mask": torch.ones(D_SAE)}, "`mask` is of dtype torch.float32; accepted: torch.bool"),
         ({"mask": torch.ones(3, dtype=torch.bool)}, r"`mask` is of shape \[3\]"),
+        ({"rows": torch.ones(6)}, "`rows` is of dtype torch.float32; accepted: torch.bool"),
+        ({"rows": torch.ones(5, dtype=torch.bool)}, r"`rows` is of shape \[5\]; accepted: shape \[6\]"),
+        ({"rows": torch.ones(6, dtype=torch.bool, device="meta")}, "`rows` is on meta; accepted: cpu"),
+        (
+            {"rows": torch.ones(6, dtype=torch.bool), "W_a": torch.zeros(D_SAE, D_IN, requires_grad=True)},
+            "`rows` is a tensor; accepted: None where a gradient is needed",
+        ),
         ({"fraction": 1.5}, "`fraction` is 1.5; accepted: 0"),
         ({"fraction": float("nan")}, "`fraction` is nan"),
         ({"bandwidth": 0.0}, "`bandwidth` is 0.0"),

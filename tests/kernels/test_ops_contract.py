@@ -102,6 +102,7 @@ def options(case: Case) -> dict[str, dict[str, Any]]:
         "map_lookup": {"rows": torch.tensor([1, -1], dtype=torch.int32), "out": plan},
         "steer": {"alpha": PER_PLAN},
         "lookup_and_steer": {"alpha": PER_PLAN},
+        "fsrl_residual": {"rows": torch.arange(len(case.h)) % 2 == 0},
     }
 
 

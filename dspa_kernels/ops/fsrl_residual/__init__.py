@@ -41,6 +41,7 @@ def fsrl_residual(
     *,
     bandwidth: float = 1e-3,
     mask: Tensor | None = None,
+    rows: Tensor | None = None,
     fraction: float = 1.0,
     backend: str = "auto",
 ) -> FSRLOutput:
@@ -66,6 +67,10 @@ def fsrl_residual(
         activation: "soft_threshold", "relu" or "jumprelu".
         bandwidth: width of the straight-through estimate, > 0.
         mask: [d_sae] bool, True for latents that may be moved; None for all.
+        rows: [N] bool, True for rows whose latents may be moved; None for all. Any other row is returned bit for bit,
+            with l1 and l0 of 0. It is not read on the host, and nothing may need a gradient. For a tile of rows without
+            a True one, Triton reads neither W_a nor the SAE, except for the decoder of more than 16 rows, and for ranks
+            (`fraction`, and the encoder of a top-k SAE).
         fraction: share of the v of a row that are kept, among those that are not 0: the largest by size. Their number
             is rounded up.
         backend: "auto", "reference", "triton" or "cuda".
@@ -74,15 +79,18 @@ def fsrl_residual(
         `FSRLOutput(h, l1, l0)`, with l1 and l0 of v as it is applied.
 
     Raises:
-        InputError: an invalid shape, dtype, device, activation or number.
+        InputError: an invalid shape, dtype, device, activation or number, or `rows` where a gradient is needed.
         BackendError: the named backend cannot run.
     """
-    _check(h, sae, W_a, b_a, threshold, activation, bandwidth, mask, fraction)
+    _check(h, sae, W_a, b_a, threshold, activation, bandwidth, mask, rows, fraction)
     dtype = compute_dtype(h, sae.encoder_rows, W_a)
     x, scale = None, None
     if sae.normalize != "none":
         x, _, scale = normalise(h, sae.normalize, dtype)
     differentiable = (h, W_a, b_a, *(() if threshold is None else (threshold,)))
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+    if keep and rows is not None:
+        raise refuse("rows", "a tensor", "None where a gradient is needed", "Call fsrl_residual under torch.no_grad().")
     out, l1, l0, _ = _fsrl_residual(
         h=h,
         x=x,
@@ -97,11 +105,15 @@ def fsrl_residual(
         activation=activation,
         bandwidth=bandwidth,
         mask=mask,
+        rows=rows,
         fraction=fraction,
-        keep=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable),
+        keep=keep,
         backend=choose("fsrl_residual", h.device, backend, dtype),
     )
-    return FSRLOutput(out if scale is None else (h + scale * out).to(h.dtype), l1, l0)
+    if scale is not None:
+        out = (h + scale * out).to(h.dtype)
+        out = out if rows is None else out.where(rows[:, None], h)
+    return FSRLOutput(out, l1, l0)
 
 
 def _check(
@@ -113,6 +125,7 @@ def _check(
     activation: str,
     bandwidth: float,
     mask: Tensor | None,
+    rows: Tensor | None,
     fraction: float,
 ) -> None:
     check_shape("h", h, ("N", sae.d_in), "Flatten batch and sequence into one dimension.")
@@ -124,12 +137,17 @@ def _check(
     if (threshold is None) != (activation == "relu"):
         accepted = "None for relu, [d_sae] for soft_threshold and jumprelu"
         raise refuse("threshold", "None" if threshold is None else "a tensor", accepted)
-    tensors = {"W_a": W_a, "b_a": b_a, "threshold": threshold, "mask": mask}
-    for name, tensor in tensors.items():
+    full, latents = FULL if W_a.dtype == torch.float64 else FULL[:1], (sae.d_sae,)
+    for name, tensor, shape, dtypes in (
+        ("W_a", W_a, (sae.d_sae, sae.d_in), FLOATS),
+        ("b_a", b_a, latents, full),
+        ("threshold", threshold, latents, full),
+        ("mask", mask, latents, (torch.bool,)),
+        ("rows", rows, (h.shape[0],), (torch.bool,)),
+    ):
         if tensor is not None:
-            check_shape(name, tensor, (sae.d_sae, sae.d_in) if name == "W_a" else (sae.d_sae,))
-            full = FULL if W_a.dtype == torch.float64 else FULL[:1]
-            check_dtype(name, tensor, {"W_a": FLOATS, "mask": (torch.bool,)}.get(name, full))
+            check_shape(name, tensor, shape)
+            check_dtype(name, tensor, dtypes)
             check_device(name, tensor, h, "h")
     if not 0 < bandwidth < float("inf"):
         raise refuse("bandwidth", bandwidth, "a finite number > 0")
@@ -164,7 +182,7 @@ def _fake_backward(
 _fsrl_residual = define_op(
     "fsrl_residual",
     "(Tensor h, Tensor? x, Tensor encoder_rows, Tensor b_enc, Tensor sae_threshold, int k, Tensor W_dec, "
-    f"{ADAPTER}, Tensor? mask, float fraction, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{ADAPTER}, Tensor? mask, Tensor? rows, float fraction, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
 _fsrl_residual_backward = define_op(
@@ -188,8 +206,8 @@ def _backward(ctx: Any, grad: Tensor, grad_l1: Tensor, *_: Tensor | None) -> tup
     d_h, d_x, *adapter = _fsrl_residual_backward(
         grad=grad, grad_l1=grad_l1, **saved, **ctx.settings, needs_h=needs_h, needs_x=needs_x
     )
-    # Schema order: h, x, five frozen arguments, the adapter's three tensors, then six arguments without gradient.
-    gradients = (d_h, d_x, *[None] * 5, *adapter, *[None] * 6)
+    # Schema order: h, x, five frozen arguments, the adapter's three tensors, then seven arguments without gradient.
+    gradients = (d_h, d_x, *[None] * 5, *adapter, *[None] * 7)
     return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
 
 

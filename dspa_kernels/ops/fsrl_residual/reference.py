@@ -52,6 +52,7 @@ def fsrl_residual(
     activation: str,
     bandwidth: float,
     mask: Tensor | None,
+    rows: Tensor | None,
     fraction: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -69,25 +70,26 @@ def fsrl_residual(
     needs_f = activation == "soft_threshold" or (jumps and keep)
     encoder_rows = encoder_rows.to(dtype) if needs_f else encoder_rows
     W_dec, W_a = W_dec.to(dtype), W_a.to(dtype)
-    for rows in row_blocks(len(h), TENSORS * len(W_a), LEAST):
-        b_h = h[rows].to(dtype)
+    for block in row_blocks(len(h), TENSORS * len(W_a), LEAST):
+        b_h = h[block].to(dtype)
         u = pre_activations(b_h, W_a, b_a)
         v, f = activate(u, threshold, activation), None
         kept = torch.ones_like(v, dtype=torch.bool) if mask is None else mask.expand_as(v)
+        kept = kept if rows is None else kept & rows[block, None]
         v = v.where(kept, 0)
         if fraction < 1:
             kept = top_of_row(v, fraction)
             v = v.where(kept, 0)
         if needs_f:
-            f = latents(b_h if x is None else x[rows].to(dtype), encoder_rows, b_enc, sae_threshold, k)
+            f = latents(b_h if x is None else x[block].to(dtype), encoder_rows, b_enc, sae_threshold, k)
         delta = (v if f is None else torch.maximum(v, -f)) @ W_dec
-        l1[rows] = v.abs().sum(dim=1)
-        l0[rows] = (v != 0).sum(dim=1, dtype=torch.int32)
+        l1[block] = v.abs().sum(dim=1)
+        l0[block] = (v != 0).sum(dim=1, dtype=torch.int32)
         # A row without a moved latent is returned bit for bit, -0.0 included.
-        out[rows] = (delta + b_h).where(l0[rows, None] > 0, b_h) if x is None else delta
+        out[block] = (delta + b_h).where(l0[block, None] > 0, b_h) if x is None else delta
         if keep:
             near = ((u - threshold).abs() <= bandwidth / 2) & kept if jumps and threshold is not None else None
-            codes[rows] = codes_of(v, f, near)
+            codes[block] = codes_of(v, f, near)
     return out, l1, l0, codes
 
 

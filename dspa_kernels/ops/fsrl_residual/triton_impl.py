@@ -55,6 +55,7 @@ class Operands(NamedTuple):
     b_a: Tensor
     threshold: Tensor | None
     mask: Tensor | None
+    rows: Tensor | None
     activation: str
     bandwidth: float
     keep: bool
@@ -109,6 +110,7 @@ class Operands(NamedTuple):
             "p_b_a": self.b_a,
             "p_threshold": self.threshold,
             "p_mask": self.mask,
+            "p_rows": self.rows,
             "p_adapter_cutoff": self.adapter_cutoff,
             "d_in": d_in,
             "d_sae": self.d_sae,
@@ -132,7 +134,7 @@ def _adapter_cutoffs(operands: Operands, fraction: float) -> Tensor:
     """Return the cutoffs [2, N] of the largest |v| of each row: pivot (as bits) and last latent."""
     cutoffs = []
     for rows in row_blocks(len(operands.h), operands.d_sae):
-        row_operands = operands._replace(h=operands.h[rows], x=operands.x[rows])
+        row_operands = operands._replace(h=operands.h[rows], x=operands.x[rows], rows=None)
         abs_v, _, l0 = _changes(row_operands, torch.float32, None, return_abs_v=True)
         cutoffs.append(_cutoffs(abs_v.view(torch.int32), n_kept(l0, fraction)))
     return torch.cat(cutoffs, dim=1)
@@ -174,6 +176,7 @@ def fsrl_residual(
     activation: str,
     bandwidth: float,
     mask: Tensor | None,
+    rows: Tensor | None,
     fraction: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -190,6 +193,7 @@ def fsrl_residual(
         b_a=b_a.contiguous(),
         threshold=None if threshold is None else threshold.contiguous(),
         mask=None if mask is None else mask.contiguous().view(torch.uint8),
+        rows=None if rows is None else rows.contiguous().view(torch.uint8),
         activation=activation,
         bandwidth=bandwidth,
         keep=keep,

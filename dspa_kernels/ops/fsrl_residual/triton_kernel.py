@@ -44,6 +44,7 @@ def adapter_tile(
     p_b_a,
     p_threshold,
     p_mask,
+    p_rows,
     p_adapter_cutoff,
     i_latent,
     i_row,
@@ -61,12 +62,20 @@ def adapter_tile(
 ):
     """v = act(u) with u = h W_a^T + b_a of a tile [L, N], 0 where it is not kept; f; the mask of u near a jump.
 
+    Rows outside of p_rows keep nothing, and a tile of such rows alone reads neither the adapter nor the encoder. There
+    is no NEARBY with p_rows, which has no backward.
+
     Comparisons are such that a NaN of u is a NaN of v. f is 0 where LATENTS does not need it. It is needed where v < 0
     or, with NEARBY, also where |u - threshold| <= bandwidth / 2. Only encoder rows that some row of the tile needs are
     read.
     """
     o_latent, o_row = i_latent + tl.arange(0, BLOCK_L), i_row + tl.arange(0, BLOCK_N)
-    m_row, m_latent = o_row < n_rows, o_latent < d_sae
+    m_row = o_row < n_rows
+    if p_rows is not None:
+        b_moves = tl.load(p_rows + o_row, mask=m_row, other=0).to(tl.int32)
+        # A tile in which no row moves is past the last latent.
+        o_latent = tl.where(tl.max(b_moves, axis=0) > 0, o_latent, d_sae)
+    m_latent = o_latent < d_sae
     if p_mask is not None:
         m_latent = tl.load(p_mask + o_latent, mask=m_latent, other=0) != 0
     b_u = product_tile(p_W_a, p_h, i_latent, m_latent, i_row, m_row, d_in, BLOCK_L, BLOCK_N, BLOCK_K, ADAPTER)
@@ -88,6 +97,9 @@ def adapter_tile(
         m_kept = within_cutoff(tl.abs(b_v), p_adapter_cutoff, o_row, m_row, o_latent, n_rows)
         b_v = tl.where(m_kept, b_v, 0.0)
         m_near = m_near & m_kept
+    if p_rows is not None:
+        # Not in the masks above: the compiler then keeps the flags in registers throughout the product.
+        b_v = tl.where((b_moves > 0)[None, :], b_v, 0.0)
     b_f = tl.zeros([BLOCK_L, BLOCK_N], dtype=tl.float32)
     if LATENTS != _NOWHERE:
         m_needed = (b_v < 0) | m_near
@@ -136,6 +148,7 @@ def change_kernel(
     p_b_a,
     p_threshold,
     p_mask,
+    p_rows,
     p_adapter_cutoff,
     p_c,
     p_l1,
@@ -179,6 +192,7 @@ def change_kernel(
             p_b_a,
             p_threshold,
             p_mask,
+            p_rows,
             p_adapter_cutoff,
             i_latent,
             i_row,
@@ -310,6 +324,7 @@ def step_kernel(
     p_b_a,
     p_threshold,
     p_mask,
+    p_rows,
     p_adapter_cutoff,
     p_partials,
     p_partials_l1,
@@ -365,6 +380,7 @@ def step_kernel(
                 p_b_a,
                 p_threshold,
                 p_mask,
+                p_rows,
                 p_adapter_cutoff,
                 i_latent,
                 0,

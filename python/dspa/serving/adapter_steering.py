@@ -67,7 +67,8 @@ class AdapterSteering:
         h = hidden if residual is None else hidden + residual
         adapter = torch.where(row >= 0, self.adapter[row.clamp(min=0).long()], -1)
         for number, move in moves.items():
-            put_rows(adapter == number, move(h).h, hidden, residual)
+            own = adapter == number
+            put_rows(own, move(h, rows=own).h, hidden, residual)
 
 
 def _load(place: AdapterPlace, load_sae: Callable[[Place], FrozenSAE]) -> FSRLAdapter:
