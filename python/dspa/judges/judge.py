@@ -53,7 +53,8 @@ class Judge:
         Args:
             url: address of the endpoint up to its version, such as "http://localhost:8000/v1". None with `replay`.
             model: name of the model at the endpoint.
-            cache: folder of the replies. Judges of other models and endpoints can share it.
+            cache: folder of the replies, which judges can share. A reply is that to a model's name, parameters and
+                messages, whatever the endpoint.
             parameters: parameters of the requests, any that the endpoint knows. Default: temperature 0 and at most
                 1024 tokens per answer.
             concurrency: calls at the same time.
