@@ -78,7 +78,7 @@ class Confusion:
 
     def mcc_interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Return the bootstrap interval of Matthews' correlation coefficient."""
-        return bootstrap(self.samples, matthews, confidence)
+        return matthews_interval(*self.samples, confidence)
 
     def corrected_share(self, share: float) -> float | None:
         """Return the share of positives in a population of which this share is given as positive.
@@ -128,6 +128,11 @@ def matthews(truth: Categories, given: Categories, axis: int = -1) -> np.ndarray
     t, p = (np.stack([(side == k).sum(axis=axis) for k in kinds]).astype(float) for side in (truth, given))
     spread = (s * s - (p * p).sum(axis=0)) * (s * s - (t * t).sum(axis=0))
     return np.where(spread > 0, (c * s - (p * t).sum(axis=0)) / np.sqrt(np.where(spread > 0, spread, 1)), 0)
+
+
+def matthews_interval(truth: Categories, given: Categories, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the bootstrap interval of Matthews' correlation coefficient of entries [s]; -1 to 1 for a single one."""
+    return bootstrap((truth, given), matthews, confidence) if len(truth) > 1 else (-1.0, 1.0)
 
 
 def _ratio(part: int, whole: int) -> float | None:

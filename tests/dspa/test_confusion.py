@@ -60,6 +60,7 @@ def test_figures_that_there_are_not():
     nothing = Confusion(0, 0, 0, 0)
     assert nothing.accuracy is nothing.precision is nothing.recall is nothing.balanced_accuracy is nothing.f1 is None
     assert (nothing.mcc, nothing.corrected_share(0.5)) == (0, None)
+    assert Confusion(1, 0, 0, 0).mcc_interval() == nothing.mcc_interval() == (-1, 1)
     # Half of the positives and half of the negatives right, as by guessing.
     assert Confusion(2, 2, 3, 3).corrected_share(0.5) is None
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dspa.confusion import Confusion, expanded, matthews
+from dspa.confusion import Confusion, expanded, matthews, matthews_interval
 from dspa.errors import LabelError
-from dspa.intervals import bootstrap, wilson
+from dspa.intervals import wilson
 from dspa.saes.labels import Labels
 
 
@@ -116,7 +116,7 @@ class Agreement:
 
     def mcc_interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Return the bootstrap interval of Matthews' correlation coefficient."""
-        return bootstrap(expanded(self.confusion.numpy()), matthews, confidence)
+        return matthews_interval(*expanded(self.confusion.numpy()), confidence)
 
     @property
     def _confusions(self) -> list[Confusion]:
