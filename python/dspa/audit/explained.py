@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dspa.audit.evidence import Context, LatentEvidence
@@ -43,17 +43,6 @@ class ExplainedLatent:
     detection: Score | None = None
     fuzzing: Score | None = None
     problem: str = ""
-
-    def row(self) -> dict[str, Any]:
-        """Return this as one row of a table: balanced accuracies in place of scores, and more figures of them."""
-        row = asdict(self)
-        for kind in ("detection", "fuzzing"):
-            one: Score | None = getattr(self, kind)
-            row[kind] = one and one.confusion.balanced_accuracy
-            row[f"{kind}_f1"] = one and one.confusion.f1
-            row[f"{kind}_answered"] = one and one.n_answered
-            row[f"{kind}_unanswered"] = one and one.n_unanswered
-        return row
 
 
 @dataclass(frozen=True)

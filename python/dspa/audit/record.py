@@ -29,11 +29,13 @@ class Judgment:
         explanation: what the latent responds to.
         category: category of the explanation.
         scores: further figures by name, as the balanced accuracy of detection.
+        notes: further texts by name, as the evidence for the explanation.
     """
 
     explanation: str = ""
     category: str = ""
     scores: Mapping[str, float | int | str | None] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dspa.cli.generate import warn_of_other_template
-from dspa.cli.loading import described_latents, load_made_with, make_folder
+from dspa.cli.loading import described_latents, latent_space, load_made_with, make_folder, open_judge
 from dspa.cli.options import (
     FILES,
     ChatTemplateKwargs,
+    JudgedBy,
     OnRecordedModel,
     Options,
     RecordedModelOptions,
@@ -27,17 +29,24 @@ from dspa.cli.options import (
 )
 from dspa.cli.tables import print_line
 from dspa.config import SteeringConfig
+from dspa.errors import LabelError
 
 if TYPE_CHECKING:
     from dspa.audit.edits import TextEdits
+    from dspa.audit.evidence import Evidence
     from dspa.audit.record import Sample
     from dspa.data.triples import Text
+    from dspa.judges.judge import Judge
+    from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.saes.frozen import FrozenSAE
+    from dspa.saes.labels import Explanation, Labels
     from dspa.steering.dspa import Steering
 
 N_TOKENS = 200_000
 # Tokens per latent that the logit lens shows.
 N_PROMOTED = 8
+# Random contexts per latent, with it and without it, for the scores of explanations. Half of them are shown.
+N_SAMPLE = 100
 
 
 @with_options
@@ -50,6 +59,7 @@ def audit(
     pair: RecordedSAEPair,
     config: Annotated[SteeringConfig, Options("Steering of --prompts", without=["ridge", "delta"])],
     sampling: Annotated[SamplingOptions, Options("Sampling for --prompts")],
+    judged: JudgedBy,
     trace: Annotated[
         Path | None,
         typer.Option(help="Edits to audit, which dspa generate --trace wrote; by default those of --prompts."),
@@ -75,6 +85,10 @@ def audit(
     explainer: Annotated[
         str | None, typer.Option(help="Use only the descriptions of this `explanationModelName`.")
     ] = None,
+    hand: Annotated[
+        Path | None,
+        typer.Option(help="Categories of some latents by hand, to measure how good those of the judge are."),
+    ] = None,
     top: Annotated[
         int, typer.Option(help="Number of latents per group: largest and smallest columns, and random ones.", min=1)
     ] = 50,
@@ -90,7 +104,8 @@ def audit(
     The report is one HTML file that opens in any browser, without a network. It holds the columns of the map with the
     largest and the smallest sums, random latents as a control, and what else was edited: in the texts of a trace, or in
     those that the model writes after --prompts. --texts adds the evidence that needs no labels: where each latent is
-    strongest, and how often it is active.
+    strongest, and how often it is active. With --judge, a language model explains the latents from it, or reads the
+    explanations of --labels, gives them categories and is tested on them.
 
     For example: `dspa audit --map map.dspa.safetensors --prompts prompts.txt --texts texts.txt --out audit`
     """
@@ -103,18 +118,22 @@ def audit(
     from dspa.data.prompts import read_prompt_file
     from dspa.data.texts import TextFile
     from dspa.maps.cdmap import ConditionalDifferenceMap
+    from dspa.saes.labels import read_explanations
     from dspa.steering.dspa import Steering
 
     # The seed also draws the control, and k_diff is that of a trace's steering.
     of_prompts = [*changed(sampling, "--seed"), *changed(config, "--k-diff")]
     check_used("--prompts", prompts, of_prompts + ["--chat-template-kwargs"] * bool(chat_template_kwargs))
-    check_used("--texts", texts, ["--tokens"] * bool(n_tokens))
-    files = {"trace": trace, "texts": texts, "prompts": prompts, "labels": labels}
+    judge = open_judge(judged, out)
+    check_used("--texts", texts, ["--tokens"] * bool(n_tokens) + ["--judge"] * bool(judge))
+    check_used("--judge", judge, ["--hand"] * bool(hand))
+    files = {"trace": trace, "texts": texts, "prompts": prompts, "labels": labels, "hand": hand}
     make_folder(out, WRITTEN, [map_path, *files.values()])
     cdmap = ConditionalDifferenceMap.load(map_path)
     asked = None if prompts is None else read_prompt_file("--prompts", prompts)
     file = None if texts is None else TextFile(texts)
     described = described_latents(labels, cdmap.meta, explainer)
+    by_hand = None if hand is None else _by_hand(hand, cdmap)
     groups = audited_latents(cdmap, top, seed=sampling.seed)
     edits = None if trace is None else read_edits(trace, cdmap)
     groups = with_edited(groups, edits, top)
@@ -133,14 +152,25 @@ def audit(
             latents = [latent for several in groups.values() for latent in several]
             names: dict[str, Any] = {"layers": on.layers, "model_name": on.model_name}
             counted = n_tokens or N_TOKENS
-            known["evidence"] = collect_evidence(
-                sae_out, model, tokenizer, file, latents, n=contexts, n_tokens=counted, **names
+            n_sample = N_SAMPLE if judge else 0
+            evidence = known["evidence"] = collect_evidence(
+                *(sae_out, model, tokenizer, file, latents),
+                n=contexts,
+                n_sample=n_sample,
+                n_tokens=counted,
+                **names,
             )
+            if judge is not None:
+                given = None if labels is None else read_explanations(labels, sae_out, explainer=explainer)
+                known |= _judge(judge, evidence, groups, given, by_hand, sampling.seed)
     made = audit_of(
         cdmap,
         groups,
         title=map_path.name,
-        settings={name: str(path) for name, path in files.items() if path} | asdict(config) | asdict(sampling),
+        settings={name: str(path) for name, path in files.items() if path}
+        | asdict(config)
+        | asdict(sampling)
+        | ({} if judge is None else {"judge": judge.model, "parameters of the judge": json.dumps(judge.parameters)}),
         k_diff=config.k_diff,
         labels=described,
         edits=edits,
@@ -188,3 +218,33 @@ def _meanings(
         )
         for name in ("promotes", "suppresses")
     }
+
+
+def _by_hand(hand: Path, cdmap: ConditionalDifferenceMap) -> Labels:
+    """Read --hand, with four categories in place of the judge's six."""
+    from dspa.audit.judged import folded
+    from dspa.saes.labels import read_labels
+
+    return folded(read_labels(hand, latent_space(cdmap.meta)))
+
+
+def _judge(
+    judge: Judge,
+    evidence: Evidence,
+    groups: Mapping[str, Sequence[int]],
+    given: Mapping[int, Sequence[Explanation]] | None,
+    hand: Labels | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the judgments of latents and tables of groups, from a judge."""
+    from dspa.audit.edits import CONTROL
+    from dspa.audit.explained import compare_groups, explain_latents
+    from dspa.audit.judged import group_sections, hand_section, judgment_of
+
+    if hand is not None and not hand.categories.keys() & evidence.latents.keys():
+        raise LabelError("--hand labels none of the audited latents; accepted: labels of some of them.")
+    explained = explain_latents(judge, evidence.latents, given, seed=seed, progress=True)
+    sections = group_sections(compare_groups(explained, groups, CONTROL))
+    if hand is not None:
+        sections.append(hand_section(explained, hand))
+    return {"judgments": {latent: judgment_of(one) for latent, one in explained.items()}, "sections": sections}

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dspa.maps.cdmap import ConditionalDifferenceMap, MapMeta
     from dspa.models.sources import Source
     from dspa.saes.frozen import FrozenSAE
+    from dspa.saes.labels import LatentSpace
 
 T = TypeVar("T")
 
@@ -266,11 +267,17 @@ def described_latents(labels: Path | None, meta: MapMeta, explainer: str | None)
         if explainer is not None:
             raise refusal(ValueError, "--explainer", f"{explainer!r} without --labels", "both, or neither")
         return {}
-    from dspa.saes.labels import LatentSpace, read_descriptions
+    from dspa.saes.labels import read_descriptions
+
+    return read_descriptions(labels, latent_space(meta), explainer=explainer)
+
+
+def latent_space(meta: MapMeta) -> LatentSpace:
+    """Return what labels of a map's output latents have to agree with."""
+    from dspa.saes.labels import LatentSpace
 
     place = meta.neuronpedia_out or str(meta.layer_out)
-    space = LatentSpace(meta.layer_out, place, meta.d_sae_out, meta.model_name)
-    return read_descriptions(labels, space, explainer=explainer)
+    return LatentSpace(meta.layer_out, place, meta.d_sae_out, meta.model_name)
 
 
 def triple_source(triples: str, split: str, stream: bool) -> Any:

@@ -16,9 +16,11 @@ from dspa.distributed import rank
 
 COUNTS = "The counts so far are kept"
 CHECKPOINT = "The last checkpoint is kept, if there is one yet"
+REPLIES = "Replies of a judge are kept, if there is one"
 RUNS = "Finished runs are kept"
 # What commands leave for the same command to continue from.
 KEPT = {
+    "audit": REPLIES,
     "map collect": COUNTS,
     "map build": COUNTS,
     "sae train": CHECKPOINT,

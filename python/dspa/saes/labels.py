@@ -58,7 +58,11 @@ class Labels:
 
 
 def read_labels(
-    path: str | Path, sae: FrozenSAE, *, rules: str | Path | None = None, explainer: str | None = None
+    path: str | Path,
+    sae: FrozenSAE | LatentSpace,
+    *,
+    rules: str | Path | None = None,
+    explainer: str | None = None,
 ) -> Labels:
     """Read the labels of the latents of `sae` from a file or folder. An empty description labels nothing.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from dspa.cli import main
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.testing import ENGLISH, make_model, word_tokenizer
 
+from ..support.endpoint import last, serving
 from ..support.files import save_map_and_adapter
 
 PROMPTS = [" ".join(ENGLISH[n : n + 1 + n * 5 % 9]) for n in range(5)]
@@ -117,6 +119,13 @@ def test_prompts_and_texts(run, folder, tmp_path):
         (["--labels", "labels.json"], "accepted: 0 to 127"),
         (["--labels", "other.jsonl"], "of layer '9-"),
         (["--explainer", "gpt"], "without --labels"),
+        (["--judge", "http://h/v1", "--judge-model", "m"], "Without --texts there is no use for --judge"),
+        (["--replay"], "--judge-model is missing"),
+        (["--hand", "hand.json"], "Without --judge there is no use for --hand"),
+        (
+            ["--replay", "--judge-model", "m", "--texts", "texts.txt", "--hand", "hand.json"],
+            "'Style' is not known; accepted: Safety, Discourse, Intent",
+        ),
         (["--sae-out", "sae_in"], "has fingerprint"),
     ],
 )
@@ -124,6 +133,7 @@ def test_bad_input_is_refused_before_the_work(run, folder, tmp_path, monkeypatch
     monkeypatch.chdir(folder)
     Path("empty.txt").write_text("\n \n")
     Path("labels.json").write_text('{"999": "style"}')
+    Path("hand.json").write_text('{"3": "Style"}')
     Path("other.jsonl").write_text('{"layer": "9-res", "index": "3", "description": "warmth"}\n')
     code, _, err = run("audit", "--map", "map", "--device", "cpu", "--out", tmp_path / "a", *arguments)
     assert code == 2 and message in err and not list((tmp_path / "a").glob("*"))
@@ -143,3 +153,54 @@ def test_labels_are_shown(run, folder, tmp_path):
     assert run("audit", "--map", folder / "map", "--labels", tmp_path / "l.json", "--out", tmp_path / "a")[0] == 0
     assert audited(tmp_path / "a")["latents"][0]["label"] == "warm & kind"
     assert "warm &amp; kind" in (tmp_path / "a" / "report.html").read_text()
+
+
+def judge(request: dict[str, Any]) -> str:
+    """A judge to whom all latents are the same, and all texts fit."""
+    asked = last(request)
+    if asked.startswith("When is latent"):
+        return '{"reliable": true, "explanation": "<b>tone</b>", "evidence": "words"}'
+    if asked.startswith("Categories"):
+        return "Intent"
+    return json.dumps([1] * asked.count("--- Text"))
+
+
+def test_a_judge(run, folder, tmp_path):
+    pytest.importorskip("openai", reason='needs openai: pip install "dspa-kernels[judge]"')
+    cdmap = ConditionalDifferenceMap.load(folder / "map")
+    first = int(cdmap.columns[cdmap.values.double().sum(dim=0).argmax()])
+    (tmp_path / "hand.json").write_text(json.dumps({str(first): "Discourse"}))
+    (tmp_path / "other.json").write_text(json.dumps({str(first): "gentle"}))
+    common = ["--map", folder / "map", "--texts", folder / "texts.txt", "--top", 2, "--device", "cpu"]
+    common += ["--judge-model", "m", "--judge-cache", tmp_path / "replies"]
+    with serving(judge) as endpoint:
+        hand = ["--hand", tmp_path / "hand.json"]
+        code, _, err = run("audit", *common, *hand, "--judge", endpoint.url, "--out", tmp_path / "a")
+        assert code == 0, err
+        asked = len(endpoint.requests)
+        code, _, err = run("audit", *common, *hand, "--replay", "--out", tmp_path / "b")
+        assert code == 0, err
+        assert len(endpoint.requests) == asked
+        # The explanations of a file, in place of the judge's own.
+        labels = ["--labels", tmp_path / "other.json", "--judge", endpoint.url]
+        code, _, err = run("audit", *common, *labels, "--out", tmp_path / "c")
+        assert code == 0, err
+        assert not any("When is latent" in last(request) for request in endpoint.requests[asked:])
+    record = audited(tmp_path / "a")
+    assert {**audited(tmp_path / "b"), "settings": 0} == {**record, "settings": 0}
+    latents = {one["latent"]: one for one in record["latents"]}
+    active = [one["judgment"] for one in latents.values() if one["contexts"]]
+    assert len(active) >= 4
+    for judgment in active:
+        assert (judgment["explanation"], judgment["category"]) == ("<b>tone</b>", "Discourse")
+        assert judgment["notes"]["explained by"] == "m, by dspa_marked-contexts"
+    assert 0.5 in {judgment["scores"]["detection"] for judgment in active}
+    titles = [section["title"] for section in record["sections"]]
+    assert titles == ["Quality of the explanations", "Categories", "Categories compared with labels by hand"]
+    assert record["settings"]["judge"] == "m"
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert "&lt;b&gt;tone&lt;/b&gt;" in page and "<b>tone" not in page
+    assert re.search("explained by</dt><dd>m, by", page)
+    other = {one["latent"]: one["judgment"] for one in audited(tmp_path / "c")["latents"]}
+    assert other[first]["explanation"] == "gentle"
+    assert [one["explanation"] for latent, one in other.items() if latent != first] == [""] * (len(other) - 1)
