@@ -23,6 +23,7 @@ DSPA = (
     {"steering", "testing"},
     {"maps"},
     {"saes"},
+    {"resuming"},
     {"training_folder"},
     {"archives", "data", "expressions", "judges", "models", "files", "outputs"},
     {"config", "confusion", "distributed", "errors", "intervals", "schemas", "snapshot", "version"},

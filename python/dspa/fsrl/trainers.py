@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.utils import DPODataCollatorWithPadding
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from dspa.errors import ModelError
+from dspa import resuming
 from dspa.evaluate.responses import Response
 from dspa.evaluate.scores import Scores
 from dspa.fsrl.adapter import FSRLAdapter, Moves
@@ -29,7 +27,7 @@ from dspa.fsrl.config import TrainingConfig
 from dspa.fsrl.lending import MODULE
 from dspa.fsrl.progress import Steps
 from dspa.fsrl.results import score_moves
-from dspa.models.layers import NOT_FINITE
+from dspa.resuming import Resumable, check_loss, deprecations_silenced
 from dspa.training_folder import TrainingFolder, reading_checkpoint
 
 with warnings.catch_warnings():
@@ -38,22 +36,14 @@ with warnings.catch_warnings():
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 # Settings of the trainers that the user does not choose.
-SETTINGS = {
+SETTINGS = resuming.SETTINGS | {
     "adam_beta1": 0.9,
     "adam_beta2": 0.98,
     "lr_scheduler_type": "cosine",
-    # The model computes in its own dtype and the adapter is kept in fp32: nothing is cast automatically.
-    "bf16": False,
     # `trainable` switches it on. TRL would also make the embeddings require gradients, and so run all layers below the
     # adapter's backward.
     "gradient_checkpointing": False,
-    "gradient_checkpointing_kwargs": {"use_reentrant": False},
     "ddp_find_unused_parameters": False,
-    "remove_unused_columns": False,
-    "dataloader_drop_last": True,
-    "dataloader_pin_memory": False,
-    "logging_nan_inf_filter": False,
-    "disable_tqdm": True,
 }
 
 
@@ -65,13 +55,10 @@ class Rows(Dataset):  # type: ignore[misc]
         return self
 
 
-class AdapterTrainer(ABC):
+class AdapterTrainer(Resumable, ABC):
     """Changes to a trainer of an adapter: the L1 term, the evaluation, what is logged, and what a checkpoint holds."""
 
-    args: Any
     model: Any
-    accelerator: Any
-    state: Any
     control: Any
     callback_handler: Any
     eval_dataset: Any
@@ -100,8 +87,7 @@ class AdapterTrainer(ABC):
         response = response.to(moves.l1[0].device)
         l1, l0 = ((passes[0] * response).sum() / response.sum() for passes in (moves.l1, moves.l0))
         total = loss + self.adapter.config.l1 * l1.to(loss.device)
-        if not math.isfinite(total.item()):
-            raise ModelError(f"The loss of a batch is {total.item()}. {NOT_FINITE} Or lower the learning rate.")
+        check_loss(total)
         logged = {"preference_loss": loss, "l1": l1, "l0": l0}
         return total, {name: self._mean_over_processes(value) for name, value in logged.items()}
 
@@ -153,39 +139,17 @@ class AdapterTrainer(ABC):
     def _mean_over_processes(self, value: Tensor) -> float:
         return float(self.accelerator.gather(value.detach()).mean())
 
-    def floating_point_ops(self, _inputs: Any) -> int:
-        """Return 0: counting takes a pass over all parameters of the model every time."""
-        return 0
-
-    def _send_telemetry(self) -> None:  # noqa: B027
+    def _send_telemetry(self) -> None:
         """Send nothing. TRL would report the class and the model, unless an environment variable prevents it."""
-
-    def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:  # noqa: B027
-        """Write nothing, since a checkpoint holds no model."""
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
             self.adapter.save(output_dir or self.args.output_dir)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            step = self.state.global_step
-            self.folder.keep(Path(self.args.output_dir) / f"checkpoint-{step}", step)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with reading_checkpoint(Path(resume_from_checkpoint)):
             saved = FSRLAdapter.load(resume_from_checkpoint, self.adapter.sae)
         self.adapter.load_state_dict(saved.state_dict())
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with reading_checkpoint(Path(checkpoint or "")):
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with reading_checkpoint(Path(checkpoint or "")):
-            super()._load_rng_state(checkpoint)  # type: ignore[misc]
 
 
 class AdapterSimPOTrainer(AdapterTrainer, CPOTrainer):  # type: ignore[misc]
@@ -314,14 +278,6 @@ def _labelled(row: Mapping[str, list[int]]) -> dict[str, list[int]]:
     return columns
 
 
-@contextmanager
-def deprecations_silenced() -> Iterator[None]:
-    """Silence warnings about names that transformers has changed and TRL has not."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing.* is deprecated")
-        yield
-
-
 def arguments(config: TrainingConfig, out: Path, *, on_cpu: bool, evaluated: bool) -> Any:
     """Return TRL's settings. Making them joins the processes of a launcher."""
     rates = {
@@ -333,7 +289,6 @@ def arguments(config: TrainingConfig, out: Path, *, on_cpu: bool, evaluated: boo
         "max_grad_norm": config.max_grad_norm,
         "seed": config.seed,
         "logging_steps": config.log_every,
-        "save_strategy": "steps",
         "save_steps": config.checkpoint_every,
         "eval_strategy": "steps" if evaluated else "no",
         "eval_steps": config.eval_every,

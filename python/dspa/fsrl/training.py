@@ -6,15 +6,13 @@ A training that was stopped resumes from its last checkpoint, and ends in the sa
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -23,7 +21,7 @@ from typing_extensions import TypedDict
 from dspa.data.templates import at_date, check_template_kwargs, date_of_today
 from dspa.data.tokens import response_tokens
 from dspa.data.triples import Triple, load_triples
-from dspa.distributed import rank, warn_if_alone
+from dspa.distributed import rank
 from dspa.errors import TrainingError, refusal, require_package
 from dspa.files import checksum
 from dspa.fsrl.adapter import FSRLAdapter
@@ -33,7 +31,7 @@ from dspa.fsrl.lending import trainable
 from dspa.fsrl.results import HeldOut, held_out
 from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of, loaded_name
 from dspa.models.sources import model_source, recorded_weights
-from dspa.outputs import workspace
+from dspa.resuming import check_processes, whole_history, without_times, writing_checkpoints
 from dspa.training_folder import RECORD, History, TrainingFolder, reading_checkpoint
 
 
@@ -231,7 +229,6 @@ def _fit(
     progress: bool,
 ) -> History:
     """Train from the start or the last checkpoint to the end, and return what was logged."""
-    from dspa.fsrl.progress import whole_history, without_times
     from dspa.fsrl.trainers import trainer_of
 
     checkpoint = folder.checkpoints()[-1] if folder.checkpoints() else None
@@ -240,7 +237,7 @@ def _fit(
             adapter.load_state_dict(FSRLAdapter.load(checkpoint, adapter.sae).state_dict())
         return history
     with (
-        _writing_checkpoints(args, folder),
+        writing_checkpoints(args, folder),
         trainable(model, tokenizer, adapter, gradient_checkpointing=config.gradient_checkpointing),
         tqdm(unit="step", desc="train", disable=not progress) as bar,
     ):
@@ -251,18 +248,6 @@ def _fit(
         )
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return without_times(trainer.state.log_history)
-
-
-@contextmanager
-def _writing_checkpoints(args: Any, folder: TrainingFolder) -> Iterator[None]:
-    """Let TRL write checkpoints to a workspace of all processes; `TrainingFolder.keep` takes them from there."""
-    from accelerate.utils import broadcast_object_list
-
-    with workspace(folder.path) if args.process_index == 0 else nullcontext() as place:
-        shared = [str(place)]
-        broadcast_object_list(shared)
-        args.output_dir = shared[0]
-        yield
 
 
 def scoring(model: CausalLM, config: TrainingConfig) -> dict[str, Any]:
@@ -318,30 +303,8 @@ def _arguments(model: CausalLM, config: TrainingConfig, folder: TrainingFolder, 
     """
     from dspa.fsrl import trainers
 
-    device = device_of(model.get_input_embeddings())
-    warn_if_alone()
-    args = trainers.arguments(config, folder.path, on_cpu=device.type == "cpu", evaluated=evaluated)
-    n_launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if n_launched != args.world_size:
-        raise TrainingError(
-            f"The launcher asked for {n_launched} processes and {args.world_size} train together. Start them with "
-            "torchrun --nproc-per-node K -m dspa ..."
-        )
+    on_cpu = device_of(model.get_input_embeddings()).type == "cpu"
+    args = trainers.arguments(config, folder.path, on_cpu=on_cpu, evaluated=evaluated)
+    check_processes(model, args)
     args.gradient_accumulation_steps = config.accumulation(args.world_size)
-    # A model that is split over GPUs is not moved, so its device need not match.
-    if len(set((getattr(model, "hf_device_map", None) or {}).values())) <= 1:
-        _check_device(device, args)
     return args
-
-
-def _check_device(device: torch.device, args: Any) -> None:
-    """Check that the trainer will not copy the model to several GPUs or move it to another device.
-
-    Raises:
-        TrainingError: several GPUs, or another device than the model's.
-    """
-    if args.n_gpu > 1:
-        advice = f"Set CUDA_VISIBLE_DEVICES, or start torchrun --nproc-per-node {args.n_gpu} -m dspa ..."
-        raise refusal(TrainingError, "The number of GPUs that this process sees", args.n_gpu, "one per process", advice)
-    if args.device.type != device.type or (device.index or 0) != (args.device.index or 0):
-        raise TrainingError(f"The model is on {device} and this process trains on {args.device}. Move the model there.")

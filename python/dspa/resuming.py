@@ -1,0 +1,187 @@
+"""What trainings by transformers' Trainer share: checkpoints in a `TrainingFolder`, and joined processes."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import TrainerCallback
+from typing_extensions import TypedDict
+
+from dspa.distributed import warn_if_alone
+from dspa.errors import ModelError, TrainingError, refusal
+from dspa.models.layers import NOT_FINITE, CausalLM, device_of
+from dspa.outputs import workspace
+from dspa.schemas import PositiveInt, check, read_json
+from dspa.training_folder import History, TrainingFolder, check_step, reading_checkpoint
+
+# Settings of the trainers that the user does not choose.
+SETTINGS: dict[str, Any] = {
+    # The model computes in its own dtype: nothing is cast automatically.
+    "bf16": False,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    "remove_unused_columns": False,
+    "dataloader_drop_last": True,
+    "dataloader_pin_memory": False,
+    "logging_nan_inf_filter": False,
+    "disable_tqdm": True,
+    "save_strategy": "steps",
+}
+
+
+class Resumable:
+    """Changes to a trainer that keeps its checkpoints in a `TrainingFolder`."""
+
+    args: Any
+    state: Any
+    accelerator: Any
+    folder: TrainingFolder
+
+    def floating_point_ops(self, _inputs: Any) -> int:
+        """Return 0: counting takes a pass over all parameters of the model every time."""
+        return 0
+
+    def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:
+        """Write nothing, since a checkpoint holds no model of its own."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            step = self.state.global_step
+            self.folder.keep(Path(self.args.output_dir) / f"checkpoint-{step}", step)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading_checkpoint(Path(checkpoint or "")):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading_checkpoint(Path(checkpoint or "")):
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+
+
+class Steps(TrainerCallback):
+    """Callback of every optimizer step, which moves a bar.
+
+    Attributes:
+        shown: labels in the bar of figures that are logged.
+    """
+
+    shown: Mapping[str, str] = {"loss": "loss"}
+
+    def __init__(self, bar: tqdm[Any]) -> None:
+        self.bar = bar
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Show how far the training came before it was stopped."""
+        self.bar.reset(state.max_steps)
+        self.bar.update(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Log before a checkpoint, which does not hold the sums of the means that are logged next."""
+        self.bar.update()
+        control.should_log = control.should_log or control.should_save
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Show the figures that were logged last."""
+        shown = {label: f"{logs[name]:.4g}" for name, label in self.shown.items() if name in (logs or {})}
+        if shown:
+            self.bar.set_postfix(shown)
+
+
+# The entries of transformers' state of a training that are read here.
+class _State(TypedDict):
+    global_step: PositiveInt
+    max_steps: PositiveInt
+    log_history: History
+
+
+def without_times(history: Iterable[Mapping[str, float]]) -> History:
+    """Return what was logged without timings, and without the summary at the end of a training."""
+    kept = [entry for entry in history if "train_runtime" not in entry]
+    return [{k: v for k, v in entry.items() if not k.endswith(("_runtime", "_per_second", "_time"))} for entry in kept]
+
+
+def whole_history(checkpoint: Path) -> History | None:
+    """Return what was logged up to a checkpoint of the last step, or None for an earlier checkpoint.
+
+    A trainer that resumed from the last step would make one step more.
+
+    Raises:
+        TrainingError: the checkpoint is damaged.
+    """
+    from transformers.trainer import TRAINER_STATE_NAME
+
+    with reading_checkpoint(checkpoint):
+        state = check(_State, read_json(checkpoint / TRAINER_STATE_NAME, TrainingError), TrainingError, "its state")
+        check_step(checkpoint, state["global_step"], state["max_steps"])
+    return without_times(state["log_history"]) if state["global_step"] == state["max_steps"] else None
+
+
+def check_loss(loss: Tensor) -> None:
+    """Raise `ModelError` for the loss of a batch that is not finite."""
+    if not math.isfinite(loss.item()):
+        raise ModelError(f"The loss of a batch is {loss.item()}. {NOT_FINITE} Or lower the learning rate.")
+
+
+@contextmanager
+def deprecations_silenced() -> Iterator[None]:
+    """Silence warnings about names that transformers has changed, and its earlier versions and TRL have not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing.* is deprecated")
+        yield
+
+
+@contextmanager
+def writing_checkpoints(args: Any, folder: TrainingFolder) -> Iterator[None]:
+    """Let a trainer write checkpoints to a workspace of all processes; `TrainingFolder.keep` takes them from there."""
+    from accelerate.utils import broadcast_object_list
+
+    with workspace(folder.path) if args.process_index == 0 else nullcontext() as place:
+        shared = [str(place)]
+        broadcast_object_list(shared)
+        args.output_dir = shared[0]
+        yield
+
+
+def check_processes(model: CausalLM, args: Any) -> None:
+    """Check that all processes of a launcher train together, each on the device of its model.
+
+    Args:
+        model: the model.
+        args: the trainer's settings. Making them joined the processes.
+
+    Raises:
+        TrainingError: other processes than the launcher asked for, or another device than the model's.
+    """
+    warn_if_alone()
+    n_launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if n_launched != args.world_size:
+        raise TrainingError(
+            f"The launcher asked for {n_launched} processes and {args.world_size} train together. Start them with "
+            "torchrun --nproc-per-node K -m dspa ..."
+        )
+    # A model that is split over GPUs is not moved, so its device need not match.
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) <= 1:
+        _check_device(device_of(model.get_input_embeddings()), args)
+
+
+def _check_device(device: torch.device, args: Any) -> None:
+    """Check that the trainer will not copy the model to several GPUs or move it to another device.
+
+    Raises:
+        TrainingError: several GPUs, or another device than the model's.
+    """
+    if args.n_gpu > 1:
+        advice = f"Set CUDA_VISIBLE_DEVICES, or start torchrun --nproc-per-node {args.n_gpu} -m dspa ..."
+        raise refusal(TrainingError, "The number of GPUs that this process sees", args.n_gpu, "one per process", advice)
+    if args.device.type != device.type or (device.index or 0) != (args.device.index or 0):
+        raise TrainingError(f"The model is on {device} and this process trains on {args.device}. Move the model there.")
