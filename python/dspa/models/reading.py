@@ -83,6 +83,13 @@ def check_residual(model: nn.Module, layer: int, layers: str | None = None, *, k
 def read_layers(
     model: nn.Module, indices: Iterable[int], layers: str | None = None, cache: Cache | None = None, **inputs: Any
 ) -> dict[int, Tensor]:
+    """Return what `layer_outputs` does, without gradients."""
+    return layer_outputs(model, indices, layers, cache, **inputs)
+
+
+def layer_outputs(
+    model: nn.Module, indices: Iterable[int], layers: str | None = None, cache: Cache | None = None, **inputs: Any
+) -> dict[int, Tensor]:
     """Return the residuals [B, T, d_in] at the outputs of the decoder layers `indices`, by one forward pass.
 
     Nothing above the last of them runs: no further layer, no final norm, no language-model head.
