@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from dspa.baselines.rahf.config import AlignmentConfig, TuningConfig
 from dspa.cli.loading import check_model, check_writable, checked_triples, load_model
-from dspa.cli.options import ChatTemplateKwargs, First, OnModel, Split, Triples, with_options
+from dspa.cli.options import (
+    ChatTemplateKwargs,
+    First,
+    ModelOptions,
+    OnModel,
+    Options,
+    Split,
+    TrainingOut,
+    Triples,
+    messages_of_options,
+    with_options,
+)
 from dspa.cli.tables import print_line, print_next
 from dspa.config import POSITIONS
-from dspa.errors import refusal
+from dspa.distributed import rank
+from dspa.errors import refusal, require_package
 
 app = typer.Typer(
     help="Make methods from the literature that DSPA is compared with, from the same preference triples.",
     no_args_is_help=True,
 )
+# The LoRA goes by the names of an architecture that is known.
+OnKnownModel = Annotated[ModelOptions, Options("Model and device", without=["other_weights", "layers"])]
+rahf = typer.Typer(
+    help="RAHF-SCIT: tune a model to tell good from bad answers, then align a LoRA with the difference.",
+    no_args_is_help=True,
+)
+app.add_typer(rahf, name="rahf")
 
 
 @app.command()
@@ -67,3 +89,85 @@ def repe(
     vector.save(out)
     print_line(f"Written to {out}: {directions} directions at layer {layer}, scale {scale:g}.")
     print_next("compare", "PROMPTS", "--vector", out, "--model", on.model)
+
+
+@rahf.command()
+@with_options
+def tune(
+    triples: Triples,
+    out: TrainingOut,
+    on: OnKnownModel,
+    config: Annotated[TuningConfig, Options("Training")],
+    first: First = None,
+    split: Split = "train",
+    chat_template_kwargs: ChatTemplateKwargs = None,
+) -> None:
+    """Stage 1: train all weights of a model to tell good from bad answers by instructions.
+
+    For K processes, begin the command with `torchrun --nproc-per-node K -m dspa baseline rahf tune`.
+    """
+    from dspa.baselines.rahf.training import tune as run
+
+    _train(run, triples, out, on, config, first, split, chat_template_kwargs)
+    if rank() == 0:
+        print_next("baseline", "rahf", "align", triples, "--model", out, "--out", f"{out}-aligned")
+
+
+@rahf.command()
+@with_options
+def align(
+    triples: Triples,
+    out: TrainingOut,
+    on: OnKnownModel,
+    config: Annotated[AlignmentConfig, Options("Training", without=["targets"])],
+    target: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Layer before which residuals are moved; may be given several times. By default every second one from "
+            "5/16 to 9/16 of the layers."
+        ),
+    ] = None,
+    first: First = None,
+    split: Split = "train",
+    chat_template_kwargs: ChatTemplateKwargs = None,
+) -> None:
+    """Stage 2: train a LoRA on the tuned model that shifts its residuals from bad towards good answers."""
+    from dspa.baselines.rahf.training import align as run
+
+    with messages_of_options({"targets": "--target"}):
+        config = replace(config, targets=None if target is None else tuple(target))
+        _train(run, triples, out, on, config, first, split, chat_template_kwargs)
+    if rank() == 0:
+        print_next("compare", "PROMPTS", "--tuned", out, "--model", "MODEL")
+
+
+def _train(
+    run: Callable[..., Any],
+    triples: str,
+    out: Path,
+    on: ModelOptions,
+    config: Any,
+    first: int | None,
+    split: str,
+    chat_template_kwargs: dict[str, Any] | None,
+) -> None:
+    """Run a stage, after checking what is quick to check, and print where its result is."""
+    from dspa.training_folder import TrainingFolder
+
+    require_package("peft", "Training with RAHF")
+    folder = TrainingFolder(out)
+    if rank() == 0:
+        folder.check()
+        folder.check_free()
+    was_finished = folder.finished
+    source = checked_triples(triples, split, first)
+    check_model(on)
+    model, tokenizer = load_model(on)
+    run(
+        *(model, tokenizer, source, out),
+        config=config,
+        model_name=on.model_name,
+        chat_template_kwargs=chat_template_kwargs,
+    )
+    if rank() == 0:
+        print_line(f"This training was finished before, in {out}." if was_finished else f"Written to {out}.")

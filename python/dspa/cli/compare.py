@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from dspa.cli.generate import BackendOptions, warn_of_other_template
-from dspa.cli.loading import check_model, check_writable, load_adapter, load_model, load_pair
+from dspa.cli.loading import check_model, check_writable, load_adapter, load_model, load_pair, load_tuned
 from dspa.cli.options import (
     FILES,
     AdapterSAE,
@@ -93,6 +93,13 @@ def compare(
     vector: Annotated[
         list[Path] | None, typer.Option(help="Vector that is added at a layer, such as that of `dspa baseline repe`.")
     ] = None,
+    tuned: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder of a tuned model of the same architecture, or of a PEFT adapter, such as that of "
+            "`dspa baseline rahf align`."
+        ),
+    ] = None,
     prefix: Annotated[
         list[str] | None,
         typer.Option(help="Instruction to the base model: a system message, or text before a plain prompt."),
@@ -140,11 +147,12 @@ def compare(
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.steering.vector import SteeringVector
 
-    if not (map_paths or adapter or vector or prefix):
-        raise ValueError("None of --map, --adapter, --vector and --prefix was given; accepted: one of them, or more.")
+    if not (map_paths or adapter or vector or tuned or prefix):
+        options = "--map, --adapter, --vector, --tuned and --prefix"
+        raise ValueError(f"None of {options} was given; accepted: one of them, or more.")
     check_used("--adapter", adapter, ["--fraction"] if fraction else [])
     _check_repeated({"--map": map_paths, "--alpha": alpha, "--mode": mode, "--adapter": adapter})
-    _check_repeated({"--fraction": fraction, "--vector": vector, "--prefix": prefix})
+    _check_repeated({"--fraction": fraction, "--vector": vector, "--tuned": tuned, "--prefix": prefix})
     if not max_perplexity:
         raise refusal(ValueError, "--max-perplexity", 0, "a number > 0, such as 1.15")
     counters = dict(map(_counter, count or []))
@@ -156,7 +164,7 @@ def compare(
     if prefer not in (None, "margin", *counters):
         raise refusal(ValueError, "--prefer", repr(prefer), ", ".join(("margin", *counters)))
     read = {"PROMPTS": prompts, "--held-out": held_out} | {f"--map {path}": path for path in map_paths or []}
-    read |= {f"--vector {path}": path for path in vector or []}
+    read |= {f"--vector {path}": path for path in vector or []} | {f"--tuned {path}": path for path in tuned or []}
     check_writable("--json", json_path, read)
     # Refuses a file of something else before anything is loaded.
     RunStore.open(json_path)
@@ -175,6 +183,8 @@ def compare(
             top = "" if kept == 1 else f" top {kept:.3g}"
             methods.append(Method.adapted(loaded, fraction=kept, name=f"FSRL {labels[path]}{top}"))
     methods += [Method.vector(loaded, name=f"vector {_labels(vectors)[path]}") for path, loaded in vectors.items()]
+    for path, label in _labels(tuned or []).items():
+        methods.append(Method.tuned(load_tuned(path, on), name=f"tuned {label}"))
     methods += prefixed
     if sampling.chat or not all(isinstance(text, str) for text in texts):
         made = [("--map", cdmap.meta.chat_template_kwargs) for cdmap in maps.values()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -174,6 +175,26 @@ def load_model(options: RecordedModelOptions, recorded: Source | None = None) ->
     if options.model is not None:
         return load_named(options.model)
     return load_recorded("--model", recorded, load_named, digest)
+
+
+def load_tuned(path: Path, options: RecordedModelOptions) -> Any:
+    """Load a tuned model from its folder, or from that of a PEFT adapter, whose weights are merged into its model."""
+    if not (path / "adapter_config.json").is_file():
+        return load_model(replace(options, model=str(path)))[0]
+    require_package("peft", "A model with a PEFT adapter")
+    from peft import PeftConfig, PeftModel
+
+    from dspa.resuming import deprecations_silenced
+
+    source = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    if not source:
+        got = f"{path}, an adapter that does not record its model"
+        raise refusal(
+            ValueError, "--tuned", got, "a folder of a model", "Merge the adapter into its model, and save it."
+        )
+    model, _ = load_model(replace(options, model=source))
+    with deprecations_silenced():
+        return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
 
 
 def load_recorded_sae(

@@ -10,9 +10,10 @@ import torch
 
 from dspa.baselines.repe import repe_vector
 from dspa.cli import main
+from dspa.evaluate.scores import score_triples
 from dspa.models.load import load_model
 from dspa.steering.vector import SteeringVector
-from dspa.testing import L_OUT
+from dspa.testing import L_OUT, make_model, word_tokenizer
 
 from ..support.adapters import TRIPLES
 from ..support.files import save_map_and_adapter
@@ -24,6 +25,9 @@ PROMPTS = ["the cat is", "my own red tree"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("user")
     save_map_and_adapter(folder, PROMPTS)
+    # RAHF's instructions are longer than the tiny model's positions.
+    make_model("gemma2", max_position_embeddings=512, initializer_range=0.05).save_pretrained(folder / "long")
+    word_tokenizer().save_pretrained(folder / "long")
     (folder / "triples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TRIPLES))
     return folder
 
@@ -78,3 +82,47 @@ def test_what_repe_refuses(run, folder, options, message):
     given = ["--model", folder / "tiny", "--layer", L_OUT, "--out", "repe.safetensors", *options]
     code, _, err = run("baseline", "repe", folder / "triples.jsonl", *given)
     assert code == 2 and message in err, err
+
+
+def test_rahf_is_trained_in_two_stages_and_compared(run, folder, tmp_path):
+    pytest.importorskip("peft")
+    data = (folder / "triples.jsonl", "--batch-size", 4)
+    code, out, err = run(
+        *("baseline", "rahf", "tune", *data, "--model", folder / "long", "--out", "tuned"),
+        *("--lr", 1e-3, "--epochs", 1, "--loss", "paper"),
+    )
+    assert code == 0, err
+    assert "Written to tuned." in out and "Next: dspa baseline rahf align" in out
+    align = ("baseline", "rahf", "align", *data, "--model", tmp_path / "tuned", "--max-steps", 2, "--out", "aligned")
+    code, out, err = run(*align, "--target", 1, "--target", 3)
+    assert code == 0, err
+    assert "Next: dspa compare PROMPTS --tuned aligned" in out
+    assert "finished before" in run(*align, "--target", 3, "--target", 1)[1]
+    code, _, err = run(*align, "--target", 4)
+    assert code == 2 and "--target is [4]; accepted: layers from 1 to 3" in err
+    code, out, err = run(
+        *("compare", folder / "prompts.txt", "--model", folder / "long", "--tuned", "tuned", "--tuned", "aligned"),
+        *("--prefix", "my", "--held-out", folder / "triples.jsonl", "--seeds", 1, "--max-new-tokens", 5),
+        *("--json", "out.json"),
+    )
+    assert code == 0, err
+    methods = json.loads((tmp_path / "out.json").read_text())["methods"]
+    assert [method["name"] for method in methods] == ["base", "tuned tuned", "tuned aligned", 'prefix "my"']
+    # What the table has is what the merged model itself gives.
+    model, tokenizer = load_model(tmp_path / "tuned")
+    from peft import PeftModel
+
+    merged = PeftModel.from_pretrained(model, str(tmp_path / "aligned")).merge_and_unload()
+    scored = score_triples(merged, tokenizer, TRIPLES, progress=False)
+    margins = methods[2]["measures"]["margin"]["values"][0]
+    torch.testing.assert_close(torch.tensor(margins), scored.margins, atol=1e-5, rtol=0)
+    assert margins != methods[1]["measures"]["margin"]["values"][0] != methods[0]["measures"]["margin"]["values"][0]
+    code, _, err = run("compare", folder / "prompts.txt", "--model", folder / "tiny", "--tuned", "small")
+    assert code == 2 and "small" in err
+
+
+def test_a_tuned_model_of_another_architecture_is_refused(run, folder):
+    make_model("qwen3").save_pretrained(folder / "other")
+    word_tokenizer().save_pretrained(folder / "other")
+    code, _, err = run("compare", folder / "prompts.txt", "--model", folder / "tiny", "--tuned", folder / "other")
+    assert code == 2 and "The model of the method 'tuned other' is with" in err and "the same architecture" in err

@@ -137,7 +137,7 @@ def test_several_maps(run, folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "None of --map, --adapter, --vector and --prefix was given"),
+        ([], "None of --map, --adapter, --vector, --tuned and --prefix was given"),
         (["--fraction", 0.5, "--prefix", "a"], "Without --adapter there is no use for --fraction"),
         (["--map", "map", "--count", "the"], "--count is 'the'; accepted: NAME=REGEX"),
         (["--map", "map", "--count", "a=("], "--count a is '(', which does not compile (missing ), unterminated"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,11 +14,12 @@ from dspa.baselines.shuffled_map import shuffled_map
 from dspa.baselines.static_sae import static_map
 from dspa.baselines.wrong_layer import at_layer, wrong_layer
 from dspa.config import SteeringConfig
-from dspa.errors import AdapterError, refusal
+from dspa.errors import AdapterError, ModelError, refusal
 from dspa.files import checksum, digest_of
 from dspa.maps.cdmap import TENSORS, ConditionalDifferenceMap
 from dspa.models.attachment import Attachable
-from dspa.models.layers import CausalLM, find_layers
+from dspa.models.layers import CausalLM, base_model, find_layers
+from dspa.models.sources import model_digest
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import required_layer
 from dspa.steering.dspa import Steering
@@ -59,14 +60,15 @@ class Parts:
 class Method:
     """One way to answer prompts; `base` is in every comparison.
 
-    Make it with `dspa`, `static`, `adapted`, `vector` or `prefixed`.
+    Make it with `dspa`, `static`, `adapted`, `vector`, `tuned` or `prefixed`.
 
     Attributes:
         name: name in tables and files, different from the others'.
-        kind: "base", "DSPA", "Static-SAE", "adapter", "vector", "prefix", or "control".
+        kind: "base", "DSPA", "Static-SAE", "adapter", "vector", "tuned", "prefix", or "control".
         settings: all that its answers depend on, as JSON: digests of maps, SAEs and adapters are among them.
         attachable: returns what steers, not attached, for a seed; None for nothing.
         drawn: True if that is another one for each seed.
+        weights: parameters by name that take the place of the model's; None to keep those.
         prefix: text that is put in as a system message, or before a prompt that is plain text.
         parts: what a DSPA method is made of, from which its controls are made.
         control_of: name of the method that this is a control of.
@@ -77,6 +79,7 @@ class Method:
     settings: dict[str, Any] = field(default_factory=dict)
     attachable: Callable[[int], Attachable] | None = None
     drawn: bool = False
+    weights: Mapping[str, Tensor] | None = None
     prefix: str = ""
     parts: Parts | None = None
     control_of: str = ""
@@ -180,6 +183,24 @@ class Method:
             "layers": [vector.layer],
         }
         return cls(name or f"vector {vector.scale:g}", "vector", settings, lambda _seed: vector)
+
+    @classmethod
+    def tuned(cls, model: nn.Module, *, name: str = "tuned") -> Method:
+        """Return a model that answers in place of the compared one, such as the same after fine-tuning.
+
+        Args:
+            model: a model of the same architecture, with the same tokens. Merge the weights of a PEFT model first.
+            name: name in tables.
+
+        Raises:
+            ModelError: a model that is offloaded or not a whole language model.
+        """
+        inner = base_model(model)
+        digest = model_digest(inner)
+        if digest is None:
+            raise refusal(ModelError, "`model`", "offloaded in part", "one whose weights are all on devices")
+        weights = {key: parameter.detach() for key, parameter in inner.named_parameters()}
+        return cls(name, "tuned", {"weights": digest}, weights=weights)
 
     @classmethod
     def prefixed(cls, text: str, *, name: str = "") -> Method:

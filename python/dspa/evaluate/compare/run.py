@@ -72,7 +72,7 @@ def compare(
         model: a transformers causal language model in evaluation mode, to which nothing is attached.
         tokenizer: the model's tokenizer.
         prompts: texts, or lists of messages.
-        methods: what `Method.dspa`, `.static`, `.adapted`, `.vector` and `.prefixed` made.
+        methods: what `Method.dspa`, `.static`, `.adapted`, `.vector`, `.tuned` and `.prefixed` made.
         held_out: preference triples that no method was made with, to measure log-probabilities on.
         counters: by name, a compiled regular expression, whose matches in an answer are counted, or a function of
             prompt (of messages, the text of the last one) and answer.
@@ -210,7 +210,7 @@ def _check(
     if not methods:
         raise refusal(ValueError, "`methods`", "empty", "one method or more besides the base model")
     if strays := [method for method in methods if not isinstance(method, Method)]:
-        made = "what Method.dspa, .static, .adapted, .vector and .prefixed make"
+        made = "what Method.dspa, .static, .adapted, .vector, .tuned and .prefixed make"
         raise refusal(ValueError, "`methods`", f"with a {type(strays[0]).__name__}", made)
     names = [BASE, *(method.name for method in methods)]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
@@ -294,13 +294,14 @@ class _Runner:
 
     @contextmanager
     def attached(self, method: Method, seed: int) -> Iterator[Attachable | None]:
-        """Attach what a method steers by within a `with` block."""
-        if method.attachable is None:
-            yield None
-            return
-        names: dict[str, Any] = {"layers": self.layers, "model_name": self.model_name}
-        with method.attachable(seed).attach(self.model, **names, other_weights=self.other_weights) as attachable:
-            yield attachable
+        """Attach what a method steers by, and give the model its weights, within a `with` block."""
+        with weights_replaced(self.model, method):
+            if method.attachable is None:
+                yield None
+                return
+            names: dict[str, Any] = {"layers": self.layers, "model_name": self.model_name}
+            with method.attachable(seed).attach(self.model, **names, other_weights=self.other_weights) as attachable:
+                yield attachable
 
     def work(self, methods: Sequence[Method], seeds: Sequence[int], progress: bool) -> Iterator[tuple[Method, int]]:
         """Yield every method and seed, with a bar that names the method.
@@ -423,6 +424,34 @@ class _Runner:
             return response_densities(self.model, sae, responses, layers=self.layers, batch_tokens=self.batch_tokens)
 
         return measure
+
+
+@contextmanager
+def weights_replaced(model: CausalLM, method: Method) -> Iterator[None]:
+    """Give the model the weights of a method within a `with` block, if it has some.
+
+    Raises:
+        ModelError: weights of a model of another architecture.
+    """
+    own = dict(model.named_parameters())
+    others = method.weights
+    if others is None:
+        yield
+        return
+    shapes, mine = ({name: tuple(p.shape) for name, p in tensors.items()} for tensors in (others, own))
+    if different := sorted(name for name in {*shapes, *mine} if shapes.get(name) != mine.get(name)):
+        name = different[0]
+        got = f"with {name} of shape {shapes.get(name)}, where the compared model's is {mine.get(name)}"
+        advice = "Merge the weights of a PEFT model before."
+        raise refusal(ModelError, f"The model of the method {method.name!r}", got, "the same architecture", advice)
+    before = {name: parameter.data for name, parameter in own.items()}
+    try:
+        for name, parameter in own.items():
+            parameter.data = others[name].to(parameter.device, parameter.dtype)
+        yield
+    finally:
+        for name, parameter in own.items():
+            parameter.data = before[name]
 
 
 def _unsteered(steering: Steering) -> list[bool]:
