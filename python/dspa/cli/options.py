@@ -329,8 +329,8 @@ class JudgeOptions:
     judge_cache: Path | None = field(
         default=None,
         metadata={
-            "help": "Folder of the judge's replies. What is in it is not asked again. By default the folder judge in "
-            "that of the output."
+            "help": "Folder of the judge's replies. What is in it is not asked again: the same command continues a "
+            "stopped one. By default the folder judge in that of the output."
         },
     )
     judge_parameters: str = field(
