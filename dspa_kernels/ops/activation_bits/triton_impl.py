@@ -44,7 +44,9 @@ def activation_bits(
     n_slots, n_words = bits.shape
     slots = slots.contiguous()
     if k:
-        for rows, keys in row_keys(h, encoder_rows, b_enc, threshold, k, normalize, slots, n_slots):
+        # As one sequence in 32 bits, because 64 take registers that a tile of stored latents does not have.
+        kept = -(slots < 0).int()
+        for rows, keys in row_keys(h, encoder_rows, b_enc, threshold, k, normalize, kept, 1):
             pack_row_kernel[(len(keys),)](
                 keys,
                 slots[rows],
