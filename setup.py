@@ -146,6 +146,7 @@ setup(
         "dspa": [
             "py.typed",
             "audit/templates/*",
+            "evaluate/style.json",
             "demo/assets/*",
             "demo/assets/*/*",
             "demo/smollm2/assets/*",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,7 +34,9 @@ from dspa.errors import refusal
 
 if TYPE_CHECKING:
     from dspa.evaluate.compare.comparison import Comparison
+    from dspa.evaluate.compare.measures import Counter
     from dspa.evaluate.compare.methods import Method
+    from dspa.evaluate.style import StyleCounter
     from dspa.fsrl.adapter import FSRLAdapter
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.saes.frozen import FrozenSAE
@@ -109,7 +110,16 @@ def compare(
     ] = None,
     count: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=REGEX", help="Count the matches of a regular expression (Python's) per answer."),
+        typer.Option(
+            metavar="NAME[=REGEX]",
+            help="Count the matches of a regular expression (Python's) per answer, or take a counter of --counters.",
+        ),
+    ] = None,
+    counter_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--counters", help="Counters of style for --count NAME, by rules in a JSON file; by default ours."
+        ),
     ] = None,
     prefer: Annotated[
         str | None,
@@ -143,6 +153,7 @@ def compare(
     from dspa.evaluate.compare.methods import CONTROLS, Method
     from dspa.evaluate.compare.run import compare as run
     from dspa.evaluate.compare.runs import RunStore
+    from dspa.evaluate.style import style_counters
     from dspa.fsrl.training import trained_template
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.steering.vector import SteeringVector
@@ -155,7 +166,8 @@ def compare(
     _check_repeated({"--fraction": fraction, "--vector": vector, "--tuned": tuned, "--prefix": prefix})
     if not max_perplexity:
         raise refusal(ValueError, "--max-perplexity", 0, "a number > 0, such as 1.15")
-    counters = dict(map(_counter, count or []))
+    styles = style_counters(counter_file)
+    counters = dict(_counter(text, styles) for text in count or [])
     check_counters(counters)
     if count and len(counters) < len(count):
         raise refusal(ValueError, "--count", "one name twice", "different names")
@@ -238,11 +250,14 @@ def _check_repeated(given: Mapping[str, Sequence[Any] | None]) -> None:
                 raise refusal(ValueError, option, f"{value} twice", "different values")
 
 
-def _counter(text: str) -> tuple[str, re.Pattern[str]]:
-    """Return the name and the compiled expression of one --count."""
-    name, equals, expression = text.partition("=")
-    if not (name.strip() and equals and expression):
-        raise refusal(ValueError, "--count", repr(text), "NAME=REGEX, such as 'thanks=(?i)thank'")
+def _counter(text: str, styles: Mapping[str, StyleCounter]) -> tuple[str, Counter]:
+    """Return the name and the counter of one --count: a compiled expression, or one of `styles`."""
+    if text in styles:
+        return text, styles[text]
+    name, _, expression = text.partition("=")
+    if not (name.strip() and expression):
+        accepted = f"NAME=REGEX, such as 'thanks=(?i)thank', or one of {', '.join(styles)}"
+        raise refusal(ValueError, "--count", repr(text), accepted)
     from dspa.expressions import compile_expression
 
     try:

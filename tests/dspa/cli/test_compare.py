@@ -80,6 +80,22 @@ def test_all_methods_in_tables_and_file(run, folder, tmp_path):
     assert "base, seed 0: 0%" in err
 
 
+def test_counters_of_style_by_name(run, folder, tmp_path):
+    """Those of the package, or of a file of rules: every answer has the value of the counter."""
+    rules = {"format": "dspa.style.1", "counters": {"cats": {"about": "Cats.", "words": ["cat"]}}}
+    (tmp_path / "rules.json").write_text(json.dumps(rules))
+    base = ("--model", folder / "tiny", "--prefix", "be kind", "--seeds", 1)
+    assert run(*base, "--count", "words", "--count", "w=\\S")[0] == 0
+    record = json.loads((tmp_path / "dspa-compare.json").read_text())
+    method = record["methods"][1]
+    assert method["measures"]["words"]["values"][0] == [len(text.split()) for text in method["answers"][0]]
+    code, _, err = run(*base, "--count", "cats", "--counters", "rules.json", "--json", "cats.json")
+    assert code == 0, err
+    cats = json.loads((tmp_path / "cats.json").read_text())["methods"][1]
+    assert cats["measures"]["cats"]["values"][0] == [text.split().count("cat") for text in cats["answers"][0]]
+    assert "'words'; accepted: NAME=REGEX" in run(*base, "--count", "words", "--counters", "rules.json")[2]
+
+
 def test_answers_that_are_shown_are_of_the_file(run, folder, tmp_path):
     code, out, _ = run("--map", folder / "map", "--no-controls", "--no-static", "--seeds", 1, "--alpha", 1)
     assert code == 0
@@ -139,7 +155,8 @@ def test_several_maps(run, folder, tmp_path):
     [
         ([], "None of --map, --adapter, --vector, --tuned and --prefix was given"),
         (["--fraction", 0.5, "--prefix", "a"], "Without --adapter there is no use for --fraction"),
-        (["--map", "map", "--count", "the"], "--count is 'the'; accepted: NAME=REGEX"),
+        (["--map", "map", "--count", "the"], "--count is 'the'; accepted: NAME=REGEX, such as 'thanks=(?i)thank', or"),
+        (["--map", "map", "--counters", "prompts.txt"], "prompts.txt is not JSON"),
         (["--map", "map", "--count", "a=("], "--count a is '(', which does not compile (missing ), unterminated"),
         (["--map", "map", "--count", "a=b", "--count", "a=c"], "--count is one name twice"),
         (["--map", "map", "--count", "margin=b"], "The name of a counter is 'margin'"),
