@@ -17,7 +17,7 @@ from dspa.errors import JudgeError, listed, refusal, require_package
 from dspa.files import digest_of
 from dspa.judges.cache import Reply, ReplyCache
 from dspa.judges.questions import Answer, Question, read_answer
-from dspa.schemas import Count, Positive, PositiveInt, check
+from dspa.schemas import Count, Positive, PositiveInt, check, parse_json
 
 T = TypeVar("T")
 
@@ -75,7 +75,8 @@ class Judge:
         check(Positive, timeout, ValueError, "`timeout`")
         self.url, self.model, self.replay = url, model, replay
         # As JSON reads them again from the cache.
-        self.parameters: dict[str, Any] = json.loads(json.dumps(PARAMETERS if parameters is None else dict(parameters)))
+        text = json.dumps(PARAMETERS if parameters is None else dict(parameters))
+        self.parameters: dict[str, Any] = parse_json(text, ValueError, "`parameters`")
         self._cache, self._concurrency = ReplyCache(Path(cache)), concurrency
         self._retries, self._timeout = retries, timeout
 
