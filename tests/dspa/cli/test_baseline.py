@@ -117,7 +117,7 @@ def test_rahf_is_trained_in_two_stages_and_compared(run, folder, tmp_path):
     margins = methods[2]["measures"]["margin"]["values"][0]
     torch.testing.assert_close(torch.tensor(margins), scored.margins, atol=1e-5, rtol=0)
     assert margins != methods[1]["measures"]["margin"]["values"][0] != methods[0]["measures"]["margin"]["values"][0]
-    code, _, err = run("compare", folder / "prompts.txt", "--model", folder / "tiny", "--tuned", "small")
+    code, _, err = run("compare", folder / "prompts.txt", "--model", folder / "tiny", "--tuned", tmp_path / "small")
     assert code == 2 and "small" in err
 
 
