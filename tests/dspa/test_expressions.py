@@ -87,7 +87,7 @@ def test_invalid_expressions(expression: object, tmp_path: Path):
         read_labels(tmp_path / "labels.json", make_sae(1, 4, seed=1), rules=tmp_path / "rules.json")
     if isinstance(expression, str):
         with pytest.raises(ValueError, match=r"--count n is .*, which does not compile"):
-            _counter(f"n={expression}")
+            _counter(f"n={expression}", {})
 
 
 def test_rules_that_take_too_long(tmp_path: Path):

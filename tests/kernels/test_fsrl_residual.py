@@ -547,7 +547,7 @@ def test_opcheck_with_gradients(activation: str, normalised: bool) -> None:
     for name in ("h", "W_a", "b_a"):
         adapter[name] = getattr(case, name).requires_grad_()
     x = case.h.detach().float().requires_grad_() if normalised else None
-    others = {"x": x, "keep": True, "backend": "reference"}
+    others = {"x": x, "rows": None, "keep": True, "backend": "reference"}
     torch.library.opcheck(torch.ops.dspa.fsrl_residual.default, (), frozen | adapter | others)
 
 
