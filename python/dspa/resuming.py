@@ -1,4 +1,4 @@
-"""What trainings by transformers' Trainer share: checkpoints in a `TrainingFolder`, and joined processes."""
+"""Checkpoints in a `TrainingFolder`, and joined processes, for trainings by transformers' Trainer."""
 
 from __future__ import annotations
 

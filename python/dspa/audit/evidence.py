@@ -85,7 +85,7 @@ class LatentEvidence:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What reading a text shows of an SAE.
+    """The findings of a text about an SAE.
 
     Attributes:
         n_tokens: number of tokens that were read, without those of outlying norm.

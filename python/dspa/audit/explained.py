@@ -20,7 +20,7 @@ METHOD = "dspa_marked-contexts"
 
 @dataclass(frozen=True)
 class ExplainedLatent:
-    """What is known of the meaning of one latent.
+    """The meaning of one latent, as far as it is known.
 
     Attributes:
         text: the explanation, or empty if there is none.

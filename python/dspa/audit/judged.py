@@ -1,4 +1,4 @@
-"""What a judge says of latents, as the report of an audit shows it: a judgment per latent, and tables of groups."""
+"""Judgments of latents, as the report of an audit shows them: one per latent, and tables of groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Neuronpedia's export of an SAE shows of latents besides explanations: contexts, densities and promoted tokens.
+"""Contexts, densities and promoted tokens of latents in Neuronpedia's export of an SAE, beside the explanations.
 
 An export has a folder per SAE, with the folders `features`, `activations` and `explanations` of `batch-N.jsonl.gz`.
 Batches of features and explanations are cut from all latents ordered by their index *as text* (0, 1, 10, 100, ...), so
@@ -25,7 +25,7 @@ LATENTS_PER_BATCH = 1024
 
 @dataclass(frozen=True)
 class Feature:
-    """What an export says of a latent.
+    """A latent in an export.
 
     Attributes:
         density: share of tokens on which it is active.

@@ -40,7 +40,7 @@ class Judgment:
 
 @dataclass(frozen=True)
 class LatentRecord:
-    """What is known of one latent.
+    """One latent, with all that is known of it.
 
     Attributes:
         latent: number of the latent.
@@ -102,7 +102,7 @@ class SampleToken:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the model writes after a prompt, without steering and with it."""
+    """Answers of the model to a prompt, without steering and with it."""
 
     prompt: str
     base: str

@@ -18,7 +18,7 @@ ADVICE = "Remove the file, and the question is asked again."
 
 @schema
 class Reply:
-    """What an endpoint replied.
+    """The reply of an endpoint.
 
     Attributes:
         text: text of the answer.

@@ -14,7 +14,7 @@ ALIGNMENT_LOSSES = ("norm", "squared", "rahf_code_compat")
 
 @schema
 class TrainingSettings:
-    """What both stages have."""
+    """Options that both stages have."""
 
     batch_size: PositiveInt = field(
         default=64, metadata={"help": "Examples per step of the optimizer, over all processes."}
