@@ -19,7 +19,8 @@ from dspa.serving.requests import SteeringRequest
 from dspa.serving.settings import Place, ServingSettings
 from dspa_kernels import MapWeights, SteeringPlan, activation_bits, bit_counts, map_lookup, n_words, steer_
 
-logger = logging.getLogger(__name__)
+# Below the logger that vLLM sets up: Python shows nothing of others but warnings.
+logger = logging.getLogger(f"vllm.{__name__}")
 
 # A position that no token has.
 NEVER = torch.iinfo(torch.int64).max
