@@ -125,6 +125,16 @@ def latent_blocks(n_rows: int, d_sae: int, least: int = 1) -> Iterator[slice]:
     return (slice(start, min(start + width, d_sae)) for start in range(0, d_sae, width))
 
 
+def encoder_tiles(n_rows: int, d_sae: int, k: int, least: int = 1) -> Iterator[tuple[slice, slice]]:
+    """Return slices of rows and of latents that cover all, with latents in multiples of `least`.
+
+    A rank needs whole rows. A threshold does not, so that each block of the encoder is read once.
+    """
+    if k:
+        return ((rows, slice(0, d_sae)) for rows in row_blocks(n_rows, d_sae))
+    return ((slice(None), latents) for latents in latent_blocks(n_rows, d_sae, least))
+
+
 def row_blocks(n_rows: int, d_sae: int, least: int = 1) -> Iterator[slice]:
     """Return slices of the rows, so short that their `d_sae` latents stay small, but of at least `least` rows."""
     height = max(least, MAX_ELEMENTS // d_sae)

@@ -6,12 +6,11 @@ from dspa_kernels.formulas import (
     WORD,
     active_latents,
     compute_dtype,
-    latent_blocks,
+    encoder_tiles,
     n_words,
     normalise,
     pack_latents,
     pre_activations,
-    row_blocks,
 )
 
 
@@ -31,13 +30,7 @@ def activation_bits(
     if not len(kept):
         return
     hn, slots = normalise(h[kept], normalize, compute_dtype(h, encoder_rows)).rows, slots[kept]
-    # A rank needs whole rows. A threshold does not, so that each block of the encoder is read once.
-    tiles = (
-        ((rows, slice(0, d_sae)) for rows in row_blocks(len(kept), d_sae))
-        if k
-        else ((slice(None), latents) for latents in latent_blocks(len(kept), d_sae, WORD))
-    )
-    for rows, latents in tiles:
+    for rows, latents in encoder_tiles(len(kept), d_sae, k, WORD):
         pre = pre_activations(hn[rows], encoder_rows[latents], b_enc[latents])
         words = slice(latents.start // WORD, n_words(latents.stop))
         bits[slots[rows], words] = pack_latents(active_latents(pre, threshold[latents], k))

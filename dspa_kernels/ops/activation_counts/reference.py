@@ -6,10 +6,9 @@ from torch import Tensor
 from dspa_kernels.formulas import (
     active_latents,
     compute_dtype,
-    latent_blocks,
+    encoder_tiles,
     normalise,
     pre_activations,
-    row_blocks,
 )
 
 
@@ -28,14 +27,7 @@ def activation_counts(
     counted = (sequences >= 0).nonzero().flatten()
     hn = normalise(h[counted], normalize, compute_dtype(h, encoder_rows)).rows
     sequence = sequences[counted].long()
-    everything = slice(0, d_sae)
-    # A rank needs whole rows. A threshold does not, so that each block of the encoder is read once.
-    tiles = (
-        ((rows, everything) for rows in row_blocks(len(counted), d_sae))
-        if k
-        else ((slice(None), latents) for latents in latent_blocks(len(counted), d_sae))
-    )
-    for rows, latents in tiles:
+    for rows, latents in encoder_tiles(len(counted), d_sae, k):
         pre = pre_activations(hn[rows], encoder_rows[latents], b_enc[latents])
         active = active_latents(pre, threshold[latents], k)
         counts[:, latents].index_add_(0, sequence[rows], active.to(torch.int32))
