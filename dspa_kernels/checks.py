@@ -1,6 +1,6 @@
 """Input errors in one form: the argument, its value, what is accepted, what to do."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, dtype
 
@@ -62,6 +62,17 @@ def check_contiguous(argument: str, tensor: Tensor, advice: str) -> None:
     """Raise `InputError` unless `tensor` is contiguous, as kernels read and write it."""
     if not tensor.is_contiguous():
         raise refuse(argument, f"not contiguous, of strides {list(tensor.stride())}", "a contiguous tensor", advice)
+
+
+def check_buffers(
+    buffers: Mapping[str, tuple[Tensor, dtype, Sequence[int | str]]], like: Tensor, like_name: str
+) -> None:
+    """Raise `InputError` unless each tensor has its dtype and shape, is contiguous, and on the device of `like`."""
+    for name, (tensor, accepted, shape) in buffers.items():
+        check_shape(name, tensor, shape)
+        check_dtype(name, tensor, (accepted,))
+        check_device(name, tensor, like, like_name)
+        check_contiguous(name, tensor, "Pass a tensor of its own.")
 
 
 def check_at_least(argument: str, value: float, least: float) -> None:

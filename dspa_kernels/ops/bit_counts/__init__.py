@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dspa_kernels.backends import choose, define_op
-from dspa_kernels.checks import check_contiguous, check_device, check_dtype, check_shape, check_whole, refuse
+from dspa_kernels.checks import check_buffers, check_device, check_dtype, check_shape, check_whole, refuse
 from dspa_kernels.formulas import n_words
 
 
@@ -45,19 +47,16 @@ def bit_counts(
     """
     n_rows = len(n_tokens)
     check_whole("block_size", block_size, 1)
-    shapes: dict[str, tuple[Tensor, torch.dtype, tuple[int | str, ...]]] = {
+    buffers: dict[str, tuple[Tensor, torch.dtype, Sequence[int | str]]] = {
         "out": (out, torch.int32, (n_rows, "d_sae")),
         "bits": (bits, torch.int32, ("n_slots", n_words(out.shape[-1]))),
-        "blocks": (blocks, torch.int32, (n_rows, "n_blocks")),
         "n_tokens": (n_tokens, torch.int64, ("R",)),
         "rows": (rows, torch.int32, ("n",)),
     }
-    for name, (tensor, dtype, shape) in shapes.items():
-        check_shape(name, tensor, shape)
-        check_dtype(name, tensor, (dtype,))
-        check_device(name, tensor, bits, "bits")
-        if name != "blocks":
-            check_contiguous(name, tensor, "Pass a tensor of its own.")
+    check_buffers(buffers, bits, "bits")
+    check_shape("blocks", blocks, (n_rows, "n_blocks"))
+    check_dtype("blocks", blocks, (torch.int32,))
+    check_device("blocks", blocks, bits, "bits")
     if blocks.shape[1] > 1 and blocks.stride(1) != 1:
         raise refuse("blocks", f"with a stride of {blocks.stride(1)} in its rows", "contiguous rows")
     _bit_counts(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dspa_kernels.backends import choose, define_op
-from dspa_kernels.checks import check_contiguous, check_device, check_dtype, check_shape
+from dspa_kernels.checks import check_buffers
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +78,7 @@ def place_tokens(
         BackendError: the named backend cannot run.
     """
     n_rows, n_groups, n_tokens = len(prompts.n_counted), len(out.due), len(out.row)
-    shapes: dict[str, tuple[Tensor, torch.dtype, tuple[int | str, ...]]] = {
+    buffers: dict[str, tuple[Tensor, torch.dtype, Sequence[int | str]]] = {
         "rows": (rows, torch.int64, ("B",)),
         "starts": (starts, torch.int32, (len(rows) + 1,)),
         "positions": (positions, torch.int64, ("n",)),
@@ -90,11 +91,7 @@ def place_tokens(
         "out.slot": (out.slot, torch.int64, (n_tokens,)),
         "out.due": (out.due, torch.int32, (n_groups, n_rows)),
     }
-    for name, (tensor, dtype, shape) in shapes.items():
-        check_shape(name, tensor, shape)
-        check_dtype(name, tensor, (dtype,))
-        check_device(name, tensor, rows, "rows")
-        check_contiguous(name, tensor, "Pass a tensor of its own.")
+    check_buffers(buffers, rows, "rows")
     _place_tokens(
         rows=rows,
         starts=starts,
