@@ -47,6 +47,7 @@ N_TOKENS = 200_000
 N_PROMOTED = 8
 # Random contexts per latent, with it and without it, for the scores of explanations. Half of them are shown.
 N_SAMPLE = 100
+BATCH_SIZE = 16
 
 
 @with_options
@@ -97,6 +98,9 @@ def audit(
         int | None,
         typer.Option("--tokens", help=f"Tokens of --texts to read, from its start; by default {N_TOKENS:,}.", min=1),
     ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Number of --prompts that are answered together.", min=1)
+    ] = BATCH_SIZE,
     chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
     """Report which latents a map edits, how often and how far, and what they stand for.
@@ -123,9 +127,11 @@ def audit(
 
     # The seed also draws the control, and k_diff is that of a trace's steering.
     of_prompts = [*changed(sampling, "--seed"), *changed(config, "--k-diff")]
-    check_used("--prompts", prompts, of_prompts + ["--chat-template-kwargs"] * bool(chat_template_kwargs))
+    of_prompts += ["--batch-size"] * (batch_size != BATCH_SIZE)
+    of_prompts += ["--chat-template-kwargs"] * bool(chat_template_kwargs)
+    check_used("--prompts", prompts, of_prompts)
+    check_used("--texts", texts, ["--tokens"] * bool(n_tokens) + changed(judged))
     judge = open_judge(judged, out)
-    check_used("--texts", texts, ["--tokens"] * bool(n_tokens) + ["--judge"] * bool(judge))
     check_used("--judge", judge, ["--hand"] * bool(hand))
     files = {"trace": trace, "texts": texts, "prompts": prompts, "labels": labels, "hand": hand}
     make_folder(out, WRITTEN, [map_path, *files.values()])
@@ -144,7 +150,11 @@ def audit(
             if sampling.chat:
                 warn_of_other_template([("--map", cdmap.meta.chat_template_kwargs)], chat_template_kwargs)
             steering = Steering(sae_in, sae_out, cdmap, config, record=True)
-            known["samples"], own = _samples(model, tokenizer, steering, asked, on, sampling, chat_template_kwargs)
+            known["samples"], own = _samples(
+                *(model, tokenizer, steering, asked, on, sampling),
+                batch_size=batch_size,
+                chat_template_kwargs=chat_template_kwargs,
+            )
             if edits is None:
                 edits, groups = own, with_edited(groups, own, top)
         known |= _meanings(model, tokenizer, sae_out, groups, on)
@@ -189,13 +199,15 @@ def _samples(
     prompts: Sequence[Text],
     on: RecordedModelOptions,
     sampling: SamplingOptions,
+    *,
+    batch_size: int,
     chat_template_kwargs: Mapping[str, Any] | None,
 ) -> tuple[list[Sample], TextEdits]:
     """Answer --prompts with and without steering."""
     from dspa.audit.samples import sample_texts
     from dspa.data.prompts import tokenize_prompt
 
-    options = asdict(sampling)
+    options = asdict(sampling) | {"batch_size": batch_size}
     encode = partial(tokenize_prompt, tokenizer, chat=options.pop("chat"), chat_template_kwargs=chat_template_kwargs)
     with steering.attach(model, **on.names):
         return sample_texts(model, tokenizer, steering, prompts, encode, progress=True, **options)

@@ -75,7 +75,7 @@ def test_prompts_and_texts(run, folder, tmp_path):
     assert code == 0, err
     record = audited(tmp_path / "a")
     written = ["--trace", tmp_path / "t.jsonl", "--out", tmp_path / "o.jsonl", "--compare"]
-    assert run("generate", *steering, "--file", prompts, *written)[0] == 0
+    assert run("generate", *steering, "--file", prompts, "--batch-size", 16, *written)[0] == 0
     answers = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert [sample["base"] for sample in record["samples"]] == [answer["base"] for answer in answers]
     for sample, answer in zip(record["samples"], answers, strict=True):
@@ -120,7 +120,7 @@ def test_prompts_and_texts(run, folder, tmp_path):
         (["--labels", "other.jsonl"], "of layer '9-"),
         (["--explainer", "gpt"], "without --labels"),
         (["--judge", "http://h/v1", "--judge-model", "m"], "Without --texts there is no use for --judge"),
-        (["--replay"], "--judge-model is missing"),
+        (["--texts", "texts.txt", "--replay"], "--judge-model is missing"),
         (["--hand", "hand.json"], "Without --judge there is no use for --hand"),
         (
             ["--replay", "--judge-model", "m", "--texts", "texts.txt", "--hand", "hand.json"],
