@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dspa.cli.generate import BackendOptions, warn_of_other_template
-from dspa.cli.loading import check_model, check_writable, load_adapter, load_model, load_pair, load_tuned
+from dspa.cli.generate import BackendOptions
+from dspa.cli.loading import check_writable
+from dspa.cli.methods import CONTROLS_OPTION, PANEL, STATIC_OPTION, MethodOptions, SharedSteering
 from dspa.cli.options import (
     FILES,
     AdapterSAE,
-    AdapterSAEOptions,
     ChatTemplateKwargs,
     OnRecordedModel,
     Options,
-    RecordedModelOptions,
     RecordedSAEPair,
-    RecordedSAEPairOptions,
     SamplingOptions,
-    check_used,
-    messages_of_options,
     with_options,
 )
 from dspa.cli.tables import console, print_line
 from dspa.cli.texts import print_comparison
-from dspa.config import MODES, SteeringConfig
-from dspa.distributed import device_named
 from dspa.errors import refusal
 
 if TYPE_CHECKING:
     from dspa.evaluate.compare.comparison import Comparison
     from dspa.evaluate.compare.measures import Counter
-    from dspa.evaluate.compare.methods import Method
     from dspa.evaluate.style import StyleCounter
-    from dspa.fsrl.adapter import FSRLAdapter
-    from dspa.maps.cdmap import ConditionalDifferenceMap
-    from dspa.saes.frozen import FrozenSAE
-
-    Pair: TypeAlias = tuple[FrozenSAE, FrozenSAE]
 
 
 @dataclass(frozen=True)
@@ -56,6 +44,20 @@ class CompareSamplingOptions(SamplingOptions):
     )
 
 
+@dataclass(frozen=True)
+class CompareMethodOptions(MethodOptions):
+    """What the base model is compared with, by default next to controls."""
+
+    static: bool = field(default=True, metadata=STATIC_OPTION)
+    controls: bool = field(default=True, metadata=CONTROLS_OPTION)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.empty:
+            options = "--map, --adapter, --vector, --tuned and --prefix"
+            raise ValueError(f"None of {options} was given; accepted: one of them, or more.")
+
+
 @with_options
 def compare(
     prompts: Annotated[
@@ -67,44 +69,10 @@ def compare(
     on: OnRecordedModel,
     pair: RecordedSAEPair,
     adapter_sae: AdapterSAE,
-    config: Annotated[SteeringConfig, Options("Steering", without=["alpha", "mode", "ridge", "delta"])],
+    config: SharedSteering,
     ops: Annotated[BackendOptions, Options("Steering")],
     sampling: Annotated[CompareSamplingOptions, Options("Sampling", without=["seed"])],
-    map_paths: Annotated[
-        list[Path] | None,
-        typer.Option("--map", help="Map of DSPA. May be given several times, like all options of lists below."),
-    ] = None,
-    alpha: Annotated[
-        list[float] | None, typer.Option(help="Strength; by default 0.2. Every map, mode and alpha is a method.")
-    ] = None,
-    mode: Annotated[
-        list[str] | None, typer.Option(help=f"Edits to make: {', '.join(MODES)}; by default ablate.")
-    ] = None,
-    static: Annotated[
-        bool, typer.Option(help="Also steer by Static-SAE, the same latents for every prompt, at each setting.")
-    ] = True,
-    controls: Annotated[
-        bool, typer.Option(help="Also run the controls of each setting: random set, shuffled map, wrong layer.")
-    ] = True,
-    adapter: Annotated[list[Path] | None, typer.Option(help="FSRL adapter, a folder.")] = None,
-    fraction: Annotated[
-        list[float] | None,
-        typer.Option(help="Share of each token's v that adapters keep; by default 1, all.", min=0, max=1),
-    ] = None,
-    vector: Annotated[
-        list[Path] | None, typer.Option(help="Vector that is added at a layer, such as that of `dspa baseline repe`.")
-    ] = None,
-    tuned: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Folder of a tuned model of the same architecture, or of a PEFT adapter, such as that of "
-            "`dspa baseline rahf align`."
-        ),
-    ] = None,
-    prefix: Annotated[
-        list[str] | None,
-        typer.Option(help="Instruction to the base model: a system message, or text before a plain prompt."),
-    ] = None,
+    methods: Annotated[CompareMethodOptions, PANEL],
     held_out: Annotated[
         Path | None, typer.Option(help=f"Preference triples that no map or adapter was made with: {FILES}.")
     ] = None,
@@ -150,20 +118,11 @@ def compare(
     from dspa.data.prompts import read_prompt_file
     from dspa.data.triples import load_triples
     from dspa.evaluate.compare.measures import check_counters
-    from dspa.evaluate.compare.methods import CONTROLS, Method
+    from dspa.evaluate.compare.methods import CONTROLS
     from dspa.evaluate.compare.run import compare as run
     from dspa.evaluate.compare.runs import RunStore
     from dspa.evaluate.style import style_counters
-    from dspa.fsrl.training import trained_template
-    from dspa.maps.cdmap import ConditionalDifferenceMap
-    from dspa.steering.vector import SteeringVector
 
-    if not (map_paths or adapter or vector or tuned or prefix):
-        options = "--map, --adapter, --vector, --tuned and --prefix"
-        raise ValueError(f"None of {options} was given; accepted: one of them, or more.")
-    check_used("--adapter", adapter, ["--fraction"] if fraction else [])
-    _check_repeated({"--map": map_paths, "--alpha": alpha, "--mode": mode, "--adapter": adapter})
-    _check_repeated({"--fraction": fraction, "--vector": vector, "--tuned": tuned, "--prefix": prefix})
     if not max_perplexity:
         raise refusal(ValueError, "--max-perplexity", 0, "a number > 0, such as 1.15")
     styles = style_counters(counter_file)
@@ -175,38 +134,20 @@ def compare(
         raise refusal(ValueError, "--prefer", "margin without held-out triples", "a NAME of --count", "Or --held-out.")
     if prefer not in (None, "margin", *counters):
         raise refusal(ValueError, "--prefer", repr(prefer), ", ".join(("margin", *counters)))
-    read = {"PROMPTS": prompts, "--held-out": held_out} | {f"--map {path}": path for path in map_paths or []}
-    read |= {f"--vector {path}": path for path in vector or []} | {f"--tuned {path}": path for path in tuned or []}
+    read = {"PROMPTS": prompts, "--held-out": held_out} | methods.read
     check_writable("--json", json_path, read)
     # Refuses a file of something else before anything is loaded.
     RunStore.open(json_path)
-    prefixed = _prefixed(prefix or [])
-    vectors = {path: SteeringVector.load(path) for path in vector or []}
     texts = read_prompt_file("PROMPTS", prompts)
     triples = None if held_out is None else list(load_triples(held_out))
-    with messages_of_options({"alpha": "--alpha", "mode": "--mode"}):
-        settings = [replace(config, alpha=a, mode=m) for m in mode or [config.mode] for a in alpha or [config.alpha]]
-    maps = {path: ConditionalDifferenceMap.load(path) for path in map_paths or []}
-    model, tokenizer, pairs, adapters = _load(on, maps, pair, adapter or [], adapter_sae, ops.backend)
-    methods = list(_dspa_methods(maps, pairs, settings, ops, static))
-    labels = _labels(adapters)
-    for path, loaded in adapters.items():
-        for kept in fraction or [1.0]:
-            top = "" if kept == 1 else f" top {kept:.3g}"
-            methods.append(Method.adapted(loaded, fraction=kept, name=f"FSRL {labels[path]}{top}"))
-    methods += [Method.vector(loaded, name=f"vector {_labels(vectors)[path]}") for path, loaded in vectors.items()]
-    for path, label in _labels(tuned or []).items():
-        methods.append(Method.tuned(load_tuned(path, on), name=f"tuned {label}"))
-    methods += prefixed
+    loaded = methods.load(on, pair, adapter_sae, config, ops)
     if sampling.chat or not all(isinstance(text, str) for text in texts):
-        made = [("--map", cdmap.meta.chat_template_kwargs) for cdmap in maps.values()]
-        made += [("--adapter", trained_template(tokenizer, path)[1]) for path in adapters]
-        warn_of_other_template(made, chat_template_kwargs)
+        loaded.warn_of_other_template(chat_template_kwargs)
     comparison = run(
-        *(model, tokenizer, texts, methods),
+        *(loaded.model, loaded.tokenizer, texts, loaded.methods),
         held_out=triples,
         counters=counters,
-        controls=CONTROLS if controls else (),
+        controls=CONTROLS if methods.controls else (),
         prefer=prefer,
         max_perplexity=max_perplexity,
         seeds=range(seeds),
@@ -242,14 +183,6 @@ def print_results(comparison: Comparison, show: int) -> None:
         print_comparison(answer)
 
 
-def _check_repeated(given: Mapping[str, Sequence[Any] | None]) -> None:
-    """Raise for an option that got one value twice, which would be one method twice."""
-    for option, values in given.items():
-        for n, value in enumerate(values or ()):
-            if value in (values or ())[:n]:
-                raise refusal(ValueError, option, f"{value} twice", "different values")
-
-
 def _counter(text: str, styles: Mapping[str, StyleCounter]) -> tuple[str, Counter]:
     """Return the name and the counter of one --count: a compiled expression, or one of `styles`."""
     if text in styles:
@@ -265,81 +198,3 @@ def _counter(text: str, styles: Mapping[str, StyleCounter]) -> tuple[str, Counte
     except ValueError as error:
         got = f"{expression!r}, which does not compile ({error})"
         raise refusal(ValueError, f"--count {name}", got, "a regular expression of Python's re") from error
-
-
-def _load(
-    on: RecordedModelOptions,
-    maps: Mapping[Path, ConditionalDifferenceMap],
-    pair: RecordedSAEPairOptions,
-    adapter_paths: Sequence[Path],
-    adapter_sae: AdapterSAEOptions,
-    backend: str,
-) -> tuple[Any, Any, dict[str, Pair], dict[Path, FSRLAdapter]]:
-    """Load a model, its tokenizer, the SAEs of maps by `_key`, and adapters."""
-    from dspa.models.sources import may_be_one
-
-    # The model last: the others are quick to load, and wrong more often.
-    device = device_named(on.device)
-    check_model(on)
-    pairs: dict[str, Pair] = {}
-    for cdmap in maps.values():
-        if _key(cdmap) not in pairs:
-            pairs[_key(cdmap)] = load_pair(pair, device, cdmap)
-    adapters = {path: load_adapter(path, adapter_sae, device, backend) for path in adapter_paths}
-    made_with = [*(cdmap.sources.get("model") for cdmap in maps.values()), *(a.trained_on for a in adapters.values())]
-    recorded = [source for source in made_with if source is not None]
-    if on.model is None and not may_be_one(source.digest for source in recorded):
-        raise ValueError(
-            "Maps and adapters were made with different models. Pass --model to choose one, and --other-weights to use "
-            "it with all."
-        )
-    model, tokenizer = load_model(on, next(iter(recorded), None))
-    for adapter in adapters.values():
-        adapter.sae = adapter.sae.to(dtype=model.dtype)
-    as_model = {
-        key: (sae_in.to(dtype=model.dtype), sae_out.to(dtype=model.dtype)) for key, (sae_in, sae_out) in pairs.items()
-    }
-    return model, tokenizer, as_model, adapters
-
-
-def _key(cdmap: ConditionalDifferenceMap) -> str:
-    """Return the key of a map's pair of SAEs."""
-    return f"{cdmap.meta.sae_in} {cdmap.meta.sae_out}"
-
-
-def _dspa_methods(
-    maps: Mapping[Path, ConditionalDifferenceMap],
-    pairs: Mapping[str, Pair],
-    settings: Sequence[SteeringConfig],
-    ops: BackendOptions,
-    static: bool,
-) -> Iterator[Method]:
-    """Yield DSPA with every map and setting, each followed by Static-SAE if that is wanted."""
-    from dspa.evaluate.compare.methods import Method
-
-    labels = _labels(maps)
-    for path, cdmap in maps.items():
-        for config in settings:
-            setting = f"{config.mode} {config.alpha:g}" + (f", {labels[path]}" if len(maps) > 1 else "")
-            method = Method.dspa(
-                *(*pairs[_key(cdmap)], cdmap, config), name=f"DSPA {setting}", backend=ops.backend, screen=ops.screen
-            )
-            yield method
-            if static:
-                yield Method.static(method, name=f"Static-SAE {setting}")
-
-
-def _prefixed(texts: Sequence[str]) -> list[Method]:
-    """Return the methods of prefixes, with whole texts for names where those of two begin alike."""
-    from dspa.evaluate.compare.methods import Method
-
-    methods = [Method.prefixed(text) for text in texts]
-    if len({method.name for method in methods}) < len(methods):
-        methods = [Method.prefixed(text, name=f'prefix "{text}"') for text in texts]
-    return methods
-
-
-def _labels(paths: Collection[Path]) -> dict[Path, str]:
-    """Return what files or folders are called in tables: how their names begin, or paths where these are alike."""
-    names = {path: path.name.split(".")[0] for path in paths}
-    return names if len(set(names.values())) == len(names) else {path: str(path) for path in paths}

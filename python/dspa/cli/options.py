@@ -84,6 +84,7 @@ class _Group:
                 help=self.help(setting),
                 rich_help_panel=self.options.panel,
                 min=setting.metadata.get("min"),
+                max=setting.metadata.get("max"),
                 metavar=f"<{'|'.join(choices)}>" if choices else None,
                 autocompletion=_completion(choices) if choices else None,
             )

@@ -155,6 +155,8 @@ def test_several_maps(run, folder, tmp_path):
     [
         ([], "None of --map, --adapter, --vector, --tuned and --prefix was given"),
         (["--fraction", 0.5, "--prefix", "a"], "Without --adapter there is no use for --fraction"),
+        (["--prefix", "a", "--alpha", 1, "--k-diff", 4], "Without --map there is no use for --alpha, --k-diff"),
+        (["--map", "map", "--sae", "sae"], "Without --adapter there is no use for --sae"),
         (["--map", "map", "--count", "the"], "--count is 'the'; accepted: NAME=REGEX, such as 'thanks=(?i)thank', or"),
         (["--map", "map", "--counters", "prompts.txt"], "prompts.txt is not JSON"),
         (["--map", "map", "--count", "a=("], "--count a is '(', which does not compile (missing ), unterminated"),
