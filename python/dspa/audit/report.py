@@ -63,7 +63,7 @@ def meaning(record: LatentRecord | None) -> str:
     """Return what is known of a latent in a few words: its explanation, its label, or the tokens that it promotes."""
     if record is None:
         return ""
-    promotes = " ".join(f"“{visible(token)}”" for token in record.promotes)
+    promotes = " ".join(f"“{visible(token.strip() or token)}”" for token in record.promotes)
     return record.judgment.explanation or record.label or promotes
 
 

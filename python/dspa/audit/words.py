@@ -40,9 +40,9 @@ def _on_edits(audit: Audit) -> Iterator[str]:
     if (edits := audit.edits) is None:
         yield "No texts were steered for this audit, so it cannot say what is edited in practice."
         return
-    share = "" if edits.share is None else f", {edits.share:.0%} of the {edits.n_tokens} that could be"
+    share = "" if edits.share is None else f", {edits.share:.0%} of the {edits.n_tokens:,} that could be"
     yield (
-        f"In {edits.n_texts} steered texts, {edits.n_edited} tokens were edited{share}, and {len(edits.latents)} "
+        f"In {edits.n_texts} steered texts, {edits.n_edited:,} tokens were edited{share}, and {len(edits.latents)} "
         "different latents."
     )
     records = {record.latent: record for record in audit.latents}
@@ -57,7 +57,7 @@ def _on_edits(audit: Audit) -> Iterator[str]:
 def _on_effect(effect: Effect) -> str:
     verb, end = VERBS[effect.direction], ENDS[effect.direction]
     if not effect.n_latents:
-        return f"Edits {verb} no latent, which is as it should be unless `mode` is {effect.direction} or both."
+        return f"Edits {verb} no latent, which is as it should be unless the mode is {effect.direction} or both."
     inside = effect.n_latents - len(effect.outside)
     but = f", not {listed(effect.outside, 5)}" if effect.outside else ""
     return (
@@ -73,7 +73,7 @@ def _on_texts(audit: Audit) -> Iterator[str]:
         return
     silent = [record.latent for record in audit.latents if not record.density]
     never = f" {len(silent)} of the audited latents are active on none of them." if silent else ""
-    yield f"Contexts and densities are of {audit.n_read} tokens.{never}"
+    yield f"Contexts and densities are of {audit.n_read:,} tokens.{never}"
 
 
 def _name(record: LatentRecord) -> str:

@@ -140,6 +140,19 @@ def test_an_edited_token_names_its_latents(page: Any) -> None:
     assert tip.is_displayed()
 
 
+def test_what_a_token_names_stays_on_the_page(page: Any) -> None:
+    """Wherever in its line the token stands."""
+    (token,) = all_of(page, ".edit")
+    tip = token.find_element(By.CSS_SELECTOR, ".tip")
+    width, places = page.execute_script("return document.documentElement.clientWidth"), set()
+    for _ in range(20):
+        page.execute_script("arguments[0].before('word '); arguments[0].focus()", token)
+        places.add(token.rect["x"])
+        assert tip.rect["x"] >= 0 and tip.rect["x"] + tip.rect["width"] <= width
+        assert tip.rect["y"] > token.rect["y"]
+    assert len(places) > 5
+
+
 def test_no_text_of_the_audit_runs(page: Any, tmp_path: Path) -> None:
     assert page.title == f"Audit of {make_audit().title}"
     # An alert would be open, and refuse this.

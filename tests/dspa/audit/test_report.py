@@ -165,7 +165,7 @@ def test_the_summary_says_what_was_measured() -> None:
         "Edits raise no latent",
         "Edits lower 2 latents. 1 of them are among the 7 that the map presumes, not 2; 1 are among the columns with "
         "the smallest sums, and have 25% of the movement.",
-        "of 1000 tokens. 1 of the audited latents are active on none of them",
+        "of 1,000 tokens. 1 of the audited latents are active on none of them",
     ):
         assert words in sentences
 
