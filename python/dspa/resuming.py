@@ -6,14 +6,14 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from typing_extensions import TypedDict
 
 from dspa.distributed import warn_if_alone
@@ -35,6 +35,8 @@ SETTINGS: dict[str, Any] = {
     "disable_tqdm": True,
     "save_strategy": "steps",
 }
+# Attributes with the probability of a dropout that is not a module.
+DROPOUTS = ("attention_dropout", "activation_dropout", "dropout")
 
 
 class Resumable:
@@ -138,6 +140,53 @@ def deprecations_silenced() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing.* is deprecated")
         yield
+
+
+@contextmanager
+def lent(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Lend a model and its tokenizer to a trainer within a `with` block, and give them back as they were.
+
+    That holds for attributes of all modules (training mode, hooks, state of gradient checkpointing), configurations,
+    which parameters require gradients, and the tokenizer's padding token. Weights stay as they were trained.
+
+    Args:
+        model: a transformers model, or a module that holds one, as a PEFT wrapper does.
+        tokenizer: its tokenizer.
+    """
+    owners: list[object] = list(model.modules())
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            owners += [module.config, module.config.get_text_config(), getattr(module, "generation_config", None)]
+    with ExitStack() as stack:
+        stack.callback(setattr, tokenizer, "pad_token", tokenizer.pad_token)
+        for owner in filter(None, {id(owner): owner for owner in owners}.values()):
+            stack.enter_context(_attributes_kept(owner))
+        for parameter in model.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+        yield
+
+
+def remove_dropout(model: nn.Module) -> None:
+    """Set the probability of each dropout that is not a module to 0. TRL does it for modules."""
+    for module in model.modules():
+        for name in DROPOUTS:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+@contextmanager
+def _attributes_kept(owner: object) -> Iterator[None]:
+    """Give `owner` its attributes back, and those that are dictionaries their contents."""
+    before = dict(vars(owner))
+    contents = [(value, dict(value)) for value in before.values() if isinstance(value, dict)]
+    try:
+        yield
+    finally:
+        vars(owner).clear()
+        vars(owner).update(before)
+        for value, content in contents:
+            value.clear()
+            value.update(content)
 
 
 @contextmanager

@@ -9,11 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.models.layers import CausalLM
+from dspa.resuming import lent, remove_dropout
 
 # The adapter's name among the model's modules, for the trainer, its optimizer and its processes.
 MODULE = "fsrl_adapter"
-# Attributes with the probability of a dropout that is not a module. TRL switches off the modules.
-DROPOUTS = ("attention_dropout", "activation_dropout", "dropout")
 # Switch by which bitsandbytes' 4-bit layers change to a layout without a backward pass, in the first pass on a CPU that
 # needs no gradients.
 CPU_LAYOUT = "support_avx512bf16_for_cpu"
@@ -27,22 +26,14 @@ def trainable(
 
     The model may be quantised: the trainer sees in it a frozen base of a trainable adapter, as of PEFT's.
 
-    Afterwards everything is as it was, whatever the trainer did: attributes of all modules (training mode, hooks, state
-    of gradient checkpointing), configurations, which parameters require gradients, and the tokenizer's padding token.
-    The adapter is then not trainable. After an exception it has the weights that it came with.
+    Afterwards everything is as it was, as after `lent`, and the adapter is not trainable. After an exception it has the
+    weights that it came with.
     """
     with ExitStack() as stack:
-        stack.callback(setattr, tokenizer, "pad_token", tokenizer.pad_token)
-        for owner in (*model.modules(), model.config, model.config.get_text_config(), model.generation_config):
-            stack.enter_context(_attributes_kept(owner))
-        for parameter in model.parameters():
-            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+        stack.enter_context(lent(model, tokenizer))
         model.requires_grad_(False)
         # With dropout, the adapter would be trained on another model than the frozen one.
-        for module in model.modules():
-            for name in DROPOUTS:
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.0)
+        remove_dropout(model)
         for module in model.modules():
             if hasattr(module, CPU_LAYOUT):
                 setattr(module, CPU_LAYOUT, False)
@@ -66,21 +57,6 @@ def _unfrozen(adapter: FSRLAdapter) -> Iterator[None]:
     finally:
         adapter.requires_grad_(False).eval()
         adapter.zero_grad()
-
-
-@contextmanager
-def _attributes_kept(owner: object) -> Iterator[None]:
-    """Give `owner` its attributes back, and those that are dictionaries their contents."""
-    before = dict(vars(owner))
-    contents = [(value, dict(value)) for value in before.values() if isinstance(value, dict)]
-    try:
-        yield
-    finally:
-        vars(owner).clear()
-        vars(owner).update(before)
-        for value, content in contents:
-            value.clear()
-            value.update(content)
 
 
 def _checkpoint_gradients(model: CausalLM) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from tqdm import tqdm
@@ -45,14 +44,6 @@ SETTINGS = resuming.SETTINGS | {
     "gradient_checkpointing": False,
     "ddp_find_unused_parameters": False,
 }
-
-
-class Rows(Dataset):  # type: ignore[misc]
-    """Triples as token ids that TRL need not tokenise: `prompt_ids`, `chosen_ids`, `rejected_ids`."""
-
-    def map(self, *_args: Any, **_kwargs: Any) -> Rows:
-        """Return the rows as they are."""
-        return self
 
 
 class AdapterTrainer(Resumable, ABC):

@@ -5,34 +5,34 @@ A training that was stopped resumes from its last checkpoint, and ends in the sa
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
 from dspa.data.templates import at_date, check_template_kwargs, date_of_today
-from dspa.data.tokens import response_tokens
 from dspa.data.triples import Triple, load_triples
 from dspa.distributed import rank
 from dspa.errors import TrainingError, refusal, require_package
 from dspa.files import checksum
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.config import TrainingConfig
-from dspa.fsrl.gradients import check_gradients, check_output_layer
 from dspa.fsrl.lending import trainable
 from dspa.fsrl.results import HeldOut, held_out
+from dspa.models.gradients import check_gradients, check_output_layer
 from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of, loaded_name
 from dspa.models.sources import model_source, recorded_weights
 from dspa.resuming import check_processes, whole_history, without_times, writing_checkpoints
 from dspa.training_folder import RECORD, History, TrainingFolder, reading_checkpoint
+
+if TYPE_CHECKING:
+    from dspa.data.rows import TripleRows
 
 
 def train(
@@ -87,6 +87,8 @@ def train(
         ValueError: a batch that the processes do not divide, or invalid `chat_template_kwargs`.
     """
     require_package("trl", "Training an adapter")
+    from dspa.data.rows import TripleRows
+
     config, inner, folder = config or TrainingConfig(), base_model(model), TrainingFolder(Path(out))
     folder.check()
     check_eval(inner)
@@ -99,16 +101,17 @@ def train(
         args = _arguments(inner, config, folder, evaluated=eval_triples is not None)
         progress = progress and args.process_index == 0
         if config.loss == "dpo":
-            check_output_layer(inner)
+            check_output_layer(inner, ', or set `loss` to "simpo"')
         with trainable(inner, tokenizer, adapter, gradient_checkpointing=False):
             check_gradients(inner)
         config = replace(config, max_length=_max_length(inner, config))
         with args.main_process_first(local=False):
             date = folder.first_date(date_of_today(tokenizer))
         dated = at_date(tokenizer, date)
-        data = Data.read(triples, dated, config, progress, chat_template_kwargs)
+        reading = (dated, config.max_length, progress, chat_template_kwargs)
+        data = TripleRows.read(triples, *reading)
         held = None if eval_triples is None else list(load_triples(eval_triples))
-        held_data = None if held is None else Data.read(held, dated, config, progress, chat_template_kwargs)
+        held_data = None if held is None else TripleRows.read(held, *reading)
         if len(data.rows) < config.batch_size:
             accepted = f"a batch ({config.batch_size}) or more"
             raise refusal(TrainingError, "The number of triples", len(data.rows), accepted, "Lower `batch_size`.")
@@ -169,54 +172,6 @@ class _Results(TypedDict):
     held_out: HeldOut | None
 
 
-@dataclass(frozen=True)
-class Data:
-    """Token ids of triples for a trainer.
-
-    Attributes:
-        rows: the triples, as `trainers.Rows`.
-        sha256: hash of the token ids.
-        n_full: number of responses that fill all of max_length, because they were cut or just fit.
-    """
-
-    rows: Any
-    sha256: str
-    n_full: int
-
-    @classmethod
-    def read(
-        cls,
-        source: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        config: TrainingConfig,
-        progress: bool,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Data:
-        """Read and tokenise triples.
-
-        Raises:
-            PreferenceError: a bad triple.
-        """
-        from dspa.fsrl.trainers import Rows
-
-        sha, n_full = hashlib.sha256(), 0
-        columns: dict[str, list[Any]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
-        for triple in tqdm(load_triples(source), unit="triple", desc="tokenise", disable=not progress):
-            parts = response_tokens(
-                triple, tokenizer, max_length=config.max_length, chat_template_kwargs=chat_template_kwargs
-            )
-            n_full += sum(len(parts[0]) + len(response) == config.max_length for response in parts[1:])
-            for column, ids in zip(columns.values(), parts, strict=True):
-                column.append(np.array(ids, dtype=np.int32))
-                sha.update(len(ids).to_bytes(4, "little") + column[-1].tobytes())
-        return cls(Rows.from_dict(columns), sha.hexdigest(), n_full)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Numbers for the training's record."""
-        return {"n_triples": len(self.rows), "n_full": self.n_full}
-
-
 def _fit(
     model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -224,8 +179,8 @@ def _fit(
     folder: TrainingFolder,
     config: TrainingConfig,
     args: Any,
-    data: Data,
-    held: Data | None,
+    data: TripleRows,
+    held: TripleRows | None,
     progress: bool,
 ) -> History:
     """Train from the start or the last checkpoint to the end, and return what was logged."""
@@ -266,8 +221,8 @@ def _settings(
     model: CausalLM,
     adapter: FSRLAdapter,
     config: TrainingConfig,
-    data: Data,
-    held: Data | None,
+    data: TripleRows,
+    held: TripleRows | None,
     model_name: str | None,
 ) -> dict[str, Any]:
     """Return everything that decides the result of a training."""

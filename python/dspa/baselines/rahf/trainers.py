@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from dspa.baselines.rahf.config import AlignmentConfig, TuningConfig
-from dspa.baselines.rahf.instructions import Instructed
+from dspa.baselines.rahf.instructions import Instructed, digest, read_instructed
 from dspa.baselines.rahf.losses import IGNORED, alignment_loss, clean_loss, code_loss, paper_loss, token_losses
+from dspa.baselines.trainers import BaselineTrainer, Examples, load_lora
 from dspa.models.reading import layer_outputs
-from dspa.resuming import SETTINGS, Resumable, Steps, check_loss, deprecations_silenced
-from dspa.training_folder import TrainingFolder, reading_checkpoint
+from dspa.resuming import check_loss
 
 # A prompt with a response, as token ids.
 Pair = tuple[list[int], list[int]]
@@ -39,14 +39,27 @@ def padded(pairs: Sequence[Pair]) -> dict[str, Tensor]:
     }
 
 
-class RAHFTrainer(Resumable, Trainer):
-    """A trainer whose loss is a mean over micro-batches, with a bar."""
+class RAHFTrainer(BaselineTrainer, Trainer):
+    """A trainer of one of the two stages."""
 
-    def __init__(self, config: Any, folder: TrainingFolder, bar: tqdm[Any], **options: Any) -> None:
-        self.config, self.folder = config, folder
-        super().__init__(callbacks=[Steps(bar)], **options)
-        self.model_accepts_loss_kwargs = False
-        self.remove_callback(PrinterCallback)
+    @classmethod
+    def read(
+        cls,
+        triples: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        chat_template_kwargs: Mapping[str, Any] | None,
+        config: Any,
+        progress: bool,
+    ) -> Examples:
+        """Read triples after both instructions and neither."""
+        made = read_instructed(triples, tokenizer, max_length, chat_template_kwargs, progress)
+        return Examples(cls.rows(made, config), digest(made), {"n_triples": len(made)})
+
+    @staticmethod
+    @abstractmethod
+    def rows(triples: Sequence[Instructed], config: Any) -> list[Any]:
+        """Return the examples of triples."""
 
 
 class TuningTrainer(RAHFTrainer):
@@ -82,10 +95,6 @@ class TuningTrainer(RAHFTrainer):
             loss = clean_loss(own, opposite, lengths, self.config.epsilon) if clean else paper_loss(own, opposite)
         check_loss(loss)
         return loss
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with reading_checkpoint(Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
 class Residuals(nn.Module):
@@ -155,34 +164,3 @@ class AlignmentTrainer(RAHFTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_lora(self.model.model, Path(resume_from_checkpoint))
-
-
-def load_lora(model: Any, folder: Path) -> None:
-    """Give the LoRA of a PEFT model the weights that are in a folder.
-
-    Raises:
-        TrainingError: the folder is damaged.
-    """
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    with reading_checkpoint(folder):
-        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-
-
-def arguments(config: TuningConfig | AlignmentConfig, out: Path, *, on_cpu: bool, **settings: Any) -> Any:
-    """Return the trainer's settings. Making them joins the processes of a launcher."""
-    with deprecations_silenced():
-        args = TrainingArguments(
-            **SETTINGS,
-            **settings,
-            learning_rate=config.lr,
-            per_device_train_batch_size=config.micro_batch_size,
-            seed=config.seed,
-            logging_steps=config.log_every,
-            save_steps=config.checkpoint_every,
-            report_to="none",
-            use_cpu=on_cpu,
-            output_dir=str(out),
-        )
-    args.gradient_accumulation_steps = config.accumulation(args.world_size)
-    return args

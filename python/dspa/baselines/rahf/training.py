@@ -5,29 +5,18 @@ A stage that was stopped resumes from its last checkpoint, and ends in the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dspa.baselines.rahf.config import AlignmentConfig, TrainingSettings, TuningConfig
-from dspa.baselines.rahf.instructions import digest, read_instructed
-from dspa.data.templates import at_date, check_template_kwargs, date_of_today
-from dspa.data.triples import Triple
-from dspa.distributed import rank
-from dspa.errors import TrainingError, refusal, require_package
-from dspa.models.layers import CausalLM, base_model, check_eval, context_length, decoder_layers, device_of, loaded_name
-from dspa.models.sources import recorded_weights
-from dspa.resuming import check_processes, deprecations_silenced, whole_history, without_times, writing_checkpoints
-from dspa.training_folder import History, TrainingFolder
-
-Triples = Iterable[Triple | Mapping[str, Any]] | str | Path
+from dspa.baselines.rahf.config import AlignmentConfig, TuningConfig
+from dspa.baselines.training import Training, Triples
+from dspa.errors import require_package
+from dspa.models.layers import CausalLM, base_model, decoder_layers
 
 
 def tune(
@@ -78,16 +67,12 @@ def tune(
         "gradient_checkpointing": config.gradient_checkpointing,
     }
 
-    def load(folder: Path) -> None:
-        saved = type(inner).from_pretrained(folder, dtype=inner.dtype)
-        inner.load_state_dict(saved.state_dict())
+    training = Training(*("tune", inner, tokenizer, triples, out, config, progress, model_name, chat_template_kwargs))
+    with training.held() as weights:
+        from dspa.baselines.rahf.trainers import TuningTrainer
 
-    def save(folder: Path) -> None:
-        inner.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-    with _stage("tune", inner, tokenizer, triples, out, config, progress, model_name, chat_template_kwargs) as stage:
-        stage.run(lambda _n_triples: settings, inner, load, save)
+        load, save = training.load_weights, training.save_model
+        training.run(TuningTrainer, lambda _n_triples: settings, inner, load, save, weights)
     return inner.eval()
 
 
@@ -130,7 +115,7 @@ def align(
         ValueError: target layers that the model does not have, or projections of other names than q_proj and v_proj.
     """
     require_package("peft", "Training a LoRA")
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     config, inner = config or AlignmentConfig(), base_model(model)
     targets = config.target_layers(len(decoder_layers(inner)))
@@ -153,146 +138,14 @@ def align(
             "ddp_find_unused_parameters": True,
         }
 
-    with _stage("align", inner, tokenizer, triples, out, config, progress, model_name, chat_template_kwargs) as stage:
-        from dspa.baselines.rahf.trainers import Residuals, load_lora
+    training = Training(*("align", inner, tokenizer, triples, out, config, progress, model_name, chat_template_kwargs))
+    with training.held() as weights, training.lora(lora) as adapted:
+        from dspa.baselines.rahf.trainers import AlignmentTrainer, Residuals
+        from dspa.baselines.trainers import load_lora
 
-        required = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
-        with torch.random.fork_rng(), deprecations_silenced():
-            torch.manual_seed(config.seed)
-            adapted = get_peft_model(inner, lora)
-        try:
-            stage.run(settings, Residuals(adapted, targets), lambda f: load_lora(adapted, f), adapted.save_pretrained)
-        except BaseException:
-            adapted.unload()
-            raise
-        finally:
-            for parameter, requires in required:
-                parameter.requires_grad_(requires)
-    return adapted.eval()
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """One training in a folder that is held.
-
-    Attributes:
-        name: "tune" or "align".
-        model: the model, whose weights are those of `weights`.
-        weights: the entry by which a folder records them.
-        tokenizer, triples, config, progress, model_name, chat_template_kwargs: as for `tune` and `align`.
-        folder: the folder to write.
-    """
-
-    name: str
-    model: CausalLM
-    weights: dict[str, str]
-    tokenizer: PreTrainedTokenizerBase
-    triples: Triples
-    folder: TrainingFolder
-    config: Any
-    progress: bool
-    model_name: str | None
-    chat_template_kwargs: Mapping[str, Any] | None
-
-    def run(
-        self,
-        settings: Callable[[int], dict[str, Any]],
-        trained: nn.Module,
-        load: Callable[[Path], None],
-        save: Callable[[Path], Any],
-    ) -> None:
-        """Train, or continue, or load what was trained.
-
-        Args:
-            settings: returns those of the trainer that only this stage has, for a number of triples.
-            trained: what the trainer gets as its model.
-            load: reads what was trained from a folder.
-            save: writes it to one.
-        """
-        from dspa.baselines.rahf import trainers
-
-        config, folder = self.config, self.folder
-        kind: Any = trainers.TuningTrainer if self.name == "tune" else trainers.AlignmentTrainer
-        on_cpu = device_of(self.model.get_input_embeddings()).type == "cpu"
-        args = trainers.arguments(config, folder.path, on_cpu=on_cpu)
-        check_processes(self.model, args)
-        with args.main_process_first(local=False):
-            date = folder.first_date(date_of_today(self.tokenizer))
-        length = min(config.max_length, context_length(self.model) or config.max_length)
-        progress = self.progress and args.process_index == 0
-        tokenizer = at_date(self.tokenizer, date)
-        triples = read_instructed(self.triples, tokenizer, length, self.chat_template_kwargs, progress)
-        rows = kind.rows(triples, config)
-        if len(rows) < config.batch_size:
-            accepted = f"a batch ({config.batch_size}) or more"
-            raise refusal(TrainingError, "The number of examples", len(rows), accepted, "Lower `batch_size`.")
-        args = trainers.arguments(config, folder.path, on_cpu=on_cpu, **settings(len(triples)))
-        recorded = {
-            "stage": self.name,
-            "model_name": self.model_name or loaded_name(self.model),
-            "model_dtype": str(self.model.dtype),
-            "data": digest(triples),
-            "chat_template_kwargs": dict(self.chat_template_kwargs or {}) or None,
-            "template_date": date,
-            **asdict(config),
-        }
-        recorded |= {"targets": list(trained.targets)} if isinstance(trained, trainers.Residuals) else {}
-        with args.main_process_first(local=False):
-            folder.claim(recorded | self.weights)
-        if folder.finished:
-            load(folder.path)
-            return
-        history = self._fit(kind, args, trained, rows, load, progress)
-        with args.main_process_first(local=False):
-            if args.process_index == 0:
-                save(folder.path)
-                folder.finish({"n_triples": len(triples), "history": history})
-
-    def _fit(
-        self, kind: Any, args: Any, trained: nn.Module, rows: list[Any], load: Callable[[Path], None], progress: bool
-    ) -> History:
-        checkpoint = self.folder.checkpoints()[-1] if self.folder.checkpoints() else None
-        if checkpoint and (history := whole_history(checkpoint)) is not None:
-            load(checkpoint)
-            return history
-        with (
-            deprecations_silenced(),
-            writing_checkpoints(args, self.folder),
-            tqdm(unit="step", desc=self.name, disable=not progress) as bar,
-        ):
-            trainer = kind(
-                *(self.config, self.folder, bar),
-                model=trained,
-                args=args,
-                train_dataset=rows,
-                data_collator=kind.collate,
-                processing_class=self.tokenizer,
-            )
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            return without_times(trainer.state.log_history)
-
-
-@contextmanager
-def _stage(
-    name: str,
-    model: CausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    triples: Triples,
-    out: str | Path,
-    config: TrainingSettings,
-    progress: bool,
-    model_name: str | None,
-    chat_template_kwargs: Mapping[str, Any] | None,
-) -> Iterator[_Stage]:
-    """Check what is quick to check, and hold the folder of a training, within a `with` block."""
-    require_package("accelerate", "Training")
-    folder = TrainingFolder(Path(out))
-    folder.check()
-    check_eval(model)
-    check_template_kwargs(tokenizer, chat_template_kwargs)
-    # Of several processes, the first holds the folder for all.
-    with folder.held() if rank() == 0 else nullcontext():
-        weights = recorded_weights(model)
-        yield _Stage(
-            *(name, model, weights, tokenizer, triples, folder, config, progress, model_name, chat_template_kwargs)
+        trained = Residuals(adapted, targets)
+        training.run(
+            *(AlignmentTrainer, settings, trained, partial(load_lora, adapted), adapted.save_pretrained),
+            weights | {"targets": list(targets)},
         )
+    return adapted.eval()

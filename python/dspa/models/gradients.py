@@ -63,8 +63,12 @@ def _passes_gradients(module: nn.Module, h: Tensor, *args: Any, **kwargs: Any) -
             return False
 
 
-def check_output_layer(model: CausalLM) -> None:
+def check_output_layer(model: CausalLM, otherwise: str = "") -> None:
     """Check that the output layer is what TRL's DPO takes it for: a product with its weights.
+
+    Args:
+        model: the model.
+        otherwise: what else the advice of the error should say.
 
     Raises:
         ModelError: a quantised output layer, or one with an adapter of its own.
@@ -73,5 +77,5 @@ def check_output_layer(model: CausalLM) -> None:
     kinds = type(head), type(head.weight)
     if kinds != (nn.Linear, nn.Parameter):
         got = " of a ".join(f"{kind.__module__}.{kind.__name__}" for kind in kinds)
-        advice = 'Use a model whose output layer is neither quantised nor adapted, or set `loss` to "simpo".'
+        advice = f"Use a model whose output layer is neither quantised nor adapted{otherwise}."
         raise refusal(ModelError, "The output layer, in a training with DPO,", f"a {got}", "a plain Linear", advice)
