@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dspa.baselines.dpo.config import DPOSettings
 from dspa.baselines.rahf.config import AlignmentConfig, TuningConfig
 from dspa.cli.loading import check_model, check_writable, checked_triples, load_model
 from dspa.cli.options import (
@@ -91,6 +92,28 @@ def repe(
     print_next("compare", "PROMPTS", "--vector", out, "--model", on.model)
 
 
+@app.command()
+@with_options
+def dpo(
+    triples: Triples,
+    out: TrainingOut,
+    on: OnKnownModel,
+    config: Annotated[DPOSettings, Options("Training")],
+    first: First = None,
+    split: Split = "train",
+    chat_template_kwargs: ChatTemplateKwargs = None,
+) -> None:
+    """Train a model with DPO, all its weights or a LoRA, by TRL's trainer.
+
+    For K processes, begin the command with `torchrun --nproc-per-node K -m dspa baseline dpo`.
+    """
+    from dspa.baselines.dpo.training import train_dpo
+
+    _train(train_dpo, triples, out, on, config, first, split, chat_template_kwargs)
+    if rank() == 0:
+        print_next("compare", "PROMPTS", "--tuned", out, "--model", on.model)
+
+
 @rahf.command()
 @with_options
 def tune(
@@ -151,10 +174,10 @@ def _train(
     split: str,
     chat_template_kwargs: dict[str, Any] | None,
 ) -> None:
-    """Run a stage, after checking what is quick to check, and print where its result is."""
+    """Run a training, after checking what is quick to check, and print where its result is."""
     from dspa.training_folder import TrainingFolder
 
-    require_package("peft", "Training with RAHF")
+    require_package("peft", "Training")
     folder = TrainingFolder(out)
     if rank() == 0:
         folder.check()

@@ -121,6 +121,26 @@ def test_rahf_is_trained_in_two_stages_and_compared(run, folder, tmp_path):
     assert code == 2 and "small" in err
 
 
+def test_dpo_trains_a_model_and_a_lora_and_both_are_compared(run, folder, tmp_path):
+    pytest.importorskip("trl")
+    on = ("--model", folder / "tiny", "--batch-size", 4, "--micro-batch-size", 4, "--epochs", 6, "--lr", 3e-3)
+    for name, mode in (("full", "--no-lora"), ("lora", "--lora")):
+        code, out, err = run("baseline", "dpo", folder / "triples.jsonl", *on, "--out", name, mode)
+        assert code == 0, err
+        assert f"Written to {name}." in out and f"Next: dspa compare PROMPTS --tuned {name} --model" in out
+    assert "finished before" in run("baseline", "dpo", folder / "triples.jsonl", *on, "--out", "lora", "--lora")[1]
+    code, _, err = run("baseline", "dpo", folder / "triples.jsonl", *on, "--out", "lora")
+    assert code == 2 and "lora: True there, False now" in err
+    code, out, err = run(
+        *("compare", folder / "prompts.txt", "--model", folder / "tiny", "--tuned", "full", "--tuned", "lora"),
+        *("--held-out", folder / "triples.jsonl", "--seeds", 1, "--max-new-tokens", 5, "--json", "out.json"),
+    )
+    assert code == 0, err
+    methods = {method["name"]: method for method in json.loads((tmp_path / "out.json").read_text())["methods"]}
+    margins = {name: sum(methods[name]["measures"]["margin"]["values"][0]) for name in methods}
+    assert margins["tuned full"] > margins["base"] and margins["tuned lora"] > margins["base"]
+
+
 def test_a_tuned_model_of_another_architecture_is_refused(run, folder):
     make_model("qwen3").save_pretrained(folder / "other")
     word_tokenizer().save_pretrained(folder / "other")
