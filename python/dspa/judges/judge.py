@@ -102,13 +102,21 @@ class Judge:
                 that came before are in the cache.
             RuntimeError: the package openai is not installed.
         """
-        requests = {digest_of(request): request for request in map(self._request, questions)}
-        cached = {digest: self._cache.get(request) for digest, request in requests.items()}
-        missing = {digest: requests[digest] for digest, reply in cached.items() if reply is None}
+        cached, missing = self._look_up(questions)
         if missing and self.replay:
-            raise JudgeError(_not_there(missing.values(), len(requests), self._cache.folder))
+            raise JudgeError(_not_there(missing.values(), len(cached), self._cache.folder))
         replies = {**cached, **self._call_all(missing, progress, what)}
         return [self._answer(question, replies[digest_of(self._request(question))]) for question in questions]
+
+    def n_calls(self, questions: Sequence[Question[T]]) -> int:
+        """Return how many calls `ask_all` will make, which are for what is not in the cache."""
+        return len(self._look_up(questions)[1])
+
+    def _look_up(self, questions: Sequence[Question[T]]) -> tuple[dict[str, Reply | None], dict[str, dict[str, Any]]]:
+        """Return the replies in the cache by digest, None for what is not there, and the requests without a reply."""
+        requests = {digest_of(request): request for request in map(self._request, questions)}
+        cached = {digest: self._cache.get(request) for digest, request in requests.items()}
+        return cached, {digest: requests[digest] for digest, reply in cached.items() if reply is None}
 
     def _request(self, question: Question[T]) -> dict[str, Any]:
         return {**self.parameters, "model": self.model, "messages": question.messages}

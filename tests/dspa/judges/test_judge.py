@@ -95,6 +95,16 @@ def test_replies_under_way_are_kept_when_another_fails(tmp_path: Path):
     assert Judge("http://unused", "m", cache=tmp_path, replay=True).ask(city("good")).value == "Rome"
 
 
+def test_calls_are_counted_before_they_are_made(tmp_path: Path):
+    asked = [city("a"), city("b"), city("a"), city("c")]
+    with serving(paris) as endpoint:
+        judge = Judge(endpoint.url, "m", cache=tmp_path)
+        judge.ask(city("c"))
+        assert judge.n_calls(asked) == 2 and len(endpoint.requests) == 1
+        judge.ask_all(asked)
+        assert len(endpoint.requests) == 3 and judge.n_calls(asked) == 0
+
+
 def test_replay_calls_nothing(tmp_path: Path):
     with serving(paris) as endpoint:
         Judge(endpoint.url, "m", cache=tmp_path).ask(city("a"))
