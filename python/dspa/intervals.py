@@ -39,6 +39,25 @@ def bootstrap(
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
+def sign_flip_p(differences: Values, seed: int = 0) -> float:
+    """Return the two-sided p-value of the sign-flip test that paired differences are as likely above 0 as below.
+
+    Args:
+        differences: one per pair [n].
+        seed: of the draws of signs, which are all signs that there are for up to 13 pairs.
+    """
+    test = stats.permutation_test(
+        (differences,),
+        np.sum,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=1000,
+        random_state=np.random.default_rng(seed),
+    )
+    return float(test.pvalue)
+
+
 def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Return Wilson's interval of `successes / n`.
 

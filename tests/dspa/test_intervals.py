@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from dspa.intervals import bootstrap, wilson
+from dspa.intervals import bootstrap, sign_flip_p, wilson
 
 from ..rounding import rounding
 
@@ -39,3 +40,19 @@ def test_a_bootstrap_of_a_mean_is_near_the_normal_interval():
     # The ends of 9999 draws are known to about 0.025 deviations.
     assert bootstrap([values], np.mean) == pytest.approx(expected, abs=0.05 * values.std() / math.sqrt(400))
     assert bootstrap([values], np.mean, seed=1) != bootstrap([values], np.mean)
+
+
+def test_the_sign_flip_test_counts_signs():
+    differences = np.array([0.5, 2.0, -1.0, 3.0, 1.0])
+    sums = [np.dot(signs, differences) for signs in itertools.product((1, -1), repeat=5)]
+    expected = np.mean(np.abs(sums) >= differences.sum() - 1e-9)
+    assert sign_flip_p(differences) == pytest.approx(expected)
+    assert sign_flip_p(-differences) == pytest.approx(expected)
+    assert sign_flip_p(np.zeros(4)) == 1
+
+
+def test_the_sign_flip_test_of_many_is_near_the_t_test():
+    differences = np.random.default_rng(0).normal(0.15, 1, size=200)
+    t = differences.mean() / differences.std(ddof=1) * math.sqrt(200)
+    expected = math.erfc(abs(t) / math.sqrt(2))
+    assert 0.01 < expected < 0.2 and sign_flip_p(differences) == pytest.approx(expected, abs=0.015)
