@@ -147,6 +147,7 @@ setup(
             "py.typed",
             "audit/templates/*",
             "evaluate/style.json",
+            "evaluate/grading/templates/*",
             "demo/assets/*",
             "demo/assets/*/*",
             "demo/smollm2/assets/*",
