@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from dspa.cli import baseline, fsrl, sae
+from dspa.cli import baseline, evaluate, fsrl, sae
 from dspa.cli import map as maps
 from dspa.cli.audit import audit
 from dspa.cli.compare import compare
@@ -43,7 +43,7 @@ To begin, `dspa demo` and `dspa fsrl demo` show the two on a small model that co
 `dspa demo smollm2` shows DSPA on a chat model.
 """
 # As a new user needs them.
-ORDER = ("demo", "map", "generate", "serve", "compare", "audit", "baseline", "fsrl", "sae", "info")
+ORDER = ("demo", "map", "generate", "serve", "compare", "evaluate", "audit", "baseline", "fsrl", "sae", "info")
 
 
 class Commands(StoppableCommands):
@@ -63,6 +63,7 @@ app = typer.Typer(
 )
 app.add_typer(maps.app, name="map")
 app.add_typer(baseline.app, name="baseline")
+app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(sae.app, name="sae")
 app.add_typer(fsrl.app, name="fsrl")
 app.command()(demo)

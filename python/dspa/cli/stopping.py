@@ -30,6 +30,7 @@ KEPT = {
     "baseline rahf tune": CHECKPOINT,
     "baseline rahf align": CHECKPOINT,
     "compare": RUNS,
+    "evaluate grade": "Replies of the judge are kept",
     "demo smollm2": RUNS,
     "fsrl analyse layers": "Finished adapters and the last checkpoint are kept",
 }
