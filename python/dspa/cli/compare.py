@@ -29,7 +29,7 @@ from dspa.errors import refusal
 if TYPE_CHECKING:
     from dspa.evaluate.compare.comparison import Comparison
     from dspa.evaluate.compare.measures import Counter
-    from dspa.evaluate.style import StyleCounter
+    from dspa.evaluate.style import StyleAxis, StyleCounter
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def compare(
     counter_file: Annotated[
         Path | None,
         typer.Option(
-            "--counters", help="Counters of style for --count NAME, by rules in a JSON file; by default ours."
+            "--counters", help="Counters and axes of style for --count NAME, by rules in a JSON file; by default ours."
         ),
     ] = None,
     prefer: Annotated[
@@ -121,11 +121,11 @@ def compare(
     from dspa.evaluate.compare.methods import CONTROLS
     from dspa.evaluate.compare.run import compare as run
     from dspa.evaluate.compare.runs import RunStore
-    from dspa.evaluate.style import style_counters
+    from dspa.evaluate.style import style_axes, style_counters
 
     if not max_perplexity:
         raise refusal(ValueError, "--max-perplexity", 0, "a number > 0, such as 1.15")
-    styles = style_counters(counter_file)
+    styles: dict[str, StyleCounter | StyleAxis] = {**style_counters(counter_file), **style_axes(counter_file)}
     counters = dict(_counter(text, styles) for text in count or [])
     check_counters(counters)
     if count and len(counters) < len(count):
@@ -183,7 +183,7 @@ def print_results(comparison: Comparison, show: int) -> None:
         print_comparison(answer)
 
 
-def _counter(text: str, styles: Mapping[str, StyleCounter]) -> tuple[str, Counter]:
+def _counter(text: str, styles: Mapping[str, StyleCounter | StyleAxis]) -> tuple[str, Counter]:
     """Return the name and the counter of one --count: a compiled expression, or one of `styles`."""
     if text in styles:
         return text, styles[text]

@@ -1,16 +1,18 @@
-"""Counters of style: how long, formal, polite or cautious a text is, by rules in a file that a user can replace."""
+"""Counters and axes of style: how long, formal or cautious a text is, by rules in a file that a user can replace."""
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
 from dspa.errors import refusal
 from dspa.expressions import compile_expression, count_matches
-from dspa.schemas import OneOf, Text, check, parse_json, read_json, schema
+from dspa.schemas import Number, OneOf, Text, check, parse_json, read_json, schema
 
 FORMAT = "dspa.style.1"
 # The rules that come with the package.
@@ -57,11 +59,27 @@ class Rule:
 
 
 @schema
+class AxisRule:
+    """One axis as the file holds it: a weighted sum of counters, between two poles.
+
+    Attributes:
+        about: one sentence that names the poles, the positive one first, and what is counted.
+        weights: weight of each counter in the sum, by its name.
+        offset: what is added to the sum, so that a common text is near 0.
+    """
+
+    about: Text
+    weights: dict[Text, Number]
+    offset: Number = 0.0
+
+
+@schema
 class RuleFile:
-    """The file: rules by the names of their counters."""
+    """The file: rules by the names of their counters, and of axes that combine these."""
 
     format: Annotated[str, OneOf((FORMAT,))]
     counters: dict[Text, Rule]
+    axes: dict[Text, AxisRule] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,6 +116,35 @@ class StyleCounter:
         return self.matches.pattern + (f" per {self.times} of {self.units.pattern}" if self.units else "")
 
 
+@dataclass(frozen=True)
+class StyleAxis:
+    """An axis of style from -1 to 1: `tanh(offset + sum of weight * counter)`.
+
+    Attributes:
+        about: one sentence that names the poles, the positive one first, and what is counted.
+        terms: weights and counters.
+        offset: what is added to the sum.
+    """
+
+    about: str
+    terms: tuple[tuple[float, StyleCounter], ...]
+    offset: float = 0.0
+
+    def __call__(self, prompt: str, answer: str) -> float:
+        """Return the axis' value for an answer; the prompt does not matter.
+
+        Raises:
+            ValueError: a search that takes too long.
+        """
+        return math.tanh(self.offset + sum(weight * counter(prompt, answer) for weight, counter in self.terms))
+
+    @property
+    def pattern(self) -> str:
+        """The formula, for records."""
+        terms = [f"{weight:+g} * ({counter.pattern})" for weight, counter in self.terms]
+        return f"tanh({' '.join([f'{self.offset:g}', *terms])})"
+
+
 def style_counters(path: Path | None = None) -> dict[str, StyleCounter]:
     """Return counters by name.
 
@@ -108,12 +155,45 @@ def style_counters(path: Path | None = None) -> dict[str, StyleCounter]:
         ValueError: something else, an expression that does not compile, or a `per` that no rule has the name of.
         OSError: the file cannot be read.
     """
+    name, file = _read(path)
+    return _counters(name, file.counters)
+
+
+def style_axes(path: Path | None = None) -> dict[str, StyleAxis]:
+    """Return axes by name, none where the file has none.
+
+    Args:
+        path: as for `style_counters`.
+
+    Raises:
+        ValueError: as for `style_counters`, an axis of a counter that is not in the file, or one with its name.
+        OSError: the file cannot be read.
+    """
+    name, file = _read(path)
+    counters = _counters(name, file.counters)
+    if doubled := sorted(file.axes.keys() & counters.keys()):
+        raise refusal(ValueError, f"{name}: `axes`", f"with {doubled[0]!r}, as a counter is", "names of their own")
+    for axis, rule in file.axes.items():
+        unknown = sorted(rule.weights.keys() - counters.keys())
+        if unknown or not rule.weights:
+            got = f"of {unknown[0]!r}" if unknown else "empty"
+            raise refusal(ValueError, f"{name}: {axis}: `weights`", got, f"weights of {', '.join(counters)}")
+    return {
+        axis: StyleAxis(rule.about, tuple((w, counters[name]) for name, w in rule.weights.items()), rule.offset)
+        for axis, rule in file.axes.items()
+    }
+
+
+def _read(path: Path | None) -> tuple[str, RuleFile]:
+    """Return the name of a file of rules for messages, and what it holds."""
     if path is None:
         text = files("dspa.evaluate").joinpath(RULES).read_text(encoding="utf-8")
-        read, name = parse_json(text, ValueError, RULES), RULES
-    else:
-        read, name = read_json(path, ValueError), str(path)
-    rules = check(RuleFile, read, ValueError, name).counters
+        return RULES, check(RuleFile, parse_json(text, ValueError, RULES), ValueError, RULES)
+    return str(path), check(RuleFile, read_json(path, ValueError), ValueError, str(path))
+
+
+def _counters(name: str, rules: Mapping[str, Rule]) -> dict[str, StyleCounter]:
+    """Return the counters of the rules in a file of this name."""
     patterns = {counter: _compiled(f"{name}: {counter}", rule) for counter, rule in rules.items()}
     counters = {}
     for counter, rule in rules.items():
