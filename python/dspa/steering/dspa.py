@@ -26,6 +26,7 @@ from dspa.models.layers import (
 from dspa.models.prompts import Prompts
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_saes, required_layer
+from dspa.steering.ablation import left_to_ablations
 from dspa.steering.calls import Recording, SteeredCall
 from dspa.steering.counters import Counters
 from dspa.steering.gated import Gated
@@ -266,6 +267,7 @@ class Steering(Gated, nn.Module):
         with LOCK:
             self.plan, call.number = plan, self._n_plans
             self._n_plans += 1
+        plan = left_to_ablations(plan, self._weights.columns, self._attachment, self.layer)
         return {"slots": plan.slots, "signs": plan.signs}
 
     def _warn_if_empty(self, plan: SteeringPlan) -> None:
