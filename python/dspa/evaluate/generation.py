@@ -253,13 +253,18 @@ class _Streamer(TextStreamer):
 def _check_steered(steerings: Sequence[Steering], start: int) -> None:
     """Raise `ModelError` if a prompt selected nothing to edit, so that its text is the base model's."""
     for steering in steerings:
-        empty = [] if steering.plan is None else (steering.plan.slots < 0).all(dim=1).nonzero().flatten().tolist()
-        if empty:
+        empty = unsteered_prompts(steering)
+        if any(empty):
             raise ModelError(
-                f"Prompt {start + empty[0] + 1} selects no latent to edit, so that its text would be unsteered: the "
-                "rows of the map for its latents are 0 where this mode and scoring look. Remove the prompt, or "
-                "change `mode`, `scoring` or the map."
+                f"Prompt {start + empty.index(True) + 1} selects no latent to edit, so that its text would be "
+                "unsteered: the rows of the map for its latents are 0 where this mode and scoring look. Remove the "
+                "prompt, or change `mode`, `scoring` or the map."
             )
+
+
+def unsteered_prompts(steering: Steering) -> list[bool]:
+    """Return True for each prompt of the latest call that selected nothing to edit; nothing before the first call."""
+    return [] if steering.plan is None else [bool(empty) for empty in (steering.plan.slots < 0).all(dim=1).tolist()]
 
 
 def edited_characters(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -26,7 +26,14 @@ from dspa.evaluate.compare.measures import MARGIN, Counter, check_counters, coun
 from dspa.evaluate.compare.methods import BASE, CONTROLS, Method, controls_of
 from dspa.evaluate.compare.prompts import encode, spoken, triple_with_prefix
 from dspa.evaluate.compare.runs import FORMAT, Answers, RunStore, TripleScores
-from dspa.evaluate.generation import check_prompts, continue_prompts, decode, end_tokens, sampling_arguments
+from dspa.evaluate.generation import (
+    check_prompts,
+    continue_prompts,
+    decode,
+    end_tokens,
+    sampling_arguments,
+    unsteered_prompts,
+)
 from dspa.evaluate.responses import Response, batches, log_probabilities, padded, responses_of, teacher_forced
 from dspa.evaluate.scores import score_responses
 from dspa.files import digest_of
@@ -161,7 +168,7 @@ def compare(
             methods=everything,
             prompts=[spoken(prompt) for prompt in prompts],
             seeds=seeds,
-            settings={**settings, "versions": _versions(), "n_triples": len(triples or [])},
+            settings={**settings, "versions": versions(), "n_triples": len(triples or [])},
             answers=answers,
             scores=scores,
             texts={
@@ -179,7 +186,8 @@ def compare(
         return comparison
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of what an answer depends on."""
     return {
         "dspa-kernels": __version__,
         "torch": torch.__version__,
@@ -200,21 +208,25 @@ def _check(
     batch_size: int,
 ) -> None:
     """Raise for what cannot be compared, before the model runs."""
-    if Attachment.of(model).attached:
-        got = f"steered already ({', '.join(type(other).__name__ for other in Attachment.of(model).attached)})"
-        raise refusal(ModelError, "`model`", got, "one to which nothing is attached", "Call dspa.detach(model) first.")
     if not prompts:
         raise refusal(ValueError, "`prompts`", "empty", "one prompt or more")
     for number, prompt in enumerate(prompts, start=1):
         check_prompt(f"prompt {number}", prompt)
     if not methods:
         raise refusal(ValueError, "`methods`", "empty", "one method or more besides the base model")
-    if strays := [method for method in methods if not isinstance(method, Method)]:
-        made = "what Method.dspa, .static, .adapted, .vector, .tuned and .prefixed make"
-        raise refusal(ValueError, "`methods`", f"with a {type(strays[0]).__name__}", made)
-    names = [BASE, *(method.name for method in methods)]
-    if doubled := sorted({name for name in names if names.count(name) > 1}):
-        raise refusal(ValueError, "`methods`", f"with the name {doubled[0]!r} twice", "methods of different names")
+    check_methods(model, methods)
+    check_runs(controls, seeds, batch_size)
+    if not max_perplexity > 0:
+        raise refusal(ValueError, "`max_perplexity`", max_perplexity, "a number > 0, such as 1.15")
+    check_counters(counters)
+    accepted = [*counters, *([MARGIN] if triples else [])]
+    if prefer is not None and prefer not in accepted:
+        advice = "Give held-out triples." if prefer == MARGIN else ""
+        raise refusal(ValueError, "`prefer`", repr(prefer), ", ".join(accepted) or "nothing without counters", advice)
+
+
+def check_runs(controls: Sequence[str], seeds: Sequence[int], batch_size: int) -> None:
+    """Raise `ValueError` for unknown controls, seeds that cannot be used, or a batch of nothing."""
     if unknown := sorted(set(controls) - set(CONTROLS)):
         raise refusal(ValueError, "`controls`", repr(unknown[0]), ", ".join(CONTROLS))
     if not isinstance(seeds, Sequence):
@@ -223,13 +235,24 @@ def _check(
         raise refusal(ValueError, "`seeds`", list(seeds), "one or more different whole numbers from 0 to 2^31 - 1")
     if batch_size < 1:
         raise refusal(ValueError, "`batch_size`", batch_size, "a whole number >= 1")
-    if not max_perplexity > 0:
-        raise refusal(ValueError, "`max_perplexity`", max_perplexity, "a number > 0, such as 1.15")
-    check_counters(counters)
-    accepted = [*counters, *([MARGIN] if triples else [])]
-    if prefer is not None and prefer not in accepted:
-        advice = "Give held-out triples." if prefer == MARGIN else ""
-        raise refusal(ValueError, "`prefer`", repr(prefer), ", ".join(accepted) or "nothing without counters", advice)
+
+
+def check_methods(model: CausalLM, methods: Sequence[Method]) -> None:
+    """Check the methods of a comparison with the base model.
+
+    Raises:
+        ModelError: a model to which something is attached.
+        ValueError: something else than methods, or two of one name.
+    """
+    if Attachment.of(model).attached:
+        got = f"steered already ({', '.join(type(other).__name__ for other in Attachment.of(model).attached)})"
+        raise refusal(ModelError, "`model`", got, "one to which nothing is attached", "Call dspa.detach(model) first.")
+    if strays := [method for method in methods if not isinstance(method, Method)]:
+        made = "what Method.dspa, .static, .adapted, .vector, .tuned and .prefixed make"
+        raise refusal(ValueError, "`methods`", f"with a {type(strays[0]).__name__}", made)
+    names = [BASE, *(method.name for method in methods)]
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise refusal(ValueError, "`methods`", f"with the name {doubled[0]!r} twice", "methods of different names")
 
 
 @dataclass
@@ -292,16 +315,10 @@ class _Runner:
                 with self.attached(method, 0):
                     pass
 
-    @contextmanager
-    def attached(self, method: Method, seed: int) -> Iterator[Attachable | None]:
-        """Attach what a method steers by, and give the model its weights, within a `with` block."""
-        with weights_replaced(self.model, method):
-            if method.attachable is None:
-                yield None
-                return
-            names: dict[str, Any] = {"layers": self.layers, "model_name": self.model_name}
-            with method.attachable(seed).attach(self.model, **names, other_weights=self.other_weights) as attachable:
-                yield attachable
+    def attached(self, method: Method, seed: int) -> AbstractContextManager[Attachable | None]:
+        """Return the context in which a method acts on the model."""
+        names: dict[str, Any] = {"layers": self.layers, "model_name": self.model_name}
+        return attached(self.model, method, seed, **names, other_weights=self.other_weights)
 
     def work(self, methods: Sequence[Method], seeds: Sequence[int], progress: bool) -> Iterator[tuple[Method, int]]:
         """Yield every method and seed, with a bar that names the method.
@@ -369,7 +386,7 @@ class _Runner:
 
                 def note(numbers: list[int]) -> None:
                     if steering is not None:
-                        for n, empty in zip(numbers, _unsteered(steering), strict=True):
+                        for n, empty in zip(numbers, unsteered_prompts(steering), strict=True):
                             unsteered[n] = empty
 
                 scored = score_responses(
@@ -396,7 +413,7 @@ class _Runner:
                 # The last token predicts what was not generated any more.
                 if 0 <= token < len(batch[edit.row].ids):
                     edited[numbers[edit.row]].append(token)
-            for n, empty in zip(numbers, _unsteered(steering), strict=True):
+            for n, empty in zip(numbers, unsteered_prompts(steering), strict=True):
                 unsteered[n] = empty
         return edited, unsteered
 
@@ -427,6 +444,35 @@ class _Runner:
 
 
 @contextmanager
+def attached(
+    model: CausalLM,
+    method: Method,
+    seed: int,
+    *,
+    layers: str | None = None,
+    model_name: str | None = None,
+    other_weights: bool = False,
+) -> Iterator[Attachable | None]:
+    """Attach what a method steers by, and give the model its weights, within a `with` block.
+
+    Args:
+        model: a model to which nothing is attached.
+        method: the method.
+        seed: of the draw, for a method that is another one for each seed.
+        layers: as for `Attachable.attach`, like those after it.
+        model_name: name of the model, if its own name or path does not give it.
+        other_weights: accept a map or adapter that was made with other weights.
+    """
+    with weights_replaced(model, method):
+        if method.attachable is None:
+            yield None
+            return
+        names: dict[str, Any] = {"layers": layers, "model_name": model_name}
+        with method.attachable(seed).attach(model, **names, other_weights=other_weights) as attachable:
+            yield attachable
+
+
+@contextmanager
 def weights_replaced(model: CausalLM, method: Method) -> Iterator[None]:
     """Give the model the weights of a method within a `with` block, if it has some.
 
@@ -452,10 +498,3 @@ def weights_replaced(model: CausalLM, method: Method) -> Iterator[None]:
     finally:
         for name, parameter in own.items():
             parameter.data = before[name]
-
-
-def _unsteered(steering: Steering) -> list[bool]:
-    """Return True for each prompt of the latest call that selected nothing to edit."""
-    assert steering.plan is not None
-    empty: list[bool] = (steering.plan.slots < 0).all(dim=1).tolist()
-    return empty

@@ -16,8 +16,6 @@ from dspa.schemas import Count, Flag, NonNegative, Text, check, parse_json, read
 
 FORMAT = "dspa.compare.2"
 PARTIAL = ".partial"
-# First line of the file of a stopped comparison.
-HEADER = json.dumps({"format": FORMAT})
 RESULTS = "The file of results"
 
 
@@ -56,7 +54,7 @@ class TripleScores:
 
 
 Runs: TypeAlias = dict[Text, dict[Text, Any]]
-R = TypeVar("R", Answers, TripleScores)
+R = TypeVar("R")
 
 
 @dataclass
@@ -66,32 +64,34 @@ class RunStore:
     Attributes:
         path: the file of results, with links resolved. Runs of an earlier comparison in it are used again; those of a
             stopped one are next to it, in a file that ends in ".partial". None keeps runs in memory.
+        format: name of the format of the file of results.
         runs: finished runs, as JSON.
     """
 
     path: Path | None
+    format: str = FORMAT
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: Path | None) -> RunStore:
-        """Read the runs that are kept for `path`.
+    def open(cls, path: Path | None, format: str = FORMAT) -> RunStore:
+        """Read the runs that are kept for `path`, a file of `format`.
 
         Raises:
             ValueError: a file of something else, a path where no file can be written, or one that another process
                 writes.
         """
         if path is None:
-            return cls(None)
+            return cls(None, format)
         try_output(path, RESULTS)
-        store = cls(output_file(path, RESULTS))
+        store = cls(output_file(path, RESULTS), format)
         # No runs are kept next to a pipe.
         if store.path is None:
             return store
         with store.held():
             if store.path.is_file():
-                store.runs |= _finished(path)
+                store.runs |= _finished(path, format)
             if store._partial.exists():
-                store.runs |= _stopped(store._partial)
+                store.runs |= _stopped(store._partial, store._header)
         return store
 
     def held(self) -> AbstractContextManager[None]:
@@ -107,18 +107,23 @@ class RunStore:
         assert self.path is not None
         return self.path.with_name(self.path.name + PARTIAL)
 
+    @property
+    def _header(self) -> str:
+        """First line of the file of a stopped comparison."""
+        return json.dumps({"format": self.format})
+
     def get(self, key: str, kind: type[R]) -> R | None:
         """Return a finished run, or None."""
         advice = "Delete the file, or name another."
         return check(kind, self.runs[key], ValueError, f"{self.path}: a run", advice) if key in self.runs else None
 
-    def add(self, key: str, run: Answers | TripleScores) -> None:
-        """Keep a finished run."""
+    def add(self, key: str, run: Any) -> None:
+        """Keep a finished run, an instance of a schema."""
         self.runs[key] = asdict(run)
         if self.path is not None:
             with self._partial.open("a", encoding="utf-8") as file:
                 if not file.tell():
-                    file.write(HEADER)
+                    file.write(self._header)
                 # A cut line before it, if there is one, stays alone.
                 file.write("\n" + json.dumps({key: self.runs[key]}))
 
@@ -128,22 +133,22 @@ class RunStore:
             self._partial.unlink(missing_ok=True)
 
 
-def _finished(path: Path) -> dict[str, dict[str, Any]]:
+def _finished(path: Path, format: str) -> dict[str, dict[str, Any]]:
     try:
         record = read_json(path, ValueError)
-        if record["format"] == FORMAT:
+        if record["format"] == format:
             return check(Runs, record["runs"], ValueError, str(path))
     except (ValueError, KeyError, TypeError):
         pass
-    accepted = "a new file, or one that a comparison wrote, whose runs are used again"
+    accepted = "a new file, or one that the same command wrote, whose runs are used again"
     raise refusal(ValueError, RESULTS, f"{path}, which holds something else", accepted, "Name another.")
 
 
-def _stopped(path: Path) -> dict[str, dict[str, Any]]:
+def _stopped(path: Path, header: str) -> dict[str, dict[str, Any]]:
     """Return the runs of a stopped comparison. The end of what was killed may be cut."""
     runs, text = dict[str, dict[str, Any]](), path.read_bytes().decode(errors="replace")
     first, *lines = text.splitlines() or [""]
-    if first != HEADER and not (HEADER.startswith(first) and not lines):
+    if first != header and not (header.startswith(first) and not lines):
         got = f"next to {path}, which holds something else, or a comparison of an earlier version"
         raise refusal(ValueError, RESULTS, got, "a file without it", "Name another, or move that away.")
     for line in lines:
