@@ -27,8 +27,9 @@ def grade(
     answers: Annotated[
         list[Path],
         typer.Argument(
+            metavar="ANSWERS",
             help="Files of answers, one per method, in the layout of the questions: FastChat's (`question_id`, "
-            "`model_id`, `choices`) or AlpacaEval's (`instruction`, `output`, `generator`)."
+            "`model_id`, `choices`) or AlpacaEval's (`instruction`, `output`, `generator`).",
         ),
     ],
     questions: Annotated[

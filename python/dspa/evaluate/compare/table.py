@@ -39,9 +39,8 @@ class TextTable:
             title=Text(self.title, style="table.title"), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left"
         )
         for n, column in enumerate(self.columns):
-            table.add_column(
-                Text(column), justify="right" if n else "left", overflow="fold", no_wrap=column == "over base"
-            )
+            intervals = any("[" in row[n] for row in self.rows) and n > 0
+            table.add_column(Text(column), justify="right" if n else "left", overflow="fold", no_wrap=intervals)
         for row in self.rows:
             table.add_row(*map(Text, row))
         return table

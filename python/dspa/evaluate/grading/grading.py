@@ -31,7 +31,9 @@ NOUNS: Mapping[Mode, str] = {"single": "ratings", "pairwise": "comparisons"}
 SAME = 0.005
 LEGEND = (
     "Brackets hold 95 % bootstrap intervals over questions, all turns and seeds of a question drawn together. p: "
-    "two-sided, of the sign-flip test over questions. length: characters per answer."
+    "two-sided, of the sign-flip test over questions. length: characters per answer. A comparison is won if the answer "
+    "is better in both orders, and a tie counts half in the win rate. first: share of verdicts for the answer that was "
+    "shown first, of those that are no tie."
 )
 LEADERBOARD = (
     "The win rate is the share of wins, a tie counting half. It is not the length-controlled figure of AlpacaEval's "
@@ -128,8 +130,8 @@ class Grading:
             title = "Ratings, 1 to 10" if mode == "single" else f"Comparisons with {self.baseline}"
             of_mode = self._rating_columns if mode == "single" else self._comparison_columns
             made.append(_table(f"{title}, {len(self.questions)} questions", grades, of_mode))
-            if len({question.category for question in self.questions}) > 1:
-                made.append(_table(f"{title}, by category", grades, _category_columns))
+            if len(_part_columns(next(iter(grades.values())))) > 2:
+                made.append(_table(f"{title}, by turn and category", grades, _part_columns))
         return made
 
     def over_baseline(self, method: str) -> Paired | None:
@@ -141,24 +143,20 @@ class Grading:
         paired = None if one.method == self.baseline else self.over_baseline(one.method)
         return {
             "mean": _shown(one.mean()),
-            **_turn_columns(one),
             f"over {self.baseline}": _shown(paired.figure if paired else None, sign="+"),
-            "p": f"{paired.p:.3g}" if paired else "",
+            "p": f"{paired.p:.2g}" if paired else "",
             "unanswered": f"{one.n_unanswered} of {len(one.values)}",
             "length": f"{self.lengths[one.method]:.0f}",
         }
 
     def _comparison_columns(self, one: MethodGrades) -> dict[str, str]:
         return {
-            "wins": str(one.count(WIN)),
-            "ties": str(one.count(TIE)),
-            "losses": str(one.count(LOSS)),
+            "won/tied/lost": "/".join(str(one.count(value)) for value in (WIN, TIE, LOSS)),
             "win rate": _shown(one.mean()),
-            **_turn_columns(one),
-            "p": "" if one.p is None else f"{one.p:.3g}",
-            "first wins": _shown(one.first_wins),
+            "p": "" if one.p is None else f"{one.p:.2g}",
+            "first": _shown(one.first_wins, interval=False),
             "unanswered": f"{one.n_unanswered} of {len(one.values)}",
-            "length": f"{self.lengths[one.method]:.0f} to {self.lengths[self.baseline]:.0f}",
+            "length": f"{self.lengths[one.method]:.0f}/{self.lengths[self.baseline]:.0f}",
         }
 
     def _of_questions(self) -> Iterator[str]:
@@ -168,7 +166,7 @@ class Grading:
         without = [one for one in answered if has_reference(one) and not any(one.references)]
         if without:
             kinds = listed(dict.fromkeys(one.category for one in without))
-            yield f"{len(without)} questions of {kinds} were graded without a reference answer."
+            yield f"Questions of {kinds} that were graded without a reference answer: {len(without)}."
         for one in self.methods:
             if empty := sum(not text.strip() for text in one.texts):
                 yield f"{empty} of {len(one.texts)} answers of {one.method} are empty, and were graded as they are."
@@ -183,10 +181,8 @@ class Grading:
         answered = {name: (one.n_answered, one.n_questions) for name, one in grades.items()}
         if len(set(answered.values())) > 1:
             counts = ", ".join(f"{name} {n} (on {questions} questions)" for name, (n, questions) in answered.items())
-            yield (
-                f"The means are over different {NOUNS[mode]}: {counts}. Differences from {self.baseline} use those "
-                "that both methods have."
-            )
+            use = f" Differences from {self.baseline} use those that both methods have." if mode == "single" else ""
+            yield f"The means are over different {NOUNS[mode]}: {counts}.{use}"
 
     def _of_categories(self, mode: Mode, grades: Mapping[str, MethodGrades]) -> Iterator[str]:
         sizes = Counter(question.category for question in self.questions)
@@ -202,7 +198,7 @@ class Grading:
             why = "answers of the judge are missing" if equal else "the categories have different numbers of questions"
             yield f"The mean of {noun} is not that of the {len(sizes)} categories, because {why}: {'; '.join(apart)}."
         elif equal:
-            yield f"The mean of {len(sizes)} categories is that of all {noun}, as it must be: they have equal sizes."
+            yield f"The mean of {len(sizes)} categories is that of all {noun}: they have equal sizes."
 
 
 def _table(
@@ -213,13 +209,10 @@ def _table(
     return TextTable(title, ["method", *columns], [[name, *row.values()] for name, row in rows.items()])
 
 
-def _turn_columns(one: MethodGrades) -> dict[str, str]:
-    several = one.turns if len(one.turns) > 1 else []
-    return {f"turn {turn}": _shown(one.mean(turn=turn), interval=False) for turn in several}
-
-
-def _category_columns(one: MethodGrades) -> dict[str, str]:
-    return {category: _shown(one.mean(category=category), interval=False) for category in one.categories}
+def _part_columns(one: MethodGrades) -> dict[str, str]:
+    figures = {f"turn {turn}": one.mean(turn=turn) for turn in one.turns}
+    figures |= {category: one.mean(category=category) for category in one.categories}
+    return {name: _shown(figure, interval=False) for name, figure in figures.items()}
 
 
 def _shown(figure: Figure | None, *, interval: bool = True, sign: str = "") -> str:
