@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -97,6 +98,17 @@ class Confusion:
             return None
         return min(1.0, max(0.0, (share + tnr - 1) / (tpr + tnr - 1)))
 
+    def corrected_share_interval(self, share: float, confidence: float = 0.95) -> tuple[float, float] | None:
+        """Return the bootstrap interval of `corrected_share`, None where there is none.
+
+        The entries are drawn, and `share` is taken to be exact. A draw whose rates are no better than guesses says
+        nothing: it counts as 0 for the lower end, and as 1 for the upper one.
+        """
+        if self.corrected_share(share) is None:
+            return None
+        low, high = (bootstrap(self.samples, partial(_corrected, share, nothing), confidence) for nothing in (0.0, 1.0))
+        return low[0], high[1]
+
     @property
     def samples(self) -> tuple[Categories, Categories]:
         """The truth and what is given, 0 or 1, [n] each."""
@@ -133,6 +145,17 @@ def matthews(truth: Categories, given: Categories, axis: int = -1) -> np.ndarray
 def matthews_interval(truth: Categories, given: Categories, confidence: float = 0.95) -> tuple[float, float]:
     """Return the bootstrap interval of Matthews' correlation coefficient of entries [s]; -1 to 1 for a single one."""
     return bootstrap((truth, given), matthews, confidence) if len(truth) > 1 else (-1.0, 1.0)
+
+
+def _corrected(
+    share: float, nothing: float, truth: Categories, given: Categories, axis: int = -1
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return the corrected share by entries of 0 and 1 [..., n], `nothing` where rates are no better than guesses."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        tpr = (truth * given).sum(axis=axis) / truth.sum(axis=axis)
+        tnr = ((1 - truth) * (1 - given)).sum(axis=axis) / (1 - truth).sum(axis=axis)
+        corrected = (share + tnr - 1) / (tpr + tnr - 1)
+    return np.where(tpr + tnr > 1, np.clip(corrected, 0, 1), nothing)
 
 
 def _ratio(part: int, whole: int) -> float | None:

@@ -56,6 +56,23 @@ def test_published_shares_corrected_for_errors():
     assert one.corrected_share(0.9) == 1
 
 
+def test_the_interval_of_a_corrected_share():
+    """It is that of draws of the four counts from their multinomial distribution."""
+    one, share = confusion_of("9B formatting"), 1889 / 16384
+    tp, fn, fp, tn = np.random.default_rng(5).multinomial(300, np.array([23, 44, 5, 228]) / 300, size=100_000).T
+    tpr, tnr = tp / (tp + fn), tn / (tn + fp)
+    expected = np.quantile((share + tnr - 1) / (tpr + tnr - 1), [0.025, 0.975])
+    assert one.corrected_share_interval(share) == pytest.approx(expected, abs=0.01)
+
+
+def test_draws_that_say_nothing_widen_the_interval_of_a_corrected_share():
+    """Of four entries, many draws have no positive, or rates that are those of guesses."""
+    assert Confusion(tp=1, fn=0, fp=1, tn=2).corrected_share_interval(0.5) == (0, 1)
+    assert Confusion(tp=50, fn=0, fp=0, tn=50).corrected_share_interval(0.3) == pytest.approx((0.3, 0.3))
+    assert Confusion(tp=2, fn=2, fp=3, tn=3).corrected_share_interval(0.5) is None
+    assert Confusion(0, 0, 0, 0).corrected_share_interval(0.5) is None
+
+
 def test_figures_that_there_are_not():
     nothing = Confusion(0, 0, 0, 0)
     assert nothing.accuracy is nothing.precision is nothing.recall is nothing.balanced_accuracy is nothing.f1 is None

@@ -23,7 +23,7 @@ SHARES = (
 BY_HAND = (
     "Categories by the judge, compared with labels by hand on the latents that have both. The corrected share is what "
     "the share of a category in all audited latents becomes with the errors that these show (Rogan and Gladen). There "
-    "is none where they show no more than guesses."
+    "is none where they show no more than guesses. Intervals are of 95 %, by bootstrap over the labels by hand."
 )
 
 
@@ -99,18 +99,19 @@ def hand_section(latents: Mapping[int, ExplainedLatent], hand: Labels) -> Sectio
         f"{BY_HAND} On {agreement.n} latents the accuracy is {agreement.accuracy:.3f} and Matthews' correlation "
         f"{agreement.mcc:.3f} [{low:.3f}, {high:.3f}]; {agreement.n_unlabelled} more have a label by hand alone."
     )
-    measured = ("precision", "recall", "balanced accuracy", "correlation", "from", "to", "share", "corrected share")
+    measured = ("precision", "recall", "balanced accuracy", "correlation", "from", "to", "share")
     rows = [
         (
             *(one.category, one.n_hand, one.n_label, one.n_both, one.precision, one.recall, one.balanced_accuracy),
             *(one.mcc, one.mcc_low, one.mcc_high, one.share, one.corrected_share),
+            *(one.corrected_low, one.corrected_high),
         )
         for one in agreement.per_category
     ]
     return Section(
         "Categories compared with labels by hand",
         text,
-        ("category", "by hand", "by the judge", "by both", *measured),
+        ("category", "by hand", "by the judge", "by both", *measured, "corrected share", "from", "to"),
         rows,
     )
 

@@ -44,6 +44,8 @@ SHOWN_AGREEMENT = (
     "balanced_accuracy",
     "mcc",
     "corrected_share",
+    "corrected_low",
+    "corrected_high",
 )
 NOT_MEASURED = "NOT MEASURED (--hand FILE compares them with labels by hand)"
 

@@ -34,6 +34,8 @@ class CategoryAgreement:
         share: share of the category in all labels.
         corrected_share: share of latents of the category that the agreement makes of it (`Confusion.corrected_share`),
             None if it shows no more than guesses.
+        corrected_low, corrected_high: its bootstrap interval of 95 % over the latents with labels by hand, None without
+            a corrected share.
     """
 
     category: str
@@ -49,6 +51,8 @@ class CategoryAgreement:
     mcc_high: float
     share: float
     corrected_share: float | None
+    corrected_low: float | None
+    corrected_high: float | None
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class Agreement:
         """Agreement on each category that occurs by hand or by label."""
         agreements = []
         for name, share, one in zip(self.categories, self.shares, self._confusions, strict=True):
+            mcc_low, mcc_high = one.mcc_interval()
+            low, high = one.corrected_share_interval(share) or (None, None)
             agreements.append(
                 CategoryAgreement(
                     name,
@@ -97,9 +103,12 @@ class Agreement:
                     f1=one.f1,
                     balanced_accuracy=one.balanced_accuracy,
                     mcc=one.mcc,
-                    **dict(zip(("mcc_low", "mcc_high"), one.mcc_interval(), strict=True)),
+                    mcc_low=mcc_low,
+                    mcc_high=mcc_high,
                     share=share,
                     corrected_share=one.corrected_share(share),
+                    corrected_low=low,
+                    corrected_high=high,
                 )
             )
         return agreements

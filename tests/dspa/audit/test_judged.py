@@ -69,6 +69,9 @@ def test_a_table_of_labels_by_hand():
     section = hand_section(latents, hand)
     assert "accuracy is 0.800" in section.text
     assert "1 more have a label by hand alone" in section.text
+    assert len(section.columns) == len(section.rows[0])
+    low, high = section.rows[0][-2:]
+    assert 0 <= low <= section.rows[0][-3] <= high <= 1
     content = dict(zip(section.columns, section.rows[0], strict=True))
     assert (content["category"], content["by hand"], content["by the judge"], content["by both"]) == (
         "Content",

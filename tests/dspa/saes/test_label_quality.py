@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dspa.confusion import Confusion
 from dspa.fsrl import LabelError, Labels, compare_labels
 
 
@@ -67,3 +68,4 @@ def test_all_figures_of_a_category():
     assert (a.mcc_low, a.mcc_high) == pytest.approx(agreement.mcc_interval(), abs=0.01)
     assert a.share == 1889 / 16384
     assert a.corrected_share == pytest.approx(0.29, abs=0.005)
+    assert (a.corrected_low, a.corrected_high) == Confusion(23, 44, 5, 228).corrected_share_interval(a.share)
