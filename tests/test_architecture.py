@@ -17,7 +17,7 @@ DSPA = (
     {"__main__"},
     {"cli"},
     {"demo", "serving"},
-    {"audit"},
+    {"audit", "personal"},
     {"fsrl"},
     {"baselines", "evaluate"},
     {"steering", "testing"},

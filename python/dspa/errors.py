@@ -23,6 +23,10 @@ class VectorError(ValueError):
     """A steering vector that is damaged, or has numbers or settings that cannot be used."""
 
 
+class PersonaError(ValueError):
+    """Effects of latents, or a persona, that are damaged or do not belong to what they are used with."""
+
+
 class PreferenceError(ValueError):
     """A source of triples, or one triple, that cannot be used. The message names it and says what to do."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -38,7 +38,6 @@ def random_set_map(cdmap: ConditionalDifferenceMap, densities: Tensor, seed: int
     )
 
 
-@torch.no_grad()
 def response_densities(
     model: CausalLM,
     sae: FrozenSAE,
@@ -59,13 +58,39 @@ def response_densities(
     Returns:
         [d_sae] fp64 on the CPU.
     """
-    layer, counts = required_layer(sae), torch.zeros(sae.d_sae, dtype=torch.int64)
+    total = torch.zeros(sae.d_sae, dtype=torch.int64)
+    for _, counts in response_counts(model, sae, responses, layers=layers, batch_tokens=batch_tokens):
+        total += counts.sum(dim=0)
+    return total.double() / sum(len(response.ids) for response in responses)
+
+
+@torch.no_grad()
+def response_counts(
+    model: CausalLM,
+    sae: FrozenSAE,
+    responses: Sequence[Response],
+    *,
+    layers: str | None = None,
+    batch_tokens: int = 8192,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield numbers of responses, and on how many of the tokens that predict each of them every latent is active.
+
+    Args:
+        model: as for `response_densities`, like the others.
+        sae: the SAE.
+        responses: prompts with responses.
+        layers: dotted path of the decoder layers, for an unknown architecture.
+        batch_tokens: tokens per batch, padding included.
+
+    Yields:
+        The numbers of a batch [B], and counts [B, d_sae] int64 on the CPU.
+    """
+    layer = required_layer(sae)
     for numbers in batches(responses, batch_tokens):
         batch = [responses[n] for n in numbers]
         h = read_layers(model, [layer], layers, **padded(model, batch))[layer]
         predicts = torch.full(h.shape[:2], -1, dtype=torch.int32)
         for row, response in enumerate(batch):
-            predicts[row, len(response.prompt) - 1 : len(response) - 1] = 0
+            predicts[row, len(response.prompt) - 1 : len(response) - 1] = row
         weights = sae.to(h.device).weights
-        counts += activation_counts(h.flatten(0, 1), weights, predicts.flatten().to(h.device), 1)[0].cpu()
-    return counts.double() / sum(len(response.ids) for response in responses)
+        yield numbers, activation_counts(h.flatten(0, 1), weights, predicts.flatten().to(h.device), len(batch)).cpu()

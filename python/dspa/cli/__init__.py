@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from dspa.cli import baseline, evaluate, fsrl, sae
+from dspa.cli import baseline, evaluate, fsrl, personal, sae
 from dspa.cli import map as maps
 from dspa.cli.audit import audit
 from dspa.cli.compare import compare
@@ -43,7 +43,20 @@ To begin, `dspa demo` and `dspa fsrl demo` show the two on a small model that co
 `dspa demo smollm2` shows DSPA on a chat model.
 """
 # As a new user needs them.
-ORDER = ("demo", "map", "generate", "serve", "compare", "evaluate", "audit", "baseline", "fsrl", "sae", "info")
+ORDER = (
+    "demo",
+    "map",
+    "generate",
+    "serve",
+    "compare",
+    "evaluate",
+    "audit",
+    "personal",
+    "baseline",
+    "fsrl",
+    "sae",
+    "info",
+)
 
 
 class Commands(StoppableCommands):
@@ -64,6 +77,7 @@ app = typer.Typer(
 app.add_typer(maps.app, name="map")
 app.add_typer(baseline.app, name="baseline")
 app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(personal.app, name="personal")
 app.add_typer(sae.app, name="sae")
 app.add_typer(fsrl.app, name="fsrl")
 app.command()(demo)
@@ -110,7 +124,7 @@ def _options(
 def info(
     path: Annotated[
         Path | None,
-        typer.Argument(help="A map, a vector or an adapter: show what it holds, and not what is installed."),
+        typer.Argument(help="A map, a vector, a persona or an adapter: show what it holds, and not what is installed."),
     ] = None,
 ) -> None:
     """Show what is installed, which GPUs there are, and which backends run here or why not."""

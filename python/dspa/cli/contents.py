@@ -1,4 +1,4 @@
-"""`dspa info PATH`: what a map, a vector or an adapter says of itself."""
+"""`dspa info PATH`: what a map, a vector, a persona or an adapter says of itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from dspa.errors import refusal
 
-ACCEPTED = "the file of a map or a vector, or the folder of an adapter"
+ACCEPTED = "the file of a map, a vector or a persona, or the folder of an adapter"
 UNKNOWN = "not recorded"
 
 
@@ -23,11 +23,14 @@ def contents(path: Path) -> dict[str, Any]:
         raise refusal(ValueError, "PATH", f"{path}, where there is nothing", ACCEPTED)
     from dspa.files import read_header
     from dspa.maps.cdmap import FORMATS
+    from dspa.personal.persona import FORMAT as PERSONA
     from dspa.steering.vector import FORMAT
 
     form = read_header(path).get("format")
     if form == FORMAT:
         return _vector(path)
+    if form == PERSONA:
+        return _persona(path)
     if form in FORMATS:
         return _map(path)
     raise refusal(ValueError, "PATH", f"{path}, a file of another format ({form!r})", ACCEPTED)
@@ -46,6 +49,26 @@ def _vector(path: Path) -> dict[str, Any]:
         "positions": vector.positions,
         "model": vector.model_name or UNKNOWN,
         "weights": vector.model_digest or UNKNOWN,
+    }
+
+
+def _persona(path: Path) -> dict[str, Any]:
+    from dspa.personal.persona import Persona
+
+    persona = Persona.load(path)
+    record, gains = persona.record, persona.gains
+    sae = record.sources.get("sae")
+    return {
+        "kind": "persona",
+        "weights": ", ".join(f"{axis} {weight:+g}" for axis, weight in record.weights.items()),
+        "latents": ", ".join(f"{latent} ({gains[latent][0]:+.3f})" for latent in persona.latents),
+        "chosen": f"{'all' if record.top is None else f'up to {record.top}'} of positive gain, of {len(gains)}",
+        "prompts": record.n_prompts,
+        "alpha": f"{record.alpha:g}",
+        "layer": record.layer,
+        "SAE": f"{sae.path if sae else UNKNOWN}, fingerprint {record.sae}",
+        "model": record.model_name or UNKNOWN,
+        "weights of the model": record.model_digest or UNKNOWN,
     }
 
 
