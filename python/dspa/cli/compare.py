@@ -54,7 +54,7 @@ class CompareMethodOptions(MethodOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.empty:
-            options = "--map, --adapter, --vector, --tuned and --prefix"
+            options = "--map, --adapter, --vector, --tuned, --persona and --prefix"
             raise ValueError(f"None of {options} was given; accepted: one of them, or more.")
 
 
@@ -125,8 +125,9 @@ def compare(
 
     if not max_perplexity:
         raise refusal(ValueError, "--max-perplexity", 0, "a number > 0, such as 1.15")
-    styles: dict[str, StyleCounter | StyleAxis] = {**style_counters(counter_file), **style_axes(counter_file)}
-    counters = dict(_counter(text, styles) for text in count or [])
+    axes = style_axes(counter_file)
+    styles: dict[str, StyleCounter | StyleAxis] = {**style_counters(counter_file), **axes}
+    counters: dict[str, Counter] = dict(_counter(text, styles) for text in count or [])
     check_counters(counters)
     if count and len(counters) < len(count):
         raise refusal(ValueError, "--count", "one name twice", "different names")
@@ -141,12 +142,13 @@ def compare(
     texts = read_prompt_file("PROMPTS", prompts)
     triples = None if held_out is None else list(load_triples(held_out))
     loaded = methods.load(on, pair, adapter_sae, config, ops)
+    utilities: dict[str, Counter] = {f"utility of {name}": one.utility(axes) for name, one in loaded.personas.items()}
     if sampling.chat or not all(isinstance(text, str) for text in texts):
         loaded.warn_of_other_template(chat_template_kwargs)
     comparison = run(
         *(loaded.model, loaded.tokenizer, texts, loaded.methods),
         held_out=triples,
-        counters=counters,
+        counters=utilities | counters,
         controls=CONTROLS if methods.controls else (),
         prefer=prefer,
         max_perplexity=max_perplexity,

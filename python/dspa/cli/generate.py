@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dspa.cli.loading import check_model, check_writable, load_adapter, load_model, load_pair
+from dspa.cli.loading import (
+    check_model,
+    check_writable,
+    load_adapter,
+    load_model,
+    load_pair,
+    load_persona_sae,
+)
 from dspa.cli.options import (
     FILES,
     AdapterSAE,
@@ -29,6 +36,7 @@ from dspa.cli.options import (
     changed,
     check_used,
     with_options,
+    without_persona,
 )
 from dspa.cli.texts import as_record, print_comparison
 from dspa.config import SteeringConfig
@@ -77,6 +85,9 @@ def generate(
     adapter: Annotated[
         Path | None, typer.Option(help="Steer by FSRL with this adapter, a folder that dspa fsrl train wrote.")
     ] = None,
+    persona: Annotated[
+        Path | None, typer.Option(help="Ablate the latents of this persona, a file that dspa personal make wrote.")
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="One prompt. Without it and --file, type prompts, or pipe them in, one per line.")
     ] = None,
@@ -104,7 +115,8 @@ def generate(
     """Generate text with a steered model: for one prompt, for a file of them, or for what you type.
 
     DSPA edits features (latents) of a sparse autoencoder (SAE) that each prompt chooses through a map. FSRL moves them
-    by a trained adapter. Both can act together. Maps and adapters know their model and SAEs, so that this is enough:
+    by a trained adapter. A persona ablates the same latents for every prompt. All of them can act together. They know
+    their model and SAEs, so that this is enough:
 
     `dspa generate --map map.dspa.safetensors --prompt "How do I ..."`
     """
@@ -114,16 +126,16 @@ def generate(
     from dspa.evaluate.generation import answer_prompts, check_prompts
     from dspa.steering.dspa import Steering
 
-    _check_given(map_path, adapter, pair, adapter_sae, config, ops, trace)
+    _check_given(map_path, adapter, persona, pair, adapter_sae, config, ops, trace)
     if stream and (file or out or compare):
         raise ValueError("--stream prints one text as it grows; leave out --file, --out and --compare, or --stream.")
-    read = {"--file": file, "--map": map_path, "--adapter": adapter, "--model": on.model}
+    read = {"--file": file, "--map": map_path, "--adapter": adapter, "--persona": persona, "--model": on.model}
     read |= {"--sae-in": pair.sae_in, "--sae-out": pair.sae_out, "--sae": adapter_sae.sae}
     check_writable("--out", out, read)
     check_writable("--trace", trace, read | {"--out": out})
     prompts: Iterable[str] = read_prompts(prompt, file)
     model, tokenizer, attachables, edits = _load(
-        on, map_path, pair, config, ops, adapter, adapter_sae, record=compare or trace is not None
+        on, map_path, pair, config, ops, adapter, adapter_sae, persona, record=compare or trace is not None
     )
     if sampling.chat:
         made = [("--map", part.cdmap.meta.chat_template_kwargs) for part in attachables if isinstance(part, Steering)]
@@ -171,6 +183,7 @@ def generate(
 def _check_given(
     map_path: Path | None,
     adapter: Path | None,
+    persona: Path | None,
     pair: RecordedSAEPairOptions,
     adapter_sae: AdapterSAEOptions,
     config: SteeringConfig,
@@ -178,12 +191,14 @@ def _check_given(
     trace: Path | None,
 ) -> None:
     """Raise `ValueError` where nothing steers, or for an option of what is not used."""
-    if map_path is None and adapter is None:
-        raise ValueError("Neither --map (DSPA) nor --adapter (FSRL) was given; accepted: one of them, or both.")
+    if map_path is None and adapter is None and persona is None:
+        raise ValueError(
+            "None of --map (DSPA), --adapter (FSRL) and --persona was given; accepted: one of them, or more."
+        )
     of_maps = [*changed(pair), *changed(config), *changed(ops, "backend")]
     if trace is not None:
         of_maps.append("--trace")
-    check_used("--map", map_path, of_maps)
+    check_used("--map", map_path, without_persona(of_maps, persona))
     check_used("--adapter", adapter, changed(adapter_sae))
 
 
@@ -195,12 +210,14 @@ def _load(
     ops: BackendOptions,
     adapter_path: Path | None,
     adapter_sae: AdapterSAEOptions,
+    persona_path: Path | None,
     *,
     record: bool,
 ) -> tuple[Any, Any, list[Attachable], Trace | None]:
     """Load a model, its tokenizer and what steers it; also return the trace of DSPA."""
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.models.sources import may_be_one
+    from dspa.personal.persona import Persona, ablation_of
     from dspa.steering.dspa import Steering
 
     # The model last: the others are quick to load, and wrong more often.
@@ -209,11 +226,14 @@ def _load(
     cdmap = None if map_path is None else ConditionalDifferenceMap.load(map_path)
     saes = None if cdmap is None else load_pair(pair, device, cdmap)
     adapter = None if adapter_path is None else load_adapter(adapter_path, adapter_sae, device, ops.backend)
-    recorded = {cdmap.sources.get("model") if cdmap else None, adapter.trained_on if adapter else None} - {None}
+    persona = None if persona_path is None else Persona.load(persona_path)
+    persona_sae = None if persona is None else load_persona_sae(persona, pair, device, saes or ())
+    recorded = {cdmap.sources.get("model") if cdmap else None, adapter.trained_on if adapter else None}
+    recorded = (recorded | {persona.record.sources.get("model") if persona else None}) - {None}
     if on.model is None and not may_be_one(source.digest for source in recorded if source):
         raise ValueError(
-            "--map and --adapter were made with different models. Pass --model to choose one, and --other-weights to "
-            "use it with both."
+            "What steers was made with different models. Pass --model to choose one, and --other-weights to use it "
+            "with all."
         )
     model, tokenizer = load_model(on, next(iter(recorded), None))
     attachables: list[Attachable] = []
@@ -226,6 +246,8 @@ def _load(
     if adapter is not None:
         adapter.sae = adapter.sae.to(dtype=model.dtype)
         attachables.append(adapter)
+    if persona is not None and persona_sae is not None:
+        attachables.append(ablation_of({"persona": persona}, persona_sae.to(dtype=model.dtype)))
     return model, tokenizer, attachables, None if steering is None else steering.trace
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dspa.judges.judge import Judge
     from dspa.maps.cdmap import ConditionalDifferenceMap, MapMeta
     from dspa.models.sources import Source
+    from dspa.personal.persona import Persona
     from dspa.saes.frozen import FrozenSAE
     from dspa.saes.labels import LatentSpace
 
@@ -220,6 +221,17 @@ def load_pair(
         load_recorded_sae("--sae-in", pair.sae_in, pair.layer_in, device, sources.get("sae_in"), in_layer),
         load_recorded_sae("--sae-out", pair.sae_out, pair.layer_out, device, sources.get("sae_out"), out_layer),
     )
+
+
+def load_persona_sae(
+    persona: Persona, pair: RecordedSAEPairOptions, device: str, loaded: Iterable[FrozenSAE]
+) -> FrozenSAE:
+    """Return the SAE of a persona: one that is loaded already, or that of --sae-out, or the one that it records."""
+    for sae in loaded:
+        if sae.fingerprint == persona.record.sae:
+            return sae
+    source, layer = persona.record.sources.get("sae"), persona.record.layer
+    return load_recorded_sae("--sae-out", pair.sae_out, pair.layer_out, device, source, layer)
 
 
 def load_made_with(

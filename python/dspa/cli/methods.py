@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from dspa.cli.generate import BackendOptions, warn_of_other_template
-from dspa.cli.loading import check_model, load_adapter, load_model, load_pair, load_tuned
+from dspa.cli.loading import check_model, load_adapter, load_model, load_pair, load_persona_sae, load_tuned
 from dspa.cli.options import (
     AdapterSAEOptions,
     Options,
@@ -16,6 +16,7 @@ from dspa.cli.options import (
     RecordedSAEPairOptions,
     changed,
     check_used,
+    without_persona,
 )
 from dspa.config import MODES, SteeringConfig
 from dspa.distributed import device_named
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from dspa.evaluate.compare.methods import Method
     from dspa.fsrl.adapter import FSRLAdapter
     from dspa.maps.cdmap import ConditionalDifferenceMap
+    from dspa.personal.persona import Persona
     from dspa.saes.frozen import FrozenSAE
 
     Pair: TypeAlias = tuple[FrozenSAE, FrozenSAE]
@@ -65,6 +67,10 @@ class MethodOptions:
             "`dspa baseline rahf align`."
         },
     )
+    persona: list[Path] | None = field(
+        default=None,
+        metadata={"help": "Persona, a file that `dspa personal make` wrote; as a control, random personas."},
+    )
     prefix: list[str] | None = field(
         default=None,
         metadata={"help": "Instruction to the base model: a system message, or text before a plain prompt."},
@@ -81,12 +87,13 @@ class MethodOptions:
     @property
     def empty(self) -> bool:
         """True where nothing but the base model takes part."""
-        return not (self.map_paths or self.adapter or self.vector or self.tuned or self.prefix)
+        return not (self.map_paths or self.adapter or self.vector or self.tuned or self.persona or self.prefix)
 
     @property
     def read(self) -> dict[str, Path]:
         """Files and folders that are read, by what gives them."""
         given = {"--map": self.map_paths, "--adapter": self.adapter, "--vector": self.vector, "--tuned": self.tuned}
+        given["--persona"] = self.persona
         return {f"{option} {path}": path for option, paths in given.items() for path in paths or []}
 
     def load(
@@ -111,6 +118,8 @@ class MethodOptions:
         """
         from dspa.evaluate.compare.methods import Method
         from dspa.maps.cdmap import ConditionalDifferenceMap
+        from dspa.personal.methods import persona_methods
+        from dspa.personal.persona import Persona
         from dspa.steering.vector import SteeringVector
 
         self._check_used(pair, adapter_sae, config, ops)
@@ -119,7 +128,10 @@ class MethodOptions:
         modes, alphas = self.mode or [config.mode], self.alpha or [config.alpha]
         settings = [replace(config, alpha=alpha, mode=mode) for mode in modes for alpha in alphas]
         maps = {path: ConditionalDifferenceMap.load(path) for path in self.map_paths or []}
-        model, tokenizer, pairs, adapters = _load(on, maps, pair, self.adapter or [], adapter_sae, ops.backend)
+        personas = {path: Persona.load(path) for path in self.persona or []}
+        model, tokenizer, pairs, adapters, saes = _load(
+            on, maps, pair, self.adapter or [], adapter_sae, personas, ops.backend
+        )
         methods = list[Method]()
         for path, label in _labels(maps).items():
             for one in settings:
@@ -136,7 +148,13 @@ class MethodOptions:
             methods.append(Method.vector(vectors[path], name=f"vector {label}"))
         for path, label in _labels(self.tuned or []).items():
             methods.append(Method.tuned(load_tuned(path, on), name=f"tuned {label}"))
-        return LoadedMethods(model, tokenizer, [*methods, *prefixed], list(maps.values()), list(adapters))
+        named = {f"persona {label}": path for path, label in _labels(personas).items()}
+        for name, path in named.items():
+            methods += persona_methods(personas[path], saes[path], name, control=self.controls)
+        return LoadedMethods(
+            *(model, tokenizer, [*methods, *prefixed], list(maps.values()), list(adapters)),
+            personas={name: personas[path] for name, path in named.items()},
+        )
 
     def _check_used(
         self,
@@ -150,7 +168,7 @@ class MethodOptions:
         given = [name for name in defaults if getattr(self, name) and getattr(self, name) != defaults[name]]
         of_maps = [f"--{name}" for name in ("alpha", "mode", "static", "controls") if name in given]
         of_maps += [*changed(pair), *changed(config), *changed(ops, "backend")]
-        check_used("--map", self.map_paths, of_maps)
+        check_used("--map", self.map_paths, without_persona(of_maps, self.persona))
         of_adapters = ["--fraction"] if self.fraction else []
         check_used("--adapter", self.adapter, [*of_adapters, *changed(adapter_sae)])
 
@@ -171,6 +189,7 @@ class LoadedMethods:
         methods: the methods, of different names.
         maps: the maps.
         adapters: folders of the adapters.
+        personas: the personas, by the names of their methods.
     """
 
     model: Any
@@ -178,6 +197,7 @@ class LoadedMethods:
     methods: list[Method]
     maps: list[ConditionalDifferenceMap]
     adapters: list[Path]
+    personas: dict[str, Persona]
 
     def warn_of_other_template(self, given: Mapping[str, Any] | None) -> None:
         """Warn where prompts get other values for the chat template than conversations of a map or adapter got."""
@@ -194,9 +214,10 @@ def _load(
     pair: RecordedSAEPairOptions,
     adapter_paths: Sequence[Path],
     adapter_sae: AdapterSAEOptions,
+    personas: Mapping[Path, Persona],
     backend: str,
-) -> tuple[Any, Any, dict[str, Pair], dict[Path, FSRLAdapter]]:
-    """Load a model, its tokenizer, the SAEs of maps by `_key`, and adapters."""
+) -> tuple[Any, Any, dict[str, Pair], dict[Path, FSRLAdapter], dict[Path, FrozenSAE]]:
+    """Load a model, its tokenizer, the SAEs of maps by `_key`, adapters, and the SAEs of personas."""
     from dspa.models.sources import may_be_one
 
     # The model last: the others are quick to load, and wrong more often.
@@ -207,12 +228,17 @@ def _load(
         if _key(cdmap) not in pairs:
             pairs[_key(cdmap)] = load_pair(pair, device, cdmap)
     adapters = {path: load_adapter(path, adapter_sae, device, backend) for path in adapter_paths}
+    saes: dict[Path, FrozenSAE] = {}
+    for path, persona in personas.items():
+        loaded = [*(sae_out for _, sae_out in pairs.values()), *saes.values()]
+        saes[path] = load_persona_sae(persona, pair, device, loaded)
     made_with = [*(cdmap.sources.get("model") for cdmap in maps.values()), *(a.trained_on for a in adapters.values())]
+    made_with += [persona.record.sources.get("model") for persona in personas.values()]
     recorded = [source for source in made_with if source is not None]
     if on.model is None and not may_be_one(source.digest for source in recorded):
         raise ValueError(
-            "Maps and adapters were made with different models. Pass --model to choose one, and --other-weights to use "
-            "it with all."
+            "Maps, adapters and personas were made with different models. Pass --model to choose one, and "
+            "--other-weights to use it with all."
         )
     model, tokenizer = load_model(on, next(iter(recorded), None))
     for adapter in adapters.values():
@@ -220,7 +246,7 @@ def _load(
     as_model = {
         key: (sae_in.to(dtype=model.dtype), sae_out.to(dtype=model.dtype)) for key, (sae_in, sae_out) in pairs.items()
     }
-    return model, tokenizer, as_model, adapters
+    return model, tokenizer, as_model, adapters, {path: sae.to(dtype=model.dtype) for path, sae in saes.items()}
 
 
 def _key(cdmap: ConditionalDifferenceMap) -> str:

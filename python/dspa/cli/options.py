@@ -12,7 +12,7 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -180,6 +180,11 @@ def check_used(option: str, value: object, others: Collection[str]) -> None:
     """Raise `ValueError` where `option` was not given, and `others` were, which nothing uses without it."""
     if not value and others:
         raise ValueError(f"Without {option} there is no use for {', '.join(others)}. Pass {option}, or leave it out.")
+
+
+def without_persona(of_maps: Sequence[str], persona: object) -> list[str]:
+    """Return the options of maps, without those that are also for a persona if there is one."""
+    return [option for option in of_maps if not (persona and option in ("--sae-out", "--layer-out", "--controls"))]
 
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")

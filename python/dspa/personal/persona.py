@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dspa.errors import MapError, PersonaError, listed, refusal
 from dspa.evaluate.style import StyleAxis
-from dspa.files import SEAL, digest_of, read_header, read_tensors, write_tensors
+from dspa.files import SEAL, checksum, digest_of, read_header, read_tensors, write_tensors
 from dspa.models.sources import Source
 from dspa.outputs import output_file
 from dspa.personal.effects import Effects
@@ -81,6 +81,22 @@ def check_weights(weights: Mapping[str, float], axes: list[str]) -> None:
     if not any(weights.values()):
         got = "none but 0" if weights else "none"
         raise refusal(PersonaError, "The weights of a persona", got, f"a weight other than 0 of {', '.join(axes)}")
+
+
+@dataclass(frozen=True)
+class Utility:
+    """The utility of an answer to a persona: `sum of weight * axis`."""
+
+    terms: tuple[tuple[float, StyleAxis], ...]
+
+    def __call__(self, prompt: str, answer: str) -> float:
+        """Return the utility of an answer."""
+        return sum(weight * axis(prompt, answer) for weight, axis in self.terms)
+
+    @property
+    def pattern(self) -> str:
+        """The formula, for records."""
+        return " ".join(f"{weight:+g} * {axis.pattern}" for weight, axis in self.terms)
 
 
 class Persona:
@@ -169,15 +185,25 @@ class Persona:
         """The latents that the persona ablates, by falling gain."""
         return [latent for latent, (gain, _) in self.gains.items() if gain > 0][: self.record.top]
 
-    def utility(self, axes: Mapping[str, StyleAxis], prompt: str, answer: str) -> float:
-        """Return the utility of an answer.
+    def utility(self, axes: Mapping[str, StyleAxis]) -> Utility:
+        """Return the function of an answer that the persona is meant to raise.
 
         Args:
             axes: axes by name, by the rules that the persona was made with.
-            prompt: the prompt.
-            answer: the answer.
+
+        Raises:
+            PersonaError: other axes.
         """
-        return sum(weight * axes[axis](prompt, answer) for axis, weight in self.record.weights.items())
+        if rules_digest(axes) != self.record.rules:
+            got = f"of other axes than the persona's ({listed(self.record.axes)})"
+            raise refusal(PersonaError, "The rules of style", got, "those that the persona was made with")
+        return Utility(tuple((weight, axes[axis]) for axis, weight in self.record.weights.items()))
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that identify the persona, and the effects that random ones are drawn from."""
+        tensors = {"latents": self._latents, "effects": self._effects}
+        return digest_of([asdict(self.record)["weights"], self.record.top, self.record.alpha, checksum(tensors)])
 
     def random(self, seed: int) -> Persona:
         """Return a persona with random weights of all axes, from the same effects: a control.
@@ -187,12 +213,6 @@ class Persona:
         drawn = torch.randn(len(self.record.axes), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         record = replace(self.record, weights=dict(zip(self.record.axes, drawn.tolist(), strict=True)))
         return Persona(record, self._latents, self._effects, torch.zeros_like(self._errors))
-
-    def check_axes(self, axes: Mapping[str, StyleAxis]) -> None:
-        """Raise `PersonaError` for other axes than those that the persona was made with."""
-        if rules_digest(axes) != self.record.rules:
-            got = f"of other axes than the persona's ({listed(self.record.axes)})"
-            raise refusal(PersonaError, "The rules of style", got, "those that the persona was made with")
 
     def save(self, path: str | Path) -> None:
         """Write the persona to one safetensors file.

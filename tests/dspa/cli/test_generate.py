@@ -192,7 +192,7 @@ def test_nothing_is_answered_where_a_prompt_of_a_file_cannot_be(run, folder, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Neither --map (DSPA) nor --adapter (FSRL) was given"),
+        ([], "None of --map (DSPA), --adapter (FSRL) and --persona was given"),
         (["--adapter", "a", "--alpha", "1"], "Without --map there is no use for --alpha."),
         (["--adapter", "a", "--sae-in", "s", "--trace", "t"], "Without --map there is no use for --sae-in, --trace."),
         (["--map", "m", "--sae", "s"], "Without --adapter there is no use for --sae."),

@@ -140,3 +140,51 @@ def test_effects_of_something_else(run, folder, measured, tmp_path):
     assert code == 2 and "prompts.txt line 1" in text
     code, text = run("personal", "make", measured, "--weight", "conciseness=1", "--out", measured)
     assert code == 2 and "as EFFECTS is" in text
+
+
+@pytest.fixture
+def persona(run, folder, measured) -> Path:
+    path = folder / "mine.persona"
+    given = ("personal", "make", measured, "--counters", folder / "rules.json", "--weight", "e=1", "--out", path)
+    assert run(*given, "--top", 1)[0] == 0
+    return path
+
+
+SHORT = ("--max-new-tokens", 5, "--device", "cpu")
+
+
+def test_generation_with_a_persona(run, folder, measured, persona, tmp_path):
+    """A persona of one latent answers as the measurement of that latent did."""
+    given = ("generate", "--file", folder / "prompts.txt", *SHORT, "--out", "answers.jsonl")
+    code, text = run(*given, "--persona", persona)
+    assert code == 0, text
+    answers = [json.loads(line)["response"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    effects, (latent,) = Effects.read(measured), Persona.load(persona).latents
+    own = effects.measurement.answers
+    assert answers == [effects.ablated[latent].get(n, own[n]) for n in range(len(PROMPTS))] != own
+    code, text = run(*given, "--persona", persona, "--map", folder / "map")
+    assert code == 0, text
+    code, text = run(*given, "--persona", folder / "map")
+    assert code == 2 and "is not a persona of format dspa.persona.1" in text
+    code, text = run(*given, "--persona", persona, "--k-diff", 3)
+    assert code == 2 and "Without --map there is no use for --k-diff" in text
+    code, text = run(*given, "--persona", persona, "--out", persona)
+    assert code == 2 and "as --persona is" in text
+
+
+def test_comparison_with_a_persona(run, folder, persona, tmp_path):
+    given = ("compare", folder / "prompts.txt", "--persona", persona, *SHORT, "--seeds", 2, "--json", "out.json")
+    code, text = run(*given, "--counters", folder / "rules.json", "--count", "e")
+    assert code == 0, text
+    record = json.loads((tmp_path / "out.json").read_text())
+    methods = {method["name"]: method for method in record["methods"]}
+    assert list(methods) == ["base", "persona mine", "persona mine: random persona"]
+    mine, control = methods["persona mine"], methods["persona mine: random persona"]
+    assert mine["settings"]["latents"] == Persona.load(persona).latents and control["control_of"] == "persona mine"
+    # A weight of 1 for one axis.
+    assert mine["measures"]["utility of persona mine"] == mine["measures"]["e"]
+    assert "persona mine: random persona" in mine["measures"]["e"]["over_controls"]
+    code, text = run(*given)
+    assert code == 2 and "The rules of style is of other axes than the persona's (article, e)" in text
+    code, text = run(*given, "--no-controls", "--counters", folder / "rules.json", "--map", folder / "map")
+    assert code == 0 and "random persona" not in text and "DSPA ablate 0.2" in text, text

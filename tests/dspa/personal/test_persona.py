@@ -54,7 +54,7 @@ def test_gains(persona: Persona) -> None:
     for latent, pair in wanted.items():
         assert persona.gains[latent] == pytest.approx(pair)
     assert persona.latents == [3, 4]
-    assert persona.utility(AXES, "", "0.3 0.2") == pytest.approx(0.2)
+    assert persona.utility(AXES)("", "0.3 0.2") == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(("top", "latents"), [(1, [3]), (2, [3, 4]), (5, [3, 4]), (None, [3, 4])])
@@ -89,9 +89,9 @@ def test_the_file(persona: Persona, tmp_path: Path) -> None:
     assert loaded.gains == persona.gains and loaded.latents == persona.latents
     assert loaded.record.weights == {"up": 1.0, "down": -0.5} and loaded.record.n_prompts == 2
     assert repr(loaded) == "Persona(up: 1, down: -0.5; ablates 3, 4)"
-    loaded.check_axes(AXES)
+    assert loaded.digest == persona.digest != persona.random(0).digest
     with pytest.raises(PersonaError, match="The rules of style is of other axes than the persona's"):
-        loaded.check_axes({name: Spoken("x", (), 1) for name in VALUES})
+        loaded.utility({name: Spoken("x", (), 1) for name in VALUES})
 
 
 def test_files_of_something_else(persona: Persona, sae_out: Any, tmp_path: Path) -> None:
