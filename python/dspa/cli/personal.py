@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +21,7 @@ from dspa.cli.options import (
 )
 from dspa.cli.tables import column_table, console, print_line, print_next
 from dspa.errors import refusal
+from dspa.outputs import write_atomically
 
 if TYPE_CHECKING:
     from dspa.evaluate.style import StyleAxis
@@ -149,6 +151,39 @@ def _print_effects(measured: Effects, axes: Mapping[str, StyleAxis]) -> None:
 
 @app.command()
 @with_options
+def shots(
+    prompts: Annotated[
+        Path,
+        typer.Argument(
+            help=f"Prompts: text, one per line, or {FILES} with `prompt`, as text or messages, such as triples."
+        ),
+    ],
+    examples: Annotated[
+        Path, typer.Option(help=f"Prompts with answers that the reader likes: preference triples, {FILES}.")
+    ],
+    out: Annotated[Path, typer.Option(help="File of prompts to write, JSON Lines of messages.")],
+    k: Annotated[int, typer.Option("--shots", help="Number of examples per prompt.", min=1)] = 5,
+) -> None:
+    """Put the examples most like each prompt before it, as earlier turns of a conversation.
+
+    Likeness is the cosine of TF-IDF vectors of the prompts, and the chosen responses are the answers. `dspa compare`
+    takes the prompts, so that a persona can be combined with few-shot examples.
+    """
+    from dspa.data.prompts import read_prompt_file
+    from dspa.data.triples import load_triples
+    from dspa.personal.shots import Examples, examples_of
+
+    check_writable("--out", out, {"PROMPTS": prompts, "--examples": examples})
+    texts = read_prompt_file("PROMPTS", prompts)
+    known = Examples(examples_of(load_triples(examples)))
+    lines = [json.dumps({"prompt": known.shown(text, k)}) + "\n" for text in texts]
+    write_atomically(out, "".join(lines).encode())
+    print_line(f"Written to {out}: {len(lines)} prompts, {min(k, len(known.examples))} examples before each.")
+    print_next("compare", out, "--persona", "PERSONA")
+
+
+@app.command()
+@with_options
 def make(
     effects_path: Annotated[Path, typer.Argument(metavar="EFFECTS", help="File that dspa personal effects wrote.")],
     out: Annotated[Path, typer.Option(help="File of the persona to write.")],
@@ -163,7 +198,7 @@ def make(
         int, typer.Option(help="Largest number of latents to ablate, those of the largest gains.", min=1)
     ] = 5,
     unconstrained: Annotated[
-        bool, typer.Option("--unconstrained", help="Ablate all latents of a positive gain, in place of `--top`.")
+        bool, typer.Option(help="Ablate all latents of a positive gain, in place of `--top`.")
     ] = False,
     counters: Axes = None,
 ) -> None:

@@ -188,3 +188,21 @@ def test_comparison_with_a_persona(run, folder, persona, tmp_path):
     assert code == 2 and "The rules of style is of other axes than the persona's (article, e)" in text
     code, text = run(*given, "--no-controls", "--counters", folder / "rules.json", "--map", folder / "map")
     assert code == 0 and "random persona" not in text and "DSPA ablate 0.2" in text, text
+
+
+def test_shots(run, folder, tmp_path):
+    triples = [{"prompt": prompt, "chosen": f"yes {prompt}", "rejected": "no"} for prompt in PROMPTS]
+    (tmp_path / "liked.jsonl").write_text("".join(json.dumps(triple) + "\n" for triple in triples))
+    given = ("personal", "shots", folder / "prompts.txt", "--examples", "liked.jsonl", "--out")
+    code, text = run(*given, "shots.jsonl", "--shots", 2)
+    assert code == 0 and "5 prompts, 2 examples before each" in text, text
+    lines = [json.loads(line)["prompt"] for line in (tmp_path / "shots.jsonl").read_text().splitlines()]
+    for prompt, messages in zip(PROMPTS, lines, strict=True):
+        # Its own example is the most like it.
+        assert [message["content"] for message in messages[-3:]] == [prompt, f"yes {prompt}", prompt]
+        assert [message["role"] for message in messages] == ["user", "assistant"] * 2 + ["user"]
+    code, text = run(*given, "liked.jsonl")
+    assert code == 2 and "--out is liked.jsonl, as --examples is" in text
+    (tmp_path / "other.jsonl").write_text('{"prompt": "a"}\n')
+    code, text = run("personal", "shots", "other.jsonl", "--examples", "other.jsonl", "--out", "o.jsonl")
+    assert code == 2 and "other.jsonl line 1" in text
