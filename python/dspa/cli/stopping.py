@@ -31,6 +31,7 @@ KEPT = {
     "baseline rahf align": CHECKPOINT,
     "compare": RUNS,
     "personal effects": "The effects of finished latents are kept",
+    "evaluate answers": "Finished batches are kept",
     "evaluate grade": "Replies of the judge are kept",
     "demo smollm2": RUNS,
     "fsrl analyse layers": "Finished adapters and the last checkpoint are kept",
