@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from dspa.audit.evidence import Context, LatentEvidence
 from dspa.audit.explain import categorize, explain, fold
-from dspa.audit.scoring import Score, pooled, score
+from dspa.audit.scoring import Score, pooled, score, weighted_f1
 from dspa.audit.shares import CategoryTest, compare_shares
 from dspa.errors import refusal
 from dspa.judges.judge import Judge
@@ -55,6 +57,8 @@ class ExplainedGroup:
         n_sorted: number of those with a category.
         detection: score by detection of all its texts together.
         fuzzing: score by fuzzing of all its texts together.
+        detection_f1: mean F1 by detection, weighted by the densities of latents; None where they are not known.
+        fuzzing_f1: that by fuzzing.
         tests: shares of categories, against those of the control; none for the control itself, and none if it or the
             group has no category.
     """
@@ -64,6 +68,8 @@ class ExplainedGroup:
     n_sorted: int
     detection: Score
     fuzzing: Score
+    detection_f1: float | None
+    fuzzing_f1: float | None
     tests: tuple[CategoryTest, ...]
 
 
@@ -144,7 +150,10 @@ def _by_judge(judge: Judge, contexts: Mapping[int, Sequence[Context]], progress:
 
 
 def compare_groups(
-    latents: Mapping[int, ExplainedLatent], groups: Mapping[str, Sequence[int]], control: str
+    latents: Mapping[int, ExplainedLatent],
+    groups: Mapping[str, Sequence[int]],
+    control: str,
+    density: Tensor | None = None,
 ) -> dict[str, ExplainedGroup]:
     """Compare groups of explained latents with a control.
 
@@ -152,6 +161,7 @@ def compare_groups(
         latents: the explained latents.
         groups: latents of each group.
         control: name of the group that is the control.
+        density: share of the tokens on which each latent is active [d_sae], as `Evidence.density`.
 
     Raises:
         ValueError: a control that is not one of the groups.
@@ -164,16 +174,21 @@ def compare_groups(
     }
     compared = {}
     for name, group in groups.items():
-        ones = [latents[latent] for latent in group]
         tests: tuple[CategoryTest, ...] = ()
         if name != control and categories[name] and categories[control]:
             tests = tuple(compare_shares(categories[name], categories[control]))
+        detection, fuzzing = (
+            {latent: one for latent in group if (one := getattr(latents[latent], kind)) is not None}
+            for kind in ("detection", "fuzzing")
+        )
         compared[name] = ExplainedGroup(
             n_latents=len(group),
-            n_explained=sum(bool(one.text) for one in ones),
+            n_explained=sum(bool(latents[latent].text) for latent in group),
             n_sorted=len(categories[name]),
-            detection=pooled([one.detection for one in ones if one.detection]),
-            fuzzing=pooled([one.fuzzing for one in ones if one.fuzzing]),
+            detection=pooled(detection.values()),
+            fuzzing=pooled(fuzzing.values()),
+            detection_f1=None if density is None else weighted_f1(detection, density),
+            fuzzing_f1=None if density is None else weighted_f1(fuzzing, density),
             tests=tests,
         )
     return compared

@@ -14,7 +14,8 @@ from dspa.saes.labels import Labels
 QUALITY = (
     "How well the judge foresees from explanations where latents are active, over all texts of a group. Detection asks "
     "in which texts, fuzzing in which texts the marked tokens are right. The figures are balanced accuracies, of which "
-    "guessing has 0.5. A weak judge has low scores for good explanations, too."
+    "guessing has 0.5, and F1 as the mean of latents weighted by their densities. A weak judge has low scores for good "
+    "explanations, too."
 )
 SHARES = (
     "Shares of the categories of explanations with 95 % intervals (Wilson), against those of the control by Fisher's "
@@ -56,12 +57,21 @@ def judgment_of(latent: ExplainedLatent) -> Judgment:
 
 def group_sections(groups: Mapping[str, ExplainedGroup]) -> list[Section]:
     """Return tables of the scores of groups, and of their shares of categories where there is a control to compare."""
-    columns = ("group", "latents", "explained", "sorted", "detection", "answered", "fuzzing", "answered")
+    scored = ("detection", "F1", "answered", "fuzzing", "F1", "answered")
     rows = [
-        (name, one.n_latents, one.n_explained, one.n_sorted, *_quality(one.detection), *_quality(one.fuzzing))
+        (
+            name,
+            one.n_latents,
+            one.n_explained,
+            one.n_sorted,
+            *_quality(one.detection, one.detection_f1),
+            *_quality(one.fuzzing, one.fuzzing_f1),
+        )
         for name, one in groups.items()
     ]
-    sections = [Section("Quality of the explanations", QUALITY, columns, rows)]
+    sections = [
+        Section("Quality of the explanations", QUALITY, ("group", "latents", "explained", "sorted", *scored), rows)
+    ]
     shares = [
         (name, test.category, test.n_sample, test.share, test.share_low, test.share_high, test.control_share, test.p)
         for name, one in groups.items()
@@ -120,8 +130,8 @@ def _accuracy(score: Score | None) -> float | None:
     return None if score is None else score.confusion.balanced_accuracy
 
 
-def _quality(score: Score) -> tuple[float | None, str]:
-    return _accuracy(score), f"{score.n_answered} of {score.n_asked}"
+def _quality(score: Score, f1: float | None) -> tuple[float | None, float | None, str]:
+    return _accuracy(score), f1, f"{score.n_answered} of {score.n_asked}"
 
 
 def _unanswered(score: Score) -> str:

@@ -13,6 +13,7 @@ from random import Random
 from typing import Annotated, Literal, TypeAlias, get_args
 
 from pydantic import Field, StrictInt
+from torch import Tensor
 
 from dspa.audit.evidence import Context, LatentEvidence
 from dspa.audit.explain import CLOSE, OPEN, active_places, marked, numbered
@@ -132,6 +133,23 @@ def pooled(scores: Collection[Score]) -> Score:
     counts = [(s.confusion.tp, s.confusion.fn, s.confusion.fp, s.confusion.tn) for s in scores]
     total = Confusion(*(sum(column) for column in zip(*counts, strict=True))) if counts else Confusion(0, 0, 0, 0)
     return Score(sum(s.n_asked for s in scores), total, next((s.problem for s in scores if s.problem), ""))
+
+
+def weighted_f1(scores: Mapping[int, Score], density: Tensor) -> float | None:
+    """Return the mean F1 of latents, each weighted by its density, as in Delphi.
+
+    Args:
+        scores: scores by latent. One without an answered text is left out, and F1 is 0 where it is not defined.
+        density: share of the tokens on which each latent is active [d_sae].
+
+    Returns:
+        None without a latent that is active.
+    """
+    weights = {latent: float(density[latent]) for latent, one in scores.items() if one.n_answered}
+    total = sum(weights.values())
+    if not total:
+        return None
+    return sum(weight * (scores[latent].confusion.f1 or 0.0) for latent, weight in weights.items()) / total
 
 
 def _examples(kind: Kind, evidence: LatentEvidence, seen: Collection[Context], n: int, random: Random) -> list[Example]:

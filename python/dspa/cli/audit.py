@@ -256,7 +256,7 @@ def _judge(
     if hand is not None and not hand.categories.keys() & evidence.latents.keys():
         raise LabelError("--hand labels none of the audited latents; accepted: labels of some of them.")
     explained = explain_latents(judge, evidence.latents, given, seed=seed, progress=True)
-    sections = group_sections(compare_groups(explained, groups, CONTROL))
+    sections = group_sections(compare_groups(explained, groups, CONTROL, evidence.density))
     if hand is not None:
         sections.append(hand_section(explained, hand))
     return {"judgments": {latent: judgment_of(one) for latent, one in explained.items()}, "sections": sections}

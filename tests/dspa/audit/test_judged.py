@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from dspa.audit.explained import ExplainedLatent, compare_groups
 from dspa.audit.judged import folded, group_sections, hand_section, judgment_of
@@ -45,10 +46,12 @@ def test_tables_of_groups():
     groups = {"ablate": [0, 1, 2], "control": [3, 4]}
     quality, shares = group_sections(compare_groups(latents, groups, "control"))
     assert quality.rows == [
-        ("ablate", 3, 3, 2, 0.625, "24 of 30", 1.0, "24 of 24"),
-        ("control", 2, 2, 2, 0.625, "16 of 20", 1.0, "16 of 16"),
+        ("ablate", 3, 3, 2, 0.625, None, "24 of 30", 1.0, None, "24 of 24"),
+        ("control", 2, 2, 2, 0.625, None, "16 of 20", 1.0, None, "16 of 16"),
     ]
     assert len(quality.columns) == len(quality.rows[0])
+    weighed, _ = group_sections(compare_groups(latents, groups, "control", torch.tensor([0.1, 0.2, 0, 0, 0])))
+    assert weighed.rows[0][5::3] == (pytest.approx(2 / 3), pytest.approx(1.0)) and weighed.rows[1][5::3] == (None, None)
     content, discourse = shares.rows
     assert (content[:4], discourse[:4]) == (("ablate", "Content", 0, 0.0), ("ablate", "Discourse", 2, 1.0))
     # One of the 6 ways to draw 2 of 4 is as extreme on either side.

@@ -10,9 +10,10 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 
 from dspa.audit.evidence import Context, LatentEvidence
-from dspa.audit.scoring import Kind, Score, pooled, score
+from dspa.audit.scoring import Kind, Score, pooled, score, weighted_f1
 from dspa.confusion import Confusion
 from dspa.judges.judge import Judge
 
@@ -168,3 +169,17 @@ def test_bad_arguments(tmp_path: Path, given: dict[str, Any], message: str):
     judge = Judge("http://host/v1", "m", cache=tmp_path)
     with pytest.raises(ValueError, match=message):
         score(judge, **{"kind": "detection", "explanations": {}, "evidence": {}, **given})
+
+
+def test_f1_weighted_by_density():
+    """By hand: F1 of 6/8, of 0 without a true positive, none without an answer, and of 1 for a latent that is rare."""
+    scores = {
+        0: Score(10, Confusion(tp=3, fn=1, fp=1, tn=5)),
+        1: Score(10, Confusion(tp=0, fn=0, fp=0, tn=9)),
+        2: Score(10, Confusion(0, 0, 0, 0)),
+        3: Score(2, Confusion(tp=1, fn=0, fp=0, tn=1)),
+    }
+    density = torch.tensor([0.06, 0.03, 0.9, 0.01])
+    assert weighted_f1(scores, density) == pytest.approx((0.06 * 0.75 + 0.01 * 1) / 0.1)
+    assert weighted_f1(scores, torch.tensor([0.0, 0, 0.9, 0])) is None
+    assert weighted_f1({}, density) is None
