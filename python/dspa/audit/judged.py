@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from dspa.audit.explain import fold
 from dspa.audit.explained import ExplainedGroup, ExplainedLatent
@@ -14,8 +14,9 @@ from dspa.saes.labels import Labels
 QUALITY = (
     "How well the judge foresees from explanations where latents are active, over all texts of a group. Detection asks "
     "in which texts, fuzzing in which texts the marked tokens are right. The figures are balanced accuracies, of which "
-    "guessing has 0.5, and F1 as the mean of latents weighted by their densities. A weak judge has low scores for good "
-    "explanations, too."
+    "guessing has 0.5, F1 as the mean of latents weighted by their densities, and AUC, the area under the ROC curve of "
+    "the judge's probabilities. AUC is empty where its endpoint gives no log-probabilities: --judge-parameters has to "
+    "ask for `logprobs` and `top_logprobs`. A weak judge has low scores for good explanations, too."
 )
 SHARES = (
     "Shares of the categories of explanations with 95 % intervals (Wilson), against those of the control by Fisher's "
@@ -35,11 +36,8 @@ def judgment_of(latent: ExplainedLatent) -> Judgment:
         "explained by": ", by ".join(filter(None, (latent.explainer, latent.method))),
         "the judge stands by it": {True: "yes", False: "no", None: ""}[latent.reliable],
         "evidence": latent.evidence,
-        "F1": ", ".join(
-            f"{name} {score.confusion.f1:.3f}"
-            for name, score in (("detection", latent.detection), ("fuzzing", latent.fuzzing))
-            if score and score.confusion.f1 is not None
-        ),
+        "F1": _by_kind(latent, lambda score: score.confusion.f1),
+        "AUC": _by_kind(latent, lambda score: score.auc),
         "problems": " ".join(filter(None, (latent.problem, *(_unanswered(score) for score in scores)))),
     }
     return Judgment(
@@ -57,7 +55,7 @@ def judgment_of(latent: ExplainedLatent) -> Judgment:
 
 def group_sections(groups: Mapping[str, ExplainedGroup]) -> list[Section]:
     """Return tables of the scores of groups, and of their shares of categories where there is a control to compare."""
-    scored = ("detection", "F1", "answered", "fuzzing", "F1", "answered")
+    scored = ("detection", "F1", "AUC", "answered", "fuzzing", "F1", "AUC", "answered")
     rows = [
         (
             name,
@@ -130,8 +128,14 @@ def _accuracy(score: Score | None) -> float | None:
     return None if score is None else score.confusion.balanced_accuracy
 
 
-def _quality(score: Score, f1: float | None) -> tuple[float | None, float | None, str]:
-    return _accuracy(score), f1, f"{score.n_answered} of {score.n_asked}"
+def _by_kind(latent: ExplainedLatent, figure_of: Callable[[Score], float | None]) -> str:
+    scores = {"detection": latent.detection, "fuzzing": latent.fuzzing}
+    figures = {name: figure_of(score) for name, score in scores.items() if score is not None}
+    return ", ".join(f"{name} {figure:.3f}" for name, figure in figures.items() if figure is not None)
+
+
+def _quality(score: Score, f1: float | None) -> tuple[float | None, float | None, float | None, str]:
+    return _accuracy(score), f1, score.auc, f"{score.n_answered} of {score.n_asked}"
 
 
 def _unanswered(score: Score) -> str:

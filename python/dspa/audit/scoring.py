@@ -7,12 +7,18 @@ guesses, or reads an explanation that says nothing, has a balanced accuracy of 0
 
 from __future__ import annotations
 
+import math
+import re
+from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from random import Random
 from typing import Annotated, Literal, TypeAlias, get_args
 
+import numpy as np
 from pydantic import Field, StrictInt
+from scipy import stats
 from torch import Tensor
 
 from dspa.audit.evidence import Context, LatentEvidence
@@ -20,7 +26,7 @@ from dspa.audit.explain import CLOSE, OPEN, active_places, marked, numbered
 from dspa.confusion import Confusion
 from dspa.errors import refusal
 from dspa.judges.judge import Judge
-from dspa.judges.questions import Question, chat, json_as
+from dspa.judges.questions import Question, Token, chat, json_as
 from dspa.schemas import PositiveInt, Seed, check
 
 # "fuzzing" marks wrong tokens in texts in which the latent is not active, "fuzzing-active" in texts in which it is.
@@ -50,11 +56,14 @@ class Score:
         n_asked: number of texts that the judge was asked about.
         confusion: its answers against where the latent is active. Unanswered texts count nowhere in it.
         problem: why the first of the unanswered questions is unanswered, or empty.
+        probabilities: for texts whose answer has log-probabilities, whether the text fits and the probability of 1 over
+            that of 0 or 1.
     """
 
     n_asked: int
     confusion: Confusion
     problem: str = ""
+    probabilities: tuple[tuple[bool, float], ...] = ()
 
     @property
     def n_answered(self) -> int:
@@ -65,6 +74,16 @@ class Score:
     def n_unanswered(self) -> int:
         """Number of texts without an answer."""
         return self.n_asked - self.n_answered
+
+    @property
+    def auc(self) -> float | None:
+        """Area under the ROC curve of the probabilities, None without those of texts that fit and of others."""
+        fits = np.array([fit for fit, _ in self.probabilities], dtype=bool)
+        n, m = int(fits.sum()), int((~fits).sum())
+        if not (n and m):
+            return None
+        ranks = stats.rankdata([probability for _, probability in self.probabilities])
+        return float((ranks[fits].sum() - n * (n + 1) / 2) / (n * m))
 
 
 @dataclass(frozen=True)
@@ -124,7 +143,14 @@ def score(
         fits = [example.fits for examples, answer in own if answer.answered for example in examples]
         given = [bool(bit) for _, answer in own for bit in answer.value or ()]
         problem = next((answer.problem for _, answer in own if not answer.answered), "")
-        scores[latent] = Score(sum(len(examples) for examples, _ in own), Confusion.of(fits, given), problem)
+        probabilities = tuple(
+            (example.fits, probability)
+            for examples, answer in own
+            if answer.answered
+            for example, probability in zip(examples, _probabilities(answer.tokens, len(examples)), strict=False)
+        )
+        n_asked = sum(len(examples) for examples, _ in own)
+        scores[latent] = Score(n_asked, Confusion.of(fits, given), problem, probabilities)
     return scores
 
 
@@ -132,7 +158,8 @@ def pooled(scores: Collection[Score]) -> Score:
     """Return the score of all texts of several scores together."""
     counts = [(s.confusion.tp, s.confusion.fn, s.confusion.fp, s.confusion.tn) for s in scores]
     total = Confusion(*(sum(column) for column in zip(*counts, strict=True))) if counts else Confusion(0, 0, 0, 0)
-    return Score(sum(s.n_asked for s in scores), total, next((s.problem for s in scores if s.problem), ""))
+    problem = next((s.problem for s in scores if s.problem), "")
+    return Score(sum(s.n_asked for s in scores), total, problem, tuple(chain(*(s.probabilities for s in scores))))
 
 
 def weighted_f1(scores: Mapping[int, Score], density: Tensor) -> float | None:
@@ -191,6 +218,32 @@ def _wrong_places(context: Context, n: int, random: Random) -> list[int]:
     places = [place for place in range(len(context.tokens)) if place not in right]
     random.shuffle(places)
     return sorted(places, key=lambda place: place != context.place)[:n]
+
+
+def _probabilities(tokens: Sequence[Token] | None, n: int) -> list[float]:
+    """Return P(1) / (P(0) + P(1)) in the places of the last list of n numbers, nothing where that is not known."""
+    if tokens is None:
+        return []
+    text = "".join(token.text for token in tokens)
+    lists = list(re.finditer(rf"\[\s*[01](\s*,\s*[01]){{{n - 1}}}\s*\]", text))
+    if not lists:
+        return []
+    places = [place for place in range(*lists[-1].span()) if text[place] in "01"]
+    ends = list(accumulate(len(token.text) for token in tokens))
+    numbers = [bisect_right(ends, place) for place in places]
+    if len(set(numbers)) < n:
+        # One token has two of the numbers.
+        return []
+    probabilities = []
+    for likely in (tokens[number].likely for number in numbers):
+        one, zero = (
+            sum(math.exp(value) for text, value in likely.items() if bit in text and other not in text)
+            for bit, other in ("10", "01")
+        )
+        if not one + zero:
+            return []
+        probabilities.append(one / (one + zero))
+    return probabilities
 
 
 def _question(kind: Kind, explanation: str, examples: Sequence[Example]) -> Question[Bits]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dspa.errors import JudgeError
 from dspa.files import digest_of
+from dspa.judges.questions import Token
 from dspa.outputs import write_atomically
 from dspa.schemas import Text, check, read_json, schema
 
@@ -24,11 +25,13 @@ class Reply:
         text: text of the answer.
         finish_reason: why it ends, "stop", or "length" for the limit of tokens.
         answered_by: the endpoint's name of the model.
+        tokens: tokens of the text with log-probabilities, None if the endpoint does not give them.
     """
 
     text: Text
     finish_reason: Text
     answered_by: Text
+    tokens: list[Token] | None = None
 
 
 class ReplyCache:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +18,7 @@ from tqdm import tqdm
 from dspa.errors import JudgeError, listed, refusal, require_package
 from dspa.files import digest_of
 from dspa.judges.cache import Reply, ReplyCache
-from dspa.judges.questions import Answer, Question, read_answer
+from dspa.judges.questions import Answer, Question, Token, read_answer
 from dspa.schemas import Count, Positive, PositiveInt, check, parse_json
 
 T = TypeVar("T")
@@ -56,7 +58,7 @@ class Judge:
             cache: folder of the replies, which judges can share. A reply is that to a model's name, parameters and
                 messages, whatever the endpoint.
             parameters: parameters of the requests, any that the endpoint knows. Default: temperature 0 and at most
-                1024 tokens per answer.
+                1024 tokens per answer. With `logprobs` and `top_logprobs`, answers have tokens with log-probabilities.
             concurrency: calls at the same time.
             retries: times that a call is repeated if the endpoint is busy (429), failing (5xx) or unreachable.
             timeout: seconds until a call without a reply counts as failed.
@@ -123,7 +125,8 @@ class Judge:
 
     def _answer(self, question: Question[T], reply: Reply | str | None) -> Answer[T]:
         if isinstance(reply, Reply):
-            return read_answer(question, reply.text, cut=reply.finish_reason == "length")
+            answer = read_answer(question, reply.text, cut=reply.finish_reason == "length")
+            return replace(answer, tokens=reply.tokens)
         return Answer(None, "", f"refused by the endpoint: {reply}")
 
     def _call_all(self, requests: dict[str, dict[str, Any]], progress: bool, what: str) -> dict[str, Reply | str]:
@@ -179,7 +182,8 @@ class Judge:
         choice = completion.choices[0] if completion.choices else None
         if choice is None or choice.message is None:
             return str(getattr(completion, "error", None) or "no answer came")
-        reply = Reply(choice.message.content or "", choice.finish_reason or "", completion.model or "")
+        text, tokens = choice.message.content or "", _tokens(choice.logprobs)
+        reply = Reply(text, choice.finish_reason or "", completion.model or "", tokens)
         self._cache.put(request, reply)
         return reply
 
@@ -211,6 +215,17 @@ def _check_url(url: str) -> None:
         raise refusal(ValueError, "The URL of the judge", repr(url), "an address such as http://localhost:8000/v1")
     if "@" in parts.netloc:
         raise refusal(ValueError, "The URL of the judge", "one with a password", "one without", f"Set {KEY}.")
+
+
+def _tokens(logprobs: Any) -> list[Token] | None:
+    """Return the tokens of a reply, None without log-probabilities."""
+    if logprobs is None or not logprobs.content:
+        return None
+    tokens = []
+    for one in logprobs.content:
+        likely = {other.token: float(other.logprob) for other in (one, *(one.top_logprobs or ()))}
+        tokens.append(Token(one.token, {text: value for text, value in likely.items() if math.isfinite(value)}))
+    return tokens
 
 
 def _reason(error: Exception) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from dspa.schemas import check
+from dspa.schemas import Number, Text, check, schema
 
 T = TypeVar("T")
 
@@ -33,6 +33,19 @@ class Question(Generic[T]):
     read: Callable[[str], T]
 
 
+@schema
+class Token:
+    """A token of a judge's answer.
+
+    Attributes:
+        text: its text.
+        likely: log-probabilities by the texts of the likeliest tokens in its place.
+    """
+
+    text: Text
+    likely: dict[Text, Number]
+
+
 @dataclass(frozen=True)
 class Answer(Generic[T]):
     """Answer of a judge to a question.
@@ -41,11 +54,13 @@ class Answer(Generic[T]):
         value: what `Question.read` made of the text, or None if the question is unanswered.
         text: text of the answer, empty if the endpoint refused the question.
         problem: why the question is unanswered, or empty.
+        tokens: tokens of the text, None where the endpoint does not give their log-probabilities.
     """
 
     value: T | None
     text: str
     problem: str = ""
+    tokens: Sequence[Token] | None = None
 
     @property
     def answered(self) -> bool:

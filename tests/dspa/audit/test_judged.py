@@ -33,6 +33,11 @@ def test_a_latent_of_a_judge():
     )
 
 
+def test_auc_where_the_judge_gives_probabilities():
+    sure = Score(4, Confusion(2, 0, 0, 2), "", ((True, 0.9), (True, 0.4), (False, 0.6), (False, 0.1)))
+    assert judgment_of(ExplainedLatent("cats", fuzzing=sure)).notes["AUC"] == "fuzzing 0.750"
+
+
 def test_a_latent_without_anything():
     scores = {"detection": None, "fuzzing": None, "answered": 0, "unanswered": 0}
     assert judgment_of(ExplainedLatent()) == Judgment(scores=scores)
@@ -46,12 +51,12 @@ def test_tables_of_groups():
     groups = {"ablate": [0, 1, 2], "control": [3, 4]}
     quality, shares = group_sections(compare_groups(latents, groups, "control"))
     assert quality.rows == [
-        ("ablate", 3, 3, 2, 0.625, None, "24 of 30", 1.0, None, "24 of 24"),
-        ("control", 2, 2, 2, 0.625, None, "16 of 20", 1.0, None, "16 of 16"),
+        ("ablate", 3, 3, 2, 0.625, None, None, "24 of 30", 1.0, None, None, "24 of 24"),
+        ("control", 2, 2, 2, 0.625, None, None, "16 of 20", 1.0, None, None, "16 of 16"),
     ]
     assert len(quality.columns) == len(quality.rows[0])
     weighed, _ = group_sections(compare_groups(latents, groups, "control", torch.tensor([0.1, 0.2, 0, 0, 0])))
-    assert weighed.rows[0][5::3] == (pytest.approx(2 / 3), pytest.approx(1.0)) and weighed.rows[1][5::3] == (None, None)
+    assert weighed.rows[0][5::4] == (pytest.approx(2 / 3), pytest.approx(1.0)) and weighed.rows[1][5::4] == (None, None)
     content, discourse = shares.rows
     assert (content[:4], discourse[:4]) == (("ablate", "Content", 0, 0.0), ("ablate", "Discourse", 2, 1.0))
     # One of the 6 ways to draw 2 of 4 is as extreme on either side.

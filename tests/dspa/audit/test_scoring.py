@@ -17,7 +17,7 @@ from dspa.audit.scoring import Kind, Score, pooled, score, weighted_f1
 from dspa.confusion import Confusion
 from dspa.judges.judge import Judge
 
-from ..support.endpoint import Reply, last, serving
+from ..support.endpoint import Reply, completion, last, serving
 
 pytest.importorskip("openai", reason='needs openai: pip install "dspa-kernels[judge]"')
 
@@ -183,3 +183,45 @@ def test_f1_weighted_by_density():
     assert weighted_f1(scores, density) == pytest.approx((0.06 * 0.75 + 0.01 * 1) / 0.1)
     assert weighted_f1(scores, torch.tensor([0.0, 0, 0.9, 0])) is None
     assert weighted_f1({}, density) is None
+
+
+def digits(request: dict[str, Any]) -> list[float]:
+    """How sure a judge is of each text: the surer, the more of its words are cats or dogs."""
+    return [0.05 + min(0.9, len(re.findall("cat|dog", text)) / 6) for text in texts_in(request)]
+
+
+def with_tokens(request: dict[str, Any], apart: bool = True) -> Reply:
+    """An answer in tokens: a remark with other numbers, and the list, each number with a comma before it."""
+    sure = digits(request)
+    bits = [int(p > 0.5) for p in sure]
+    tokens = [("Text 1 has [1, 0]", {"Text 1 has [1, 0]": 1.0}), (".\n[", {".\n[": 1.0})]
+    for n, (bit, p) in enumerate(zip(bits, sure, strict=True)):
+        comma = ", " if n else ""
+        shown = {f"{comma}1": 0.8 * p, f"{comma}0": 0.8 * (1 - p), "10": 0.1, "maybe": 0.1}
+        tokens.append((f"{comma}{bit}", shown))
+    tokens.append(("]", {"]": 1.0}))
+    text = "".join(token for token, _ in tokens)
+    return 200, completion(text, tokens=tokens if apart else [(text, {text: 1.0})])
+
+
+def test_auc_is_the_share_of_pairs_in_order(tmp_path: Path):
+    found, endpoint = judged(tmp_path, "detection", with_tokens, n=12)
+    pairs = [
+        (knows_cats(text), p)
+        for request in endpoint.requests
+        for text, p in zip(texts_in(request), digits(request), strict=True)
+    ]
+    assert sorted((fits, round(p, 9)) for fits, p in found.probabilities) == sorted((f, round(p, 9)) for f, p in pairs)
+    assert len(pairs) == 24
+    right, wrong = ([p for fits, p in pairs if fits is wanted] for wanted in (True, False))
+    expected = sum((a > b) + 0.5 * (a == b) for a in right for b in wrong) / (len(right) * len(wrong))
+    assert 0.5 < expected < 1 and found.auc == pytest.approx(expected)
+    assert pooled([found, found]).auc == pytest.approx(expected)
+
+
+def test_no_auc_without_probabilities(tmp_path: Path):
+    """The endpoint gives none, or a token holds several of the numbers."""
+    plain, _ = judged(tmp_path / "a", "detection", all_by(knows_cats), n=4)
+    merged, _ = judged(tmp_path / "b", "detection", lambda request: with_tokens(request, apart=False), n=4)
+    assert plain.auc is merged.auc is None and plain.n_answered == merged.n_answered == 8
+    assert Score(2, Confusion(1, 0, 0, 1), "", ((True, 0.5),)).auc is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,28 @@ def test_calls_are_counted_before_they_are_made(tmp_path: Path):
         assert judge.n_calls(asked) == 2 and len(endpoint.requests) == 1
         judge.ask_all(asked)
         assert len(endpoint.requests) == 3 and judge.n_calls(asked) == 0
+
+
+def test_tokens_are_kept_with_the_reply(tmp_path: Path):
+    tokens = [("Pa", {"Pa": 0.75, "Ro": 0.25}), ("ris", {"ris": 1.0})]
+    with serving(lambda request: (200, completion("Paris", tokens=tokens))) as endpoint:
+        answer = Judge(endpoint.url, "m", cache=tmp_path, parameters={"logprobs": True}).ask(city("a"))
+    assert answer.value == "Paris" and answer.tokens is not None
+    assert [token.text for token in answer.tokens] == ["Pa", "ris"]
+    assert answer.tokens[0].likely == pytest.approx({"Pa": math.log(0.75), "Ro": math.log(0.25)})
+    replay = Judge(None, "m", cache=tmp_path, parameters={"logprobs": True}, replay=True)
+    assert replay.ask(city("a")) == answer
+
+
+def test_replies_without_tokens_are_read(tmp_path: Path):
+    """Also those that an earlier version wrote, which have no entry for tokens."""
+    with serving(paris) as endpoint:
+        assert Judge(endpoint.url, "m", cache=tmp_path).ask(city("a")).tokens is None
+    (path,) = tmp_path.rglob("*.json")
+    entry = json.loads(path.read_text())
+    del entry["reply"]["tokens"]
+    path.write_text(json.dumps(entry))
+    assert Judge(None, "m", cache=tmp_path, replay=True).ask(city("a")).value == "Paris"
 
 
 def test_replay_calls_nothing(tmp_path: Path):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -67,13 +68,20 @@ def serving(answer: Callable[[dict[str, Any]], Reply]) -> Iterator[Endpoint]:
         server.server_close()
 
 
-def completion(text: str, finish_reason: str = "stop") -> str:
-    """The body of a reply with this text."""
+def completion(text: str, finish_reason: str = "stop", tokens: Sequence[tuple[str, dict[str, float]]] = ()) -> str:
+    """The body of a reply with this text, and with the probabilities of its tokens if they are given."""
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": None}
+    if tokens:
+        choice["logprobs"] = {"content": [_token(*token) for token in tokens]}
     return json.dumps(
         {"id": "x", "object": "chat.completion", "created": 0, "model": "served", "choices": [choice], "usage": None}
     )
+
+
+def _token(text: str, likely: dict[str, float]) -> dict[str, Any]:
+    top = [{"token": other, "logprob": math.log(p), "bytes": None} for other, p in likely.items()]
+    return {"token": text, "logprob": math.log(likely[text]), "bytes": None, "top_logprobs": top}
 
 
 def last(request: dict[str, Any]) -> str:
