@@ -95,6 +95,7 @@ EXTRAS = {
     "datasets": "data sets of the Hub, and Parquet files",
     "vllm": "serving, where there is a GPU",
     "openai": "asking a judge, a model behind a chat endpoint",
+    "lm-eval": "tasks of lm-evaluation-harness",
 }
 BACKENDS = {
     "reference": "plain PyTorch, on any device",

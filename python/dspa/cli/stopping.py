@@ -33,6 +33,7 @@ KEPT = {
     "personal effects": "The effects of finished latents are kept",
     "evaluate answers": "Finished batches are kept",
     "evaluate grade": "Replies of the judge are kept",
+    "evaluate lm-eval": "Finished methods are kept",
     "demo smollm2": RUNS,
     "fsrl analyse layers": "Finished adapters and the last checkpoint are kept",
 }

@@ -1,0 +1,1 @@
+"""Tasks of lm-evaluation-harness, under the methods of a comparison."""
