@@ -112,9 +112,9 @@ build/docs-venv/installed: pyproject.toml
 
 # All of it, so that `make demo` has nothing more to do. Whatever `make demo` left out is compiled here.
 .venv/tested: .venv/torch $(PACKAGE) $(CSRC)
-	@echo "== Installing dspa-kernels with all extras, linters and Triton: 2.4 GB on disk;"
+	@echo "== Installing dspa-kernels with all extras, linters and Triton: 2.6 GB on disk;"
 	@echo "   with a CUDA toolkit this compiles csrc/, without output: less than a minute on two cores"
-	$(PIP) -e ".[saelens,train,dev]"
+	$(PIP) -e ".[saelens,train,eval,dev]"
 	@touch .venv/installed .venv/smollm2 $@
 
 clean:

@@ -111,7 +111,7 @@ def check_command(command: Any, words: list[str]) -> None:
 
 
 # Packages of other environments.
-ELSEWHERE = ("openai", "vllm")
+ELSEWHERE = ("lm_eval", "openai", "vllm")
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,8 @@ def returned(function: Any, keywords: list[str]) -> Any:
 def test_python_on_a_page_names_what_exists(page: Path) -> None:
     names = Names()
     for code in python_blocks(page):
+        if "lm_eval" in code:
+            pytest.importorskip("lm_eval", reason='needs lm-eval: pip install "dspa-kernels[eval]"')
         names.read(code)
 
 
