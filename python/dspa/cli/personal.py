@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,7 +26,6 @@ from dspa.outputs import write_atomically
 if TYPE_CHECKING:
     from dspa.evaluate.style import StyleAxis
     from dspa.maps.cdmap import ConditionalDifferenceMap
-    from dspa.personal.effects import Effects
     from dspa.personal.persona import Persona
 
 HELP = """Personas: answers to the taste of a reader, by ablating SAE latents that were measured to move their style.
@@ -35,8 +34,8 @@ Measure once what the ablation of each latent does to axes of style (`effects`).
 persona (`make`), a small file that `dspa generate` and `dspa compare` take, with a map or without.
 """
 app = typer.Typer(help=HELP, no_args_is_help=True)
-# Rows of the table of effects.
-SHOWN = 10
+# Latents per axis and direction that are shown.
+SHOWN = 3
 Axes = Annotated[
     Path | None,
     typer.Option("--counters", help="Axes of style, by rules in a JSON file as for `dspa compare`; by default ours."),
@@ -77,6 +76,9 @@ def effects(
     chat: Annotated[
         bool, typer.Option(help="Put prompts that are text into the model's chat template, as a user's turn.")
     ] = False,
+    csv: Annotated[
+        Path | None, typer.Option(help="Also write mean changes and standard errors here, one line per latent.")
+    ] = None,
     counters: Axes = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
@@ -87,10 +89,13 @@ def effects(
     """
     from dspa.data.prompts import read_prompt_file
     from dspa.evaluate.compare.prompts import encode
+    from dspa.files import write_csv
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.personal.effects import measure_effects
 
-    check_writable("--out", out, {"PROMPTS": prompts, "--map": map_path, "--counters": counters})
+    read = {"PROMPTS": prompts, "--map": map_path, "--counters": counters}
+    check_writable("--out", out, read)
+    check_writable("--csv", csv, read | {"--out": out})
     axes = _axes(counters)
     texts = read_prompt_file("PROMPTS", prompts)
     cdmap = ConditionalDifferenceMap.load(map_path)
@@ -111,7 +116,10 @@ def effects(
             layers=on.layers,
             model_name=on.model_name,
         )
-    _print_effects(measured, axes)
+    rows = measured.summary(axes)
+    if csv is not None:
+        write_csv(csv, rows)
+    _print_effects(rows, axes, len(texts))
     print_line(f"Answers: {out}")
     print_next("personal", "make", out, "--weight", f"{next(iter(axes))}=1", "--out", "persona.safetensors")
 
@@ -134,19 +142,16 @@ def _axes(path: Path | None) -> dict[str, StyleAxis]:
     return axes
 
 
-def _print_effects(measured: Effects, axes: Mapping[str, StyleAxis]) -> None:
-    """Print the latents that move the axes most, with the mean change of each and its standard error."""
-    means = {latent: (change.mean(axis=0), change) for latent, change in measured.changes(axes).items()}
-    order = sorted(means, key=lambda latent: -abs(means[latent][0]).max())[:SHOWN]
-    n = len(measured.measurement.asked)
-    rows = []
-    for latent in order:
-        mean, change = means[latent]
-        errors = change.std(axis=0, ddof=1) / n**0.5 if n > 1 else mean * 0
-        shown = {axis: f"{m:+.3f} ± {e:.3f}" for axis, m, e in zip(axes, mean, errors, strict=True)}
-        rows.append({"latent": latent, "answers changed": int((change != 0).any(axis=1).sum()), **shown})
-    title = f"Change of each axis when a latent is ablated, mean over {n} prompts ± standard error"
-    console.print(column_table(title, rows, ["latent", "answers changed", *axes]))
+def _print_effects(rows: Sequence[Mapping[str, float]], axes: Iterable[str], n_prompts: int) -> None:
+    """Print the latents that move each axis most, either way."""
+
+    def extreme(axis: str, sign: int) -> str:
+        order = sorted((row for row in rows if sign * row[axis] > 0), key=lambda row: -sign * row[axis])
+        return "\n".join(f"{row['latent']}: {row[axis]:+.3f} ± {row[f'{axis}_error']:.3f}" for row in order[:SHOWN])
+
+    shown = [{"axis": axis, "raised most": extreme(axis, 1), "lowered most": extreme(axis, -1)} for axis in axes]
+    title = f"Ablated latents that move each axis, mean over {n_prompts} prompts ± standard error"
+    console.print(column_table(title, shown, ["axis", "raised most", "lowered most"]))
 
 
 @app.command()

@@ -110,6 +110,19 @@ class Effects:
                     changes[latent][n] = axis_values(axes, asked[n], answer) - base[n]
         return changes
 
+    def summary(self, axes: Mapping[str, StyleAxis]) -> list[dict[str, float]]:
+        """Return a row per latent: how many answers it changes, and each axis' mean change with its standard error."""
+        own, n = self.measurement.answers, len(self.measurement.asked)
+        rows = []
+        for latent, change in self.changes(axes).items():
+            n_changed = sum(answer != own[k] for k, answer in self.ablated[latent].items())
+            errors = change.std(axis=0, ddof=1) / n**0.5 if n > 1 else np.zeros(len(axes))
+            row: dict[str, float] = {"latent": latent, "answers_changed": n_changed}
+            for axis, mean, error in zip(axes, change.mean(axis=0).tolist(), errors.tolist(), strict=True):
+                row |= {axis: mean, f"{axis}_error": error}
+            rows.append(row)
+        return rows
+
     @classmethod
     def read(cls, path: Path) -> Effects:
         """Read a file that `measure_effects` wrote. The line that a killed process was writing does not count.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def measuring(folder: Path, *arguments: object) -> tuple[Any, ...]:
 @pytest.fixture
 def measured(run, folder) -> Path:
     path = folder / "effects.jsonl"
-    code, text = run(*measuring(folder, "--candidates", 31, "--out", path))
+    code, text = run(*measuring(folder, "--candidates", 31, "--out", path, "--csv", folder / "effects.csv"))
     assert code == 0, text
     assert f"Next: dspa personal make {path} --weight article=1 --out persona.safetensors" in text
     return path
@@ -74,6 +75,10 @@ def test_from_prompts_to_a_persona(run, folder, measured, tmp_path):
     order = sorted(sums, key=lambda latent: sums[latent])
     smallest, largest = [j for j in order if sums[j] < 0][:15], [j for j in reversed(order) if sums[j] > 0][:16]
     assert set(effects.ablated) == {*smallest, *largest}
+    rows = list(csv.DictReader((folder / "effects.csv").open()))
+    assert [int(row["latent"]) for row in rows] == list(effects.ablated)
+    assert list(rows[0]) == ["latent", "answers_changed", "article", "article_error", "e", "e_error"]
+    assert sum(int(row["answers_changed"]) for row in rows) > 0
     given = ("personal", "make", measured, "--counters", folder / "rules.json")
     code, text = run(*given, "--weight", "article=-0.5", "--weight", "e=1", "--out", "a.persona", "--top", 1)
     assert code == 0 and "Next: dspa generate --persona a.persona" in text, text

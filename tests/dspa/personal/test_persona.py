@@ -57,6 +57,14 @@ def test_gains(persona: Persona) -> None:
     assert persona.utility(AXES)("", "0.3 0.2") == pytest.approx(0.2)
 
 
+def test_the_summary(sae_out: Any) -> None:
+    # 4 changes down on the second prompt only: means of 0 and -0.4, whose standard error is half their distance.
+    rows = {row["latent"]: row for row in effects_of(sae_out).summary(AXES)}
+    wanted = {"latent": 4, "answers_changed": 1, "up": 0, "up_error": 0, "down": -0.2, "down_error": 0.2}
+    assert rows[4] == pytest.approx(wanted)
+    assert {latent: row["answers_changed"] for latent, row in rows.items()} == {3: 2, 4: 1, 5: 1, 6: 0}
+
+
 @pytest.mark.parametrize(("top", "latents"), [(1, [3]), (2, [3, 4]), (5, [3, 4]), (None, [3, 4])])
 def test_the_set(sae_out: Any, top: int | None, latents: list[int]) -> None:
     assert Persona.of(effects_of(sae_out), AXES, {"up": 1.0, "down": -0.5}, top=top).latents == latents
