@@ -46,6 +46,9 @@ def sign_flip_p(differences: Values, seed: int = 0) -> float:
         differences: one per pair [n].
         seed: of the draws of signs, which are all signs that there are for up to 13 pairs.
     """
+    if len(differences) == 1:
+        # Either sign is as far from 0.
+        return 1.0
     test = stats.permutation_test(
         (differences,),
         np.sum,

@@ -48,7 +48,7 @@ def test_the_sign_flip_test_counts_signs():
     expected = np.mean(np.abs(sums) >= differences.sum() - 1e-9)
     assert sign_flip_p(differences) == pytest.approx(expected)
     assert sign_flip_p(-differences) == pytest.approx(expected)
-    assert sign_flip_p(np.zeros(4)) == 1
+    assert sign_flip_p(np.zeros(4)) == sign_flip_p(np.array([3.0])) == 1
 
 
 def test_the_sign_flip_test_of_many_is_near_the_t_test():

@@ -140,5 +140,8 @@ def test_a_judge_that_takes_the_first_answer_shows_it():
 
 
 def test_one_question_has_no_interval():
-    record = rated({(0, 1, 0): 4}, questions("a")).record()
-    assert record["mean"] == {"value": 4.0, "low": None, "high": None}
+    asked = questions("a")
+    one, other = rated({(0, 1, 0): 4}, asked), rated({(0, 1, 0): 2}, asked)
+    assert one.record()["mean"] == {"value": 4.0, "low": None, "high": None}
+    assert one.over(other).record() == {"value": 2.0, "low": None, "high": None, "p": 1.0, "n_questions": 1}
+    assert compared({(0, 1, 0): "AB"}, asked).record()["p"] == 1
