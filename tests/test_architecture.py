@@ -25,7 +25,7 @@ DSPA = (
     {"saes"},
     {"resuming"},
     {"training_folder"},
-    {"archives", "data", "expressions", "judges", "models", "files", "outputs"},
+    {"archives", "costs", "data", "expressions", "judges", "models", "files", "outputs"},
     {"config", "confusion", "distributed", "errors", "intervals", "schemas", "snapshot", "version"},
 )
 KERNELS = (

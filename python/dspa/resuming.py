@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
+from dspa.costs import Costs, Measured, Meter
+from dspa.data.triples import DigestedTriples
 from dspa.distributed import warn_if_alone
 from dspa.errors import ModelError, TrainingError, refusal
 from dspa.models.layers import NOT_FINITE, CausalLM, device_of
-from dspa.outputs import workspace
-from dspa.schemas import PositiveInt, check, read_json
+from dspa.models.operations import Cost
+from dspa.outputs import workspace, write_atomically
+from dspa.schemas import AnyNumber, PositiveInt, check, read_json
 from dspa.training_folder import History, TrainingFolder, check_step, reading_checkpoint
 
 # Settings of the trainers that the user does not choose.
@@ -35,21 +40,29 @@ SETTINGS: dict[str, Any] = {
     "disable_tqdm": True,
     "save_strategy": "steps",
 }
+# File of a checkpoint with the `Measured` of its training so far; there is none in those of earlier versions.
+MEASURED = "measured.json"
 # Attributes with the probability of a dropout that is not a module.
 DROPOUTS = ("attention_dropout", "activation_dropout", "dropout")
 
 
 class Resumable:
-    """Changes to a trainer that keeps its checkpoints in a `TrainingFolder`."""
+    """Changes to a trainer that keeps its checkpoints in a `TrainingFolder`, with what the training cost so far."""
 
     args: Any
     state: Any
     accelerator: Any
     folder: TrainingFolder
+    # None where it is not known what earlier runs took.
+    meter: Meter | None
 
-    def floating_point_ops(self, _inputs: Any) -> int:
-        """Return 0: counting takes a pass over all parameters of the model every time."""
-        return 0
+    def operations(self, inputs: Mapping[str, Tensor]) -> Cost:
+        """Return the operations of a step on a micro-batch, with its way back and without its padding."""
+        raise NotImplementedError
+
+    def floating_point_ops(self, inputs: Mapping[str, Tensor]) -> int:
+        """Return `operations`. transformers adds them up, over all processes and runs, as `state.total_flos`."""
+        return round(self.operations(inputs).total)
 
     def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:
         """Write nothing, since a checkpoint holds no model of its own."""
@@ -59,7 +72,10 @@ class Resumable:
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             step = self.state.global_step
-            self.folder.keep(Path(self.args.output_dir) / f"checkpoint-{step}", step)
+            written = Path(self.args.output_dir) / f"checkpoint-{step}"
+            if self.meter is not None:
+                write_atomically(written / MEASURED, json.dumps(asdict(self.meter.measured())).encode())
+            self.folder.keep(written, step)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with reading_checkpoint(Path(checkpoint or "")):
@@ -68,6 +84,11 @@ class Resumable:
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with reading_checkpoint(Path(checkpoint or "")):
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
+
+
+def row_lengths(*masks: Tensor) -> list[int]:
+    """Return the number of tokens of each row of attention masks [B, T]."""
+    return [n for mask in masks for n in mask.sum(dim=1).tolist()]
 
 
 class Steps(TrainerCallback):
@@ -104,6 +125,7 @@ class _State(TypedDict):
     global_step: PositiveInt
     max_steps: PositiveInt
     log_history: History
+    total_flos: NotRequired[AnyNumber]
 
 
 def without_times(history: Iterable[Mapping[str, float]]) -> History:
@@ -112,8 +134,53 @@ def without_times(history: Iterable[Mapping[str, float]]) -> History:
     return [{k: v for k, v in entry.items() if not k.endswith(("_runtime", "_per_second", "_time"))} for entry in kept]
 
 
-def whole_history(checkpoint: Path) -> History | None:
-    """Return what was logged up to a checkpoint of the last step, or None for an earlier checkpoint.
+@dataclass(frozen=True)
+class Trained:
+    """What a training leaves besides its weights.
+
+    Attributes:
+        history: what was logged.
+        flops: its floating-point operations.
+        measured: its time and memory, or None where a run of an earlier version took part, which did not measure them.
+    """
+
+    history: History
+    flops: int
+    measured: Measured | None
+
+    def costs(
+        self, method: str, triples: DigestedTriples, settings: Mapping[str, Any], trained_digest: str = ""
+    ) -> dict[str, Any] | None:
+        """Return the `Costs` for the folder's record, None where they are not known.
+
+        Args:
+            method: name of the method.
+            triples: the triples, read to their end.
+            settings: what the folder records of the model.
+            trained_digest: as for `Costs`.
+        """
+        if self.measured is None:
+            return None
+        model = {name: settings.get(name, "") for name in ("model_name", "model_digest", "model_dtype")}
+        data = (triples.digest, triples.n_triples)
+        return asdict(Costs(method, self.flops, self.measured, *data, **model, trained_digest=trained_digest))
+
+
+def measured_before(checkpoint: Path) -> Measured | None:
+    """Return what a training took up to a checkpoint, None if that is not known.
+
+    Raises:
+        TrainingError: the checkpoint is damaged.
+    """
+    path = checkpoint / MEASURED
+    if not path.exists():
+        return None
+    with reading_checkpoint(checkpoint):
+        return check(Measured, read_json(path, TrainingError), TrainingError, "its costs")
+
+
+def finished_before(checkpoint: Path) -> Trained | None:
+    """Return what a training left at a checkpoint of its last step, or None for an earlier checkpoint.
 
     A trainer that resumed from the last step would make one step more.
 
@@ -125,7 +192,31 @@ def whole_history(checkpoint: Path) -> History | None:
     with reading_checkpoint(checkpoint):
         state = check(_State, read_json(checkpoint / TRAINER_STATE_NAME, TrainingError), TrainingError, "its state")
         check_step(checkpoint, state["global_step"], state["max_steps"])
-    return without_times(state["log_history"]) if state["global_step"] == state["max_steps"] else None
+    if state["global_step"] < state["max_steps"]:
+        return None
+    return Trained(without_times(state["log_history"]), round(state.get("total_flos", 0)), measured_before(checkpoint))
+
+
+def fit(trainer: Any, checkpoint: Path | None, meter: Meter) -> Trained:
+    """Let a `Resumable` trainer train to the end.
+
+    Args:
+        trainer: the trainer.
+        checkpoint: where it continues, or None for the start.
+        meter: of this run.
+
+    Raises:
+        TrainingError: the checkpoint is damaged.
+    """
+    trainer.meter = meter
+    if checkpoint is not None:
+        if earlier := measured_before(checkpoint):
+            meter.add(earlier)
+        else:
+            trainer.meter = None
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    measured = trainer.meter and trainer.meter.measured()
+    return Trained(without_times(trainer.state.log_history), round(trainer.state.total_flos), measured)
 
 
 def check_loss(loss: Tensor) -> None:

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dspa.data.triples import Triple
+from dspa.costs import Costs, Meter
+from dspa.data.triples import DigestedTriples, Triple
 from dspa.errors import VectorError, refusal
 from dspa.evaluate.responses import Response, batches, padded, responses_of
-from dspa.models.layers import CausalLM, base_model, check_eval, check_finite, decoder_layers, loaded_name
+from dspa.models.layers import CausalLM, base_model, check_eval, check_finite, decoder_layers, device_of, loaded_name
+from dspa.models.operations import forward
 from dspa.models.reading import check_residual, read_layers
+from dspa.models.sizes import sizes_of
 from dspa.models.sources import model_digest
 from dspa.schemas import PositiveInt, check
 from dspa.steering.vector import SteeringVector
@@ -75,14 +78,19 @@ def repe_vector(
     if layer >= n_layers:
         raise refusal(VectorError, "`layer`", layer, f"0 to {n_layers - 1}, the model's layers")
     check_residual(inner, layer, layers)
-    responses = responses_of(inner, tokenizer, triples, max_length, chat_template_kwargs)
+    meter, digested = Meter(device_of(inner.get_input_embeddings())), DigestedTriples(triples)
+    responses = responses_of(inner, tokenizer, digested, max_length, chat_template_kwargs)
     means = response_means(inner, responses, layer, layers=layers, batch_tokens=batch_tokens, progress=progress)
-    return SteeringVector(
-        repe_directions(means[0::2] - means[1::2], n_directions).sum(dim=0),
-        *(layer, scale, positions),
-        model_name=model_name or loaded_name(inner),
-        model_digest=model_digest(inner) or "",
-    )
+    name, digest, dtype = model_name or loaded_name(inner), model_digest(inner) or "", str(inner.dtype)
+    directions = repe_directions(means[0::2] - means[1::2], n_directions)
+    vector = SteeringVector(directions.sum(dim=0), layer, scale, positions, model_name=name, model_digest=digest)
+    sizes = sizes_of(inner, dtype.removeprefix("torch."), layers)
+    reading = forward(sizes, map(len, responses), layers=slice(layer + 1))
+    # And D^T D.
+    flops = round(reading.total) + 2 * digested.n_triples * sizes.d_model**2
+    data = (digested.digest, digested.n_triples)
+    vector.costs = Costs("RepE", flops, meter.measured(), *data, name, digest, dtype)
+    return vector
 
 
 def repe_directions(differences: Tensor, n_directions: int = 16) -> Tensor:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 
+from dspa.models.operations import Cost, forward, with_backward
+from dspa.models.sizes import ModelSizes
 from dspa.resuming import SETTINGS, Resumable, Steps, deprecations_silenced
 from dspa.training_folder import TrainingFolder, reading_checkpoint
+
+# Number of a layer in the name of a parameter.
+LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -31,13 +38,19 @@ class Examples:
 
 
 class BaselineTrainer(Resumable):
-    """A trainer whose loss is a mean over micro-batches, with a bar."""
+    """A trainer whose loss is a mean over micro-batches, with a bar.
 
+    Attributes:
+        method: name of the method in its `Costs`.
+    """
+
+    method: str
+    model: Any
     settings: type[TrainingArguments] = TrainingArguments
     remove_callback: Callable[[Any], None]
 
-    def __init__(self, config: Any, folder: TrainingFolder, bar: tqdm[Any], **options: Any) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: Any, folder: TrainingFolder, sizes: ModelSizes, bar: tqdm[Any], **options: Any) -> None:
+        self.config, self.folder, self.sizes = config, folder, sizes
         super().__init__(callbacks=[Steps(bar)], **options)  # type: ignore[call-arg]
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
@@ -64,6 +77,23 @@ class BaselineTrainer(Resumable):
     def collate(rows: Sequence[Any]) -> dict[str, Any]:
         """Return a batch of rows."""
 
+    def trained_pass(self, lengths: Sequence[int], *, layers: slice = slice(None), n_logits: int = 0) -> Cost:
+        """Return the operations of a pass forward and backward, of the model or of a LoRA on it.
+
+        With gradient checkpointing, the layers run forward twice.
+
+        Args:
+            lengths: tokens of each row.
+            layers: layers that run.
+            n_logits: number of tokens whose logits are computed.
+        """
+        lora = lora_weights(self.model)
+        cost = with_backward(forward(self.sizes, lengths, layers=layers, n_logits=n_logits), frozen=bool(lora))
+        if self.args.gradient_checkpointing:
+            cost += forward(self.sizes, lengths, layers=layers)
+        n_layers = len(self.sizes.layers[layers])
+        return cost + Cost(6 * sum(lengths) * sum(size for layer, size in lora if layer < n_layers))
+
     @classmethod
     def arguments(cls, config: Any, out: Path, *, on_cpu: bool, **settings: Any) -> Any:
         """Return the trainer's settings. Making them joins the processes of a launcher."""
@@ -86,6 +116,12 @@ class BaselineTrainer(Resumable):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with reading_checkpoint(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+
+def lora_weights(model: nn.Module) -> list[tuple[int, int]]:
+    """Return the layer and the size of each matrix of a LoRA on a model, none for a model without one."""
+    names = ((LAYER.search(name), parameter) for name, parameter in model.named_parameters() if ".lora_" in name)
+    return [(int(layer[1]), parameter.numel()) for layer, parameter in names if layer]
 
 
 def load_lora(model: Any, folder: Path) -> None:

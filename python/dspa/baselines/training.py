@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,21 +15,24 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dspa.baselines.settings import TrainingSettings
+from dspa.costs import Meter
 from dspa.data.templates import at_date, check_template_kwargs, date_of_today
-from dspa.data.triples import Triple
+from dspa.data.triples import DigestedTriples, Triple
 from dspa.distributed import rank
 from dspa.errors import TrainingError, refusal, require_package
 from dspa.models.layers import CausalLM, check_eval, context_length, device_of, loaded_name
-from dspa.models.sources import recorded_weights
+from dspa.models.sizes import ModelSizes, sizes_of
+from dspa.models.sources import model_digest, recorded_weights
 from dspa.resuming import (
+    Trained,
     check_processes,
     deprecations_silenced,
+    finished_before,
+    fit,
     lent,
-    whole_history,
-    without_times,
     writing_checkpoints,
 )
-from dspa.training_folder import History, TrainingFolder
+from dspa.training_folder import TrainingFolder
 
 if TYPE_CHECKING:
     from dspa.baselines.trainers import BaselineTrainer, Examples
@@ -67,6 +71,11 @@ class Training:
         """The folder to write."""
         return TrainingFolder(Path(self.out))
 
+    @cached_property
+    def sizes(self) -> ModelSizes:
+        """Sizes of the model, without a LoRA on it."""
+        return sizes_of(self.model, str(self.model.dtype).removeprefix("torch."))
+
     @contextmanager
     def held(self) -> Iterator[dict[str, str]]:
         """Check what is quick to check, and hold the folder, within a `with` block. Yield a record of the weights."""
@@ -74,6 +83,8 @@ class Training:
         self.folder.check()
         check_eval(self.model)
         check_template_kwargs(self.tokenizer, self.chat_template_kwargs)
+        # Before a LoRA changes the layers.
+        _ = self.sizes
         # Of several processes, the first holds the folder for all.
         with self.folder.held() if rank() == 0 else nullcontext():
             yield recorded_weights(self.model)
@@ -82,7 +93,7 @@ class Training:
         self,
         kind: type[BaselineTrainer],
         settings: Callable[[int], dict[str, Any]],
-        trained: nn.Module,
+        module: nn.Module,
         load: Callable[[Path], None],
         save: Callable[[Path], Any],
         recorded: Mapping[str, Any],
@@ -92,21 +103,24 @@ class Training:
         Args:
             kind: the trainer.
             settings: returns those of the trainer that only this training has, for a number of triples.
-            trained: what the trainer gets as its model.
+            module: what the trainer gets as its model.
             load: reads what was trained from a folder.
             save: writes it to one.
             recorded: what decides the result besides `config`, the data and the name of the model.
         """
         config, folder = self.config, self.folder
-        on_cpu = device_of(self.model.get_input_embeddings()).type == "cpu"
+        device = device_of(self.model.get_input_embeddings())
+        on_cpu = device.type == "cpu"
         args = kind.arguments(config, folder.path, on_cpu=on_cpu)
         check_processes(self.model, args)
+        meter = Meter(device, args.world_size)
         with args.main_process_first(local=False):
             date = folder.first_date(date_of_today(self.tokenizer))
         length = min(config.max_length, context_length(self.model) or config.max_length)
         progress = self.progress and args.process_index == 0
         tokenizer = at_date(self.tokenizer, date)
-        data = kind.read(self.triples, tokenizer, length, self.chat_template_kwargs, config, progress)
+        triples = DigestedTriples(self.triples)
+        data = kind.read(triples, tokenizer, length, self.chat_template_kwargs, config, progress)
         if len(data.rows) < config.batch_size:
             accepted = f"a batch ({config.batch_size}) or more"
             raise refusal(TrainingError, "The number of examples", len(data.rows), accepted, "Lower `batch_size`.")
@@ -126,41 +140,44 @@ class Training:
         if folder.finished:
             load(folder.path)
             return
-        history = self._fit(kind, args, trained, data, load, progress)
+        trained = self._fit(kind, args, module, data, load, meter, progress)
         with args.main_process_first(local=False):
             if args.process_index == 0:
                 save(folder.path)
-                folder.finish({**data.counts, "history": history})
+                # A LoRA leaves the weights of the model as they were.
+                digest = model_digest(self.model) or "" if module is self.model else ""
+                costs = trained.costs(kind.method, triples, claimed, digest)
+                folder.finish({**data.counts, "costs": costs, "history": trained.history})
 
     def _fit(
         self,
         kind: type[BaselineTrainer],
         args: Any,
-        trained: nn.Module,
+        module: nn.Module,
         data: Examples,
         load: Callable[[Path], None],
+        meter: Meter,
         progress: bool,
-    ) -> History:
+    ) -> Trained:
         checkpoint = self.folder.checkpoints()[-1] if self.folder.checkpoints() else None
-        if checkpoint and (history := whole_history(checkpoint)) is not None:
+        if checkpoint and (trained := finished_before(checkpoint)) is not None:
             load(checkpoint)
-            return history
+            return trained
         with (
             deprecations_silenced(),
             writing_checkpoints(args, self.folder),
-            lent(trained, self.tokenizer),
+            lent(module, self.tokenizer),
             tqdm(unit="step", desc=self.stage, disable=not progress) as bar,
         ):
             trainer: Any = kind(
-                *(self.config, self.folder, bar),
-                model=trained,
+                *(self.config, self.folder, self.sizes, bar),
+                model=module,
                 args=args,
                 train_dataset=data.rows,
                 data_collator=kind.collate,
                 processing_class=self.tokenizer,
             )
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            return without_times(trainer.state.log_history)
+            return fit(trainer, checkpoint, meter)
 
     def load_weights(self, folder: Path) -> None:
         """Give the model all weights that are in a folder."""

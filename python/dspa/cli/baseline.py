@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from dspa.baselines.dpo.config import DPOSettings
 from dspa.baselines.rahf.config import AlignmentConfig, TuningConfig
@@ -24,7 +26,7 @@ from dspa.cli.options import (
     messages_of_options,
     with_options,
 )
-from dspa.cli.tables import print_line, print_next
+from dspa.cli.tables import console, print_line, print_next, print_warning
 from dspa.config import POSITIONS
 from dspa.distributed import rank
 from dspa.errors import refusal, require_package
@@ -69,6 +71,7 @@ def repe(
     `dspa compare --vector`, `dspa serve --vector` and `dspa.SteeringVector` take it.
     """
     from dspa.baselines.repe import repe_vector
+    from dspa.costs import write_costs
 
     if positions not in POSITIONS:
         raise refusal(ValueError, "--positions", repr(positions), ", ".join(POSITIONS))
@@ -88,6 +91,7 @@ def repe(
         model_name=on.model_name,
     )
     vector.save(out)
+    write_costs(out, vector.costs)
     print_line(f"Written to {out}: {directions} directions at layer {layer}, scale {scale:g}.")
     print_next("compare", "PROMPTS", "--vector", out, "--model", on.model)
 
@@ -112,6 +116,53 @@ def dpo(
     _train(train_dpo, triples, out, on, config, first, split, chat_template_kwargs)
     if rank() == 0:
         print_next("compare", "PROMPTS", "--tuned", out, "--model", on.model)
+
+
+@app.command()
+def costs(
+    reference: Annotated[
+        Path, typer.Argument(help="Map that `dspa map build` wrote, with which the others are compared.")
+    ],
+    others: Annotated[
+        list[Path],
+        typer.Argument(help="Vectors, and folders of trainings: of RAHF-SCIT both stages, of DPO, of FSRL."),
+    ],
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here, as JSON.")] = None,
+) -> None:
+    """Show side by side what methods cost: operations, wall time and peak memory.
+
+    All have to be made from the same triples with the same model. For example: `dspa baseline costs
+    map.dspa.safetensors tuned aligned preferred`
+    """
+    check_writable("--json", json_path, {str(path): path for path in (reference, *others)})
+    from dspa.baselines.cost_table import PUBLISHED_RATIO, cost_table
+    from dspa.outputs import write_atomically
+
+    made = cost_table([reference, *others])
+    first = made.rows[0]
+    table = Table(title=f"Costs of methods from {made.n_triples} triples, with {made.model_name or 'one model'}")
+    for name in ("method", "TFLOP", "of the first", "seconds", "of the first", "resident GB", "GPU GB"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in made.rows:
+        taken, gpu = row.measured, row.measured.peak_gpu_bytes
+        table.add_row(
+            row.method,
+            f"{1e-12 * row.flops:.4g}",
+            f"{row.flops / max(first.flops, 1):.3g}x",
+            f"{taken.seconds:.4g}",
+            f"{taken.seconds / max(first.measured.seconds, 1e-9):.3g}x",
+            f"{1e-9 * taken.peak_rss_bytes:.3g}",
+            "" if gpu is None else f"{1e-9 * gpu:.3g}",
+        )
+    console.print(table)
+    print_line(
+        "Operations are counted in closed form, without those on padding. Memory is the peak of the process, with what "
+        f"it loads included. Published for both stages of RAHF-SCIT, by a formula: {PUBLISHED_RATIO}x."
+    )
+    for doubt in made.doubts:
+        print_warning(doubt)
+    if json_path is not None:
+        write_atomically(json_path, (json.dumps(asdict(made), indent=2) + "\n").encode())
 
 
 @rahf.command()

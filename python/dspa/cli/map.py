@@ -251,6 +251,9 @@ def _subset(
 
 def _save(cdmap: ConditionalDifferenceMap, out: Path) -> None:
     """Write a map, and print what it is."""
+    from dspa.costs import write_costs
+
     cdmap.save(out)
+    write_costs(out, cdmap.costs)
     print_line(f"{cdmap!r}\nWritten to {out} ({out.stat().st_size / 1e6:.1f} MB).")
     print_next("map", "show", out)

@@ -6,6 +6,8 @@ explicit or an implicit prompt.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -90,6 +92,49 @@ def load_triples(source: str | Path | Iterable[Mapping[str, Any] | Triple]) -> I
         what, kind = (str(source), "file") if from_file else ("`source`", type(source).__name__)
         advice = "Check how it was written, or whether an iterator was already used up."
         raise refusal(PreferenceError, what, f"a {kind} without a triple", "one triple or more", advice)
+
+
+class DigestedTriples:
+    """Triples that are read as by `load_triples`, and their digest and number afterwards.
+
+    Args:
+        source: what `load_triples` takes.
+    """
+
+    def __init__(self, source: str | Path | Iterable[Mapping[str, Any] | Triple]) -> None:
+        self._source, self._keys = source, list[int]()
+
+    def __iter__(self) -> Iterator[Triple]:
+        """Yield the triples."""
+        self._keys.clear()
+        for triple in load_triples(self._source):
+            self._keys.append(key_of(triple))
+            yield triple
+
+    @property
+    def digest(self) -> str:
+        """The `digest_of_keys` of the triples that were read."""
+        return digest_of_keys(self._keys)
+
+    @property
+    def n_triples(self) -> int:
+        """Number of the triples that were read."""
+        return len(self._keys)
+
+
+def key_of(triple: Triple) -> int:
+    """Return 64 bits of the digest of a triple's content, by which it is recognised."""
+    parts: list[Any] = [triple.prompt, triple.chosen, triple.rejected]
+    # Left out where there is none, so that keys are those of earlier versions.
+    if triple.tools is not None or triple.chat_template_kwargs:
+        parts += [triple.tools, triple.chat_template_kwargs]
+    content = json.dumps(parts).encode()
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
+
+
+def digest_of_keys(keys: Iterable[int]) -> str:
+    """Return 16 hexadecimal digits that identify triples, in any order, by their `key_of`."""
+    return hashlib.sha256(" ".join(map(str, sorted(keys))).encode()).hexdigest()[:16]
 
 
 def _entries(source: object) -> Iterator[tuple[str, object]]:

@@ -26,7 +26,10 @@ from dspa.fsrl.config import TrainingConfig
 from dspa.fsrl.lending import MODULE
 from dspa.fsrl.progress import Steps
 from dspa.fsrl.results import score_moves
-from dspa.resuming import Resumable, check_loss, deprecations_silenced
+from dspa.models.operations import Cost, forward, with_backward
+from dspa.models.sizes import ModelSizes
+from dspa.resuming import Resumable, check_loss, deprecations_silenced, row_lengths
+from dspa.saes.placement import required_layer
 from dspa.training_folder import TrainingFolder, reading_checkpoint
 
 with warnings.catch_warnings():
@@ -56,8 +59,18 @@ class AdapterTrainer(Resumable, ABC):
     log: Callable[[dict[str, float]], None]
     beta: float
 
-    def __init__(self, adapter: FSRLAdapter, folder: TrainingFolder, *, progress: bool, **options: Any) -> None:
+    def __init__(
+        self,
+        adapter: FSRLAdapter,
+        folder: TrainingFolder,
+        sizes: ModelSizes,
+        *,
+        recomputes: bool,
+        progress: bool,
+        **options: Any,
+    ) -> None:
         self.adapter, self.folder, self.progress = adapter, folder, progress
+        self.sizes, self.recomputes = sizes, recomputes
         super().__init__(**options)
         self.model.add_module(MODULE, adapter)
 
@@ -81,6 +94,22 @@ class AdapterTrainer(Resumable, ABC):
         check_loss(total)
         logged = {"preference_loss": loss, "l1": l1, "l0": l0}
         return total, {name: self._mean_over_processes(value) for name, value in logged.items()}
+
+    def adapted_pass(self, lengths: list[int], n_logits: int) -> Cost:
+        """Return the operations of a pass forward and, above the adapter, backward.
+
+        Args:
+            lengths: tokens of each row.
+            n_logits: number of tokens whose logits are computed.
+        """
+        sae = self.adapter.sae
+        below, above = slice(required_layer(sae) + 1), slice(required_layer(sae) + 1, None)
+        cost = forward(self.sizes, lengths, layers=below)
+        cost += with_backward(forward(self.sizes, lengths, layers=above, n_logits=n_logits), frozen=True)
+        if self.recomputes:
+            cost += forward(self.sizes, lengths, layers=above)
+        # f, v and their decoding, and on the way back the gradients of v and of W_a.
+        return cost + Cost(5 * 2 * sae.d_in * sae.d_sae * sum(lengths))
 
     @abstractmethod
     def rewards(self, responses: Sequence[Response], logps: Tensor) -> Tensor:
@@ -156,6 +185,11 @@ class AdapterSimPOTrainer(AdapterTrainer, CPOTrainer):  # type: ignore[misc]
         pad = DPODataCollatorWithPadding(pad_token_id=padding)
         return lambda rows: pad([_labelled(row) for row in rows])
 
+    def operations(self, inputs: Mapping[str, Tensor]) -> Cost:
+        """Return those of a pass over both responses, with all logits."""
+        lengths = row_lengths(inputs["chosen_attention_mask"], inputs["rejected_attention_mask"])
+        return self.adapted_pass(lengths, sum(lengths))
+
     @staticmethod
     def get_batch_logps(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """Return log-probabilities in fp32, for a 16-bit model too: SimPO multiplies their difference by 10."""
@@ -202,6 +236,11 @@ class AdapterDPOTrainer(AdapterTrainer, DPOTrainer):  # type: ignore[misc]
     def collator(padding: int) -> Any:
         """Return the function that makes a batch of rows."""
         return DataCollatorForPreference(pad_token_id=padding)
+
+    def operations(self, inputs: Mapping[str, Tensor]) -> Cost:
+        """Return those of a pass and of the reference's, with the logits that predict responses."""
+        lengths, n_logits = row_lengths(inputs["attention_mask"]), int(inputs["completion_mask"].sum())
+        return self.adapted_pass(lengths, n_logits) + forward(self.sizes, lengths, n_logits=n_logits)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -303,6 +342,7 @@ def trainer_of(
     tokenizer: Any,
     adapter: FSRLAdapter,
     folder: TrainingFolder,
+    sizes: ModelSizes,
     bar: tqdm[Any],
     **data: Any,
 ) -> Any:
@@ -312,6 +352,8 @@ def trainer_of(
     trainer = kind(
         adapter,
         folder,
+        sizes,
+        recomputes=config.gradient_checkpointing,
         progress=not bar.disable,
         model=model,
         args=args,

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
+from dspa.costs import Meter
 from dspa.data.templates import at_date, check_template_kwargs, date_of_today
-from dspa.data.triples import Triple, load_triples
+from dspa.data.triples import DigestedTriples, Triple, load_triples
 from dspa.distributed import rank
 from dspa.errors import TrainingError, refusal, require_package
 from dspa.files import checksum
@@ -27,9 +28,10 @@ from dspa.fsrl.lending import trainable
 from dspa.fsrl.results import HeldOut, held_out
 from dspa.models.gradients import check_gradients, check_output_layer
 from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of, loaded_name
+from dspa.models.sizes import ModelSizes, sizes_of
 from dspa.models.sources import model_source, recorded_weights
-from dspa.resuming import check_processes, whole_history, without_times, writing_checkpoints
-from dspa.training_folder import RECORD, History, TrainingFolder, reading_checkpoint
+from dspa.resuming import Trained, check_processes, finished_before, fit, writing_checkpoints
+from dspa.training_folder import RECORD, TrainingFolder, reading_checkpoint
 
 if TYPE_CHECKING:
     from dspa.data.rows import TripleRows
@@ -99,6 +101,8 @@ def train(
     # The adapter's weights are only a start: on this model they are trained.
     with holding, adapter.attach(model, layers=layers, model_name=model_name, other_weights=True):
         args = _arguments(inner, config, folder, evaluated=eval_triples is not None)
+        meter = Meter(device_of(inner.get_input_embeddings()), args.world_size)
+        sizes = sizes_of(inner, str(inner.dtype).removeprefix("torch."), layers)
         progress = progress and args.process_index == 0
         if config.loss == "dpo":
             check_output_layer(inner, ', or set `loss` to "simpo"')
@@ -109,7 +113,8 @@ def train(
             date = folder.first_date(date_of_today(tokenizer))
         dated = at_date(tokenizer, date)
         reading = (dated, config.max_length, progress, chat_template_kwargs)
-        data = TripleRows.read(triples, *reading)
+        digested = DigestedTriples(triples)
+        data = TripleRows.read(digested, *reading)
         held = None if eval_triples is None else list(load_triples(eval_triples))
         held_data = None if held is None else TripleRows.read(held, *reading)
         if len(data.rows) < config.batch_size:
@@ -122,7 +127,7 @@ def train(
         with args.main_process_first(local=False):
             folder.claim(settings | weights, earlier=weights)
         if not folder.finished:
-            history = _fit(inner, tokenizer, adapter, folder, config, args, data, held_data, progress)
+            trained = _fit(inner, tokenizer, adapter, folder, sizes, config, args, data, held_data, meter, progress)
             figures = None
             if held is not None:
                 options = {**scoring(inner, config), "chat_template_kwargs": chat_template_kwargs}
@@ -130,7 +135,10 @@ def train(
             with args.main_process_first(local=False):
                 if args.process_index == 0:
                     adapter.save(folder.path)
-                    folder.finish({"data": data.counts, "held_out": figures, "history": history})
+                    costs = trained.costs("FSRL", digested, settings | weights)
+                    folder.finish(
+                        {"data": data.counts, "held_out": figures, "costs": costs, "history": trained.history}
+                    )
     saved = FSRLAdapter.load(folder.path, adapter.sae)
     adapter.load_state_dict(saved.state_dict())
     return adapter.requires_grad_(False).eval()
@@ -177,32 +185,33 @@ def _fit(
     tokenizer: PreTrainedTokenizerBase,
     adapter: FSRLAdapter,
     folder: TrainingFolder,
+    sizes: ModelSizes,
     config: TrainingConfig,
     args: Any,
     data: TripleRows,
     held: TripleRows | None,
+    meter: Meter,
     progress: bool,
-) -> History:
-    """Train from the start or the last checkpoint to the end, and return what was logged."""
+) -> Trained:
+    """Train from the start or the last checkpoint to the end."""
     from dspa.fsrl.trainers import trainer_of
 
     checkpoint = folder.checkpoints()[-1] if folder.checkpoints() else None
-    if checkpoint and (history := whole_history(checkpoint)) is not None:
+    if checkpoint and (trained := finished_before(checkpoint)) is not None:
         with reading_checkpoint(checkpoint):
             adapter.load_state_dict(FSRLAdapter.load(checkpoint, adapter.sae).state_dict())
-        return history
+        return trained
     with (
         writing_checkpoints(args, folder),
         trainable(model, tokenizer, adapter, gradient_checkpointing=config.gradient_checkpointing),
         tqdm(unit="step", desc="train", disable=not progress) as bar,
     ):
         trainer = trainer_of(
-            *(config, args, model, tokenizer, adapter, folder, bar),
+            *(config, args, model, tokenizer, adapter, folder, sizes, bar),
             train_dataset=data.rows,
             eval_dataset=None if held is None else held.rows,
         )
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        return without_times(trainer.state.log_history)
+        return fit(trainer, checkpoint, meter)
 
 
 def scoring(model: CausalLM, config: TrainingConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dspa.config import SteeringConfig
+from dspa.costs import Costs
 from dspa.errors import MapError, refusal
 from dspa.files import checksum, digest_of, read_header, read_tensors, warn_unsealed, write_tensors
 from dspa.models.sources import Source
@@ -155,6 +156,10 @@ class ConditionalDifferenceMap(Frozen):
             publishing a map that was made with local files, remove their paths: `cdmap.sources.clear()`.
         promoted: the tokens that `latents()` promote most (`dspa.top_tokens`), for people. Empty in maps of earlier
             versions, and no part of the map's identity.
+
+    Attributes:
+        costs: costs of making the map, right after it was made. They are not in its file, which is the same whenever
+            it is made: `dspa map build` writes them beside it.
     """
 
     _kind, _error = "map", MapError
@@ -178,6 +183,7 @@ class ConditionalDifferenceMap(Frozen):
         self.columns, self.values, self.meta = columns, values, meta
         self.sources = dict(sources or {})
         self.promoted = dict(promoted or {})
+        self.costs: Costs | None = None
         self.n_open, self.variance = n_open, variance
         self.gate_latents, self.gates = gate_latents, gates
         self.hot = columns.new_empty(0, dtype=torch.int32) if hot is None else hot

@@ -13,17 +13,23 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dspa.costs import Costs, Meter
 from dspa.data.templates import at_date
 from dspa.data.triples import Triple
 from dspa.distributed import Team
 from dspa.errors import MapError, ModelError, PreferenceError, listed, refusal
 from dspa.maps.collection import FOLDER, Collection
+from dspa.maps.cost import Setup, Tokens, collecting, encoding
 from dspa.maps.counting import TripleCounter
 from dspa.maps.pieces import DataRecord, Tally, TripleSource
+from dspa.maps.shards import PARTS
+from dspa.models.layers import device_of
+from dspa.models.sizes import sizes_of
 from dspa.outputs import held
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.meanings import top_tokens
@@ -99,16 +105,21 @@ def collect(
             stacklevel=2,
         )
     settings = counter.settings()
+    meter = Meter(device_of(counter.model.get_input_embeddings()), team.size)
     # Of several processes, the first holds the folder for all.
     holding = nullcontext() if work_dir is None or team.rank else held(Path(work_dir), FOLDER, MapError)
     with holding:
         collection = team.in_turn("manifest", lambda: Collection.start(work_dir, settings, counter.sources()))
+        if collection.measured:
+            meter.add(collection.measured)
+        # Of what an earlier version counted, it is not known what it took.
+        is_measured = team.rank == 0 and bool(collection.measured or not collection.has_shards)
         counter.tokenizer = at_date(tokenizer, collection.settings.template_date)
         source = TripleSource(triples, first)
         if source.rereadable:
             expected = _check_triples(source, counter, team, progress)
             team.in_turn("expected", lambda: collection.record(expected))
-        counted = _count_all(collection, source, counter, team, progress)
+        counted = _count_all(collection, source, counter, team, meter if is_measured else None, progress)
         if first is not None and counted.n_triples < first and team.rank == 0:
             warnings.warn(
                 f"`first` is {first} and the data hold {counted.n_triples} triples: all were counted.", stacklevel=2
@@ -116,6 +127,8 @@ def collect(
         team.in_turn("counted", lambda: collection.record(counted))
         if team.rank == 0 and not collection.promoted:
             _record_promoted(collection, counter, progress)
+        if is_measured and not collection.costs:
+            collection.record_costs(_costs(collection, counter, meter))
         team.leave()
         return collection
 
@@ -143,7 +156,12 @@ def _check_triples(source: TripleSource, counter: TripleCounter, team: Team, pro
 
 
 def _count_all(
-    collection: Collection, source: TripleSource, counter: TripleCounter, team: Team, progress: bool
+    collection: Collection,
+    source: TripleSource,
+    counter: TripleCounter,
+    team: Team,
+    meter: Meter | None,
+    progress: bool,
 ) -> DataRecord:
     """Count the pieces that this process claims, wait for those of the others, and return the record of the data."""
     tally, claimed, recorded = Tally(), team.claim(), collection.data
@@ -167,10 +185,32 @@ def _count_all(
                     bar.initial += len(piece.triples)
             else:
                 collection.write(piece.number, piece.digest, counter.count(piece))
+                if meter is not None:
+                    collection.record_measured(meter.measured())
             show(team.add_finished(1, len(piece.triples)))
         counted = tally.record()
         team.wait(counted.n_pieces, show)
     return counted
+
+
+def _costs(collection: Collection, counter: TripleCounter, meter: Meter) -> Costs:
+    """Return the costs of complete counts."""
+    settings, dtype = collection.settings, str(counter.model.dtype)
+    sizes = sizes_of(counter.model, dtype.removeprefix("torch."), counter.layers)
+    places = {name: getattr(settings, name) for name in ("layer_in", "layer_out", "d_sae_in", "d_sae_out")}
+    setup = Setup(sizes, **places, shares_prompts=counter.shares_prompts)
+    lengths = torch.stack([collection.triples()[part] for part in PARTS], dim=1)
+    tokens = [Tokens(*row) for row in lengths.tolist()]
+    return Costs(
+        method="DSPA",
+        flops=round(sum(collecting(setup, t).total + encoding(setup, t) for t in tokens)),
+        measured=meter.measured(),
+        triples=collection.triples_digest(),
+        n_triples=collection.n_triples,
+        model_name=settings.model_name,
+        model_digest=settings.model_digest,
+        model_dtype=dtype,
+    )
 
 
 def _record_promoted(collection: Collection, counter: TripleCounter, progress: bool) -> None:

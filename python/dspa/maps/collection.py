@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dspa.costs import COSTS, Costs, Measured
+from dspa.data.triples import digest_of_keys
 from dspa.errors import MapError, refusal
 from dspa.files import read_header, read_tensors, write_tensors
 from dspa.maps.cdmap import Promoted
@@ -27,6 +29,7 @@ from dspa.schemas import Count, Day, PositiveInt, Text, check, read_json, schema
 T = TypeVar("T")
 
 MANIFEST, DATA, SOURCES, TOKENS = "manifest.json", "data.json", "sources.json", "tokens.json"
+MEASURED = "measured.json"
 SHARD = re.compile(r"shard-([0-9]{6}|[1-9][0-9]{6,})\.safetensors")
 FOLDER = "The folder of counts"
 # Settings of folders whose manifest does not name them.
@@ -128,9 +131,10 @@ class Collection:
         self = cls(place, settings)
         self.folder.mkdir(parents=True, exist_ok=True)
         # Without a shard, nothing is lost with earlier settings.
-        if not path.exists() or not self._has_shards():
+        if not path.exists() or not self.has_shards:
             write_atomically(path, json.dumps(asdict(settings), indent=2).encode())
-            (self.folder / TOKENS).unlink(missing_ok=True)
+            for name in (TOKENS, MEASURED, COSTS):
+                (self.folder / name).unlink(missing_ok=True)
         self.check_settings(settings)
         if sources and sources != self.sources:
             record = {name: asdict(source) for name, source in sources.items()}
@@ -146,9 +150,6 @@ class Collection:
         """
         _check_ours(folder)
         try_folder(folder, FOLDER, MapError)
-
-    def _has_shards(self) -> bool:
-        return any(self.folder.glob("shard-*.safetensors"))
 
     def check_settings(self, settings: CollectSettings) -> None:
         """Raise `MapError` unless the manifest of the folder holds these settings."""
@@ -202,6 +203,31 @@ class Collection:
         write_atomically(self.folder / TOKENS, json.dumps(promoted).encode())
 
     @property
+    def measured(self) -> Measured | None:
+        """What collecting took so far; None in a new folder, and in one of an earlier version."""
+        path = self.folder / MEASURED
+        return _read(Measured, path, "Delete it.") if path.is_file() else None
+
+    def record_measured(self, measured: Measured) -> None:
+        """Write what collecting took so far."""
+        write_atomically(self.folder / MEASURED, json.dumps(asdict(measured)).encode())
+
+    @property
+    def costs(self) -> Costs | None:
+        """Costs of the counts; None where they are not complete, and in folders of earlier versions or merged ones."""
+        path = self.folder / COSTS
+        return _read(Costs, path, "Delete it.") if path.is_file() else None
+
+    def record_costs(self, costs: Costs) -> None:
+        """Write the costs of the counts."""
+        write_atomically(self.folder / COSTS, json.dumps(asdict(costs), indent=2).encode())
+
+    @property
+    def has_shards(self) -> bool:
+        """True where something was counted."""
+        return any(self.folder.glob("shard-*.safetensors"))
+
+    @property
     def data(self) -> DataRecord | None:
         """Record of the data, or None where they have not been read to their end."""
         path = self.folder / DATA
@@ -237,7 +263,7 @@ class Collection:
         recorded = self.data
         if recorded == data:
             return
-        if recorded is not None and self._has_shards():
+        if recorded is not None and self.has_shards:
             raise MapError(
                 f"{self.folder} holds shards of other data ({recorded.n_triples} triples of digest {recorded.digest} "
                 f"there, {data.n_triples} of {data.digest} now). Use another folder. Where triples were added, collect "
@@ -314,6 +340,10 @@ class Collection:
         order = torch.cat([shard["index"] for shard in shards]).argsort()
         return {name.split(".")[0]: torch.cat([shard[name] for shard in shards])[order] for name in names[1:]}
 
+    def triples_digest(self) -> str:
+        """Return the digest of the triples by `dspa.data.triples.digest_of_keys`."""
+        return digest_of_keys(key for shard in self.shards("keys") for key in shard["keys"].tolist())
+
     def verify(self) -> None:
         """Raise `MapError` for a shard that is not what was written, or not of its place in the data."""
         paths, data = self.paths(), self._require_data()
@@ -342,7 +372,7 @@ def _check_ours(folder: Path) -> None:
             got = f"{folder}, whose {MANIFEST} is of something else"
             raise refusal(MapError, FOLDER, got, accepted, "Name another.")
         return
-    patterns = (DATA, SOURCES, TOKENS, "shard-*.safetensors")
+    patterns = (DATA, SOURCES, TOKENS, MEASURED, COSTS, "shard-*.safetensors")
     if names := sorted(path.name for pattern in patterns for path in folder.glob(pattern)):
         got = f"{folder}, which holds {', '.join(names[:4])} and no {MANIFEST}"
         raise refusal(MapError, FOLDER, got, accepted, "Name another.")

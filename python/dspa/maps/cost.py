@@ -1,8 +1,6 @@
 """Cost of making a map and of steering, in closed form: floating-point operations and bytes, counted from sizes.
 
-Operations are those of matrix products with weights and of attention's two products, a multiplication and an addition
-each, as `torch.utils.flop_counter` counts them. Not counted are embeddings (no products) and norms. Nothing here is a
-time.
+Operations are those of `dspa.models.operations`. Nothing here is a time.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from dspa.config import SteeringConfig
 from dspa.errors import ModelError, refusal
 from dspa.maps.cdmap import N_LARGE
 from dspa.maps.reports import Figure
+from dspa.models.operations import Cost, attention
 from dspa.models.sizes import ModelSizes
 
 # RAHF-SCIT, per preference triple and parameter (its two stages): contrastive tuning on 768 tokens, and a LoRA trained
@@ -98,24 +97,6 @@ PUBLISHED = (
 # Making a map
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Operations of one triple: products with weights, and attention's own."""
-
-    weights: float
-    attention: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """Sum of both."""
-        return self.weights + self.attention
-
-
-def _attention(model: ModelSizes, queries: int, keys: int) -> int:
-    """Return the operations of one layer's two attention products, all pairs computed."""
-    return 4 * model.d_attention * queries * keys
-
-
 def three_passes(setup: Setup, t: Tokens) -> Cost:
     """Return the cost of DSPA as published, `F = 2 P (3 p + c + r)`, without its SAEs.
 
@@ -126,7 +107,7 @@ def three_passes(setup: Setup, t: Tokens) -> Cost:
         t: tokens of the triple.
     """
     model, passes = setup.model, (t.prompt, t.prompt + t.chosen, t.prompt + t.rejected)
-    return Cost(2 * model.weights * sum(passes), len(model.layers) * sum(_attention(model, n, n) for n in passes))
+    return Cost(2 * model.weights * sum(passes), len(model.layers) * sum(attention(model, n, n) for n in passes))
 
 
 def collecting(setup: Setup, t: Tokens) -> Cost:
@@ -148,7 +129,7 @@ def collecting(setup: Setup, t: Tokens) -> Cost:
         runs += [(setup.layer_out, t.prompt + n, t.prompt + n) for n in (t.chosen, t.rejected)]
     return Cost(
         2 * sum(setup.model.weights_to(layer) * n for layer, n, _ in runs),
-        sum((layer + 1) * _attention(setup.model, n, n_keys) for layer, n, n_keys in runs),
+        sum((layer + 1) * attention(setup.model, n, n_keys) for layer, n, n_keys in runs),
     )
 
 
@@ -183,7 +164,7 @@ def prompt_reading(setup: Setup, n_tokens: int) -> Cost:
     """
     model = setup.model
     per_token = model.weights_to(setup.layer_in) + model.d_model * setup.d_sae_in
-    return Cost(2 * per_token * n_tokens, (setup.layer_in + 1) * _attention(model, n_tokens, n_tokens))
+    return Cost(2 * per_token * n_tokens, (setup.layer_in + 1) * attention(model, n_tokens, n_tokens))
 
 
 def lookup_bytes(setup: Setup, config: SteeringConfig) -> int:

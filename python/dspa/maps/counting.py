@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dspa.data.templates import check_template_kwargs, date_of_today
 from dspa.data.tokens import BOUNDARY, TokenizedTriple, tokenize_triple
-from dspa.data.triples import Triple
+from dspa.data.triples import Triple, key_of
 from dspa.errors import ModelError
 from dspa.maps.batches import Group, Rows, batch_size
 from dspa.maps.collection import CollectSettings
 from dspa.maps.passes import SharedPrompts, WholePasses, shares_prompts
-from dspa.maps.pieces import Piece, key_of
+from dspa.maps.pieces import Piece
 from dspa.maps.shards import ROW_QUANTUM, Counts, Shard
 from dspa.models.attention import attention_implementation
 from dspa.models.layers import (

@@ -6,15 +6,13 @@ The pieces depend on the data alone, so that every process cuts the same ones.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from dspa.data.triples import Triple, content_of, load_triples
+from dspa.data.triples import Triple, content_of, key_of, load_triples
 from dspa.errors import refusal
 from dspa.schemas import PositiveInt, Text, check, schema
 
@@ -109,16 +107,6 @@ class Tally:
     def record(self) -> DataRecord:
         """Return the record of the pieces so far."""
         return DataRecord.of(self._n_triples, self._digests)
-
-
-def key_of(triple: Triple) -> int:
-    """Return 64 bits of the digest of a triple's content, by which it is recognised."""
-    parts: list[Any] = [triple.prompt, triple.chosen, triple.rejected]
-    # Left out where there is none, so that keys are those of earlier versions.
-    if triple.tools is not None or triple.chat_template_kwargs:
-        parts += [triple.tools, triple.chat_template_kwargs]
-    content = json.dumps(parts).encode()
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
 
 
 def _digest(texts: Sequence[str]) -> str:

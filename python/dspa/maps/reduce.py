@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -20,6 +21,7 @@ from scipy import sparse
 from torch import Tensor
 from tqdm import tqdm
 
+from dspa.costs import Meter
 from dspa.errors import MapError
 from dspa.maps.cdmap import COUNT_TOKENS, GATE_RULES, ConditionalDifferenceMap, MapMeta
 from dspa.maps.collection import Collection
@@ -71,11 +73,18 @@ def reduce(
     collection = counts if isinstance(counts, Collection) else Collection.open(counts)
     check_settings(percentile, gate_rule, k_diff, collection.settings.d_sae_out, count_tokens)
     check(Flag, sparsify, ValueError, "`sparsify`")
+    meter = Meter(torch.device("cpu"))
     collection.verify()
     table = DensityTable(collection, count_tokens, subset)
     cdmap = reduce_table(table, percentile, gate_rule, k_diff, sparsify, progress)
     for name, promoted in collection.promoted.items():
         cdmap.promoted[name] = {latent: promoted[latent] for latent in cdmap.latents()[name]}
+    if subset is None and (costs := collection.costs):
+        # On the processor, wherever the counts are from.
+        taken, before = meter.measured(), costs.measured
+        peak = max(before.peak_rss_bytes, taken.peak_rss_bytes)
+        measured = replace(before, seconds=before.seconds + taken.seconds, peak_rss_bytes=peak)
+        cdmap.costs = replace(costs, measured=measured)
     return cdmap
 
 

@@ -107,7 +107,7 @@ class Shard:
 
     Attributes:
         index: numbers of the triples in the data, [n] int64.
-        keys: their contents by `pieces.key_of`, [n] int64.
+        keys: their contents by `dspa.data.triples.key_of`, [n] int64.
         cut: responses that were shortened, per triple, [n] uint8.
         counts: the counts by each name of COUNTED.
         max_counts: sampled tokens on which each output latent is the largest, [d_sae_out] int64.

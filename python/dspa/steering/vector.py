@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dspa.config import POSITIONS
+from dspa.costs import Costs
 from dspa.errors import MapError, ModelError, VectorError, refusal
 from dspa.files import SEAL, read_header, read_tensors, write_tensors
 from dspa.models.layers import CausalLM, check_model_name, device_of, hidden_size, loaded_name
@@ -71,6 +72,9 @@ class SteeringVector(Gated):
         model_name: name of the model that it was made with, empty if that is not known.
         model_digest: `dspa.models.sources.model_digest` of that model, likewise. A model of other weights is refused.
 
+    Attributes:
+        costs: costs of making the vector, where `repe_vector` just made it. They are not in its file.
+
     Raises:
         VectorError: an argument of another type, outside its choices or its range, or numbers that are not finite.
     """
@@ -92,6 +96,7 @@ class SteeringVector(Gated):
         if not isinstance(vector, Tensor) or vector.dim() != 1 or not vector.is_floating_point() or not len(vector):
             got = f"{vector.dtype} {list(vector.shape)}" if isinstance(vector, Tensor) else f"a {type(vector).__name__}"
             raise refusal(VectorError, "`vector`", got, "a floating tensor [d_in]")
+        self.costs: Costs | None = None
         self._vector = vector.detach().to(torch.float32, copy=True)
         self._added = self.scale * self._vector
         for what, numbers in (("`vector`", self._vector), ("`vector` times `scale`", self._added)):

@@ -142,7 +142,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(capsys, monkeypatch,
     assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("name", ["data.json", "sources.json", "tokens.json", "shard-000000.safetensors"])
+@pytest.mark.parametrize("name", ["data.json", "sources.json", "tokens.json", "costs.json", "shard-000000.safetensors"])
 def test_a_folder_with_files_that_counts_would_replace(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("{}")
     (tmp_path / "index.html").write_text("")

@@ -23,9 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dspa import ConditionalDifferenceMap, MapError, PreferenceError, reduce, top_tokens
+from dspa.data.triples import digest_of_keys, key_of
 from dspa.files import read_header, read_tensors
 from dspa.maps import pieces
-from dspa.maps.collection import DATA, MANIFEST, TOKENS, Collection
+from dspa.maps.collection import COSTS, DATA, MANIFEST, MEASURED, TOKENS, Collection
 from dspa.maps.merge import merge
 from dspa.maps.shards import COUNTED, FORMAT, NAMES
 from dspa.testing import D_SAE_OUT, L_OUT, make_sae
@@ -39,6 +40,7 @@ from ..support.counts import (
     Case,
     as_conversations,
     as_rows,
+    as_triples,
     check_same,
     files,
     in_a_child,
@@ -198,9 +200,20 @@ def test_what_is_on_disk(case: Case, tmp_path: Path) -> None:
         MANIFEST,
         DATA,
         TOKENS,
+        MEASURED,
+        COSTS,
         *(f"shard-00000{n}.safetensors" for n in range(4)),
     }
+    costs, measured = got.costs, got.measured
+    assert costs is not None and measured is not None
+    assert (costs.method, costs.n_triples, costs.model_digest) == ("DSPA", got.n_triples, got.settings.model_digest)
+    assert 0 < measured.seconds <= costs.measured.seconds and costs.measured.peak_rss_bytes > 1e8
+    assert costs.triples == digest_of_keys(map(key_of, reversed(as_triples(case.ids))))
     check_same(Collection.open(tmp_path), got)
+    # Of shards of an earlier version, it is not known what they took.
+    for name in (MEASURED, COSTS, "shard-000000.safetensors"):
+        (tmp_path / name).unlink()
+    assert case.collect(work_dir=tmp_path).costs is None and not (tmp_path / MEASURED).exists()
 
 
 def test_files_that_are_no_shards_of_the_data(case: Case, tmp_path: Path) -> None:

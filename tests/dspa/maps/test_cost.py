@@ -114,7 +114,9 @@ def test_the_account_is_what_pytorch_counts(
 
     monkeypatch.setattr(passes, "read_layers", counted)
     saes = [make_sae(layer, 32, d_in=setup.model.d_model) for layer in (1, setup.layer_out)]
-    collect(model, tokenizer, [triple], *saes, progress=False)
+    costs = collect(model, tokenizer, [triple], *saes, progress=False).costs
+    with_saes = replace(setup, layer_in=1, d_sae_in=32, d_sae_out=32)
+    assert costs is not None and costs.flops == collecting(with_saes, t).total + encoding(with_saes, t)
     # Responses are padded to the longer one.
     longer = max(t.chosen, t.rejected)
     padded = Tokens(t.prompt, longer, longer)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from dspa import ConditionalDifferenceMap, FrozenSAE, Triple
 from dspa.maps.cdmap import TENSORS
 from dspa.maps.collect import collect
-from dspa.maps.collection import Collection, CollectSettings
+from dspa.maps.collection import COSTS, MEASURED, Collection, CollectSettings
 from dspa.maps.pieces import DataRecord
 from dspa.maps.shards import COUNTED, PARTS, ROW_QUANTUM, Counts, Shard
 from dspa.models.layers import decoder_layers
@@ -278,8 +278,9 @@ def check_same(one: Collection, other: Collection, *, batched_alike: bool = True
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Return all files by their names, and folders as if they were empty."""
-    return {path.name: path.read_bytes() if path.is_file() else b"" for path in folder.iterdir()}
+    """Return all files by their names but those of times, and folders as if they were empty."""
+    paths = (path for path in folder.iterdir() if path.name not in (MEASURED, COSTS))
+    return {path.name: path.read_bytes() if path.is_file() else b"" for path in paths}
 
 
 def shards(folder: Path) -> list[Path]:

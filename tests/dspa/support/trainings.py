@@ -57,12 +57,14 @@ def new_adapter(config: FSRLConfig = ADAPTER, dtype: torch.dtype = torch.float32
 
 
 def run(model, tokenizer, out: Path, config: TrainingConfig = TINY, adapter: FSRLAdapter | None = None, **options: Any):
-    """A training's adapter and log."""
+    """A training's adapter and its record, without what depends on the time and the machine."""
     adapter = adapter or new_adapter()
     options = {"triples": TRIPLES, "eval_triples": HELD_OUT, "progress": False} | options
     trained = train(model, tokenizer, options.pop("triples"), adapter, out, config=config, **options)
     assert trained is adapter
-    return adapter, json.loads((out / "training.json").read_text())
+    record = json.loads((out / "training.json").read_text())
+    assert set(record["costs"].pop("measured")) > {"seconds", "peak_rss_bytes"}
+    return adapter, record
 
 
 def logged(record: dict[str, Any], name: str) -> list[float]:

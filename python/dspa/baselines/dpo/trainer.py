@@ -14,12 +14,14 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from dspa.baselines.dpo.config import DPOSettings
 from dspa.baselines.trainers import BaselineTrainer, Examples
 from dspa.data.rows import TripleRows
-from dspa.resuming import check_loss, remove_dropout
+from dspa.models.operations import Cost, forward
+from dspa.resuming import check_loss, remove_dropout, row_lengths
 
 
 class BaselineDPOTrainer(BaselineTrainer, DPOTrainer):  # type: ignore[misc]
     """DPO. The reference of a LoRA is the model without it, and that of all weights a copy of the model."""
 
+    method = "DPO"
     settings = DPOConfig
     # TRL would add these tags to the model.
     _tag_names: list[str] = []  # noqa: RUF012
@@ -30,6 +32,10 @@ class BaselineDPOTrainer(BaselineTrainer, DPOTrainer):  # type: ignore[misc]
         # is resumed: its checkpoint is loaded later.
         reference = None if config.lora else copy.deepcopy(model).requires_grad_(False)
         super().__init__(config, *args, model=model, ref_model=reference, **options)
+        if config.lora:
+            # TRL takes the LoRA for one that was trained before, and makes a copy of it the reference. Without the copy
+            # it is the model without a LoRA.
+            model.delete_adapter("ref")
 
     @classmethod
     def read(
@@ -50,6 +56,16 @@ class BaselineDPOTrainer(BaselineTrainer, DPOTrainer):  # type: ignore[misc]
         """Return a batch of B triples, [2 B, T]: with the chosen responses, then with the rejected ones."""
         batch: dict[str, Tensor] = DataCollatorForPreference(pad_token_id=0)(rows)
         return batch
+
+    def operations(self, inputs: Mapping[str, Tensor]) -> Cost:
+        """Return those of the model and of its reference on all rows, with the logits that predict responses.
+
+        On its way back, TRL computes these logits again.
+        """
+        lengths, n_logits = row_lengths(inputs["attention_mask"]), int(inputs["completion_mask"].sum())
+        reference = forward(self.sizes, lengths, n_logits=n_logits)
+        again = forward(self.sizes, [], n_logits=n_logits)
+        return self.trained_pass(lengths, n_logits=n_logits) + reference + again
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -16,8 +16,9 @@ from dspa.baselines.rahf.config import AlignmentConfig, TuningConfig
 from dspa.baselines.rahf.instructions import Instructed, digest, read_instructed
 from dspa.baselines.rahf.losses import IGNORED, alignment_loss, clean_loss, code_loss, paper_loss, token_losses
 from dspa.baselines.trainers import BaselineTrainer, Examples, load_lora
+from dspa.models.operations import Cost, forward
 from dspa.models.reading import layer_outputs
-from dspa.resuming import check_loss
+from dspa.resuming import check_loss, row_lengths
 
 # A prompt with a response, as token ids.
 Pair = tuple[list[int], list[int]]
@@ -65,6 +66,8 @@ class RAHFTrainer(BaselineTrainer, Trainer):
 class TuningTrainer(RAHFTrainer):
     """Stage 1. A row is a response with its own and with the opposite prompt."""
 
+    method = "RAHF-SCIT, stage 1"
+
     @staticmethod
     def rows(triples: Sequence[Instructed], _config: TuningConfig) -> list[tuple[Pair, Pair]]:
         """Return the chosen response of each triple as good, then the rejected one of each as bad."""
@@ -95,6 +98,14 @@ class TuningTrainer(RAHFTrainer):
             loss = clean_loss(own, opposite, lengths, self.config.epsilon) if clean else paper_loss(own, opposite)
         check_loss(loss)
         return loss
+
+    def operations(self, inputs: Mapping[str, Tensor]) -> Cost:
+        """Return those of a pass over all rows, with all logits."""
+        lengths = row_lengths(inputs["attention_mask"])
+        if self.config.loss == "rahf_code_compat":
+            longest = max(lengths[: len(lengths) // 2])
+            lengths = [min(n, longest) for n in lengths]
+        return self.trained_pass(lengths, n_logits=sum(lengths))
 
 
 class Residuals(nn.Module):
@@ -127,6 +138,7 @@ class Residuals(nn.Module):
 class AlignmentTrainer(RAHFTrainer):
     """Stage 2. A row is a response after the three prompts. The base is the same model without its LoRA."""
 
+    method = "RAHF-SCIT, stage 2"
     model: Residuals
 
     @staticmethod
@@ -157,6 +169,12 @@ class AlignmentTrainer(RAHFTrainer):
         loss = alignment_loss(h[:, response[:n_rows, :length]], target, self.config.loss, places)
         check_loss(loss)
         return loss
+
+    def operations(self, inputs: Mapping[str, Tensor]) -> Cost:
+        """Return those of the base on all three texts, and of the LoRA on the one without an instruction."""
+        lengths, layers = row_lengths(inputs["attention_mask"]), slice(self.model.targets[-1])
+        plain = lengths[: len(lengths) // 3]
+        return forward(self.sizes, lengths, layers=layers) + self.trained_pass(plain, layers=layers)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
