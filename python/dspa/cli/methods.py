@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     Pair: TypeAlias = tuple[FrozenSAE, FrozenSAE]
 
 STATIC_OPTION = {"help": "Also steer by Static-SAE, the same latents for every prompt, at each setting."}
-CONTROLS_OPTION = {"help": "Also run the controls of each setting: random set, shuffled map, wrong layer."}
+CONTROLS_OPTION = {
+    "help": "Also run the controls of each method: of DSPA a random set, a shuffled map and a wrong layer, of adapters "
+    "random latents, of vectors a random vector, and of tuned models a random change."
+}
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ class MethodOptions:
         """Raise `ValueError` for an option of what is not there."""
         defaults = {option.name: option.default for option in fields(self)}
         given = [name for name in defaults if getattr(self, name) and getattr(self, name) != defaults[name]]
-        of_maps = [f"--{name}" for name in ("alpha", "mode", "static", "controls") if name in given]
+        of_maps = [f"--{name}" for name in ("alpha", "mode", "static") if name in given]
         of_maps += [*changed(pair), *changed(config), *changed(ops, "backend")]
         check_used("--map", self.map_paths, without_persona(of_maps, self.persona))
         of_adapters = ["--fraction"] if self.fraction else []

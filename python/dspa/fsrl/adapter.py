@@ -257,6 +257,21 @@ class FSRLAdapter(Attachable, nn.Module):
         with super().checked_call():
             yield
 
+    @torch.no_grad()
+    def permuted(self, replacement: Tensor) -> FSRLAdapter:
+        """Return an adapter that moves other latents by as much: latent `replacement[j]` by this one's v_j.
+
+        Args:
+            replacement: permutation of the latents, [d_sae] int64.
+        """
+        order = replacement.argsort().to(self.b_a.device)
+        other = FSRLAdapter(self.sae, self.config, backend=self.backend).to(self.b_a.device)
+        for name, parameter in self.named_parameters():
+            other.get_parameter(name).copy_(parameter[order])
+        other.trained_with, other.trained_on, other.fraction = self.trained_with, self.trained_on, self.fraction
+        other.mask = None if self.mask is None else self.mask[order]
+        return other.requires_grad_(False).train(self.training)
+
     def train(self, mode: bool = True) -> FSRLAdapter:
         """Set training mode, or evaluation mode, in which a copy of W_a is kept for 16-bit residuals."""
         self._cast = None

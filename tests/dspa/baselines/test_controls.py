@@ -8,16 +8,31 @@ import pytest
 import torch
 
 from dspa.baselines.matching import BLOCK, matched_permutation
+from dspa.baselines.random_change import random_change
 from dspa.baselines.random_set import random_set_map, response_densities
+from dspa.baselines.random_vector import random_vector
 from dspa.baselines.shuffled_map import shuffled_map
 from dspa.baselines.static_sae import static_map
 from dspa.baselines.wrong_layer import at_layer, wrong_layer
 from dspa.config import SteeringConfig
+from dspa.evaluate.compare.methods import CONTROLS, Method, controls_of
+from dspa.evaluate.compare.run import weights_replaced
 from dspa.evaluate.responses import Response
+from dspa.fsrl import FSRLAdapter
 from dspa.maps.stability import selected_latents
 from dspa.models.reading import read_layers
 from dspa.steering.dspa import Steering
-from dspa.testing import D_SAE_IN, D_SAE_OUT, first_prompts, gate_tensors, with_tensors
+from dspa.steering.vector import SteeringVector
+from dspa.testing import (
+    D_SAE_IN,
+    D_SAE_OUT,
+    L_OUT,
+    first_prompts,
+    gate_tensors,
+    make_model,
+    make_sae,
+    with_tensors,
+)
 
 BOTH = SteeringConfig(mode="both", k_prompt=4, k_diff=3)
 
@@ -129,3 +144,68 @@ def test_a_static_map_is_the_sum_of_rows(cdmap):
     assert all(torch.allclose(row.double(), expected, rtol=1e-6) for row in static.values)
     one = selected_latents(static, prompt_counts(), SteeringConfig(k_prompt=1))
     assert one[0] and all(latents == one[0] for latents in one)
+
+
+def test_a_random_vector_is_as_long_and_points_elsewhere():
+    vector = SteeringVector(torch.arange(1.0, 65.0), layer=3, scale=2.0, positions="response", model_name="m")
+    drawn = [random_vector(vector, seed) for seed in (0, 1, 0)]
+    for one in drawn:
+        assert float(one.vector.norm()) == pytest.approx(float(vector.vector.norm()), rel=1e-6)
+        kept = (one.layer, one.scale, one.positions, one.model_name)
+        assert kept == (vector.layer, vector.scale, vector.positions, vector.model_name)
+        # A cosine of random directions in 64 dimensions is about 1/8.
+        assert abs(float(torch.cosine_similarity(one.vector, vector.vector, dim=0))) < 0.6
+    assert abs(float(torch.cosine_similarity(drawn[0].vector, drawn[1].vector, dim=0))) < 0.6
+    assert torch.equal(drawn[0].vector, drawn[2].vector)
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 9)])
+def test_a_random_change_has_the_size_of_the_change(shape):
+    g = torch.Generator().manual_seed(0)
+    change = torch.randn(*shape, generator=g) if len(shape) == 1 else torch.randn(5, 2, generator=g) @ torch.randn(2, 9)
+    one, other, again = (random_change(change, torch.Generator().manual_seed(seed)) for seed in (0, 1, 0))
+    assert one.shape == change.shape and torch.equal(one, again)
+    assert not torch.allclose(one, other) and not torch.allclose(one, change)
+    assert torch.allclose(one.abs().flatten().sort().values, change.abs().flatten().sort().values)
+    if len(shape) == 2:
+        assert torch.allclose(torch.linalg.svdvals(one), torch.linalg.svdvals(change), atol=1e-5)
+        assert int(torch.linalg.matrix_rank(one)) == 2
+
+
+def test_random_latents_move_as_much():
+    sae = make_sae(L_OUT, D_SAE_OUT, seed=2)
+    adapter = FSRLAdapter(sae)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        adapter.W_a.copy_(torch.randn(adapter.W_a.shape, generator=g))
+        adapter.threshold.copy_(torch.rand(adapter.threshold.shape, generator=g))
+    adapter.mask, adapter.fraction = torch.arange(D_SAE_OUT) % 3 > 0, 0.5
+    replacement = torch.randperm(D_SAE_OUT, generator=g)
+    moved = adapter.permuted(replacement)
+    h = torch.randn(4, sae.d_in, generator=g)
+    assert torch.equal(moved.steering_vector(h)[:, replacement], adapter.steering_vector(h))
+    assert torch.equal(moved.mask[replacement], adapter.mask) and moved.fraction == 0.5
+    assert not any(parameter.requires_grad for parameter in moved.parameters()) and moved.sae is sae
+
+
+def test_weights_of_a_control_are_changed_as_much_by_every_draw():
+    model, tuned = make_model("gemma2"), make_model("gemma2", seed=0)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "q_proj" in name or "norm" in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    method = Method.tuned(tuned)
+    (control,) = controls_of(method, CONTROLS, model, None, lambda _sae: torch.empty(0), "")
+    assert control.name == "tuned: random change" and control.drawn and control.digest != method.digest
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    seen = []
+    for seed in (0, 1, 0):
+        with weights_replaced(model, control, seed):
+            seen.append({name: parameter.clone() - before[name] for name, parameter in model.named_parameters()})
+    for name, parameter in tuned.named_parameters():
+        change = parameter - before[name]
+        assert float(seen[0][name].norm()) == pytest.approx(float(change.norm()), rel=1e-3, abs=1e-9), name
+        assert torch.equal(seen[0][name], seen[2][name])
+        if "q_proj" in name:
+            assert not torch.allclose(seen[0][name], change) and not torch.allclose(seen[0][name], seen[1][name])
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

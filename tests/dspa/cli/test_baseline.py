@@ -37,7 +37,8 @@ def run(capsys, monkeypatch, tmp_path):
     """Run a command of dspa; returns its exit code, standard output, and standard error on one line."""
 
     def go(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["dspa", *map(str, arguments), "--device", "cpu"])
+        on = () if "costs" in arguments else ("--device", "cpu")
+        monkeypatch.setattr("sys.argv", ["dspa", *map(str, arguments), *on])
         monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit) as stop:
             main()
@@ -59,6 +60,9 @@ def test_repe_is_made_and_compared(run, folder, tmp_path):
     model, tokenizer = load_model(folder / "tiny")
     made = repe_vector(model, tokenizer, TRIPLES[:10], L_OUT, n_directions=3, progress=False)
     assert torch.equal(vector.vector, made.vector) and vector.model_digest == made.model_digest
+    costs = json.loads((tmp_path / "repe.safetensors.costs.json").read_text())
+    assert made.costs is not None and (costs["flops"], costs["triples"]) == (made.costs.flops, made.costs.triples)
+    assert costs["method"] == "RepE" and costs["n_triples"] == 10
     code, out, err = run(
         *("compare", folder / "prompts.txt", *on, "--map", folder / "map", "--vector", "repe.safetensors"),
         *("--held-out", folder / "triples.jsonl", "--no-controls", "--no-static", "--seeds", 1),
@@ -107,18 +111,43 @@ def test_rahf_is_trained_in_two_stages_and_compared(run, folder, tmp_path):
     )
     assert code == 0, err
     methods = json.loads((tmp_path / "out.json").read_text())["methods"]
-    assert [method["name"] for method in methods] == ["base", "tuned tuned", "tuned aligned", 'prefix "my"']
+    names = ["base", "tuned tuned", "tuned tuned: random change", "tuned aligned", "tuned aligned: random change"]
+    assert [method["name"] for method in methods] == [*names, 'prefix "my"']
     # What the table has is what the merged model itself gives.
     model, tokenizer = load_model(tmp_path / "tuned")
     from peft import PeftModel
 
     merged = PeftModel.from_pretrained(model, str(tmp_path / "aligned")).merge_and_unload()
     scored = score_triples(merged, tokenizer, TRIPLES, progress=False)
-    margins = methods[2]["measures"]["margin"]["values"][0]
+    base, tuned, _, margins, changed, _ = (method["measures"]["margin"]["values"][0] for method in methods)
     torch.testing.assert_close(torch.tensor(margins), scored.margins, atol=1e-5, rtol=0)
-    assert margins != methods[1]["measures"]["margin"]["values"][0] != methods[0]["measures"]["margin"]["values"][0]
+    assert margins != tuned != base and changed not in (margins, base)
     code, _, err = run("compare", folder / "prompts.txt", "--model", folder / "tiny", "--tuned", tmp_path / "small")
     assert code == 2 and "small" in err
+
+    # Their costs beside those of a map from the same triples.
+    saes = ("--sae-in", folder / "sae_in", "--sae-out", folder / "sae_out")
+    code, _, err = run("map", "build", data[0], "--model", folder / "long", *saes, "--out", "map")
+    assert code == 0, err
+    code, out, err = run("baseline", "costs", "map", "tuned", "aligned", "--json", "costs.json")
+    assert code == 0, err
+    rows = {row["method"]: row for row in json.loads((tmp_path / "costs.json").read_text())["rows"]}
+    assert list(rows) == ["DSPA", "RAHF-SCIT, stage 1", "RAHF-SCIT, stage 2", "RAHF-SCIT, both stages"]
+    stages = [json.loads((tmp_path / name / "training.json").read_text())["costs"] for name in ("tuned", "aligned")]
+    assert rows["RAHF-SCIT, both stages"]["flops"] == sum(costs["flops"] for costs in stages)
+    ratio = rows["RAHF-SCIT, both stages"]["flops"] / rows["DSPA"]["flops"]
+    assert f"{ratio:.3g}x" in out and "by a formula: 4.47x" in out and "14 triples" in out and "Warning" not in out
+    code, _, err = run("baseline", "costs", "map", "aligned")
+    assert code == 2 and "aligned is made with a model of weights" in err and "Give the earlier stage, too" in err
+    code, _, err = run("baseline", "costs", "map", "tuned", folder / "long")
+    assert code == 2 and "long is without costs; accepted: what this version" in err
+    record = json.loads((tmp_path / "map.costs.json").read_text())
+    record["measured"]["machine"] = "another"
+    (tmp_path / "map.costs.json").write_text(json.dumps(record))
+    assert "Warning: The machines differ: " in run("baseline", "costs", "map", "tuned")[1]
+    (tmp_path / "map.costs.json").write_text(json.dumps(record | {"triples": "0", "n_triples": 3}))
+    code, _, err = run("baseline", "costs", "map", "tuned")
+    assert code == 2 and "tuned is made from 14 triples of digest" in err and "those of map: 3 of digest 0" in err
 
 
 def test_dpo_trains_a_model_and_a_lora_and_both_are_compared(run, folder, tmp_path):

@@ -61,7 +61,8 @@ def test_all_methods_in_tables_and_file(run, folder, tmp_path):
         for setting in settings
         for start, end in (("DSPA ", ""), *(("DSPA ", f": {control}") for control in controls), ("Static-SAE ", ""))
     ]
-    others = ["FSRL adapter", "FSRL adapter top 0.05", 'prefix "my own red tree"']
+    adapters = [f"FSRL adapter{top}{end}" for top in ("", " top 0.05") for end in ("", ": random latents")]
+    others = [*adapters, 'prefix "my own red tree"']
     assert [method["name"] for method in record["methods"]] == ["base", *names, *others]
     assert record["settings"]["counters"] == {"the": r"\bthe\b", "x": "(?i)CAT|dog"}
     assert record["prompts"] == PROMPTS and record["settings"]["seeds"] == [0, 1]

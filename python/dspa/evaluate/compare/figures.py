@@ -32,7 +32,7 @@ class Figures:
     "perplexity", "answer_perplexity", "distinct_1" to "distinct_3", "length", "ended" and "edited".
 
     Attributes:
-        methods: the base model, then every method, each DSPA method followed by its controls.
+        methods: the base model, then every method, each followed by its controls.
         prompts: texts of the N prompts.
         seeds: of sampling.
         settings: of generation; the model; versions of packages.
@@ -137,7 +137,7 @@ class Figures:
         return gain is not None and gain.low > max(bounds)
 
     def controls(self, method: str) -> list[str]:
-        """Return the names of the controls of a DSPA method."""
+        """Return the names of the controls of a method."""
         return [other.name for other in self.methods if other.control_of == method]
 
     def unsteered(self, method: str) -> int | None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias, cast
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
+from dspa.baselines.matching import matched_permutation
+from dspa.baselines.random_change import random_change
 from dspa.baselines.random_set import random_set_map
+from dspa.baselines.random_vector import random_vector
 from dspa.baselines.shuffled_map import shuffled_map
 from dspa.baselines.static_sae import static_map
 from dspa.baselines.wrong_layer import at_layer, wrong_layer
@@ -26,7 +30,9 @@ from dspa.steering.dspa import Steering
 from dspa.steering.vector import SteeringVector
 
 BASE = "base"
-CONTROLS = ("random set", "shuffled map", "wrong layer")
+CONTROLS = ("random set", "shuffled map", "wrong layer", "random latents", "random vector", "random change")
+# What a control is made of: what attaches for a draw, its settings besides those of its method, and if it draws.
+Made: TypeAlias = tuple[Callable[[int], Attachable] | None, dict[str, Any], bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +75,7 @@ class Method:
         attachable: returns what steers, not attached, for a seed; None for nothing.
         drawn: True if that is another one for each seed.
         weights: parameters by name that take the place of the model's; None to keep those.
+        redraw: what a draw makes of the change of each of them; None for the change itself.
         prefix: text that is put in as a system message, or before a prompt that is plain text.
         parts: what a DSPA method is made of, from which its controls are made.
         control_of: name of the method that this is a control of.
@@ -80,6 +87,7 @@ class Method:
     attachable: Callable[[int], Attachable] | None = None
     drawn: bool = False
     weights: Mapping[str, Tensor] | None = None
+    redraw: Callable[[Tensor, Generator], Tensor] | None = None
     prefix: str = ""
     parts: Parts | None = None
     control_of: str = ""
@@ -232,7 +240,7 @@ def controls_of(
     densities: Callable[[FrozenSAE], Tensor],
     origin: str,
 ) -> list[Method]:
-    """Return the controls of a DSPA method, at its own `alpha` and `mode`.
+    """Return the controls of a method; Static-SAE and prefixes have none.
 
     Args:
         method: the method.
@@ -242,8 +250,41 @@ def controls_of(
         densities: returns the share of response tokens on which each latent of an SAE is active.
         origin: digest of all that the densities depend on.
     """
-    parts = method.parts
-    assert parts is not None
+    made: dict[str, Made] = {}
+    if method.parts is not None:
+        made = _of_dspa(method.parts, model, layers, densities, origin)
+    elif method.kind == "adapter" and method.attachable is not None:
+        adapter = cast(Any, method.attachable(0))
+
+        def random_latents(draw: int) -> Attachable:
+            moved: Attachable = adapter.permuted(matched_permutation(densities(adapter.sae), draw))
+            return moved
+
+        made = {"random latents": (random_latents, {"densities": origin}, True)}
+    elif method.kind == "vector" and method.attachable is not None:
+        made = {"random vector": (partial(random_vector, cast(SteeringVector, method.attachable(0))), {}, True)}
+    elif method.kind == "tuned":
+        made = {"random change": (None, {}, True)}
+    return [
+        Method(
+            f"{method.name}: {name}",
+            "control",
+            {**method.settings, "control": name, **settings},
+            attachable,
+            drawn=drawn,
+            weights=method.weights,
+            redraw=None if method.weights is None else random_change,
+            control_of=method.name,
+        )
+        for name, (attachable, settings, drawn) in made.items()
+        if name in names
+    ]
+
+
+def _of_dspa(
+    parts: Parts, model: CausalLM, layers: str | None, densities: Callable[[FrozenSAE], Tensor], origin: str
+) -> dict[str, Made]:
+    """Return the controls of DSPA, at its own `alpha` and `mode`."""
 
     def random_set(draw: int) -> Attachable:
         changed = random_set_map(parts.cdmap, densities(parts.sae_out), draw)
@@ -252,7 +293,7 @@ def controls_of(
     def shuffled(draw: int) -> Attachable:
         return replace(parts, cdmap=shuffled_map(parts.cdmap, draw)).steering()
 
-    made: dict[str, tuple[Callable[[int], Attachable], dict[str, Any], bool]] = {
+    made: dict[str, Made] = {
         "random set": (random_set, {"densities": origin}, True),
         "shuffled map": (shuffled, {}, True),
     }
@@ -262,15 +303,4 @@ def controls_of(
         sae_out, cdmap = at_layer(parts.sae_out, parts.cdmap, other)
         moved = replace(parts, sae_out=sae_out, cdmap=cdmap)
         made["wrong layer"] = (lambda _seed: moved.steering(), {"layer": other}, False)
-    return [
-        Method(
-            f"{method.name}: {name}",
-            "control",
-            {**method.settings, "control": name, **settings},
-            attachable,
-            drawn=drawn,
-            control_of=method.name,
-        )
-        for name, (attachable, settings, drawn) in made.items()
-        if name in names
-    ]
+    return made

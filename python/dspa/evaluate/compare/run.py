@@ -72,7 +72,7 @@ def compare(
 ) -> Comparison:
     """Compare methods on the same prompts, seeds and held-out triples, with the base model and with controls.
 
-    The base model comes first, and each DSPA method is followed by its controls. Answers are drawn with the same random
+    The base model comes first, and each method is followed by its controls. Answers are drawn with the same random
     numbers for every method. A run of a method and seed is kept as it ends.
 
     Args:
@@ -83,7 +83,8 @@ def compare(
         held_out: preference triples that no method was made with, to measure log-probabilities on.
         counters: by name, a compiled regular expression, whose matches in an answer are counted, or a function of
             prompt (of messages, the text of the last one) and answer.
-        controls: those to run for each DSPA method, of "random set", "shuffled map" and "wrong layer".
+        controls: those to run for methods that have them: of DSPA "random set", "shuffled map" and "wrong layer", of
+            adapters "random latents", of vectors "random vector", of tuned models "random change".
         prefer: measure whose gain decides the recommendation: "margin" (default where `held_out` is given), or a
             counter, of which more is better.
         max_perplexity: largest perplexity of a recommended method's answers, as a multiple of that of the base model's.
@@ -151,8 +152,7 @@ def compare(
         origin = runner.answers_key(everything[0], seeds[0])
         for method in methods:
             everything.append(method)
-            if method.kind == "DSPA":
-                everything += controls_of(method, controls, inner, layers, densities, origin)
+            everything += controls_of(method, controls, inner, layers, densities, origin)
         answers: dict[str, list[Answers]] = {}
         scores: dict[str, list[TripleScores]] = {}
         for method, seed in runner.work(everything, seeds, progress):
@@ -463,7 +463,7 @@ def attached(
         model_name: name of the model, if its own name or path does not give it.
         other_weights: accept a map or adapter that was made with other weights.
     """
-    with weights_replaced(model, method):
+    with weights_replaced(model, method, seed):
         if method.attachable is None:
             yield None
             return
@@ -473,8 +473,13 @@ def attached(
 
 
 @contextmanager
-def weights_replaced(model: CausalLM, method: Method) -> Iterator[None]:
+def weights_replaced(model: CausalLM, method: Method, seed: int) -> Iterator[None]:
     """Give the model the weights of a method within a `with` block, if it has some.
+
+    Args:
+        model: the model.
+        method: the method.
+        seed: of the draw, for a method that is another one for each seed.
 
     Raises:
         ModelError: weights of a model of another architecture.
@@ -491,9 +496,13 @@ def weights_replaced(model: CausalLM, method: Method) -> Iterator[None]:
         advice = "Merge the weights of a PEFT model before."
         raise refusal(ModelError, f"The model of the method {method.name!r}", got, "the same architecture", advice)
     before = {name: parameter.data for name, parameter in own.items()}
+    generator = torch.Generator().manual_seed(seed)
     try:
         for name, parameter in own.items():
-            parameter.data = others[name].to(parameter.device, parameter.dtype)
+            other = others[name].to(parameter.device)
+            if method.redraw is not None:
+                other = before[name].float() + method.redraw(other.float() - before[name].float(), generator)
+            parameter.data = other.to(parameter.dtype)
         yield
     finally:
         for name, parameter in own.items():

@@ -78,12 +78,14 @@ def test_methods_in_their_order(comparison):
         f"{DSPA}: wrong layer",
         "Static-SAE both 1",
         "FSRL",
+        "FSRL: random latents",
         "FSRL top 0.1",
+        "FSRL top 0.1: random latents",
         'prefix "my own red tree"',
     ]
     assert {name: len(runs) for name, runs in comparison.answers.items()} == dict.fromkeys(comparison.answers, 3)
     # A control that draws is another one for each seed. The others score triples once.
-    assert [len(runs) for runs in comparison.scores.values()] == [1, 1, 3, 3, 1, 1, 1, 1, 1]
+    assert [len(runs) for runs in comparison.scores.values()] == [1, 1, 3, 3, 1, 1, 1, 3, 1, 3, 1]
     assert len({json.dumps(runs[0].ids) for runs in comparison.answers.values()}) == len(comparison.methods)
 
 
