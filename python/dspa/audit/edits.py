@@ -1,4 +1,4 @@
-"""Edits of a map: which latents it edits in texts, how often and how far, and which of its presumed effects occur."""
+"""Edits: which latents are edited in texts, how often and how far, and which presumed effects of a map occur."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 from dspa.errors import TraceError, listed, refusal
 from dspa.maps.cdmap import ConditionalDifferenceMap
@@ -137,7 +136,8 @@ def read_edits(path: str | Path, cdmap: ConditionalDifferenceMap) -> TextEdits:
 
 def summarise(edits: Iterable[Edit], texts: Sequence[SteeredText] = ()) -> TextEdits:
     """Summarise edits, and the texts that they are of, as far as these were recorded."""
-    values: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    # Number of edits, and sums of the values before and after them.
+    sums: dict[int, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
     tokens: dict[int, Counter[str]] = defaultdict(Counter)
     where: dict[int, set[tuple[int, int]]] = defaultdict(set)
     n_edited, edited_texts = 0, set[tuple[int, int]]()
@@ -145,19 +145,19 @@ def summarise(edits: Iterable[Edit], texts: Sequence[SteeredText] = ()) -> TextE
         n_edited += 1
         edited_texts.add((edit.call, edit.row))
         for latent, before, after in zip(edit.latents, edit.before, edit.after, strict=True):
-            values[latent].append((before, after))
+            sums[latent] = [total + value for total, value in zip(sums[latent], (1, before, after), strict=True)]
             where[latent].add((edit.call, edit.row))
             tokens[latent][str(edit.token) if edit.text is None else edit.text] += 1
     latents = {
         latent: LatentEdits(
-            n_tokens=len(pairs),
+            n_tokens=int(n),
             n_texts=len(where[latent]),
-            before=fmean(before for before, _ in pairs),
-            after=fmean(after for _, after in pairs),
-            change=sum(after - before for before, after in pairs),
+            before=before / n,
+            after=after / n,
+            change=after - before,
             tokens=tuple(tokens[latent].most_common(N_TOKENS)),
         )
-        for latent, pairs in values.items()
+        for latent, (n, before, after) in sums.items()
     }
     recorded = {(text.call, text.row) for text in texts}
     return TextEdits(

@@ -134,6 +134,7 @@ class Audit:
         density: density of every latent of the SAE.
         samples: sample texts.
         sections: further tables.
+        kind: "map" or "adapter".
     """
 
     title: str
@@ -146,6 +147,7 @@ class Audit:
     density: Sequence[float] = ()
     samples: Sequence[Sample] = ()
     sections: Sequence[Section] = ()
+    kind: str = "map"
 
     @property
     def scores(self) -> list[str]:
@@ -170,12 +172,12 @@ class Audit:
 
 
 def audit_of(
-    cdmap: ConditionalDifferenceMap,
+    cdmap: ConditionalDifferenceMap | None,
     groups: Mapping[str, Sequence[int]],
     *,
     title: str,
     settings: Mapping[str, Any],
-    k_diff: int,
+    k_diff: int = 0,
     edits: TextEdits | None = None,
     evidence: Evidence | None = None,
     promotes: Mapping[int, Sequence[str]] | None = None,
@@ -185,14 +187,14 @@ def audit_of(
     samples: Sequence[Sample] = (),
     sections: Sequence[Section] = (),
 ) -> Audit:
-    """Put together what is known of a map and of some latents.
+    """Put together what is known of a map or an adapter, and of some latents.
 
     Args:
-        cdmap: the map.
-        groups: latents by group: `audited_latents`, and others.
-        title: name of the map.
+        cdmap: the map, None for an adapter.
+        groups: latents by group: `audited_latents` or `moved_latents`, and others.
+        title: name of the map or the adapter.
         settings: settings by name, to which the origin of the map is added.
-        k_diff: as in the `SteeringConfig`.
+        k_diff: as in the `SteeringConfig` of the map.
         edits: edits of texts.
         evidence: contexts and counts.
         promotes: tokens by latent, as `dspa.top_tokens` returns them; by default as the map records them.
@@ -202,9 +204,17 @@ def audit_of(
         samples: sample texts.
         sections: further tables.
     """
-    sums = dict(zip(cdmap.columns.tolist(), cdmap.values.double().sum(dim=0).tolist(), strict=True))
+    sums: dict[int, float] = {}
+    promoted: Mapping[int, Sequence[str]] = {}
+    effects: Sequence[Effect] = ()
+    if cdmap is not None:
+        sums = dict(zip(cdmap.columns.tolist(), cdmap.values.double().sum(dim=0).tolist(), strict=True))
+        promoted = cdmap.promoted.get("sae_out", {})
+        origins = {figure.name: figure.value for figure in origin(cdmap.meta)}
+        settings = {**settings, "digest of the map": cdmap.digest, **origins}
+        effects = presumed_effects(cdmap, edits, groups, k_diff) if edits else ()
     density = [] if evidence is None else evidence.density.tolist()
-    promotes = cdmap.promoted.get("sae_out", {}) if promotes is None else promotes
+    promotes = promoted if promotes is None else promotes
     records = [
         LatentRecord(
             latent=latent,
@@ -221,18 +231,18 @@ def audit_of(
         for group, latents in groups.items()
         for latent in latents
     ]
-    origins = {figure.name: figure.value for figure in origin(cdmap.meta)}
     return Audit(
         title=title,
         latents=records,
-        settings={**settings, "digest of the map": cdmap.digest, **origins},
+        settings=settings,
         versions={name: version(name) for name in PACKAGES},
         edits=edits,
-        effects=presumed_effects(cdmap, edits, groups, k_diff) if edits else (),
+        effects=effects,
         n_read=None if evidence is None else evidence.n_tokens,
         density=density,
         samples=samples,
         sections=sections,
+        kind="adapter" if cdmap is None else "map",
     )
 
 

@@ -16,10 +16,17 @@ from dspa.outputs import write_atomically
 
 FILES = ("audit.json", "latents.csv", "report.html")
 GROUPS = {
-    AUGMENT: "one of the columns with the largest sums, which preferred responses activate more often",
-    ABLATE: "one of the columns with the smallest sums, which preferred responses activate less often",
-    CONTROL: "a random latent, as a control",
-    EDITED: "among the latents that were moved farthest in texts, and in no other group",
+    "map": {
+        AUGMENT: "one of the columns with the largest sums, which preferred responses activate more often",
+        ABLATE: "one of the columns with the smallest sums, which preferred responses activate less often",
+        CONTROL: "a random latent, as a control",
+        EDITED: "among the latents that were moved farthest in texts, and in no other group",
+    },
+    "adapter": {
+        AUGMENT: "one of the latents that the adapter raises most in its texts",
+        ABLATE: "one of the latents that the adapter lowers most in its texts",
+        CONTROL: "a random latent that is active in these texts, as a control",
+    },
 }
 # Latents that the mark of an edited token names.
 N_NAMED = 5
@@ -48,10 +55,11 @@ def render(audit: Audit) -> str:
     return environment.get_template("report.html").render(
         audit=audit,
         summary=summary(audit),
-        groups=GROUPS,
+        groups=GROUPS[audit.kind],
         # Made here, out of numbers and names of groups.
         plots=[(plot.caption, Markup(plot.svg)) for plot in plots(audit)],  # noqa: S704
         records={record.latent: record for record in audit.latents},
+        has_sums=audit.kind == "map",
         has_categories=any(record.judgment.category for record in audit.latents),
         n_named=N_NAMED,
         meaning=meaning,

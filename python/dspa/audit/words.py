@@ -12,6 +12,23 @@ from dspa.errors import listed
 N_NAMED = 3
 VERBS = {AUGMENT: "raise", ABLATE: "lower"}
 ENDS = {AUGMENT: "largest", ABLATE: "smallest"}
+GROUPS = {
+    "map": {
+        AUGMENT: "with the largest column sums, which preferred responses activate more often",
+        ABLATE: "with the smallest, which they activate less often",
+        CONTROL: "random ones as a control",
+        EDITED: "others that were moved far in texts",
+    },
+    "adapter": {
+        AUGMENT: "that the adapter raises most in the texts that it steered",
+        ABLATE: "that it lowers most",
+        CONTROL: "random ones that are active there as a control",
+    },
+}
+FIRST = {
+    "map": {AUGMENT: "The largest sums are those of", ABLATE: "The smallest sums are those of"},
+    "adapter": {AUGMENT: "Raised most are", ABLATE: "Lowered most are"},
+}
 
 
 def summary(audit: Audit) -> list[str]:
@@ -21,19 +38,12 @@ def summary(audit: Audit) -> list[str]:
 
 def _on_latents(audit: Audit) -> Iterator[str]:
     groups = ", ".join(
-        f"{len(audit.group(name))} {words}"
-        for name, words in (
-            (AUGMENT, "with the largest column sums, which preferred responses activate more often"),
-            (ABLATE, "with the smallest, which they activate less often"),
-            (CONTROL, "random ones as a control"),
-            (EDITED, "others that were moved far in texts"),
-        )
-        if audit.group(name)
+        f"{len(audit.group(name))} {words}" for name, words in GROUPS[audit.kind].items() if audit.group(name)
     )
     yield f"The audit looks at {len(audit.latents)} latents: {groups}."
     for direction in (AUGMENT, ABLATE):
         if first := audit.group(direction)[:N_NAMED]:
-            yield f"The {ENDS[direction]} sums are those of {'; '.join(map(_name, first))}."
+            yield f"{FIRST[audit.kind][direction]} {'; '.join(map(_name, first))}."
 
 
 def _on_edits(audit: Audit) -> Iterator[str]:

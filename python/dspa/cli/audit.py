@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dspa.audit.edits import TextEdits
     from dspa.audit.evidence import Evidence
     from dspa.audit.record import Sample
+    from dspa.data.texts import TextFile
     from dspa.data.triples import Text
     from dspa.judges.judge import Judge
     from dspa.maps.cdmap import ConditionalDifferenceMap
@@ -114,7 +115,6 @@ def audit(
     For example: `dspa audit --map map.dspa.safetensors --prompts prompts.txt --texts texts.txt --out audit`
     """
     from dspa.audit.edits import audited_latents, read_edits
-    from dspa.audit.evidence import collect_evidence
     from dspa.audit.record import audit_of, with_edited
     from dspa.audit.report import FILES as WRITTEN
     from dspa.audit.report import write_report
@@ -157,22 +157,11 @@ def audit(
             )
             if edits is None:
                 edits, groups = own, with_edited(groups, own, top)
-        known |= _meanings(model, tokenizer, sae_out, groups, on)
+        known |= meanings(model, tokenizer, sae_out, groups, on)
         if file is not None:
-            latents = [latent for several in groups.values() for latent in several]
-            names: dict[str, Any] = {"layers": on.layers, "model_name": on.model_name}
-            counted = n_tokens or N_TOKENS
-            n_sample = N_SAMPLE if judge else 0
-            evidence = known["evidence"] = collect_evidence(
-                *(sae_out, model, tokenizer, file, latents),
-                n=contexts,
-                n_sample=n_sample,
-                n_tokens=counted,
-                **names,
-            )
-            if judge is not None:
-                given = None if labels is None else read_explanations(labels, sae_out, explainer=explainer)
-                known |= _judge(judge, evidence, groups, given, by_hand, sampling.seed)
+            given = None if labels is None else read_explanations(labels, sae_out, explainer=explainer)
+            read: dict[str, Any] = {"n": contexts, "n_tokens": n_tokens or N_TOKENS, "seed": sampling.seed}
+            known |= evidence_of(model, tokenizer, sae_out, groups, file, on, judge, given, by_hand, **read)
     made = audit_of(
         cdmap,
         groups,
@@ -204,16 +193,18 @@ def _samples(
     chat_template_kwargs: Mapping[str, Any] | None,
 ) -> tuple[list[Sample], TextEdits]:
     """Answer --prompts with and without steering."""
-    from dspa.audit.samples import sample_texts
+    from dspa.audit.samples import sample_texts, traced
     from dspa.data.prompts import tokenize_prompt
 
     options = asdict(sampling) | {"batch_size": batch_size}
     encode = partial(tokenize_prompt, tokenizer, chat=options.pop("chat"), chat_template_kwargs=chat_template_kwargs)
     with steering.attach(model, **on.names):
-        return sample_texts(model, tokenizer, steering, prompts, encode, progress=True, **options)
+        return sample_texts(
+            *(model, tokenizer, steering, traced(steering, tokenizer), prompts, encode), progress=True, **options
+        )
 
 
-def _meanings(
+def meanings(
     model: Any, tokenizer: Any, sae: FrozenSAE, groups: Mapping[str, Sequence[int]], on: RecordedModelOptions
 ) -> dict[str, dict[int, list[str]]]:
     """Return the tokens that latents promote and suppress, by the logit lens."""
@@ -230,6 +221,37 @@ def _meanings(
         )
         for name in ("promotes", "suppresses")
     }
+
+
+def evidence_of(
+    model: Any,
+    tokenizer: Any,
+    sae: FrozenSAE,
+    groups: Mapping[str, Sequence[int]],
+    file: TextFile,
+    on: RecordedModelOptions,
+    judge: Judge | None,
+    given: Mapping[int, Sequence[Explanation]] | None,
+    hand: Labels | None,
+    *,
+    n: int,
+    n_tokens: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the evidence of latents in --texts, and with a judge what it makes of that, as for `audit_of`."""
+    from dspa.audit.evidence import collect_evidence
+
+    latents = [latent for several in groups.values() for latent in several]
+    evidence = collect_evidence(
+        *(sae, model, tokenizer, file, latents),
+        n=n,
+        n_sample=N_SAMPLE if judge else 0,
+        n_tokens=n_tokens,
+        layers=on.layers,
+        model_name=on.model_name,
+    )
+    judged = {} if judge is None else _judge(judge, evidence, groups, given, hand, seed)
+    return {"evidence": evidence, **judged}
 
 
 def _by_hand(hand: Path, cdmap: ConditionalDifferenceMap) -> Labels:

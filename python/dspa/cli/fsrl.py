@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from dspa.cli import fsrl_analyse, fsrl_train
+from dspa.cli import fsrl_analyse, fsrl_report, fsrl_train
 
 HELP = """FSRL: train adapters that move SAE latents, and analyse them.
 
@@ -19,4 +19,5 @@ app.command()(fsrl_train.train)
 app.command()(fsrl_train.demo)
 for command, function in fsrl_analyse.COMMANDS.items():
     analyse.command(command)(function)
+analyse.command()(fsrl_report.report)
 analyse.command("layers")(fsrl_train.layers)

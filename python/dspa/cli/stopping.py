@@ -35,6 +35,7 @@ KEPT = {
     "evaluate grade": "Replies of the judge are kept",
     "evaluate lm-eval": "Finished methods are kept",
     "demo smollm2": RUNS,
+    "fsrl analyse report": REPLIES,
     "fsrl analyse layers": "Finished adapters and the last checkpoint are kept",
 }
 
