@@ -50,8 +50,8 @@ COUNTS = {
     "formal": 100 * 2 / WORDS,
     "informal": 0,
     "commands": 0,
-    # dear
-    "feelings": 100 * 1 / WORDS,
+    # "Dear Sir" is no warmth.
+    "feelings": 0,
     "sequence": 0,
     "offers": 0,
     # however
