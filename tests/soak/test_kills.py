@@ -68,23 +68,23 @@ def compare_methods(folder: Path) -> None:
 
 
 def files(folder: Path) -> dict[str, Any]:
-    """Return what is in a folder, without times."""
+    """Return what is in a folder, without times and memory."""
     return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def content(path: Path) -> Any:
-    """Return what is in a file, without times; None where it is missing, or a kill left a part of it."""
+    """Return what is in a file, without times and memory; None where it is missing, or a kill left a part of it."""
     if path.suffix != ".json":
         return path.read_bytes() if path.is_file() else None
     with suppress(OSError, json.JSONDecodeError):
-        return _without_times(json.loads(path.read_bytes()))
+        return _without_measured(json.loads(path.read_bytes()))
 
 
-def _without_times(value: Any) -> Any:
+def _without_measured(value: Any) -> Any:
     if isinstance(value, dict):
-        timed = ("seconds", "tokens_per_second", "speed")
-        return {name: _without_times(inner) for name, inner in value.items() if name not in timed}
-    return [_without_times(inner) for inner in value] if isinstance(value, list) else value
+        measured = ("seconds", "tokens_per_second", "speed", "peak_rss_bytes")
+        return {name: _without_measured(inner) for name, inner in value.items() if name not in measured}
+    return [_without_measured(inner) for inner in value] if isinstance(value, list) else value
 
 
 def forked(work: Callable[[Path], None], folder: Path) -> Any:

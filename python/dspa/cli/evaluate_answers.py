@@ -111,11 +111,7 @@ def answers(
         other_weights=on.other_weights,
     )
     _print_records(records, sampling.max_new_tokens)
-    if methods.map_paths and not methods.controls:
-        print_line(
-            "Controls were not run: without them, nothing shows that an effect is due to the latents that the map "
-            "chose, and it is not a result of steering. Add --controls."
-        )
+    methods.print_uncontrolled()
     print_line(f"Settings, versions and digests: {out / RECORD}. Every turn with its tokens: {out / TURNS}")
     files = [out / file for record in records for file in record.files]
     print_next("evaluate", "grade", *files, "--questions", questions, "--out", f"{out}-grades")

@@ -30,7 +30,11 @@ class TaskMethodOptions(MethodOptions):
     """What takes part besides the base model."""
 
     controls: bool = field(
-        default=False, metadata={"help": "Also run controls of each setting: shuffled map, wrong layer."}
+        default=False,
+        metadata={
+            "help": "Also run controls of each method: of maps a shuffled map and a wrong layer, of vectors a random "
+            "vector, and of tuned models a random change."
+        },
     )
 
 
@@ -101,9 +105,5 @@ def lm_eval(
     console.print(outcome.table().rich())
     for note in outcome.notes():
         print_line(note)
-    if methods.map_paths and not methods.controls:
-        print_line(
-            "Controls were not run: without them, nothing shows that an effect is due to the latents that the map "
-            "chose, and it is not a result of steering. Add --controls."
-        )
+    methods.print_uncontrolled()
     print_line(f"All results, with the values of every document: {out}")

@@ -18,6 +18,7 @@ from dspa.cli.options import (
     check_used,
     without_persona,
 )
+from dspa.cli.tables import print_line
 from dspa.config import MODES, SteeringConfig
 from dspa.distributed import device_named
 from dspa.errors import refusal
@@ -90,7 +91,12 @@ class MethodOptions:
     @property
     def empty(self) -> bool:
         """True where nothing but the base model takes part."""
-        return not (self.map_paths or self.adapter or self.vector or self.tuned or self.persona or self.prefix)
+        return not (self.controlled or self.prefix)
+
+    @property
+    def controlled(self) -> bool:
+        """True where a method takes part that has controls, which a prefix has not."""
+        return bool(self.map_paths or self.adapter or self.vector or self.tuned or self.persona)
 
     @property
     def read(self) -> dict[str, Path]:
@@ -174,6 +180,16 @@ class MethodOptions:
         check_used("--map", self.map_paths, without_persona(of_maps, self.persona))
         of_adapters = ["--fraction"] if self.fraction else []
         check_used("--adapter", self.adapter, [*of_adapters, *changed(adapter_sae)])
+        of_controls = ["--controls"] if "controls" in given else []
+        check_used("a method that has controls, such as --map,", self.controlled, of_controls)
+
+    def print_uncontrolled(self) -> None:
+        """Say that controls were not run, where there are some."""
+        if self.controlled and not self.controls:
+            print_line(
+                "Controls were not run: without them, nothing shows that an effect is due to what a method chose or "
+                "learned, and it is not a result of steering. Add --controls."
+            )
 
 
 # In the panel of a command's own options.

@@ -55,10 +55,11 @@ def test_all_methods_in_files_and_table(run, folder, tmp_path):
     assert code == 0, err
     record = json.loads((tmp_path / "answers" / "record.json").read_text())
     controls = [f"DSPA ablate 0.5: {control}" for control in ("random set", "shuffled map", "wrong layer")]
-    names = ["base", "DSPA ablate 0.5", *controls, "Static-SAE ablate 0.5", "FSRL adapter", 'prefix "my own red tree"']
+    adapter = ["FSRL adapter", "FSRL adapter: random latents"]
+    names = ["base", "DSPA ablate 0.5", *controls, "Static-SAE ablate 0.5", *adapter, 'prefix "my own red tree"']
     assert [method["name"] for method in record["methods"]] == names
     files = sorted(path.name for path in (tmp_path / "answers").glob("*.jsonl"))
-    assert files == sorted(file for method in record["methods"] for file in method["files"]) and len(files) == 8
+    assert files == sorted(file for method in record["methods"] for file in method["files"]) and len(files) == 9
     assert record["settings"]["temperatures"] == {"math": 0, "writing": 0.7}
     assert "cut: turns that 5 tokens ended" in out and "unsteered" in out and "Controls were not run" not in out
     assert "Next: dspa evaluate grade answers/base.jsonl answers/dspa-ablate-0.5.jsonl" in out
@@ -106,7 +107,7 @@ def test_a_stopped_command_goes_on(run, folder, tmp_path, monkeypatch):
         (["prompts.txt", "--map", "map"], "prompts.txt"),
         (["question.jsonl", "--map", "map", "--alpha", 1, "--alpha", 1], "--alpha is 1.0 twice"),
         (["question.jsonl", "--model", "tiny", "--alpha", 1], "Without --map there is no use for --alpha"),
-        (["question.jsonl", "--model", "tiny", "--controls"], "Without --map there is no use for --controls"),
+        (["question.jsonl", "--model", "tiny", "--prefix", "a", "--controls"], "there is no use for --controls"),
         (["question.jsonl", "--map", "map", "--top-p", 2], "--top-p is 2.0; accepted: a number above 0"),
         (["question.jsonl", "--map", "map", "--temperature", "inf"], "--temperature is inf; accepted: a finite number"),
         (["question.jsonl", "--map", "map", "--seeds", 0], "--seeds"),

@@ -73,7 +73,7 @@ def answer_questions(
             comes first, and is not among them.
         out: folder to write. One with answers to the same questions by the same settings is continued, also by further
             methods.
-        controls: those to run for each DSPA method, of "random set", "shuffled map" and "wrong layer".
+        controls: those to run for methods that have them, as for `dspa.compare`.
         seeds: of sampling. Questions that are answered greedily have the same answer for all, unless the method itself
             draws.
         max_new_tokens: largest number of tokens per turn.
@@ -127,11 +127,9 @@ def answer_questions(
     with folder.held(), tqdm(unit="turn", desc="check", disable=not progress) as bar:
         settings = runner.settings(date)
         everything, densities = [Method.base()], runner.densities()
+        origin = digest_of([FORMAT, settings])
         for method in methods:
-            everything.append(method)
-            if method.kind == "DSPA":
-                origin = digest_of([FORMAT, settings])
-                everything += controls_of(method, controls, inner, layers, densities, origin)
+            everything += [method, *controls_of(method, controls, inner, layers, densities, origin)]
         runner.check(everything)
         n_turns = len(seeds) * sum(len(question.turns) for question in runner.questions)
         folder.begin(loaded_name(inner), settings, everything, n_turns)

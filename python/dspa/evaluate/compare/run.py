@@ -151,8 +151,7 @@ def compare(
         everything, densities = [Method.base()], runner.densities(seeds[0])
         origin = runner.answers_key(everything[0], seeds[0])
         for method in methods:
-            everything.append(method)
-            everything += controls_of(method, controls, inner, layers, densities, origin)
+            everything += [method, *controls_of(method, controls, inner, layers, densities, origin)]
         answers: dict[str, list[Answers]] = {}
         scores: dict[str, list[TripleScores]] = {}
         for method, seed in runner.work(everything, seeds, progress):

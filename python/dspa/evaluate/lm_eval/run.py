@@ -33,8 +33,8 @@ from dspa.schemas import Count, Text, schema
 from dspa.version import __version__
 
 FORMAT = "dspa.lm_eval.1"
-# The random set needs answers of the model, by which its latents are chosen.
-CONTROLS = ("shuffled map", "wrong layer")
+# A random set and random latents need answers of the model, by which their latents are chosen.
+CONTROLS = ("shuffled map", "wrong layer", "random vector", "random change")
 UNSTEERED, CUT = "unsteered", "cut"
 
 
@@ -218,7 +218,8 @@ def evaluate_tasks(
         methods: what `Method.dspa` and the others made.
         num_fewshot: number of examples in each context; None: as each task has it.
         limit: number of documents per task, the first ones; None for all.
-        controls: those to run for each DSPA method, of "shuffled map" and "wrong layer".
+        controls: those to run for methods that have them, of "shuffled map", "wrong layer", "random vector" and "random
+            change".
         seed: of the harness' draws, of examples and of sampling; None for the harness' own seeds.
         batch_size: number of sequences per pass.
         chat: apply the chat template to contexts.
@@ -245,9 +246,7 @@ def evaluate_tasks(
     attaching: dict[str, Any] = {"layers": layers, "model_name": model_name, "other_weights": other_weights}
     everything = [Method.base()]
     for method in methods:
-        everything.append(method)
-        if method.kind == "DSPA":
-            everything += controls_of(method, controls, inner, layers, _no_densities, "")
+        everything += [method, *controls_of(method, controls, inner, layers, _no_densities, "")]
     settings: dict[str, Any] = {
         "tasks": tasks.names,
         "num_fewshot": num_fewshot,

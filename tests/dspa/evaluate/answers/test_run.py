@@ -162,10 +162,11 @@ def test_controls_and_seeds(folder):
     turns = sum(len(question["turns"]) for question in QUESTIONS)
     greedy = sum(len(question["turns"]) for question in QUESTIONS if TEMPERATURES[question["category"]] == 0)
     by_name = {method["name"]: method for method in record["methods"]}
-    controls = [f"DSPA both 1: {control}" for control in CONTROLS]
-    assert list(by_name) == ["base", "DSPA both 1", *controls, 'prefix "my own red tree"', "tuned"]
+    controls = [f"DSPA both 1: {control}" for control in ("random set", "shuffled map", "wrong layer")]
+    tuned = ["tuned", "tuned: random change"]
+    assert list(by_name) == ["base", "DSPA both 1", *controls, 'prefix "my own red tree"', *tuned]
     for name, method in by_name.items():
-        drawn = name in controls[:2]
+        drawn = name in (*controls[:2], tuned[1])
         assert method["n_turns"] == 2 * turns and method["generated"] == 2 * turns - (0 if drawn else greedy)
         assert method["tokens"] > 0 and method["tokens_per_second"] == method["tokens"] / method["seconds"]
         choices = load_model_answers(folder / method["files"][0])[82]["choices"]
