@@ -19,7 +19,16 @@ from dspa.costs import Costs, Meter
 from dspa.data.triples import DigestedTriples, Triple
 from dspa.errors import VectorError, refusal
 from dspa.evaluate.responses import Response, batches, padded, responses_of
-from dspa.models.layers import CausalLM, base_model, check_eval, check_finite, decoder_layers, device_of, loaded_name
+from dspa.models.layers import (
+    CausalLM,
+    base_model,
+    check_eval,
+    check_finite,
+    decoder_layers,
+    device_of,
+    hidden_size,
+    loaded_name,
+)
 from dspa.models.operations import forward
 from dspa.models.reading import check_residual, read_layers
 from dspa.models.sizes import sizes_of
@@ -80,6 +89,10 @@ def repe_vector(
     check_residual(inner, layer, layers)
     meter, digested = Meter(device_of(inner.get_input_embeddings())), DigestedTriples(triples)
     responses = responses_of(inner, tokenizer, digested, max_length, chat_template_kwargs)
+    most = min(digested.n_triples, hidden_size(inner))
+    if n_directions > most:
+        got = f"{n_directions}, of {digested.n_triples} triples"
+        raise refusal(VectorError, "`n_directions`", got, f"1 to {most}", "Give more triples, or lower it.")
     means = response_means(inner, responses, layer, layers=layers, batch_tokens=batch_tokens, progress=progress)
     name, digest, dtype = model_name or loaded_name(inner), model_digest(inner) or "", str(inner.dtype)
     directions = repe_directions(means[0::2] - means[1::2], n_directions)

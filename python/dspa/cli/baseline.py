@@ -79,17 +79,18 @@ def repe(
     check_model(on)
     source = checked_triples(triples, split, first)
     model, tokenizer = load_model(on)
-    vector = repe_vector(
-        *(model, tokenizer, source, layer),
-        n_directions=directions,
-        scale=scale,
-        positions=positions,
-        max_length=max_length,
-        chat_template_kwargs=chat_template_kwargs,
-        batch_tokens=batch_tokens,
-        layers=on.layers,
-        model_name=on.model_name,
-    )
+    with messages_of_options({"n_directions": "--directions"}):
+        vector = repe_vector(
+            *(model, tokenizer, source, layer),
+            n_directions=directions,
+            scale=scale,
+            positions=positions,
+            max_length=max_length,
+            chat_template_kwargs=chat_template_kwargs,
+            batch_tokens=batch_tokens,
+            layers=on.layers,
+            model_name=on.model_name,
+        )
     vector.save(out)
     write_costs(out, vector.costs)
     print_line(f"Written to {out}: {directions} directions at layer {layer}, scale {scale:g}.")

@@ -114,7 +114,8 @@ def answers(
     methods.print_uncontrolled()
     print_line(f"Settings, versions and digests: {out / RECORD}. Every turn with its tokens: {out / TURNS}")
     files = [out / file for record in records for file in record.files]
-    print_next("evaluate", "grade", *files, "--questions", questions, "--out", f"{out}-grades")
+    judge = ("--judge", "URL", "--judge-model", "NAME")
+    print_next("evaluate", "grade", *files, "--questions", questions, *judge, "--out", f"{out}-grades")
 
 
 def _print_records(records: Sequence[MethodRecord], max_new_tokens: int) -> None:

@@ -10,7 +10,7 @@ import typer
 from dspa.cli.loading import make_folder, open_judge
 from dspa.cli.options import JudgedBy, messages_of_options, with_options
 from dspa.cli.tables import console, print_line
-from dspa.errors import refusal
+from dspa.errors import JudgeError, refusal
 
 if TYPE_CHECKING:
     from dspa.evaluate.grading.judging import Mode
@@ -68,7 +68,7 @@ def grade(
     stopped command continues, and can be repeated with --replay. What the judge wrote about each answer is in
     judgments.jsonl.
 
-    For example: `dspa evaluate grade answers/base.jsonl answers/dspa.jsonl --questions question.jsonl
+    For example: `dspa evaluate grade answers/base.jsonl answers/dspa-ablate-0.2.jsonl --questions question.jsonl
     --judge http://localhost:8000/v1 --judge-model NAME --out grades`
     """
     from dspa.evaluate.benchmarks import Benchmark, read_methods
@@ -105,3 +105,9 @@ def grade(
     for note in grading.notes:
         print_line(note)
     print_line(f"Grades: {out / FILES[0]}; what the judge wrote: {out / FILES[1]}")
+    if not any(one.n_answered for grades in grading.grades.values() for one in grades.values()):
+        raise JudgeError(
+            f"None of the judge's {len(judgments)} replies could be read, so that there are no grades. They are in "
+            f"{judge.folder} and are not asked for again: look at what it wrote, and to ask another judge under the "
+            "same name, remove that folder or pass another --judge-cache."
+        )

@@ -121,7 +121,7 @@ def effects(
         write_csv(csv, rows)
     _print_effects(rows, axes, len(texts))
     print_line(f"Answers: {out}")
-    print_next("personal", "make", out, "--weight", f"{next(iter(axes))}=1", "--out", "persona.safetensors")
+    print_next("personal", "make", out, "--weight", f"{next(iter(axes))}=1", "--out", "mine.persona")
 
 
 def _candidates(cdmap: ConditionalDifferenceMap, n: int) -> list[int]:

@@ -67,6 +67,8 @@ class Benchmark:
         layout: Layout | None = None
         for name, record in read_records(path, ValueError):
             content = _object(name, record)
+            if "choices" in content:
+                raise refusal(ValueError, name, "an answer", "a question", "Is this a file of answers?")
             layout = layout or ("AlpacaEval" if "instruction" in content else "FastChat")
             if layout == "FastChat":
                 key, question = _of_fastchat(name, content)

@@ -82,6 +82,11 @@ class Judge:
         self._cache, self._concurrency = ReplyCache(Path(cache)), concurrency
         self._retries, self._timeout = retries, timeout
 
+    @property
+    def folder(self) -> Path:
+        """Folder of the replies."""
+        return self._cache.folder
+
     def ask(self, question: Question[T]) -> Answer[T]:
         """Return the answer to a question, as `ask_all` does for several."""
         return self.ask_all([question])[0]
@@ -106,7 +111,7 @@ class Judge:
         """
         cached, missing = self._look_up(questions)
         if missing and self.replay:
-            raise JudgeError(_not_there(missing.values(), len(cached), self._cache.folder))
+            raise JudgeError(_not_there(missing.values(), len(cached), self.folder))
         replies = {**cached, **self._call_all(missing, progress, what)}
         return [self._answer(question, replies[digest_of(self._request(question))]) for question in questions]
 
@@ -164,7 +169,7 @@ class Judge:
         except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError) as error:
             raise JudgeError(
                 f"{self._name} did not answer after {self._retries} retries: {_reason(error)}. What came before is in "
-                f"{self._cache.folder}: start again when the endpoint is up, with fewer calls at the same time if it "
+                f"{self.folder}: start again when the endpoint is up, with fewer calls at the same time if it "
                 "was busy."
             ) from error
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:

@@ -77,7 +77,7 @@ def check_weights(weights: Mapping[str, float], axes: list[str]) -> None:
     """Raise `PersonaError` unless weights are finite numbers for some of these axes, and not all 0."""
     check(dict[Text, Number], dict(weights), PersonaError, "The weights of a persona")
     if unknown := sorted(weights.keys() - set(axes)):
-        raise refusal(PersonaError, "The weights of a persona", f"of {unknown[0]!r}", f"weights of {', '.join(axes)}")
+        raise refusal(PersonaError, "The axis of a weight", repr(unknown[0]), ", ".join(axes))
     if not any(weights.values()):
         got = "none but 0" if weights else "none"
         raise refusal(PersonaError, "The weights of a persona", got, f"a weight other than 0 of {', '.join(axes)}")

@@ -81,7 +81,7 @@ def test_the_vector_is_that_of_a_plain_computation(model, tokenizer):
     ("options", "message"),
     [
         ({"n_directions": 0}, "`n_directions`"),
-        ({"n_directions": 16}, "differences of 14 triples have 14"),
+        ({"n_directions": 16}, "`n_directions` is 16, of 14 triples; accepted: 1 to 14"),
         ({"layer": 4}, "`layer`.*0 to 3"),
         ({"scale": -1.0}, "scale"),
         ({"positions": "some"}, "positions"),

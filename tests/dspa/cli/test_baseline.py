@@ -79,7 +79,7 @@ def test_repe_is_made_and_compared(run, folder, tmp_path):
     [
         (["--positions", "some"], "--positions is 'some'; accepted: response, generated, all"),
         (["--layer", "9"], "`layer` is 9; accepted: 0 to 3"),
-        (["--directions", "15"], "differences of 14 triples have 14"),
+        (["--directions", "15"], "--directions is 15, of 14 triples; accepted: 1 to 14"),
     ],
 )
 def test_what_repe_refuses(run, folder, options, message):

@@ -94,6 +94,15 @@ def test_grades_are_those_of_the_judge(run, folder):
     assert len(lines) == n_calls and lines[0]["text"] == "It has words. Rating: [[1]]"
 
 
+def test_replies_that_nobody_can_read_are_no_grades(run, folder):
+    pytest.importorskip("openai", reason='needs openai: pip install "dspa-kernels[judge]"')
+    with serving(lambda _: "banana") as endpoint:
+        code, out, err = run(*COMMON, "--judge", endpoint.url, "--out", "grades")
+    assert code != 0 and "None of the judge's 48 replies could be read" in err and "categories" not in out
+    assert f"They are in {Path('grades', 'judge')}" in err and "remove that folder" in err
+    assert "banana" in (folder / "grades" / "judgments.jsonl").read_text()
+
+
 def test_a_stopped_grading_goes_on_and_is_replayed(run, folder):
     pytest.importorskip("openai", reason='needs openai: pip install "dspa-kernels[judge]"')
     left = iter(range(10))

@@ -65,7 +65,7 @@ def measured(run, folder) -> Path:
     path = folder / "effects.jsonl"
     code, text = run(*measuring(folder, "--candidates", 31, "--out", path, "--csv", folder / "effects.csv"))
     assert code == 0, text
-    assert f"Next: dspa personal make {path} --weight article=1 --out persona.safetensors" in text
+    assert f"Next: dspa personal make {path} --weight article=1 --out mine.persona" in text
     return path
 
 
@@ -129,7 +129,7 @@ def test_bad_measurements(run, folder, tmp_path, arguments, message):
         (("--weight", "article"), "--weight is 'article'; accepted: AXIS=NUMBER, such as conciseness=1"),
         (("--weight", "article=x"), "--weight is 'article=x'"),
         (("--weight", "e=1", "--weight", "e=2"), "--weight is one axis twice"),
-        (("--weight", "moons=1"), "is of 'moons'; accepted: weights of article, e"),
+        (("--weight", "moons=1"), "The axis of a weight is 'moons'; accepted: article, e"),
         (("--weight", "e=nan"), "a finite number"),
         (("--weight", "e=0"), "none but 0"),
     ],

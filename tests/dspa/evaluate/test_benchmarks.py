@@ -82,6 +82,7 @@ def test_references_of_a_file(mt_bench: Benchmark, tmp_path: Path):
         ([question(1, "a", "x"), question(1, "a", "y")], "line 2 is the question 1 again"),
         ([question(1, "a", "x", reference="four")], "`reference` is 'four'; accepted: a list"),
         ([question(1, "a", "x", reference=["4", "5"])], "`reference` is of 2 texts; accepted: at most one per turn"),
+        ([answer(1, "m", ("a", "b"))], "line 1 is an answer; accepted: a question. Is this a file of answers"),
         ([{"instruction": ""}], "`instruction` is empty; accepted: a text"),
         ([{"instruction": "a"}, {"instruction": "a"}], "line 2 is the question 'a' again"),
         ([{"instruction": "a"}, question(1, "a", "x")], "line 2 is without `instruction`.*AlpacaEval's"),

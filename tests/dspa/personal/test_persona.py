@@ -79,7 +79,7 @@ def test_the_other_pole(sae_out: Any) -> None:
     [
         ({}, "is none; accepted: a weight other than 0 of up, down"),
         ({"up": 0.0}, "is none but 0"),
-        ({"left": 1.0}, "is of 'left'; accepted: weights of up, down"),
+        ({"left": 1.0}, "The axis of a weight is 'left'; accepted: up, down"),
         ({"up": float("inf")}, "a finite number"),
         ({"down": 1.0}, "is not raised by the ablation of any of 4 latents"),
     ],

@@ -32,8 +32,8 @@ SAME = 0.005
 LEGEND = (
     "Brackets hold 95 % bootstrap intervals over questions, all turns and seeds of a question drawn together. p: "
     "two-sided, of the sign-flip test over questions. length: characters per answer. A comparison is won if the answer "
-    "is better in both orders, and a tie counts half in the win rate. first: share of verdicts for the answer that was "
-    "shown first, of those that are no tie."
+    "is better in both orders, and a tie counts half in the win rate. first: share of single verdicts, "
+    "each of one order, for the answer that was shown first, without those that call a tie."
 )
 LEADERBOARD = (
     "The win rate is the share of wins, a tie counting half. It is not the length-controlled figure of AlpacaEval's "
@@ -197,7 +197,7 @@ class Grading:
         if apart:
             why = "answers of the judge are missing" if equal else "the categories have different numbers of questions"
             yield f"The mean of {noun} is not that of the {len(sizes)} categories, because {why}: {'; '.join(apart)}."
-        elif equal:
+        elif equal and any(one.n_answered for one in grades.values()):
             yield f"The mean of {len(sizes)} categories is that of all {noun}: they have equal sizes."
 
 
