@@ -15,9 +15,11 @@ from dspa.baselines.dpo.training import train_dpo
 from dspa.baselines.rahf.config import AlignmentConfig, TuningConfig
 from dspa.baselines.rahf.instructions import Instructed
 from dspa.baselines.rahf.training import align, tune
+from dspa.baselines.repe import repe_vector
 from dspa.data.tokens import response_tokens
+from dspa.fsrl import FSRLAdapter, TrainingConfig, train
 from dspa.models.sizes import sizes_of
-from dspa.testing import make_model, word_tokenizer
+from dspa.testing import D_SAE_OUT, L_OUT, make_model, make_sae, word_tokenizer
 
 from ..support.trainings import TRIPLES
 
@@ -149,6 +151,47 @@ def test_dpo(tokenizer, tmp_path, counted, lora):
         never += lora * 2 * first * 2 * max(lengths)
     assert flops(tmp_path / "out") == total
     assert sum(counted) == pytest.approx(padded - never, rel=1e-6)
+
+
+def test_fsrl(tokenizer, tmp_path, counted):
+    model, sae = fresh(), make_sae(L_OUT, D_SAE_OUT, seed=2)
+    config = TrainingConfig(batch_size=1, micro_batch_size=1, max_length=512)
+    train(model, tokenizer, TRIPLES[:3], FSRLAdapter(sae), tmp_path / "out", config=config, progress=False)
+    layers, below, head = per_token(model), per_token(model, L_OUT + 1), model.lm_head.weight.numel()
+
+    def expected(lengths: list[int]) -> int:
+        # Up to the adapter there is no way back, and above it none to the weights.
+        total = 2 * below * sum(lengths) + pairs(model, *lengths, n_layers=L_OUT + 1)
+        return total + 4 * (layers - below + head) * sum(lengths) + 3 * pairs(model, *lengths, n_layers=3 - L_OUT)
+
+    total = padded = 0
+    for triple in TRIPLES[:3]:
+        prompt, *responses = response_tokens(triple, tokenizer)
+        lengths = [len(prompt) + len(response) for response in responses]
+        # f = h W_enc, v = h W_a, v W_dec, and back from there to v and to W_a.
+        total += expected(lengths) + 5 * 2 * sae.d_in * sae.d_sae * sum(lengths)
+        # PyTorch does not look into the ops of an adapter.
+        padded += expected([max(lengths)] * 2)
+    assert flops(tmp_path / "out") == total
+    assert sum(counted) == padded
+
+
+def test_repe(tokenizer):
+    model, layer, n = fresh(), 2, 8
+    with FlopCounterMode(display=False) as counter:
+        # One response at a time, without padding.
+        vector = repe_vector(model, tokenizer, TRIPLES[:n], layer, n_directions=2, batch_tokens=1, progress=False)
+    width, lengths = model.config.hidden_size, list[int]()
+    for triple in TRIPLES[:n]:
+        prompt, *responses = response_tokens(triple, tokenizer)
+        lengths += [len(prompt) + len(response) for response in responses]
+
+    def reading(*lengths: int) -> int:
+        return 2 * per_token(model, layer + 1) * sum(lengths) + pairs(model, *lengths, n_layers=layer + 1)
+
+    assert vector.costs is not None and vector.costs.flops == reading(*lengths) + 2 * n * width**2
+    # Not recorded: a token on which the layer is checked, and the sides of the 2 directions.
+    assert counter.get_total_flops() == vector.costs.flops + reading(1) + 2 * n * width * 2
 
 
 def test_sizes_are_those_of_the_model():
