@@ -140,6 +140,7 @@ class Judge:
             return {}
         # Before the threads, which would each make one.
         client, replies = self._client, dict[str, Reply | str]()
+        self._check_reachable()
         with (
             ThreadPoolExecutor(self._concurrency) as threads,
             tqdm(total=len(requests), desc=what, unit="call", disable=not progress) as bar,
@@ -157,6 +158,21 @@ class Judge:
         if len(refused) == len(requests):
             raise JudgeError(f"{self._name} refuses all of {len(requests)} questions: {refused[0]}")
         return replies
+
+    def _check_reachable(self) -> None:
+        """Raise `JudgeError` at once if nothing is at the address, which each call would try again for long."""
+        # The client's own HTTP library, with the same proxies.
+        import httpx
+
+        try:
+            httpx.get(f"{str(self.url).rstrip('/')}/models", timeout=5.0)
+        except httpx.ConnectError as error:
+            raise JudgeError(
+                f"{self._name} cannot be reached: {_reason(error)}. Start the endpoint, or correct its address."
+            ) from error
+        except httpx.HTTPError:
+            # What else is wrong, the calls will tell, or it passes.
+            return
 
     def _call(self, client: Any, request: dict[str, Any]) -> Reply | str:
         """Return the reply to a request, which is then in the cache, or the reason why the endpoint refused it."""
