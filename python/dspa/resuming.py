@@ -6,6 +6,7 @@ import json
 import math
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -46,7 +47,7 @@ MEASURED = "measured.json"
 DROPOUTS = ("attention_dropout", "activation_dropout", "dropout")
 
 
-class Resumable:
+class Resumable(ABC):
     """Changes to a trainer that keeps its checkpoints in a `TrainingFolder`, with what the training cost so far."""
 
     args: Any
@@ -56,15 +57,15 @@ class Resumable:
     # None where it is not known what earlier runs took.
     meter: Meter | None
 
+    @abstractmethod
     def operations(self, inputs: Mapping[str, Tensor]) -> Cost:
         """Return the operations of a step on a micro-batch, with its way back and without its padding."""
-        raise NotImplementedError
 
     def floating_point_ops(self, inputs: Mapping[str, Tensor]) -> int:
         """Return `operations`. transformers adds them up, over all processes and runs, as `state.total_flos`."""
         return round(self.operations(inputs).total)
 
-    def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:
+    def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:  # noqa: B027
         """Write nothing, since a checkpoint holds no model of its own."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -136,7 +137,7 @@ def without_times(history: Iterable[Mapping[str, float]]) -> History:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training leaves besides its weights.
+    """Record of a training besides its weights.
 
     Attributes:
         history: what was logged.

@@ -66,7 +66,7 @@ def test_the_interval_of_a_corrected_share():
 
 
 def test_draws_that_say_nothing_widen_the_interval_of_a_corrected_share():
-    """Of four entries, many draws have no positive, or rates that are those of guesses."""
+    """With four entries, many draws have no positive, or rates that are those of guesses."""
     assert Confusion(tp=1, fn=0, fp=1, tn=2).corrected_share_interval(0.5) == (0, 1)
     assert Confusion(tp=50, fn=0, fp=0, tn=50).corrected_share_interval(0.3) == pytest.approx((0.3, 0.3))
     assert Confusion(tp=2, fn=2, fp=3, tn=3).corrected_share_interval(0.5) is None

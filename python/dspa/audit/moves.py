@@ -20,7 +20,7 @@ from dspa.steering.edits import Edit, SteeredText
 
 
 class AdapterMoves:
-    """What an adapter does to texts that a model wrote with it, read from their residuals before the move.
+    """Movement of latents by an adapter in texts that a model wrote with it, read from their residuals before the move.
 
     A latent's value is that of the SAE, and after the move that plus its v_j. The adapter moves the tokens of prompts,
     too. Here those count that predict a token of the text.

@@ -1,4 +1,4 @@
-"""What the trainers of all baselines have in common. Importing this needs the extra `train`."""
+"""Base of the trainers of all baselines. Importing this needs the extra `train`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Examples:
-    """What a trainer reads.
+    """Rows that a trainer reads.
 
     Attributes:
         rows: the examples, as the trainer's collator takes them.

@@ -46,7 +46,7 @@ class CompareSamplingOptions(SamplingOptions):
 
 @dataclass(frozen=True)
 class CompareMethodOptions(MethodOptions):
-    """What the base model is compared with, by default next to controls."""
+    """The methods that the base model is compared with, by default next to controls."""
 
     static: bool = field(default=True, metadata=STATIC_OPTION)
     controls: bool = field(default=True, metadata=CONTROLS_OPTION)

@@ -27,7 +27,7 @@ from dspa.errors import require_package
 
 @dataclass(frozen=True)
 class TaskMethodOptions(MethodOptions):
-    """What takes part besides the base model."""
+    """The methods that take part besides the base model."""
 
     controls: bool = field(
         default=False,

@@ -41,7 +41,7 @@ CONTROLS_OPTION = {
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """What takes part besides the base model."""
+    """The methods that take part besides the base model."""
 
     map_paths: list[Path] | None = field(
         default=None,

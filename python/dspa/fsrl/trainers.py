@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ SETTINGS = resuming.SETTINGS | {
 }
 
 
-class AdapterTrainer(Resumable, ABC):
+class AdapterTrainer(Resumable):
     """Changes to a trainer of an adapter: the L1 term, the evaluation, what is logged, and what a checkpoint holds."""
 
     model: Any

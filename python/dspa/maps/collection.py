@@ -204,7 +204,7 @@ class Collection:
 
     @property
     def measured(self) -> Measured | None:
-        """What collecting took so far; None in a new folder, and in one of an earlier version."""
+        """Time and memory that collecting took so far; None in a new folder, and in one of an earlier version."""
         path = self.folder / MEASURED
         return _read(Measured, path, "Delete it.") if path.is_file() else None
 

@@ -100,7 +100,7 @@ class Utility:
 
 
 class Persona:
-    """What a reader likes, as weights of axes, and the latents whose ablation is expected to give more of it.
+    """The taste of a reader, as weights of axes, and the latents whose ablation is expected to give more of it.
 
     The utility of an answer is `sum of weight * axis`, and the gain of a latent is the mean change of the utility when
     it alone is ablated: `gain_j = w . mean over prompts of (axes with j ablated - axes)`. A persona ablates the

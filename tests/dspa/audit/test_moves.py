@@ -1,4 +1,4 @@
-"""What an adapter moves in texts, against hooks and the formulas of the adapter and its SAE."""
+"""Movement of latents by an adapter in texts, against hooks and the formulas of the adapter and its SAE."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def fresh():
 
 @pytest.fixture
 def counted(monkeypatch):
-    """What PyTorch counts in all training steps."""
+    """Operations that PyTorch counts, of all training steps."""
     from transformers import Trainer
 
     total, step = [], Trainer.training_step

@@ -50,7 +50,7 @@ def run(folder, tmp_path, capsys, monkeypatch):
 
 
 def written(folder: Path, prompt: str, *, steered: bool) -> str:
-    """What the model writes greedily, alone."""
+    """The text that the model writes greedily, alone."""
     model, tokenizer = load_model(str(folder / "tiny"))
     inputs: Any = AutoTokenizer.from_pretrained(folder / "tiny")(prompt, return_tensors="pt")
     adapter = FSRLAdapter.load(folder / "adapter", FrozenSAE.load(folder / "sae_out"))

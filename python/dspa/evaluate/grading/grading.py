@@ -82,7 +82,7 @@ class Grading:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of the grades has to know, in sentences."""
+        """Sentences that a reader of the grades has to know."""
         notes = [*self._of_questions()]
         for mode, grades in self.grades.items():
             notes += [*self._of_unanswered(mode, grades), *self._of_categories(mode, grades)]

@@ -1,4 +1,4 @@
-"""What a judge is asked about answers, and its judgments: ratings of turns, and comparisons in both orders."""
+"""Questions to a judge about answers, and its judgments: ratings of turns, and comparisons in both orders."""
 
 from __future__ import annotations
 

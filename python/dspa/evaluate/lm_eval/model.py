@@ -33,7 +33,7 @@ TokenizedRequest: TypeAlias = tuple[tuple[str, str] | None, list[int], list[int]
 
 @dataclass
 class Contexts:
-    """What became of the different contexts of a task.
+    """Different contexts of a task, and those that were unsteered or cut.
 
     Attributes:
         seen: texts of all contexts.

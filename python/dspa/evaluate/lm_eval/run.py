@@ -106,7 +106,7 @@ class Tasks:
 
 @schema
 class TaskScores:
-    """What one method reaches in all tasks.
+    """Results of one method in all tasks.
 
     Attributes:
         results: the harness' own figures, by task or group, and by metric and filter.
