@@ -21,16 +21,18 @@ from tqdm import tqdm
 
 from dspa.errors import MapError
 from dspa.outputs import replacing, write_atomically
-from dspa.schemas import parse_json
+from dspa.schemas import check, parse_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 E = TypeVar("E", bound=Exception)
+T = TypeVar("T")
 
 METADATA_KEY = "dspa"
 # The entry of a record which covers the others.
 SEAL = "seal"
+AGAIN = "Copy it again from where it was made."
 # By bytes per number, to read the bits of dtypes that NumPy does not have, such as bfloat16.
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -159,7 +161,7 @@ def read_header(path: Path) -> dict[str, Any]:
     header = parse_json(text, MapError, f"{path} is damaged: its header")
     if not isinstance(header, dict):
         return {}
-    check_seal(header, MapError, f"The header of {path}", "Copy it again from where it was made.")
+    check_seal(header, MapError, f"The header of {path}", AGAIN)
     return header
 
 
@@ -183,6 +185,37 @@ def read_tensors(path: Path, names: Sequence[str], header: Mapping[str, Any] | N
     if header is not None and header.get("sha256") != checksum(tensors):
         raise MapError(f"{path} is damaged (its tensors are not those that were written).")
     return tensors
+
+
+def read_sealed(
+    path: Path, record: type[T], names: Sequence[str], error: type[Exception], what: str, format_: str
+) -> tuple[T, dict[str, Tensor]]:
+    """Return the header of a file that has always been sealed, checked by its schema, and its tensors.
+
+    Args:
+        path: file to read.
+        record: schema of the header.
+        names: all tensors, in the order in which they were written.
+        error: class of errors.
+        what: what the file holds, and what wrote it, as in "persona, which dspa personal make writes".
+        format_: its format.
+
+    Raises:
+        error: there is no such file, or it is of another format, damaged, or was edited.
+    """
+    if not path.is_file():
+        raise error(f"There is no file at {path}; accepted: a {what}.")
+    try:
+        header = read_header(path)
+        if header.get("format") != format_:
+            kind = what.partition(",")[0]
+            raise error(f"{path} is not a {kind} of format {format_} (it says {header.get('format')!r}).")
+        checked = check(record, header, error, f"{path} is damaged", AGAIN)
+        if not header.get(SEAL):
+            raise error(f"The header of {path} was changed after it was written: it has no seal. {AGAIN}")
+        return checked, read_tensors(path, names, header)
+    except MapError as damage:
+        raise error(str(damage)) from damage
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]], names: Sequence[str] = ()) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspa.errors import MapError, PersonaError, listed, refusal
+from dspa.errors import PersonaError, listed, refusal
 from dspa.evaluate.style import StyleAxis
-from dspa.files import SEAL, checksum, digest_of, read_header, read_tensors, write_tensors
+from dspa.files import SEAL, checksum, digest_of, read_sealed, write_tensors
 from dspa.models.sources import Source
 from dspa.outputs import output_file
 from dspa.personal.effects import Effects
@@ -24,7 +24,6 @@ from dspa.steering.ablation import Ablation
 
 FORMAT = "dspa.persona.1"
 TENSORS = ("latents", "effects", "errors")
-AGAIN = "Copy it again from where it was made."
 # Latents of a persona, as published.
 TOP = 5
 # What a persona takes over from the measurement of its effects.
@@ -233,19 +232,9 @@ class Persona:
         Raises:
             PersonaError: there is no such file, or it is damaged or not a persona.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise PersonaError(f"There is no file at {path}; accepted: a file that dspa personal make wrote.")
-        try:
-            header = read_header(path)
-            if header.get("format") != FORMAT:
-                raise PersonaError(f"{path} is not a persona of format {FORMAT} (it says {header.get('format')!r}).")
-            record = check(PersonaRecord, header, PersonaError, f"{path} is damaged", AGAIN)
-            if not record.seal:
-                raise PersonaError(f"The header of {path} was changed after it was written: it has no seal. {AGAIN}")
-            return cls(record, **read_tensors(path, TENSORS, header))
-        except MapError as error:
-            raise PersonaError(str(error)) from error
+        what = "persona, which dspa personal make writes"
+        record, tensors = read_sealed(Path(path), PersonaRecord, TENSORS, PersonaError, what, FORMAT)
+        return cls(record, **tensors)
 
     def __repr__(self) -> str:
         weights = ", ".join(f"{axis}: {weight:g}" for axis, weight in self.record.weights.items())

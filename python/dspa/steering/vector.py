@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from dspa.config import POSITIONS
 from dspa.costs import Costs
-from dspa.errors import MapError, ModelError, VectorError, refusal
-from dspa.files import SEAL, read_header, read_tensors, write_tensors
+from dspa.errors import ModelError, VectorError, refusal
+from dspa.files import SEAL, read_sealed, write_tensors
 from dspa.models.layers import CausalLM, check_model_name, device_of, hidden_size, loaded_name
 from dspa.outputs import output_file
 from dspa.schemas import Count, NonNegative, OneOf, Text, check, schema
 from dspa.steering.gated import Gated
 
 FORMAT = "dspa.vector.1"
-AGAIN = "Copy it again from where it was made."
 
 
 @schema
@@ -190,21 +189,10 @@ class SteeringVector(Gated):
         Raises:
             VectorError: there is no such file, or it is damaged or not a vector.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise VectorError(f"There is no file at {path}; accepted: a file that SteeringVector.save wrote.")
-        try:
-            header = read_header(path)
-            if header.get("format") != FORMAT:
-                raise VectorError(f"{path} is not a vector of format {FORMAT} (it says {header.get('format')!r}).")
-            record = check(VectorRecord, header, VectorError, f"{path} is damaged", AGAIN)
-            if not record.seal:
-                raise VectorError(f"The header of {path} was changed after it was written: it has no seal. {AGAIN}")
-            vector = read_tensors(path, ["vector"], header)["vector"]
-        except MapError as error:
-            raise VectorError(str(error)) from error
+        what = "vector, which SteeringVector.save writes"
+        record, tensors = read_sealed(Path(path), VectorRecord, ["vector"], VectorError, what, FORMAT)
         settings = {name: getattr(record, name) for name in ("model_name", "model_digest")}
-        return cls(vector, record.layer, record.scale, record.positions, **settings)
+        return cls(tensors["vector"], record.layer, record.scale, record.positions, **settings)
 
     def __repr__(self) -> str:
         return f"SteeringVector(d_in={len(self._vector)}, layer={self.layer}, scale={self.scale:g}, {self.positions!r})"
