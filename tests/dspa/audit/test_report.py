@@ -118,7 +118,7 @@ def test_every_link_leads_to_a_part_of_the_page() -> None:
 
 
 def test_marks_differ_without_colour() -> None:
-    """Of ten contexts per latent: 0.5 is an eighth of the strongest, 2 a half; what is 0 has no mark."""
+    """With ten contexts per latent, 0.5 is an eighth of the strongest, 2 a half; what is 0 has no mark."""
     page = Page(render(make_audit()))
     counts = {name: len(page.with_class(name)) for name in ("v1", "v2", "v3")}
     # One more in the legend of each page with contexts.

@@ -18,7 +18,7 @@ from dspa.evaluate.answers.run import answer_questions
 from dspa.evaluate.benchmarks import Benchmark, MethodAnswers
 from dspa.evaluate.compare.methods import CONTROLS
 from dspa.steering.dspa import Steering
-from dspa.testing import D_SAE_IN, D_SAE_OUT, ENGLISH, L_IN, L_OUT, make_map, make_model, make_sae
+from dspa.testing import ENGLISH, make_model
 
 from ...support.adapters import ending_tokenizer
 from ...support.benchmarks import question, write_lines, write_list
@@ -65,12 +65,6 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory) -> Benchmark:
     return Benchmark.read(write_lines(tmp_path_factory.mktemp("questions") / "question.jsonl", QUESTIONS))
-
-
-@pytest.fixture(scope="module")
-def dspa_method() -> Method:
-    sae_in, sae_out = make_sae(L_IN, D_SAE_IN, seed=1), make_sae(L_OUT, D_SAE_OUT, seed=2)
-    return Method.dspa(sae_in, sae_out, make_map(sae_in, sae_out), STRONG)
 
 
 @pytest.fixture(scope="module")

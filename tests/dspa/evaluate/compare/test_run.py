@@ -21,7 +21,7 @@ from dspa.evaluate.scores import score_triples
 from dspa.fsrl import FSRLAdapter, responses_of
 from dspa.models.reading import read_layers
 from dspa.steering.dspa import Steering
-from dspa.testing import D_SAE_IN, D_SAE_OUT, ENGLISH, L_IN, L_OUT, make_map, make_model, make_sae, with_tensors
+from dspa.testing import D_SAE_IN, D_SAE_OUT, ENGLISH, L_IN, L_OUT, make_model, make_sae, with_tensors
 
 from ...support.adapters import TRIPLES, acting_adapter, ending_tokenizer
 
@@ -42,12 +42,6 @@ def model():
 @pytest.fixture(scope="module")
 def tokenizer():
     return ending_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def dspa_method() -> Method:
-    sae_in, sae_out = make_sae(L_IN, D_SAE_IN, seed=1), make_sae(L_OUT, D_SAE_OUT, seed=2)
-    return Method.dspa(sae_in, sae_out, make_map(sae_in, sae_out), STRONG)
 
 
 @pytest.fixture(scope="module")

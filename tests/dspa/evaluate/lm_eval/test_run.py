@@ -19,13 +19,8 @@ from dspa.evaluate.responses import Response, log_probabilities
 from dspa.fsrl import responses_of
 from dspa.testing import (
     D_IN,
-    D_SAE_IN,
-    D_SAE_OUT,
-    L_IN,
     L_OUT,
-    make_map,
     make_model,
-    make_sae,
     with_tensors,
     word_tokenizer,
 )
@@ -67,12 +62,6 @@ def model():
 @pytest.fixture(scope="module")
 def tokenizer():
     return ending_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def dspa_method() -> Method:
-    sae_in, sae_out = make_sae(L_IN, D_SAE_IN, seed=1), make_sae(L_OUT, D_SAE_OUT, seed=2)
-    return Method.dspa(sae_in, sae_out, make_map(sae_in, sae_out), STRONG)
 
 
 @pytest.fixture(scope="module")
