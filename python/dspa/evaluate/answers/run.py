@@ -22,7 +22,7 @@ from dspa.evaluate.answers.formats import answer_files, temperature_of
 from dspa.evaluate.benchmarks import Benchmark, BenchmarkQuestion
 from dspa.evaluate.compare.methods import Method, controls_of
 from dspa.evaluate.compare.prompts import encode
-from dspa.evaluate.compare.run import attached, check_methods, check_runs, versions
+from dspa.evaluate.compare.run import attached, check_attaching, check_methods, check_runs, versions
 from dspa.evaluate.generation import (
     continue_prompts,
     decode,
@@ -204,11 +204,7 @@ class _Runner:
         if (context := context_length(self.model)) is not None:
             for prefix in dict.fromkeys(method.prefix for method in methods):
                 self._check_room(prefix, context)
-        for method in methods:
-            # What a control draws from is not known yet. It fits where its method does.
-            if method.control_of == "" or not method.drawn:
-                with attached(self.model, method, self.seeds[0], **self.names):
-                    pass
+        check_attaching(self.model, methods, **self.names)
 
     def _check_room(self, prefix: str, context: int) -> None:
         for question in self.questions:

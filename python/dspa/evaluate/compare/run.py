@@ -308,16 +308,16 @@ class _Runner:
             check_prompts(self.model, self.encoded(prefix), self.settings["max_new_tokens"], special=special)
             if self.triples:
                 self.responses(prefix)
-        for method in methods:
-            # What a control draws from is not known yet. It fits where its method does.
-            if method.control_of == "" or not method.drawn:
-                with self.attached(method, 0):
-                    pass
+        check_attaching(self.model, methods, **self.names)
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """Arguments of attaching."""
+        return {"layers": self.layers, "model_name": self.model_name, "other_weights": self.other_weights}
 
     def attached(self, method: Method, seed: int) -> AbstractContextManager[Attachable | None]:
         """Return the context in which a method acts on the model."""
-        names: dict[str, Any] = {"layers": self.layers, "model_name": self.model_name}
-        return attached(self.model, method, seed, **names, other_weights=self.other_weights)
+        return attached(self.model, method, seed, **self.names)
 
     def work(self, methods: Sequence[Method], seeds: Sequence[int], progress: bool) -> Iterator[tuple[Method, int]]:
         """Yield every method and seed, with a bar that names the method.
@@ -440,6 +440,21 @@ class _Runner:
             return response_densities(self.model, sae, responses, layers=self.layers, batch_tokens=self.batch_tokens)
 
         return measure
+
+
+def check_attaching(model: CausalLM, methods: Sequence[Method], **names: Any) -> None:
+    """Raise for a method that does not fit the model.
+
+    Args:
+        model: a model to which nothing is attached.
+        methods: the methods.
+        names: as for `attached`.
+    """
+    for method in methods:
+        # What a control draws from is not known yet. It fits where its method does.
+        if method.control_of == "" or not method.drawn:
+            with attached(model, method, 0, **names):
+                pass
 
 
 @contextmanager
