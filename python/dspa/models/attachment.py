@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from dspa.errors import ModelError, refusal
 from dspa.models.layers import NOT_FINITE, CausalLM, base_model, check_eval, decoder_layers, hidden_size
 from dspa.models.prompts import Prompts, generate_prompts
-from dspa.models.reading import check_residual, forget_graphs, hidden
+from dspa.models.reading import READING, check_residual, forget_graphs, hidden, read_layers
 from dspa.models.scopes import S, Scope, innermost, opened
 from dspa.models.sources import check_weights
 
@@ -260,11 +260,28 @@ class Attachable(ABC):
         """Names of the keywords that a call carries, new at each `attach()`."""
         return ()
 
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Layers whose residuals of the unsteered prompt its plans are made from."""
+        return ()
+
     def call_keywords(self, prompts: Prompts | None) -> dict[str, Any]:
         """Return the keywords of a call: the plans of its prompts as tensors, one row per prompt.
 
         Args:
             prompts: the prompts, or None for a call within `disabled()`.
+        """
+        return {}
+
+    def pass_keywords(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], read: dict[tuple[int, ...], dict[int, Tensor]]
+    ) -> dict[str, Any]:
+        """Return the keywords that a forward pass lacks: all of its plan in one outside of `generate()`.
+
+        Args:
+            args: positional arguments of the model.
+            kwargs: its keywords.
+            read: `Prompts.residuals` of the pass, by where the responses start. It is extended.
         """
         return {}
 
@@ -330,6 +347,9 @@ class Attachment:
         names = [name for attachable in attached for name in attachable.keywords]
         self._undo.enter_context(accepting(self.model, names))
         self._undo.callback(self.model.register_forward_hook(self._keep_logits).remove)
+        if names:
+            before = self.model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
+            self._undo.callback(before.remove)
         self._undo.enter_context(overridden(self.model, "generate", self._generate(self.model.generate)))
         if kinds := ", ".join(type(attachable).__name__ for attachable in attached if attachable.keywords):
             problem = (
@@ -358,14 +378,7 @@ class Attachment:
             with ExitStack() as calls:
                 for attachable in acting:
                     calls.enter_context(attachable.checked_call())
-                plans: dict[str, Any] = {}
-                prompts = None
-                if any(attachable.keywords for attachable in acting):
-                    prompts = generate_prompts(self.model, inputs, args, kwargs)
-                    if kwargs.get("position_ids") is not None:
-                        plans["position_ids"] = prompts.positions
-                for attachable in self.attached:
-                    plans |= attachable.call_keywords(prompts if attachable in acting else None)
+                plans = self._plans(acting, inputs, args, kwargs)
                 calls.enter_context(self._assistant_accepting(kwargs.get("assistant_model"), names))
                 with opened(Generation(self)) as generation:
                     result = original(inputs, *args, **kwargs | plans)
@@ -380,6 +393,59 @@ class Attachment:
             return result
 
         return generate
+
+    def _plans(
+        self, acting: Sequence[Attachable], inputs: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the keywords of a call of `generate()`, and with given positions those of its prompts."""
+        plans: dict[str, Any] = {}
+        prompts = None
+        if any(attachable.keywords for attachable in acting):
+            prompts = generate_prompts(self.model, inputs, args, kwargs)
+            if kwargs.get("position_ids") is not None:
+                plans["position_ids"] = prompts.positions
+        for attachable in self.attached:
+            plans |= attachable.call_keywords(prompts if attachable in acting else None)
+        return plans
+
+    def _before_forward(
+        self, _model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # An architecture without a decoder of its own, as Llama-4's text model, is read by passes of the model itself.
+        if READING in kwargs:
+            return None
+        read: dict[tuple[int, ...], dict[int, Tensor]] = {}
+        added: dict[str, Any] = {}
+        for attachable in self.attached:
+            added |= attachable.pass_keywords(args, kwargs, read)
+        return (args, kwargs | added) if added else None
+
+    def residual(self, prompts: Prompts, layer: int, layers: str | None = None) -> Tensor:
+        """Return the unsteered residual of prompts at the output of a layer [B, T, d_in].
+
+        The first time, one pass reads all layers that the plans of what acts are made from.
+
+        Args:
+            prompts: the prompts. `prompts.residuals` is extended.
+            layer: the layer.
+            layers: dotted path of the decoder layers, for an unknown architecture.
+
+        Raises:
+            ModelError: a model in training mode.
+        """
+        if layer not in prompts.residuals:
+            check_eval(self.model)
+            wanted = {layer}.union(*(attachable.reads for attachable in self.attached if attachable.enabled))
+            read = read_layers(
+                self.model,
+                wanted,
+                layers,
+                **prompts.inputs,
+                attention_mask=prompts.mask.long(),
+                position_ids=prompts.positions,
+            )
+            prompts.residuals.update(read)
+        return prompts.residuals[layer]
 
     def _assistant_accepting(self, assistant: CausalLM | None, names: Iterable[str]) -> AbstractContextManager[None]:
         """Let the assistant of a call of `generate()` pass on the plans that it gets with each call of its own.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,12 +25,14 @@ class Prompts:
         mask: [B, T] bool, True at prompt tokens.
         positions: position_ids of the tokens in the model [B, T], 0 at padding.
         n_cached: number of columns that the cache of the call holds already.
+        residuals: unsteered residuals [B, T, d_in] at the outputs of the layers that were read, by layer.
     """
 
     inputs: dict[str, Any]
     mask: Tensor
     positions: Tensor
     n_cached: int = 0
+    residuals: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def last_position(self) -> Tensor:

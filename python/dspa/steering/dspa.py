@@ -185,6 +185,11 @@ class Steering(Gated, nn.Module):
         return required_layer(self.sae_out)
 
     @property
+    def reads(self) -> tuple[int, ...]:
+        """Layer of the input SAE."""
+        return (required_layer(self.sae_in),)
+
+    @property
     def model_digest(self) -> str:
         """Digest of the weights that the map was made with, empty if it does not record them."""
         return self.cdmap.model_digest
@@ -255,8 +260,7 @@ class Steering(Gated, nn.Module):
             )
         assert self._attachment is not None
         plan = plan_prompts(
-            self._attachment.model,
-            self._layers,
+            self._attachment.residual(prompts, self.reads[0], self._layers),
             prompts,
             sae_in=self.sae_in,
             cdmap=self.cdmap,

@@ -6,14 +6,13 @@ import itertools
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from dspa.errors import ModelError
 from dspa.models.attachment import Attachable
-from dspa.models.layers import CausalLM
 from dspa.models.prompts import Prompts
 from dspa.models.reading import READING
 from dspa.steering.calls import SteeredCall
@@ -49,12 +48,6 @@ class Gated(Attachable):
         serial = next(self._serial)
         names = (*self.plan_names, "start", "call", "rows", "tokens")
         self._keys = {name: f"dspa_{serial}_{name}" for name in names}
-
-    def _register_hooks(self, model: CausalLM, layer: nn.Module) -> list[RemovableHandle]:
-        hooks = super()._register_hooks(model, layer)
-        if self.keywords:
-            hooks.append(model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True))
-        return hooks
 
     @contextmanager
     def responses(self, starts: Sequence[int] | Tensor) -> Iterator[None]:
@@ -101,12 +94,12 @@ class Gated(Attachable):
     def _named(self, values: dict[str, Any]) -> dict[str, Any]:
         return {self._keys[name]: value for name, value in values.items()}
 
-    def _before_forward(
-        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # An architecture without a decoder of its own, as Llama-4's text model, is read by passes of the model itself.
-        if READING in kwargs or not self._acts_on(kwargs):
-            return None
+    def pass_keywords(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], read: dict[tuple[int, ...], dict[int, Tensor]]
+    ) -> dict[str, Any]:
+        """Return the plan of a pass over given responses, and its tokens where its edits are recorded."""
+        if not self.keywords or not self._acts_on(kwargs):
+            return {}
         call: SteeredCall | None = kwargs.get(self._keys["call"])
         added: dict[str, Any] = {}
         if call is None:
@@ -118,10 +111,11 @@ class Gated(Attachable):
                     "steering.responses(starts): model(...)`, or call dspa.detach(model) first."
                 )
             prompts, rows = whole_sequences(args, kwargs, call.starts, self.positions)
+            prompts = replace(prompts, residuals=read.setdefault(tuple(call.starts.tolist()), {}))
             added = {**self._plan(prompts, call), "rows": rows, "call": call}
         if call.traces:
             added["tokens"] = kwargs.get("input_ids", args[0] if args else None)
-        return (args, kwargs | self._named(added)) if added else None
+        return self._named(added)
 
     def _acts_on(self, kwargs: dict[str, Any]) -> bool:
         call = kwargs.get(self._keys["call"])

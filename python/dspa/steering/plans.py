@@ -8,17 +8,15 @@ from torch import Tensor
 from dspa.config import SteeringConfig
 from dspa.errors import ModelError
 from dspa.maps.cdmap import ConditionalDifferenceMap
-from dspa.models.layers import CausalLM, check_eval, check_finite
+from dspa.models.layers import check_finite
 from dspa.models.prompts import Prompts
-from dspa.models.reading import read_layers
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import required_layer
 from dspa_kernels import SteeringPlan, activation_counts
 
 
 def plan_prompts(
-    model: CausalLM,
-    layers: str | None,
+    h: Tensor,
     prompts: Prompts,
     sae_in: FrozenSAE,
     cdmap: ConditionalDifferenceMap,
@@ -28,8 +26,7 @@ def plan_prompts(
     """Return the plan of each prompt.
 
     Args:
-        model: the model, in evaluation mode.
-        layers: dotted path of the decoder layers, for an unknown architecture.
+        h: their residuals at the layer of the input SAE [B, T, d_in].
         prompts: the prompts.
         sae_in: the SAE that gates.
         cdmap: the map.
@@ -37,17 +34,12 @@ def plan_prompts(
         backend: as for `dspa_kernels.activation_counts`.
 
     Raises:
-        ModelError: a model in training mode, hidden states that are not finite, or an SAE on another device.
+        ModelError: hidden states that are not finite, or an SAE on another device.
     """
-    check_eval(model)
-    l_in = required_layer(sae_in)
-    h = read_layers(
-        model, [l_in], layers, **prompts.inputs, attention_mask=prompts.mask.long(), position_ids=prompts.positions
-    )[l_in]
     check_device("sae_in", sae_in, h)
     n_prompts, length, _ = h.shape
     mask = prompts.mask.to(h.device)
-    check_finite(h[mask], l_in, "Hidden states of the prompt")
+    check_finite(h[mask], required_layer(sae_in), "Hidden states of the prompt")
     row = torch.arange(n_prompts, device=h.device, dtype=torch.int32)[:, None].expand(-1, length)
     rows = torch.where(mask, row, -1).flatten()
     counts = activation_counts(h.flatten(0, 1), sae_in.weights, rows, n_prompts, backend=backend)
