@@ -57,9 +57,9 @@ class Setup:
 
     def __post_init__(self) -> None:
         last = len(self.model.layers) - 1
-        if not 0 <= self.layer_in < self.layer_out <= last:
+        if not 0 <= self.layer_in <= self.layer_out <= last:
             got = f"{self.layer_in} and {self.layer_out}"
-            accepted = f"two layers of {self.model.name}, 0 to {last}, the input SAE's first"
+            accepted = f"layers of {self.model.name}, 0 to {last}, the output SAE's not below the input SAE's"
             raise refusal(ModelError, "The layers of the SAEs", got, accepted)
 
     @property

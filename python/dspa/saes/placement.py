@@ -24,10 +24,10 @@ def check_saes(
     """
     for name, sae in (("sae_in", sae_in), ("sae_out", sae_out)):
         check_sae(name, sae, model, n_layers, model_name)
-    if required_layer(sae_in) >= required_layer(sae_out):
+    if required_layer(sae_in) > required_layer(sae_out):
         raise ModelError(
-            f"The input SAE sits at layer {sae_in.layer} and the output SAE at layer {sae_out.layer}. The input SAE "
-            "has to come first, since a prompt is read before it is steered."
+            f"The input SAE sits at layer {sae_in.layer} and the output SAE at layer {sae_out.layer}. The output SAE "
+            "has to be of the same layer or a later one, since a prompt is read before it is steered."
         )
 
 

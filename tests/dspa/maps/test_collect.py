@@ -258,8 +258,7 @@ def test_training_mode(case: Case) -> None:
 BAD_SAES = {
     "sae_in": (make_sae(L_IN, 20, d_in=D_IN + 1), f"`sae_in` reads {D_IN + 1} dimensions .* is {D_IN}"),
     "sae_out": (make_sae(L_OUT, 20, d_in=D_IN + 1), f"`sae_out` reads {D_IN + 1} dimensions .* is {D_IN}"),
-    "sae_in at l_out": (make_sae(L_OUT, 20), f"input SAE sits at layer {L_OUT} and the output SAE at layer {L_OUT}"),
-    "sae_in above": (make_sae(L_OUT + 1, 20), f"input SAE sits at layer {L_OUT + 1}"),
+    "sae_in above": (make_sae(L_OUT + 1, 20), f"input SAE sits at layer {L_OUT + 1}.* output SAE at layer {L_OUT}"),
     "sae_out beyond": (make_sae(4, 20), "`sae_out` sits at layer 4; accepted: 0 to 3"),
     "sae_out without a layer": (make_sae(None, 20), "does not say its layer"),
     "sae_in of another": (make_sae(L_IN, 20, model_name="gemma-2-2b"), "`sae_in` was made for 'gemma-2-2b'.*'mine'"),

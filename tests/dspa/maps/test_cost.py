@@ -165,9 +165,7 @@ def test_sizes_of_the_published_models(setup: Setup) -> None:
 
 
 def test_layers_that_a_model_does_not_have() -> None:
-    with pytest.raises(
-        ModelError, match="The layers of the SAEs is 24 and 7; accepted: two layers of Gemma-2-2B, 0 to 25"
-    ):
+    with pytest.raises(ModelError, match="The layers of the SAEs is 24 and 7; accepted: layers of Gemma-2-2B, 0 to 25"):
         replace(PUBLISHED[0], layer_in=24, layer_out=7)
     with pytest.raises(ModelError, match="is 7 and 26"):
         replace(PUBLISHED[0], layer_out=26)
@@ -252,7 +250,7 @@ def test_command_for_a_model_and_its_map(run: Callable[..., tuple[int, str]], tm
         (["--model", "{}/m"], "--sae-in or --sae-out is not given; accepted: both of them, or --map"),
         (["--model", "{}/m", "--map", "{}/map", "--sae-in", "{}/in"], "--map and SAEs were given"),
         (["--model", "{}/m", "--sae-in", "{}/in", "--sae-out", "{}/wide"], "--sae-out is an SAE of width 20"),
-        (["--model", "{}/m", "--sae-in", "{}/in", "--sae-out", "{}/in"], "is 1 and 1; accepted: two layers of m"),
+        (["--model", "{}/m", "--sae-in", "{}/out", "--sae-out", "{}/in"], "is 2 and 1; accepted: layers of m"),
         (["--model", "{}/m", "--map", "{}/map", "--dtype", "int8"], "--dtype is 'int8'"),
     ],
     ids=str,
@@ -260,6 +258,7 @@ def test_command_for_a_model_and_its_map(run: Callable[..., tuple[int, str]], tm
 def test_command_refuses(run: Callable[..., tuple[int, str]], tmp_path: Path, options: list[str], message: str) -> None:
     saes = make_sae(L_IN, 96, seed=1), make_sae(L_OUT, 128, seed=2)
     saes[0].save(tmp_path / "in")
+    saes[1].save(tmp_path / "out")
     make_sae(L_OUT, 64, d_in=20).save(tmp_path / "wide")
     make_map(*saes).save(tmp_path / "map")
     make_model("llama").config.save_pretrained(tmp_path / "m")

@@ -82,6 +82,11 @@ def test_counts_are_those_of_separate_full_passes(family_case: Case, padding_sid
     assert not whole(got).cut.any()
 
 
+def test_both_saes_at_one_layer(family_case: Case) -> None:
+    case = replace(family_case, sae_in=make_sae(L_OUT, D_SAE_OUT, seed=4))
+    check_plain(case, case.collect(), case.ids)
+
+
 @pytest.mark.parametrize("family", ["gemma2", "qwen3"])
 def test_layers_that_return_tuples(family: str, case: Case) -> None:
     ordinary = make_case(family)
