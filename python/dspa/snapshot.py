@@ -55,9 +55,14 @@ class Frozen(ABC):
     def _freeze(self) -> None:
         self._made = Snapshot(**self._tensors())
 
+    @property
+    def changed(self) -> list[str]:
+        """Names of the tensors that were changed in place or replaced, as far as `Snapshot` sees it."""
+        return self._made.changed(**self._tensors())
+
     def check_unchanged(self) -> None:
-        """Raise if a tensor was changed in place or replaced, as far as `Snapshot` sees it."""
-        if changed := self._made.changed(**self._tensors()):
+        """Raise if a tensor is among those `changed`."""
+        if changed := self.changed:
             raise refusal(
                 self._error,
                 f"A tensor of the {self._kind}",

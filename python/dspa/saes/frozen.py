@@ -7,6 +7,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -413,6 +414,8 @@ class FrozenSAE(Frozen, Autoencoder):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FrozenSAE:
         """Return the SAE on `device`, with `W_enc`, `W_dec` and `b_dec` in `dtype`; itself if nothing changes.
 
+        While a copy is in use, the same is returned again: what shares an SAE shares its copies.
+
         `b_enc` and `threshold` stay fp32, or fp64 for fp64, since rounding them changes which latents are active. The
         fingerprint stays the same.
 
@@ -423,6 +426,10 @@ class FrozenSAE(Frozen, Autoencoder):
         dtype = self.dtype if dtype is None else dtype
         if (device, dtype) == (self.device, self.dtype):
             return self
+        self.check_unchanged()
+        copies = _COPIES.setdefault(self, WeakValueDictionary())
+        if (made := copies.get((device, dtype))) is not None and not made.changed:
+            return made
         if dtype not in DTYPES:
             raise refusal(SAEError, "`dtype`", dtype, ", ".join(map(str, DTYPES)))
         full = full_dtype(dtype)
@@ -439,6 +446,7 @@ class FrozenSAE(Frozen, Autoencoder):
         )
         check_values(new.weights, new.b_dec, new.W_skip)
         new._freeze()
+        copies[device, dtype] = new
         return new
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -508,3 +516,9 @@ class FrozenSAE(Frozen, Autoencoder):
             f"FrozenSAE({kind}{k}{normalize}, d_in={self.d_in}, d_sae={self.d_sae}{d_out}, {place}, "
             f"model={self.model_name}, {str(self.dtype).removeprefix('torch.')} on {self.device}{folded})"
         )
+
+
+# Copies by device and dtype, of each SAE, as long as they are in use.
+_COPIES: WeakKeyDictionary[FrozenSAE, WeakValueDictionary[tuple[torch.device, torch.dtype], FrozenSAE]] = (
+    WeakKeyDictionary()
+)
