@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dspa.saes.frozen import FrozenSAE
     from dspa.saes.meanings import top_tokens
     from dspa.steering.dspa import Steering, detach
+    from dspa.steering.joint import JointSteering
     from dspa.steering.vector import SteeringVector
     from dspa.version import __version__
 
@@ -50,6 +51,7 @@ HOMES = {
     "top_contexts": "dspa.audit.evidence",
     "top_tokens": "dspa.saes.meanings",
     "Steering": "dspa.steering.dspa",
+    "JointSteering": "dspa.steering.joint",
     "SteeringVector": "dspa.steering.vector",
     "detach": "dspa.steering.dspa",
     "__version__": "dspa.version",
@@ -61,6 +63,7 @@ __all__ = [
     "Comparison",
     "ConditionalDifferenceMap",
     "FrozenSAE",
+    "JointSteering",
     "MapError",
     "Method",
     "ModelError",

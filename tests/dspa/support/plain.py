@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def encode(sae: FrozenSAE, h: Tensor) -> Tensor:
 
 
 class Plain:
-    """Steers one row by full passes over the whole sequence."""
+    """Steers one row by full passes over the whole sequence, alone or with others beside it."""
 
     def __init__(
         self,
@@ -30,8 +30,9 @@ class Plain:
         sae_out: FrozenSAE,
         cdmap: ConditionalDifferenceMap,
         config: SteeringConfig,
+        beside: Sequence[Plain] = (),
     ) -> None:
-        self.model, self.layers, self.config = model, layers, config
+        self.model, self.layers, self.config, self.beside = model, layers, config, beside
         self.sae_in, self.sae_out, self.cdmap = sae_in, sae_out, cdmap
 
     def select(self, prompt: list[int]) -> tuple[list[int], list[int]]:
@@ -52,7 +53,16 @@ class Plain:
     @contextlib.contextmanager
     def steered(self, prompt: list[int]) -> Iterator[None]:
         """Edit every pass over the whole sequence of one row, or of its beams, within a `with` block."""
-        augment, ablate = self.select(prompt)
+        all_of_them = (self, *self.beside)
+        # All of them before any edit.
+        chosen = [plain.select(prompt) for plain in all_of_them]
+        with contextlib.ExitStack() as edits:
+            for plain, (augment, ablate) in zip(all_of_them, chosen, strict=True):
+                edits.enter_context(plain._edited(prompt, augment, ablate))
+            yield
+
+    @contextlib.contextmanager
+    def _edited(self, prompt: list[int], augment: list[int], ablate: list[int]) -> Iterator[None]:
         start = len(prompt) - {"response": 1, "generated": 0, "all": len(prompt)}[self.config.positions]
 
         def edit(_module: object, _args: object, output: Tensor | tuple[Tensor, ...]) -> object:
