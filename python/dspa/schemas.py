@@ -112,6 +112,10 @@ def schema(cls: type[T]) -> type[T]:
 
     @wraps(initialise)
     def checked(self: T, *values: Any, **named: Any) -> None:
+        # By their names, which messages then say; what is given twice stays for an error of its own.
+        names = [field.name for field in dataclasses.fields(made)][: len(values)]
+        if len(names) == len(values) and not {*names} & {*named}:
+            values, named = (), dict(zip(names, values, strict=True)) | named
         try:
             initialise(self, *values, **named)
         except ValidationError as error:
