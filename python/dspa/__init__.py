@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dspa.models.load import load_model
     from dspa.saes.frozen import FrozenSAE
     from dspa.saes.meanings import top_tokens
+    from dspa.steering.decisions import EntropyGate, FirstTokens, RandomGate
     from dspa.steering.dspa import Steering, detach
     from dspa.steering.joint import JointSteering
     from dspa.steering.vector import SteeringVector
@@ -50,6 +51,9 @@ HOMES = {
     "collect_evidence": "dspa.audit.evidence",
     "top_contexts": "dspa.audit.evidence",
     "top_tokens": "dspa.saes.meanings",
+    "EntropyGate": "dspa.steering.decisions",
+    "FirstTokens": "dspa.steering.decisions",
+    "RandomGate": "dspa.steering.decisions",
     "Steering": "dspa.steering.dspa",
     "JointSteering": "dspa.steering.joint",
     "SteeringVector": "dspa.steering.vector",
@@ -62,12 +66,15 @@ __all__ = [
     "Collection",
     "Comparison",
     "ConditionalDifferenceMap",
+    "EntropyGate",
+    "FirstTokens",
     "FrozenSAE",
     "JointSteering",
     "MapError",
     "Method",
     "ModelError",
     "PreferenceError",
+    "RandomGate",
     "SAEError",
     "Steering",
     "SteeringConfig",

@@ -17,5 +17,9 @@ def random_vector(vector: SteeringVector, seed: int) -> SteeringVector:
     numbers = vector.vector
     drawn = torch.randn(len(numbers), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     drawn *= torch.linalg.vector_norm(numbers.double()).cpu() / torch.linalg.vector_norm(drawn)
-    names = {"model_name": vector.model_name, "model_digest": vector.model_digest}
-    return SteeringVector(drawn.to(numbers), vector.layer, vector.scale, vector.positions, **names)
+    return SteeringVector(
+        *(drawn.to(numbers), vector.layer, vector.scale, vector.positions),
+        model_name=vector.model_name,
+        model_digest=vector.model_digest,
+        gate=vector.gate,
+    )

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from dspa.data.tokens import response_tokens
 from dspa.data.triples import Triple, load_triples
 from dspa.errors import refusal
-from dspa.models.attachment import Attachment
+from dspa.models.attachment import Attachment, raw_logits
 from dspa.models.layers import CausalLM, base_model, context_length, device_of
 from dspa.schemas import PositiveInt, check
 
@@ -102,8 +102,10 @@ def teacher_forced(model: CausalLM, batch: Sequence[Response]) -> Iterator[None]
 def log_probabilities(model: CausalLM, batch: Sequence[Response]) -> Tensor:
     """Return the mean log-probability per token of each response after its prompt, [B] fp32 on the CPU.
 
-    All that is attached to the model acts on them.
+    All that is attached to the model acts on them. Where some of it is `stepwise`, they are read token by token.
     """
+    if any(attachable.stepwise and attachable.enabled for attachable in Attachment.of(model).attached):
+        return _stepwise_log_probabilities(model, batch)
     inputs = padded(model, batch)
     # A row of logits is as wide as the vocabulary: none are computed where all rows of the batch are prompt.
     first = min(len(response.prompt) for response in batch) - 1
@@ -115,4 +117,56 @@ def log_probabilities(model: CausalLM, batch: Sequence[Response]) -> Tensor:
         start = len(response.prompt) - 1 - first
         predicted = row[start : start + len(response.ids)].float()
         means.append(-cross_entropy(predicted, torch.tensor(response.ids, device=predicted.device)))
+    return torch.stack(means).cpu()
+
+
+class Forced(LogitsProcessor):
+    """Lets `generate()` write given responses, and keeps the log-probability of each of their tokens.
+
+    Attributes:
+        ids: tokens of the responses [B, N].
+        logps: their log-probabilities so far, [B] per token.
+    """
+
+    supports_continuous_batching = False
+
+    def __init__(self, model: CausalLM, ids: Tensor) -> None:
+        self._model, self.ids, self.logps = model, ids, list[Tensor]()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores that leave one token, and keep that of the model's own logits."""
+        token = self.ids[:, len(self.logps), None]
+        logits = raw_logits(self._model)[:, -1].float()
+        self.logps.append(logits.log_softmax(dim=-1).gather(1, token.to(logits.device))[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter(1, token.to(scores.device), 0.0)
+
+
+def generate_given(model: CausalLM, batch: Sequence[Response]) -> Tensor:
+    """Write given responses by `generate()`, and return the log-probabilities of their tokens [B, N] fp32.
+
+    All that is attached to the model acts as if it had chosen these tokens. After the end of a response, there are the
+    log-probabilities of padding.
+    """
+    width, device = max(len(response.prompt) for response in batch), device_of(model.get_input_embeddings())
+    rows = [[0] * (width - len(response.prompt)) + response.prompt for response in batch]
+    masks = [[0] * (width - len(response.prompt)) + [1] * len(response.prompt) for response in batch]
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(response.ids) for response in batch], batch_first=True)
+    forced = Forced(model, ids.to(device))
+    model.generate(
+        torch.tensor(rows, device=device),
+        attention_mask=torch.tensor(masks, device=device),
+        logits_processor=[forced],
+        max_new_tokens=ids.shape[1],
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=0,
+        # No token is an end, since a response may go on after one.
+        eos_token_id=model.config.get_text_config().vocab_size,
+    )
+    return torch.stack(forced.logps, dim=1)
+
+
+def _stepwise_log_probabilities(model: CausalLM, batch: Sequence[Response]) -> Tensor:
+    logps = generate_given(model, batch)
+    means = [row[: len(response.ids)].mean() for row, response in zip(logps, batch, strict=True)]
     return torch.stack(means).cpu()

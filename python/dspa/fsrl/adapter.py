@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from dspa.errors import AdapterError, refusal
 from dspa.files import check_seal, checksum, read_header, read_tensors, sealed, warn_unsealed, write_tensors
 from dspa.fsrl.config import FSRLConfig
-from dspa.models.attachment import Attachable, Call
 from dspa.models.layers import CausalLM, device_of
 from dspa.models.scopes import Scope
 from dspa.models.sources import Source
@@ -25,6 +24,9 @@ from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_sae, required_layer
 from dspa.schemas import Count, Fraction, OneOf, PositiveInt, Text, check, read_json, schema
 from dspa.snapshot import Snapshot
+from dspa.steering.calls import SteeredCall
+from dspa.steering.decisions import Gate
+from dspa.steering.gated import Gated
 from dspa_kernels import fsrl_residual, product
 
 FORMAT = "dspa.fsrl.1"
@@ -89,7 +91,7 @@ class Recording(Scope):
     moves: Moves
 
 
-class FSRLAdapter(Attachable, nn.Module):
+class FSRLAdapter(Gated, nn.Module):
     """`h' = h + (ReLU(f + v) - f) W_dec` with `v = act(h W_a^T + b_a)` and the latents f of `sae` (arXiv 2509.12934).
 
     Trainable are `W_a` [d_sae, d_in], one row per latent, `b_a` [d_sae], and `threshold` [d_sae] for soft_threshold or
@@ -103,6 +105,8 @@ class FSRLAdapter(Attachable, nn.Module):
         sae: the SAE, which stays as it is.
         config: the published settings by default.
         backend: backend of `dspa_kernels.fsrl_residual`.
+        gate: which tokens of an answer are moved; None for all. Those of the prompt before its last are always moved.
+            It is not saved.
 
     Attributes:
         mask: [d_sae] bool, True for latents that may be moved; None for all. Mask and fraction hold for all threads, so
@@ -118,8 +122,15 @@ class FSRLAdapter(Attachable, nn.Module):
         ModelError: an SAE that does not name its layer.
     """
 
-    def __init__(self, sae: FrozenSAE, config: FSRLConfig | None = None, *, backend: str = "auto") -> None:
-        super().__init__()
+    def __init__(
+        self,
+        sae: FrozenSAE,
+        config: FSRLConfig | None = None,
+        *,
+        backend: str = "auto",
+        gate: Gate | None = None,
+    ) -> None:
+        super().__init__(gate)
         config = config or FSRLConfig()
         for name, value, kind in (("sae", sae, FrozenSAE), ("config", config, FSRLConfig)):
             if not isinstance(value, kind):
@@ -144,8 +155,13 @@ class FSRLAdapter(Attachable, nn.Module):
         self._cast: Tensor | None = None
         self._cast_of = Snapshot()
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Return residuals [..., d_in] with their latents moved, in their dtype."""
+    def forward(self, h: Tensor, moved: Tensor | None = None) -> Tensor:
+        """Return residuals with their latents moved, in their dtype.
+
+        Args:
+            h: residuals [..., d_in].
+            moved: True for those that are moved [...]; None for all.
+        """
         steered, l1, l0 = fsrl_residual(
             h.reshape(-1, h.shape[-1]),
             self.sae.weights,
@@ -158,6 +174,9 @@ class FSRLAdapter(Attachable, nn.Module):
             fraction=self._fraction,
             backend=self.backend,
         )
+        if moved is not None:
+            l1, l0 = (one.where(moved.flatten(), 0) for one in (l1, l0))
+            steered = steered.where(moved.flatten()[:, None], h.reshape(-1, h.shape[-1]))
         if recording := self._innermost(Recording):
             recording.moves.l1.append(l1.view(h.shape[:-1]))
             recording.moves.l0.append(l0.view(h.shape[:-1]))
@@ -194,7 +213,7 @@ class FSRLAdapter(Attachable, nn.Module):
         self._fraction = check(Fraction, fraction, AdapterError, "`fraction`")
 
     def _check_idle(self, name: str) -> None:
-        if self._n_open.get(Call.__name__):
+        if self._n_open.get(SteeredCall.__name__):
             raise AdapterError(
                 f"`{name}` cannot be changed while a call of generate() runs, which would use both values. Change it "
                 "before or after, or load the adapter once for each thread."
@@ -270,6 +289,7 @@ class FSRLAdapter(Attachable, nn.Module):
             other.get_parameter(name).copy_(parameter[order])
         other.trained_with, other.trained_on, other.fraction = self.trained_with, self.trained_on, self.fraction
         other.mask = None if self.mask is None else self.mask[order]
+        other.gate = self.gate
         return other.requires_grad_(False).train(self.training)
 
     def train(self, mode: bool = True) -> FSRLAdapter:
@@ -303,6 +323,7 @@ class FSRLAdapter(Attachable, nn.Module):
         check_sae("sae", self.sae, model, len(stack), model_name)
         self._check_finite("the adapter")
         self.to(device_of(stack[self.layer]))
+        self._name_keywords()
 
     def _check_finite(self, what: str) -> None:
         wrong = [name for name, tensor in self.named_parameters() if not bool(tensor.isfinite().all())]
@@ -318,8 +339,21 @@ class FSRLAdapter(Attachable, nn.Module):
         with self._opened(Recording(self, Moves())) as scope:
             yield scope.moves
 
+    @property
+    def positions(self) -> str:
+        """Tokens that are moved: all, the prompt's too, as in training."""
+        return "all"
+
+    def responses(self, starts: Sequence[int] | Tensor) -> AbstractContextManager[None]:
+        """Act on plain forward passes over prompts with given responses, within a `with` block.
+
+        Args:
+            starts: column of each row's first response token [B]. It matters to a gate alone.
+        """
+        return nullcontext() if self.gate is None else super().responses(starts)
+
     def _edit(self, h: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        steered: Tensor = self(h)
+        steered: Tensor = self(h, self._steered(h, kwargs))
         return steered
 
     @property

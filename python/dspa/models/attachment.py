@@ -18,12 +18,13 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import GenerationConfig, LogitsProcessorList
 
 from dspa.errors import ModelError, refusal
 from dspa.models.layers import NOT_FINITE, CausalLM, base_model, check_eval, decoder_layers, hidden_size
@@ -35,8 +36,16 @@ from dspa.models.sources import check_weights
 ATTRIBUTE = "_dspa_attachment"
 # The method whose signature says which keywords a model takes, and which of ours it takes by how many blocks.
 PREPARE, ACCEPTED = "prepare_inputs_for_generation", "_dspa_accepted"
+# The method that returns what `generate()` changes logits by, with the settings of the call filled in.
+PROCESSORS = "_get_logits_processor"
 # The method with which `generate_batch()` and a paged cache begin.
 CONTINUOUS = "init_continuous_batching"
+# What is refused with several tokens per pass, what is accepted, and advice.
+STEPWISE = (
+    "given, with a gate that reads the logits before each token",
+    "generation of one token at a time",
+    "Leave it out, or use a RandomGate or FirstTokens.",
+)
 # Held while threads change what they share. Not an attribute of an `Attachable`, since a lock cannot be copied.
 LOCK = threading.Lock()
 # A child of fork() has no other thread that could release it.
@@ -62,6 +71,27 @@ class Call(Scope):
         # `generate()` copies the keywords of a call for an assistant.
         return self
 
+    @property
+    def observes(self) -> bool:
+        """True if it has to `observe` logits."""
+        return False
+
+    def begin(self, ends: Sequence[int], n_new: int) -> None:
+        """Begin to generate: `ends` are the tokens that end a row, and `n_new` is the largest number of new ones."""
+
+    def observe(self, ids: Tensor, logits: Tensor) -> None:
+        """Read the logits [R, V] from which the token after `ids` [R, T] is chosen, before anything changes them."""
+
+    def step_keywords(self, ids: Tensor, n_columns: int, n_total: int) -> dict[str, Tensor]:
+        """Return keywords of the next pass of `generate()` alone, made outside of what is compiled.
+
+        Args:
+            ids: all tokens so far, with those of the pass [R, T]; while a prompt is read in chunks, those of the chunk.
+            n_columns: number of columns of the pass.
+            n_total: number of all columns up to the end of the pass.
+        """
+        return {}
+
 
 @dataclass(eq=False)
 class Generation(Scope):
@@ -69,9 +99,35 @@ class Generation(Scope):
 
     Attributes:
         logits: those of the latest pass that was not compiled.
+        calls: those of all that acts in it.
     """
 
     logits: Tensor | None = None
+    calls: list[Call] = field(default_factory=list)
+
+    def begin(self, config: GenerationConfig, n_ids: int) -> None:
+        """Tell the calls how their rows end.
+
+        Args:
+            config: the settings of the call, with all defaults filled in.
+            n_ids: number of columns of its `input_ids`.
+
+        Raises:
+            ModelError: tokens that are looked up, where they have to be read one at a time.
+        """
+        ends = config.eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        if config.prompt_lookup_num_tokens and any(call.observes for call in self.calls):
+            raise refusal(ModelError, "`prompt_lookup_num_tokens`", *STEPWISE)
+        for call in self.calls:
+            call.begin(ends, config.max_length - n_ids)
+
+    def observe(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Let the calls read logits, as a processor of logits that changes none."""
+        for call in self.calls:
+            if call.observes:
+                call.observe(ids, logits)
+        return logits
 
     def check(self) -> None:
         """Raise `ModelError` if the logits are NaN, as they stay for all tokens after one that is NaN in some layer."""
@@ -201,9 +257,13 @@ class Attachable(ABC):
         del starts
         return nullcontext()
 
+    def acts_in(self, model: nn.Module) -> bool:
+        """Return True if this is attached to `model`."""
+        return self._attachment is not None and self._attachment.model is base_model(model)
+
     def check_attached(self, model: nn.Module) -> None:
         """Raise `ModelError` unless this is attached to `model`."""
-        if self._attachment is None or self._attachment.model is not base_model(model):
+        if not self.acts_in(model):
             name = type(self).__name__
             raise ModelError(f"The {name} is not attached to this model, so it would change nothing: attach it first.")
 
@@ -249,6 +309,11 @@ class Attachable(ABC):
             h: residual at the output of the layer [B, T, d_in].
             kwargs: keywords that the layer was called with.
         """
+
+    @property
+    def stepwise(self) -> bool:
+        """True if the tokens of an answer have to be read one at a time, so that `responses()` is refused."""
+        return False
 
     @property
     def model_digest(self) -> str:
@@ -350,6 +415,7 @@ class Attachment:
         if names:
             before = self.model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
             self._undo.callback(before.remove)
+            self._undo.enter_context(overridden(self.model, PROCESSORS, self._processors(self.model)))
         self._undo.enter_context(overridden(self.model, "generate", self._generate(self.model.generate)))
         if kinds := ", ".join(type(attachable).__name__ for attachable in attached if attachable.keywords):
             problem = (
@@ -368,6 +434,21 @@ class Attachment:
         if not torch.compiler.is_compiling() and (generation := innermost(self, Generation)):
             generation.logits = getattr(output, "logits", None)
 
+    def _processors(self, model: CausalLM) -> Callable[..., LogitsProcessorList]:
+        """Return the method PROCESSORS that lets calls observe the logits before all else."""
+        original = getattr(model, PROCESSORS)
+
+        @functools.wraps(original)
+        def processors(generation_config: GenerationConfig, **kwargs: Any) -> LogitsProcessorList:
+            made: LogitsProcessorList = original(generation_config=generation_config, **kwargs)
+            if generation := innermost(self, Generation):
+                generation.begin(generation_config, kwargs["input_ids_seq_length"])
+                if any(call.observes for call in generation.calls):
+                    made.insert(0, generation.observe)
+            return made
+
+        return processors
+
     def _generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -378,9 +459,10 @@ class Attachment:
             with ExitStack() as calls:
                 for attachable in acting:
                     calls.enter_context(attachable.checked_call())
+                running = [call for attachable in acting if (call := innermost(attachable, Call))]
                 plans = self._plans(acting, inputs, args, kwargs)
                 calls.enter_context(self._assistant_accepting(kwargs.get("assistant_model"), names))
-                with opened(Generation(self)) as generation:
+                with opened(Generation(self, calls=running)) as generation:
                     result = original(inputs, *args, **kwargs | plans)
                 for attachable in acting:
                     if attachable not in self.attached or not attachable.enabled:
@@ -451,9 +533,13 @@ class Attachment:
         """Let the assistant of a call of `generate()` pass on the plans that it gets with each call of its own.
 
         Raises:
-            ModelError: the assistant is steered by plans of its own.
+            ModelError: the assistant is steered by plans of its own, or tokens have to be read one at a time.
         """
-        if assistant is None or base_model(assistant) is self.model:
+        if assistant is None:
+            return nullcontext()
+        if any(other.enabled and other.stepwise for other in self.attached):
+            raise refusal(ModelError, "`assistant_model`", *STEPWISE)
+        if base_model(assistant) is self.model:
             return nullcontext()
         own = [other for other in Attachment.of(base_model(assistant)).attached if other.enabled and other.keywords]
         if own:
@@ -465,6 +551,18 @@ class Attachment:
                 "Call dspa.detach(assistant_model): what is generated follows the steered model either way.",
             )
         return accepting(assistant, names)
+
+
+def raw_logits(model: CausalLM) -> Tensor:
+    """Return the logits [B, T, V] of the latest pass in the running call of `generate()` of a model.
+
+    Raises:
+        ModelError: nothing is attached to the model, or the pass was compiled.
+    """
+    generation = innermost(Attachment.of(model), Generation)
+    if generation is None or generation.logits is None:
+        raise ModelError("The logits of the running generate() are not known: it is compiled, or nothing is attached.")
+    return generation.logits
 
 
 def _refuse(problem: str, *_args: Any, **_kwargs: Any) -> None:
@@ -515,8 +613,13 @@ def _accept(model: CausalLM, names: Iterable[str], change: int) -> None:
         return
 
     @functools.wraps(original)
-    def prepare(*args: Any, **kwargs: Any) -> Any:
-        return original(*args, **kwargs)
+    def prepare(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        inputs = original(input_ids, *args, **kwargs)
+        for call in [value for value in inputs.values() if isinstance(value, Call)]:
+            # An assistant only passes on what is of the model that it assists.
+            if isinstance(call.owner, Attachable) and call.owner.acts_in(model):
+                inputs |= _step_keywords(call, input_ids, kwargs, inputs)
+        return inputs
 
     signature = inspect.signature(original)
     extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in counts]
@@ -525,3 +628,12 @@ def _accept(model: CausalLM, names: Iterable[str], change: int) -> None:
     prepare.__signature__ = signature.replace(parameters=[*known, *extra, rest])  # type: ignore[attr-defined]
     setattr(model, PREPARE, prepare)
     setattr(model, ACCEPTED, (before, counts))
+
+
+def _step_keywords(call: Call, ids: Tensor, kwargs: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the keywords of a call for the pass that `prepare_inputs_for_generation` made `inputs` for."""
+    tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+    mask = kwargs.get("attention_mask")
+    n_total = ids.shape[1] if mask is None else mask.shape[1]
+    made = call.step_keywords(ids, tokens.shape[1], n_total)
+    return {name: tensor.to(tokens.device) for name, tensor in made.items()}

@@ -19,6 +19,7 @@ from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_sae, required_layer
 from dspa.schemas import NonNegative, check
 from dspa.steering.calls import SteeredCall
+from dspa.steering.decisions import Gate
 from dspa.steering.gated import Gated
 from dspa.steering.plans import check_device
 from dspa_kernels import MapWeights, SteeringPlan, steer
@@ -53,6 +54,7 @@ class Ablation(Gated):
         alpha: strength, >= 0.
         model_name: name of the model that the sets were chosen with, empty if that is not known.
         model_digest: `dspa.models.sources.model_digest` of that model, likewise. A model of other weights is refused.
+        gate: which tokens of an answer are edited; None for all.
 
     Raises:
         SAEError: an SAE of another place than the output of a decoder layer.
@@ -69,8 +71,9 @@ class Ablation(Gated):
         *,
         model_name: str = "",
         model_digest: str = "",
+        gate: Gate | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(gate)
         self.sae, self._layer = sae, required_layer(sae)
         self.alpha: float = check(NonNegative, alpha, ValueError, "`alpha`")
         self.sets = {name: tuple(latents) for name, latents in sets.items()}
@@ -154,7 +157,7 @@ class Ablation(Gated):
         return {"slots": slots, "signs": -(slots >= 0).to(torch.int8)}
 
     def _edit(self, h: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-        gated = self._gate(h, kwargs)
+        gated = self._gated(h, kwargs)
         if gated is None:
             return None
         check_device("sae", self.sae, h)

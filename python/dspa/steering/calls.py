@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from dspa.models.attachment import Call
 from dspa.models.scopes import Scope
 from dspa.steering.counters import COUNTED
+from dspa.steering.decisions import Decisions
 from dspa.steering.trace import Trace
 
 
@@ -23,6 +25,7 @@ class SteeredCall(Call):
         number: number of the pass that made the latest plan.
         starts: column of each row's first response token [B], within `responses()`.
         traces: where its edits are recorded.
+        decisions: those of its gate; None without one.
     """
 
     counters: Tensor | None = None
@@ -31,6 +34,28 @@ class SteeredCall(Call):
     number: int = 0
     starts: Tensor | None = None
     traces: tuple[Trace, ...] = ()
+    decisions: Decisions | None = None
+
+    @property
+    def observes(self) -> bool:
+        """True if its gate reads logits."""
+        return self.decisions is not None and self.decisions.gate.reads_logits
+
+    def begin(self, ends: Sequence[int], n_new: int) -> None:
+        """Note the tokens that end an answer, and the largest number of its tokens."""
+        if self.decisions is not None:
+            self.decisions.begin(ends, n_new)
+
+    def observe(self, ids: Tensor, logits: Tensor) -> None:
+        """Let the gate read the logits from which the next token is chosen."""
+        assert self.decisions is not None
+        self.decisions.observe(ids, logits)
+
+    def step_keywords(self, ids: Tensor, n_columns: int, n_total: int) -> dict[str, Tensor]:
+        """Return which residuals of the next pass its gate lets be steered, nothing without a gate."""
+        if self.decisions is None:
+            return {}
+        return {self.decisions.keyword: self.decisions.step(ids, n_columns, n_total)}
 
     def counted(self, name: str) -> int:
         """Return how often something was counted in the call. Waits for the device."""

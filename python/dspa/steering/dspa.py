@@ -29,6 +29,7 @@ from dspa.saes.placement import check_saes, required_layer
 from dspa.steering.ablation import left_to_ablations
 from dspa.steering.calls import Recording, SteeredCall
 from dspa.steering.counters import Counters
+from dspa.steering.decisions import Gate
 from dspa.steering.gated import Gated
 from dspa.steering.plans import check_device, plan_prompts
 from dspa.steering.trace import Trace
@@ -75,6 +76,7 @@ class Steering(Gated, nn.Module):
             read of the whole encoder for every token with an active selected latent.
         screen: "none", or "int5": read an int5 copy of the output SAE's encoder first, and the encoder itself only
             where the copy does not decide. The result is the same. Adds five bits for each number of the encoder.
+        gate: which tokens of an answer may be edited, as a `dspa.EntropyGate` says; None for all.
 
     Raises:
         BackendError: a backend that cannot run here.
@@ -95,8 +97,9 @@ class Steering(Gated, nn.Module):
         backend: str = "auto",
         record: bool = False,
         screen: str = "none",
+        gate: Gate | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(gate)
         self._config = config or SteeringConfig()
         for name, value, kind in (
             ("sae_in", sae_in, FrozenSAE),
@@ -287,7 +290,7 @@ class Steering(Gated, nn.Module):
 
     def _edit(self, h: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """Edit the residual at the output of layer `l_out` (steps 4 and 5)."""
-        gated = self._gate(h, kwargs)
+        gated = self._gated(h, kwargs)
         if gated is None:
             return None
         check_device("sae_out", self.sae_out, h)

@@ -16,6 +16,9 @@ from dspa.errors import ModelError, refusal
 from dspa.models.prompts import Prompts, token_mask, token_positions
 from dspa.models.reading import cache_in
 
+# Position that no token has.
+NEVER = torch.iinfo(torch.int64).max
+
 
 def first_steered(last_prompt: Tensor, positions: str) -> Tensor:
     """Return the first steered position of each row [B].
@@ -29,24 +32,32 @@ def first_steered(last_prompt: Tensor, positions: str) -> Tensor:
     return last_prompt if positions == "response" else last_prompt + 1
 
 
-def token_gate(position_ids: Tensor, start: Tensor | None, rows: Tensor | None) -> dict[str, Tensor]:
+def token_gate(
+    position_ids: Tensor, start: Tensor | None, rows: Tensor | None, opened: Tensor | None = None
+) -> dict[str, Tensor]:
     """Return the gate of `dspa_kernels.steer` for the tokens of one pass, flattened to [B * T].
 
     Args:
         position_ids: [B, T].
         start: first steered position of each row [B], where `rows` is None.
         rows: plan row of each token [B, T], -1 where it is not steered.
+        opened: tokens that may be steered [B, T] bool; None for all.
     """
     if rows is not None:
+        rows = rows if opened is None else rows.where(opened.to(rows.device), -1)
         return {"rows": rows.to(position_ids.device).flatten()}
     assert start is not None
     start = start.to(position_ids.device)
     if position_ids.shape[1] == 1:
         # Decoding: every row has its own plan row, and nothing is computed here except the edit itself.
+        if opened is not None:
+            start = start.where(opened.flatten(), NEVER)
         return {"positions": position_ids.flatten().long().contiguous(), "start": start}
     steered = position_ids >= start[:, None]
     # Padding on the left repeats position 0 until the first token.
     steered[:, :-1] &= position_ids[:, 1:] > 0
+    if opened is not None:
+        steered &= opened
     return {"rows": _plan_rows(steered).flatten()}
 
 
@@ -68,8 +79,11 @@ def response_columns(starts: Sequence[int] | Tensor) -> Tensor:
 
 def whole_sequences(
     args: tuple[Any, ...], kwargs: dict[str, Any], starts: Tensor, positions: str
-) -> tuple[Prompts, Tensor]:
-    """Return the prompts of a pass over whole sequences, and the plan row of each token [B, T], -1 if not steered.
+) -> tuple[Prompts, Tensor, Tensor]:
+    """Return the prompts of a pass over whole sequences, its plan rows, and the numbers of the tokens predicted.
+
+    The plan row of a token [B, T] is -1 if it is not steered. The number in the response of the token after it [B, T]
+    is below 0 in the prompt, and -1 at padding.
 
     Args:
         args: positional arguments of the call of the model.
@@ -103,7 +117,8 @@ def whole_sequences(
     # Without position_ids, transformers counts columns.
     position_ids = column[None].expand(shape) if position_ids is None else token_positions(position_ids, mask)
     prompts = Prompts({name: whole[:, :length]}, in_prompt[:, :length], position_ids[:, :length])
-    return prompts, _plan_rows(mask & (column >= first_steered(start - 1, positions)[:, None]))
+    index = (column - (start - 1)[:, None]).where(mask, -1)
+    return prompts, _plan_rows(mask & (column >= first_steered(start - 1, positions)[:, None])), index
 
 
 def _plan_rows(steered: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from dspa.files import SEAL, read_sealed, write_tensors
 from dspa.models.layers import CausalLM, check_model_name, device_of, hidden_size, loaded_name
 from dspa.outputs import output_file
 from dspa.schemas import Count, NonNegative, OneOf, Text, check, schema
+from dspa.steering.decisions import Gate
 from dspa.steering.gated import Gated
 
 FORMAT = "dspa.vector.1"
@@ -70,6 +71,7 @@ class SteeringVector(Gated):
             answer on.
         model_name: name of the model that it was made with, empty if that is not known.
         model_digest: `dspa.models.sources.model_digest` of that model, likewise. A model of other weights is refused.
+        gate: which tokens of an answer it is added to; None for all. It is not in the file.
 
     Attributes:
         costs: costs of making the vector, where `repe_vector` just made it. They are not in its file.
@@ -87,8 +89,9 @@ class SteeringVector(Gated):
         *,
         model_name: str = "",
         model_digest: str = "",
+        gate: Gate | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(gate)
         settings = {"layer": layer, "scale": scale, "positions": positions}
         settings |= {"model_name": model_name, "model_digest": model_digest}
         self._record = check(VectorRecord, settings, VectorError, "SteeringVector")
@@ -132,11 +135,6 @@ class SteeringVector(Gated):
         """Digest of the weights that the vector was made with, empty if that is not known."""
         return self._record.model_digest
 
-    @property
-    def keywords(self) -> tuple[str, ...]:
-        """Names of the keywords that carry where each prompt ends. Nothing has to be known to change all tokens."""
-        return () if self.positions == "all" else super().keywords
-
     def check_model(self, model: nn.Module, n_layers: int, model_name: str | None) -> None:
         """Raise `ModelError` unless the vector fits the layers, the width and the name of a model.
 
@@ -162,14 +160,8 @@ class SteeringVector(Gated):
     def _edit(self, h: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         # A model may have moved since it was attached.
         edited = (h + self._added.to(h.device)).to(h.dtype)
-        if self.positions == "all":
-            return edited
-        gated = self._gate(h, kwargs)
-        if gated is None:
-            return None
-        _, gate = gated
-        steered = gate["rows"] >= 0 if "rows" in gate else gate["positions"] >= gate["start"]
-        return torch.where(steered.view(*h.shape[:2], 1), edited, h)
+        steered = self._steered(h, kwargs)
+        return edited if steered is None else torch.where(steered[:, :, None], edited, h)
 
     def save(self, path: str | Path) -> None:
         """Write the vector to one safetensors file, with its settings in the header.
