@@ -18,8 +18,9 @@ from dspa.errors import ModelError, refusal
 from dspa.evaluate.responses import Response
 from dspa.models.attachment import Attachable
 from dspa.models.layers import CausalLM, base_model, context_length, device_of
-from dspa.steering.dspa import Steering
+from dspa.steering.dspa import Steering, attached_steerings
 from dspa.steering.gates import first_steered
+from dspa.steering.joint import JointSteering
 
 # Tokens per text where no number is given and the model has room for them.
 MAX_NEW_TOKENS = 200
@@ -48,7 +49,7 @@ class Answer:
 def answer_prompts(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    attached: Sequence[Attachable],
+    attached: Sequence[Attachable | JointSteering],
     prompts: Iterable[str],
     encode: Callable[[str], Sequence[int]],
     *,
@@ -90,7 +91,7 @@ def answer_prompts(
         raise refusal(ValueError, "`batch_size`", batch_size, "1 to stream" if stream else "a whole number >= 1")
     if compare and (beams := _n_beams(inner)) > 1:
         raise refusal(ValueError, "`num_beams` of the model's generation config", beams, "1 to compare texts")
-    steerings = [attachable for attachable in attached if isinstance(attachable, Steering)]
+    steerings = attached_steerings(inner)
     arguments = sampling_arguments(temperature, top_p)
     special = set(tokenizer.all_special_ids) if steerings else set()
     ends, start, waiting = end_tokens(inner, tokenizer), 0, iter(prompts)
@@ -252,19 +253,23 @@ class _Streamer(TextStreamer):
 
 def _check_steered(steerings: Sequence[Steering], start: int) -> None:
     """Raise `ModelError` if a prompt selected nothing to edit, so that its text is the base model's."""
-    for steering in steerings:
-        empty = unsteered_prompts(steering)
-        if any(empty):
-            raise ModelError(
-                f"Prompt {start + empty.index(True) + 1} selects no latent to edit, so that its text would be "
-                "unsteered: the rows of the map for its latents are 0 where this mode and scoring look. Remove the "
-                "prompt, or change `mode`, `scoring` or the map."
-            )
+    empty = unsteered_prompts(steerings)
+    if any(empty):
+        raise ModelError(
+            f"Prompt {start + empty.index(True) + 1} selects no latent to edit, so that its text would be unsteered: "
+            "the rows of the map for its latents are 0 where this mode and scoring look. Remove the prompt, or change "
+            "`mode`, `scoring` or the map."
+        )
 
 
-def unsteered_prompts(steering: Steering) -> list[bool]:
-    """Return True for each prompt of the latest call that selected nothing to edit; nothing before the first call."""
-    return [] if steering.plan is None else [bool(empty) for empty in (steering.plan.slots < 0).all(dim=1).tolist()]
+def unsteered_prompts(steerings: Sequence[Steering]) -> list[bool]:
+    """Return True for each prompt of the latest call in which no Steering selected a latent.
+
+    Nothing is returned before the first call, and without a Steering.
+    """
+    plans = [steering.plan for steering in steerings if steering.plan is not None]
+    empty = [(plan.slots < 0).all(dim=1).tolist() for plan in plans]
+    return [all(row) for row in zip(*empty, strict=True)]
 
 
 def edited_characters(

@@ -327,6 +327,11 @@ def _check_backend(backend: str) -> None:
         raise BackendError(f"backend={backend!r} cannot run here: {reason}. Use 'auto' or 'reference'.")
 
 
+def attached_steerings(model: nn.Module) -> list[Steering]:
+    """Return every Steering that is attached to `model`."""
+    return [other for other in Attachment.of(base_model(model)).attached if isinstance(other, Steering)]
+
+
 def detach(model: nn.Module) -> None:
     """Detach everything from `model`: every Steering and every adapter."""
     for attachable in list(Attachment.of(base_model(model)).attached):

@@ -45,11 +45,7 @@ class JointSteering:
         for part in self.parts:
             if not isinstance(part, Steering):
                 raise refusal(TypeError, "A part", f"a {type(part).__name__}", "a dspa.Steering")
-        layer, n_parts = Counter(self.layers).most_common(1)[0]
-        if n_parts > 1:
-            got, accepted = f"with {n_parts} parts that edit layer {layer}", "one for each output layer"
-            advice = "Two edits of one residual would undo each other in part: make one map of the triples of both."
-            raise refusal(ValueError, "`parts`", got, accepted, advice)
+        check_layers("`parts`", self.layers)
 
     @property
     def layers(self) -> list[int]:
@@ -143,3 +139,12 @@ class JointSteering:
     def __repr__(self) -> str:
         parts = "\n".join(f"  {part.extra_repr()}" for part in self.parts)
         return f"JointSteering(\n{parts}\n)"
+
+
+def check_layers(name: str, layers: Iterable[int]) -> None:
+    """Raise `ValueError` where two parts have one output layer. `name` is that of the parts in messages."""
+    if doubled := [(layer, n_parts) for layer, n_parts in Counter(layers).items() if n_parts > 1]:
+        layer, n_parts = doubled[0]
+        got, accepted = f"with {n_parts} of layer {layer}", "one for each output layer"
+        advice = "Two edits of one residual would undo each other in part: make one map of the triples of both."
+        raise refusal(ValueError, name, got, accepted, advice)

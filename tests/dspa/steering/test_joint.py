@@ -309,7 +309,9 @@ def test_parts_that_are_refused() -> None:
         dspa.JointSteering([])
     with pytest.raises(TypeError, match=r"A part is a tuple; accepted: a dspa\.Steering"):
         dspa.JointSteering([(*PAIRS[0], MAPS[0])])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match=rf"with 2 parts that edit layer {L_OUT}; .* make one map"):
+    with pytest.raises(
+        ValueError, match=rf"`parts` is with 2 of layer {L_OUT}; accepted: one for each output layer.* make one map"
+    ):
         dspa.JointSteering([*parts, *make_parts(1)])
 
 

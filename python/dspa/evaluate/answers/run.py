@@ -32,11 +32,10 @@ from dspa.evaluate.generation import (
 )
 from dspa.evaluate.responses import Response
 from dspa.files import digest_of
-from dspa.models.attachment import Attachable
 from dspa.models.layers import CausalLM, base_model, check_eval, context_length, loaded_name
 from dspa.models.sources import model_digest
 from dspa.saes.frozen import FrozenSAE
-from dspa.steering.dspa import Steering
+from dspa.steering.dspa import attached_steerings
 
 
 def answer_questions(
@@ -69,8 +68,8 @@ def answer_questions(
         model: a transformers causal language model in evaluation mode, to which nothing is attached.
         tokenizer: the model's tokenizer, with a chat template.
         benchmark: the questions.
-        methods: what `Method.dspa`, `.static`, `.adapted`, `.vector`, `.tuned` and `.prefixed` made. The base model
-            comes first, and is not among them.
+        methods: what `Method.dspa`, `.joint`, `.static`, `.adapted`, `.vector`, `.tuned` and `.prefixed` made. The base
+            model comes first, and is not among them.
         out: folder to write. One with answers to the same questions by the same settings is continued, also by further
             methods.
         controls: those to run for methods that have them, as for `dspa.compare`.
@@ -262,10 +261,10 @@ class _Runner:
             if not self.n_pending(method, rows):
                 continue
             self.folder.note_versions(method.name, versions())
-            with attached(self.model, method, rows[0].seed, **self.names) as attachable:
+            with attached(self.model, method, rows[0].seed, **self.names):
                 for turn in range(max(len(row.question.turns) for row in rows)):
                     for temperature, batch in self.batches(method, rows, turn):
-                        self.generate(method, attachable, turn, temperature, batch)
+                        self.generate(method, turn, temperature, batch)
                         bar.update(len(batch))
         self.folder.finish(method.name, self.files(method))
 
@@ -300,7 +299,6 @@ class _Runner:
     def generate(
         self,
         method: Method,
-        attachable: Attachable | None,
         turn: int,
         temperature: float,
         batch: Sequence[tuple[_Row, list[int]]],
@@ -314,7 +312,7 @@ class _Runner:
         began = time.perf_counter()
         responses = continue_prompts(self.model, self.tokenizer, prompts, self.ends, **arguments)
         seconds, ended = time.perf_counter() - began, time.time()
-        unsteered = unsteered_prompts(attachable) if isinstance(attachable, Steering) else [None] * len(rows)
+        unsteered: list[bool | None] = [*unsteered_prompts(attached_steerings(self.model))] or [None] * len(rows)
         turns = [
             Turn(row.question.id, row.seed, turn, response.ids, response.ids[-1] not in self.ends, empty, ended)
             for row, response, empty in zip(rows, responses, unsteered, strict=True)

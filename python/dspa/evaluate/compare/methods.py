@@ -27,12 +27,15 @@ from dspa.models.sources import model_digest
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import required_layer
 from dspa.steering.dspa import Steering
+from dspa.steering.joint import JointSteering, check_layers
 from dspa.steering.vector import SteeringVector
 
 BASE = "base"
 CONTROLS = ("random set", "shuffled map", "wrong layer", "random latents", "random vector", "random change")
+# What a method steers by: returns it, not attached, for a seed.
+Maker: TypeAlias = Callable[[int], Attachable | JointSteering]
 # What a control is made of: what attaches for a draw, its settings besides those of its method, and if it draws.
-Made: TypeAlias = tuple[Callable[[int], Attachable] | None, dict[str, Any], bool]
+Made: TypeAlias = tuple[Maker | None, dict[str, Any], bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +53,11 @@ class Parts:
         """Return a new `Steering`."""
         return Steering(self.sae_in, self.sae_out, self.cdmap, self.config, backend=self.backend, screen=self.screen)
 
+    def at_layer(self, layer: int) -> Parts:
+        """Return the same with edits at another layer, for the control "wrong layer"."""
+        sae_out, cdmap = at_layer(self.sae_out, self.cdmap, layer)
+        return replace(self, sae_out=sae_out, cdmap=cdmap)
+
     def settings(self) -> dict[str, Any]:
         """Return the settings, and digests of the map and the SAEs."""
         tensors = {name: getattr(self.cdmap, name).cpu() for name in TENSORS}
@@ -66,7 +74,7 @@ class Parts:
 class Method:
     """One way to answer prompts; `base` is in every comparison.
 
-    Make it with `dspa`, `static`, `adapted`, `vector`, `tuned` or `prefixed`.
+    Make it with `dspa`, `joint`, `static`, `adapted`, `vector`, `tuned` or `prefixed`.
 
     Attributes:
         name: name in tables and files, different from the others'.
@@ -77,19 +85,19 @@ class Method:
         weights: parameters by name that take the place of the model's; None to keep those.
         redraw: what a draw makes of the change of each of them; None for the change itself.
         prefix: text that is put in as a system message, or before a prompt that is plain text.
-        parts: what a DSPA method is made of, from which its controls are made.
+        parts: what a DSPA method is made of, one for each map, from which its controls are made.
         control_of: name of the method that this is a control of.
     """
 
     name: str
     kind: str
     settings: dict[str, Any] = field(default_factory=dict)
-    attachable: Callable[[int], Attachable] | None = None
+    attachable: Maker | None = None
     drawn: bool = False
     weights: Mapping[str, Tensor] | None = None
     redraw: Callable[[Tensor, Generator], Tensor] | None = None
     prefix: str = ""
-    parts: Parts | None = None
+    parts: tuple[Parts, ...] = ()
     control_of: str = ""
 
     @classmethod
@@ -120,27 +128,47 @@ class Method:
             backend: implementation that computes the edits.
             screen: copy of the encoder that is read first.
         """
-        parts = Parts(sae_in, sae_out, cdmap, config or SteeringConfig(), backend, screen)
-        name = name or f"DSPA {parts.config.mode} {parts.config.alpha:g}"
-        return cls(name, "DSPA", parts.settings(), lambda _seed: parts.steering(), parts=parts)
+        part = Parts(sae_in, sae_out, cdmap, config or SteeringConfig(), backend, screen)
+        name = name or f"DSPA {part.config.mode} {part.config.alpha:g}"
+        return cls(name, "DSPA", _settings([part]), _steering([part]), parts=(part,))
+
+    @classmethod
+    def joint(cls, methods: Sequence[Method], *, name: str = "") -> Method:
+        """Return DSPA methods as a single one that steers by the maps of all at once, see `dspa.JointSteering`.
+
+        Args:
+            methods: methods that `Method.dspa` made, of different output layers.
+            name: by default their names, joined by "+".
+
+        Raises:
+            ValueError: another kind of method, no method, or two of one output layer.
+        """
+        if not methods:
+            raise refusal(ValueError, "`methods`", "empty", "methods that Method.dspa made")
+        for method in methods:
+            _check_parts("`methods`", method)
+        parts = tuple(part for method in methods for part in method.parts)
+        check_layers("`methods`", [required_layer(part.sae_out) for part in parts])
+        name = name or " + ".join(method.name for method in methods)
+        return cls(name, "DSPA", _settings(parts), _steering(parts), parts=parts)
 
     @classmethod
     def static(cls, dspa: Method, *, name: str = "") -> Method:
         """Return Static-SAE at the `k_diff`, `alpha` and `mode` of a DSPA method.
 
         Args:
-            dspa: a method that `Method.dspa` made.
+            dspa: a method that `Method.dspa` or `Method.joint` made.
             name: by default the mode and alpha.
 
         Raises:
             ValueError: another kind of method.
         """
-        if dspa.parts is None:
-            raise refusal(ValueError, "`dspa`", f"the method {dspa.name!r}", "one that Method.dspa made")
-        config = replace(dspa.parts.config, k_prompt=1)
-        parts = replace(dspa.parts, cdmap=static_map(dspa.parts.cdmap), config=config)
-        name = name or f"Static-SAE {config.mode} {config.alpha:g}"
-        return cls(name, "Static-SAE", parts.settings(), lambda _seed: parts.steering())
+        _check_parts("`dspa`", dspa)
+        parts = [
+            replace(part, cdmap=static_map(part.cdmap), config=replace(part.config, k_prompt=1)) for part in dspa.parts
+        ]
+        name = name or "Static-SAE " + " + ".join(f"{part.config.mode} {part.config.alpha:g}" for part in parts)
+        return cls(name, "Static-SAE", _settings(parts), _steering(parts))
 
     @classmethod
     def adapted(cls, adapter: Attachable, *, fraction: float = 1.0, name: str = "") -> Method:
@@ -232,6 +260,26 @@ class Method:
         return digest_of([self.kind, self.settings])
 
 
+def _check_parts(argument: str, method: Method) -> None:
+    if not method.parts:
+        raise refusal(ValueError, argument, f"the method {method.name!r}", "one that Method.dspa made")
+
+
+def _settings(parts: Sequence[Parts]) -> dict[str, Any]:
+    """Return the settings of a method that steers by some maps, those of the map where it is one."""
+    settings = [part.settings() for part in parts]
+    return settings[0] if len(settings) == 1 else {"joint": settings}
+
+
+def _steering(parts: Sequence[Parts]) -> Maker:
+    """Return what makes the steering by some maps, for any seed."""
+    return lambda _seed: _joined([part.steering() for part in parts])
+
+
+def _joined(steerings: Sequence[Steering]) -> Attachable | JointSteering:
+    return steerings[0] if len(steerings) == 1 else JointSteering(steerings)
+
+
 def controls_of(
     method: Method,
     names: Sequence[str],
@@ -251,7 +299,7 @@ def controls_of(
         origin: digest of all that the densities depend on.
     """
     made: dict[str, Made] = {}
-    if method.parts is not None:
+    if method.parts:
         made = _of_dspa(method.parts, model, layers, densities, origin)
     elif method.kind == "adapter" and method.attachable is not None:
         adapter = cast(Any, method.attachable(0))
@@ -282,25 +330,34 @@ def controls_of(
 
 
 def _of_dspa(
-    parts: Parts, model: CausalLM, layers: str | None, densities: Callable[[FrozenSAE], Tensor], origin: str
+    parts: Sequence[Parts],
+    model: CausalLM,
+    layers: str | None,
+    densities: Callable[[FrozenSAE], Tensor],
+    origin: str,
 ) -> dict[str, Made]:
-    """Return the controls of DSPA, at its own `alpha` and `mode`."""
+    """Return the controls of DSPA, at its own `alpha` and `mode`: all of its maps are changed."""
 
-    def random_set(draw: int) -> Attachable:
-        changed = random_set_map(parts.cdmap, densities(parts.sae_out), draw)
-        return replace(parts, cdmap=changed).steering()
+    def random_set(draw: int) -> Attachable | JointSteering:
+        changed = [random_set_map(part.cdmap, densities(part.sae_out), draw) for part in parts]
+        return _with_maps(parts, changed)
 
-    def shuffled(draw: int) -> Attachable:
-        return replace(parts, cdmap=shuffled_map(parts.cdmap, draw)).steering()
+    def shuffled(draw: int) -> Attachable | JointSteering:
+        return _with_maps(parts, [shuffled_map(part.cdmap, draw) for part in parts])
 
     made: dict[str, Made] = {
         "random set": (random_set, {"densities": origin}, True),
         "shuffled map": (shuffled, {}, True),
     }
     n_layers = len(find_layers(model, layers))
-    other = wrong_layer(required_layer(parts.sae_in), required_layer(parts.sae_out), n_layers)
-    if other is not None:
-        sae_out, cdmap = at_layer(parts.sae_out, parts.cdmap, other)
-        moved = replace(parts, sae_out=sae_out, cdmap=cdmap)
-        made["wrong layer"] = (lambda _seed: moved.steering(), {"layer": other}, False)
+    others = [wrong_layer(required_layer(part.sae_in), required_layer(part.sae_out), n_layers) for part in parts]
+    wrong = [layer for layer in others if layer is not None]
+    if len(set(wrong)) == len(parts):
+        moved = [part.at_layer(layer) for part, layer in zip(parts, wrong, strict=True)]
+        made["wrong layer"] = (_steering(moved), {"layer": wrong[0] if len(wrong) == 1 else wrong}, False)
     return made
+
+
+def _with_maps(parts: Sequence[Parts], maps: Sequence[ConditionalDifferenceMap]) -> Attachable | JointSteering:
+    """Return the steering by other maps in place of their own."""
+    return _joined([replace(part, cdmap=cdmap).steering() for part, cdmap in zip(parts, maps, strict=True)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -37,11 +37,11 @@ from dspa.evaluate.generation import (
 from dspa.evaluate.responses import Response, batches, log_probabilities, padded, responses_of, teacher_forced
 from dspa.evaluate.scores import score_responses
 from dspa.files import digest_of
-from dspa.models.attachment import Attachable, Attachment
+from dspa.models.attachment import Attachment
 from dspa.models.layers import CausalLM, base_model, check_eval, loaded_name
 from dspa.models.sources import model_digest
 from dspa.saes.frozen import FrozenSAE
-from dspa.steering.dspa import Steering
+from dspa.steering.dspa import Steering, attached_steerings
 from dspa.version import __version__
 
 
@@ -79,7 +79,7 @@ def compare(
         model: a transformers causal language model in evaluation mode, to which nothing is attached.
         tokenizer: the model's tokenizer.
         prompts: texts, or lists of messages.
-        methods: what `Method.dspa`, `.static`, `.adapted`, `.vector`, `.tuned` and `.prefixed` made.
+        methods: what `Method.dspa`, `.joint`, `.static`, `.adapted`, `.vector`, `.tuned` and `.prefixed` made.
         held_out: preference triples that no method was made with, to measure log-probabilities on.
         counters: by name, a compiled regular expression, whose matches in an answer are counted, or a function of
             prompt (of messages, the text of the last one) and answer.
@@ -247,7 +247,7 @@ def check_methods(model: CausalLM, methods: Sequence[Method]) -> None:
         got = f"steered already ({', '.join(type(other).__name__ for other in Attachment.of(model).attached)})"
         raise refusal(ModelError, "`model`", got, "one to which nothing is attached", "Call dspa.detach(model) first.")
     if strays := [method for method in methods if not isinstance(method, Method)]:
-        made = "what Method.dspa, .static, .adapted, .vector, .tuned and .prefixed make"
+        made = "what Method.dspa, .joint, .static, .adapted, .vector, .tuned and .prefixed make"
         raise refusal(ValueError, "`methods`", f"with a {type(strays[0]).__name__}", made)
     names = [BASE, *(method.name for method in methods)]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
@@ -315,7 +315,7 @@ class _Runner:
         """Arguments of attaching."""
         return {"layers": self.layers, "model_name": self.model_name, "other_weights": self.other_weights}
 
-    def attached(self, method: Method, seed: int) -> AbstractContextManager[Attachable | None]:
+    def attached(self, method: Method, seed: int) -> AbstractContextManager[None]:
         """Return the context in which a method acts on the model."""
         return attached(self.model, method, seed, **self.names)
 
@@ -351,7 +351,7 @@ class _Runner:
         }
         texts: dict[int, Response] = {}
         seconds = 0.0
-        with self.attached(method, seed) as attachable:
+        with self.attached(method, seed):
             for start in range(0, len(prompts), settings["batch_size"]):
                 numbers = self.order[start : start + settings["batch_size"]]
                 # Different for every seed and batch, and the same for every method. torch's generator on a CPU uses 32
@@ -365,8 +365,8 @@ class _Runner:
                 self.bar.update(len(numbers))
             written = [texts[n] for n in range(len(prompts))]
             edited, unsteered = None, None
-            if isinstance(attachable, Steering):
-                edited, unsteered = self._edits(attachable, written)
+            if steerings := attached_steerings(self.model):
+                edited, unsteered = self._edits(steerings, written)
         plain = [Response(prompt, text.ids) for prompt, text in zip(self.encoded(""), written, strict=True)]
         run = Answers([text.ids for text in written], self._nll(plain), edited, unsteered, seconds)
         self.store.add(key, run)
@@ -380,24 +380,24 @@ class _Runner:
         key = digest_of([FORMAT, __version__, "scores", self.settings["model"], ids, method.digest, draw])
         if (run := self.store.get(key, TripleScores)) is None:
             unsteered = [False] * len(responses)
-            with self.attached(method, seed) as attachable:
-                steering = attachable if isinstance(attachable, Steering) else None
+            with self.attached(method, seed):
+                steerings = attached_steerings(self.model)
 
                 def note(numbers: list[int]) -> None:
-                    if steering is not None:
-                        for n, empty in zip(numbers, unsteered_prompts(steering), strict=True):
+                    if steerings:
+                        for n, empty in zip(numbers, unsteered_prompts(steerings), strict=True):
                             unsteered[n] = empty
 
                 scored = score_responses(
                     self.model, responses, batch_tokens=self.batch_tokens, progress=False, on_batch=note
                 )
-            empty = unsteered[0::2] if steering is not None else None
+            empty = unsteered[0::2] if steerings else None
             run = TripleScores(scored.chosen.tolist(), scored.rejected.tolist(), empty)
             self.store.add(key, run)
         return run
 
     @torch.no_grad()
-    def _edits(self, steering: Steering, texts: Sequence[Response]) -> tuple[list[list[int]], list[bool]]:
+    def _edits(self, steerings: Sequence[Steering], texts: Sequence[Response]) -> tuple[list[list[int]], list[bool]]:
         """Return the numbers of each text's tokens that were predicted from an edited residual, and its `unsteered`.
 
         The texts are read once more for it, so that generation is not slowed down.
@@ -405,14 +405,16 @@ class _Runner:
         edited, unsteered = [list[int]() for _ in texts], [False] * len(texts)
         for numbers in batches(texts, self.batch_tokens):
             batch = [texts[n] for n in numbers]
-            with steering.recording() as trace, teacher_forced(self.model, batch):
+            with ExitStack() as blocks:
+                traces = [blocks.enter_context(steering.recording()) for steering in steerings]
+                blocks.enter_context(teacher_forced(self.model, batch))
                 self.model(**padded(self.model, batch), use_cache=False, logits_to_keep=1)
-            for edit in trace:
-                token = edit.position - len(batch[edit.row].prompt) + 1
+            for row, position in sorted({(edit.row, edit.position) for trace in traces for edit in trace}):
+                token = position - len(batch[row].prompt) + 1
                 # The last token predicts what was not generated any more.
-                if 0 <= token < len(batch[edit.row].ids):
-                    edited[numbers[edit.row]].append(token)
-            for n, empty in zip(numbers, unsteered_prompts(steering), strict=True):
+                if 0 <= token < len(batch[row].ids):
+                    edited[numbers[row]].append(token)
+            for n, empty in zip(numbers, unsteered_prompts(steerings), strict=True):
                 unsteered[n] = empty
         return edited, unsteered
 
@@ -466,7 +468,7 @@ def attached(
     layers: str | None = None,
     model_name: str | None = None,
     other_weights: bool = False,
-) -> Iterator[Attachable | None]:
+) -> Iterator[None]:
     """Attach what a method steers by, and give the model its weights, within a `with` block.
 
     Args:
@@ -479,11 +481,11 @@ def attached(
     """
     with weights_replaced(model, method, seed):
         if method.attachable is None:
-            yield None
+            yield
             return
         names: dict[str, Any] = {"layers": layers, "model_name": model_name}
-        with method.attachable(seed).attach(model, **names, other_weights=other_weights) as attachable:
-            yield attachable
+        with method.attachable(seed).attach(model, **names, other_weights=other_weights):
+            yield
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from dspa.evaluate.generation import unsteered_prompts
 from dspa.evaluate.responses import Response, teacher_forced
 from dspa.models.attachment import Attachment
 from dspa.models.layers import CausalLM, base_model
-from dspa.steering.dspa import Steering
+from dspa.steering.dspa import Steering, attached_steerings
 
 # As the harness gives them: texts of context and continuation, and their token ids.
 TokenizedRequest: TypeAlias = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -91,7 +91,7 @@ class SteeredLM(HFLM):  # type: ignore[misc]
     @property
     def steerings(self) -> list[Steering]:
         """Those attached to the model."""
-        return [other for other in Attachment.of(self.model).attached if isinstance(other, Steering)]
+        return attached_steerings(self.model)
 
     # What the harness calls
 
@@ -168,8 +168,8 @@ class SteeredLM(HFLM):  # type: ignore[misc]
 
     def _note_unsteered(self, contexts: Sequence[str]) -> None:
         """Note which contexts of the latest call selected nothing."""
-        for steering in self.steerings:
-            flags = zip(contexts, unsteered_prompts(steering), strict=True)
+        if steerings := self.steerings:
+            flags = zip(contexts, unsteered_prompts(steerings), strict=True)
             self._now.unsteered.update(context for context, empty in flags if empty)
 
     # Passes

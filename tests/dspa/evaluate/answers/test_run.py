@@ -126,7 +126,7 @@ def test_answers_are_those_of_one_at_a_time(model, tokenizer, folder, method):
 def test_steered_answers_are_those_of_a_steering(model, tokenizer, folder, dspa_method):
     """It chooses the latents of a second turn from the whole conversation."""
     answers, base = (load_model_answers(folder / name) for name in ("dspa-both-1.jsonl", "base.jsonl"))
-    parts = dspa_method.parts
+    parts = dspa_method.parts[0]
     for record in QUESTIONS:
         choices = answers[record["question_id"]]["choices"]
         for choice, seed in zip(choices, (0, 5), strict=True):
@@ -250,7 +250,7 @@ def test_further_methods_are_added(model, tokenizer, asked, methods, folder, tmp
 
 
 def test_prompts_that_select_nothing_are_marked(model, tokenizer, asked, dspa_method, tmp_path):
-    parts = dspa_method.parts
+    parts = dspa_method.parts[0]
     empty = parts.cdmap.replaced(values=torch.zeros_like(parts.cdmap.values))
     method = Method.dspa(parts.sae_in, parts.sae_out, empty, STRONG)
     base, record = answer_questions(model, tokenizer, asked, [method], tmp_path / "answers", **SETTINGS)
@@ -312,7 +312,7 @@ def test_other_inputs_are_refused(model, tokenizer, asked, dspa_method, folder, 
     other.chat_template = f"the {TEMPLATE}"
     with pytest.raises(ValueError, match="`chat_template` "):
         answer_questions(model, other, asked, [], folder, **SETTINGS)
-    parts = dspa_method.parts
+    parts = dspa_method.parts[0]
     changed = Method.dspa(parts.sae_in, parts.sae_out, parts.cdmap.replaced(values=-parts.cdmap.values), STRONG)
     with pytest.raises(ValueError, match="whose answers of 'DSPA both 1' were made with `map` "):
         answer_questions(model, tokenizer, asked, [changed], folder, **SETTINGS)

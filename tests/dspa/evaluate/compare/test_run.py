@@ -111,7 +111,7 @@ def test_every_seed_draws_other_answers(comparison):
 def test_answers_are_those_of_generate(model, tokenizer, comparison, dspa_method, adapter, seed):
     expected = sampled(model, tokenizer, seed)
     assert comparison.answers["base"][seed].ids == [expected[n] for n in range(len(PROMPTS))]
-    parts = dspa_method.parts
+    parts = dspa_method.parts[0]
     with Steering(parts.sae_in, parts.sae_out, parts.cdmap, STRONG).attach(model):
         expected = sampled(model, tokenizer, seed)
     assert comparison.answers[DSPA][seed].ids == [expected[n] for n in range(len(PROMPTS))]
@@ -124,7 +124,7 @@ def test_answers_are_those_of_generate(model, tokenizer, comparison, dspa_method
 
 
 def test_edited_tokens_are_those_of_generate(model, tokenizer, comparison, dspa_method):
-    parts, first = dspa_method.parts, longest_first(tokenizer)[0]
+    parts, first = dspa_method.parts[0], longest_first(tokenizer)[0]
     ids = comparison.answers[DSPA][0].ids[first]
     weak = Method.dspa(parts.sae_in, parts.sae_out, parts.cdmap, SteeringConfig(alpha=1.0, k_diff=1))
     greedy = compare(model, tokenizer, PROMPTS, [weak], temperature=0.0, controls=(), **SETTINGS)
@@ -133,7 +133,7 @@ def test_edited_tokens_are_those_of_generate(model, tokenizer, comparison, dspa_
     shares = []
     for n, prompt in enumerate(PROMPTS):
         inputs = tokenizer(prompt, return_tensors="pt")
-        with Steering(parts.sae_in, parts.sae_out, parts.cdmap, weak.parts.config, record=True).attach(model) as s:
+        with Steering(parts.sae_in, parts.sae_out, parts.cdmap, weak.parts[0].config, record=True).attach(model) as s:
             model.generate(**inputs, max_new_tokens=N_NEW, do_sample=False)
         length = inputs["input_ids"].shape[1]
         expected = [edit.position + 1 - length for edit in s.trace]
@@ -180,7 +180,7 @@ def test_scores_are_those_of_one_method_alone(model, tokenizer, comparison, dspa
         check("FSRL", score_triples(model, tokenizer, TRIPLES, progress=False))
     prefixed = [{**row, "prompt": f"my own red tree\n\n{row['prompt']}"} for row in TRIPLES]
     check('prefix "my own red tree"', score_triples(model, tokenizer, prefixed, progress=False))
-    parts = dspa_method.parts
+    parts = dspa_method.parts[0]
     with Steering(parts.sae_in, parts.sae_out, parts.cdmap, STRONG).attach(model) as steering:
         check(DSPA, score_triples(model, tokenizer, TRIPLES, progress=False))
         # One response at a time, by the passes of a caller.
@@ -195,7 +195,7 @@ def test_scores_are_those_of_one_method_alone(model, tokenizer, comparison, dspa
 
 def test_prompts_that_select_nothing_are_counted(model, tokenizer, dspa_method):
     """A map in which a single row is not zero, that of a latent that some prompts have."""
-    parts = dspa_method.parts
+    parts = dspa_method.parts[0]
 
     def active(prompt: str) -> torch.Tensor:
         h = read_layers(model, [L_IN], input_ids=torch.tensor([tokenizer(prompt)["input_ids"]]))[L_IN][0]
@@ -268,7 +268,7 @@ def test_a_stopped_comparison_goes_on(model, tokenizer, methods, comparison, tmp
     record = json.loads(results.read_text())
     assert [method["name"] for method in record["methods"]] == [method.name for method in comparison.methods]
     # Runs with the same inputs are used again, those of another alpha are not.
-    parts, n_before = methods[0].parts, len(generated)
+    parts, n_before = methods[0].parts[0], len(generated)
     more = Method.dspa(parts.sae_in, parts.sae_out, parts.cdmap, SteeringConfig(alpha=0.3, mode="both"))
     compare(model, tokenizer, PROMPTS, [*methods, more], controls=(), **settings)
     assert len(generated) - n_before == 3 * 3

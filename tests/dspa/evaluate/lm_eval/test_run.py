@@ -268,7 +268,7 @@ def test_an_empty_context_selects_nothing(model, tokenizer, tasks, methods):
 
 
 def test_contexts_that_select_nothing_count_as_base_and_are_reported(model, tokenizer, tasks, dspa_method):
-    parts = dspa_method.parts
+    parts = dspa_method.parts[0]
     nothing = with_tensors(parts.cdmap, values=torch.zeros_like(parts.cdmap.values))
     empty = Method.dspa(parts.sae_in, parts.sae_out, nothing, STRONG, name="empty")
     with pytest.warns(UserWarning, match="No prompt of this call selects a latent"):
