@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ from dspa.cli.loading import (
     check_writable,
     load_adapter,
     load_model,
-    load_pair,
+    load_pairs,
     load_persona_sae,
 )
 from dspa.cli.options import (
@@ -41,6 +42,7 @@ from dspa.cli.options import (
 from dspa.cli.texts import as_record, print_comparison
 from dspa.config import SteeringConfig
 from dspa.distributed import device_named
+from dspa.errors import refusal
 from dspa.outputs import open_output
 
 if TYPE_CHECKING:
@@ -79,8 +81,13 @@ def generate(
     config: Annotated[SteeringConfig, Options("Steering", without=["ridge", "delta"])],
     ops: Annotated[BackendOptions, Options("Steering")],
     sampling: Sampling,
-    map_path: Annotated[
-        Path | None, typer.Option("--map", help="Steer by DSPA with this map, a file that dspa map build wrote.")
+    maps: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--map",
+            help="Steer by DSPA with this map, a file that dspa map build wrote. Several maps, of different output "
+            "layers, act together.",
+        ),
     ] = None,
     adapter: Annotated[
         Path | None, typer.Option(help="Steer by FSRL with this adapter, a folder that dspa fsrl train wrote.")
@@ -107,8 +114,11 @@ def generate(
         typer.Option(help="Also generate without steering, and mark tokens that were predicted from an edited one."),
     ] = False,
     trace: Annotated[
-        Path | None,
-        typer.Option(help="Write every edited token here, with its latents before and after, as JSON Lines."),
+        list[Path] | None,
+        typer.Option(
+            help="Write every edited token here, with its latents before and after, as JSON Lines. Several maps need "
+            "a file each, in the same order."
+        ),
     ] = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
@@ -126,16 +136,19 @@ def generate(
     from dspa.evaluate.generation import answer_prompts, check_prompts
     from dspa.steering.dspa import Steering
 
-    _check_given(map_path, adapter, persona, pair, adapter_sae, config, ops, trace)
+    map_paths, traces = maps or [], trace or []
+    _check_given(map_paths, adapter, persona, pair, adapter_sae, config, ops, traces)
     if stream and (file or out or compare):
         raise ValueError("--stream prints one text as it grows; leave out --file, --out and --compare, or --stream.")
-    read = {"--file": file, "--map": map_path, "--adapter": adapter, "--persona": persona, "--model": on.model}
+    read = {"--file": file, "--adapter": adapter, "--persona": persona, "--model": on.model}
+    read |= {f"--map {path}" if len(map_paths) > 1 else "--map": path for path in map_paths}
     read |= {"--sae-in": pair.sae_in, "--sae-out": pair.sae_out, "--sae": adapter_sae.sae}
     check_writable("--out", out, read)
-    check_writable("--trace", trace, read | {"--out": out})
+    for n, path in enumerate(traces):
+        check_writable("--trace", path, read | {"--out": out} | {f"--trace {other}": other for other in traces[:n]})
     prompts: Iterable[str] = read_prompts(prompt, file)
     model, tokenizer, attachables, edits = _load(
-        on, map_path, pair, config, ops, adapter, adapter_sae, persona, record=compare or trace is not None
+        on, map_paths, pair, config, ops, adapter, adapter_sae, persona, record=compare or bool(traces)
     )
     if sampling.chat:
         made = [("--map", part.cdmap.meta.chat_template_kwargs) for part in attachables if isinstance(part, Steering)]
@@ -153,7 +166,7 @@ def generate(
     with ExitStack() as stack:
         for attachable in attachables:
             stack.enter_context(attachable.attach(model, **on.names))
-        write_edits = stack.enter_context(_writing(edits, trace))
+        write_edits = stack.enter_context(_writing(edits, traces))
         sink = stack.enter_context(open_output(out)) if out else sys.stdout
         total = len(prompts) if isinstance(prompts, list) else None
         bar = stack.enter_context(tqdm(total=total, unit="prompt", desc="generate", disable=file is None))
@@ -181,30 +194,32 @@ def generate(
 
 
 def _check_given(
-    map_path: Path | None,
+    map_paths: Sequence[Path],
     adapter: Path | None,
     persona: Path | None,
     pair: RecordedSAEPairOptions,
     adapter_sae: AdapterSAEOptions,
     config: SteeringConfig,
     ops: BackendOptions,
-    trace: Path | None,
+    traces: Sequence[Path],
 ) -> None:
     """Raise `ValueError` where nothing steers, or for an option of what is not used."""
-    if map_path is None and adapter is None and persona is None:
+    if not map_paths and adapter is None and persona is None:
         raise ValueError(
             "None of --map (DSPA), --adapter (FSRL) and --persona was given; accepted: one of them, or more."
         )
     of_maps = [*changed(pair), *changed(config), *changed(ops, "backend")]
-    if trace is not None:
+    if traces:
         of_maps.append("--trace")
-    check_used("--map", map_path, without_persona(of_maps, persona))
+    check_used("--map", map_paths, without_persona(of_maps, persona))
+    if traces and len(traces) != len(map_paths):
+        raise refusal(ValueError, "--trace", f"given {len(traces)} times", f"{len(map_paths)} files, one for each map")
     check_used("--adapter", adapter, changed(adapter_sae))
 
 
 def _load(
     on: RecordedModelOptions,
-    map_path: Path | None,
+    map_paths: Sequence[Path],
     pair: RecordedSAEPairOptions,
     config: SteeringConfig,
     ops: BackendOptions,
@@ -213,22 +228,24 @@ def _load(
     persona_path: Path | None,
     *,
     record: bool,
-) -> tuple[Any, Any, list[Attachable], Trace | None]:
-    """Load a model, its tokenizer and what steers it; also return the trace of DSPA."""
+) -> tuple[Any, Any, list[Attachable], list[Trace]]:
+    """Load a model, its tokenizer and what steers it; also return the traces of DSPA, one for each map."""
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.models.sources import may_be_one
     from dspa.personal.persona import Persona, ablation_of
     from dspa.steering.dspa import Steering
+    from dspa.steering.joint import check_layers
 
     # The model last: the others are quick to load, and wrong more often.
     device = device_named(on.device)
     check_model(on)
-    cdmap = None if map_path is None else ConditionalDifferenceMap.load(map_path)
-    saes = None if cdmap is None else load_pair(pair, device, cdmap)
+    maps = [ConditionalDifferenceMap.load(path) for path in map_paths]
+    check_layers("--map", [cdmap.meta.layer_out for cdmap in maps])
+    pairs = load_pairs(pair, device, maps)
     adapter = None if adapter_path is None else load_adapter(adapter_path, adapter_sae, device, ops.backend)
     persona = None if persona_path is None else Persona.load(persona_path)
-    persona_sae = None if persona is None else load_persona_sae(persona, pair, device, saes or ())
-    recorded = {cdmap.sources.get("model") if cdmap else None, adapter.trained_on if adapter else None}
+    persona_sae = None if persona is None else load_persona_sae(persona, pair, device, itertools.chain(*pairs))
+    recorded = {*(cdmap.sources.get("model") for cdmap in maps), adapter.trained_on if adapter else None}
     recorded = (recorded | {persona.record.sources.get("model") if persona else None}) - {None}
     if on.model is None and not may_be_one(source.digest for source in recorded if source):
         raise ValueError(
@@ -237,18 +254,20 @@ def _load(
         )
     model, tokenizer = load_model(on, next(iter(recorded), None))
     attachables: list[Attachable] = []
-    steering = None
-    if cdmap is not None and saes is not None:
-        sae_in, sae_out = (sae.to(dtype=model.dtype) for sae in saes)
-        steering = Steering(sae_in, sae_out, cdmap, config, backend=ops.backend, screen=ops.screen, record=record)
+    settings: dict[str, Any] = {"backend": ops.backend, "screen": ops.screen, "record": record}
+    steerings = [
+        Steering(sae_in.to(dtype=model.dtype), sae_out.to(dtype=model.dtype), cdmap, config, **settings)
+        for (sae_in, sae_out), cdmap in zip(pairs, maps, strict=True)
+    ]
+    attachables += steerings
+    for steering in steerings:
         steering.trace.tokenizer = tokenizer
-        attachables.append(steering)
     if adapter is not None:
         adapter.sae = adapter.sae.to(dtype=model.dtype)
         attachables.append(adapter)
     if persona is not None and persona_sae is not None:
         attachables.append(ablation_of({"persona": persona}, persona_sae.to(dtype=model.dtype)))
-    return model, tokenizer, attachables, None if steering is None else steering.trace
+    return model, tokenizer, attachables, [steering.trace for steering in steerings]
 
 
 def warn_of_other_template(
@@ -271,16 +290,15 @@ def warn_of_other_template(
 
 
 @contextmanager
-def _writing(edits: Trace | None, path: Path | None) -> Iterator[Callable[[], None]]:
-    """Open the file of --trace; yields what writes the edits of a batch. Those of a stopped one are written too."""
-    if edits is None or path is None:
-        yield lambda: None
-        return
-    with open_output(path) as file:
+def _writing(edits: Sequence[Trace], paths: Sequence[Path]) -> Iterator[Callable[[], None]]:
+    """Open the files of --trace; yields what writes the edits of a batch. Those of a stopped one are written too."""
+    with ExitStack() as stack:
+        files = [(trace, stack.enter_context(open_output(path))) for trace, path in zip(edits, paths, strict=False)]
 
         def write() -> None:
-            edits.write(file)
-            edits.clear()
+            for trace, file in files:
+                trace.write(file)
+                trace.clear()
 
         try:
             yield write

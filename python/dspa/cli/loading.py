@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -199,28 +199,56 @@ def load_tuned(path: Path, options: RecordedModelOptions) -> Any:
 
 
 def load_recorded_sae(
-    option: str, spec: str | None, layer: int | None, device: str, recorded: Source | None, recorded_layer: int | None
+    option: str,
+    spec: str | None,
+    layer: int | None,
+    device: str,
+    recorded: Source | None,
+    recorded_layer: int | None,
+    loaded: Iterable[FrozenSAE] = (),
 ) -> FrozenSAE:
-    """Load the SAE that `option` names, or without it from the place and for the layer that are recorded."""
+    """Return the SAE that `option` names, or without it the one that is recorded, of a place and a layer.
+
+    One that is among those `loaded` is not loaded again.
+    """
     layer_option = option.replace("sae", "layer")
     if spec is not None:
         return load_sae(spec, layer, device, layer_option)
     layer = recorded_layer if layer is None else layer
+    for sae in loaded:
+        if recorded is not None and (sae.fingerprint, sae.layer) == (recorded.digest, layer):
+            return sae
     return load_recorded(
         option, recorded, lambda path: load_sae(path, layer, device, layer_option), lambda sae: sae.fingerprint
     )
 
 
 def load_pair(
-    pair: RecordedSAEPairOptions, device: str, cdmap: ConditionalDifferenceMap | None = None
+    pair: RecordedSAEPairOptions,
+    device: str,
+    cdmap: ConditionalDifferenceMap | None = None,
+    loaded: Iterable[FrozenSAE] = (),
 ) -> tuple[FrozenSAE, FrozenSAE]:
-    """Load the two SAEs of DSPA; without their options, those of the map."""
+    """Return the two SAEs of DSPA; without their options those of the map, which may be among those `loaded`."""
     sources, meta = (cdmap.sources, cdmap.meta) if cdmap else ({}, None)
-    in_layer, out_layer = (meta.layer_in, meta.layer_out) if meta else (None, None)
-    return (
-        load_recorded_sae("--sae-in", pair.sae_in, pair.layer_in, device, sources.get("sae_in"), in_layer),
-        load_recorded_sae("--sae-out", pair.sae_out, pair.layer_out, device, sources.get("sae_out"), out_layer),
-    )
+    layers = (meta.layer_in, meta.layer_out) if meta else (None, None)
+    of_sae_in = ("--sae-in", pair.sae_in, pair.layer_in, device, sources.get("sae_in"), layers[0])
+    sae_in = load_recorded_sae(*of_sae_in, loaded)
+    of_sae_out = ("--sae-out", pair.sae_out, pair.layer_out, device, sources.get("sae_out"), layers[1])
+    return sae_in, load_recorded_sae(*of_sae_out, (*loaded, sae_in))
+
+
+def load_pairs(
+    pair: RecordedSAEPairOptions, device: str, maps: Iterable[ConditionalDifferenceMap]
+) -> list[tuple[FrozenSAE, FrozenSAE]]:
+    """Return the two SAEs of each map. What maps share is loaded once."""
+    keys: list[tuple[str, str]] = []
+    pairs: dict[tuple[str, str], tuple[FrozenSAE, FrozenSAE]] = {}
+    for cdmap in maps:
+        keys.append((cdmap.meta.sae_in, cdmap.meta.sae_out))
+        if keys[-1] not in pairs:
+            pairs[keys[-1]] = load_pair(pair, device, cdmap, [*chain(*pairs.values())])
+    return [pairs[key] for key in keys]
 
 
 def load_persona_sae(

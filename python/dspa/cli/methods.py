@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from dspa.cli.generate import BackendOptions, warn_of_other_template
-from dspa.cli.loading import check_model, load_adapter, load_model, load_pair, load_persona_sae, load_tuned
+from dspa.cli.loading import check_model, load_adapter, load_model, load_pairs, load_persona_sae, load_tuned
 from dspa.cli.options import (
     AdapterSAEOptions,
     Options,
@@ -46,6 +46,10 @@ class MethodOptions:
     map_paths: list[Path] | None = field(
         default=None,
         metadata={"help": "Map of DSPA. May be given several times, like all options of lists below."},
+    )
+    joint: bool = field(
+        default=False,
+        metadata={"help": "Steer by all maps at once, of different output layers, instead of by one at a time."},
     )
     alpha: list[float] | None = field(
         default=None, metadata={"help": "Strength; by default 0.2. Every map, mode and alpha is a method."}
@@ -129,24 +133,35 @@ class MethodOptions:
         from dspa.maps.cdmap import ConditionalDifferenceMap
         from dspa.personal.methods import persona_methods
         from dspa.personal.persona import Persona
+        from dspa.steering.joint import check_layers
         from dspa.steering.vector import SteeringVector
 
         self._check_used(pair, adapter_sae, config, ops)
+        if self.joint and len(self.map_paths or []) < 2:
+            raise refusal(ValueError, "--joint", "given with fewer than two maps", "--map twice or more")
         prefixed = _prefixed(self.prefix or [])
         vectors = {path: SteeringVector.load(path) for path in self.vector or []}
         modes, alphas = self.mode or [config.mode], self.alpha or [config.alpha]
         settings = [replace(config, alpha=alpha, mode=mode) for mode in modes for alpha in alphas]
         maps = {path: ConditionalDifferenceMap.load(path) for path in self.map_paths or []}
         personas = {path: Persona.load(path) for path in self.persona or []}
+        if self.joint:
+            check_layers("--map with --joint", [cdmap.meta.layer_out for cdmap in maps.values()])
         model, tokenizer, pairs, adapters, saes = _load(
             on, maps, pair, self.adapter or [], adapter_sae, personas, ops.backend
         )
         methods = list[Method]()
-        for path, label in _labels(maps).items():
+        labels = _labels(maps)
+        # Maps that steer together.
+        sets = [list(maps)] if self.joint else [[path] for path in maps]
+        for paths in sets:
             for one in settings:
+                label = " + ".join(labels[path] for path in paths)
                 name = f"{one.mode} {one.alpha:g}" + (f", {label}" if len(maps) > 1 else "")
-                parts = (*pairs[_key(maps[path])], maps[path], one)
-                methods.append(Method.dspa(*parts, name=f"DSPA {name}", backend=ops.backend, screen=ops.screen))
+                parts = [
+                    Method.dspa(*pairs[path], maps[path], one, backend=ops.backend, screen=ops.screen) for path in paths
+                ]
+                methods.append(Method.joint(parts, name=f"DSPA {name}"))
                 if self.static:
                     methods.append(Method.static(methods[-1], name=f"Static-SAE {name}"))
         for path, label in _labels(adapters).items():
@@ -175,7 +190,7 @@ class MethodOptions:
         """Raise `ValueError` for an option of what is not there."""
         defaults = {option.name: option.default for option in fields(self)}
         given = [name for name in defaults if getattr(self, name) and getattr(self, name) != defaults[name]]
-        of_maps = [f"--{name}" for name in ("alpha", "mode", "static") if name in given]
+        of_maps = [f"--{name}" for name in ("joint", "alpha", "mode", "static") if name in given]
         of_maps += [*changed(pair), *changed(config), *changed(ops, "backend")]
         check_used("--map", self.map_paths, without_persona(of_maps, self.persona))
         of_adapters = ["--fraction"] if self.fraction else []
@@ -235,21 +250,18 @@ def _load(
     adapter_sae: AdapterSAEOptions,
     personas: Mapping[Path, Persona],
     backend: str,
-) -> tuple[Any, Any, dict[str, Pair], dict[Path, FSRLAdapter], dict[Path, FrozenSAE]]:
-    """Load a model, its tokenizer, the SAEs of maps by `_key`, adapters, and the SAEs of personas."""
+) -> tuple[Any, Any, dict[Path, Pair], dict[Path, FSRLAdapter], dict[Path, FrozenSAE]]:
+    """Load a model, its tokenizer, the SAEs of maps, adapters, and the SAEs of personas."""
     from dspa.models.sources import may_be_one
 
     # The model last: the others are quick to load, and wrong more often.
     device = device_named(on.device)
     check_model(on)
-    pairs: dict[str, Pair] = {}
-    for cdmap in maps.values():
-        if _key(cdmap) not in pairs:
-            pairs[_key(cdmap)] = load_pair(pair, device, cdmap)
+    pairs = dict(zip(maps, load_pairs(pair, device, maps.values()), strict=True))
     adapters = {path: load_adapter(path, adapter_sae, device, backend) for path in adapter_paths}
     saes: dict[Path, FrozenSAE] = {}
     for path, persona in personas.items():
-        loaded = [*(sae_out for _, sae_out in pairs.values()), *saes.values()]
+        loaded = [*(sae for both in pairs.values() for sae in both), *saes.values()]
         saes[path] = load_persona_sae(persona, pair, device, loaded)
     made_with = [*(cdmap.sources.get("model") for cdmap in maps.values()), *(a.trained_on for a in adapters.values())]
     made_with += [persona.record.sources.get("model") for persona in personas.values()]
@@ -263,14 +275,9 @@ def _load(
     for adapter in adapters.values():
         adapter.sae = adapter.sae.to(dtype=model.dtype)
     as_model = {
-        key: (sae_in.to(dtype=model.dtype), sae_out.to(dtype=model.dtype)) for key, (sae_in, sae_out) in pairs.items()
+        path: (sae_in.to(dtype=model.dtype), sae_out.to(dtype=model.dtype)) for path, (sae_in, sae_out) in pairs.items()
     }
     return model, tokenizer, as_model, adapters, {path: sae.to(dtype=model.dtype) for path, sae in saes.items()}
-
-
-def _key(cdmap: ConditionalDifferenceMap) -> str:
-    """Return the key of a map's pair of SAEs."""
-    return f"{cdmap.meta.sae_in} {cdmap.meta.sae_out}"
 
 
 def _prefixed(texts: Sequence[str]) -> list[Method]:

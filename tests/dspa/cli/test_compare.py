@@ -15,7 +15,7 @@ from dspa.models.sources import model_source
 from dspa.testing import ENGLISH, make_model
 
 from ..support.adapters import TRIPLES
-from ..support.files import save_map_and_adapter
+from ..support.files import save_map_and_adapter, save_second_map
 
 PROMPTS = [" ".join(ENGLISH[n : n + 1 + n * 5 % 9]) for n in range(5)]
 
@@ -149,6 +149,30 @@ def test_several_maps(run, folder, tmp_path):
     other = other / "one.dspa.safetensors"
     assert run("--map", one, "--map", other, *short)[0] == 0
     assert names()[1:] == [f"DSPA ablate 0.2, {one}", f"DSPA ablate 0.2, {other}"]
+
+
+def test_joint_maps(run, folder, tmp_path):
+    """One method of all maps, and its controls."""
+    save_second_map(tmp_path, folder / "map")
+    both = ["--map", folder / "map", "--map", tmp_path / "second", "--seeds", 1, "--json", "out.json"]
+    assert run(*both, "--joint", "--alpha", 1)[0] == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    name = "DSPA ablate 1, map + second"
+    controls = [f"{name}: {control}" for control in ("random set", "shuffled map", "wrong layer")]
+    assert [method["name"] for method in record["methods"]] == [
+        "base",
+        name,
+        *controls,
+        "Static-SAE ablate 1, map + second",
+    ]
+    assert [part["layers"] for part in record["methods"][1]["settings"]["joint"]] == [[1, 2], [1, 3]]
+    code, _, err = run("--map", folder / "map", "--joint")
+    assert code == 2 and "--joint is given with fewer than two maps; accepted: --map twice or more" in err
+    code, _, err = run("--prefix", "a", "--joint")
+    assert code == 2 and "Without --map there is no use for --joint" in err
+    ConditionalDifferenceMap.load(folder / "map").save(tmp_path / "same")
+    code, _, err = run("--map", folder / "map", "--map", tmp_path / "same", "--joint")
+    assert code == 2 and "--map with --joint is with 2 of layer 2; accepted: one for each output layer" in err
 
 
 @pytest.mark.parametrize(

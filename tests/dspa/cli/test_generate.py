@@ -12,12 +12,16 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from dspa.cli import main
+from dspa.config import SteeringConfig
 from dspa.evaluate import generation
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.models.sources import model_source
+from dspa.saes.frozen import FrozenSAE
+from dspa.steering.dspa import Steering
+from dspa.steering.trace import read_trace
 from dspa.testing import ENGLISH, make_model, word_tokenizer
 
-from ..support.files import save_map_and_adapter
+from ..support.files import save_map_and_adapter, save_second_map
 
 PROMPTS = [" ".join(ENGLISH[n : n + 1 + n * 5 % 9]) for n in range(7)]
 SHORT = ["--max-new-tokens", 6, "--device", "cpu"]
@@ -208,3 +212,35 @@ def test_nothing_is_answered_where_a_prompt_of_a_file_cannot_be(run, folder, tmp
 def test_refused_options(run, arguments, message):
     code, _, err = run(*arguments)
     assert code == 2 and message in err
+
+
+def test_maps_of_several_layers(run, folder, tmp_path):
+    """They steer together, each writes a trace of its own, and they share an SAE."""
+    save_second_map(tmp_path, folder / "map")
+    maps = ["--map", folder / "map", "--map", tmp_path / "second", "--alpha", 3, "--mode", "both"]
+    traces = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    code, out, err = run(*maps, "--prompt", PROMPTS[1], "--trace", traces[0], "--trace", traces[1])
+    assert code == 0, err
+    model = AutoModelForCausalLM.from_pretrained(folder / "tiny").eval()
+    config = SteeringConfig(alpha=3.0, mode="both")
+    loaded = [ConditionalDifferenceMap.load(path) for path in (folder / "map", tmp_path / "second")]
+    sae_in = FrozenSAE.load(folder / "sae_in")
+    saes_out = [FrozenSAE.load(path) for path in (folder / "sae_out", tmp_path / "sae_top")]
+    parts = [Steering(sae_in, sae_out, cdmap, config) for sae_out, cdmap in zip(saes_out, loaded, strict=True)]
+    inputs = word_tokenizer()(PROMPTS[1], return_tensors="pt")
+    for part in parts:
+        part.attach(model)
+    ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert out.rstrip("\n") == word_tokenizer().decode(ids, skip_special_tokens=True)
+    assert out != run("--map", folder / "map", "--alpha", 3, "--mode", "both", "--prompt", PROMPTS[1])[1]
+    for path, cdmap in zip(traces, loaded, strict=True):
+        edits, (text,) = read_trace(path)
+        assert edits and text.map_digest == cdmap.digest
+    for given, message in (
+        ([*maps, "--trace", traces[0]], "--trace is given 1 times; accepted: 2 files, one for each map"),
+        ([*maps, "--trace", traces[0], "--trace", traces[0]], "--trace is"),
+        ([*maps, "--map", folder / "map"], "--map is with 2 of layer 2; accepted: one for each output layer"),
+        ([*maps, "--trace", tmp_path / "second", "--trace", traces[0]], "as --map"),
+    ):
+        code, _, err = run(*given, "--prompt", "cat")
+        assert code == 2 and message in err, err

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dspa.evaluate.responses import responses_of
+from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.models.sources import model_source
 from dspa.saes.frozen import FrozenSAE
 from dspa.testing import L_IN, L_OUT, make_map, make_model, make_sae, word_tokenizer
@@ -42,3 +43,14 @@ def save_map_and_adapter(folder: Path, prompts: Sequence[str], *, strength: floa
     adapter.trained_on = source
     adapter.save(folder / "adapter")
     (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+
+
+def save_second_map(folder: Path, like: Path) -> None:
+    """Save a map (`second`) of the input SAE of the map `like`, and of an output SAE (`sae_top`) one layer higher."""
+    first = ConditionalDifferenceMap.load(like)
+    make_sae(L_OUT + 1, 128, seed=3).save(folder / "sae_top")
+    sae_in, top = FrozenSAE.load(like.parent / "sae_in"), FrozenSAE.load(folder / "sae_top")
+    assert top.source is not None
+    cdmap = make_map(sae_in, top, seed=1)
+    cdmap.sources = {**first.sources, "sae_out": top.source}
+    cdmap.save(folder / "second")
