@@ -63,8 +63,8 @@ class Costs:
         method: name of the method, or of a stage of it.
         flops: floating-point operations, as `dspa.models.operations` counts them, without those on padding.
         measured: time and memory.
-        triples: digest of the triples, in any order.
-        n_triples: number of triples.
+        triples: digest of the triples, or of rankings, in any order.
+        n_triples: number of them.
         model_name: name of the model that was used, or trained further.
         model_digest: digest of its weights before, as `dspa.models.sources.model_digest`, empty if that is not known.
         model_dtype: dtype of its weights.

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from typing_extensions import NotRequired, TypedDict
 
 from dspa.costs import Costs, Measured, Meter
-from dspa.data.triples import DigestedTriples
+from dspa.data.triples import DigestedExamples
 from dspa.distributed import warn_if_alone
 from dspa.errors import ModelError, TrainingError, refusal
 from dspa.models.layers import NOT_FINITE, CausalLM, device_of
@@ -150,20 +150,20 @@ class Trained:
     measured: Measured | None
 
     def costs(
-        self, method: str, triples: DigestedTriples, settings: Mapping[str, Any], trained_digest: str = ""
+        self, method: str, examples: DigestedExamples, settings: Mapping[str, Any], trained_digest: str = ""
     ) -> dict[str, Any] | None:
         """Return the `Costs` for the folder's record, None where they are not known.
 
         Args:
             method: name of the method.
-            triples: the triples, read to their end.
+            examples: the triples or rankings, read to their end.
             settings: what the folder records of the model.
             trained_digest: as for `Costs`.
         """
         if self.measured is None:
             return None
         model = {name: settings.get(name, "") for name in ("model_name", "model_digest", "model_dtype")}
-        data = (triples.digest, triples.n_triples)
+        data = (examples.digest, examples.n_examples)
         return asdict(Costs(method, self.flops, self.measured, *data, **model, trained_digest=trained_digest))
 
 

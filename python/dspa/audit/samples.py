@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dspa.audit.edits import TextEdits, summarise
 from dspa.audit.record import Sample, SampleToken
+from dspa.data.messages import Text, content_of
 from dspa.data.token_texts import token_pieces
-from dspa.data.triples import Text, content_of
 from dspa.evaluate.generation import answer_prompts, check_prompts
 from dspa.evaluate.responses import Response
 from dspa.models.attachment import Attachable

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dspa.costs import Costs, Meter
-from dspa.data.triples import DigestedTriples, Triple
+from dspa.data.triples import DigestedExamples, Triple, load_triples
 from dspa.errors import VectorError, refusal
 from dspa.evaluate.responses import Response, batches, padded, responses_of
 from dspa.models.layers import (
@@ -87,11 +87,11 @@ def repe_vector(
     if layer >= n_layers:
         raise refusal(VectorError, "`layer`", layer, f"0 to {n_layers - 1}, the model's layers")
     check_residual(inner, layer, layers)
-    meter, digested = Meter(device_of(inner.get_input_embeddings())), DigestedTriples(triples)
+    meter, digested = Meter(device_of(inner.get_input_embeddings())), DigestedExamples(load_triples(triples))
     responses = responses_of(inner, tokenizer, digested, max_length, chat_template_kwargs)
-    most = min(digested.n_triples, hidden_size(inner))
+    most = min(digested.n_examples, hidden_size(inner))
     if n_directions > most:
-        got = f"{n_directions}, of {digested.n_triples} triples"
+        got = f"{n_directions}, of {digested.n_examples} triples"
         raise refusal(VectorError, "`n_directions`", got, f"1 to {most}", "Give more triples, or lower it.")
     means = response_means(inner, responses, layer, layers=layers, batch_tokens=batch_tokens, progress=progress)
     name, digest, dtype = model_name or loaded_name(inner), model_digest(inner) or "", str(inner.dtype)
@@ -100,8 +100,8 @@ def repe_vector(
     sizes = sizes_of(inner, dtype.removeprefix("torch."), layers)
     reading = forward(sizes, map(len, responses), layers=slice(layer + 1))
     # And D^T D.
-    flops = round(reading.total) + 2 * digested.n_triples * sizes.d_model**2
-    data = (digested.digest, digested.n_triples)
+    flops = round(reading.total) + 2 * digested.n_examples * sizes.d_model**2
+    data = (digested.digest, digested.n_examples)
     vector.costs = Costs("RepE", flops, meter.measured(), *data, name, digest, dtype)
     return vector
 

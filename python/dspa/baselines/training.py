@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from dspa.baselines.settings import TrainingSettings
 from dspa.costs import Meter
 from dspa.data.templates import at_date, check_template_kwargs, date_of_today
-from dspa.data.triples import DigestedTriples, Triple
+from dspa.data.triples import DigestedExamples, Triple, load_triples
 from dspa.distributed import rank
 from dspa.errors import TrainingError, refusal, require_package
 from dspa.models.layers import CausalLM, check_eval, context_length, device_of, loaded_name
@@ -119,7 +119,7 @@ class Training:
         length = min(config.max_length, context_length(self.model) or config.max_length)
         progress = self.progress and args.process_index == 0
         tokenizer = at_date(self.tokenizer, date)
-        triples = DigestedTriples(self.triples)
+        triples = DigestedExamples(load_triples(self.triples))
         data = kind.read(triples, tokenizer, length, self.chat_template_kwargs, config, progress)
         if len(data.rows) < config.batch_size:
             accepted = f"a batch ({config.batch_size}) or more"

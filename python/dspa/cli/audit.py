@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from dspa.audit.edits import TextEdits
     from dspa.audit.evidence import Evidence
     from dspa.audit.record import Sample
+    from dspa.data.messages import Text
     from dspa.data.texts import TextFile
-    from dspa.data.triples import Text
     from dspa.judges.judge import Judge
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.saes.frozen import FrozenSAE

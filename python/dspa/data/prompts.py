@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from dspa.data.lines import check_encodable, check_file, read_lines, split_lines
+from dspa.data.messages import Text, check_text, content_of
 from dspa.data.records import ACCEPTED as RECORDS
 from dspa.data.records import is_plain_text, read_records
 from dspa.data.templates import apply_template, check_template_kwargs
-from dspa.data.triples import Text, check_text, content_of, load_triples
+from dspa.data.triples import load_triples
 from dspa.errors import refusal
 
 ACCEPTED = f"plain text, one prompt per line; or {RECORDS}, with `prompt`"

@@ -1,11 +1,11 @@
-"""Triples as token ids that TRL's trainers need not tokenize. Importing this needs the package datasets."""
+"""Triples and rankings as token ids that TRL need not tokenize. Importing this needs the package datasets."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,13 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dspa.data.rankings import Ranking
 from dspa.data.tokens import response_tokens
-from dspa.data.triples import Triple, load_triples
+from dspa.data.triples import Example
 
 
 class Rows(Dataset):  # type: ignore[misc]
-    """Triples with the columns `prompt_ids`, `chosen_ids`, `rejected_ids`."""
+    """Triples with the columns `prompt_ids`, `chosen_ids`, `rejected_ids`, or rankings with those of `_columns`."""
 
     def map(self, *_args: Any, **_kwargs: Any) -> Rows:
         """Return the rows as they are."""
@@ -26,44 +27,61 @@ class Rows(Dataset):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class TripleRows:
-    """Token ids of triples for a trainer.
+class ExampleRows:
+    """Token ids of triples or rankings for a trainer.
 
     Attributes:
-        rows: the triples.
-        sha256: hash of the token ids.
+        rows: the examples.
+        noun: "triple" or "ranking".
+        sha256: hash of the token ids, and of the rewards of rankings.
         n_full: number of responses that fill all of max_length, because they were cut or just fit.
     """
 
     rows: Rows
+    noun: str
     sha256: str
     n_full: int
 
     @classmethod
     def read(
         cls,
-        source: Iterable[Triple | Mapping[str, Any]] | str | Path,
+        examples: Iterable[Example],
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         progress: bool,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> TripleRows:
-        """Read and tokenize triples.
+        *,
+        noun: str = "triple",
+    ) -> ExampleRows:
+        """Read and tokenize examples.
 
         Raises:
-            PreferenceError: a bad triple.
+            PreferenceError: a bad example.
         """
         sha, n_full = hashlib.sha256(), 0
-        columns: dict[str, list[Any]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
-        for triple in tqdm(load_triples(source), unit="triple", desc="tokenise", disable=not progress):
-            parts = response_tokens(triple, tokenizer, max_length=max_length, chat_template_kwargs=chat_template_kwargs)
-            n_full += sum(len(parts[0]) + len(response) == max_length for response in parts[1:])
-            for column, ids in zip(columns.values(), parts, strict=True):
-                column.append(np.array(ids, dtype=np.int32))
-                sha.update(len(ids).to_bytes(4, "little") + column[-1].tobytes())
-        return cls(Rows.from_dict(columns), sha.hexdigest(), n_full)
+        columns: dict[str, list[Any]] = defaultdict(list)
+        for example in tqdm(examples, unit=noun, desc="tokenise", disable=not progress):
+            ids = response_tokens(example, tokenizer, max_length=max_length, chat_template_kwargs=chat_template_kwargs)
+            n_full += sum(len(ids[0]) + len(response) == max_length for response in ids[1:])
+            arrays = [np.array(part, dtype=np.int32) for part in ids]
+            for array in arrays:
+                sha.update(len(array).to_bytes(4, "little") + array.tobytes())
+            if isinstance(example, Ranking):
+                sha.update(np.array(example.rewards, dtype="<f8").tobytes())
+            for name, value in _columns(example, arrays).items():
+                columns[name].append(value)
+        return cls(Rows.from_dict(columns), noun, sha.hexdigest(), n_full)
 
     @property
     def counts(self) -> dict[str, int]:
         """Numbers for the training's record."""
-        return {"n_triples": len(self.rows), "n_full": self.n_full}
+        return {f"n_{self.noun}s": len(self.rows), "n_full": self.n_full}
+
+
+def _columns(example: Example, ids: Sequence[np.ndarray[Any, Any]]) -> dict[str, Any]:
+    prompt, *responses = ids
+    if isinstance(example, Ranking):
+        rewards = [float(reward) for reward in example.rewards]
+        return {"prompt_ids": prompt, "response_ids": responses, "rewards": rewards}
+    chosen, rejected = responses
+    return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}

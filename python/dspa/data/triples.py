@@ -1,31 +1,28 @@
 """Preference triples (prompt, chosen, rejected): formats, reading and validation.
 
 The formats are TRL's (https://huggingface.co/docs/trl/dataset_formats): standard or conversational, with an
-explicit or an implicit prompt.
+explicit or an implicit prompt. Rankings of several responses are read as triples of their best and their worst one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
-from dspa.data.lines import check_encodable
+from dspa.data.messages import TOOLS, Message, Text, check_example, check_fields, content_of, type_name
+from dspa.data.rankings import PAIRED, Ranking, falling_rewards, is_ranking, parse_ranking
+from dspa.data.rankings import UNNAMED as UNNAMED_RANKING
 from dspa.data.records import ACCEPTED as RECORDS
 from dspa.data.records import read_records
-from dspa.data.templates import check_names
 from dspa.data.token_texts import shared_length
 from dspa.errors import PreferenceError, refusal
 from dspa.schemas import parse_json
 
-Message: TypeAlias = dict[str, Any]
-Text: TypeAlias = str | list[Message]
-
-MESSAGES = "messages that are dicts with text `role` and `content`, or `tool_calls` in place of `content`"
-TOOLS = "a list of JSON schemas of functions, or its JSON"
 UNNAMED = "triple"
 
 
@@ -54,14 +51,21 @@ class Triple:
 
     def __post_init__(self) -> None:
         """Raise `PreferenceError` for invalid fields."""
-        _check_fields(self.name, {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected})
-        for field_name, response in (("chosen", self.chosen), ("rejected", self.rejected)):
-            _check_assistant_first(self.name, field_name, response)
-        check_names(PreferenceError, f"{self.name}: `chat_template_kwargs`", self.chat_template_kwargs)
-        _check_tools(self.name, self.tools)
+        check_example(self.name, self.prompt, self.named_responses, self.tools, self.chat_template_kwargs)
+
+    @property
+    def named_responses(self) -> dict[str, Text]:
+        """The responses by what errors call them."""
+        return {"chosen": self.chosen, "rejected": self.rejected}
 
 
-def load_triples(source: str | Path | Iterable[Mapping[str, Any] | Triple]) -> Iterator[Triple]:
+Example: TypeAlias = Triple | Ranking
+E = TypeVar("E", Triple, Ranking)
+# What examples are read from.
+Source: TypeAlias = str | Path | Iterable[Mapping[str, Any] | Example]
+
+
+def load_triples(source: Source) -> Iterator[Triple]:
     """Read triples one at a time, and validate each as it is read.
 
     A mapping has the keys "chosen" and "rejected", and usually "prompt". Conversations may have "tools" (a list of JSON
@@ -69,6 +73,8 @@ def load_triples(source: str | Path | Iterable[Mapping[str, Any] | Triple]) -> I
     beginning of the two responses, as in TRL's `extract_prompt`. The same holds where "prompt" is text while "chosen"
     and "rejected" are conversations that carry it as a user message (UltraFeedback binarized).
     A key whose value is None counts as absent, at any depth, because Arrow fills what is absent from a row so.
+
+    A ranking, with "responses" and "rewards", is read as the triple of its best and its worst response.
 
     Every triple is named by its file and line, or by its number counted from 1. A `Triple` that has a name keeps it.
 
@@ -83,74 +89,106 @@ def load_triples(source: str | Path | Iterable[Mapping[str, Any] | Triple]) -> I
         PreferenceError: a path that is not a file, an invalid triple, or a source without a triple.
         RuntimeError: Parquet without the package datasets.
     """
+    return _load(source, "triple", _make_triple)
+
+
+def load_rankings(source: Source, *, plain: bool = False) -> Iterator[Ranking]:
+    """Read rankings one at a time, and validate each as it is read.
+
+    A mapping has the keys "prompt", "responses" (a list) and "rewards" (a list of as many numbers), or those of
+    princeton-nlp/llama3-ultrafeedback-armorm, "prompt", "all_generated_responses" and "all_rm_scores", whose responses
+    are the assistant's where "chosen" and "rejected" are conversations. Rankings may differ in their numbers of
+    responses. Where the prompt is messages, a response may be the text of the assistant's turn.
+
+    A triple, as `load_triples` reads it, is a ranking of two. Its rewards are "score_chosen" and "score_rejected", or
+    "chosen_score" and "rejected_score".
+
+    Args:
+        source: as for `load_triples`.
+        plain: accept examples without rewards, whose responses are in order from the best to the worst. They get the
+            rewards n, n - 1, ..., 1.
+
+    Yields:
+        The rankings. All those before an invalid one are yielded before it raises.
+
+    Raises:
+        PreferenceError: a path that is not a file, an invalid ranking, or a source without a ranking.
+        RuntimeError: Parquet without the package datasets.
+    """
+    return _load(source, "ranking", partial(_make_ranking, plain=plain))
+
+
+def _load(source: Source, noun: str, make: Callable[[str, Any], E]) -> Iterator[E]:
     empty = True
-    for name, entry in _entries(source):
-        yield _make_triple(name, entry)
+    for name, entry in _entries(source, noun):
+        yield make(name, entry)
         empty = False
     if empty:
         from_file = isinstance(source, (str, Path))
-        what, kind = (str(source), "file") if from_file else ("`source`", type(source).__name__)
+        what, kind = (str(source), "file") if from_file else ("`source`", type_name(source))
         advice = "Check how it was written, or whether an iterator was already used up."
-        raise refusal(PreferenceError, what, f"a {kind} without a triple", "one triple or more", advice)
+        raise refusal(PreferenceError, what, f"a {kind} without a {noun}", f"one {noun} or more", advice)
 
 
-class DigestedTriples:
-    """Triples that are read as by `load_triples`, and their digest and number afterwards.
+class DigestedExamples:
+    """Examples, and their digest and number after they were read.
 
     Args:
-        source: what `load_triples` takes.
+        examples: triples or rankings.
     """
 
-    def __init__(self, source: str | Path | Iterable[Mapping[str, Any] | Triple]) -> None:
-        self._source, self._keys = source, list[int]()
+    def __init__(self, examples: Iterable[Example]) -> None:
+        self._examples, self._keys = examples, list[int]()
 
-    def __iter__(self) -> Iterator[Triple]:
-        """Yield the triples."""
+    def __iter__(self) -> Iterator[Example]:
+        """Yield the examples."""
         self._keys.clear()
-        for triple in load_triples(self._source):
-            self._keys.append(key_of(triple))
-            yield triple
+        for example in self._examples:
+            self._keys.append(key_of(example))
+            yield example
 
     @property
     def digest(self) -> str:
-        """The `digest_of_keys` of the triples that were read."""
+        """The `digest_of_keys` of the examples that were read."""
         return digest_of_keys(self._keys)
 
     @property
-    def n_triples(self) -> int:
-        """Number of the triples that were read."""
+    def n_examples(self) -> int:
+        """Number of the examples that were read."""
         return len(self._keys)
 
 
-def key_of(triple: Triple) -> int:
-    """Return 64 bits of the digest of a triple's content, by which it is recognised."""
-    parts: list[Any] = [triple.prompt, triple.chosen, triple.rejected]
+def key_of(example: Example) -> int:
+    """Return 64 bits of the digest of an example's content, by which it is recognised."""
+    parts: list[Any] = [example.prompt, *example.named_responses.values()]
+    if isinstance(example, Ranking):
+        parts.append(list(example.rewards))
     # Left out where there is none, so that keys are those of earlier versions.
-    if triple.tools is not None or triple.chat_template_kwargs:
-        parts += [triple.tools, triple.chat_template_kwargs]
+    if example.tools is not None or example.chat_template_kwargs:
+        parts += [example.tools, example.chat_template_kwargs]
     content = json.dumps(parts).encode()
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
 
 
 def digest_of_keys(keys: Iterable[int]) -> str:
-    """Return 16 hexadecimal digits that identify triples, in any order, by their `key_of`."""
+    """Return 16 hexadecimal digits that identify examples, in any order, by their `key_of`."""
     return hashlib.sha256(" ".join(map(str, sorted(keys))).encode()).hexdigest()[:16]
 
 
-def _entries(source: object) -> Iterator[tuple[str, object]]:
-    """Yield the name and the raw content of every entry of `source`."""
-    accepted = "the path of a file, a datasets.Dataset, an iterable of dicts or Triples"
+def _entries(source: object, noun: str) -> Iterator[tuple[str, object]]:
+    """Yield the name and the raw content of every entry of `source`; `noun` says what one is."""
+    accepted = f"the path of a file, a datasets.Dataset, an iterable of dicts or {noun.capitalize()}s"
     if isinstance(source, (str, Path)):
         yield from _records(source)
     elif isinstance(source, Mapping):
         got = f"a {type(source).__name__} with keys {sorted(map(str, source))}"
-        advice = "Choose one split, or put a single triple in a list."
+        advice = f"Choose one split, or put a single {noun} in a list."
         raise refusal(PreferenceError, "`source`", got, accepted, advice)
     elif isinstance(source, Iterable):
         for number, entry in enumerate(source, start=1):
-            yield f"triple {number}", entry
+            yield f"{noun} {number}", entry
     else:
-        got = f"of type {_type_name(source)}"
+        got = f"of type {type_name(source)}"
         raise refusal(PreferenceError, "`source`", got, accepted, "Convert it to one of these.")
 
 
@@ -173,10 +211,10 @@ def _make_triple(name: str, entry: Any) -> Triple:
     if isinstance(entry, Triple):
         return replace(entry, name=name) if entry.name == UNNAMED else entry
     accepted = "an object with 'chosen', 'rejected' and, unless it is their shared beginning, 'prompt'"
-    if not isinstance(entry, Mapping):
-        got = f"of type {_type_name(entry)}"
-        raise refusal(PreferenceError, name, got, accepted, "Give every triple as such an object.")
-    entry = _without_none(entry)
+    entry = entry if isinstance(entry, Ranking) else _as_mapping(name, entry, accepted)
+    if isinstance(entry, Ranking) or (is_ranking(entry) and "chosen" not in entry):
+        ranking = _make_ranking(name, entry, plain=False)
+        return Triple(ranking.prompt, *ranking.extremes, ranking.name, ranking.tools, ranking.chat_template_kwargs)
     missing = [key for key in ("chosen", "rejected") if key not in entry]
     if missing:
         got = f"without {' and '.join(map(repr, missing))}, with only the keys {sorted(map(str, entry))}"
@@ -190,6 +228,37 @@ def _make_triple(name: str, entry: Any) -> Triple:
         return Triple(prompt, chosen, rejected, name)
     tools = _parse_tools(name, entry.get("tools"))
     return Triple(prompt, chosen, rejected, name, tools, entry.get("chat_template_kwargs", {}))
+
+
+def _make_ranking(name: str, entry: Any, *, plain: bool) -> Ranking:
+    """Return the validated ranking of a raw entry, or of a triple."""
+    if isinstance(entry, Ranking):
+        return replace(entry, name=name) if entry.name == UNNAMED_RANKING else entry
+    accepted = "an object with 'prompt', 'responses' and 'rewards', or with 'chosen' and 'rejected'"
+    if not isinstance(entry, Triple):
+        entry = _as_mapping(name, entry, accepted)
+        if is_ranking(entry):
+            conversational = isinstance(entry.get("chosen"), list)
+            prompt = _make_triple(name, entry).prompt if conversational else entry.get("prompt")
+            return parse_ranking(name, entry, prompt, _parse_tools(name, entry.get("tools")), plain=plain)
+        if not {"chosen", "rejected"} <= entry.keys():
+            got = f"an object with only the keys {sorted(map(str, entry))}"
+            raise refusal(PreferenceError, name, got, accepted, "Rename or add the keys.")
+    triple, scores = _make_triple(name, entry), {} if isinstance(entry, Triple) else entry
+    names = next((names for names in PAIRED if any(key in scores for key in names)), PAIRED[0])
+    rewards = [scores[key] for key in names if key in scores]
+    rewards = rewards or falling_rewards(triple.name, "' and '".join(names), 2, plain=plain)
+    responses = (triple.chosen, triple.rejected)
+    return Ranking(triple.prompt, responses, rewards, triple.name, triple.tools, triple.chat_template_kwargs)
+
+
+def _as_mapping(name: str, entry: Any, accepted: str) -> Any:
+    """Return a raw entry that is a mapping, without what is None in it."""
+    if not isinstance(entry, Mapping):
+        raise refusal(
+            PreferenceError, name, f"of type {type_name(entry)}", accepted, "Give each one as such an object."
+        )
+    return _without_none(entry)
 
 
 def _without_none(value: Any) -> Any:
@@ -208,7 +277,7 @@ def _parse_tools(name: str, tools: Any) -> Any:
 
 def _split_off_prompt(name: str, chosen: object, rejected: object, expected: str | None) -> tuple[Text, Text, Text]:
     """Return the shared beginning, in which a user message has to say `expected`, and what follows it in both."""
-    _check_fields(name, {"chosen": chosen, "rejected": rejected})
+    check_fields(name, {"chosen": chosen, "rejected": rejected})
     chosen, rejected = cast(Text, chosen), cast(Text, rejected)
     length = _prompt_length(chosen, rejected)
     prompt = chosen[:length]
@@ -219,7 +288,7 @@ def _split_off_prompt(name: str, chosen: object, rejected: object, expected: str
     if not prompt:
         got = "without 'prompt', and 'chosen' and 'rejected' have no beginning in common that could be it"
         accepted = "an explicit 'prompt', or an implicit one with which both begin"
-        raise refusal(PreferenceError, name, got, accepted, "Add the prompt or remove the triple.")
+        raise refusal(PreferenceError, name, got, accepted, "Add the prompt or remove the example.")
     return prompt, chosen[length:], rejected[length:]
 
 
@@ -237,70 +306,3 @@ def _prompt_length(chosen: Text, rejected: Text) -> int:
 
 def _user_says(messages: list[Message], text: str) -> bool:
     return any(message["role"] == "user" and content_of(message).strip() == text.strip() for message in messages)
-
-
-def content_of(message: Message) -> str:
-    """Return the text of a message, empty where it only calls tools."""
-    return message.get("content") or ""
-
-
-def _type_name(value: object) -> str:
-    return type(value).__name__
-
-
-def _check_fields(name: str, fields: Mapping[str, object]) -> None:
-    """Raise unless the fields are all text or all messages, none is empty, and the two responses differ."""
-    for field_name, value in fields.items():
-        check_text(name, field_name, value)
-    kinds = {key: "text" if isinstance(value, str) else "messages" for key, value in fields.items()}
-    if len(set(kinds.values())) > 1:
-        got = f"mixed: {'; '.join(f'`{key}` is {kind}' for key, kind in kinds.items())}"
-        raise refusal(PreferenceError, name, got, "all text, or all messages", "Write the text as messages.")
-    for field_name, value in fields.items():
-        if not value or (
-            isinstance(value, list) and not any(content_of(message) or message.get("tool_calls") for message in value)
-        ):
-            what, accepted = f"{name}: `{field_name}`", "text or messages with content"
-            raise refusal(PreferenceError, what, "empty", accepted, "Remove the triple.")
-    if fields["chosen"] == fields["rejected"]:
-        got = "equal to `rejected`, which prefers nothing"
-        raise refusal(PreferenceError, f"{name}: `chosen`", got, "two different responses", "Remove the triple.")
-
-
-def check_text(name: str, field_name: str, value: object) -> None:
-    """Raise `PreferenceError` unless a field of a record is text or messages."""
-    if not isinstance(value, (str, list)):
-        advice = "Convert it; leave the key out where a prompt is implicit."
-        accepted = f"text, or a list of {MESSAGES}"
-        raise refusal(PreferenceError, f"{name}: `{field_name}`", f"of type {_type_name(value)}", accepted, advice)
-    if isinstance(value, str):
-        check_encodable(PreferenceError, f"{name}: `{field_name}`", value)
-        return
-    for number, message in enumerate(value):
-        _check_message(name, f"`{field_name}[{number}]`", message)
-
-
-def _check_message(name: str, where: str, message: object) -> None:
-    if not isinstance(message, dict):
-        raise refusal(PreferenceError, f"{name}: {where}", f"of type {_type_name(message)}", MESSAGES, "Convert it.")
-    for key in ("role",) if message.get("tool_calls") and not content_of(message) else ("role", "content"):
-        if key not in message:
-            got = f"without {key!r}, with only the keys {sorted(map(str, message))}"
-            raise refusal(PreferenceError, f"{name}: {where}", got, MESSAGES, "Rename or add the key.")
-        what = f"{name}: the {key} of {where}"
-        if not isinstance(message[key], str):
-            got, advice = f"of type {_type_name(message[key])}", "Keep only text, or remove the triple."
-            raise refusal(PreferenceError, what, got, MESSAGES, advice)
-        check_encodable(PreferenceError, what, message[key])
-
-
-def _check_tools(name: str, tools: object) -> None:
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise refusal(PreferenceError, f"{name}: `tools`", repr(tools)[:60], TOOLS, "Convert it.")
-
-
-def _check_assistant_first(name: str, field_name: str, response: Text) -> None:
-    if isinstance(response, list) and response[0]["role"] != "assistant":
-        what = f"{name}: the first role of `{field_name}` after the prompt"
-        advice = "Leave 'prompt' out where the conversations repeat it, or remove the triple."
-        raise refusal(PreferenceError, what, repr(response[0]["role"]), "'assistant'", advice)

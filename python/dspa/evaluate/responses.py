@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from dspa.data.tokens import response_tokens
-from dspa.data.triples import Triple, load_triples
+from dspa.data.triples import Example, Source, load_triples
 from dspa.errors import refusal
 from dspa.models.attachment import Attachment, raw_logits
 from dspa.models.layers import CausalLM, base_model, context_length, device_of
@@ -36,7 +36,7 @@ class Response:
 def responses_of(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    triples: Iterable[Triple | Mapping[str, Any]] | str | Path,
+    triples: Source,
     max_length: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Response]:
@@ -48,16 +48,29 @@ def responses_of(
         PreferenceError: a bad triple.
         ValueError: a `max_length` outside the model's positions.
     """
+    return list(
+        chain(*responses_of_examples(model, tokenizer, load_triples(triples), max_length, chat_template_kwargs))
+    )
+
+
+def responses_of_examples(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Iterable[Example],
+    max_length: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[list[Response]]:
+    """Return the responses of each triple or ranking as `responses_of` does."""
     context = context_length(base_model(model))
     limit = context if max_length is None else max_length
     if limit is not None and not 2 <= limit <= (context or limit):
         raise refusal(ValueError, "`max_length`", repr(limit), f"2 to {context or 'any'}, the model's positions")
     responses = []
-    for triple in load_triples(triples):
-        prompt, chosen, rejected = response_tokens(
-            triple, tokenizer, max_length=limit, chat_template_kwargs=chat_template_kwargs
+    for example in examples:
+        prompt, *answers = response_tokens(
+            example, tokenizer, max_length=limit, chat_template_kwargs=chat_template_kwargs
         )
-        responses += [Response(prompt, chosen), Response(prompt, rejected)]
+        responses.append([Response(prompt, ids) for ids in answers])
     return responses
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.nn.functional import softplus
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dspa.data.triples import Triple
+from dspa.data.triples import Source
 from dspa.errors import ModelError, refusal
 from dspa.evaluate.responses import Response, batches, log_probabilities, responses_of
 from dspa.intervals import wilson
@@ -105,7 +104,7 @@ def check_scoring(beta: float, gamma_beta_ratio: float) -> None:
 def score_triples(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    triples: Iterable[Triple | Mapping[str, Any]] | str | Path,
+    triples: Source,
     *,
     beta: float = 10.0,
     gamma_beta_ratio: float = 0.5,
@@ -159,9 +158,28 @@ def score_responses(
     For triples that are scored several times. `on_batch` is called with the indices of the responses of each batch,
     after it.
     """
+    check_scoring(beta, gamma_beta_ratio)
+    values = mean_log_probabilities(model, responses, batch_tokens=batch_tokens, progress=progress, on_batch=on_batch)
+    return Scores(values[0::2], values[1::2], beta, gamma_beta_ratio)
+
+
+def mean_log_probabilities(
+    model: nn.Module,
+    responses: Sequence[Response],
+    *,
+    batch_tokens: int = 8192,
+    progress: bool = True,
+    on_batch: Callable[[list[int]], None] | None = None,
+) -> Tensor:
+    """Return the mean log-probability per token of each response, [R] fp32 on the CPU.
+
+    The arguments are those of `score_responses`.
+
+    Raises:
+        ModelError: a model in training mode, or log-probabilities that are not finite.
+    """
     inner = base_model(model)
     check_eval(inner)
-    check_scoring(beta, gamma_beta_ratio)
     values = torch.empty(len(responses), dtype=torch.float32)
     with tqdm(total=len(responses), unit="response", desc="score", leave=False, disable=not progress) as bar:
         for batch in batches(responses, batch_tokens):
@@ -171,4 +189,4 @@ def score_responses(
                 on_batch(batch)
     if not bool(values.isfinite().all()):
         raise ModelError(f"Log-probabilities of responses are NaN or infinite. {NOT_FINITE}")
-    return Scores(values[0::2], values[1::2], beta, gamma_beta_ratio)
+    return values

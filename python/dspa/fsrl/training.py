@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from dspa.costs import Meter
 from dspa.data.templates import at_date, check_template_kwargs, date_of_today
-from dspa.data.triples import DigestedTriples, Triple, load_triples
+from dspa.data.triples import DigestedExamples, Triple, load_triples
 from dspa.distributed import rank
 from dspa.errors import TrainingError, refusal, require_package
 from dspa.files import checksum
@@ -34,7 +34,7 @@ from dspa.resuming import Trained, check_processes, finished_before, fit, writin
 from dspa.training_folder import RECORD, TrainingFolder, reading_checkpoint
 
 if TYPE_CHECKING:
-    from dspa.data.rows import TripleRows
+    from dspa.data.rows import ExampleRows
 
 
 def train(
@@ -89,7 +89,7 @@ def train(
         ValueError: a batch that the processes do not divide, or invalid `chat_template_kwargs`.
     """
     require_package("trl", "Training an adapter")
-    from dspa.data.rows import TripleRows
+    from dspa.data.rows import ExampleRows
 
     config, inner, folder = config or TrainingConfig(), base_model(model), TrainingFolder(Path(out))
     folder.check()
@@ -113,10 +113,10 @@ def train(
             date = folder.first_date(date_of_today(tokenizer))
         dated = at_date(tokenizer, date)
         reading = (dated, config.max_length, progress, chat_template_kwargs)
-        digested = DigestedTriples(triples)
-        data = TripleRows.read(digested, *reading)
+        digested = DigestedExamples(load_triples(triples))
+        data = ExampleRows.read(digested, *reading)
         held = None if eval_triples is None else list(load_triples(eval_triples))
-        held_data = None if held is None else TripleRows.read(held, *reading)
+        held_data = None if held is None else ExampleRows.read(held, *reading)
         if len(data.rows) < config.batch_size:
             accepted = f"a batch ({config.batch_size}) or more"
             raise refusal(TrainingError, "The number of triples", len(data.rows), accepted, "Lower `batch_size`.")
@@ -188,8 +188,8 @@ def _fit(
     sizes: ModelSizes,
     config: TrainingConfig,
     args: Any,
-    data: TripleRows,
-    held: TripleRows | None,
+    data: ExampleRows,
+    held: ExampleRows | None,
     meter: Meter,
     progress: bool,
 ) -> Trained:
@@ -230,8 +230,8 @@ def _settings(
     model: CausalLM,
     adapter: FSRLAdapter,
     config: TrainingConfig,
-    data: TripleRows,
-    held: TripleRows | None,
+    data: ExampleRows,
+    held: ExampleRows | None,
     model_name: str | None,
 ) -> dict[str, Any]:
     """Return everything that decides the result of a training."""

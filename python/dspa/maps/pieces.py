@@ -12,7 +12,8 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-from dspa.data.triples import Triple, content_of, key_of, load_triples
+from dspa.data.messages import content_of
+from dspa.data.triples import Triple, key_of, load_triples
 from dspa.errors import refusal
 from dspa.schemas import PositiveInt, Text, check, schema
 

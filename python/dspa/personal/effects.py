@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dspa.baselines.random_set import response_counts
 from dspa.data.lines import check_file
-from dspa.data.triples import Text as Prompt
+from dspa.data.messages import Text as Prompt
 from dspa.errors import PersonaError, refusal
 from dspa.evaluate.compare.prompts import spoken
 from dspa.evaluate.generation import check_prompts, continue_prompts, decode, end_tokens

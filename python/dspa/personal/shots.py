@@ -10,7 +10,8 @@ from math import log
 
 import numpy as np
 
-from dspa.data.triples import Message, Text, Triple, content_of
+from dspa.data.messages import Message, Text, content_of
+from dspa.data.triples import Triple
 from dspa.errors import refusal
 from dspa.evaluate.compare.prompts import spoken
 from dspa.intervals import Values

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dspa.data.messages import Text
 from dspa.data.prompts import read_prompt_file, read_prompts, tokenize_prompt
-from dspa.data.triples import Text
 from dspa.errors import PreferenceError
 from dspa.testing import word_tokenizer
 

@@ -13,7 +13,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dspa.baselines.dpo.config import DPOSettings
 from dspa.baselines.trainers import BaselineTrainer, Examples
-from dspa.data.rows import TripleRows
+from dspa.data.rows import ExampleRows
 from dspa.models.operations import Cost, forward
 from dspa.resuming import check_loss, remove_dropout, row_lengths
 
@@ -48,7 +48,7 @@ class BaselineDPOTrainer(BaselineTrainer, DPOTrainer):  # type: ignore[misc]
         progress: bool,
     ) -> Examples:
         """Read prompts with both responses."""
-        data = TripleRows.read(triples, tokenizer, max_length, progress, chat_template_kwargs)
+        data = ExampleRows.read(triples, tokenizer, max_length, progress, chat_template_kwargs)
         return Examples(data.rows, data.sha256, data.counts)
 
     @staticmethod

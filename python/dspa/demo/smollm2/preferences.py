@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dspa.config import SteeringConfig
+from dspa.data.messages import Message
 from dspa.data.prompts import tokenize_prompt
 from dspa.demo.smollm2 import markers
 from dspa.demo.smollm2.prompts import ASSETS, is_formal, letters, questions, split_tasks
@@ -52,7 +53,7 @@ class Style:
     accepts: Callable[[str], bool]
     max_new_tokens: int
 
-    def messages(self, prompt: str) -> list[dict[str, str]]:
+    def messages(self, prompt: str) -> list[Message]:
         """Return a prompt under the instruction."""
         shown = [
             {"role": role, "content": text}
@@ -191,8 +192,15 @@ def _triples(
 
 def _answers(model: CausalLM, tokenizer: PreTrainedTokenizerBase, style: Style, prompts: Sequence[str]) -> list[str]:
     """Return one answer to each prompt in a style, up to its last whole sentence."""
-    ids = [tokenize_prompt(tokenizer, style.messages(prompt), chat=True) for prompt in prompts]
-    arguments = {"max_new_tokens": style.max_new_tokens, **SAMPLING}
+    return sample_answers(model, tokenizer, [style.messages(prompt) for prompt in prompts], style.max_new_tokens)
+
+
+def sample_answers(
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[Message]], max_new_tokens: int
+) -> list[str]:
+    """Return one answer to each conversation, up to its last whole sentence."""
+    ids = [tokenize_prompt(tokenizer, messages, chat=True) for messages in conversations]
+    arguments = {"max_new_tokens": max_new_tokens, **SAMPLING}
     responses = continue_prompts(model, tokenizer, ids, end_tokens(model, tokenizer), **arguments)
     return [_whole_sentences(decode(tokenizer, response.ids)) for response in responses]
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dspa.data.messages import Text, content_of
 from dspa.data.prompts import tokenize_prompt
-from dspa.data.triples import Text, Triple, content_of
+from dspa.data.triples import Triple
 from dspa.errors import ChatTemplateError, refusal
 
 

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dspa.baselines.random_set import response_densities
+from dspa.data.messages import Text
 from dspa.data.prompts import check_prompt
-from dspa.data.triples import Text, Triple, load_triples
+from dspa.data.triples import Triple, load_triples
 from dspa.errors import ModelError, refusal
 from dspa.evaluate.compare.comparison import Comparison
 from dspa.evaluate.compare.measures import MARGIN, Counter, check_counters, count
