@@ -25,7 +25,7 @@ from dspa.cli.tables import cell, column_table, console, print_line, print_table
 from dspa.data.token_texts import quoted
 from dspa.distributed import device_named
 from dspa.errors import ModelError, refusal
-from dspa.fsrl.config import LOSSES, TrainingConfig
+from dspa.fsrl.config import USUAL_BETA, TrainingConfig
 
 if TYPE_CHECKING:
     from dspa.data.triples import Triple
@@ -68,7 +68,7 @@ class DataOptions:
 class LossOptions:
     """SimPO's loss, which is measured."""
 
-    beta: float = field(default=LOSSES["simpo"], metadata={"help": "SimPO's beta."})
+    beta: float = field(default=USUAL_BETA["simpo"], metadata={"help": "SimPO's beta."})
     gamma_beta_ratio: float = field(
         default=TrainingConfig.gamma_beta_ratio, metadata={"help": "SimPO's margin gamma, as a fraction of beta."}
     )

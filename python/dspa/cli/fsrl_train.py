@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,9 +33,9 @@ from dspa.outputs import try_folder
 from dspa.training_folder import TrainingFolder
 
 if TYPE_CHECKING:
-    from dspa.data.triples import Triple
+    from dspa.data.triples import Example
     from dspa.fsrl.adapter import FSRLAdapter
-    from dspa.fsrl.results import HeldOut
+    from dspa.fsrl.results import HeldOut, HeldOutRankings
 
 UNUSUAL = ("initial_threshold", "bandwidth")
 FIXED = ("warmup", "max_grad_norm")
@@ -49,7 +50,8 @@ def train(
     config: Annotated[TrainingConfig, Options("Training", without=FIXED)],
     adapter: Annotated[FSRLConfig, Options("Adapter", without=UNUSUAL)],
     held_out: Annotated[
-        Path | None, typer.Option(help=f"Triples to measure the adapter on, not trained on: {FILES}.")
+        Path | None,
+        typer.Option(help=f"Data of the same kind to measure the adapter on, not trained on: {FILES}."),
     ] = None,
     first: First = None,
     split: Split = "train",
@@ -68,14 +70,14 @@ def train(
         TrainingFolder(out).check()
         TrainingFolder(out).check_free()
     was_finished = TrainingFolder(out).finished
-    data, held_out_triples = checked_triples(triples, split, first), _held_out(held_out)
+    data, evaluated = checked_triples(triples, split, first, config.load), _held_out(held_out, config)
     check_model(on)
     loaded = load_sae(sae, layer, device_named(on.device))
     model, tokenizer = load_model(on)
     trained = fsrl.train(
         *(model, tokenizer, data, fsrl.FSRLAdapter(loaded.to(dtype=model.dtype), adapter), out),
         config=config,
-        eval_triples=held_out_triples,
+        eval_triples=evaluated,
         layers=on.layers,
         model_name=on.model_name,
         chat_template_kwargs=chat_template_kwargs,
@@ -83,11 +85,11 @@ def train(
     if rank() > 0:
         return
     print_line(f"This training was finished before, in {out}." if was_finished else f"Written to {out}.")
-    if held_out_triples is None:
+    if evaluated is None:
         console.print("Not measured: --held-out FILE compares the adapter with the base model.")
     else:
         with trained.attach(model, layers=on.layers, model_name=on.model_name):
-            _report(model, tokenizer, trained, held_out_triples, config, out)
+            _report(model, tokenizer, trained, evaluated, config, out)
     print_next("fsrl", "analyse", "usage", held_out or "HELD_OUT.jsonl", "--adapter", out, "--out", f"{out}-usage")
 
 
@@ -95,7 +97,7 @@ def train(
 def layers(
     triples: Triples,
     sae: Annotated[list[str], typer.Option(help=f"SAE of a layer; may be given several times. {SAE_HELP}")],
-    held_out: Annotated[Path, typer.Option(help=f"Triples to compare the adapters on, not trained on: {FILES}.")],
+    held_out: Annotated[Path, typer.Option(help=f"Data of the same kind to compare on, not trained on: {FILES}.")],
     out: TrainingOut,
     on: OnModel,
     config: Annotated[
@@ -119,13 +121,13 @@ def layers(
     require_package("trl", "Training an adapter")
     if rank() == 0:
         try_folder(out, "--out", ValueError)
-    data, held_out_triples = checked_triples(triples, split, first), _held_out(held_out)
+    data, evaluated = checked_triples(triples, split, first, config.load), _held_out(held_out, config)
     check_model(on)
     saes = [load_sae(spec, None, device_named(on.device)) for spec in sae]
     model, tokenizer = load_model(on)
     sweep = fsrl.train_sweep(
         *(model, tokenizer, data, [loaded.to(dtype=model.dtype) for loaded in saes], settings, out),
-        eval_triples=held_out_triples or [],
+        eval_triples=evaluated or [],
         config=config,
         layers=on.layers,
         model_name=on.model_name,
@@ -138,7 +140,7 @@ def layers(
     for trained in sweep.adapters:
         name = f"layer {trained.layer}, {trained.activation}, λ {trained.l1:g}"
         rows.append({"": name} | _figures(trained.held_out, d_sae[trained.layer]))
-    console.print(column_table(f"On {sweep.base.n_triples} held-out triples", rows, tuple(rows[0])))
+    console.print(column_table(f"On {sweep.base.counted}", rows, tuple(rows[0])))
     print_line(f"CSV and PNG: {out}")
 
 
@@ -157,40 +159,39 @@ def demo(
     fsrl.run(json_path)
 
 
-def _held_out(path: Path | None) -> list[Triple] | None:
-    """Return the triples to report on, checked before a model is loaded."""
-    from dspa.data.triples import load_triples
-
-    return None if path is None else list(load_triples(path))
+def _held_out(path: Path | None, config: TrainingConfig) -> list[Example] | None:
+    """Return what to report on, checked before a model is loaded."""
+    return None if path is None else list(config.load(path))
 
 
 def _report(
     model: Any,
     tokenizer: Any,
     adapter: FSRLAdapter,
-    triples: Sequence[Triple],
+    examples: Sequence[Example],
     config: TrainingConfig,
     out: Path,
 ) -> None:
     """Compare an attached adapter with the base model, and warn where it is worse than its figures suggest."""
     from dspa import fsrl
+    from dspa.evaluate.responses import responses_of_examples
     from dspa.fsrl.answers import ANSWER_TOKENS, N_ANSWERS, compare_answers, warnings_about
-    from dspa.fsrl.training import scoring, trained_template
+    from dspa.fsrl.training import max_length_of, measure, trained_template
     from dspa.models.layers import base_model
 
     tokenizer, kwargs = trained_template(tokenizer, out)
-    options = {**scoring(base_model(model), config), "chat_template_kwargs": kwargs}
+    inner = base_model(model)
     figures = fsrl.read_held_out(out)
     assert figures is not None
     with adapter.disabled():
-        base = fsrl.held_out(model, tokenizer, triples, **options)
-    responses = fsrl.responses_of(model, tokenizer, triples, options["max_length"], kwargs)
-    answers = compare_answers(model, tokenizer, adapter, responses)
+        base = measure(inner, tokenizer, examples, None, config, chat_template_kwargs=kwargs)
+    responses = responses_of_examples(inner, tokenizer, examples, max_length_of(inner, config), kwargs)
+    answers = compare_answers(model, tokenizer, adapter, list(chain(*responses)))
     without, with_adapter = _figures(base, None), _figures(figures, adapter.sae.d_sae)
     if answers is not None:
         without, with_adapter = without | asdict(answers[0]), with_adapter | asdict(answers[1])
     rows = [{"": name, "base model": without[name], "adapter": value} for name, value in with_adapter.items()]
-    console.print(column_table(f"On {figures.n_triples} held-out triples", rows, tuple(rows[0])))
+    console.print(column_table(f"On {figures.counted}", rows, tuple(rows[0])))
     if answers is None:
         console.print("No answers were generated: they need two different prompts that leave room for one.")
     else:
@@ -202,13 +203,6 @@ def _report(
         print_warning(name_options(text, {"l1": "--l1", "lr": "--lr"}))
 
 
-def _figures(figures: HeldOut, d_sae: int | None) -> dict[str, object]:
+def _figures(figures: HeldOut | HeldOutRankings, d_sae: int | None) -> dict[str, object]:
     """Return the figures of a model for a table; `d_sae` is the size of its adapter's SAE, if it has one."""
-    return {
-        "SimPO loss": figures.simpo_loss,
-        "reward accuracy": figures.accuracy,
-        "margin": figures.margin,
-        "L0": figures.l0,
-        "L0 share": None if d_sae is None else f"{figures.l0 / d_sae:.1%}",
-        "L1": figures.l1,
-    }
+    return {**figures.named, "L0 share": None if d_sae is None else f"{figures.l0 / d_sae:.1%}"}

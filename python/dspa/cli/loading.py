@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from dspa.outputs import FILE, try_folder, try_output
 from dspa.schemas import Text, check, parse_json
 
 if TYPE_CHECKING:
+    from dspa.data.triples import Example
     from dspa.fsrl.adapter import FSRLAdapter
     from dspa.judges.judge import Judge
     from dspa.maps.cdmap import ConditionalDifferenceMap, MapMeta
@@ -371,10 +372,15 @@ def triple_source(triples: str, split: str, stream: bool) -> Any:
         ) from error
 
 
-def checked_triples(triples: str, split: str, first: int | None) -> Any:
-    """Return triples as `triple_source` does, all or the first; the first one is checked before a model is loaded."""
+def checked_triples(
+    triples: str, split: str, first: int | None, load: Callable[[Any], Iterator[Example]] | None = None
+) -> Any:
+    """Return triples as `triple_source` does, all or the first; the first one is checked before a model is loaded.
+
+    `load` reads other examples in their place.
+    """
     from dspa.data.triples import load_triples
 
-    source = triple_source(triples, split, stream=False)
-    next(load_triples(source))
-    return source if first is None else islice(load_triples(source), first)
+    source, load = triple_source(triples, split, stream=False), load or load_triples
+    next(load(source))
+    return source if first is None else islice(load(source), first)

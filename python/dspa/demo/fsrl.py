@@ -18,7 +18,7 @@ from dspa.data.triples import load_triples
 from dspa.demo.load import World
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.config import FSRLConfig, TrainingConfig
-from dspa.fsrl.results import HeldOut
+from dspa.fsrl.results import HeldOut, HeldOutRankings
 from dspa.fsrl.sweep import train_sweep
 from dspa.outputs import write_atomically
 
@@ -48,7 +48,7 @@ class AdapterOutcome:
 
     activation: str | None
     l1: float | None
-    held_out: HeldOut
+    held_out: HeldOut | HeldOutRankings
     share: float
     perplexity: float
 
@@ -114,13 +114,12 @@ def _one_thread() -> Iterator[None]:
 
 
 def _table(outcomes: list[AdapterOutcome]) -> Table:
-    n_triples = outcomes[0].held_out.n_triples
-    title = f"On {n_triples} held-out triples; preferred share and neutral perplexity of text"
+    title = f"On {outcomes[0].held_out.counted}; preferred share and neutral perplexity of text"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0))
     columns: dict[str, Callable[[AdapterOutcome], str]] = {
         "adapter": lambda outcome: outcome.activation or "base model",
         "λ": lambda outcome: "" if outcome.l1 is None else f"{outcome.l1:g}",
-        "SimPO loss": lambda outcome: f"{outcome.held_out.simpo_loss:.3f}",
+        "SimPO loss": lambda outcome: f"{outcome.held_out.named['SimPO loss']:.3f}",
         "accuracy": lambda outcome: f"{outcome.held_out.accuracy:.2f}",
         "L0": lambda outcome: f"{outcome.held_out.l0:.1f}",
         "L1": lambda outcome: f"{outcome.held_out.l1:.2f}",

@@ -4,7 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dspa.data.rankings import Ranking
     from dspa.data.tokens import response_tokens
+    from dspa.data.triples import load_rankings
     from dspa.errors import LabelError
     from dspa.evaluate.coherence import Coherence, compare_texts
     from dspa.evaluate.responses import Response, responses_of
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from dspa.fsrl.adapter import FSRLAdapter, Moves
     from dspa.fsrl.categories import CategoryShare, category_shares
     from dspa.fsrl.config import FSRLConfig, TrainingConfig
-    from dspa.fsrl.results import HeldOut, Sweep, held_out
+    from dspa.fsrl.results import HeldOut, HeldOutRankings, Sweep, held_out, held_out_rankings
     from dspa.fsrl.sweep import train_sweep
     from dspa.fsrl.training import read_held_out, train
     from dspa.fsrl.usage import Decay, Usage, fit_decay, latent_usage
@@ -31,10 +33,12 @@ HOMES = {
     "FSRLConfig": "dspa.fsrl.config",
     "FractionCurve": "dspa.fsrl.ablations",
     "HeldOut": "dspa.fsrl.results",
+    "HeldOutRankings": "dspa.fsrl.results",
     "LabelError": "dspa.errors",
     "Labels": "dspa.saes.labels",
     "MaskEffect": "dspa.fsrl.ablations",
     "Moves": "dspa.fsrl.adapter",
+    "Ranking": "dspa.data.rankings",
     "Response": "dspa.evaluate.responses",
     "Scores": "dspa.evaluate.scores",
     "Sweep": "dspa.fsrl.results",
@@ -46,7 +50,9 @@ HOMES = {
     "fit_decay": "dspa.fsrl.usage",
     "fraction_curve": "dspa.fsrl.ablations",
     "held_out": "dspa.fsrl.results",
+    "held_out_rankings": "dspa.fsrl.results",
     "latent_usage": "dspa.fsrl.usage",
+    "load_rankings": "dspa.data.triples",
     "mask_effect": "dspa.fsrl.ablations",
     "read_held_out": "dspa.fsrl.training",
     "read_labels": "dspa.saes.labels",
@@ -67,10 +73,12 @@ __all__ = [
     "FSRLConfig",
     "FractionCurve",
     "HeldOut",
+    "HeldOutRankings",
     "LabelError",
     "Labels",
     "MaskEffect",
     "Moves",
+    "Ranking",
     "Response",
     "Scores",
     "Sweep",
@@ -82,7 +90,9 @@ __all__ = [
     "fit_decay",
     "fraction_curve",
     "held_out",
+    "held_out_rankings",
     "latent_usage",
+    "load_rankings",
     "mask_effect",
     "read_held_out",
     "read_labels",

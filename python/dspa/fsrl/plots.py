@@ -107,7 +107,7 @@ def plot_coherence(changes: Sequence[MetricChange], path: Path) -> None:
 
 
 def plot_sweep(sweep: Sweep, path: Path) -> None:
-    """Plot held-out loss, reward accuracy and L0 over layers, or over lambda if there is one layer."""
+    """Plot held-out loss, accuracy and L0 over layers, or over lambda if there is one layer."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     by_layer = len({adapter.layer for adapter in sweep.adapters}) > 1
     values = sorted({adapter.layer if by_layer else adapter.l1 for adapter in sweep.adapters})
@@ -115,13 +115,14 @@ def plot_sweep(sweep: Sweep, path: Path) -> None:
     for adapter in sweep.adapters:
         label = f"{adapter.activation}, λ {adapter.l1:g}" if by_layer else adapter.activation
         lines.setdefault(label, []).append(adapter)
-    names = {"simpo_loss": "SimPO loss", "accuracy": "reward accuracy", "l0": "L0, mean over response tokens"}
-    for axes, (name, title) in zip(figure.subplots(1, len(names)), names.items(), strict=True):
+    loss, accuracy, *_ = sweep.base.named
+    titles = {loss: loss, accuracy: accuracy, "L0": "L0, mean over response tokens"}
+    for axes, (name, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
         for label, adapters in lines.items():
             places = [values.index(adapter.layer if by_layer else adapter.l1) for adapter in adapters]
-            points = sorted(zip(places, (getattr(adapter.held_out, name) for adapter in adapters), strict=True))
+            points = sorted(zip(places, (adapter.held_out.named[name] for adapter in adapters), strict=True))
             axes.plot(*zip(*points, strict=True), marker="o", label=label)
-        axes.axhline(getattr(sweep.base, name), color="black", linewidth=1, label="base model")
+        axes.axhline(sweep.base.named[name], color="black", linewidth=1, label="base model")
         axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
         axes.set(xlabel="layer" if by_layer else "λ", ylabel=title)
         axes.legend(fontsize=7)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dspa.data.templates import date_of_today
-from dspa.data.triples import Triple, load_triples
+from dspa.data.triples import Source
 from dspa.distributed import Team, rank
 from dspa.errors import TrainingError, refusal
 from dspa.files import write_csv
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.config import FSRLConfig, TrainingConfig
-from dspa.fsrl.results import Sweep, Trained, held_out
-from dspa.fsrl.training import read_held_out, scoring, train, trained_template
+from dspa.fsrl.results import Sweep, Trained
+from dspa.fsrl.training import measure, read_held_out, train, trained_template
 from dspa.models.layers import base_model, check_eval, decoder_layers
 from dspa.outputs import held
 from dspa.saes.frozen import FrozenSAE
@@ -31,12 +31,12 @@ CSV, PLOT = "sweep.csv", "sweep.png"
 def train_sweep(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    triples: Iterable[Triple | Mapping[str, Any]] | str | Path,
+    triples: Source,
     saes: Sequence[FrozenSAE],
     adapters: Sequence[FSRLConfig],
     out: str | Path,
     *,
-    eval_triples: Iterable[Triple | Mapping[str, Any]] | str | Path,
+    eval_triples: Source,
     config: TrainingConfig | None = None,
     progress: bool = True,
     layers: str | None = None,
@@ -55,7 +55,7 @@ def train_sweep(
         saes: SAEs, each of another layer.
         adapters: settings, no two with the same activation and the same `l1`.
         out: the folder to write.
-        eval_triples: held-out triples, to compare on.
+        eval_triples: held-out triples, or rankings for PRO, to compare on.
         config: the published settings by default.
         progress: show bars.
         layers: dotted path of the decoder layers, as for `FSRLAdapter.attach`.
@@ -80,7 +80,7 @@ def train_sweep(
     for sae in saes:
         check_sae("sae", sae, inner, len(decoder_layers(inner, layers)), model_name)
     with held(path, "The output folder", TrainingError) if rank() == 0 else nullcontext():
-        data, evaluated = list(load_triples(triples)), list(load_triples(eval_triples))
+        data, evaluated = list(config.load(triples)), list(config.load(eval_triples))
         trained = []
         # All begin on the same date, which the chat template may write.
         Team().in_turn("date", lambda: _begin(date_of_today(tokenizer), [TrainingFolder(path / name) for name in grid]))
@@ -92,9 +92,9 @@ def train_sweep(
             figures = read_held_out(path / name)
             assert figures is not None
             trained.append(Trained(required_layer(sae), settings.activation, settings.l1, path / name, figures))
-        options = {**scoring(inner, config), "progress": progress, "chat_template_kwargs": chat_template_kwargs}
+        options = {"progress": progress, "chat_template_kwargs": chat_template_kwargs}
         dated, _ = trained_template(tokenizer, path / next(iter(grid)))
-        result = Sweep(held_out(inner, dated, evaluated, **options), trained)
+        result = Sweep(measure(inner, dated, evaluated, None, config, **options), trained)
         if rank() == 0:
             _write(result, path)
         return result

@@ -1,10 +1,11 @@
-"""TRL's trainers for SimPO and DPO, made to train an adapter alone. Importing this needs the extra `train`."""
+"""TRL's trainers made to train an adapter alone, by SimPO, DPO or PRO. Importing this needs the extra `train`."""
 
 from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dspa import resuming
 from dspa.evaluate.responses import Response
-from dspa.evaluate.scores import Scores
 from dspa.fsrl.adapter import FSRLAdapter, Moves
 from dspa.fsrl.config import TrainingConfig
 from dspa.fsrl.lending import MODULE
 from dspa.fsrl.progress import Steps
+from dspa.fsrl.ranking import Order, order_of, pro_loss, sft_loss
 from dspa.fsrl.results import score_moves
 from dspa.models.operations import Cost, forward, with_backward
 from dspa.models.sizes import ModelSizes
@@ -111,50 +112,44 @@ class AdapterTrainer(Resumable):
         # f, v and their decoding, and on the way back the gradients of v and of W_a.
         return cost + Cost(5 * 2 * sae.d_in * sae.d_sae * sum(lengths))
 
-    @abstractmethod
-    def rewards(self, responses: Sequence[Response], logps: Tensor) -> Tensor:
-        """Return the rewards of responses, [R], from their mean log-probabilities per token, [R], with the adapter."""
+    def responses_of(self, row: Mapping[str, Any]) -> list[list[int]]:
+        """Return the token ids of the responses of a row."""
+        return [row["chosen_ids"], row["rejected_ids"]]
 
     @abstractmethod
-    def losses(self, margins: Tensor) -> Tensor:
-        """Return the preference losses of triples, [N], from the margins of their rewards, [N]."""
+    def measure(
+        self, rows: Sequence[Mapping[str, Any]], responses: Sequence[Response], scores: Tensor
+    ) -> dict[str, Tensor]:
+        """Return figures of held-out rows, [N] each, the preference loss among them.
+
+        Args:
+            rows: N rows, none in a process that has no share in few of them.
+            responses: all their responses, R.
+            scores: their mean log-probabilities per token, with the adapter, [R] fp64.
+        """
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
-        """Measure the adapter on the held-out triples, and log the figures with the prefix eval_.
+        """Measure the adapter on the held-out rows, and log the figures with the prefix eval_.
 
-        They are means over all triples, L0 and L1 over all response tokens. TRL would take a mean over batches, which
-        have to be of one size in all processes.
+        They are means over all rows, L0 and L1 over all response tokens. TRL would take a mean over batches, which
+        have to be of one size in all processes. The processes share the rows out.
         """
         self.model.eval()
-        rewards, n_tokens, l0, l1 = self._measure_held_out().T
-        chosen, rejected = rewards[0::2], rewards[1::2]
-        figures = {
-            "preference_loss": self.losses(chosen - rejected).mean(),
-            "rewards/chosen": chosen.mean(),
-            "rewards/rejected": rejected.mean(),
-            "rewards/accuracies": (chosen > rejected).double().mean(),
-            "rewards/margins": (chosen - rejected).mean(),
-            "l0": l0.sum() / n_tokens.sum(),
-            "l1": l1.sum() / n_tokens.sum(),
-        }
+        own = range(self.args.process_index, len(self.eval_dataset), self.args.world_size)
+        rows = [self.eval_dataset[number] for number in own]
+        responses = [Response(row["prompt_ids"], ids) for row in rows for ids in self.responses_of(row)]
+        scores, moved = score_moves(self.model, responses, self.adapter, progress=self.progress)
+        by_row = self.measure(rows, responses, scores.double())
+        table = torch.stack([figure.double() for figure in by_row.values()], dim=1)
+        sums = [float(_lengths(responses).sum()), *moved.sum(dim=0).tolist()]
+        means = torch.tensor(gather_object(table.tolist()), dtype=torch.float64).mean(dim=0)
+        n_tokens, l0, l1 = torch.tensor(gather_object([sums]), dtype=torch.float64).sum(dim=0).tolist()
+        figures = dict(zip(by_row, means.tolist(), strict=True)) | {"l0": l0 / n_tokens, "l1": l1 / n_tokens}
         figures["loss"] = figures["preference_loss"] + self.adapter.config.l1 * figures["l1"]
-        metrics = {f"eval_{name}": float(value) for name, value in figures.items()}
+        metrics = {f"eval_{name}": value for name, value in figures.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _measure_held_out(self) -> Tensor:
-        """Return reward, number of tokens, L0 and L1 of each held-out response, [R, 4] fp64: chosen, rejected, ...
-
-        The processes share the triples out.
-        """
-        own = range(self.args.process_index, len(self.eval_dataset), self.args.world_size)
-        rows = [self.eval_dataset[number] for number in own]
-        responses = [Response(row["prompt_ids"], row[f"{name}_ids"]) for row in rows for name in ("chosen", "rejected")]
-        scores, moved = score_moves(self.model, responses, self.adapter, progress=self.progress)
-        columns = self.rewards(responses, _by_response(scores)), _lengths(responses), *moved.T
-        table = torch.stack([column.double() for column in columns], dim=1)
-        return torch.tensor(gather_object(table.tolist()), dtype=torch.float64)
 
     def _mean_over_processes(self, value: Tensor) -> float:
         return float(self.accelerator.gather(value.detach()).mean())
@@ -172,12 +167,23 @@ class AdapterTrainer(Resumable):
         self.adapter.load_state_dict(saved.state_dict())
 
 
-class AdapterSimPOTrainer(AdapterTrainer, CPOTrainer):  # type: ignore[misc]
-    """SimPO (arXiv 2405.14734) by TRL's CPOTrainer."""
+class AdapterCPOTrainer(AdapterTrainer, CPOTrainer):  # type: ignore[misc]
+    """Base of the trainers that have no reference model, by TRL's CPOTrainer."""
 
-    simpo_gamma: float
     # TRL would add these tags to the model.
     _tag_names: list[str] = []  # noqa: RUF012
+
+    @staticmethod
+    def get_batch_logps(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """Return log-probabilities in fp32, for a 16-bit model too: SimPO multiplies their difference by 10."""
+        logps: Tensor = CPOTrainer.get_batch_logps(logits.float(), labels, **options)
+        return logps
+
+
+class AdapterSimPOTrainer(AdapterCPOTrainer):
+    """SimPO (arXiv 2405.14734)."""
+
+    simpo_gamma: float
 
     @staticmethod
     def collator(padding: int) -> Any:
@@ -190,12 +196,6 @@ class AdapterSimPOTrainer(AdapterTrainer, CPOTrainer):  # type: ignore[misc]
         lengths = row_lengths(inputs["chosen_attention_mask"], inputs["rejected_attention_mask"])
         return self.adapted_pass(lengths, sum(lengths))
 
-    @staticmethod
-    def get_batch_logps(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
-        """Return log-probabilities in fp32, for a 16-bit model too: SimPO multiplies their difference by 10."""
-        logps: Tensor = CPOTrainer.get_batch_logps(logits.float(), labels, **options)
-        return logps
-
     def get_batch_loss_metrics(self, model: Any, batch: Any, train_eval: str = "train") -> tuple[Tensor, Any]:
         """Return the loss with its penalty, and what is logged."""
         with self.adapter.recording() as moves:
@@ -204,13 +204,64 @@ class AdapterSimPOTrainer(AdapterTrainer, CPOTrainer):  # type: ignore[misc]
         loss, logged = self.penalised(loss, moves, response)
         return loss, metrics | logged
 
-    def rewards(self, responses: Sequence[Response], logps: Tensor) -> Tensor:
-        """Return beta times the mean log-probabilities."""
-        return self.beta * logps
+    def measure(
+        self, rows: Sequence[Mapping[str, Any]], responses: Sequence[Response], scores: Tensor
+    ) -> dict[str, Tensor]:
+        """Return those of rewards, beta times the scores, and `-log sigmoid(margin - gamma)`."""
+        rewards = self.beta * scores
+        return _of_pairs(rewards) | {"preference_loss": softplus(self.simpo_gamma - _margins(rewards))}
 
-    def losses(self, margins: Tensor) -> Tensor:
-        """Return `-log sigmoid(margin - gamma)`."""
-        return softplus(self.simpo_gamma - margins)
+
+class AdapterPROTrainer(AdapterCPOTrainer):
+    """PRO (arXiv 2306.17492) on rankings, whose numbers of responses may differ within a batch."""
+
+    def __init__(self, *args: Any, training: TrainingConfig, **options: Any) -> None:
+        self.plain, self.sft_weight = training.plain, training.sft_weight
+        super().__init__(*args, **options)
+
+    @staticmethod
+    def collator(padding: int) -> Any:
+        """Return the function that makes a batch of rows."""
+        return partial(_ranked, padding)
+
+    def operations(self, inputs: Mapping[str, Tensor]) -> Cost:
+        """Return those of a pass over all responses, with all logits."""
+        lengths = row_lengths(inputs["attention_mask"])
+        return self.adapted_pass(lengths, sum(lengths))
+
+    def get_batch_loss_metrics(self, model: Any, batch: Any, train_eval: str = "train") -> tuple[Tensor, Any]:
+        """Return the loss with its penalty, and what is logged."""
+        labels, sizes = batch["response_labels"], batch["n_responses"].tolist()
+        with self.adapter.recording() as moves:
+            logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        sums = self.get_batch_logps(logits, labels)
+        scores = sums / (labels != -100).sum(dim=1)
+        rewards = batch["rewards"].split(sizes)
+        ranked = [pro_loss(r, R, plain=self.plain) for r, R in zip(scores.split(sizes), rewards, strict=True)]
+        tuned = [sft_loss(p, R, self.sft_weight) for p, R in zip(sums.split(sizes), rewards, strict=True)]
+        loss, logged = self.penalised(torch.stack(ranked).mean() + torch.stack(tuned).mean(), moves, labels != -100)
+        orders = [order_of(r, R) for r, R in zip(scores.detach().split(sizes), rewards, strict=True)]
+        figures = _of_orders(orders) | {"ranking_loss": torch.stack(ranked)}
+        means = {name: self._mean_over_processes(figure.mean().to(loss)) for name, figure in figures.items()}
+        return loss, logged | means
+
+    def responses_of(self, row: Mapping[str, Any]) -> list[list[int]]:
+        """Return the token ids of the responses of a row."""
+        ids: list[list[int]] = row["response_ids"]
+        return ids
+
+    def measure(
+        self, rows: Sequence[Mapping[str, Any]], responses: Sequence[Response], scores: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the loss with and without the SFT term, and how the responses are ordered."""
+        rewards = [torch.tensor(row["rewards"], dtype=torch.float64) for row in rows]
+        sizes, lengths = [len(R) for R in rewards], _lengths(responses)
+        ranked = [pro_loss(r, R, plain=self.plain) for r, R in zip(scores.split(sizes), rewards, strict=True)]
+        sums = (scores * lengths).split(sizes)
+        tuned = [sft_loss(p, R, self.sft_weight) for p, R in zip(sums, rewards, strict=True)]
+        losses = torch.tensor([ranked, tuned], dtype=torch.float64)
+        orders = [order_of(r, R) for r, R in zip(scores.split(sizes), rewards, strict=True)]
+        return _of_orders(orders) | {"ranking_loss": losses[0], "preference_loss": losses.sum(dim=0)}
 
 
 class NoReference(nn.Module):
@@ -258,15 +309,17 @@ class AdapterDPOTrainer(AdapterTrainer, DPOTrainer):  # type: ignore[misc]
         metrics.pop("num_tokens", None)
         return loss
 
-    def rewards(self, responses: Sequence[Response], logps: Tensor) -> Tensor:
-        """Return beta times the difference to the reference's log-probabilities of whole responses."""
+    def measure(
+        self, rows: Sequence[Mapping[str, Any]], responses: Sequence[Response], scores: Tensor
+    ) -> dict[str, Tensor]:
+        """Return those of rewards, and `-log sigmoid(margin)`.
+
+        Rewards are beta times the difference to the reference's log-probabilities of whole responses.
+        """
         with self.adapter.disabled():
             reference, _ = score_moves(self.model, responses, None, progress=self.progress)
-        return self.beta * _lengths(responses) * (logps - _by_response(reference))
-
-    def losses(self, margins: Tensor) -> Tensor:
-        """Return `-log sigmoid(margin)`."""
-        return softplus(-margins)
+        rewards = self.beta * _lengths(responses) * (scores - reference)
+        return _of_pairs(rewards) | {"preference_loss": softplus(-_margins(rewards))}
 
     @torch.no_grad()
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> tuple[Tensor, ...]:
@@ -289,9 +342,26 @@ class AdapterDPOTrainer(AdapterTrainer, DPOTrainer):  # type: ignore[misc]
         return dataset
 
 
-def _by_response(scores: Scores) -> Tensor:
-    """Return the scores of N triples as [2 N]: chosen and rejected in turn."""
-    return torch.stack([scores.chosen, scores.rejected], dim=1).flatten()
+def _margins(rewards: Tensor) -> Tensor:
+    return rewards[0::2] - rewards[1::2]
+
+
+def _of_pairs(rewards: Tensor) -> dict[str, Tensor]:
+    """Return what is logged of the rewards of N triples, [2 N]: chosen and rejected in turn."""
+    chosen, rejected = rewards[0::2], rewards[1::2]
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": chosen > rejected,
+        "rewards/margins": chosen - rejected,
+    }
+
+
+def _of_orders(orders: Sequence[Order]) -> dict[str, Tensor]:
+    """Return what is logged of the order of the responses of N rankings."""
+    table = [[order.best, order.pairs, order.margin] for order in orders]
+    best, pairs, margins = torch.tensor(table, dtype=torch.float64).view(-1, 3).T
+    return {"rewards/accuracies": best, "rewards/pairs": pairs, "rewards/margins": margins}
 
 
 def _lengths(responses: Sequence[Response]) -> Tensor:
@@ -306,6 +376,25 @@ def _labelled(row: Mapping[str, list[int]]) -> dict[str, list[int]]:
         columns[f"{name}_input_ids"], columns[f"{name}_attention_mask"] = ids, [1] * len(ids)
         columns[f"{name}_labels"] = [-100] * len(prompt) + row[f"{name}_ids"]
     return columns
+
+
+def _ranked(padding: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Return a batch of B rankings with R responses: [R, T], the number of each, [B], and the rewards, [R]."""
+    ids, labels = list[Tensor](), list[Tensor]()
+    for row in rows:
+        for response in row["response_ids"]:
+            ids.append(torch.tensor(row["prompt_ids"] + response))
+            labels.append(torch.tensor([-100] * len(row["prompt_ids"]) + response))
+    masks = [torch.ones_like(text) for text in ids]
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    return {
+        "input_ids": pad(ids, padding_value=padding),
+        "attention_mask": pad(masks),
+        # Trainers count tokens with `labels`.
+        "response_labels": pad(labels, padding_value=-100),
+        "n_responses": torch.tensor([len(row["response_ids"]) for row in rows]),
+        "rewards": torch.tensor([reward for row in rows for reward in row["rewards"]], dtype=torch.float64),
+    }
 
 
 def arguments(config: TrainingConfig, out: Path, *, on_cpu: bool, evaluated: bool) -> Any:
@@ -326,8 +415,11 @@ def arguments(config: TrainingConfig, out: Path, *, on_cpu: bool, evaluated: boo
         "use_cpu": on_cpu,
         "output_dir": str(out),
     }
-    beta, length = config.preference_beta, config.max_length
+    length = config.max_length
     with deprecations_silenced():
+        if config.loss == "pro":
+            return CPOConfig(**SETTINGS, **rates, max_length=length)
+        beta = config.preference_beta
         if config.loss == "dpo":
             return DPOConfig(**SETTINGS, **rates, beta=beta, max_length=None, precompute_ref_log_probs=True)
         # TRL's gamma is not a ratio to beta.
@@ -347,7 +439,7 @@ def trainer_of(
     **data: Any,
 ) -> Any:
     """Return the trainer of the configured loss. `data` are its `train_dataset` and `eval_dataset`."""
-    kind = AdapterDPOTrainer if config.loss == "dpo" else AdapterSimPOTrainer
+    kind: Any = {"simpo": AdapterSimPOTrainer, "dpo": AdapterDPOTrainer, "pro": AdapterPROTrainer}[config.loss]
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     trainer = kind(
         adapter,
@@ -360,6 +452,7 @@ def trainer_of(
         processing_class=tokenizer,
         data_collator=kind.collator(padding),
         callbacks=[Steps(adapter, bar)],
+        **({"training": config} if config.loss == "pro" else {}),
         **data,
     )
     trainer.remove_callback(PrinterCallback)

@@ -1,11 +1,11 @@
-"""Training an adapter on preference triples: SimPO or DPO by TRL's trainers, with an L1 penalty on v.
+"""Training an adapter on preferences: SimPO, DPO or PRO by TRL's trainers, with an L1 penalty on v.
 
 A training that was stopped resumes from its last checkpoint, and ends in the same weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,14 +18,14 @@ from typing_extensions import TypedDict
 
 from dspa.costs import Meter
 from dspa.data.templates import at_date, check_template_kwargs, date_of_today
-from dspa.data.triples import DigestedExamples, Triple, load_triples
+from dspa.data.triples import DigestedExamples, Source
 from dspa.distributed import rank
 from dspa.errors import TrainingError, refusal, require_package
 from dspa.files import checksum
 from dspa.fsrl.adapter import FSRLAdapter
 from dspa.fsrl.config import TrainingConfig
 from dspa.fsrl.lending import trainable
-from dspa.fsrl.results import HeldOut, held_out
+from dspa.fsrl.results import HeldOut, HeldOutRankings, held_out, held_out_rankings
 from dspa.models.gradients import check_gradients, check_output_layer
 from dspa.models.layers import CausalLM, base_model, check_eval, context_length, device_of, loaded_name
 from dspa.models.sizes import ModelSizes, sizes_of
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 def train(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    triples: Iterable[Triple | Mapping[str, Any]] | str | Path,
+    triples: Source,
     adapter: FSRLAdapter,
     out: str | Path,
     *,
     config: TrainingConfig | None = None,
-    eval_triples: Iterable[Triple | Mapping[str, Any]] | str | Path | None = None,
+    eval_triples: Source | None = None,
     progress: bool = True,
     layers: str | None = None,
     model_name: str | None = None,
@@ -65,15 +65,16 @@ def train(
         model: a transformers causal language model, or one in a PEFT wrapper, in evaluation mode, on the device to
             train on.
         tokenizer: the model's tokenizer.
-        triples: what `load_triples` takes.
+        triples: what `load_triples` takes; for PRO, what `load_rankings` takes.
         adapter: the adapter, whose weights are the start. They change in place, and stay if the training fails.
         out: the folder to write. It gets the adapter, as by `save`, and `training.json` with the settings, the figures
-            on the held-out triples (`HeldOut`) and what was logged: loss, preference_loss, rewards/accuracies,
-            rewards/margins, l0 and l1, and the same on `eval_triples` with the prefix eval_. Those of the training are
-            means over batches, as in TRL; those with eval_ are means over all triples, l0 and l1 over all response
-            tokens. A training that was stopped resumes in its folder, and a finished one is loaded.
+            on held-out triples (`HeldOut`) or rankings (`HeldOutRankings`), and what was logged: loss, preference_loss,
+            rewards/accuracies, rewards/margins, l0 and l1, of PRO also ranking_loss and rewards/pairs, and the same on
+            `eval_triples` with the prefix eval_. Those of the training are means over batches, as in TRL; those with
+            eval_ are means over all triples or rankings, l0 and l1 over all response tokens. A training that was
+            stopped resumes in its folder, and a finished one is loaded.
         config: the published settings by default.
-        eval_triples: held-out triples, to report on.
+        eval_triples: held-out triples, or rankings for PRO, to report on.
         progress: show bars.
         layers: dotted path of the decoder layers, as for `FSRLAdapter.attach`.
         model_name: name of the model, as for `FSRLAdapter.attach`.
@@ -81,11 +82,11 @@ def train(
 
     Raises:
         RuntimeError: TRL is not installed.
-        TrainingError: an `out` with other files or a training of other settings, fewer triples than a batch, or devices
-            or processes that training cannot use.
+        TrainingError: an `out` with other files or a training of other settings, fewer examples than a batch, or
+            devices or processes that training cannot use.
         ModelError: what `attach` refuses, a quantised model without gradients, or, for DPO, an output layer that is
             quantised or adapted, before any triple is read; or a loss that is not finite.
-        PreferenceError: a bad triple.
+        PreferenceError: a bad triple or ranking.
         ValueError: a batch that the processes do not divide, or invalid `chat_template_kwargs`.
     """
     require_package("trl", "Training an adapter")
@@ -108,18 +109,20 @@ def train(
             check_output_layer(inner, ', or set `loss` to "simpo"')
         with trainable(inner, tokenizer, adapter, gradient_checkpointing=False):
             check_gradients(inner)
-        config = replace(config, max_length=_max_length(inner, config))
+        config = replace(config, max_length=max_length_of(inner, config))
         with args.main_process_first(local=False):
             date = folder.first_date(date_of_today(tokenizer))
         dated = at_date(tokenizer, date)
         reading = (dated, config.max_length, progress, chat_template_kwargs)
-        digested = DigestedExamples(load_triples(triples))
-        data = ExampleRows.read(digested, *reading)
-        held = None if eval_triples is None else list(load_triples(eval_triples))
-        held_data = None if held is None else ExampleRows.read(held, *reading)
+        digested = DigestedExamples(config.load(triples))
+        data = ExampleRows.read(digested, *reading, noun=config.noun)
+        held = None if eval_triples is None else list(config.load(eval_triples))
+        held_data = None if held is None else ExampleRows.read(held, *reading, noun=config.noun)
         if len(data.rows) < config.batch_size:
             accepted = f"a batch ({config.batch_size}) or more"
-            raise refusal(TrainingError, "The number of triples", len(data.rows), accepted, "Lower `batch_size`.")
+            raise refusal(
+                TrainingError, f"The number of {config.noun}s", len(data.rows), accepted, "Lower `batch_size`."
+            )
         settings = _settings(inner, adapter, config, data, held_data, model_name)
         settings |= {"chat_template_kwargs": dict(chat_template_kwargs or {}) or None, "template_date": date}
         weights = recorded_weights(inner)
@@ -130,8 +133,8 @@ def train(
             trained = _fit(inner, tokenizer, adapter, folder, sizes, config, args, data, held_data, meter, progress)
             figures = None
             if held is not None:
-                options = {**scoring(inner, config), "chat_template_kwargs": chat_template_kwargs}
-                figures = asdict(held_out(inner, dated, held, adapter, **options, progress=progress))
+                options = {"chat_template_kwargs": chat_template_kwargs, "progress": progress}
+                figures = asdict(measure(inner, dated, held, adapter, config, **options))
             with args.main_process_first(local=False):
                 if args.process_index == 0:
                     adapter.save(folder.path)
@@ -162,8 +165,8 @@ def trained_template(
     return at_date(tokenizer, settings.get("template_date")), settings.get("chat_template_kwargs")
 
 
-def read_held_out(out: str | Path) -> HeldOut | None:
-    """Return the figures on held-out triples from the folder of a training, or None if it had no such triples.
+def read_held_out(out: str | Path) -> HeldOut | HeldOutRankings | None:
+    """Return the figures on held-out data from the folder of a training, or None if it had none.
 
     Raises:
         TrainingError: a folder without a finished training, or with a damaged record.
@@ -171,13 +174,18 @@ def read_held_out(out: str | Path) -> HeldOut | None:
     folder = TrainingFolder(Path(out))
     if not folder.finished:
         raise TrainingError(f"{out} holds no finished training; accepted: a folder that `dspa.fsrl.train` wrote.")
-    return folder.check_record(_Results, folder.read())["held_out"]
+    record = folder.read()
+    kind = _RankedResults if record["settings"].get("loss") == "pro" else _Results
+    return folder.check_record(kind, record)["held_out"]
 
 
+# The entries of a finished training's record that are read again.
 class _Results(TypedDict):
-    """The entries of a finished training's record that are read again."""
-
     held_out: HeldOut | None
+
+
+class _RankedResults(TypedDict):
+    held_out: HeldOutRankings | None
 
 
 def _fit(
@@ -214,15 +222,28 @@ def _fit(
         return fit(trainer, checkpoint, meter)
 
 
-def scoring(model: CausalLM, config: TrainingConfig) -> dict[str, Any]:
-    """Return the settings of scoring held-out triples: SimPO's of this training, or the usual ones after DPO."""
-    length = _max_length(model, config)
-    if config.loss == "dpo":
-        return {"max_length": length}
-    return {"max_length": length, "beta": config.preference_beta, "gamma_beta_ratio": config.gamma_beta_ratio}
+def measure(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Source,
+    adapter: FSRLAdapter | None,
+    config: TrainingConfig,
+    **options: Any,
+) -> HeldOut | HeldOutRankings:
+    """Measure a model on held-out data of a loss, by `held_out` with SimPO's settings, or by `held_out_rankings`.
+
+    After DPO they are the usual ones. `options` are `chat_template_kwargs` and `progress`.
+    """
+    options |= {"max_length": max_length_of(model, config)}
+    if config.loss == "pro":
+        return held_out_rankings(model, tokenizer, data, adapter, plain=config.plain, **options)
+    if config.loss == "simpo":
+        options |= {"beta": config.preference_beta, "gamma_beta_ratio": config.gamma_beta_ratio}
+    return held_out(model, tokenizer, data, adapter, **options)
 
 
-def _max_length(model: CausalLM, config: TrainingConfig) -> int:
+def max_length_of(model: CausalLM, config: TrainingConfig) -> int:
+    """Return the number of tokens to which a training cuts a response with its prompt."""
     return min(config.max_length, context_length(model) or config.max_length)
 
 
@@ -246,8 +267,7 @@ def _settings(
         "adapter_mask": None if adapter.mask is None else checksum({"mask": adapter.mask.cpu()}),
         "data": data.sha256,
         "eval_data": None if held is None else held.sha256,
-        **asdict(config),
-        "beta": config.preference_beta,
+        **config.recorded(),
     }
 
 

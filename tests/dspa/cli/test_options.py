@@ -298,7 +298,8 @@ INVALID = {
         ("--seed", str(2**70), "; accepted: a whole number from 0 to 2**63 - 1."),
     ],
     ("fsrl", "train", "triples.jsonl", *ON, "--sae", "sae", "--out", "adapter"): [
-        ("--loss", "ipo", "--loss is 'ipo'; accepted: simpo, dpo."),
+        ("--loss", "ipo", "--loss is 'ipo'; accepted: simpo, dpo, pro."),
+        ("--sft-weight", "1", "--sft-weight is 1.0 for --loss simpo; accepted: none, except for pro. Leave it out."),
         ("--activation", "gelu", "--activation is 'gelu'; accepted: soft_threshold, relu, jumprelu."),
         ("--l1", "-1", "--l1 is -1.0; accepted: a finite number >= 0 (lambda; published: 0.02)."),
         ("--batch-size", "3", "--batch-size is 3, which --micro-batch-size 2 does not divide; accepted: a multiple of"),

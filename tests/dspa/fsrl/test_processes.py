@@ -95,9 +95,10 @@ def loaded(out: Path) -> tuple[FSRLAdapter, dict[str, Any]]:
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-@pytest.mark.parametrize("loss", ["simpo", "dpo"])
+@pytest.mark.parametrize("loss", ["simpo", "dpo", "pro"])
 def test_two_processes_are_one_with_twice_the_accumulation(here, tmp_path, tokenizer, loss):
-    config = replace(TINY, loss=loss, micro_batch_size=1)
+    # The triples have no scores.
+    config = replace(TINY, loss=loss, micro_batch_size=1, plain=loss == "pro")
     done = launch(here, tmp_path / "two", TORCHRUN, config)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.glob("trained-*")} == {"trained-0", "trained-1"}

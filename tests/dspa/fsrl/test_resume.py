@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from dspa.errors import TrainingError
-from dspa.fsrl import FSRLAdapter, FSRLConfig, held_out, train
-from dspa.fsrl.training import scoring, trained_template
+from dspa.fsrl import FSRLAdapter, FSRLConfig, train
+from dspa.fsrl.training import measure, trained_template
 from dspa.testing import D_SAE_OUT, L_OUT, make_model, make_sae, word_tokenizer
 from dspa.training_folder import TrainingFolder
 
@@ -22,6 +22,7 @@ from ..support.trainings import (
     TRIPLES,
     Stopped,
     conversations,
+    data_of,
     new_adapter,
     run,
     same_weights,
@@ -46,9 +47,12 @@ def model():
 @pytest.fixture(scope="module")
 def whole(tokenizer, tmp_path_factory):
     """Trainings that were not stopped, by their loss."""
-    configs = {loss: replace(LONGER, loss=loss) for loss in ("simpo", "dpo")}
+    configs = {loss: replace(LONGER, loss=loss) for loss in ("simpo", "dpo", "pro")}
     out = tmp_path_factory.mktemp("whole")
-    return {loss: run(make_model("qwen3"), tokenizer, out / loss, config) for loss, config in configs.items()}
+    return {
+        loss: run(make_model("qwen3"), tokenizer, out / loss, config, **data_of(loss))
+        for loss, config in configs.items()
+    }
 
 
 def stop_at(monkeypatch, step: int) -> None:
@@ -64,16 +68,17 @@ def stop_at(monkeypatch, step: int) -> None:
     monkeypatch.setattr(Steps, "on_step_end", stop)
 
 
-@pytest.mark.parametrize(("loss", "step"), [("simpo", 2), ("simpo", 5), ("simpo", 8), ("dpo", 5)])
+@pytest.mark.parametrize(("loss", "step"), [("simpo", 2), ("simpo", 5), ("simpo", 8), ("dpo", 5), ("pro", 5)])
 def test_a_stopped_training_goes_on(model, tokenizer, tmp_path, monkeypatch, whole, loss, step):
     """Also over the end of an epoch of 15 triples, with the adapter that failed or a new one."""
     config, adapter = replace(LONGER, loss=loss), new_adapter()
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_at(patch, step)
-        run(model, tokenizer, tmp_path / "out", config, adapter)
+        run(model, tokenizer, tmp_path / "out", config, adapter, **data_of(loss))
     held = [path.name for path in (tmp_path / "out").glob("checkpoint-*")]
     assert held == ([f"checkpoint-{(step - 1) // 2 * 2:09d}"] if step > 2 else [])
-    adapter, record = run(model, tokenizer, tmp_path / "out", config, adapter if step == 5 else None)
+    adapter = adapter if step == 5 else None
+    adapter, record = run(model, tokenizer, tmp_path / "out", config, adapter, **data_of(loss))
     assert same_weights(adapter, whole[loss][0])
     assert record == whole[loss][1]
 
@@ -101,10 +106,8 @@ def test_a_training_that_goes_on_after_midnight(model, tmp_path, monkeypatch):
     assert records["stopped"] == records["whole"] and records["whole"]["settings"]["template_date"] == "2026-11-20"
     dated, kwargs = trained_template(tokenizer, tmp_path / "stopped")
     assert kwargs is None
-    settings = scoring(model, TINY)
-    assert asdict(held_out(model, tokenizer, triples[:4], **settings)) != asdict(
-        held_out(model, dated, triples[:4], **settings)
-    )
+    undated, then = (measure(model, reader, triples[:4], None, TINY, progress=False) for reader in (tokenizer, dated))
+    assert undated != then
     assert not same_weights(start("later", "2026-11-21T00:01"), whole)
 
 

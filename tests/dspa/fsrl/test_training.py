@@ -22,7 +22,7 @@ from dspa.fsrl import FSRLAdapter, FSRLConfig, TrainingConfig, held_out, read_he
 from dspa.testing import D_IN, D_SAE_OUT, L_OUT, make_model, make_sae, word_tokenizer
 
 from ...rounding import PASS, rounding
-from ..support.trainings import HELD_OUT, TINY, TRIPLES, logged, new_adapter, run, same_weights
+from ..support.trainings import HELD_OUT, TINY, TRIPLES, data_of, logged, new_adapter, run, same_weights, tiny
 
 pytest.importorskip("trl")
 
@@ -144,11 +144,11 @@ def test_the_penalty_has_a_gradient(model, tokenizer, tmp_path):
     assert weights[5.0] < 0.2 * weights[0.0]
 
 
-@pytest.mark.parametrize("loss", ["simpo", "dpo"])
+@pytest.mark.parametrize("loss", ["simpo", "dpo", "pro"])
 @pytest.mark.parametrize("activation", ["soft_threshold", "relu", "jumprelu"])
 def test_training_learns(model, tokenizer, tmp_path, loss, activation):
-    config = replace(TINY, loss=loss, max_steps=30, log_every=10)
-    adapter, record = run(model, tokenizer, tmp_path / "out", config, new_adapter(FSRLConfig(activation, l1=1e-3)))
+    config, start = tiny(loss, max_steps=30, log_every=10), new_adapter(FSRLConfig(activation, l1=1e-3))
+    adapter, record = run(model, tokenizer, tmp_path / "out", config, start, **data_of(loss))
     losses = logged(record, "preference_loss")
     assert losses[-1] < 0.8 * losses[0]
     start = new_adapter(FSRLConfig(activation, l1=1e-3))
@@ -228,7 +228,7 @@ def state_of(model, tokenizer) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("loss", ["simpo", "dpo"])
+@pytest.mark.parametrize("loss", ["simpo", "dpo", "pro"])
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_as_it_was(tokenizer, tmp_path, monkeypatch, loss, family, fails):
@@ -249,10 +249,10 @@ def test_the_model_is_as_it_was(tokenizer, tmp_path, monkeypatch, loss, family, 
 
         monkeypatch.setattr(AdapterTrainer, "_save_checkpoint", full)
         with pytest.raises(OSError, match="disk full"):
-            run(model, tokenizer, tmp_path / "out", config, adapter)
+            run(model, tokenizer, tmp_path / "out", config, adapter, **data_of(loss))
         assert all(torch.equal(a, b) for a, b in zip(start, adapter.parameters(), strict=True))
     else:
-        run(model, tokenizer, tmp_path / "out", config, adapter)
+        run(model, tokenizer, tmp_path / "out", config, adapter, **data_of(loss))
         assert not any(torch.equal(a, b) for a, b in zip(start, adapter.parameters(), strict=True))
     assert state_of(model, tokenizer) == before
     assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
@@ -302,12 +302,12 @@ def test_layers_are_run_again(model, tokenizer, tmp_path):
     assert runs == {0: 12, 1: 12, 2: 12, 3: 22}
 
 
-@pytest.mark.parametrize("loss", ["simpo", "dpo"])
+@pytest.mark.parametrize("loss", ["simpo", "dpo", "pro"])
 def test_bf16(tokenizer, tmp_path, loss):
     model = make_model("gemma2").to(torch.bfloat16)
     adapter = new_adapter(FSRLConfig(l1=1e-3), torch.bfloat16)
-    config = replace(TINY, loss=loss, max_steps=30, log_every=10)
-    _, record = run(model, tokenizer, tmp_path / "out", config, adapter)
+    config = tiny(loss, max_steps=30, log_every=10)
+    _, record = run(model, tokenizer, tmp_path / "out", config, adapter, **data_of(loss))
     assert all(p.dtype == torch.float32 for p in adapter.parameters())
     assert model.dtype == torch.bfloat16 and adapter.sae.dtype == torch.bfloat16
     losses = logged(record, "preference_loss")
@@ -349,7 +349,13 @@ def test_bf16_log_probabilities_are_exact(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "ipo"}, r"`loss` is 'ipo'; accepted: simpo, dpo\."),
+        ({"loss": "ipo"}, r"`loss` is 'ipo'; accepted: simpo, dpo, pro\."),
+        ({"loss": "pro", "beta": 1.0}, "`beta` is 1.0 for `loss` pro; accepted: none, except for simpo and dpo"),
+        ({"loss": "pro", "gamma_beta_ratio": 0.1}, "`gamma_beta_ratio` is 0.1 for `loss` pro"),
+        ({"loss": "dpo", "gamma_beta_ratio": 0.1}, "`gamma_beta_ratio` is 0.1 for `loss` dpo"),
+        ({"sft_weight": 1.0}, "`sft_weight` is 1.0 for `loss` simpo; accepted: none, except for pro"),
+        ({"plain": True}, "`plain` is True for `loss` simpo"),
+        ({"loss": "pro", "sft_weight": -1.0}, "`sft_weight` is -1.0; accepted: a finite number >= 0"),
         ({"lr": 0}, "`lr` is 0; accepted: a finite number > 0"),
         ({"lr": math.inf}, "`lr` is inf"),
         ({"beta": -1.0}, "`beta` is -1.0"),
@@ -455,7 +461,8 @@ def test_quiet(model, tokenizer, tmp_path, capfd):
     """Neither TRL nor transformers prints or warns."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for loss in ("simpo", "dpo"):
-            run(model, tokenizer, tmp_path / loss, replace(TINY, loss=loss, gradient_checkpointing=True))
+        for loss in ("simpo", "dpo", "pro"):
+            config = replace(TINY, loss=loss, gradient_checkpointing=True)
+            run(model, tokenizer, tmp_path / loss, config, **data_of(loss))
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,30 @@ def sentence(n: int, least: int = 3) -> str:
 
 TRIPLES = [Triple(sentence(n), f" {sentence(n + 100)} cat", f" {sentence(n + 200)} dog") for n in range(15)]
 HELD_OUT = [Triple(sentence(n), f" {sentence(n + 100)} cat", f" {sentence(n + 200)} dog") for n in range(15, 20)]
+
+
+# Rewards of responses by their last word, two of which are equal.
+REWARDS = {"dog": 0.5, "cat": 2.0, "rain": -0.5, "sun": 0.5}
+
+
+def ranking(n: int) -> dict[str, Any]:
+    """Two to four responses of different lengths, not in the order of their rewards."""
+    ends = list(REWARDS)[: 2 + n % 3]
+    responses = [f" {sentence(n + 100 * k)} {end}" for k, end in enumerate(ends, 1)]
+    return {"prompt": sentence(n), "responses": responses, "rewards": [REWARDS[end] for end in ends]}
+
+
+RANKINGS, HELD_OUT_RANKINGS = [ranking(n) for n in range(15)], [ranking(n) for n in range(15, 20)]
+
+
+def tiny(loss: str, **settings: Any) -> TrainingConfig:
+    """`TINY` with a loss; PRO without its SFT term, whose size hides that of the ranking."""
+    return replace(TINY, loss=loss, **({"sft_weight": 0.0} if loss == "pro" else {}), **settings)
+
+
+def data_of(loss: str) -> dict[str, Any]:
+    """The data of `run` for a loss."""
+    return {"triples": RANKINGS, "eval_triples": HELD_OUT_RANKINGS} if loss == "pro" else {}
 
 
 # Of words of `word_tokenizer`.
