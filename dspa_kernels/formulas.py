@@ -12,6 +12,9 @@ from torch import Tensor
 MAX_ELEMENTS = 1 << 24
 # Residuals are smaller than this, since the squares that a norm sums up would overflow in fp32.
 RESIDUAL_LIMIT = 2.0**56
+# What a slot of a plan does with its latent: move it down or up or, in a plan with strengths, also set it to a value,
+# and move it up or set it in every steered row, whether it is active there or not.
+ABLATE, AUGMENT, CLAMP, AUGMENT_ALWAYS, CLAMP_ALWAYS = -1, 1, 2, 3, 4
 # Bits of a word of packed latents.
 WORD = 32
 

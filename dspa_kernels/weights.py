@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from dspa_kernels.checks import check_contiguous, check_device, check_dtype, check_shape, check_whole, refuse
-from dspa_kernels.formulas import Normalised, compute_dtype, latents, normalise
+from dspa_kernels.formulas import (
+    ABLATE,
+    AUGMENT,
+    AUGMENT_ALWAYS,
+    CLAMP,
+    CLAMP_ALWAYS,
+    Normalised,
+    compute_dtype,
+    latents,
+    normalise,
+)
 from dspa_kernels.screen import quantise_rows
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -394,11 +404,21 @@ class SteeringPlan:
 
     Attributes:
         slots: [B, S] int32, indices into `MapWeights.columns`, distinct in a row, -1 for an empty slot.
-        signs: [B, S] int8, +1 to augment, -1 to ablate, 0 for an empty slot.
+        signs: [B, S] int8, AUGMENT (1), ABLATE (-1), or 0 for an empty slot. With `strengths`, also CLAMP (2),
+            AUGMENT_ALWAYS (3) and CLAMP_ALWAYS (4).
+        strengths: [B, S] fp32, by how much each latent moves, or the value that it is set to, in its own units. None
+            for a plan whose latents all move by `alpha M`.
     """
+
+    ABLATE: ClassVar[int] = ABLATE
+    AUGMENT: ClassVar[int] = AUGMENT
+    CLAMP: ClassVar[int] = CLAMP
+    AUGMENT_ALWAYS: ClassVar[int] = AUGMENT_ALWAYS
+    CLAMP_ALWAYS: ClassVar[int] = CLAMP_ALWAYS
 
     slots: Tensor
     signs: Tensor
+    strengths: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_shape("slots", self.slots, ("B", "S"))
@@ -406,6 +426,10 @@ class SteeringPlan:
         check_shape("signs", self.signs, self.slots.shape)
         check_dtype("signs", self.signs, (torch.int8,))
         check_device("signs", self.signs, self.slots, "slots")
+        if self.strengths is not None:
+            check_shape("strengths", self.strengths, self.slots.shape)
+            check_dtype("strengths", self.strengths, (torch.float32,))
+            check_device("strengths", self.strengths, self.slots, "slots")
 
     def latents(self, columns: Tensor) -> Tensor:
         """Return latents of the output SAE [B, S] int32, -1 for an empty slot; `columns` [C] are those of the map."""
@@ -427,12 +451,12 @@ class Edits:
             the row unsteered or not finite.
         after: [N, S] the same after the edit.
         maximum: [N] `M_t`, the largest latent of the row. 0 on rows without an active selected latent. NaN on steered
-            rows whose residual is not finite, which are not changed.
+            rows whose residual is not finite, which are not changed. None for a plan with strengths, which need no M.
     """
 
     before: Tensor
     after: Tensor
-    maximum: Tensor
+    maximum: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)

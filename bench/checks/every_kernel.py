@@ -143,6 +143,7 @@ def checks() -> Iterator[tuple[str, str, Check]]:
         plan = random_plan(N_PROMPTS, 6, N_COLUMNS)
         fixed = {"rows": integers(-1, N_PROMPTS, n), "alpha": 0.125, "record": record, "stream": stream_of(sae, screen)}
         yield "steer", name, compare(steer, exact, h, sae, cdmap, plan, **fixed)
+        yield "steer", f"{name}, with strengths", compare(steer, exact, h, sae, cdmap, with_strengths(plan), **fixed)
         if not record:
             parts = (h, integers(-2, 3, n + 1, D_IN)[1:].to(h))
             yield "steer", f"{name}, in place", compare(in_place, exact, *parts, sae, cdmap, plan, **fixed)
@@ -161,6 +162,13 @@ def checks() -> Iterator[tuple[str, str, Check]]:
         yield "map_lookup", mode, compare(map_lookup, True, counts, values, mode=mode)
     yield "place_tokens", "two sequences", compare(placed, True, torch.arange(40))
     yield from adapter_checks()
+
+
+def with_strengths(plan: SteeringPlan) -> SteeringPlan:
+    """The plan with slots of all kinds, and a whole number as the strength of each."""
+    kinds = torch.tensor([-1, 1, 2, 3, 4], dtype=torch.int8)
+    signs = kinds[torch.arange(plan.slots.numel()) % len(kinds)].view_as(plan.slots)
+    return SteeringPlan(plan.slots, torch.where(plan.slots < 0, 0, signs), integers(-3, 4, *plan.slots.shape).float())
 
 
 def in_place(

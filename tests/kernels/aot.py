@@ -189,6 +189,7 @@ def plain_steering(
         **random_map(sae, 64, 40).latents(),
         "slots": plan.slots,
         "signs": plan.signs,
+        "strengths": None,
         "rows": None,
         "positions": torch.zeros(n, dtype=torch.int64),
         "start": torch.zeros(n, dtype=torch.int64),
@@ -240,12 +241,18 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
     for kind, screen, n in itertools.product(("jumprelu", "topk"), SCREENS, ROWS):
         steering = plain_steering(kind, DTYPES[0][0], n, "none", screen, record=False)
         yield "steer", {**steering, "alphas": torch.zeros(n)}
-        del steering["record"]
+        with_strengths = {**steering, "strengths": torch.zeros(steering["slots"].shape)}
+        yield "steer", {**with_strengths, "record": screen != "none"}
+        del steering["record"], with_strengths["record"]
         yield "steer_", {**steering, "residual": steering["h"].clone()}
+        yield "steer_", {**with_strengths, "residual": steering["h"].clone()}
     for (dtypes, normalize), n in itertools.product(DTYPES[1:], ROWS):
         steering = plain_steering("jumprelu", dtypes, n, normalize, "none", record=False)
         del steering["record"]
         yield "steer_", {**steering, "residual": None if n == 1 else steering["h"].clone()}
+    for (dtypes, normalize), n in itertools.product(DTYPES[1:], ROWS):
+        steering = plain_steering("jumprelu", dtypes, n, normalize, "none", record=n == 1)
+        yield "steer", {**steering, "strengths": torch.zeros(steering["slots"].shape)}
     fp16 = (torch.float16, torch.float16)
     yield "steer", plain_steering("relu", fp16, 1, "none", "none", record=False)
     yield (
@@ -260,7 +267,7 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
             plan = {"slots": slots, "signs": slots.to(torch.int8)}
             yield "map_lookup", {**lookup, "rows": rows, "lookup_mode": mode, **plan}
         steering = plain_steering("jumprelu", DTYPES[0][0], 4, "none", "none", record=False)
-        del steering["slots"], steering["signs"]
+        del steering["slots"], steering["signs"], steering["strengths"]
         yield "lookup_and_steer", {**steering, **lookup, "lookup_mode": mode}
     ints, longs = torch.zeros(4, dtype=torch.int32), torch.zeros(64, dtype=torch.int64)
     prompts = {"n_counted": longs[:4], "group": ints, "planned": torch.zeros(4, dtype=torch.bool)}

@@ -1,6 +1,6 @@
 """`steer` and `steer_`: edit residual rows on which latents of their plan are active, and do so in place."""
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 from torch import Tensor
 
@@ -8,6 +8,7 @@ from dspa_kernels.backends import define_op
 from dspa_kernels.checks import check_device, check_dtype, check_shape
 from dspa_kernels.ops.steer.contract import (
     GATE,
+    PLAN,
     STRENGTH,
     check_residual,
     check_written,
@@ -85,6 +86,10 @@ def steer(
     it augments, and down to 0 at most if it ablates. The residual changes through `W_dec` alone, so that a row without
     an edit is returned bit for bit.
 
+    A plan with `strengths` s needs no M, and does not read `alpha`. By its sign, a latent that is active becomes
+    `max(f - s, 0)` (ABLATE), `max(f + s, 0)` (AUGMENT) or `s` (CLAMP), and in every row, active or not, `f + s`
+    (AUGMENT_ALWAYS) or `s` (CLAMP_ALWAYS). Only the ranks of a top-k SAE then need the whole encoder.
+
     Args:
         h: residual rows [N, d_in], any floating dtype; N may be 0.
         sae: the output SAE.
@@ -101,12 +106,13 @@ def steer(
         positions: [N] int64, position of each row, or None.
         start: [B] int64, or None. A row whose position is below that of its plan row is not steered.
         paths: [6] int64, contiguous, counters that are added to: the rows that were unsteered, not finite, inactive
-            (without an active selected latent), settled (all selected latents went to 0, by a bound on M) and streamed,
-            and the encoder rows that were read in full for them. The last depends on timing where rows settle early.
+            (without an active selected latent), settled (all selected latents went to 0, by a bound on M, or the plan
+            has strengths) and streamed, and the encoder rows that were read in full for them. The last depends on
+            timing where rows settle early.
             A row is not finite if it holds a NaN or a number of 2**56 or more, which no norm can square in fp32. A row
             that becomes so by its edit counts as not finite too, once or more, beside how it was edited.
         backend: "auto", "reference", "triton" or "cuda". "cuda" takes up to 8 rows, in bf16 or fp16 like the weights,
-            of an SAE that does not normalise.
+            of an SAE that does not normalise, and no strengths.
 
     Returns:
         h' [N, d_in] in the dtype of h, contiguous, and with `record` also the `Edits`. Computed in fp32, or in fp64 if
@@ -119,18 +125,21 @@ def steer(
     gate = {"rows": rows, "positions": positions, "start": start, "paths": paths}
     check_residual(h, sae, cdmap, alpha, len(plan.slots), **gate)
     check_device("plan", plan.slots, h, "h")
-    out, *edits = _steer(
+    out, before, after, maximum = _steer(
         h=h,
         **stream_of(sae, stream).arguments(),
         **cdmap.latents(),
         slots=plan.slots,
         signs=plan.signs,
+        strengths=plan.strengths,
         **gate,
         **strength_of(alpha),
         record=record,
-        backend=choose_steer(h, sae, backend),
+        backend=choose_steer(h, sae, plan, backend),
     )
-    return (out, Edits(*edits)) if record else out
+    if not record:
+        return cast(Tensor, out)
+    return out, Edits(before, after, maximum if plan.strengths is None else None)
 
 
 def steer_(
@@ -188,9 +197,10 @@ def steer_(
         **cdmap.latents(),
         slots=plan.slots,
         signs=plan.signs,
+        strengths=plan.strengths,
         **gate,
         **strength_of(alpha),
-        backend=choose_steer(h, sae, backend),
+        backend=choose_steer(h, sae, plan, backend),
     )
 
 
@@ -206,8 +216,7 @@ def _fake_(**_: Any) -> None:
 
 _steer = define_op(
     "steer",
-    f"(Tensor h, {STREAM}, {COLUMNS}, Tensor slots, Tensor signs, {GATE}, {STRENGTH}, bool record)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor h, {STREAM}, {COLUMNS}, {PLAN}, {GATE}, {STRENGTH}, bool record) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
     mutates=("paths",),
     fastest=fastest,
@@ -215,7 +224,7 @@ _steer = define_op(
 
 _steer_ = define_op(
     "steer_",
-    f"(Tensor(b!) h, Tensor(c!)? residual, {STREAM}, {COLUMNS}, Tensor slots, Tensor signs, {GATE}, {STRENGTH}) -> ()",
+    f"(Tensor(b!) h, Tensor(c!)? residual, {STREAM}, {COLUMNS}, {PLAN}, {GATE}, {STRENGTH}) -> ()",
     _fake_,
     mutates=("h", "residual", "paths"),
     fastest=fastest,

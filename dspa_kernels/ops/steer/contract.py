@@ -13,8 +13,9 @@ from dspa_kernels.checks import check_at_least, check_contiguous, check_device, 
 from dspa_kernels.cuda_library import DTYPES, MAX_ROWS
 from dspa_kernels.formulas import compute_dtype
 from dspa_kernels.launch import NATIVE, CudaEntry, cuda_entry, precision, steer_variant
-from dspa_kernels.weights import FLOATS, PATHS, EncoderStream, MapWeights, SAEWeights
+from dspa_kernels.weights import FLOATS, PATHS, EncoderStream, MapWeights, SAEWeights, SteeringPlan
 
+PLAN = "Tensor slots, Tensor signs, Tensor? strengths"
 GATE = "Tensor? rows, Tensor? positions, Tensor? start, Tensor(a!)? paths"
 STRENGTH = "float alpha, Tensor? alphas"
 
@@ -47,18 +48,20 @@ def strength_of(alpha: float | Tensor) -> Strength:
     return {"alpha": cast(float, alpha), "alphas": None}
 
 
-def choose_steer(h: Tensor, sae: SAEWeights, requested: str) -> str:
+def choose_steer(h: Tensor, sae: SAEWeights, plan: SteeringPlan, requested: str) -> str:
     """Return the backend of `steer`, "auto" if the launch chooses between Triton and CUDA."""
 
     def unfit() -> str:
-        return cuda_obstacle(h, sae.encoder_rows, sae.normalize)
+        return cuda_obstacle(h, sae.encoder_rows, sae.normalize, plan.strengths)
 
     chosen = choose("steer", h.device, requested, compute_dtype(h, sae.encoder_rows), unfit)
     return "auto" if chosen == "triton" and is_auto(requested) else chosen
 
 
-def cuda_obstacle(h: Tensor, encoder_rows: Tensor, normalize: str) -> str:
+def cuda_obstacle(h: Tensor, encoder_rows: Tensor, normalize: str, strengths: Tensor | None) -> str:
     """Return why the CUDA kernel does not take such a launch, empty if it does."""
+    if strengths is not None:
+        return "it takes plans whose latents move by alpha M, and got one with strengths"
     if len(h) <= MAX_ROWS and h.dtype in DTYPES and precision(h, encoder_rows, normalize) == NATIVE:
         return ""
     return (
@@ -68,10 +71,16 @@ def cuda_obstacle(h: Tensor, encoder_rows: Tensor, normalize: str) -> str:
 
 
 def entry_of(
-    h: Tensor, encoder_rows: Tensor, k: int, normalize: str, screen_rows: Tensor | None, **_: Any
+    h: Tensor,
+    encoder_rows: Tensor,
+    k: int,
+    normalize: str,
+    screen_rows: Tensor | None,
+    strengths: Tensor | None = None,
+    **_: Any,
 ) -> CudaEntry | None:
     """Return the entry of the CUDA table for a launch, None if there is none."""
-    if cuda_obstacle(h, encoder_rows, normalize):
+    if cuda_obstacle(h, encoder_rows, normalize, strengths):
         return None
     d_sae, d_in = encoder_rows.shape
     return cuda_entry(steer_variant(k, screen_rows), len(h), d_in, d_sae, NATIVE, h.device)

@@ -68,6 +68,7 @@ def run(
     columns_encoder_rows: Tensor,
     slots: Tensor,
     signs: Tensor,
+    strengths: None,
     rows: Tensor | None,
     positions: Tensor | None,
     start: Tensor | None,
@@ -77,7 +78,8 @@ def run(
 ) -> None:
     """Write h' to `out`, and before, after and maximum to `edits`, if it has them.
 
-    Where `out` is h itself, only the rows that change are written, and 0 to their residual.
+    Where `out` is h itself, only the rows that change are written, and 0 to their residual. There are no `strengths`,
+    which `cuda_obstacle` refuses.
     """
     (n_rows, d_in), n_slots = h.shape, slots.shape[1]
     if not n_rows:

@@ -5,7 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspa_kernels.formulas import compute_dtype, is_active, is_finite, latent_blocks, normalise, pre_activations
+from dspa_kernels.formulas import (
+    AUGMENT_ALWAYS,
+    CLAMP,
+    CLAMP_ALWAYS,
+    compute_dtype,
+    is_active,
+    is_finite,
+    latent_blocks,
+    normalise,
+    pre_activations,
+)
 
 
 def _stream(
@@ -48,6 +58,13 @@ def steered_rows(n_rows: int, rows: Tensor | None, positions: Tensor | None, sta
     return torch.where(positions >= first, prompt, -1)
 
 
+def _moved(f: Tensor, sign: Tensor, s: Tensor) -> Tensor:
+    """Return f': max(f - s, 0) (ABLATE), max(f + s, 0) (AUGMENT), f + s (AUGMENT_ALWAYS) or s (both CLAMP)."""
+    summed = torch.where(sign < 0, f - s, f + s)
+    summed = torch.where(sign == AUGMENT_ALWAYS, summed, summed.clamp(min=0))
+    return torch.where((sign == CLAMP) | (sign == CLAMP_ALWAYS), s, summed)
+
+
 def steer(h: Tensor, **arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return h', in which only the rows that change differ from h, and before, after and maximum as `edits_of`."""
     out = h.clone(memory_format=torch.contiguous_format)
@@ -87,16 +104,17 @@ def edits_of(
     alpha: float,
     alphas: Tensor | None,
     record: bool,
+    strengths: Tensor | None = None,
     **_screen: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return h'_n = h_n + scale_n sum_j (f'_j - f_j) W_dec[j], over the active latents j of plan row rows[n].
 
     f'_j = f_j + alpha M (sign +1) or max(f_j - alpha M, 0) (sign -1), with M the maximum of all latents of the row
-    and alpha = alphas[rows[n]] if there are `alphas`.
+    and alpha = alphas[rows[n]] if there are `alphas`. With `strengths`, f'_j is that of `_moved`.
     A row with rows[n] < 0, without an active selected latent, or without a change stays. So does a steered row that is
     not finite, and its maximum is NaN. A row that is not finite once edited counts in paths[1] as well. The selected
     and the first `n_large` latents give a lower bound on M. Unless recorded, the encoder is not read for a row whose
-    active selected latents all go to 0 by that bound.
+    active selected latents all go to 0 by that bound, nor with `strengths` except for the ranks of top-k latents.
 
     Returns:
         the rows that change [E] int64, their h' [E, d_in], and before, after and maximum.
@@ -126,12 +144,18 @@ def edits_of(
         active = torch.zeros_like(chosen)
 
     # Only rows with an active selected latent need the maximum, and only some of those read the encoder.
-    open_rows = active.any(dim=1)
+    always = sign >= AUGMENT_ALWAYS
+    open_rows = (active | always).any(dim=1)
     large = pre_activations(hn, encoder_rows[:n_large], b_enc[:n_large])
     large = large.clamp(min=0) if k else torch.where(is_active(large, threshold[:n_large]), large, 0)
     bound = torch.cat([f, large], dim=1).amax(dim=1) if f.shape[1] + n_large else hn.new_zeros(len(hn))
-    gone = ~active | ((sign < 0) & (f <= strength * bound[:, None]))
-    settled = open_rows & gone.all(dim=1) & (not record and not k)
+    if strengths is None:
+        gone = ~active | ((sign < 0) & (f <= strength * bound[:, None]))
+        settled = open_rows & gone.all(dim=1) & (not record and not k)
+    else:
+        # What is added in every row needs no rank of its latent, unless its value is recorded.
+        ranked = active & (record | (sign != AUGMENT_ALWAYS)) & (k > 0)
+        settled = open_rows & ~ranked.any(dim=1)
     streamed = open_rows & ~settled
     counts += [int(path.sum()) for path in (~open_rows, settled, streamed)]
     if paths is not None:
@@ -149,9 +173,12 @@ def edits_of(
         if k:
             active[at] &= beaten < k
     f = torch.where(active, f, 0)
-    step = strength * bound[:, None]
-    edited = torch.where(sign > 0, f + step, (f - step).clamp(min=0))
-    edited = torch.where(active, edited, 0)
+    if strengths is None:
+        step = strength * bound[:, None]
+        edited = torch.where(sign > 0, f + step, (f - step).clamp(min=0))
+    else:
+        edited = _moved(f, sign, strengths[prompt[row]].to(dtype))
+    edited = torch.where(active | always, edited, 0)
     if record:
         before[row], after[row] = f, edited
         maximum[row] = torch.where(active.any(dim=1), bound, 0)

@@ -186,6 +186,7 @@ def run(
     paths: Tensor | None,
     alpha: float,
     alphas: Tensor | None,
+    strengths: Tensor | None = None,
     lookup: dict[str, Any] | None = None,
 ) -> None:
     """Write h' to `out`, or without it edit h and residual in place. With `lookup`, first fill slots and signs."""
@@ -214,6 +215,7 @@ def run(
         "p_rows": None if rows is None else rows.contiguous(),
         "p_positions": None if positions is None else positions.contiguous(),
         "p_start": None if start is None else start.contiguous(),
+        "p_strengths": None if strengths is None else strengths.contiguous(),
         "p_alphas": None if alphas is None else alphas.contiguous(),
         "p_paths": paths,
         "record": record,
@@ -252,13 +254,14 @@ def run(
         return
 
     few = launch_parameters(steer_variant(k, None), 1, *shape)
+    streams = strengths is None or k > 0
     prepares = lookup is not None or residual is not None or normalize != "none"
     n_large_items = triton.cdiv(n_large, BLOCK_S) * triton.cdiv(n_rows, few.BLOCK_N)
     for phase, n_items, launch in (
         (PREPARE, max(n_rows, n_prompts) if prepares else 0, few),
         (SELECT, n_large_items + n_rows * (1 + triton.cdiv(n_slots, BLOCK_S)), few),
-        (STREAM, programs, stream),
-        (EVALUATE, programs if screen else 0, stream),
+        (STREAM, programs if streams else 0, stream),
+        (EVALUATE, programs if streams and screen else 0, stream),
         (TAIL, n_rows * triton.cdiv(d_in, BLOCK_D), few),
     ):
         if n_items:

@@ -18,7 +18,7 @@ _BLOCK_S, _BLOCK_G, _BLOCK_D = tl.constexpr(BLOCK_S), tl.constexpr(BLOCK_G), tl.
 
 SIZES = ("k", "d_sae", "d_sae_in", "n_rows", "n_prompts", "n_columns", "n_slots", "n_large", "k_prompt", "k_diff")
 # Callers slice these, and another alignment would be another kernel, compiled in the middle of decoding.
-SLICED = ("p_slots", "p_signs", "p_rows", "p_positions", "p_start", "p_alphas", "p_paths")
+SLICED = ("p_slots", "p_signs", "p_rows", "p_positions", "p_start", "p_strengths", "p_alphas", "p_paths")
 
 
 @triton.jit(do_not_specialize=[*SIZES, "n_programs"], do_not_specialize_on_alignment=[*SLICED])
@@ -34,6 +34,7 @@ def steer_kernel(
     p_rows,
     p_positions,
     p_start,
+    p_strengths,
     p_alphas,
     p_paths,
     record,
@@ -70,7 +71,8 @@ def steer_kernel(
 ):
     """h'_n = h_n + scale_n sum_j (f'_j - f_j) W_dec[j] over the active selected latents j of row n.
 
-    f'_j = f_j + alpha M (augment) or max(f_j - alpha M, 0) (ablate), and M = max of f over all latents.
+    f'_j = f_j + alpha M (augment) or max(f_j - alpha M, 0) (ablate), and M = max of f over all latents. With
+    p_strengths, f'_j is that of `moved`, and latents that it moves always need not be active.
 
     encoder: rows, b_enc, threshold, order. screen: rows, latents, mean. columns: latents, encoder_rows, b_enc,
     threshold, W_dec. record: before, after, maximum. lookup: counts, cdmap, latents, key.
@@ -80,6 +82,8 @@ def steer_kernel(
     """
     TOP_K: tl.constexpr = scratch.rank is not None
     SETTLE: tl.constexpr = record is None and not TOP_K
+    # With strengths nothing needs M, but a top-k latent its rank.
+    STREAMS: tl.constexpr = p_strengths is None or TOP_K
     # Rows are prepared before the selection if that reads sums or normalised rows, else along with it.
     PREPARED: tl.constexpr = NORMALIZE != "none" or p_residual is not None
     i_program = tl.program_id(0)
@@ -133,6 +137,8 @@ def steer_kernel(
                     p_rows,
                     p_positions,
                     p_start,
+                    p_strengths,
+                    record,
                     scratch,
                     i,
                     d_in,
@@ -152,7 +158,7 @@ def steer_kernel(
         grid_wait(p_barrier, grid_arrive(p_barrier, n_programs))
 
     n_waiting = 0
-    if PHASE == _ALL or PHASE == _STREAM or PHASE == _EVALUATE:
+    if STREAMS and (PHASE == _ALL or PHASE == _STREAM or PHASE == _EVALUATE):
         n_read = 0
         b_state, m_waiting, summary = waiting_rows(
             scratch, 0, alpha, p_alphas, n_rows, n_slots, n_large, SETTLE, BLOCK_N
@@ -253,6 +259,7 @@ def steer_kernel(
                 columns,
                 p_slots,
                 p_signs,
+                p_strengths,
                 record,
                 p_paths,
                 scratch,

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from dspa_kernels.formulas import RESIDUAL_LIMIT
+from dspa_kernels.formulas import AUGMENT_ALWAYS, RESIDUAL_LIMIT
 from dspa_kernels.ops.shared.triton_tiles import gathered_tile, rounded, row_chunk, row_scale
 
 # States of a row in scratch: its plan row, or why it has none.
@@ -16,6 +16,7 @@ _UNSTEERED, _NOT_FINITE = tl.constexpr(UNSTEERED), tl.constexpr(NOT_FINITE)
 BLOCK_S, BLOCK_C, BLOCK_P, BLOCK_G = 16, 1024, 8, 64
 _BLOCK_S, _BLOCK_C, _BLOCK_P = tl.constexpr(BLOCK_S), tl.constexpr(BLOCK_C), tl.constexpr(BLOCK_P)
 _BLOCK_G, _RESIDUAL_LIMIT = tl.constexpr(BLOCK_G), tl.constexpr(RESIDUAL_LIMIT)
+_AUGMENT_ALWAYS = tl.constexpr(AUGMENT_ALWAYS)
 
 
 class Summary(NamedTuple):
@@ -24,6 +25,8 @@ class Summary(NamedTuple):
     required_shift: the smallest alpha M that sets all active selected latents to 0; infinite if one of them is
     augmented, 0 if none is active. min_active: the smallest active selected value. lower_bound: a lower bound on M.
     alpha: the strength, one number or one per row.
+
+    In a plan with strengths, required_shift is infinite where a top-k latent has to be ranked, and 0 elsewhere.
     """
 
     required_shift: Any
@@ -122,6 +125,8 @@ def select_latents(
     p_rows,
     p_positions,
     p_start,
+    p_strengths,
+    record,
     scratch,
     i_item,
     d_in,
@@ -187,7 +192,12 @@ def select_latents(
     i_first = tl.where(b_is_large, 3, 2) * n_slot_blocks
     tl.store(p_partial + i_first * n_rows, tl.max(b_f, axis=0), mask=m_row)
     b_sign = tl.load(p_signs + o_slot, mask=m_slot, other=0)
-    b_shift_to_0 = tl.where(b_f > 0, tl.where((b_sign > 0)[:, None], float("inf"), b_f), 0.0)
+    if p_strengths is None:
+        b_shift_to_0 = tl.where(b_f > 0, tl.where((b_sign > 0)[:, None], float("inf"), b_f), 0.0)
+    else:
+        # What is added in every row needs no rank of its latent, unless its value is recorded.
+        m_ranked = b_sign != (0 if record is not None else _AUGMENT_ALWAYS)
+        b_shift_to_0 = tl.where((b_f > 0) & m_ranked[:, None] & TOP_K, float("inf"), 0.0)
     m_own = m_row & (o_n < tl.where(b_is_large, 0, 1))
     tl.store(p_partial, tl.max(b_shift_to_0, axis=0), mask=m_own)
     tl.store(p_partial + n_slot_blocks * n_rows, tl.min(tl.where(b_f > 0, b_f, float("inf")), axis=0), mask=m_own)

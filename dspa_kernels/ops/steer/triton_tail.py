@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dspa_kernels.formulas import RESIDUAL_LIMIT
+from dspa_kernels.formulas import AUGMENT_ALWAYS, CLAMP, CLAMP_ALWAYS, RESIDUAL_LIMIT
 from dspa_kernels.ops.shared.triton_grid import prefetch
 from dspa_kernels.ops.shared.triton_tiles import rounded
 from dspa_kernels.ops.steer.triton_select import NOT_FINITE, UNSTEERED, strength, summarise
@@ -13,6 +13,8 @@ BLOCK_SLOTS, BLOCK_D = 16, 1024
 _BLOCK_SLOTS, _BLOCK_D = tl.constexpr(BLOCK_SLOTS), tl.constexpr(BLOCK_D)
 _RESIDUAL_LIMIT = tl.constexpr(RESIDUAL_LIMIT)
 _UNSTEERED, _NOT_FINITE = tl.constexpr(UNSTEERED), tl.constexpr(NOT_FINITE)
+_CLAMP, _AUGMENT_ALWAYS = tl.constexpr(CLAMP), tl.constexpr(AUGMENT_ALWAYS)
+_CLAMP_ALWAYS = tl.constexpr(CLAMP_ALWAYS)
 # Decoder rows are prefetched in lines of 128 bytes.
 _LINES = tl.constexpr(BLOCK_D // 32)
 
@@ -37,6 +39,15 @@ def prefetch_row(columns, p_slots, scratch, i_item, d_in, n_slots):
 
 
 @triton.jit
+def moved(b_f, b_sign, b_strength):
+    """f' = max(f - s, 0) (ABLATE), max(f + s, 0) (AUGMENT) or s (CLAMP) where f > 0, and f + s or s (ALWAYS)."""
+    b_sum = tl.where(b_sign < 0, b_f - b_strength, b_f + b_strength)
+    b_sum = tl.where(b_sign == _AUGMENT_ALWAYS, b_sum, tl.maximum(b_sum, 0.0))
+    b_moved = tl.where((b_sign == _CLAMP) | (b_sign == _CLAMP_ALWAYS), b_strength, b_sum)
+    return tl.where((b_f > 0) | (b_sign >= _AUGMENT_ALWAYS), b_moved, 0.0)
+
+
+@triton.jit
 def edit_row(
     p_total,
     p_h,
@@ -45,6 +56,7 @@ def edit_row(
     columns,
     p_slots,
     p_signs,
+    p_strengths,
     record,
     p_paths,
     scratch,
@@ -58,6 +70,8 @@ def edit_row(
     n_large,
 ):
     """out = total + scale sum_j (f'_j - f_j) W_dec[j] at BLOCK_D columns; f' = f + alpha M or max(f - alpha M, 0).
+
+    With p_strengths, f' is that of `moved`.
 
     Without p_out, h = out and residual = 0 in a row that changes, and any other stays as it is.
     The first column tile of a row also records the edits and counts the row in `paths`. Each tile that is not finite
@@ -95,8 +109,12 @@ def edit_row(
             b_f = tl.where(b_rank < k, b_f, 0.0)
         b_slot = tl.load(p_slots + b_state.to(tl.int64) * n_slots + o_slot, mask=m_slot, other=-1)
         b_sign = tl.load(p_signs + b_state.to(tl.int64) * n_slots + o_slot, mask=m_slot, other=0)
-        b_edited = tl.where(b_sign > 0, b_f + b_shift, tl.maximum(b_f - b_shift, 0.0))
-        b_edited = tl.where(b_f > 0, b_edited, 0.0)
+        if p_strengths is None:
+            b_edited = tl.where(b_sign > 0, b_f + b_shift, tl.maximum(b_f - b_shift, 0.0))
+            b_edited = tl.where(b_f > 0, b_edited, 0.0)
+        else:
+            b_strength = tl.load(p_strengths + b_state.to(tl.int64) * n_slots + o_slot, mask=m_slot, other=0.0)
+            b_edited = moved(b_f, b_sign, b_strength)
         b_change = b_edited - b_f
         p_w = columns.W_dec + b_slot.to(tl.int64)[:, None] * d_in + o_d[None, :]
         b_w = tl.load(p_w, mask=(b_change != 0)[:, None] & m_d[None, :], other=0.0)
@@ -129,7 +147,9 @@ def edit_row(
             tl.store(record.maximum + i_row, tl.where(b_state == _NOT_FINITE, float("nan"), b_recorded))
         if p_paths is not None:
             b_path = tl.where(b_required_shift > 0, 4, 2)
-            if record is None and scratch.rank is None:
+            if p_strengths is not None:
+                b_path = tl.where((b_required_shift == 0) & ((b_active > 0) | (b_changed > 0)), 3, b_path)
+            elif record is None and scratch.rank is None:
                 b_path = tl.where((b_required_shift > 0) & (b_required_shift <= b_alpha * b_lower_bound), 3, b_path)
             b_path = tl.where(b_state == _UNSTEERED, 0, tl.where(b_state == _NOT_FINITE, 1, b_path))
             tl.atomic_add(p_paths + b_path, 1, sem="relaxed")

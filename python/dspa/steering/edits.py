@@ -23,7 +23,7 @@ class Edit:
         call: number of the call of `generate()` or the model, from 0.
         row: sequence in the batch. A beam or return sequence counts as one.
         position: position_id of the token, whose residual predicts the token after it.
-        maximum: `M_t`, the token's largest latent.
+        maximum: `M_t`, the token's largest latent, None where strengths do not depend on it.
         latents: latents of the output SAE that changed.
         before, after: their values.
         token: id of the token, None where the model was given embeddings.
@@ -34,7 +34,7 @@ class Edit:
     call: Count
     row: Count
     position: Count
-    maximum: Number
+    maximum: Number | None
     latents: list[Count]
     before: list[Number]
     after: list[Number]

@@ -69,7 +69,7 @@ class Trace:
                     call=call,
                     row=row,
                     position=int(positions[n]),
-                    maximum=edits.maximum[n].item(),
+                    maximum=None if edits.maximum is None else edits.maximum[n].item(),
                     latents=latents[row][which].tolist(),
                     before=edits.before[n][which].tolist(),
                     after=edits.after[n][which].tolist(),

@@ -114,8 +114,9 @@ def test_every_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     monkeypatch.setattr("sys.argv", ["every_kernel", "--backends", *LAUNCHES, "--rows", "1"])
     assert every_kernel.main() == 0
     *left_out, last = capsys.readouterr().out.splitlines()
-    assert last == "every kernel: 39 of 39 as the reference"
-    assert len(left_out) == 3 * len(LAUNCHES) and all("torch.float32" in line for line in left_out)
+    assert last == "every kernel: 63 of 63 as the reference"
+    assert len(left_out) == 11 * len(LAUNCHES)
+    assert all("torch.float32" in line or "with strengths" in line for line in left_out)
 
 
 def test_one_step_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
