@@ -30,7 +30,8 @@ from dspa.outputs import held, write_atomically
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import required_layer
 from dspa.schemas import Count, NonNegative, OneOf, PositiveInt, Text, check, parse_json, schema
-from dspa.steering.ablation import Ablation
+from dspa.steering.latent_sets import LatentSet
+from dspa.steering.latents import LatentSteering
 from dspa.version import __version__
 
 FORMAT = "dspa.effects.1"
@@ -221,7 +222,7 @@ def measure_effects(
         model_digest=model_digest(inner) or "",
         sources={name: source for name, source in sources.items() if source},
     )
-    ablation = Ablation(sae, {str(latent): [latent] for latent in latents}, alpha)
+    ablation = LatentSteering(sae, {str(latent): LatentSet.of([latent]) for latent in latents}, alpha=alpha)
     names: dict[str, Any] = {"layers": layers, "model_name": model_name}
     with held(path, "The file of effects", PersonaError, file=True):
         effects = _continued(path, measurement)
@@ -252,7 +253,7 @@ class _Answering:
 
     model: CausalLM
     tokenizer: PreTrainedTokenizerBase
-    ablation: Ablation
+    ablation: LatentSteering
     measurement: Measurement
     batch_size: int
     bar: Any

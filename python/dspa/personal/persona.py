@@ -20,7 +20,8 @@ from dspa.outputs import output_file
 from dspa.personal.effects import Effects
 from dspa.saes.frozen import FrozenSAE
 from dspa.schemas import Count, NonNegative, Number, OneOf, PositiveInt, Text, check, read_json, schema
-from dspa.steering.ablation import Ablation
+from dspa.steering.latent_sets import LatentSet
+from dspa.steering.latents import LatentSteering
 
 FORMAT = "dspa.persona.1"
 TENSORS = ("latents", "effects", "errors")
@@ -241,7 +242,7 @@ class Persona:
         return f"Persona({weights}; ablates {listed(self.latents)})"
 
 
-def ablation_of(personas: Mapping[str, Persona], sae: FrozenSAE) -> Ablation:
+def ablation_of(personas: Mapping[str, Persona], sae: FrozenSAE) -> LatentSteering:
     """Return what ablates the latents of personas, by their names, while it is attached to a model.
 
     A single persona is that of all prompts. Of several, `ablation.rows([name, None, ...])` gives each prompt of a batch
@@ -262,8 +263,8 @@ def ablation_of(personas: Mapping[str, Persona], sae: FrozenSAE) -> Ablation:
             if (other := getattr(persona.record, entry)) != getattr(first, entry):
                 accepted = f"personas of one `{entry}`, as the first ({getattr(first, entry)!r})"
                 raise refusal(PersonaError, f"The persona {name!r}", f"of `{entry}` {other!r}", accepted)
-    sets = {name: persona.latents for name, persona in personas.items()}
-    return Ablation(sae, sets, first.alpha, model_name=first.model_name, model_digest=first.model_digest)
+    sets = {name: LatentSet(dict.fromkeys(persona.latents)) for name, persona in personas.items()}
+    return LatentSteering(sae, sets, alpha=first.alpha, model_name=first.model_name, model_digest=first.model_digest)
 
 
 def read_weights(path: Path) -> dict[str, float]:

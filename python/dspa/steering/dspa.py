@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from dspa.config import SteeringConfig
 from dspa.errors import ModelError, refusal
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.maps.provenance import check_provenance
-from dspa.models.attachment import LOCK, Attachment
+from dspa.models.attachment import Attachment
 from dspa.models.layers import (
     NOT_FINITE,
     CausalLM,
@@ -26,23 +26,23 @@ from dspa.models.layers import (
 from dspa.models.prompts import Prompts
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_saes, required_layer
-from dspa.steering.ablation import left_to_ablations
-from dspa.steering.calls import Recording, SteeredCall
+from dspa.steering.calls import SteeredCall
 from dspa.steering.counters import Counters
 from dspa.steering.decisions import Gate
-from dspa.steering.gated import Gated
+from dspa.steering.latent_sets import LatentSet
+from dspa.steering.latents import LatentSteering, left_to_latent_sets
 from dspa.steering.plans import check_device, plan_prompts
+from dspa.steering.recorded import Recorded
 from dspa.steering.trace import Trace
 from dspa_kernels import (
     BackendError,
     MapWeights,
     SteeringPlan,
     available_backends,
-    steer,
 )
 
 
-class Steering(Gated, nn.Module):
+class Steering(Recorded, nn.Module):
     """Steering of a model's `generate()` while attached, without touching its weights.
 
     ```python
@@ -99,7 +99,7 @@ class Steering(Gated, nn.Module):
         screen: str = "none",
         gate: Gate | None = None,
     ) -> None:
-        super().__init__(gate)
+        super().__init__(gate, record=record)
         self._config = config or SteeringConfig()
         for name, value, kind in (
             ("sae_in", sae_in, FrozenSAE),
@@ -114,12 +114,11 @@ class Steering(Gated, nn.Module):
         cdmap.check_saes(sae_in, sae_out)
         cdmap.check_sizes(self.config)
         self.sae_in, self.sae_out, self.cdmap = sae_in, sae_out, cdmap
-        self.backend, self._record, self.screen = backend, record, screen
+        self.backend, self.screen = backend, screen
         self.plan: SteeringPlan | None = None
         self.trace = self._new_trace(record)
         self._weights = MapWeights.gather(cdmap.columns, cdmap.values, sae_out.weights)
         self._stream = cdmap.encoder_stream(sae_out, screen)
-        self._n_plans = 0
         self._warned = False
         self._counters = Counters(sae_out.device)
 
@@ -131,6 +130,43 @@ class Steering(Gated, nn.Module):
             f"{len(self.cdmap.hot)} hot latents, screen={self.screen!r}, {added:.1f} MB added to the SAE, {self.config}"
         )
 
+    @classmethod
+    def of_latents(
+        cls,
+        sae: FrozenSAE,
+        latents: Mapping[int, float | None] | Sequence[int] | LatentSet,
+        *,
+        mode: str = "augment",
+        when: str = "active",
+        positions: str = "response",
+        record: bool = False,
+        gate: Gate | None = None,
+    ) -> LatentSteering:
+        """Return steering by latents that you choose, in units of the latents themselves. It needs no map.
+
+        ```python
+        with dspa.Steering.of_latents(sae, {971: 4.0, 77: -2.0}).attach(model):
+            model.generate(**inputs)
+        ```
+
+        Args:
+            sae: the SAE.
+            latents: strength of each latent, None to remove it; or a list of latents to remove; or a `LatentSet`, for
+                which `mode` and `when` are not read.
+            mode: "augment", which adds the strength, also a negative one; "ablate", which subtracts it, down to 0; or
+                "clamp", which sets the latent to it.
+            when: "active", only where the latent is active; or "always", at every token, as Neuronpedia does.
+            positions: as for `SteeringConfig`.
+            record: keep a record of every edit in `trace`.
+            gate: which tokens of an answer may be edited, as a `dspa.EntropyGate` says; None for all.
+
+        Raises:
+            SAEError: an SAE of another place than the output of a decoder layer.
+            ValueError: no latent, one that the SAE does not have, or an invalid strength or setting.
+        """
+        sets = {"latents": LatentSet.of(latents, mode=mode, when=when)}
+        return LatentSteering(sae, sets, positions=positions, record=record, gate=gate)
+
     @property
     def config(self) -> SteeringConfig:
         """Settings of steering. For others, make another Steering."""
@@ -140,11 +176,6 @@ class Steering(Gated, nn.Module):
     def positions(self) -> str:
         """Tokens that may be edited, `config.positions`."""
         return self.config.positions
-
-    @property
-    def record(self) -> bool:
-        """True if every edit is kept in `trace`."""
-        return self._record
 
     @property
     def paths(self) -> dict[str, int]:
@@ -202,21 +233,8 @@ class Steering(Gated, nn.Module):
         check_model_name("The map was made with", self.cdmap.meta.model_name, model_name or loaded_name(model))
         check_provenance(self.cdmap.meta.attention, model, stack)
         self._place(*(device_of(stack[required_layer(sae)]) for sae in (self.sae_in, self.sae_out)))
-        self._mark_static_addresses()
+        self._mark_static(self._stream.arguments(), self._weights.latents())
         self._name_keywords()
-
-    def _mark_static_addresses(self) -> None:
-        """Mark the tensors that stay at their addresses, so that a CUDA graph need not copy them."""
-        tensors = (*self._stream.arguments().values(), *self._weights.latents().values())
-        for tensor in tensors:
-            if isinstance(tensor, Tensor):
-                torch._dynamo.mark_static_address(tensor)
-
-    @contextmanager
-    def recording(self) -> Iterator[Trace]:
-        """Record the edits of the calls that this thread or asyncio task begins within a `with` block."""
-        with self._opened(Recording(self, self._new_trace())) as scope:
-            yield scope.trace
 
     def _new_trace(self, recorded: bool = True) -> Trace:
         """Return an empty trace. The digest of the map, which reads all of it, is for one that is `recorded`."""
@@ -247,20 +265,11 @@ class Steering(Gated, nn.Module):
 
     def _new_call(self) -> SteeredCall:
         counters = self._counters.borrow()
-        recording = self._innermost(Recording)
-        traces = (*([self.trace] if self.record else []), *([recording.trace] if recording else []))
-        return SteeredCall(self, counters=counters, before=tuple(counters.tolist()), traces=traces)
+        return SteeredCall(self, counters=counters, before=tuple(counters.tolist()), traces=self._traces())
 
     def _plan(self, prompts: Prompts, call: SteeredCall) -> dict[str, Tensor]:
         """Return the plan of each prompt, which becomes the latest."""
-        if self.positions == "all" and prompts.n_cached:
-            raise refusal(
-                ModelError,
-                "The key/value cache",
-                f"of {prompts.n_cached} tokens of the prompt",
-                "an empty one, as positions='all' steers the whole prompt",
-                "Pass no cache, or steer with positions='response'.",
-            )
+        self._check_cache(prompts)
         assert self._attachment is not None
         plan = plan_prompts(
             self._attachment.residual(prompts, self.reads[0], self._layers),
@@ -271,10 +280,9 @@ class Steering(Gated, nn.Module):
             backend=self._prompt_backend,
         )
         self._warn_if_empty(plan)
-        with LOCK:
-            self.plan, call.number = plan, self._n_plans
-            self._n_plans += 1
-        plan = left_to_ablations(plan, self._weights.columns, self._attachment, self.layer)
+        self.plan = plan
+        self._number(call)
+        plan = left_to_latent_sets(plan, self._weights.columns, self._attachment, self.layer)
         return {"slots": plan.slots, "signs": plan.signs}
 
     def _warn_if_empty(self, plan: SteeringPlan) -> None:
@@ -303,19 +311,7 @@ class Steering(Gated, nn.Module):
             "backend": self.backend if h.shape[1] == 1 else self._prompt_backend,
             **gate,
         }
-        inputs = (h.flatten(0, 1), self.sae_out.weights, self._weights, plan)
-        if call.traces:
-            if torch.compiler.is_compiling():
-                raise ModelError("A compiled model cannot be recorded: make the Steering with record=False.")
-            edited, edits = steer(*inputs, record=True, **settings)
-            latents = plan.latents(self._weights.columns)
-            tokens = kwargs.get(self._keys["tokens"])
-            tokens = None if tokens is None else tokens.flatten()
-            for trace in call.traces:
-                trace.add(call.number, gate.get("rows"), positions.flatten(), tokens, latents, edits)
-        else:
-            edited = steer(*inputs, **settings)
-        return edited.view_as(h)
+        return self._steer(h, kwargs, positions, (self.sae_out.weights, self._weights), plan, **settings)
 
 
 def _check_backend(backend: str) -> None:

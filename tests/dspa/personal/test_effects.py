@@ -17,8 +17,8 @@ from dspa.personal.effects import Effects, measure_effects
 from dspa.saes.frozen import FrozenSAE
 from dspa.testing import D_SAE_OUT, L_OUT, make_model, make_sae, make_tokenizer
 
-from ..steering.test_ablation import in_a_plain_loop
 from ..steering.test_generate import N_NEW
+from ..steering.test_latents import in_a_plain_loop
 
 PROMPTS = ["w5 w9 w33 w20 w7", "w44 w12", "w60 w8 w8 w21 w50 w17 w3"]
 LATENTS = [*range(12), 7]
@@ -62,14 +62,17 @@ def axes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StyleAxis]:
 
 @pytest.mark.parametrize("alpha", [1.0, 0.4])
 def test_answers_are_those_of_a_plain_loop(model: Any, sae_out: Any, axes: Any, tmp_path: Path, alpha: float) -> None:
+    def ablated(f: float, _strength: float, largest: float) -> float:
+        return max(f - alpha * largest, 0.0)
+
     effects = measure(model, sae_out, tmp_path / "effects.jsonl", alpha=alpha)
     assert Effects.read(tmp_path / "effects.jsonl") == effects
     own = effects.measurement.answers
     n_active = n_changed = 0
     for latent in set(LATENTS):
         wanted = [
-            TOKENIZER.decode(in_a_plain_loop(model, sae_out, encode(prompt), [latent], alpha), skip_special_tokens=True)
-            for prompt in PROMPTS
+            TOKENIZER.decode(ids, skip_special_tokens=True)
+            for ids in (in_a_plain_loop(model, sae_out, encode(prompt), {latent: 0.0}, ablated) for prompt in PROMPTS)
         ]
         answers = effects.ablated[latent]
         assert [answers.get(n, own[n]) for n in range(len(PROMPTS))] == wanted

@@ -15,7 +15,6 @@ from torch import Tensor
 import dspa
 from dspa.evaluate.responses import Response, log_probabilities
 from dspa.models.layers import decoder_layers
-from dspa.steering.ablation import Ablation
 from dspa.steering.decisions import Decisions, mixed, prompt_key, top_entropy
 from dspa.steering.gated import Gated
 from dspa.testing import L_OUT, make_model
@@ -133,7 +132,7 @@ def acts(case: tuple[str, str], model: Any, sae_in: Any, sae_out: Any, cdmap: An
             f = encode(sae_out, h)
             return h - f[ABLATED] @ sae_out.W_dec[ABLATED]
 
-        return Acts(lambda gate: Ablation(sae_out, {"all": ABLATED}, gate=gate), ablated)
+        return Acts(lambda gate: dspa.Steering.of_latents(sae_out, ABLATED, gate=gate), ablated)
     made = make_adapter(sae_out) if kind == "adapter" else make_vector("all" if kind == "vector of all" else "response")
 
     def gated(gate: Any) -> Gated:
@@ -396,7 +395,7 @@ def test_refused_settings(sae_out: Any) -> None:
         with pytest.raises(ValueError, match=message):
             make()
     with pytest.raises(TypeError, match=r"`gate` is a str; accepted: a dspa.EntropyGate"):
-        Ablation(sae_out, {"all": [1]}, gate="entropy")  # type: ignore[arg-type]
+        dspa.Steering.of_latents(sae_out, [1], gate="entropy")  # type: ignore[arg-type]
 
 
 def test_the_gate_of_what_is_attached_stays(gemma: Any) -> None:

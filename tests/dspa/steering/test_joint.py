@@ -17,7 +17,6 @@ from dspa.fsrl import FSRLAdapter
 from dspa.models.attachment import Attachment
 from dspa.models.layers import decoder_layers
 from dspa.models.reading import READING
-from dspa.steering.ablation import Ablation
 from dspa.testing import D_IN, D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, cache_names, make_map, make_model, make_sae
 
 from ...rounding import assert_same_logits
@@ -254,7 +253,7 @@ def test_beside_others(gemma: PreTrainedModel, joint: dspa.JointSteering) -> Non
     """What is attached beside it acts as beside a single Steering: everything in the order of the layers."""
     vector = dspa.SteeringVector(torch.ones(D_IN), 0, 0.3)
     settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
-    with vector.attach(gemma), FSRLAdapter(TOP).attach(gemma), Ablation(LOW, {"one": [3]}).attach(gemma):
+    with vector.attach(gemma), FSRLAdapter(TOP).attach(gemma), dspa.Steering.of_latents(LOW, [3]).attach(gemma):
         before = gemma.generate(**padded(PROMPTS), **settings)
         with joint.attach(gemma):
             steered = gemma.generate(**padded(PROMPTS), **settings)
