@@ -54,7 +54,7 @@ class CompareMethodOptions(MethodOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.empty:
-            options = "--map, --adapter, --vector, --tuned, --persona and --prefix"
+            options = "--map, --adapter, --vector, --tuned, --persona, --latent, --latents and --prefix"
             raise ValueError(f"None of {options} was given; accepted: one of them, or more.")
 
 

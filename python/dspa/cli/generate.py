@@ -7,7 +7,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dspa.cli.latents import LatentOptions, load_latents_sae, without_shared
 from dspa.cli.loading import (
     check_model,
     check_writable,
@@ -42,11 +43,12 @@ from dspa.cli.options import (
 from dspa.cli.texts import as_record, print_comparison
 from dspa.config import SteeringConfig
 from dspa.distributed import device_named
-from dspa.errors import refusal
+from dspa.errors import ModelError, refusal
 from dspa.outputs import open_output
 
 if TYPE_CHECKING:
     from dspa.models.attachment import Attachable
+    from dspa.steering.latent_sets import LatentSet
     from dspa.steering.trace import Trace
 
 BACKENDS = ("auto", "reference", "triton", "cuda")
@@ -81,6 +83,7 @@ def generate(
     config: Annotated[SteeringConfig, Options("Steering", without=["ridge", "delta"])],
     ops: Annotated[BackendOptions, Options("Steering")],
     sampling: Sampling,
+    latents: Annotated[LatentOptions, Options("Latents")],
     maps: Annotated[
         list[Path] | None,
         typer.Option(
@@ -117,7 +120,7 @@ def generate(
         list[Path] | None,
         typer.Option(
             help="Write every edited token here, with its latents before and after, as JSON Lines. Several maps need "
-            "a file each, in the same order."
+            "a file each, in the same order, and chosen latents one after them."
         ),
     ] = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
@@ -129,6 +132,10 @@ def generate(
     their model and SAEs, so that this is enough:
 
     `dspa generate --map map.dspa.safetensors --prompt "How do I ..."`
+
+    Latents that you choose yourself need none of them:
+
+    `dspa generate --model MODEL --sae SAE --latent 971=4 --latent 77 --prompt "How do I ..."`
     """
     from tqdm import tqdm
 
@@ -137,10 +144,14 @@ def generate(
     from dspa.steering.dspa import Steering
 
     map_paths, traces = maps or [], trace or []
-    _check_given(map_paths, adapter, persona, pair, adapter_sae, config, ops, traces)
+    chosen = latents.sets()
+    if len(chosen) > 1:
+        raise refusal(ValueError, "--latents", f"one of {len(chosen)} sets", "one set, of --latent or of a file")
+    _check_given(map_paths, adapter, persona, latents, pair, adapter_sae, config, ops, traces)
     if stream and (file or out or compare):
         raise ValueError("--stream prints one text as it grows; leave out --file, --out and --compare, or --stream.")
     read = {"--file": file, "--adapter": adapter, "--persona": persona, "--model": on.model}
+    read |= {f"--latents {path}": path for path in latents.latents or []}
     read |= {f"--map {path}" if len(map_paths) > 1 else "--map": path for path in map_paths}
     read |= {"--sae-in": pair.sae_in, "--sae-out": pair.sae_out, "--sae": adapter_sae.sae}
     check_writable("--out", out, read)
@@ -148,7 +159,7 @@ def generate(
         check_writable("--trace", path, read | {"--out": out} | {f"--trace {other}": other for other in traces[:n]})
     prompts: Iterable[str] = read_prompts(prompt, file)
     model, tokenizer, attachables, edits = _load(
-        on, map_paths, pair, config, ops, adapter, adapter_sae, persona, record=compare or bool(traces)
+        *(on, map_paths, pair, config, ops, adapter, adapter_sae, persona, chosen), record=compare or bool(traces)
     )
     if sampling.chat:
         made = [("--map", part.cdmap.meta.chat_template_kwargs) for part in attachables if isinstance(part, Steering)]
@@ -197,6 +208,7 @@ def _check_given(
     map_paths: Sequence[Path],
     adapter: Path | None,
     persona: Path | None,
+    latents: LatentOptions,
     pair: RecordedSAEPairOptions,
     adapter_sae: AdapterSAEOptions,
     config: SteeringConfig,
@@ -204,17 +216,19 @@ def _check_given(
     traces: Sequence[Path],
 ) -> None:
     """Raise `ValueError` where nothing steers, or for an option of what is not used."""
-    if not map_paths and adapter is None and persona is None:
+    if not map_paths and adapter is None and persona is None and not latents.chosen:
         raise ValueError(
-            "None of --map (DSPA), --adapter (FSRL) and --persona was given; accepted: one of them, or more."
+            "None of --map (DSPA), --adapter (FSRL), --persona, --latent and --latents was given; accepted: one of "
+            "them, or more."
         )
     of_maps = [*changed(pair), *changed(config), *changed(ops, "backend")]
     if traces:
         of_maps.append("--trace")
-    check_used("--map", map_paths, without_persona(of_maps, persona))
-    if traces and len(traces) != len(map_paths):
-        raise refusal(ValueError, "--trace", f"given {len(traces)} times", f"{len(map_paths)} files, one for each map")
-    check_used("--adapter", adapter, changed(adapter_sae))
+    check_used("--map", map_paths, without_shared(without_persona(of_maps, persona), latents.chosen))
+    if traces and len(traces) != (needed := len(map_paths) + latents.chosen):
+        each = "one for each map" + (" and one for the latents" if latents.chosen else "")
+        raise refusal(ValueError, "--trace", f"given {len(traces)} times", f"{needed} files, {each}")
+    check_used("--adapter or --latent", adapter or latents.chosen, changed(adapter_sae))
 
 
 def _load(
@@ -226,15 +240,18 @@ def _load(
     adapter_path: Path | None,
     adapter_sae: AdapterSAEOptions,
     persona_path: Path | None,
+    chosen: Mapping[str, LatentSet],
     *,
     record: bool,
 ) -> tuple[Any, Any, list[Attachable], list[Trace]]:
-    """Load a model, its tokenizer and what steers it; also return the traces of DSPA, one for each map."""
+    """Load a model, its tokenizer and what steers it; also return the traces, one for each map and one of latents."""
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.models.sources import may_be_one
     from dspa.personal.persona import Persona, ablation_of
+    from dspa.saes.meanings import top_tokens
     from dspa.steering.dspa import Steering
     from dspa.steering.joint import check_layers
+    from dspa.steering.latents import LatentSteering
 
     # The model last: the others are quick to load, and wrong more often.
     device = device_named(on.device)
@@ -245,6 +262,12 @@ def _load(
     adapter = None if adapter_path is None else load_adapter(adapter_path, adapter_sae, device, ops.backend)
     persona = None if persona_path is None else Persona.load(persona_path)
     persona_sae = None if persona is None else load_persona_sae(persona, pair, device, itertools.chain(*pairs))
+    edited = [*(sae_out for _, sae_out in pairs), *([adapter.sae] if adapter else ())]
+    edited += [persona_sae] if persona_sae else []
+    latents_sae = load_latents_sae(adapter_sae, device, edited) if chosen else None
+    if latents_sae is not None and persona_sae is not None and latents_sae.layer == persona_sae.layer:
+        got, accepted = f"of layer {latents_sae.layer}, whose latents --persona ablates", "latents of another layer"
+        raise refusal(ValueError, "--latent", got, accepted, "Or give the latents of the persona as --latent, too.")
     recorded = {*(cdmap.sources.get("model") for cdmap in maps), adapter.trained_on if adapter else None}
     recorded = (recorded | {persona.record.sources.get("model") if persona else None}) - {None}
     if on.model is None and not may_be_one(source.digest for source in recorded if source):
@@ -260,14 +283,25 @@ def _load(
         for (sae_in, sae_out), cdmap in zip(pairs, maps, strict=True)
     ]
     attachables += steerings
-    for steering in steerings:
-        steering.trace.tokenizer = tokenizer
+    traces = [steering.trace for steering in steerings]
     if adapter is not None:
         adapter.sae = adapter.sae.to(dtype=model.dtype)
         attachables.append(adapter)
     if persona is not None and persona_sae is not None:
         attachables.append(ablation_of({"persona": persona}, persona_sae.to(dtype=model.dtype)))
-    return model, tokenizer, attachables, [steering.trace for steering in steerings]
+    if latents_sae is not None:
+        sae = latents_sae.to(dtype=model.dtype)
+        by_latents = LatentSteering(sae, chosen, positions=config.positions, record=record)
+        attachables.append(by_latents)
+        traces.append(by_latents.trace)
+        if record:
+            latents = {latent for one in chosen.values() for latent in one.strengths}
+            # A model whose head cannot be read has no tokens for them.
+            with suppress(ModelError):
+                by_latents.trace.promoted = top_tokens(sae, model, tokenizer, sorted(latents))
+    for trace in traces:
+        trace.tokenizer = tokenizer
+    return model, tokenizer, attachables, traces
 
 
 def warn_of_other_template(

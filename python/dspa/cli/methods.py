@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from dspa.cli.generate import BackendOptions, warn_of_other_template
+from dspa.cli.latents import LatentOptions, load_latents_sae, without_shared
 from dspa.cli.loading import check_model, load_adapter, load_model, load_pairs, load_persona_sae, load_tuned
 from dspa.cli.options import (
     AdapterSAEOptions,
@@ -35,12 +36,12 @@ if TYPE_CHECKING:
 STATIC_OPTION = {"help": "Also steer by Static-SAE, the same latents for every prompt, at each setting."}
 CONTROLS_OPTION = {
     "help": "Also run the controls of each method: of DSPA a random set, a shuffled map and a wrong layer, of adapters "
-    "random latents, of vectors a random vector, and of tuned models a random change."
+    "and chosen latents random latents, of vectors a random vector, and of tuned models a random change."
 }
 
 
 @dataclass(frozen=True)
-class MethodOptions:
+class MethodOptions(LatentOptions):
     """The methods that take part besides the base model."""
 
     map_paths: list[Path] | None = field(
@@ -100,13 +101,13 @@ class MethodOptions:
     @property
     def controlled(self) -> bool:
         """True where a method takes part that has controls, which a prefix has not."""
-        return bool(self.map_paths or self.adapter or self.vector or self.tuned or self.persona)
+        return bool(self.map_paths or self.adapter or self.vector or self.tuned or self.persona or self.chosen)
 
     @property
     def read(self) -> dict[str, Path]:
         """Files and folders that are read, by what gives them."""
         given = {"--map": self.map_paths, "--adapter": self.adapter, "--vector": self.vector, "--tuned": self.tuned}
-        given["--persona"] = self.persona
+        given |= {"--persona": self.persona, "--latents": self.latents}
         return {f"{option} {path}": path for option, paths in given.items() for path in paths or []}
 
     def load(
@@ -139,6 +140,7 @@ class MethodOptions:
         self._check_used(pair, adapter_sae, config, ops)
         if self.joint and len(self.map_paths or []) < 2:
             raise refusal(ValueError, "--joint", "given with fewer than two maps", "--map twice or more")
+        chosen = self.sets()
         prefixed = _prefixed(self.prefix or [])
         vectors = {path: SteeringVector.load(path) for path in self.vector or []}
         modes, alphas = self.mode or [config.mode], self.alpha or [config.alpha]
@@ -175,6 +177,11 @@ class MethodOptions:
         named = {f"persona {label}": path for path, label in _labels(personas).items()}
         for name, path in named.items():
             methods += persona_methods(personas[path], saes[path], name, control=self.controls)
+        if chosen:
+            edited = [*(sae_out for _, sae_out in pairs.values()), *(a.sae for a in adapters.values()), *saes.values()]
+            sae = load_latents_sae(adapter_sae, device_named(on.device), edited).to(dtype=model.dtype)
+            positions = config.positions
+            methods += [Method.latents(sae, one, positions, name=f"latents {name}") for name, one in chosen.items()]
         return LoadedMethods(
             *(model, tokenizer, [*methods, *prefixed], list(maps.values()), list(adapters)),
             personas={name: personas[path] for name, path in named.items()},
@@ -192,9 +199,9 @@ class MethodOptions:
         given = [name for name in defaults if getattr(self, name) and getattr(self, name) != defaults[name]]
         of_maps = [f"--{name}" for name in ("joint", "alpha", "mode", "static") if name in given]
         of_maps += [*changed(pair), *changed(config), *changed(ops, "backend")]
-        check_used("--map", self.map_paths, without_persona(of_maps, self.persona))
-        of_adapters = ["--fraction"] if self.fraction else []
-        check_used("--adapter", self.adapter, [*of_adapters, *changed(adapter_sae)])
+        check_used("--map", self.map_paths, without_shared(without_persona(of_maps, self.persona), self.chosen))
+        check_used("--adapter", self.adapter, ["--fraction"] if self.fraction else [])
+        check_used("--adapter or --latent", self.adapter or self.chosen, changed(adapter_sae))
         of_controls = ["--controls"] if "controls" in given else []
         check_used("a method that has controls, such as --map,", self.controlled, of_controls)
 

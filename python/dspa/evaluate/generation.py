@@ -21,6 +21,7 @@ from dspa.models.layers import CausalLM, base_model, context_length, device_of
 from dspa.steering.dspa import Steering, attached_steerings
 from dspa.steering.gates import first_steered
 from dspa.steering.joint import JointSteering
+from dspa.steering.recorded import Recorded, attached_recorders
 
 # Tokens per text where no number is given and the model has room for them.
 MAX_NEW_TOKENS = 200
@@ -69,7 +70,7 @@ def answer_prompts(
     Args:
         model: a transformers causal language model in evaluation mode.
         tokenizer: the model's tokenizer.
-        attached: all that steers, attached to the model. The trace of a `Steering` is cleared before each batch.
+        attached: all that steers, attached to the model. Traces are cleared before each batch.
         prompts: the prompts.
         encode: returns the token ids of a prompt.
         max_new_tokens: largest number of tokens per text; None: as `check_prompts` chooses for each batch.
@@ -91,21 +92,21 @@ def answer_prompts(
         raise refusal(ValueError, "`batch_size`", batch_size, "1 to stream" if stream else "a whole number >= 1")
     if compare and (beams := _n_beams(inner)) > 1:
         raise refusal(ValueError, "`num_beams` of the model's generation config", beams, "1 to compare texts")
-    steerings = attached_steerings(inner)
+    steerings, recorders = attached_steerings(inner), attached_recorders(inner)
     arguments = sampling_arguments(temperature, top_p)
     special = set(tokenizer.all_special_ids) if steerings else set()
     ends, start, waiting = end_tokens(inner, tokenizer), 0, iter(prompts)
     while batch_of_texts := list(islice(waiting, batch_size)):
         batch = [encode(prompt) for prompt in batch_of_texts]
         arguments["max_new_tokens"] = check_prompts(inner, batch, max_new_tokens, first=start, special=special)
-        for steering in steerings:
-            steering.trace.clear()
+        for recorder in recorders:
+            recorder.trace.clear()
         torch.manual_seed(seed + start)
         streamer = _Streamer(tokenizer, steerings, start) if stream else None
         texts = continue_prompts(inner, tokenizer, batch, ends, **arguments, streamer=streamer)
         _check_steered(steerings, start)
         if _n_beams(inner) == 1:
-            _end_traces(steerings, texts)
+            _end_traces(recorders, texts)
         base: list[Response | None] = [None] * len(batch)
         if compare:
             with ExitStack() as disabled:
@@ -118,7 +119,7 @@ def answer_prompts(
                 prompt=prompt,
                 text=decode(tokenizer, text.ids),
                 base=None if unsteered is None else decode(tokenizer, unsteered.ids),
-                edited=edited_characters(tokenizer, text.ids, _edited_tokens(text, steerings, row)) if compare else (),
+                edited=edited_characters(tokenizer, text.ids, _edited_tokens(text, recorders, row)) if compare else (),
                 ids=tuple(text.ids),
             )
             for row, (prompt, text, unsteered) in enumerate(zip(batch_of_texts, texts, base, strict=True))
@@ -130,15 +131,15 @@ def _n_beams(model: CausalLM) -> int:
     return model.generation_config.num_beams or 1
 
 
-def _end_traces(steerings: Sequence[Steering], texts: Sequence[Response]) -> None:
+def _end_traces(recorders: Sequence[Recorded], texts: Sequence[Response]) -> None:
     """Note in the traces where the texts of a batch end."""
     last_prompt = torch.tensor([len(text.prompt) - 1 for text in texts])
-    for steering in steerings:
-        if steering.record:
-            firsts = first_steered(last_prompt, steering.positions).tolist()
+    for recorder in recorders:
+        if recorder.record:
+            firsts = first_steered(last_prompt, recorder.positions).tolist()
             # The last token of a text predicted none of it.
             numbers = [max(0, len(text) - 1 - first) for text, first in zip(texts, firsts, strict=True)]
-            steering.trace.end(firsts, numbers)
+            recorder.trace.end(firsts, numbers)
 
 
 def sampling_arguments(temperature: float, top_p: float | None = None) -> dict[str, Any]:
@@ -293,13 +294,13 @@ def edited_characters(
     return tuple(ranges)
 
 
-def _edited_tokens(response: Response, steerings: Sequence[Steering], row: int) -> set[int]:
+def _edited_tokens(response: Response, recorders: Sequence[Recorded], row: int) -> set[int]:
     """Return the numbers of a response's tokens that were predicted from an edited residual, by the traces.
 
     Args:
         response: prompt and response.
-        steerings: what steered it. Their traces hold its edits.
+        recorders: what steered it. Their traces hold its edits.
         row: its row in the batch.
     """
     first = len(response.prompt) - 1
-    return {edit.position - first for steering in steerings for edit in steering.trace if edit.row == row}
+    return {edit.position - first for recorder in recorders for edit in recorder.trace if edit.row == row}

@@ -8,16 +8,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dspa.errors import ModelError, refusal
-from dspa.models.attachment import LOCK
+from dspa.models.attachment import LOCK, Attachment
+from dspa.models.layers import base_model
 from dspa.models.prompts import Prompts
 from dspa.steering.calls import Recording, SteeredCall
 from dspa.steering.decisions import Gate
 from dspa.steering.gated import Gated
 from dspa.steering.trace import Trace
 from dspa_kernels import MapWeights, SAEWeights, SteeringPlan, steer
+
+
+def attached_recorders(model: nn.Module) -> list[Recorded]:
+    """Return all that is attached to `model` and can record its edits."""
+    return [other for other in Attachment.of(base_model(model)).attached if isinstance(other, Recorded)]
 
 
 class Recorded(Gated):

@@ -196,10 +196,10 @@ def test_nothing_is_answered_where_a_prompt_of_a_file_cannot_be(run, folder, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "None of --map (DSPA), --adapter (FSRL) and --persona was given"),
+        ([], "None of --map (DSPA), --adapter (FSRL), --persona, --latent and --latents was given"),
         (["--adapter", "a", "--alpha", "1"], "Without --map there is no use for --alpha."),
         (["--adapter", "a", "--sae-in", "s", "--trace", "t"], "Without --map there is no use for --sae-in, --trace."),
-        (["--map", "m", "--sae", "s"], "Without --adapter there is no use for --sae."),
+        (["--map", "m", "--sae", "s"], "Without --adapter or --latent there is no use for --sae."),
         (["--map", "m", "--stream", "--file", "f"], "--stream prints one text"),
         (["--map", "m", "--stream", "--compare", "--prompt", "p"], "--stream prints one text"),
         (["--map", "m", "--top-p", "0.9"], "--top-p is 0.9 for greedy decoding"),
@@ -212,6 +212,61 @@ def test_nothing_is_answered_where_a_prompt_of_a_file_cannot_be(run, folder, tmp
 def test_refused_options(run, arguments, message):
     code, _, err = run(*arguments)
     assert code == 2 and message in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--latent", "5"], "--sae is missing; accepted: the SAE of --latent or --latents."),
+        (["--latent", "5=x"], "--latent is '5=x'; accepted: LATENT=STRENGTH, such as 971=4"),
+        (["--latent", "-5"], "--latent is '-5'; accepted: LATENT=STRENGTH"),
+        (["--latent", "5=nan"], "The strength of latent 5 is nan; accepted: a finite number"),
+        (["--latent", "5=1", "--latent", "5"], "--latent is 5=1, 5; accepted: different latents."),
+        (["--latent", "5=-1", "--latent-mode", "ablate"], "The strength of latent 5 is -1.0; accepted: a number >= 0"),
+        (["--latents", "set", "--latent-mode", "clamp"], "Without --latent there is no use for --latent-mode."),
+        (["--latents", "set"], "set is not JSON"),
+        (["--latent", "5", "--latents", "set.json"], "--latents is one of 2 sets; accepted: one set"),
+        (["--latent", "5", "--alpha", "1"], "Without --map there is no use for --alpha."),
+        (["--latent", "5", "--trace", "a", "--trace", "b"], "--trace is given 2 times; accepted: 1 files"),
+        (["--latent", "999=1", "--sae", "sae_out"], "A set of latents is with 999; accepted: latents of the SAE, 0 to"),
+    ],
+)
+def test_refused_latents(run, folder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    (folder / "set").write_text("nothing")
+    (folder / "set.json").write_text('{"strengths": {"1": 2}}')
+    code, _, err = run("--model", "tiny", *arguments, "--prompt", "a")
+    assert code == 2 and message in err, err
+
+
+def test_chosen_latents(run, folder, tmp_path):
+    """The text is that of `Steering.of_latents`, alone and beside a map that leaves the latents to it."""
+    strengths = {1: 30.0, 2: -4.0, 9: None, 33: 25.0}
+    given = [item for j, s in strengths.items() for item in ("--latent", j if s is None else f"{j}={s}")]
+    given += ["--latent-when", "always"]
+    trace = tmp_path / "trace.jsonl"
+    sae = ["--model", folder / "tiny", "--sae", folder / "sae_out"]
+    code, out, err = run(*sae, *given, "--prompt", PROMPTS[1], "--trace", trace)
+    assert code == 0, err
+    model = AutoModelForCausalLM.from_pretrained(folder / "tiny").eval()
+    steering = Steering.of_latents(FrozenSAE.load(folder / "sae_out"), strengths, when="always")
+    inputs = word_tokenizer()(PROMPTS[1], return_tensors="pt")
+
+    def text() -> str:
+        ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        return word_tokenizer().decode(ids, skip_special_tokens=True)
+
+    base = text()
+    with steering.attach(model):
+        assert out.rstrip("\n") == text() != base
+    edits, texts = read_trace(trace)
+    assert len(edits) == 6 and texts[0].n_tokens == 6 and {1, 2, 33} <= set(edits[0].latents)
+    assert edits[0].promoted is not None and all(edit.maximum is None for edit in edits)
+    (tmp_path / "set.json").write_text(json.dumps({"strengths": strengths, "when": "always"}))
+    assert run(*sae, "--latents", tmp_path / "set.json", "--prompt", PROMPTS[1])[1] == out
+    # The SAE of the map.
+    code, both, err = run("--map", folder / "map", *given, "--prompt", PROMPTS[1])
+    assert code == 0 and both != run("--map", folder / "map", "--prompt", PROMPTS[1])[1], err
 
 
 def test_maps_of_several_layers(run, folder, tmp_path):

@@ -28,6 +28,8 @@ from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import required_layer
 from dspa.steering.dspa import Steering
 from dspa.steering.joint import JointSteering, check_layers
+from dspa.steering.latent_sets import LatentSet
+from dspa.steering.latents import LatentSteering
 from dspa.steering.vector import SteeringVector
 
 BASE = "base"
@@ -74,11 +76,11 @@ class Parts:
 class Method:
     """One way to answer prompts; `base` is in every comparison.
 
-    Make it with `dspa`, `joint`, `static`, `adapted`, `vector`, `tuned` or `prefixed`.
+    Make it with `dspa`, `joint`, `static`, `adapted`, `vector`, `latents`, `tuned` or `prefixed`.
 
     Attributes:
         name: name in tables and files, different from the others'.
-        kind: "base", "DSPA", "Static-SAE", "adapter", "vector", "tuned", "prefix", or "control".
+        kind: "base", "DSPA", "Static-SAE", "adapter", "vector", "latents", "tuned", "prefix", or "control".
         settings: all that its answers depend on, as JSON: digests of maps, SAEs and adapters are among them.
         attachable: returns what steers, not attached, for a seed; None for nothing.
         drawn: True if that is another one for each seed.
@@ -221,6 +223,33 @@ class Method:
         return cls(name or f"vector {vector.scale:g}", "vector", settings, lambda _seed: vector)
 
     @classmethod
+    def latents(
+        cls,
+        sae: FrozenSAE,
+        latents: Mapping[int, float | None] | Sequence[int] | LatentSet,
+        positions: str = "response",
+        *,
+        name: str = "",
+    ) -> Method:
+        """Return steering by latents that are chosen by hand, as `Steering.of_latents`.
+
+        Args:
+            sae: the SAE.
+            latents: strength of each latent, None to remove it; or a list of latents to remove; or a `LatentSet`.
+            positions: tokens that may be edited.
+            name: by default the latents with their strengths.
+
+        Raises:
+            ValueError: as `Steering.of_latents`.
+        """
+        chosen = LatentSet.of(latents)
+        steering = Steering.of_latents(sae, chosen, positions=positions)
+        # The order of JSON's keys does not matter, and neither does that of latents.
+        settings = {"latents": asdict(chosen), "positions": positions, "sae": sae.fingerprint}
+        name = name or f"latents {chosen}"
+        return cls(name, "latents", settings | {"layers": [steering.layer]}, lambda _seed: steering)
+
+    @classmethod
     def tuned(cls, model: nn.Module, *, name: str = "tuned") -> Method:
         """Return a model that answers in place of the compared one, such as the same after fine-tuning.
 
@@ -309,6 +338,11 @@ def controls_of(
             return moved
 
         made = {"random latents": (random_latents, {"densities": origin}, True)}
+    elif method.kind == "latents" and method.attachable is not None:
+        steering = cast(LatentSteering, method.attachable(0))
+        made = {
+            "random latents": (lambda draw: _random_latents(steering, densities, draw), {"densities": origin}, True)
+        }
     elif method.kind == "vector" and method.attachable is not None:
         made = {"random vector": (partial(random_vector, cast(SteeringVector, method.attachable(0))), {}, True)}
     elif method.kind == "tuned":
@@ -327,6 +361,16 @@ def controls_of(
         for name, (attachable, settings, drawn) in made.items()
         if name in names
     ]
+
+
+def _random_latents(steering: LatentSteering, densities: Callable[[FrozenSAE], Tensor], draw: int) -> LatentSteering:
+    """Return the steering with each latent of its set replaced by one of a similar density, of the same strength."""
+    moved = matched_permutation(densities(steering.sae), draw).tolist()
+    sets = {
+        name: replace(chosen, strengths={moved[latent]: s for latent, s in chosen.strengths.items()})
+        for name, chosen in steering.sets.items()
+    }
+    return LatentSteering(steering.sae, sets, positions=steering.positions)
 
 
 def _of_dspa(
