@@ -7,6 +7,7 @@ from dspa_kernels.formulas import n_words, product
 from dspa_kernels.fusing import fuse, unfuse
 from dspa_kernels.ops.activation_bits import activation_bits
 from dspa_kernels.ops.activation_counts import activation_counts
+from dspa_kernels.ops.activation_sums import activation_sums
 from dspa_kernels.ops.bit_counts import bit_counts
 from dspa_kernels.ops.fsrl_residual import FSRLOutput, fsrl_residual
 from dspa_kernels.ops.lookup_and_steer import lookup_and_steer
@@ -44,6 +45,7 @@ __all__ = [
     "SteeringPlan",
     "activation_bits",
     "activation_counts",
+    "activation_sums",
     "available_backends",
     "bit_counts",
     "fsrl_residual",

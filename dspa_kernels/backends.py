@@ -28,6 +28,7 @@ from dspa_kernels.launch import capability_of
 MODULES = {"cuda": "cuda_impl", "triton": "triton_impl", "reference": "reference"}
 OPS = (
     "activation_counts",
+    "activation_sums",
     "activation_bits",
     "bit_counts",
     "map_lookup",

@@ -29,6 +29,7 @@ from dspa_kernels import (
     SteeringPlan,
     activation_bits,
     activation_counts,
+    activation_sums,
     bit_counts,
     fsrl_residual,
     lookup_and_steer,
@@ -152,6 +153,7 @@ def checks() -> Iterator[tuple[str, str, Check]]:
         if screen == "none" and not record:
             arguments = (h, sae, integers(-1, 3, n), 3)
             yield "activation_counts", name, compare(activation_counts, exact, *arguments)
+            yield "activation_sums", name, compare(activation_sums, exact, *arguments)
             slots, blocks = torch.arange(n).flip(0), torch.arange(2 * n, dtype=torch.int32).view(2, n)
             yield "activation_bits", name, compare(served, exact, h, sae, slots, blocks % -(-n // 4))
             yield "sparse_encode", name, compare(sparse_encode, exact, h, sae, capacity=400)

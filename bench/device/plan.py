@@ -79,7 +79,7 @@ STREAM = Stage("stream", needs=45, limit=90)
 WIDE = Stage("wide", needs=45, limit=90)
 # Realistic steps at 2304 x 16384, with and without the screen.
 MEAN = Stage("mean", needs=30, limit=60)
-# `activation_counts`.
+# `activation_counts` and `activation_sums`.
 COUNTS = Stage("counts", needs=15, limit=40)
 # The same step in plain PyTorch and in SAELens, eager and compiled.
 DENSE = Stage("dense", needs=45, limit=90, silence=60)

@@ -1,4 +1,4 @@
-"""Cases of `activation_counts` on a ragged batch, compared with a dense formulation."""
+"""Cases of `activation_counts` and `activation_sums` on a ragged batch, compared with a dense formulation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.harness.cases import N_ROWS, Case, Shape, Steps, activity_of
 from bench.harness.measure import DEVICE
 from bench.ops.dense import dense_counts
-from dspa_kernels import activation_counts
+from dspa_kernels import activation_counts, activation_sums
 from dspa_kernels.launch import NATIVE, launch_parameters
 
 N_SEQUENCES = 12
@@ -48,11 +48,32 @@ def count(case: Case, backend: str) -> Steps:
     return Steps([run], check, capture=backend != "reference", n_flops=n_flops)
 
 
+def add(case: Case, backend: str) -> Steps:
+    """One call of `activation_sums` over all rows."""
+    activity = activity_of(case.shape)
+    h, sae = activity.h, activity.sae
+    sequences = ragged(len(h)).to(h.device)
+
+    def run(backend: str = backend) -> Any:
+        return activation_sums(h, sae, sequences, N_SEQUENCES, backend=backend)
+
+    def check() -> None:
+        wanted = run("reference")
+        # Rounding decides whether a few are active.
+        different = float((run() - wanted).abs().sum())
+        assert different <= 1e-3 * float(wanted.sum()), f"sums differ by {different:.3g}"
+
+    n_flops = 2.0 * len(h) * sae.encoder_rows.numel()
+    return Steps([run], check, capture=backend != "reference", n_flops=n_flops)
+
+
 def cases(backends: Iterable[str], shape: Shape) -> Iterator[Case]:
     """One case per backend, "torch" for the dense formulation, and Triton with and without tensor descriptors."""
     for backend in backends:
         name = "dense PyTorch, eager" if backend == "torch" else "counts"
         yield Case("activation_counts", name, backend, shape, N_ROWS, count)
+        if backend != "torch":
+            yield Case("activation_sums", "sums", backend, shape, N_ROWS, add)
     present = launch_parameters("encode", N_ROWS, *shape, NATIVE, DEVICE)
     for parameters in (present, replace(present, descriptors=not present.descriptors)):
         yield Case("activation_counts", "counts", "triton", shape, N_ROWS, count, launch=parameters)

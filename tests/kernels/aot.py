@@ -287,6 +287,10 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
             {"h": h, **sae.encoder(), "sequences": sequences, "counts": torch.zeros(1, 512, dtype=torch.int32)},
         )
         yield (
+            "activation_sums",
+            {"h": h, **sae.encoder(), "sequences": sequences, "sums": torch.zeros(1, 512)},
+        )
+        yield (
             "activation_bits",
             {"h": h, **sae.encoder(), "slots": sequences.long(), "bits": torch.zeros(n, 16, dtype=torch.int32)},
         )

@@ -37,6 +37,7 @@ def calls() -> Iterator[tuple[str, dict[str, Any], tuple[str, ...]]]:
         rows = {"h": h, **random_sae(kind, 256, D_SAE, dtype=torch.bfloat16).encoder()}
         sequences, counts = torch.zeros(N_ROWS, dtype=torch.int32), torch.zeros(1, D_SAE, dtype=torch.int32)
         yield "activation_counts", {**rows, "sequences": sequences, "counts": counts}, ("sequences",)
+        yield "activation_sums", {**rows, "sequences": sequences, "sums": counts.float()}, ("sequences",)
         yield "sparse_encode", {**rows, "capacity": CAPACITY}, ()
         steering = plain_steering(kind, (torch.bfloat16, torch.bfloat16), N_ROWS, "none", "none", record=False)
         steering |= {"rows": torch.zeros(N_ROWS, dtype=torch.int32), "alphas": torch.zeros(N_ROWS)}

@@ -14,6 +14,7 @@ from dspa_kernels import (
     SteeringPlan,
     activation_bits,
     activation_counts,
+    activation_sums,
     bit_counts,
     formulas,
     fsrl_residual,
@@ -48,6 +49,10 @@ def calls(case: Case) -> dict[str, Call]:
     of_op: dict[str, Call] = {
         "activation_counts": (
             activation_counts,
+            {"h": case.h, "sae": case.sae, "sequences": case.rows, "n_sequences": N_PROMPTS},
+        ),
+        "activation_sums": (
+            activation_sums,
             {"h": case.h, "sae": case.sae, "sequences": case.rows, "n_sequences": N_PROMPTS},
         ),
         "activation_bits": (
@@ -99,6 +104,7 @@ def options(case: Case) -> dict[str, dict[str, Any]]:
     plan = SteeringPlan(slots, slots.to(torch.int8))
     return {
         "activation_counts": {"out": counts, "accumulate": True},
+        "activation_sums": {"out": counts.float(), "accumulate": True},
         "map_lookup": {"rows": torch.tensor([1, -1], dtype=torch.int32), "out": plan},
         "steer": {"alpha": PER_PLAN},
         "lookup_and_steer": {"alpha": PER_PLAN},
@@ -229,8 +235,9 @@ def test_backward_raises_beside_another_path_and_without_edits() -> None:
         (case.h + steered).sum().backward()
 
 
-def test_counts_have_no_gradient() -> None:
-    function, arguments = calls(differentiable())["activation_counts"]
+@pytest.mark.parametrize("op", ["activation_counts", "activation_sums"])
+def test_totals_have_no_gradient(op: str) -> None:
+    function, arguments = calls(differentiable())[op]
     assert not function(**arguments).requires_grad
 
 
@@ -262,7 +269,9 @@ def test_inputs_stay_and_outputs_are_new(backend: str, op: str, kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("op", ["activation_counts", "steer", "lookup_and_steer", "sparse_encode", "fsrl_residual"])
+@pytest.mark.parametrize(
+    "op", ["activation_counts", "activation_sums", "steer", "lookup_and_steer", "sparse_encode", "fsrl_residual"]
+)
 def test_no_dense_latents(monkeypatch: pytest.MonkeyPatch, op: str, kind: str) -> None:
     """Blocks change no result, and nothing of the size [N, d_sae] is made."""
     n = 300

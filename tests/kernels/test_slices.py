@@ -18,6 +18,6 @@ def test_sliced_arguments_compile_nothing_new() -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     calls = json.loads(done.stdout)
-    assert len(calls) == 10
+    assert len(calls) == 12
     for op, whole, all_kernels in calls:
         assert whole and all_kernels == whole, op

@@ -176,15 +176,14 @@ def test_rows_that_are_not_finite(backend, value):
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, groups of tiles, blocks of latents and chunks of rows, at the sizes of these tests."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    from dspa_kernels.ops.activation_counts import triton_impl as counts
-    from dspa_kernels.ops.shared import triton_encode
+    from dspa_kernels.ops.shared import triton_encode, triton_totals
     from dspa_kernels.ops.sparse_encode import triton_impl as sparse
 
     launch = Launch(BLOCK_N=16, BLOCK_L=16, BLOCK_K=16, num_warps=4, num_stages=2, programs=1)
     monkeypatch.setattr(triton_encode, "launch_parameters", lambda *_: launch)
     monkeypatch.setattr(triton_encode, "GROUP_SIZE", 2)
     monkeypatch.setattr(formulas, "MAX_ELEMENTS", 1300)
-    for module in (counts, sparse):
+    for module in (triton_totals, sparse):
         monkeypatch.setattr(module, "BLOCK", 32)
 
 

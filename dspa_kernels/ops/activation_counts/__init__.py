@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-from dspa_kernels.backends import choose, define_op
-from dspa_kernels.checks import check_contiguous, check_device, check_dtype, check_shape, check_whole, refuse
-from dspa_kernels.formulas import compute_dtype
-from dspa_kernels.weights import ENCODER, FLOATS, SAEWeights
+from dspa_kernels.ops.shared.totals import define_totals, prepare_totals
+from dspa_kernels.weights import SAEWeights
 
 
 def activation_counts(
@@ -39,36 +37,11 @@ def activation_counts(
         InputError: an invalid shape, dtype or device.
         BackendError: the named backend cannot run.
     """
-    check_shape("h", h, ("N", sae.d_in), "Flatten batch and sequence into one dimension.")
-    check_dtype("h", h, FLOATS)
-    check_device("sae", sae.encoder_rows, h, "h")
-    check_shape("sequences", sequences, (h.shape[0],))
-    check_dtype("sequences", sequences, (torch.int32,))
-    check_device("sequences", sequences, h, "h")
-    check_whole("n_sequences", n_sequences, 0)
-    chosen = choose("activation_counts", h.device, backend, compute_dtype(h, sae.encoder_rows))
-    if out is not None:
-        check_shape("out", out, (n_sequences, sae.d_sae))
-        check_dtype("out", out, (torch.int32,))
-        check_device("out", out, h, "h")
-        check_contiguous("out", out, "Pass a tensor of its own.")
-    elif accumulate:
-        raise refuse("accumulate", True, "False without `out`", "Pass the counts to add to as `out`.")
-    if out is None:
-        counts = torch.zeros(n_sequences, sae.d_sae, dtype=torch.int32, device=h.device)
-    else:
-        counts = out if accumulate else out.zero_()
+    counts, chosen = prepare_totals(
+        "activation_counts", torch.int32, h, sae, sequences, n_sequences, out, accumulate, backend
+    )
     _activation_counts(h=h, **sae.encoder(), sequences=sequences, counts=counts, backend=chosen)
     return counts
 
 
-def _fake(**_: object) -> None:
-    return None
-
-
-_activation_counts = define_op(
-    "activation_counts",
-    f"(Tensor h, {ENCODER}, Tensor sequences, Tensor(a!) counts) -> ()",
-    _fake,
-    mutates=("counts",),
-)
+_activation_counts = define_totals("activation_counts", "counts")

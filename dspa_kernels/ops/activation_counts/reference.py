@@ -1,15 +1,8 @@
 """The specification of `activation_counts`, in plain PyTorch."""
 
-import torch
 from torch import Tensor
 
-from dspa_kernels.formulas import (
-    active_latents,
-    compute_dtype,
-    encoder_tiles,
-    normalise,
-    pre_activations,
-)
+from dspa_kernels.ops.shared.reference import add_totals
 
 
 def activation_counts(
@@ -23,11 +16,4 @@ def activation_counts(
     counts: Tensor,
 ) -> None:
     """counts[s, j] += number of rows n with sequences[n] = s on which latent j is active."""
-    d_sae = encoder_rows.shape[0]
-    counted = (sequences >= 0).nonzero().flatten()
-    hn = normalise(h[counted], normalize, compute_dtype(h, encoder_rows)).rows
-    sequence = sequences[counted].long()
-    for rows, latents in encoder_tiles(len(counted), d_sae, k):
-        pre = pre_activations(hn[rows], encoder_rows[latents], b_enc[latents])
-        active = active_latents(pre, threshold[latents], k)
-        counts[:, latents].index_add_(0, sequence[rows], active.to(torch.int32))
+    add_totals(h, encoder_rows, b_enc, threshold, k, normalize, sequences, counts, lambda _, active: active)

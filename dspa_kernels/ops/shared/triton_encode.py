@@ -1,4 +1,4 @@
-"""A GEMM of rows and an encoder that stores or counts active latents, for `sparse_encode` and `activation_counts`."""
+"""A GEMM of rows and an encoder that stores, counts or sums active latents."""
 
 from __future__ import annotations
 
@@ -81,6 +81,19 @@ def count_tile(p_counts, m_active, b_sequence, o_latent, d_sae):
 
 
 @triton.jit
+def sum_tile(p_sums, b_f, b_sequence, o_latent, d_sae):
+    """sums_sj += f_nj over the rows n of a tile with sequence_n = s."""
+    i_sequence = tl.max(b_sequence, axis=0)
+    while i_sequence >= 0:
+        m_sequence = b_sequence == i_sequence
+        b_sum = tl.sum(tl.where(m_sequence[None, :], b_f, 0.0), axis=1)
+        p_sum = p_sums + i_sequence.to(tl.int64) * d_sae + o_latent
+        tl.atomic_add(p_sum, b_sum, mask=b_sum > 0, sem="relaxed")
+        b_sequence = tl.where(m_sequence, -1, b_sequence)
+        i_sequence = tl.max(b_sequence, axis=0)
+
+
+@triton.jit
 def store_bits(p_bits, b_slot, m_active, i_latent, n_words):
     """Bit i_latent + l of slot_n = 1 if m_active [N, L] is true at n and l, else 0. A negative slot is not written.
 
@@ -133,14 +146,14 @@ def finish_tile(
     o_latent,
     p_b_enc,
     p_threshold,
-    p_counts,
+    p_totals,
     p_bits,
     p_f,
     d_sae,
     width,
     TOP_K: tl.constexpr,
 ):
-    """Count, pack or store f_nj = pre_nj if pre_nj > max(threshold_j, 0), else 0, with pre = acc + b_enc, of a tile."""
+    """Count, sum, pack or store in a tile f_nj = pre_nj if pre_nj > max(threshold_j, 0), else 0; pre = acc + b_enc."""
     m_latent = o_latent < d_sae
     b_pre = b_acc + tl.load(p_b_enc + o_latent, mask=m_latent, other=0.0)[:, None]
     # Of latents that do not exist, pre is 0 or NaN, which no floor is below.
@@ -150,8 +163,11 @@ def finish_tile(
         # A threshold that is NaN stays NaN, so that nothing is above it.
         b_floor = tl.maximum(b_threshold, b_floor, propagate_nan=tl.PropagateNan.ALL)
     m_active = b_pre > b_floor[:, None]
-    if p_counts is not None:
-        count_tile(p_counts, m_active, b_sequence, o_latent, d_sae)
+    if p_totals is not None:
+        if p_totals.dtype.element_ty == tl.float32:
+            sum_tile(p_totals, tl.where(m_active, b_pre, 0.0), b_sequence, o_latent, d_sae)
+        else:
+            count_tile(p_totals, m_active, b_sequence, o_latent, d_sae)
     elif p_bits is not None:
         store_bits(p_bits, b_sequence, tl.trans(m_active), i_latent, width)
     else:
@@ -171,7 +187,7 @@ def encode_kernel(
     p_threshold,
     p_sequences,
     p_tiles,
-    p_counts,
+    p_totals,
     p_bits,
     p_f,
     d_in,
@@ -190,9 +206,10 @@ def encode_kernel(
 ):
     """f_nj = pre_nj if pre_nj > 0 and pre_nj > threshold_j, else 0; top-k: if pre_nj > 0.
 
-    With counts, counts_sj += number of rows n with sequence_n = s and f_nj > 0, and f is not stored. With bits, the
-    sequence of a row is its slot s, and bit j of s = 1 if f_nj > 0, else 0. Tiles without a row of a sequence are
-    skipped. x and encoder_rows are pointers or, with DESCRIPTORS, tensor descriptors of tiles.
+    With int32 totals, totals_sj += number of rows n with sequence_n = s and f_nj > 0, with fp32 ones the sum of their
+    f_nj, and f is not stored. With bits, the sequence of a row is its slot s, and bit j of s = 1 if f_nj > 0, else 0.
+    Tiles without a row of a sequence are skipped. x and encoder_rows are pointers or, with DESCRIPTORS, tensor
+    descriptors of tiles.
     """
     n_row_tiles, n_latent_tiles = tl.cdiv(n_rows, BLOCK_N), tl.cdiv(d_sae, BLOCK_L)
     if p_tiles is not None:
@@ -228,7 +245,7 @@ def encode_kernel(
                     o_latent,
                     p_b_enc,
                     p_threshold,
-                    p_counts,
+                    p_totals,
                     p_bits,
                     p_f,
                     d_sae,
@@ -258,7 +275,7 @@ def encode_kernel(
                     o_latent,
                     p_b_enc,
                     p_threshold,
-                    p_counts,
+                    p_totals,
                     p_bits,
                     p_f,
                     d_sae,
@@ -293,17 +310,19 @@ def launch_encode(
     multiply: int,
     sequences: Tensor | None = None,
     n_sequences: int = 0,
-    counts: Tensor | None = None,
+    totals: Tensor | None = None,
     bits: Tensor | None = None,
     f: Tensor | None = None,
 ) -> None:
-    """Add to counts [S, d_sae], or write bits [S, width] or f [N, width], for the (normalised) rows x [N, d_in].
+    """Add to totals [S, d_sae], or write bits [S, width] or f [N, width], for the (normalised) rows x [N, d_in].
 
     Rows without one of the S `sequences` are left out. To bits, a sequence gives one row at most.
     """
     (n_rows, d_in), d_sae = x.shape, len(encoder_rows)
     width = next((out.shape[1] for out in (bits, f) if out is not None), 0)
-    launch = launch_parameters("encode", n_rows, d_in, d_sae, multiply, x.device)
+    # With the sums of its rows, a tile of descriptors would not fit into the registers.
+    kernel = "encode" + ("+sums" if totals is not None and totals.is_floating_point() else "")
+    launch = launch_parameters(kernel, n_rows, d_in, d_sae, multiply, x.device)
     programs = n_programs(x.device, launch.programs)
     operands: tuple[Any, Any] = x, encoder_rows
     descriptors = launch.descriptors and multiply == NATIVE and all(map(takes_descriptors, operands))
@@ -318,7 +337,7 @@ def launch_encode(
         threshold,
         sequences,
         tiles,
-        counts,
+        totals,
         bits,
         f,
         d_in,

@@ -1,6 +1,6 @@
 """`sparse_encode` in Triton: a GEMM for a block of rows, then one program per row that compacts its active latents.
 
-`activation_counts` uses the same GEMM and the same top-k selection.
+`activation_counts` and `activation_sums` use the same GEMM and the same top-k selection.
 """
 
 from __future__ import annotations
