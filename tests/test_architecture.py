@@ -19,7 +19,7 @@ DSPA = (
     {"demo", "serving"},
     {"audit", "personal"},
     {"fsrl"},
-    {"baselines", "evaluate"},
+    {"baselines", "evaluate", "sae_ts"},
     {"steering", "testing"},
     {"maps"},
     {"saes"},
