@@ -125,6 +125,15 @@ class SteeringVector(Gated):
         """Tokens to which the vector is added."""
         return self._record.positions
 
+    def rescaled(self, scale: float) -> SteeringVector:
+        """Return the same vector, not attached, with another scale.
+
+        Raises:
+            VectorError: a scale below 0, or one that is not finite.
+        """
+        names = {"model_name": self.model_name, "model_digest": self.model_digest}
+        return SteeringVector(self._vector, self.layer, scale, self.positions, **names)
+
     @property
     def model_name(self) -> str:
         """Name of the model that the vector was made with, empty if that is not known."""
