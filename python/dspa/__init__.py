@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dspa import fsrl, serving
+    from dspa import fsrl, sae_ts, serving
     from dspa.audit.evidence import collect_evidence, top_contexts
     from dspa.config import SteeringConfig
     from dspa.data.triples import Triple, load_triples
@@ -91,6 +91,7 @@ __all__ = [
     "load_model",
     "load_triples",
     "reduce",
+    "sae_ts",
     "serving",
     "top_contexts",
     "top_tokens",
@@ -98,7 +99,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("fsrl", "serving"):
+    if name in ("fsrl", "sae_ts", "serving"):
         return import_module(f"dspa.{name}")
     if name not in HOMES:
         raise AttributeError(f"module 'dspa' has no attribute {name!r}")

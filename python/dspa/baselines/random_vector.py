@@ -17,9 +17,4 @@ def random_vector(vector: SteeringVector, seed: int) -> SteeringVector:
     numbers = vector.vector
     drawn = torch.randn(len(numbers), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     drawn *= torch.linalg.vector_norm(numbers.double()).cpu() / torch.linalg.vector_norm(drawn)
-    return SteeringVector(
-        *(drawn.to(numbers), vector.layer, vector.scale, vector.positions),
-        model_name=vector.model_name,
-        model_digest=vector.model_digest,
-        gate=vector.gate,
-    )
+    return vector.replaced(vector=drawn.to(numbers))

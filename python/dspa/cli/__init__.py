@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from dspa.cli import baseline, evaluate, fsrl, personal, sae
+from dspa.cli import baseline, evaluate, fsrl, personal, sae, vector
 from dspa.cli import map as maps
 from dspa.cli.audit import audit
 from dspa.cli.compare import compare
@@ -53,6 +53,7 @@ ORDER = (
     "audit",
     "personal",
     "baseline",
+    "vector",
     "fsrl",
     "sae",
     "info",
@@ -79,6 +80,7 @@ app.add_typer(baseline.app, name="baseline")
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(personal.app, name="personal")
 app.add_typer(sae.app, name="sae")
+app.add_typer(vector.app, name="vector")
 app.add_typer(fsrl.app, name="fsrl")
 app.command()(demo)
 app.command()(generate)
@@ -125,7 +127,9 @@ def _options(
 def info(
     path: Annotated[
         Path | None,
-        typer.Argument(help="A map, a vector, a persona or an adapter: show what it holds, and not what is installed."),
+        typer.Argument(
+            help="A file or folder of this package, such as a map: show what it holds, and not what is installed."
+        ),
     ] = None,
 ) -> None:
     """Show what is installed, which GPUs there are, and which backends run here or why not."""

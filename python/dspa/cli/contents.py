@@ -1,13 +1,16 @@
-"""`dspa info PATH`: what a map, a vector, a persona or an adapter says of itself."""
+"""`dspa info PATH`: what a file or folder of this package says of itself."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dspa.errors import refusal
 
-ACCEPTED = "the file of a map, a vector or a persona, or the folder of an adapter"
+if TYPE_CHECKING:
+    from dspa.sae_ts.approximator import ApproximatorRecord
+
+ACCEPTED = "the file of a map, a vector, a persona or an effect approximator, or the folder of an adapter"
 UNKNOWN = "not recorded"
 
 
@@ -24,6 +27,7 @@ def contents(path: Path) -> dict[str, Any]:
     from dspa.files import read_header
     from dspa.maps.cdmap import FORMATS
     from dspa.personal.persona import FORMAT as PERSONA
+    from dspa.sae_ts.approximator import FORMAT as APPROXIMATOR
     from dspa.steering.vector import FORMAT
 
     form = read_header(path).get("format")
@@ -31,6 +35,8 @@ def contents(path: Path) -> dict[str, Any]:
         return _vector(path)
     if form == PERSONA:
         return _persona(path)
+    if form == APPROXIMATOR:
+        return _approximator(path)
     if form in FORMATS:
         return _map(path)
     raise refusal(ValueError, "PATH", f"{path}, a file of another format ({form!r})", ACCEPTED)
@@ -69,6 +75,34 @@ def _persona(path: Path) -> dict[str, Any]:
         "SAE": f"{sae.path if sae else UNKNOWN}, fingerprint {record.sae}",
         "model": record.model_name or UNKNOWN,
         "weights of the model": record.model_digest or UNKNOWN,
+    }
+
+
+def _approximator(path: Path) -> dict[str, Any]:
+    from dspa.sae_ts.approximator import EffectApproximator
+
+    made = EffectApproximator.load(path)
+    record = made.record
+    method = "adam" if record.settings.method == "adam" else f"ridge, penalty {record.ridge:g}"
+    return {
+        "kind": "effect approximator",
+        "layer": record.layer,
+        "SAE": f"{made.d_sae} latents of {made.d_in} numbers, fingerprint {record.sae}",
+        "directions": f"{record.n_directions} fitted by {method}; {record.n_held_out} held out",
+        "texts per direction": record.rollouts,
+        "scale of the directions": f"{record.scale:g}",
+        **scores(record),
+        "model": record.model_name or UNKNOWN,
+        "weights": record.model_digest or UNKNOWN,
+    }
+
+
+def scores(record: ApproximatorRecord) -> dict[str, str]:
+    """Return the scores of an approximator on held-out directions, by what they mean."""
+    return {
+        "R^2 beyond the mean effect": f"{record.r2:.4f}",
+        "R^2 with shuffled directions": f"{record.r2_shuffled:.4f} (control)",
+        "explained by the mean effect alone": f"{record.mean_alone:.4f}",
     }
 
 

@@ -98,6 +98,9 @@ def generate(
     persona: Annotated[
         Path | None, typer.Option(help="Ablate the latents of this persona, a file that dspa personal make wrote.")
     ] = None,
+    vector: Annotated[
+        Path | None, typer.Option(help="Add this vector, such as a file of dspa vector target or dspa baseline repe.")
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="One prompt. Without it and --file, type prompts, or pipe them in, one per line.")
     ] = None,
@@ -128,8 +131,8 @@ def generate(
     """Generate text with a steered model: for one prompt, for a file of them, or for what you type.
 
     DSPA edits features (latents) of a sparse autoencoder (SAE) that each prompt chooses through a map. FSRL moves them
-    by a trained adapter. A persona ablates the same latents for every prompt. All of them can act together. They know
-    their model and SAEs, so that this is enough:
+    by a trained adapter. A persona ablates the same latents for every prompt. A vector is added to the residuals of a
+    layer. All of them can act together. All but a vector know their model and SAEs, so that this is enough:
 
     `dspa generate --map map.dspa.safetensors --prompt "How do I ..."`
 
@@ -147,19 +150,20 @@ def generate(
     chosen = latents.sets()
     if len(chosen) > 1:
         raise refusal(ValueError, "--latents", f"one of {len(chosen)} sets", "one set, of --latent or of a file")
-    _check_given(map_paths, adapter, persona, latents, pair, adapter_sae, config, ops, traces)
+    _check_given(map_paths, adapter, persona, vector, latents, pair, adapter_sae, config, ops, traces)
     if stream and (file or out or compare):
         raise ValueError("--stream prints one text as it grows; leave out --file, --out and --compare, or --stream.")
     read = {"--file": file, "--adapter": adapter, "--persona": persona, "--model": on.model}
     read |= {f"--latents {path}": path for path in latents.latents or []}
     read |= {f"--map {path}" if len(map_paths) > 1 else "--map": path for path in map_paths}
-    read |= {"--sae-in": pair.sae_in, "--sae-out": pair.sae_out, "--sae": adapter_sae.sae}
+    read |= {"--vector": vector, "--sae-in": pair.sae_in, "--sae-out": pair.sae_out, "--sae": adapter_sae.sae}
     check_writable("--out", out, read)
     for n, path in enumerate(traces):
         check_writable("--trace", path, read | {"--out": out} | {f"--trace {other}": other for other in traces[:n]})
     prompts: Iterable[str] = read_prompts(prompt, file)
     model, tokenizer, attachables, edits = _load(
-        *(on, map_paths, pair, config, ops, adapter, adapter_sae, persona, chosen), record=compare or bool(traces)
+        *(on, map_paths, pair, config, ops, adapter, adapter_sae, persona, vector, chosen),
+        record=compare or bool(traces),
     )
     if sampling.chat:
         made = [("--map", part.cdmap.meta.chat_template_kwargs) for part in attachables if isinstance(part, Steering)]
@@ -208,6 +212,7 @@ def _check_given(
     map_paths: Sequence[Path],
     adapter: Path | None,
     persona: Path | None,
+    vector: Path | None,
     latents: LatentOptions,
     pair: RecordedSAEPairOptions,
     adapter_sae: AdapterSAEOptions,
@@ -216,10 +221,10 @@ def _check_given(
     traces: Sequence[Path],
 ) -> None:
     """Raise `ValueError` where nothing steers, or for an option of what is not used."""
-    if not map_paths and adapter is None and persona is None and not latents.chosen:
+    if not map_paths and adapter is None and persona is None and vector is None and not latents.chosen:
         raise ValueError(
-            "None of --map (DSPA), --adapter (FSRL), --persona, --latent and --latents was given; accepted: one of "
-            "them, or more."
+            "None of --map (DSPA), --adapter (FSRL), --persona, --vector, --latent and --latents was given; accepted: "
+            "one of them, or more."
         )
     of_maps = [*changed(pair), *changed(config), *changed(ops, "backend")]
     if traces:
@@ -240,6 +245,7 @@ def _load(
     adapter_path: Path | None,
     adapter_sae: AdapterSAEOptions,
     persona_path: Path | None,
+    vector_path: Path | None,
     chosen: Mapping[str, LatentSet],
     *,
     record: bool,
@@ -252,6 +258,7 @@ def _load(
     from dspa.steering.dspa import Steering
     from dspa.steering.joint import check_layers
     from dspa.steering.latents import LatentSteering
+    from dspa.steering.vector import SteeringVector
 
     # The model last: the others are quick to load, and wrong more often.
     device = device_named(on.device)
@@ -262,6 +269,7 @@ def _load(
     adapter = None if adapter_path is None else load_adapter(adapter_path, adapter_sae, device, ops.backend)
     persona = None if persona_path is None else Persona.load(persona_path)
     persona_sae = None if persona is None else load_persona_sae(persona, pair, device, itertools.chain(*pairs))
+    vector = None if vector_path is None else SteeringVector.load(vector_path)
     edited = [*(sae_out for _, sae_out in pairs), *([adapter.sae] if adapter else ())]
     edited += [persona_sae] if persona_sae else []
     latents_sae = load_latents_sae(adapter_sae, device, edited) if chosen else None
@@ -289,6 +297,8 @@ def _load(
         attachables.append(adapter)
     if persona is not None and persona_sae is not None:
         attachables.append(ablation_of({"persona": persona}, persona_sae.to(dtype=model.dtype)))
+    if vector is not None:
+        attachables.append(vector)
     if latents_sae is not None:
         sae = latents_sae.to(dtype=model.dtype)
         by_latents = LatentSteering(sae, chosen, positions=config.positions, record=record)

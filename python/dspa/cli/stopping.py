@@ -31,6 +31,7 @@ KEPT = {
     "baseline rahf align": CHECKPOINT,
     "compare": RUNS,
     "personal effects": "The effects of finished latents are kept",
+    "vector effects": "The effects of finished directions are kept",
     "evaluate answers": "Finished batches are kept",
     "evaluate grade": "Replies of the judge are kept",
     "evaluate lm-eval": "Finished methods are kept",

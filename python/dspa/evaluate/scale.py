@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from tqdm import tqdm
 
 from dspa.errors import refusal
 from dspa.evaluate.responses import Response, batches, log_probabilities
@@ -61,6 +62,7 @@ def find_scale(
     maximum: float = 1024.0,
     prompt_tokens: int = 1,
     batch_tokens: int = 8192,
+    progress: bool = False,
     layers: str | None = None,
     model_name: str | None = None,
 ) -> FoundScale:
@@ -84,6 +86,7 @@ def find_scale(
         prompt_tokens: tokens at the start of each text that are its prompt: they are not scored, and methods that
             plan per prompt read them.
         batch_tokens: tokens per batch, padding included.
+        progress: show a bar.
         layers: dotted path of the decoder layers, for an unknown architecture.
         model_name: name of the model, if its own name or path does not give it.
 
@@ -102,15 +105,31 @@ def find_scale(
     scored = [Response([*ids[:prompt_tokens]], [*ids[prompt_tokens:]]) for ids in texts if len(ids) > prompt_tokens]
     if not scored:
         raise refusal(ValueError, "`texts`", "without one that is long enough", f"{prompt_tokens + 1} tokens or more")
-    make = scaled.rescaled if isinstance(scaled, SteeringVector) else scaled
+    with tqdm(unit="scale", desc="scale", disable=not progress) as bar:
+        base = cross_entropy(inner, scored, batch_tokens)
 
-    def tried(scale: float) -> Tried:
-        with make(scale).attach(inner, layers=layers, model_name=model_name):
-            return Tried(scale, cross_entropy(inner, scored, batch_tokens))
+        def tried(scale: float) -> Tried:
+            made = scaled.replaced(scale=scale) if isinstance(scaled, SteeringVector) else scaled(scale)
+            with made.attach(inner, layers=layers, model_name=model_name):
+                at = Tried(scale, cross_entropy(inner, scored, batch_tokens))
+            bar.set_postfix(scale=f"{scale:.4g}", rise=f"{at.cross_entropy - base:+.3f}")
+            bar.update()
+            return at
 
-    base = cross_entropy(inner, scored, batch_tokens)
-    goal, below, above = base + delta, Tried(0.0, base), tried(start)
-    while above.cross_entropy < goal:
+        below, above = _bracket(tried, Tried(0.0, base), delta, start, maximum)
+    goal = base + delta
+    share = (goal - below.cross_entropy) / (above.cross_entropy - below.cross_entropy)
+    scale = below.scale + share * (above.scale - below.scale)
+    return FoundScale(scale, float(delta), base, below, above, sum(len(text.ids) for text in scored))
+
+
+def _bracket(
+    tried: Callable[[float], Tried], unsteered: Tried, delta: float, start: float, maximum: float
+) -> tuple[Tried, Tried]:
+    """Return scales close to each other, of which the second alone raises the cross-entropy by `delta`."""
+    base = unsteered.cross_entropy
+    below, above = unsteered, tried(start)
+    while above.cross_entropy < base + delta:
         if above.scale >= maximum:
             got = f"{above.cross_entropy - base:+.3g} at {maximum:g}, the largest scale"
             advice = "Raise `maximum`, or lower `delta`."
@@ -118,10 +137,8 @@ def find_scale(
         below, above = above, tried(min(2 * above.scale, maximum))
     while above.scale - below.scale > PRECISION * above.scale:
         middle = tried((below.scale + above.scale) / 2)
-        below, above = (middle, above) if middle.cross_entropy < goal else (below, middle)
-    share = (goal - below.cross_entropy) / (above.cross_entropy - below.cross_entropy)
-    scale = below.scale + share * (above.scale - below.scale)
-    return FoundScale(scale, float(delta), base, below, above, sum(len(text.ids) for text in scored))
+        below, above = (middle, above) if middle.cross_entropy < base + delta else (below, middle)
+    return below, above
 
 
 def cross_entropy(model: CausalLM, texts: Sequence[Response], batch_tokens: int = 8192) -> float:

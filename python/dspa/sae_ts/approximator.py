@@ -16,46 +16,18 @@ from dspa.files import SEAL, read_sealed, write_tensors
 from dspa.models.sources import Source
 from dspa.outputs import output_file
 from dspa.sae_ts.effects import Effects
-from dspa.schemas import Count, Explained, NonNegative, OneOf, Positive, PositiveInt, Seed, Text, schema
+from dspa.sae_ts.settings import FitSettings
+from dspa.schemas import Count, Explained, NonNegative, OneOf, Positive, PositiveInt, Text, schema
 from dspa.version import __version__
 
 FORMAT = "dspa.effect-approximator.1"
 WHAT = "linear model of effects, which dspa vector fit writes"
 TENSORS = ("M", "b")
-METHODS = ("ridge", "adam")
 Linear: TypeAlias = tuple[Tensor, Tensor]  # M and b
 # Directions that are held out, as published, or a tenth where there are fewer than ten times as many.
 HELD_OUT = 100
 # Penalties that cross-validation compares, relative to the mean variance of a coordinate of the directions.
 PENALTIES = tuple(10.0**exponent for exponent in range(-6, 5))
-
-
-@schema
-class FitSettings:
-    """Settings of the fit; those of Adam are the published ones.
-
-    Attributes:
-        method: "ridge", in closed form, or "adam".
-        ridge: penalty of M, relative to the mean variance of a coordinate of the directions; None to choose it by
-            generalised cross-validation. b has none.
-        held_out: number of directions to hold out, the last ones; None for 100, or for a tenth where they are few.
-        epochs: passes of Adam.
-        lr: its learning rate, which falls by a cosine from epoch to epoch.
-        batch_size: its directions per step.
-        seed: of its start and order.
-    """
-
-    method: Annotated[str, OneOf(METHODS)] = "ridge"
-    ridge: NonNegative | None = None
-    held_out: PositiveInt | None = None
-    epochs: PositiveInt = 15
-    lr: Positive = 2e-4
-    batch_size: PositiveInt = 64
-    seed: Seed = 0
-
-    def __post_init__(self) -> None:
-        if self.method == "adam" and self.ridge is not None:
-            raise refusal(ValueError, "`ridge`", f"{self.ridge:g} with `method` adam", "a penalty for ridge alone")
 
 
 @schema
@@ -311,7 +283,7 @@ def _scores(held_out: Iterable[tuple[Tensor, Tensor]], mean: Tensor, fitted: Lin
         squares += float(y.square().sum())
     of_mean, of_fit, of_control = errors.tolist()
     if not of_mean:
-        raise refusal(VectorError, "The held-out effects", "all alike", "effects that differ between directions")
+        raise refusal(VectorError, "Every held-out effect", "the same", "effects that differ between directions")
     return [1 - of_fit / of_mean, 1 - of_control / of_mean, 1 - of_mean / squares]
 
 

@@ -21,7 +21,8 @@ from dspa.files import SEAL, checksum, read_sealed, write_tensors
 from dspa.models.layers import base_model, check_eval, context_length, decoder_layers, loaded_name
 from dspa.models.sources import Source, model_digest, model_source
 from dspa.outputs import held
-from dspa.sae_ts.rollouts import Rollouts, RowVectors, Sampling, check_openers, unit_rows
+from dspa.sae_ts.rollouts import Rollouts, RowVectors, check_openers, unit_rows
+from dspa.sae_ts.settings import RolloutSettings
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import check_sae, required_layer
 from dspa.schemas import Count, OneOf, Positive, PositiveInt, Text, check, schema
@@ -84,7 +85,7 @@ class EffectsRecord:
     directions: Text
     n_directions: PositiveInt
     openers: list[list[Count]]
-    sampling: Sampling
+    sampling: RolloutSettings
     model_name: Text = ""
     model_digest: Text = ""
     sources: dict[Text, Source] = field(default_factory=dict)
@@ -150,7 +151,7 @@ def measure_effects(
     folder: str | Path,
     *,
     openers: Sequence[str] = OPENERS,
-    sampling: Sampling | None = None,
+    sampling: RolloutSettings | None = None,
     batch_size: int = 64,
     progress: bool = True,
     layers: str | None = None,
@@ -180,7 +181,7 @@ def measure_effects(
         ModelError: an SAE that does not fit the model, or a model in training mode.
         ValueError: invalid directions, openers or settings.
     """
-    inner, folder, sampling = base_model(model), Path(folder), sampling or Sampling()
+    inner, folder, sampling = base_model(model), Path(folder), sampling or RolloutSettings()
     check_eval(inner)
     check(PositiveInt, batch_size, ValueError, "`batch_size`")
     check_sae("sae", sae, inner, len(decoder_layers(inner, layers)), model_name)

@@ -12,7 +12,9 @@ from dspa.errors import VectorError, refusal
 from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.models.layers import base_model, device_of
 from dspa.models.prompts import generate_prompts
+from dspa.models.reading import read_layers
 from dspa.saes.frozen import FrozenSAE
+from dspa.saes.placement import required_layer
 from dspa.steering.plans import plan_prompts
 
 
@@ -57,11 +59,12 @@ def prompts_target(
         VectorError: no prompts, or none that selects a latent.
     """
     inner, totals, prompts = base_model(model), torch.zeros(cdmap.meta.d_sae_out, dtype=torch.float64), list(prompts)
-    device = device_of(inner.get_input_embeddings())
+    layer, device = required_layer(sae_in), device_of(inner.get_input_embeddings())
     for prompt in prompts:
         ids = torch.tensor([list(prompt)], device=device)
         read = generate_prompts(inner, ids, (), {"attention_mask": torch.ones_like(ids)})
-        plan = plan_prompts(inner, layers, read, sae_in, cdmap, config, "auto")
+        h = read_layers(inner, [layer], layers, **read.inputs, attention_mask=read.mask.long())[layer]
+        plan = plan_prompts(h, read, sae_in, cdmap, config, "auto")
         latents = plan.latents(cdmap.columns).flatten().cpu()
         totals.index_add_(0, latents[latents >= 0].long(), plan.signs.flatten().cpu()[latents >= 0].double())
     chosen = totals.nonzero().flatten().tolist()

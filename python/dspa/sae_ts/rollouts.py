@@ -14,36 +14,13 @@ from dspa.errors import ModelError, refusal
 from dspa.models.attachment import Attachable
 from dspa.models.layers import CausalLM, check_finite, device_of
 from dspa.models.reading import read_layers
+from dspa.sae_ts.settings import RolloutSettings
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import required_layer
-from dspa.schemas import PositiveInt, Seed, schema
 from dspa_kernels import activation_sums
 
 # Large enough that no two directions of a measurement have one seed.
 STRIDE = 1_000_003
-
-
-@schema
-class Sampling:
-    """Settings of the texts; the published ones but for `rollouts`, which is 896 there.
-
-    Attributes:
-        rollouts: texts per direction. Openers take turns.
-        length: tokens per text, opener included. End tokens do not end a text.
-        top_k: number of likeliest tokens that are drawn from.
-        top_p: share of their probability that is drawn from, from the likeliest on.
-        seed: seed of the draws.
-    """
-
-    rollouts: PositiveInt = 56
-    length: PositiveInt = 32
-    top_k: PositiveInt = 50
-    top_p: float = 0.3
-    seed: Seed = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.top_p <= 1:
-            raise refusal(ValueError, "`top_p`", self.top_p, "a number above 0, up to 1")
 
 
 class RowVectors(Attachable):
@@ -82,7 +59,7 @@ class Drawing(LogitsProcessor):
         sampling: settings.
     """
 
-    def __init__(self, numbers: Tensor, sampling: Sampling) -> None:
+    def __init__(self, numbers: Tensor, sampling: RolloutSettings) -> None:
         self.numbers, self.sampling = numbers, sampling
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
@@ -114,7 +91,7 @@ class Rollouts:
     sae: FrozenSAE
     added: RowVectors
     openers: Sequence[Sequence[int]]
-    sampling: Sampling
+    sampling: RolloutSettings
     batch_size: int
     layers: str | None
 

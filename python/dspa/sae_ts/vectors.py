@@ -9,11 +9,10 @@ from torch import Tensor
 
 from dspa.errors import VectorError, refusal
 from dspa.sae_ts.approximator import EffectApproximator
+from dspa.sae_ts.settings import VARIANTS
 from dspa.saes.frozen import FrozenSAE
 from dspa.schemas import Count, NonNegative, Number, check
 from dspa.steering.vector import SteeringVector
-
-VARIANTS = ("targeted", "pseudo-inverse", "rotation")
 
 
 def targeted_vector(
@@ -61,8 +60,11 @@ def targeted_vector(
     else:
         raise refusal(VectorError, "`variant`", repr(variant), ", ".join(VARIANTS))
     record = approximator.record
-    names = {"model_name": record.model_name, "model_digest": record.model_digest}
-    return SteeringVector(_unit(s, "vector").float(), record.layer, scale, positions, **names)
+    return SteeringVector(
+        *(_unit(s, "vector").float(), record.layer, scale, positions),
+        model_name=record.model_name,
+        model_digest=record.model_digest,
+    )
 
 
 def _weights(target: Mapping[int, float], d_sae: int) -> Tensor:

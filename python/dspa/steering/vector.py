@@ -125,14 +125,21 @@ class SteeringVector(Gated):
         """Tokens to which the vector is added."""
         return self._record.positions
 
-    def rescaled(self, scale: float) -> SteeringVector:
-        """Return the same vector, not attached, with another scale.
+    def replaced(self, *, vector: Tensor | None = None, scale: float | None = None) -> SteeringVector:
+        """Return the same, not attached, with other numbers or another scale.
 
         Raises:
-            VectorError: a scale below 0, or one that is not finite.
+            VectorError: as for `SteeringVector`.
         """
-        names = {"model_name": self.model_name, "model_digest": self.model_digest}
-        return SteeringVector(self._vector, self.layer, scale, self.positions, **names)
+        return SteeringVector(
+            self._vector if vector is None else vector,
+            self.layer,
+            self.scale if scale is None else scale,
+            self.positions,
+            model_name=self.model_name,
+            model_digest=self.model_digest,
+            gate=self.gate,
+        )
 
     @property
     def model_name(self) -> str:

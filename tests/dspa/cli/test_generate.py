@@ -196,7 +196,7 @@ def test_nothing_is_answered_where_a_prompt_of_a_file_cannot_be(run, folder, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "None of --map (DSPA), --adapter (FSRL), --persona, --latent and --latents was given"),
+        ([], "None of --map (DSPA), --adapter (FSRL), --persona, --vector, --latent and --latents was given"),
         (["--adapter", "a", "--alpha", "1"], "Without --map there is no use for --alpha."),
         (["--adapter", "a", "--sae-in", "s", "--trace", "t"], "Without --map there is no use for --sae-in, --trace."),
         (["--map", "m", "--sae", "s"], "Without --adapter or --latent there is no use for --sae."),

@@ -15,9 +15,8 @@ import dspa
 from dspa.errors import VectorError
 from dspa.files import write_tensors
 from dspa.sae_ts import EffectApproximator, Effects, fit_effects
-from dspa.sae_ts.approximator import FitSettings
 from dspa.sae_ts.effects import BASE, FILES, PER_FILE, EffectsRecord
-from dspa.sae_ts.rollouts import Sampling
+from dspa.sae_ts.settings import FitSettings, RolloutSettings
 
 D_IN, D_SAE, N, HELD_OUT = 6, 9, 150, 20
 
@@ -33,7 +32,7 @@ def write_effects(folder: Path, noise: float, n: int = N) -> Effects:
     """A folder of effects that are linear but for noise."""
     x = torch.nn.functional.normalize(drawn(n, D_IN, seed=3), dim=1)
     y = x @ M + B + noise * drawn(n, D_SAE, seed=5)
-    record = EffectsRecord("s", 2, D_IN, D_SAE, 3.0, "d", n, [[1]], Sampling(), "m", "digest")
+    record = EffectsRecord("s", 2, D_IN, D_SAE, 3.0, "d", n, [[1]], RolloutSettings(), "m", "digest")
     header = {name: value for name, value in asdict(record).items() if name not in ("sha256", "seal")}
     folder.mkdir()
     zero = torch.zeros(1, D_IN)

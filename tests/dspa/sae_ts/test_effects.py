@@ -13,12 +13,13 @@ import dspa
 from dspa.errors import ModelError, VectorError
 from dspa.models.layers import decoder_layers
 from dspa.sae_ts import Effects, measure_effects
-from dspa.sae_ts.rollouts import STRIDE, Sampling
+from dspa.sae_ts.rollouts import STRIDE
+from dspa.sae_ts.settings import RolloutSettings
 from dspa.testing import D_IN, D_SAE_OUT, L_OUT, make_model, make_sae, make_tokenizer
 
 from ...rounding import PASS, rounding
 
-SAMPLING = Sampling(rollouts=3, length=7, top_k=6, top_p=0.8, seed=4)
+SAMPLING = RolloutSettings(rollouts=3, length=7, top_k=6, top_p=0.8, seed=4)
 OPENERS = ("w3 w4", "w9", "w5 w6")
 SCALE, N = 30.0, 18
 
@@ -130,7 +131,7 @@ def test_a_stopped_measurement_goes_on(
 
 def test_other_settings_are_refused(model: Any, sae: Any, directions: Tensor, effects: Effects) -> None:
     with pytest.raises(VectorError, match=r"holds effects with other `sampling`; accepted: a new folder"):
-        measured(effects.folder, model, sae, directions, sampling=Sampling(rollouts=4, length=7))
+        measured(effects.folder, model, sae, directions, sampling=RolloutSettings(rollouts=4, length=7))
     with pytest.raises(VectorError, match="other `directions`"):
         measured(effects.folder, model, sae, directions.flip(0))
 
@@ -144,7 +145,7 @@ def test_other_settings_are_refused(model: Any, sae: Any, directions: Tensor, ef
         ({"directions": torch.zeros(2, D_IN)}, ValueError, "partly 0"),
         ({"directions": torch.ones(2, 3)}, ValueError, r"\[2, 3\]; accepted: \[n, 48\]"),
         ({"sae": make_sae(9, D_SAE_OUT)}, ModelError, "layer 9; accepted: 0 to 3"),
-        ({"sampling": Sampling(length=500)}, ValueError, "`length` is 500; accepted: up to 128"),
+        ({"sampling": RolloutSettings(length=500)}, ValueError, "`length` is 500; accepted: up to 128"),
     ],
 )
 def test_bad_input(

@@ -13,7 +13,8 @@ from torch import Tensor
 from dspa.config import SteeringConfig
 from dspa.errors import VectorError
 from dspa.sae_ts import EffectApproximator, map_target, prompts_target, targeted_vector
-from dspa.sae_ts.approximator import ApproximatorRecord, FitSettings
+from dspa.sae_ts.approximator import ApproximatorRecord
+from dspa.sae_ts.settings import FitSettings
 from dspa.saes.frozen import FrozenSAE
 from dspa.testing import make_map, make_model, make_sae
 
