@@ -21,7 +21,7 @@ from dspa.fsrl import FSRLAdapter, TrainingConfig, train
 from dspa.models.sizes import sizes_of
 from dspa.testing import D_SAE_OUT, L_OUT, make_model, make_sae, word_tokenizer
 
-from ..support.trainings import TRIPLES
+from ..support.trainings import TRIPLES, data_of
 
 pytest.importorskip("trl")
 
@@ -153,10 +153,12 @@ def test_dpo(tokenizer, tmp_path, counted, lora):
     assert sum(counted) == pytest.approx(padded - never, rel=1e-6)
 
 
-def test_fsrl(tokenizer, tmp_path, counted):
+@pytest.mark.parametrize("loss", ["simpo", "pro"])
+def test_fsrl(tokenizer, tmp_path, counted, loss):
     model, sae = fresh(), make_sae(L_OUT, D_SAE_OUT, seed=2)
-    config = TrainingConfig(batch_size=1, micro_batch_size=1, max_length=512)
-    train(model, tokenizer, TRIPLES[:3], FSRLAdapter(sae), tmp_path / "out", config=config, progress=False)
+    config = TrainingConfig(loss=loss, batch_size=1, micro_batch_size=1, max_length=512)
+    examples = list(config.load(data_of(loss).get("triples", TRIPLES)[:3]))
+    train(model, tokenizer, examples, FSRLAdapter(sae), tmp_path / "out", config=config, progress=False)
     layers, below, head = per_token(model), per_token(model, L_OUT + 1), model.lm_head.weight.numel()
 
     def expected(lengths: list[int]) -> int:
@@ -165,13 +167,13 @@ def test_fsrl(tokenizer, tmp_path, counted):
         return total + 4 * (layers - below + head) * sum(lengths) + 3 * pairs(model, *lengths, n_layers=3 - L_OUT)
 
     total = padded = 0
-    for triple in TRIPLES[:3]:
-        prompt, *responses = response_tokens(triple, tokenizer)
+    for example in examples:
+        prompt, *responses = response_tokens(example, tokenizer)
         lengths = [len(prompt) + len(response) for response in responses]
         # f = h W_enc, v = h W_a, v W_dec, and back from there to v and to W_a.
         total += expected(lengths) + 5 * 2 * sae.d_in * sae.d_sae * sum(lengths)
         # PyTorch does not look into the ops of an adapter.
-        padded += expected([max(lengths)] * 2)
+        padded += expected([max(lengths)] * len(lengths))
     assert flops(tmp_path / "out") == total
     assert sum(counted) == padded
 
