@@ -17,6 +17,7 @@ from dspa.models.reading import read_layers
 from dspa.sae_ts.settings import RolloutSettings
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import required_layer
+from dspa.steering.plans import check_device
 from dspa_kernels import activation_sums
 
 # Large enough that no two directions of a measurement have one seed.
@@ -157,6 +158,7 @@ class Rollouts:
         with self.added.disabled():
             mask = torch.ones_like(texts)
             h = read_layers(self.model, [layer], self.layers, input_ids=texts, attention_mask=mask)[layer]
+        check_device("sae", self.sae, h)
         check_finite(h, layer, "Hidden states of the texts")
         sequences = rows.to(torch.int32).repeat_interleave(texts.shape[1]).to(h.device)
         activation_sums(h.flatten(0, 1), self.sae.weights, sequences, len(sums), out=sums, accumulate=True)
