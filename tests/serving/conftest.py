@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ import torch
 import dspa
 from dspa.fsrl import FSRLAdapter
 from dspa.serving import vllm_options
+from dspa.steering.decisions import Gate
 from dspa.testing import (
     BOS,
     D_SAE_IN,
@@ -50,9 +51,13 @@ NO_GPU = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
-# By the name of its settings, what a request asks for, and the same for transformers: settings of `dspa.Steering`, or
-# the name of an adapter or a vector.
-ASKED: dict[str, tuple[dict[str, Any] | None, dspa.SteeringConfig | str | None]] = {
+# Below the largest entropy of ten logits, so that gates open at some tokens and not at others.
+H_MEDIAN = 2.2
+# What transformers answers with: settings of `dspa.Steering`, or the name of an adapter or a vector, or one of them and
+# a gate.
+Asked: TypeAlias = dspa.SteeringConfig | str | tuple[dspa.SteeringConfig | str, Gate] | None
+# By the name of its settings, what a request asks for, and the same for transformers.
+ASKED: dict[str, tuple[dict[str, Any] | None, Asked]] = {
     "base": (None, None),
     "ablate": ({"dspa": "on"}, dspa.SteeringConfig()),
     "ablate 1": ({"dspa_alpha": 1.0}, dspa.SteeringConfig(alpha=1.0)),
@@ -66,6 +71,20 @@ ASKED: dict[str, tuple[dict[str, Any] | None, dspa.SteeringConfig | str | None]]
     "late": ({"dspa": "on", "dspa_adapter": "late"}, "late"),
     "all": ({"dspa_vector": "all"}, "all"),
     "answer": ({"dspa_vector": "answer"}, "answer"),
+    "undecided": (
+        {"dspa_alpha": 1.0, "dspa_mode": "both", "dspa_gate": "entropy", "dspa_gate_threshold": H_MEDIAN},
+        (dspa.SteeringConfig(alpha=1.0, mode="both"), dspa.EntropyGate(H_MEDIAN)),
+    ),
+    "decided": (
+        {"dspa_vector": "answer", "dspa_gate": "entropy", "dspa_gate_threshold": H_MEDIAN, "dspa_gate_k": 7}
+        | {"dspa_gate_complement": "on"},
+        ("answer", dspa.EntropyGate(H_MEDIAN, k=7, complement=True)),
+    ),
+    "random": (
+        {"dspa_adapter": "late", "dspa_gate": "random", "dspa_gate_share": 0.5, "dspa_gate_seed": 3},
+        ("late", dspa.RandomGate(0.5, seed=3)),
+    ),
+    "first": ({"dspa_vector": "all", "dspa_gate": "first", "dspa_gate_n": 3}, ("all", dspa.FirstTokens(3))),
 }
 # By the name of a vector, its layer and its positions.
 VECTORS = {"all": (L_IN, "all"), "answer": (L_OUT, "response")}
@@ -132,19 +151,24 @@ class World:
             "disable_log_stats": False,
         }
 
-    def answers(self, prompt: list[int], config: dspa.SteeringConfig | str | None, n: int = 16) -> list[int]:
-        """Tokens that transformers generates greedily, with `dspa.Steering`, an adapter or a vector."""
+    def steering(self, asked: dspa.SteeringConfig | str) -> Any:
+        """`dspa.Steering`, an adapter or a vector, not attached."""
+        if asked in self.vectors:
+            return dspa.SteeringVector.load(self.vectors[asked])
+        if isinstance(asked, str):
+            return FSRLAdapter.load(self.place(asked), dspa.FrozenSAE.load(self.place(ADAPTERS[asked][0])))
+        saes = [dspa.FrozenSAE.load(self.place(name)) for name in ("sae_in", "sae_out")]
+        return dspa.Steering(*saes, dspa.ConditionalDifferenceMap.load(self.map), asked)
+
+    def answers(self, prompt: list[int], asked: Asked, n: int = 16) -> list[int]:
+        """Tokens that transformers generates greedily, with what is asked for."""
         model = load(self.model)
+        steered, gate = asked if isinstance(asked, tuple) else (asked, None)
         steering: Any = nullcontext()
-        if config in self.vectors:
-            steering = dspa.SteeringVector.load(self.vectors[config]).attach(model)
-        elif isinstance(config, str):
-            sae = dspa.FrozenSAE.load(self.place(ADAPTERS[config][0]))
-            steering = FSRLAdapter.load(self.place(config), sae).attach(model)
-        elif config is not None:
-            saes = [dspa.FrozenSAE.load(self.place(name)) for name in ("sae_in", "sae_out")]
-            cdmap = dspa.ConditionalDifferenceMap.load(self.map)
-            steering = dspa.Steering(*saes, cdmap, config).attach(model)
+        if steered is not None:
+            steering = self.steering(steered)
+            steering.gate = gate
+            steering.attach(model)
         ids = torch.tensor([prompt])
         with steering:
             out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)

@@ -15,16 +15,22 @@ from tests.serving.conftest import ASKED, NO_GPU, PROMPTS, World
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 
-def differences(world: World, answers: dict[str, Any], n_tokens: int = 16) -> list[str]:
+def differences(
+    world: World, answers: dict[str, Any], n_tokens: int = 16, asked: dict[str, tuple[Any, Any]] = ASKED
+) -> list[str]:
     """Compare all answers with those of transformers."""
     expected = {
         (n, name): world.answers(prompt, config, n_tokens)
         for n, prompt in enumerate(PROMPTS)
-        for name, (_, config) in ASKED.items()
+        for name, (_, config) in asked.items()
     }
     requests = list(expected)
     moved = {name for (n, name), tokens in expected.items() if tokens != expected[n, "base"]}
-    assert moved == set(ASKED) - {"base"}, "some steering changes nothing here"
+    assert moved == set(asked) - {"base"}, "some steering changes nothing here"
+    for name, (_, config) in asked.items():
+        if isinstance(config, tuple):
+            ungated = [world.answers(prompt, config[0], n_tokens) for prompt in PROMPTS]
+            assert ungated != [expected[n, name] for n in range(len(PROMPTS))], "a gate changes nothing here"
     return [
         f"round {number}, prompt {requests[i]}: {answer['tokens']} != {expected[requests[i]]}"
         for number, answered in enumerate(answers["rounds"])
@@ -55,18 +61,21 @@ def test_each_architecture(family: str, make_world: Any, run_engine: Callable[..
 @pytest.mark.parametrize("case", CASES)
 def test_each_way_of_scheduling(case: str, make_world: Any, run_engine: Callable[..., dict[str, Any]]) -> None:
     world = make_world("qwen3")
+    # Gates by entropy are for one rank.
+    asked = {name: one for name, one in ASKED.items() if case != "two ranks" or name not in ("undecided", "decided")}
+    requests = [[n, extra] for n in range(len(PROMPTS)) for extra, _ in asked.values()]
     # Long answers need more blocks than were there for their prompts.
     n_tokens = 28 if case == "preemptions" else 16
     options, sampling = world.options() | CASES[case], {"max_tokens": n_tokens}
     # More rounds show what builds up.
     rounds = 2 * int(os.environ.get("DSPA_SOAK", "1"))
-    answers = run_engine(options=options, prompts=PROMPTS, requests=REQUESTS, rounds=rounds, sampling=sampling)
-    assert differences(world, answers, n_tokens) == []
+    answers = run_engine(options=options, prompts=PROMPTS, requests=requests, rounds=rounds, sampling=sampling)
+    assert differences(world, answers, n_tokens, asked) == []
     if case == "preemptions":
         assert answers["preemptions"] > 0
     if case == "chunks and the prefix cache":
         cached = {extra is not None: 0 for _, extra in REQUESTS}
-        for answer, (_, extra) in zip(answers["rounds"][1], REQUESTS, strict=True):
+        for answer, (_, extra) in zip(answers["rounds"][1], requests, strict=True):
             cached[extra is not None] += answer["cached"]
         assert cached[False] > 0 and cached[True] > 0
 

@@ -83,6 +83,19 @@ def test_requests_that_cannot_be_steered(changes: dict[str, Any], message: str) 
         check_request(request(**changes), SETTINGS)
 
 
+def test_gates_by_entropy_are_for_one_rank() -> None:
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    from dspa.serving.plugin import check_request
+
+    check_request(request(sampling_params=SamplingParams(extra_args={"dspa_gate": "entropy"})), SETTINGS, 1)
+    first = {"dspa_gate": "first", "dspa_gate_n": 1}
+    check_request(request(sampling_params=SamplingParams(extra_args=first)), SETTINGS, 2)
+    with pytest.raises(VLLMValidationError, match="`dspa_gate` is by entropy, with 2 ranks; accepted: one rank"):
+        check_request(request(sampling_params=SamplingParams(extra_args={"dspa_gate": "entropy"})), SETTINGS, 2)
+
+
 def test_an_engine_without_steering_refuses_keys() -> None:
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError

@@ -41,7 +41,14 @@ def test_blocks_before_the_first_edited_token_are_shared() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [{"dspa_alpha": 0.3}, {"dspa_mode": "both"}, {"dspa_map": "terse"}, {"dspa_positions": "generated"}],
+    [
+        {"dspa_alpha": 0.3},
+        {"dspa_mode": "both"},
+        {"dspa_map": "terse"},
+        {"dspa_positions": "generated"},
+        {"dspa_gate": "entropy"},
+        {"dspa_gate": "random", "dspa_gate_share": 0.5},
+    ],
 )
 def test_edited_blocks_are_of_one_steering(other: dict[str, Any]) -> None:
     asked = {"dspa": "on"}

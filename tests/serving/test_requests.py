@@ -79,7 +79,7 @@ def test_a_map_or_an_adapter() -> None:
         ({"dspa_map": "polite", "dspa_adapter": "warm"}, "dspa_adapter: not for a request that `dspa_map` steers"),
         (
             {"dspa_adapter": "warm", "dspa_alpha": 1, "dspa_mode": "both", "dspa": "on"},
-            "dspa_alpha, dspa_mode: not for a request that `dspa_adapter` steers; accepted beside it: dspa.",
+            "dspa_alpha, dspa_mode: not for a request that `dspa_adapter` steers; accepted beside it: dspa_gate.",
         ),
         ({"dspa_adapter": "warm", "dspa_positions": "response"}, "dspa_positions: not for"),
         ({"dspa_adapter": "warm", "dspa_start": 1}, "dspa_start: not for"),
@@ -132,6 +132,52 @@ def test_vectors() -> None:
 def test_what_is_refused_of_vectors(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         parse(keys, settings(adapters=ADAPTERS, vectors=VECTORS))
+
+
+@pytest.mark.parametrize("method", [{"dspa": "on"}, {"dspa_adapter": "warm"}, {"dspa_vector": "calm"}])
+def test_gates(method: dict[str, Any]) -> None:
+    """A request for any method can have one; its keys say all of it to other processes, and where the answer begins."""
+    engine = settings(adapters=ADAPTERS, vectors=VECTORS)
+    for keys, gate in (
+        ({}, None),
+        ({"dspa_gate": "entropy"}, dspa.EntropyGate()),
+        ({"dspa_gate": "entropy", "dspa_gate_threshold": 2, "dspa_gate_k": 40}, dspa.EntropyGate(2.0, k=40)),
+        ({"dspa_gate": "entropy", "dspa_gate_complement": "on"}, dspa.EntropyGate(complement=True)),
+        ({"dspa_gate": "random", "dspa_gate_share": 0.25, "dspa_gate_seed": 3}, dspa.RandomGate(0.25, seed=3)),
+        ({"dspa_gate": "first", "dspa_gate_n": 8, "dspa_gate_complement": "off"}, dspa.FirstTokens(8)),
+    ):
+        asked = parse(method | keys, engine)
+        assert asked is not None and asked.gate == gate
+        asked = asked.of_prompt(9)
+        assert ("dspa_start" in asked.keys) == (gate is not None or method == {"dspa": "on"})
+        again = parse(asked.keys, engine)
+        assert again is not None and again.of_prompt(9) == asked
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"dspa_gate": "yes"}, "`dspa_gate` is 'yes'; accepted: entropy, random, first"),
+        ({"dspa_gate_threshold": 1.0}, "dspa_gate_threshold: not for a request that `dspa_map` steers; accepted"),
+        (
+            {"dspa_gate": "entropy", "dspa_gate_share": 0.5},
+            "dspa_gate_share: not for a request that `dspa_map` steers by",
+        ),
+        ({"dspa_gate": "entropy", "dspa_gate_threshold": -1}, "`dspa_gate_threshold` is -1"),
+        ({"dspa_gate": "entropy", "dspa_gate_k": 1}, "`dspa_gate_k` is 1"),
+        ({"dspa_gate": "entropy", "dspa_gate_complement": True}, "`dspa_gate_complement` is True; accepted: on, off"),
+        ({"dspa_gate": "random"}, "`dspa_gate_share` is missing"),
+        ({"dspa_gate": "random", "dspa_gate_share": 1.5}, "`dspa_gate_share` is 1.5"),
+        ({"dspa_gate": "first"}, "`dspa_gate_n` is missing"),
+        ({"dspa_gate": "first", "dspa_gate_n": 0}, "`dspa_gate_n` is 0"),
+        ({"dspa_gate": "entropy", "dspa_start": 3}, "`dspa_start` is 3; accepted: 9, since a gate by entropy"),
+    ],
+)
+def test_what_is_refused_of_gates(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        asked = parse(keys, settings())
+        assert asked is not None
+        asked.of_prompt(9)
 
 
 def test_what_an_engine_does_not_have() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from vllm import ModelRegistry, envs
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from dspa.errors import ModelError, listed, refusal
@@ -49,6 +50,13 @@ class Steered:
             raise ModelError(OTHER_WEIGHTS)
         return super().load_weights(weights)  # type: ignore[misc]
 
+    def compute_logits(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the logits, which gates of requests may read."""
+        logits = super().compute_logits(*args, **kwargs)  # type: ignore[misc]
+        if self.started:
+            STATES[ENGINE].gates.observe(logits)
+        return logits
+
     def steer_with(self, state: ServingState) -> None:
         """Let the layers that a method needs be read and edited by `state`.
 
@@ -69,6 +77,7 @@ class Steered:
         self.started = True
         for name in ("reload_weights", "reset_weights"):
             wrap(Worker, name, _unless_steered)
+        wrap(GPUModelRunner, "finish_requests", _forgotten)
         for number in touched:
             layers[number].dspa_order, layers[number].dspa_layer = state.order, number
             layers[number].__class__ = _steered(type(layers[number]), number in state.reads, number in state.writes)
@@ -83,6 +92,18 @@ def _unless_steered(change_weights: Callable[..., None]) -> Callable[..., None]:
         change_weights(self, *args, **kwargs)
 
     return refused
+
+
+def _forgotten(finish_requests: Callable[..., None]) -> Callable[..., None]:
+    """Return a method of vLLM's model runner after which requests that have ended leave nothing, if it is steered."""
+
+    def forgotten(self: Any, scheduler_output: Any) -> None:
+        finish_requests(self, scheduler_output)
+        if isinstance(self.model, Steered):
+            for request_id in scheduler_output.finished_req_ids:
+                self.model_state.steering.gates.forget(request_id)
+
+    return forgotten
 
 
 def _steered(base: type, reads: bool, writes: bool) -> type:

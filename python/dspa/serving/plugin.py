@@ -106,6 +106,7 @@ def _of_one_kind(init: Callable[..., None]) -> Callable[..., None]:
     def checked(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         model = vllm_config.model_config
         self.dspa_settings = ServingSettings.of(model.hf_config)
+        self.dspa_ranks = vllm_config.parallel_config.tensor_parallel_size
         if self.dspa_settings is not None and not model.architecture.startswith(PREFIX):
             raise refusal(
                 ModelError,
@@ -127,7 +128,7 @@ def _checked(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
 
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process_inputs(self, *args, **kwargs)
-        check_request(request, self.dspa_settings)
+        check_request(request, self.dspa_settings, self.dspa_ranks)
         return request
 
     return checked
@@ -140,18 +141,20 @@ def _checked_if_built(add_request: Callable[..., Any]) -> Callable[..., Any]:
         from vllm.v1.engine import EngineCoreRequest
 
         if isinstance(prompt, EngineCoreRequest):
-            check_request(prompt, self.input_processor.dspa_settings)
+            processor = self.input_processor
+            check_request(prompt, processor.dspa_settings, processor.dspa_ranks)
         return add_request(self, request_id, prompt, *args, **kwargs)
 
     return checked
 
 
-def check_request(request: Any, settings: ServingSettings | None) -> None:
+def check_request(request: Any, settings: ServingSettings | None, n_ranks: int = 1) -> None:
     """Check a request, and put what was found in it into its parameters.
 
     Args:
         request: an `EngineCoreRequest` of vLLM.
         settings: settings of the engine, None if it does not steer.
+        n_ranks: tensor-parallel processes of the engine.
 
     Raises:
         VLLMValidationError: steering that the engine cannot do.
@@ -160,6 +163,9 @@ def check_request(request: Any, settings: ServingSettings | None) -> None:
 
     try:
         steering = _steering_of(request, settings)
+        if n_ranks > 1 and steering is not None and steering.gate is not None and steering.gate.reads_logits:
+            advice = "Serve with one rank, or use another gate."
+            raise refusal(ValueError, "`dspa_gate`", f"by entropy, with {n_ranks} ranks", "one rank", advice)
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
     if steering is not None:

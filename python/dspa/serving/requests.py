@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Annotated, Any
 
 from dspa.config import MODES, POSITIONS
 from dspa.errors import refusal
-from dspa.schemas import OneOf, PositiveInt, Text, check, schema
+from dspa.schemas import Fraction, NonNegative, OneOf, PositiveInt, Seed, Text, check, schema
 from dspa.serving.settings import KEY, ServedStrength, ServingSettings
+from dspa.steering.decisions import EntropyGate, FirstTokens, Gate, RandomGate, TopK
 
 # Positions of a map, whose plan needs the whole prompt.
 MAP_POSITIONS = ("response", "generated")
@@ -21,6 +22,9 @@ TAKES: dict[str, tuple[str, ...]] = {
     "dspa_adapter": (),
     "dspa_vector": ("dspa_alpha", "dspa_positions", "dspa_start"),
 }
+# Gates by name. Their settings have keys that begin with this.
+GATE = "dspa_gate"
+GATES: dict[str, type[Gate]] = {"entropy": EntropyGate, "random": RandomGate, "first": FirstTokens}
 
 
 @schema
@@ -37,6 +41,9 @@ class SteeringRequest:
         dspa_positions: "response", "generated" to leave the last token of the prompt alone, or for a vector "all".
         dspa_start: number of tokens of the prompt that come before a response which is given with it, None for all.
             The latents of these tokens choose the plan.
+        dspa_gate: which tokens of the answer are steered: a name of GATES, None for all.
+        dspa_gate_threshold, dspa_gate_k, dspa_gate_share, dspa_gate_seed, dspa_gate_n: settings of the gate.
+        dspa_gate_complement: "on" to steer the other tokens.
     """
 
     dspa: Annotated[str, OneOf(("on", "off"))]
@@ -47,14 +54,37 @@ class SteeringRequest:
     dspa_adapter: Text | None = None
     dspa_vector: Text | None = None
     dspa_start: PositiveInt | None = None
+    dspa_gate: Annotated[str, OneOf(tuple(GATES))] | None = None
+    dspa_gate_threshold: NonNegative | None = None
+    dspa_gate_k: TopK | None = None
+    dspa_gate_share: Fraction | None = None
+    dspa_gate_seed: Seed | None = None
+    dspa_gate_n: PositiveInt | None = None
+    dspa_gate_complement: Annotated[str, OneOf(("on", "off"))] | None = None
+
+    @property
+    def gate(self) -> Gate | None:
+        """Which tokens of the answer are steered, None for all."""
+        if self.dspa_gate is None:
+            return None
+        given = {name: getattr(self, f"{GATE}_{name}") for name in _settings_of(GATES[self.dspa_gate])}
+        settings = {name: value for name, value in given.items() if value is not None}
+        if self.dspa_gate_complement is not None:
+            settings["complement"] = self.dspa_gate_complement == "on"
+        return GATES[self.dspa_gate](**settings)
 
     def of_prompt(self, n_prompt: int) -> SteeringRequest:
         """Return the same with `dspa_start` given, for a prompt of `n_prompt` tokens.
 
         Raises:
-            ValueError: a `dspa_start` beyond it.
+            ValueError: a `dspa_start` beyond it, or before its end with a gate that reads logits.
         """
         start = n_prompt if self.dspa_start is None else self.dspa_start
+        if self.gate is not None and self.gate.reads_logits and start < n_prompt:
+            accepted = (
+                f"{n_prompt}, since a gate by entropy reads the logits before each token, which a given one lacks"
+            )
+            raise refusal(ValueError, "`dspa_start`", start, accepted)
         if start > n_prompt:
             accepted = f"1 to {n_prompt}, the number of tokens of the prompt"
             raise refusal(ValueError, "`dspa_start`", start, accepted)
@@ -64,9 +94,12 @@ class SteeringRequest:
     def keys(self) -> dict[str, Any]:
         """The keys by which `parse` gives the same request whatever the defaults of an engine."""
         method = next(key for key in TAKES if getattr(self, key) is not None)
-        # Where all tokens are edited, the end of the prompt means nothing, and must not keep equal blocks apart.
-        unused = ("dspa_start",) if self.dspa_positions == "all" else ()
-        return {name: getattr(self, name) for name in (KEY, method, *TAKES[method]) if name not in unused}
+        used = {KEY, method, *TAKES[method], *_gate_keys(self.dspa_gate)}
+        if self.dspa_gate is None and self.dspa_positions == "all":
+            # Where all tokens are edited, the end of the prompt means nothing, and must not keep equal blocks apart.
+            used -= {"dspa_start"}
+        values = {name: getattr(self, name) for name in sorted(used)}
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def n_counted(self) -> int:
@@ -78,6 +111,18 @@ class SteeringRequest:
     def first_edited(self) -> int:
         """Position of the first token that is edited."""
         return first_edited(self.keys)
+
+
+def _settings_of(kind: type[Gate]) -> list[str]:
+    """Return the names of the settings of a kind of gate, but for its complement."""
+    return [field.name for field in fields(kind) if field.name != "complement"]  # type: ignore[arg-type]
+
+
+def _gate_keys(gate: str | None) -> tuple[str, ...]:
+    """Return the keys that a request takes by its gate, of which `dspa_start` says where the answer begins."""
+    if gate is None:
+        return ()
+    return ("dspa_start", GATE, f"{GATE}_complement", *(f"{GATE}_{name}" for name in _settings_of(GATES[gate])))
 
 
 def first_edited(asked: Mapping[str, Any]) -> int:
@@ -120,14 +165,24 @@ def parse(extra_args: Mapping[str, Any] | None, settings: ServingSettings) -> St
         raise refusal(ValueError, f"`{method}`", repr(name), accepted)
     on = {"dspa": "on" if asked or settings.steer_all else "off", method: name}
     request = check(SteeringRequest, on | _defaults(method, name, settings) | asked, ValueError, "vllm_xargs")
-    if unused := [key for key in asked if key not in (KEY, method, *TAKES[method])]:
-        accepted = ", ".join((KEY, *TAKES[method]))
-        raise ValueError(
-            f"{', '.join(unused)}: not for a request that `{method}` steers; accepted beside it: {accepted}."
-        )
+    _check_used(asked, method, request)
     if request.dspa_map is not None and request.dspa_positions not in MAP_POSITIONS:
         raise refusal(ValueError, "`dspa_positions`", repr(request.dspa_positions), ", ".join(MAP_POSITIONS))
     return request if request.dspa == "on" else None
+
+
+def _check_used(asked: Mapping[str, Any], method: str, request: SteeringRequest) -> None:
+    """Raise `ValueError` for keys that mean nothing for the method and the gate of a request, or a gate without one."""
+    used = list(dict.fromkeys((*TAKES[method], GATE, *_gate_keys(request.dspa_gate))))
+    if unused := [key for key in asked if key not in (KEY, method, *used)]:
+        steered = f"`{method}` steers" + ("" if request.dspa_gate is None else f" by the gate {request.dspa_gate!r}")
+        raise ValueError(
+            f"{', '.join(unused)}: not for a request that {steered}; accepted beside it: {', '.join(used)}."
+        )
+    if request.dspa_gate == "random" and request.dspa_gate_share is None:
+        raise refusal(ValueError, f"`{GATE}_share`", "missing", "the share of tokens that are steered, from 0 to 1")
+    if request.dspa_gate == "first" and request.dspa_gate_n is None:
+        raise refusal(ValueError, f"`{GATE}_n`", "missing", "the number of tokens that are steered")
 
 
 def _defaults(method: str, name: str, settings: ServingSettings) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from dspa.saes.frozen import FrozenSAE
 from dspa.serving.adapter_steering import AdapterSteering
 from dspa.serving.batch import Batch
+from dspa.serving.gates import RequestGates
 from dspa.serving.map_steering import MapSteering
 from dspa.serving.prefix_cache import CacheSlots
 from dspa.serving.requests import SteeringRequest
@@ -32,6 +33,7 @@ class ServingState:
         n_tokens: tokens of a step at most.
         device: device of the residuals.
         dtype: dtype of the residuals.
+        n_positions: positions of a sequence at most.
     """
 
     def __init__(
@@ -41,9 +43,11 @@ class ServingState:
         n_tokens: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        n_positions: int = 0,
     ) -> None:
         self.settings = settings
         self.batch = Batch(n_requests, n_tokens, len(settings.maps), device, dtype)
+        self.gates = RequestGates(self.batch, n_positions)
 
         @cache
         def load_sae(place: Place) -> FrozenSAE:
