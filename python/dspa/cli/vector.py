@@ -30,7 +30,6 @@ from dspa.sae_ts.settings import FitSettings, RolloutSettings
 
 if TYPE_CHECKING:
     from dspa.sae_ts.approximator import EffectApproximator
-    from dspa.steering.vector import SteeringVector
 
 HELP = """Vectors that are added at one layer and target SAE latents (SAE-TS), without an SAE at decode time.
 
@@ -264,18 +263,13 @@ def find(
             layers=on.layers,
             model_name=on.model_name,
         )
-    ends = {name: getattr(found, name) for name in ("below", "above")}
-    print_table(
-        f"Cross-entropy of {found.n_tokens} tokens, in nats per token",
-        {
-            "without the vector": f"{found.base:.4f}",
-            **{
-                f"scale {end.scale:.4g}": f"{end.cross_entropy:.4f} ({end.cross_entropy - found.base:+.4f})"
-                for end in ends.values()
-            },
-            f"scale for {delta:+g}, interpolated": f"{found.scale:.4g}",
-        },
-    )
+    rises = {
+        f"scale {end.scale:.4g}": f"{end.cross_entropy:.4f} ({end.cross_entropy - found.base:+.4f})"
+        for end in (found.below, found.above)
+    }
+    title = f"Cross-entropy of {found.n_tokens} tokens, in nats per token"
+    found_scale = {f"scale for {delta:+g}, interpolated": f"{found.scale:.4g}"}
+    print_table(title, {"without the vector": f"{found.base:.4f}"} | rises | found_scale)
     if out is not None:
         loaded.replaced(scale=found.scale).save(out)
         print_line(f"Written to {out}, with this scale.")
@@ -305,8 +299,8 @@ def _selected(path: Path, chat: bool, cdmap: Any, config: SteeringConfig, on: An
     return prompts_target(model, ids, sae_in, cdmap, config, layers=on.layers)
 
 
-def _make(made: EffectApproximator, weights: dict[int, float], out: Path, **options: Any) -> SteeringVector:
-    """Make a vector, save it, and print what it is."""
+def _make(made: EffectApproximator, weights: dict[int, float], out: Path, **options: Any) -> None:
+    """Make a vector, save it, and print what effects are predicted of it."""
     from dspa.sae_ts.vectors import targeted_vector
 
     names = {"target": "--latent", "variant": "--variant", "side_effects": "--side-effects", "sae": "--sae"}
@@ -322,4 +316,3 @@ def _make(made: EffectApproximator, weights: dict[int, float], out: Path, **opti
     print_next(
         "vector", "scale", out, "TEXTS", "--model", made.record.model_name or "MODEL", "--out", "scaled.safetensors"
     )
-    return vector
