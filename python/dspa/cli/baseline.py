@@ -99,6 +99,48 @@ def repe(
 
 @app.command()
 @with_options
+def junction(
+    triples: Triples,
+    out: Annotated[Path, typer.Option(help="File of the value head to write.")],
+    on: Annotated[ModelOptions, Options("Model and device", without=["other_weights", "layers"])],
+    ridge: Annotated[
+        float, typer.Option(help="Penalty of the weights, in units of the hidden states' variance.")
+    ] = 1e-3,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and response to which responses are cut.", min=2)
+    ] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens per batch, padding included.", min=1)] = 8192,
+    first: First = None,
+    split: Split = "train",
+    chat_template_kwargs: ChatTemplateKwargs = None,
+) -> None:
+    """Fit the value head of Sparse Junction Steering: chosen responses are worth 1, and rejected ones 0.
+
+    It is linear in the last hidden state of the model, which stays as it is. `dspa compare --junction` takes it.
+    """
+    from dspa.baselines.junction.value import value_head_of_triples
+
+    check_writable("--out", out, {"TRIPLES": triples})
+    check_model(on)
+    source = checked_triples(triples, split, first)
+    model, tokenizer = load_model(on)
+    with messages_of_options({"ridge": "--ridge"}):
+        head = value_head_of_triples(
+            *(model, tokenizer, source),
+            ridge=ridge,
+            max_length=max_length,
+            chat_template_kwargs=chat_template_kwargs,
+            batch_tokens=batch_tokens,
+            model_name=on.model_name,
+        )
+    head.save(out)
+    record = head.record
+    print_line(f"Written to {out}: it explains {record.r2:.1%} of the rewards on {record.n_tokens} tokens.")
+    print_next("compare", "PROMPTS", "--junction", out, "--model", on.model)
+
+
+@app.command()
+@with_options
 def dpo(
     triples: Triples,
     out: TrainingOut,

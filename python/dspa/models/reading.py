@@ -132,6 +132,26 @@ def layer_outputs(
     )
 
 
+def last_hidden(model: nn.Module, cache: Cache | None = None, **inputs: Any) -> Tensor:
+    """Return the last hidden state [B, T, d_in], after the final norm, of a pass that only reads.
+
+    Args:
+        model: as for `layer_outputs`.
+        cache: key/value cache that the pass continues and extends.
+        inputs: keywords of the forward pass.
+
+    Raises:
+        ModelError: a model without a decoder of its own.
+    """
+    inner = base_model(model)
+    output = inner.base_model(**inputs, **_cached(inner, cache), **_marked(inner))
+    state: Tensor | None = getattr(output, "last_hidden_state", None)
+    if state is None:
+        got, accepted = "without a decoder of its own", "a causal language model with one"
+        raise refusal(ModelError, type(inner).__name__, got, accepted)
+    return state
+
+
 def takes_cache(model: CausalLM) -> bool:
     """Return True if a forward pass of the model takes a cache of transformers."""
     return any(name in _parameters(model) for name in CACHE_NAMES)
