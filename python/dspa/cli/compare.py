@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dspa.cli.gates import Gates
 from dspa.cli.generate import BackendOptions
 from dspa.cli.loading import check_writable
-from dspa.cli.methods import CONTROLS_OPTION, PANEL, STATIC_OPTION, MethodOptions, SharedSteering
+from dspa.cli.methods import CONTROLS_OPTION, PANEL, STATIC_OPTION, MethodOptions, SharedSteering, path_labels
 from dspa.cli.options import (
     FILES,
     AdapterSAE,
@@ -20,6 +22,7 @@ from dspa.cli.options import (
     Options,
     RecordedSAEPair,
     SamplingOptions,
+    check_used,
     with_options,
 )
 from dspa.cli.tables import console, print_line
@@ -29,6 +32,7 @@ from dspa.errors import refusal
 if TYPE_CHECKING:
     from dspa.evaluate.compare.comparison import Comparison
     from dspa.evaluate.compare.measures import Counter
+    from dspa.evaluate.compare.methods import Method
     from dspa.evaluate.style import StyleAxis, StyleCounter
 
 
@@ -50,12 +54,53 @@ class CompareMethodOptions(MethodOptions):
 
     static: bool = field(default=True, metadata=STATIC_OPTION)
     controls: bool = field(default=True, metadata=CONTROLS_OPTION)
+    junction: list[Path] | None = field(
+        default=None,
+        metadata={"help": "Value head of junction steering, a file that `dspa baseline junction` wrote."},
+    )
+    junction_weight: list[float] | None = field(
+        default=None, metadata={"help": "Factor of its values; by default 1. Each is a method.", "min": 0}
+    )
+    junction_threshold: float = field(
+        default=1.0, metadata={"help": "Entropy in nats from which on a token is a junction.", "min": 0}
+    )
+    junction_top: int = field(default=10, metadata={"help": "Number of candidates at a junction.", "min": 2})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.empty:
-            options = "--map, --adapter, --vector, --tuned, --persona, --latent, --latents and --prefix"
+            options = "--map, --adapter, --vector, --tuned, --persona, --latent, --latents, --junction and --prefix"
             raise ValueError(f"None of {options} was given; accepted: one of them, or more.")
+        names = ("junction_weight", "junction_threshold", "junction_top")
+        used = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, 1.0, 10)]
+        check_used("--junction", self.junction, used)
+
+    @property
+    def empty(self) -> bool:
+        """True where nothing but the base model takes part."""
+        return super().empty and not self.junction
+
+    @property
+    def read(self) -> dict[str, Path]:
+        """Files and folders that are read, by what gives them."""
+        return super().read | {f"--junction {path}": path for path in self.junction or []}
+
+    def junctions(self) -> list[Method]:
+        """Return the methods of junction steering.
+
+        Raises:
+            VectorError: a file that is no value head.
+        """
+        from dspa.baselines.junction.value import ValueHead
+        from dspa.evaluate.compare.methods import Method
+
+        heads = {path: ValueHead.load(path) for path in self.junction or []}
+        settings: dict[str, Any] = {"k": self.junction_top, "threshold": self.junction_threshold}
+        return [
+            Method.junction(heads[path], weight=weight, name=f"junction {label} {weight:g}", **settings)
+            for path, label in path_labels(heads).items()
+            for weight in self.junction_weight or [1.0]
+        ]
 
 
 @with_options
@@ -73,6 +118,7 @@ def compare(
     ops: Annotated[BackendOptions, Options("Steering")],
     sampling: Annotated[CompareSamplingOptions, Options("Sampling", without=["seed"])],
     methods: Annotated[CompareMethodOptions, PANEL],
+    gates: Gates,
     held_out: Annotated[
         Path | None, typer.Option(help=f"Preference triples that no map or adapter was made with: {FILES}.")
     ] = None,
@@ -135,18 +181,26 @@ def compare(
         raise refusal(ValueError, "--prefer", "margin without held-out triples", "a NAME of --count", "Or --held-out.")
     if prefer not in (None, "margin", *counters):
         raise refusal(ValueError, "--prefer", repr(prefer), ", ".join(("margin", *counters)))
-    read = {"PROMPTS": prompts, "--held-out": held_out} | methods.read
+    read = {"PROMPTS": prompts, "--held-out": held_out, "--gate-prompts": gates.gate_prompts} | methods.read
     check_writable("--json", json_path, read)
     # Refuses a file of something else before anything is loaded.
     RunStore.open(json_path)
     texts = read_prompt_file("PROMPTS", prompts)
     triples = None if held_out is None else list(load_triples(held_out))
-    loaded = methods.load(on, pair, adapter_sae, config, ops)
+    gates.prompts()
+    gate = partial(
+        gates.made,
+        chat=sampling.chat,
+        chat_template_kwargs=chat_template_kwargs,
+        max_new_tokens=sampling.max_new_tokens,
+    )
+    junctions = methods.junctions()
+    loaded = methods.load(on, pair, adapter_sae, config, ops, gate)
     utilities: dict[str, Counter] = {f"utility of {name}": one.utility(axes) for name, one in loaded.personas.items()}
     if sampling.chat or not all(isinstance(text, str) for text in texts):
         loaded.warn_of_other_template(chat_template_kwargs)
     comparison = run(
-        *(loaded.model, loaded.tokenizer, texts, loaded.methods),
+        *(loaded.model, loaded.tokenizer, texts, [*loaded.methods, *junctions]),
         held_out=triples,
         counters=utilities | counters,
         controls=CONTROLS if methods.controls else (),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Column, Table
 
+from dspa.cli.gates import Gates
 from dspa.cli.generate import BackendOptions
 from dspa.cli.loading import make_folder
 from dspa.cli.methods import Methods, SharedSteering
@@ -76,6 +78,7 @@ def answers(
     config: SharedSteering,
     ops: Annotated[BackendOptions, Options("Steering")],
     methods: Methods,
+    gates: Gates,
     sampling: Annotated[AnswerOptions, Options("Sampling")],
     chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
@@ -94,8 +97,12 @@ def answers(
     benchmark = Benchmark.read(questions)
     # Refuses a folder of something else before anything is loaded.
     AnswerFolder(out)
-    make_folder(out, [RECORD], [questions, *methods.read.values()])
-    loaded = methods.load(on, pair, adapter_sae, config, ops)
+    make_folder(out, [RECORD], [questions, gates.gate_prompts, *methods.read.values()])
+    gates.prompts()
+    gate = partial(
+        gates.made, chat=True, chat_template_kwargs=chat_template_kwargs, max_new_tokens=sampling.max_new_tokens
+    )
+    loaded = methods.load(on, pair, adapter_sae, config, ops, gate)
     loaded.warn_of_other_template(chat_template_kwargs)
     records = answer_questions(
         *(loaded.model, loaded.tokenizer, benchmark, loaded.methods, out),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dspa.cli.gates import Gates
 from dspa.cli.latents import LatentOptions, load_latents_sae, without_shared
 from dspa.cli.loading import (
     check_model,
@@ -47,7 +48,7 @@ from dspa.errors import ModelError, refusal
 from dspa.outputs import open_output
 
 if TYPE_CHECKING:
-    from dspa.models.attachment import Attachable
+    from dspa.steering.gated import Gated
     from dspa.steering.latent_sets import LatentSet
     from dspa.steering.trace import Trace
 
@@ -84,6 +85,7 @@ def generate(
     ops: Annotated[BackendOptions, Options("Steering")],
     sampling: Sampling,
     latents: Annotated[LatentOptions, Options("Latents")],
+    gates: Gates,
     maps: Annotated[
         list[Path] | None,
         typer.Option(
@@ -157,6 +159,8 @@ def generate(
     read |= {f"--latents {path}": path for path in latents.latents or []}
     read |= {f"--map {path}" if len(map_paths) > 1 else "--map": path for path in map_paths}
     read |= {"--vector": vector, "--sae-in": pair.sae_in, "--sae-out": pair.sae_out, "--sae": adapter_sae.sae}
+    read |= {"--gate-prompts": gates.gate_prompts}
+    gates.prompts()
     check_writable("--out", out, read)
     for n, path in enumerate(traces):
         check_writable("--trace", path, read | {"--out": out} | {f"--trace {other}": other for other in traces[:n]})
@@ -174,6 +178,14 @@ def generate(
         warn_of_other_template(made, chat_template_kwargs)
     encode = partial(tokenize_prompt, tokenizer, chat=sampling.chat, chat_template_kwargs=chat_template_kwargs)
     max_new_tokens = sampling.max_new_tokens
+    gate = gates.made(
+        *(model, tokenizer),
+        chat=sampling.chat,
+        chat_template_kwargs=chat_template_kwargs,
+        max_new_tokens=max_new_tokens,
+    )
+    for attachable in attachables:
+        attachable.gate = gate
     if file is not None:
         prompts = list(prompts)
         # All of a file, before the first answer.
@@ -249,7 +261,7 @@ def _load(
     chosen: Mapping[str, LatentSet],
     *,
     record: bool,
-) -> tuple[Any, Any, list[Attachable], list[Trace]]:
+) -> tuple[Any, Any, list[Gated], list[Trace]]:
     """Load a model, its tokenizer and what steers it; also return the traces, one for each map and one of latents."""
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.models.sources import may_be_one
@@ -284,7 +296,7 @@ def _load(
             "with all."
         )
     model, tokenizer = load_model(on, next(iter(recorded), None))
-    attachables: list[Attachable] = []
+    attachables: list[Gated] = []
     settings: dict[str, Any] = {"backend": ops.backend, "screen": ops.screen, "record": record}
     steerings = [
         Steering(sae_in.to(dtype=model.dtype), sae_out.to(dtype=model.dtype), cdmap, config, **settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -30,13 +30,15 @@ if TYPE_CHECKING:
     from dspa.maps.cdmap import ConditionalDifferenceMap
     from dspa.personal.persona import Persona
     from dspa.saes.frozen import FrozenSAE
+    from dspa.steering.decisions import Gate
 
     Pair: TypeAlias = tuple[FrozenSAE, FrozenSAE]
 
 STATIC_OPTION = {"help": "Also steer by Static-SAE, the same latents for every prompt, at each setting."}
 CONTROLS_OPTION = {
     "help": "Also run the controls of each method: of DSPA a random set, a shuffled map and a wrong layer, of adapters "
-    "and chosen latents random latents, of vectors a random vector, and of tuned models a random change."
+    "and chosen latents random latents, of vectors a random vector, of tuned models a random change, and of a gate a "
+    "random one and its complement."
 }
 
 
@@ -117,6 +119,7 @@ class MethodOptions(LatentOptions):
         adapter_sae: AdapterSAEOptions,
         config: SteeringConfig,
         ops: BackendOptions,
+        gate: Callable[[Any, Any], Gate | None] | None = None,
     ) -> LoadedMethods:
         """Load the model, and the methods in the order of their options; the base model is not among them.
 
@@ -126,6 +129,7 @@ class MethodOptions(LatentOptions):
             adapter_sae: the SAE of adapters.
             config: settings of steering, but for `alpha` and `mode`.
             ops: implementation of steering.
+            gate: returns, for the model and its tokenizer, the gate with which methods also run; None for none.
 
         Raises:
             ValueError: an option of maps or adapters without one, or anything that cannot be loaded.
@@ -153,7 +157,7 @@ class MethodOptions(LatentOptions):
             on, maps, pair, self.adapter or [], adapter_sae, personas, ops.backend
         )
         methods = list[Method]()
-        labels = _labels(maps)
+        labels = path_labels(maps)
         # Maps that steer together.
         sets = [list(maps)] if self.joint else [[path] for path in maps]
         for paths in sets:
@@ -166,15 +170,15 @@ class MethodOptions(LatentOptions):
                 methods.append(Method.joint(parts, name=f"DSPA {name}"))
                 if self.static:
                     methods.append(Method.static(methods[-1], name=f"Static-SAE {name}"))
-        for path, label in _labels(adapters).items():
+        for path, label in path_labels(adapters).items():
             for kept in self.fraction or [1.0]:
                 top = "" if kept == 1 else f" top {kept:.3g}"
                 methods.append(Method.adapted(adapters[path], fraction=kept, name=f"FSRL {label}{top}"))
-        for path, label in _labels(vectors).items():
+        for path, label in path_labels(vectors).items():
             methods.append(Method.vector(vectors[path], name=f"vector {label}"))
-        for path, label in _labels(self.tuned or []).items():
+        for path, label in path_labels(self.tuned or []).items():
             methods.append(Method.tuned(load_tuned(path, on), name=f"tuned {label}"))
-        named = {f"persona {label}": path for path, label in _labels(personas).items()}
+        named = {f"persona {label}": path for path, label in path_labels(personas).items()}
         for name, path in named.items():
             methods += persona_methods(personas[path], saes[path], name, control=self.controls)
         if chosen:
@@ -182,6 +186,7 @@ class MethodOptions(LatentOptions):
             sae = load_latents_sae(adapter_sae, device_named(on.device), edited).to(dtype=model.dtype)
             positions = config.positions
             methods += [Method.latents(sae, one, positions, name=f"latents {name}") for name, one in chosen.items()]
+        methods = _with_gated(methods, None if gate is None else gate(model, tokenizer))
         return LoadedMethods(
             *(model, tokenizer, [*methods, *prefixed], list(maps.values()), list(adapters)),
             personas={name: personas[path] for name, path in named.items()},
@@ -212,6 +217,25 @@ class MethodOptions(LatentOptions):
                 "Controls were not run: without them, nothing shows that an effect is due to what a method chose or "
                 "learned, and it is not a result of steering. Add --controls."
             )
+
+
+def _with_gated(methods: Sequence[Method], gate: Gate | None) -> list[Method]:
+    """Return methods, each followed by itself with a gate if it can have one and is no control."""
+    from dspa.evaluate.compare.methods import Method
+
+    if gate is None:
+        return list(methods)
+    gated = {
+        m.name: Method.gated(m, gate) for m in methods if m.kind in ("DSPA", "adapter", "vector", "latents", "persona")
+    }
+    if not gated:
+        raise refusal(
+            ValueError,
+            "--gate",
+            "given without a method that acts on tokens",
+            "--map, --adapter, --vector, --latent or --persona",
+        )
+    return [made for method in methods for made in (method, gated.get(method.name)) if made is not None]
 
 
 # In the panel of a command's own options.
@@ -297,7 +321,7 @@ def _prefixed(texts: Sequence[str]) -> list[Method]:
     return methods
 
 
-def _labels(paths: Collection[Path]) -> dict[Path, str]:
+def path_labels(paths: Collection[Path]) -> dict[Path, str]:
     """Return what files or folders are called in tables: how their names begin, or paths where these are alike."""
     names = {path: path.name.split(".")[0] for path in paths}
     return names if len(set(names.values())) == len(names) else {path: str(path) for path in paths}

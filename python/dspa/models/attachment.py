@@ -19,12 +19,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, SupportsIndex, TypeVar
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import GenerationConfig, LogitsProcessorList
 
 from dspa.errors import ModelError, refusal
 from dspa.models.layers import NOT_FINITE, CausalLM, base_model, check_eval, decoder_layers, hidden_size
@@ -32,6 +31,9 @@ from dspa.models.prompts import Prompts, generate_prompts
 from dspa.models.reading import READING, check_residual, forget_graphs, hidden, read_layers
 from dspa.models.scopes import S, Scope, innermost, opened
 from dspa.models.sources import check_weights
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, LogitsProcessorList
 
 ATTRIBUTE = "_dspa_attachment"
 # The method whose signature says which keywords a model takes, and which of ours it takes by how many blocks.

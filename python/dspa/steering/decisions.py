@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, ClassVar, TypeAlias
 
 import torch
 from pydantic import Field, StrictInt
 from torch import Tensor
 from torch.nn.functional import pad
+from typing_extensions import Self
 
 from dspa.errors import ModelError, refusal
 from dspa.schemas import Accepts, Flag, Fraction, NonNegative, PositiveInt, Seed, schema
@@ -86,7 +87,21 @@ class Gate(ABC):
 
     def settings(self) -> dict[str, Any]:
         """Return the kind of the gate with its settings, as JSON."""
-        return {"gate": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+        return {"gate": {"kind": type(self).__name__, **asdict(self)}}  # type: ignore[call-overload]
+
+    def complemented(self) -> Self:
+        """Return the gate that opens where this one is closed."""
+        return replace(self, complement=not self.complement)  # type: ignore[type-var]
+
+    @property
+    def label(self) -> str:
+        """Short name for tables."""
+        return f"{self._words} complement" if self.complement else self._words
+
+    @property
+    @abstractmethod
+    def _words(self) -> str:
+        """Short name of the rule."""
 
 
 @schema
@@ -110,6 +125,10 @@ class EntropyGate(Gate):
     threshold: NonNegative = 1.0
     k: TopK = 10
     complement: Flag = False
+
+    @property
+    def _words(self) -> str:
+        return f"entropy >= {self.threshold:.3g}"
 
     def _chosen(self, index: Tensor, key: Tensor, entropy: Tensor | None) -> Tensor:
         return index <= 0 if entropy is None else (index <= 0) | (entropy >= self.threshold)
@@ -135,6 +154,10 @@ class RandomGate(Gate):
     seed: Seed = 0
     complement: Flag = False
 
+    @property
+    def _words(self) -> str:
+        return f"random {self.share:.3g}"
+
     def _chosen(self, index: Tensor, key: Tensor, entropy: Tensor | None) -> Tensor:
         state = mixed(mixed(mixed(self.seed & BITS_32, self.seed >> 32), key), 0)
         return mixed(state[:, None], index) < round(self.share * (BITS_32 + 1))
@@ -154,6 +177,10 @@ class FirstTokens(Gate):
 
     n: PositiveInt
     complement: Flag = False
+
+    @property
+    def _words(self) -> str:
+        return f"first {self.n}"
 
     def _chosen(self, index: Tensor, key: Tensor, entropy: Tensor | None) -> Tensor:
         return index < self.n

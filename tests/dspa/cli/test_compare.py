@@ -178,7 +178,11 @@ def test_joint_maps(run, folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "None of --map, --adapter, --vector, --tuned, --persona, --latent, --latents and --prefix was given"),
+        (
+            [],
+            "None of --map, --adapter, --vector, --tuned, --persona, --latent, --latents, --junction and --prefix was "
+            "given",
+        ),
         (["--fraction", 0.5, "--prefix", "a"], "Without --adapter there is no use for --fraction"),
         (["--prefix", "a", "--alpha", 1, "--k-diff", 4], "Without --map there is no use for --alpha, --k-diff"),
         (["--map", "map", "--sae", "sae"], "Without --adapter or --latent there is no use for --sae"),

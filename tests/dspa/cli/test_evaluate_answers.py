@@ -46,6 +46,17 @@ def run(capsys, monkeypatch, folder, tmp_path):
     return go
 
 
+def test_a_gate(run, folder, tmp_path):
+    """Its complement alone: the share of a random gate would be known after the answers."""
+    gate = ("--gate", "entropy", "--gate-threshold", 0.5)
+    code, _, err = run(folder / "question.jsonl", "--adapter", folder / "adapter", "--controls", *gate, "--seeds", 1)
+    assert code == 0, err
+    record = json.loads((tmp_path / "answers" / "record.json").read_text())
+    gated = "FSRL adapter, entropy >= 0.5"
+    names = ["base", "FSRL adapter", "FSRL adapter: random latents", gated, f"{gated}: complement gate"]
+    assert [method["name"] for method in record["methods"]] == names
+
+
 def test_all_methods_in_files_and_table(run, folder, tmp_path):
     code, out, err = run(
         folder / "question.jsonl",

@@ -97,6 +97,7 @@ class Comparison(Figures):
             "unsteered": [run.unsteered for run in self.answers[name]],
             "unsteered_triples": [run.unsteered for run in self.scores.get(name, [])],
             "tokens_per_second": self.speed(name),
+            "operations_per_token": self.operations.get(name),
             "answers": self.texts[name],
             "edited": [
                 [self.answer(name, prompt, seed).edited for prompt in range(len(self.prompts))]

@@ -29,7 +29,8 @@ class Figures:
     """Answers and scores of methods on the same prompts and triples, and measures of them.
 
     Measures are "margin", "chosen", "rejected" and "accuracy" of held-out triples, and of answers the counters,
-    "perplexity", "answer_perplexity", "distinct_1" to "distinct_3", "length", "ended" and "edited".
+    "perplexity", "answer_perplexity", "distinct_1" to "distinct_3", "length", "ended",
+    "edited" and "touched".
 
     Attributes:
         methods: the base model, then every method, each followed by its controls.
@@ -44,6 +45,7 @@ class Figures:
         prefer: measure whose gain decides the recommendation; None for none.
         max_perplexity: largest perplexity of a recommended method, as a multiple of the base model's.
         tokenizer: the model's tokenizer.
+        operations: largest number of floating-point operations per token of an answer, by method.
     """
 
     methods: list[Method]
@@ -58,6 +60,7 @@ class Figures:
     prefer: str | None
     max_perplexity: float
     tokenizer: PreTrainedTokenizerBase
+    operations: dict[str, float] = field(default_factory=dict)
     _computed: dict[tuple[Any, ...], Figure | None] = field(default_factory=dict, repr=False)
 
     @cached_property

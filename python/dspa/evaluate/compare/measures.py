@@ -19,12 +19,13 @@ from dspa.intervals import Values, bootstrap
 
 Counter: TypeAlias = re.Pattern[str] | Callable[[str, str], float]
 
-MARGIN, PERPLEXITY, EDITED = "margin", "perplexity", "edited"
+MARGIN, PERPLEXITY, EDITED, TOUCHED = "margin", "perplexity", "edited", "touched"
 # Of a held-out triple: log-probability per token of its responses, their difference, and 1 if that is positive.
 OF_TRIPLES = ("chosen", "rejected", MARGIN, "accuracy")
 # Of an answer. perplexity: under the base model after the plain prompt, all tokens of all answers weighing the same;
 # answer_perplexity: the mean of those of single answers; distinct_n: different n-grams per n-gram; length: in tokens;
-# ended: 1 if it ends by itself; edited: share of its tokens that were predicted from an edited residual.
+# ended: 1 if it ends by itself; edited: share of its tokens that were predicted from an edited residual; touched: share
+# of its tokens that a gate let through.
 OF_ANSWERS = (
     PERPLEXITY,
     "answer_perplexity",
@@ -34,6 +35,7 @@ OF_ANSWERS = (
     "length",
     "ended",
     EDITED,
+    TOUCHED,
 )
 
 
@@ -172,6 +174,9 @@ def answer_measures(
     if None not in edited:
         numbers = [[len(marked) for marked in row or ()] for row in edited]
         measures[EDITED] = Sums(np.array(numbers, dtype=np.float64), tokens)
+    touched = [run.touched for run in runs]
+    if None not in touched:
+        measures[TOUCHED] = Sums(np.array(touched, dtype=np.float64), tokens)
     return measures
 
 

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias, cast
 
 from torch import Generator, Tensor, nn
 
+from dspa.baselines.junction.processor import JunctionProcessor
+from dspa.baselines.junction.value import ValueHead, ValueModel
 from dspa.baselines.matching import matched_permutation
 from dspa.baselines.random_change import random_change
 from dspa.baselines.random_set import random_set_map
@@ -26,14 +28,17 @@ from dspa.models.layers import CausalLM, base_model, find_layers
 from dspa.models.sources import model_digest
 from dspa.saes.frozen import FrozenSAE
 from dspa.saes.placement import required_layer
+from dspa.steering.decisions import Gate, RandomGate
 from dspa.steering.dspa import Steering
+from dspa.steering.gated import Gated
 from dspa.steering.joint import JointSteering, check_layers
 from dspa.steering.latent_sets import LatentSet
 from dspa.steering.latents import LatentSteering
 from dspa.steering.vector import SteeringVector
 
 BASE = "base"
-CONTROLS = ("random set", "shuffled map", "wrong layer", "random latents", "random vector", "random change")
+OF_GATES = ("random gate", "complement gate")
+CONTROLS = ("random set", "shuffled map", "wrong layer", "random latents", "random vector", "random change", *OF_GATES)
 # What a method steers by: returns it, not attached, for a seed.
 Maker: TypeAlias = Callable[[int], Attachable | JointSteering]
 # What a control is made of: what attaches for a draw, its settings besides those of its method, and if it draws.
@@ -76,11 +81,12 @@ class Parts:
 class Method:
     """One way to answer prompts; `base` is in every comparison.
 
-    Make it with `dspa`, `joint`, `static`, `adapted`, `vector`, `latents`, `tuned` or `prefixed`.
+    Make it with `dspa`, `joint`, `static`, `adapted`, `vector`, `latents`, `tuned`, `prefixed`, `gated` or `junction`.
 
     Attributes:
         name: name in tables and files, different from the others'.
-        kind: "base", "DSPA", "Static-SAE", "adapter", "vector", "latents", "tuned", "prefix", or "control".
+        kind: "base", "DSPA", "Static-SAE", "adapter", "vector", "latents", "tuned", "prefix", "gated", "junction", or
+            "control".
         settings: all that its answers depend on, as JSON: digests of maps, SAEs and adapters are among them.
         attachable: returns what steers, not attached, for a seed; None for nothing.
         drawn: True if that is another one for each seed.
@@ -88,6 +94,9 @@ class Method:
         redraw: what a draw makes of the change of each of them; None for the change itself.
         prefix: text that is put in as a system message, or before a prompt that is plain text.
         parts: what a DSPA method is made of, one for each map, from which its controls are made.
+        gate: which tokens of an answer it acts on; None for all.
+        processor: returns what changes the logits of a call for a model, a `JunctionProcessor`; None for nothing. Its
+            log-probabilities of given responses are not measured: it gives most tokens a probability of 0.
         control_of: name of the method that this is a control of.
     """
 
@@ -100,6 +109,8 @@ class Method:
     redraw: Callable[[Tensor, Generator], Tensor] | None = None
     prefix: str = ""
     parts: tuple[Parts, ...] = ()
+    gate: Gate | None = None
+    processor: Callable[[CausalLM], JunctionProcessor] | None = None
     control_of: str = ""
 
     @classmethod
@@ -283,6 +294,61 @@ class Method:
         shown = text if len(text) <= 24 else f"{text[:23].rstrip()}…"
         return cls(name or f'prefix "{shown}"', "prefix", {"prefix": text}, prefix=text)
 
+    @classmethod
+    def gated(cls, method: Method, gate: Gate, *, name: str = "") -> Method:
+        """Return a method that acts on the tokens of an answer that a gate lets through.
+
+        Args:
+            method: a method that attaches something, as those of `dspa`, `static`, `adapted` and `vector` do.
+            gate: the gate.
+            name: by default that of the method, and the gate.
+
+        Raises:
+            ValueError: a method that attaches nothing, or has a gate.
+        """
+        if method.attachable is None or method.gate is not None:
+            got, accepted = f"the method {method.name!r}", "one of DSPA, a vector, an adapter or a persona"
+            raise refusal(ValueError, "`method`", got, accepted)
+        attachable = method.attachable
+        return replace(
+            method,
+            name=name or f"{method.name}, {gate.label}",
+            kind="gated",
+            settings={**method.settings, **gate.settings()},
+            attachable=lambda seed: with_gate(attachable(seed), gate),
+            gate=gate,
+        )
+
+    @classmethod
+    def junction(
+        cls,
+        head: ValueHead,
+        *,
+        k: int = 10,
+        threshold: float | None = 1.0,
+        weight: float = 1.0,
+        name: str = "junction",
+    ) -> Method:
+        """Return Sparse Junction Steering with a value head on the compared model itself.
+
+        Args:
+            head: the value head, made with that model.
+            k: as for `JunctionProcessor`, like the others.
+            threshold: entropy from which on logits are changed.
+            weight: factor of the values.
+            name: name in tables.
+
+        Raises:
+            ValueError: an invalid setting.
+        """
+        settings = {"k": k, "threshold": threshold, "weight": weight}
+
+        def make(model: CausalLM) -> JunctionProcessor:
+            return JunctionProcessor(ValueModel(head, model), k, threshold, weight)
+
+        JunctionProcessor(lambda _ids, candidates: candidates.float(), k, threshold, weight)
+        return cls(name, "junction", {**settings, "head": head.digest}, processor=make)
+
     @property
     def digest(self) -> str:
         """16 hexadecimal digits that identify what the method does."""
@@ -290,7 +356,7 @@ class Method:
 
 
 def _check_parts(argument: str, method: Method) -> None:
-    if not method.parts:
+    if not method.parts or method.gate is not None:
         raise refusal(ValueError, argument, f"the method {method.name!r}", "one that Method.dspa made")
 
 
@@ -316,8 +382,9 @@ def controls_of(
     layers: str | None,
     densities: Callable[[FrozenSAE], Tensor],
     origin: str,
+    share: Callable[[Method], float] | None = None,
 ) -> list[Method]:
-    """Return the controls of a method; Static-SAE and prefixes have none.
+    """Return the controls of a method; Static-SAE, prefixes and junction steering have none.
 
     Args:
         method: the method.
@@ -325,10 +392,14 @@ def controls_of(
         model: the model that is steered.
         layers: dotted path of its decoder layers, for an unknown architecture.
         densities: returns the share of response tokens on which each latent of an SAE is active.
-        origin: digest of all that the densities depend on.
+        origin: digest of all that the densities and the shares depend on, but for the method.
+        share: returns the share of tokens that a method with a gate acted on; None where that is not measured, and
+            there is no random gate.
     """
     made: dict[str, Made] = {}
-    if method.parts:
+    if method.gate is not None:
+        made = _of_gate(method, method.gate, origin, share)
+    elif method.parts:
         made = _of_dspa(method.parts, model, layers, densities, origin)
     elif method.kind == "adapter" and method.attachable is not None:
         adapter = cast(Any, method.attachable(0))
@@ -356,6 +427,7 @@ def controls_of(
             drawn=drawn,
             weights=method.weights,
             redraw=None if method.weights is None else random_change,
+            parts=method.parts if name in OF_GATES else (),
             control_of=method.name,
         )
         for name, (attachable, settings, drawn) in made.items()
@@ -405,3 +477,33 @@ def _of_dspa(
 def _with_maps(parts: Sequence[Parts], maps: Sequence[ConditionalDifferenceMap]) -> Attachable | JointSteering:
     """Return the steering by other maps in place of their own."""
     return _joined([replace(part, cdmap=cdmap).steering() for part, cdmap in zip(parts, maps, strict=True)])
+
+
+def with_gate(attachable: Attachable | JointSteering, gate: Gate) -> Attachable | JointSteering:
+    """Return a copy of something that is not attached, with a gate and the same tensors.
+
+    Raises:
+        ValueError: something that takes no gate.
+    """
+    if isinstance(attachable, JointSteering):
+        return JointSteering([cast(Steering, with_gate(part, gate)) for part in attachable.parts])
+    if not isinstance(attachable, Gated):
+        raise refusal(ValueError, "What a gate is for", f"a {type(attachable).__name__}", "one that acts on tokens")
+    copied = copy.copy(attachable)
+    copied.gate = gate
+    return copied
+
+
+def _of_gate(method: Method, gate: Gate, origin: str, share: Callable[[Method], float] | None) -> dict[str, Made]:
+    """Return the controls of a method with a gate, which are the method with other gates."""
+    assert method.attachable is not None
+    attachable, other = method.attachable, gate.complemented()
+    made: dict[str, Made] = {}
+    if share is not None and not isinstance(gate, RandomGate):
+
+        def random_gate(draw: int) -> Attachable | JointSteering:
+            return with_gate(attachable(draw), RandomGate(share(method), seed=draw))
+
+        made["random gate"] = (random_gate, {"answers": origin}, True)
+    made["complement gate"] = (lambda seed: with_gate(attachable(seed), other), other.settings(), False)
+    return made

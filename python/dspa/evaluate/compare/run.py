@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dspa.baselines.junction.processor import JunctionProcessor
 from dspa.baselines.random_set import response_densities
 from dspa.data.messages import Text
 from dspa.data.prompts import check_prompt
@@ -24,7 +25,8 @@ from dspa.data.triples import Triple, load_triples
 from dspa.errors import ModelError, refusal
 from dspa.evaluate.compare.comparison import Comparison
 from dspa.evaluate.compare.measures import MARGIN, Counter, check_counters, count
-from dspa.evaluate.compare.methods import BASE, CONTROLS, Method, controls_of
+from dspa.evaluate.compare.methods import BASE, CONTROLS, OF_GATES, Method, controls_of
+from dspa.evaluate.compare.operations import operations_per_token
 from dspa.evaluate.compare.prompts import encode, spoken, triple_with_prefix
 from dspa.evaluate.compare.runs import FORMAT, Answers, RunStore, TripleScores
 from dspa.evaluate.generation import (
@@ -35,7 +37,15 @@ from dspa.evaluate.generation import (
     sampling_arguments,
     unsteered_prompts,
 )
-from dspa.evaluate.responses import Response, batches, log_probabilities, padded, responses_of, teacher_forced
+from dspa.evaluate.responses import (
+    Response,
+    batches,
+    generate_given,
+    log_probabilities,
+    padded,
+    responses_of,
+    teacher_forced,
+)
 from dspa.evaluate.scores import score_responses
 from dspa.files import digest_of
 from dspa.models.attachment import Attachment
@@ -43,6 +53,7 @@ from dspa.models.layers import CausalLM, base_model, check_eval, loaded_name
 from dspa.models.sources import model_digest
 from dspa.saes.frozen import FrozenSAE
 from dspa.steering.dspa import Steering, attached_steerings
+from dspa.steering.gated import Gated
 from dspa.version import __version__
 
 
@@ -80,12 +91,14 @@ def compare(
         model: a transformers causal language model in evaluation mode, to which nothing is attached.
         tokenizer: the model's tokenizer.
         prompts: texts, or lists of messages.
-        methods: what `Method.dspa`, `.joint`, `.static`, `.adapted`, `.vector`, `.tuned` and `.prefixed` made.
+        methods: what `Method.dspa`, `.joint`, `.static`, `.adapted`, `.vector`, `.tuned`, `.prefixed`, `.gated` and
+            `.junction` made.
         held_out: preference triples that no method was made with, to measure log-probabilities on.
         counters: by name, a compiled regular expression, whose matches in an answer are counted, or a function of
             prompt (of messages, the text of the last one) and answer.
         controls: those to run for methods that have them: of DSPA "random set", "shuffled map" and "wrong layer", of
-            adapters "random latents", of vectors "random vector", of tuned models "random change".
+            adapters "random latents", of vectors "random vector", of tuned models "random change", and of methods with
+            a gate "random gate", which lets the same share of tokens through, and "complement gate".
         prefer: measure whose gain decides the recommendation: "margin" (default where `held_out` is given), or a
             counter, of which more is better.
         max_perplexity: largest perplexity of a recommended method's answers, as a multiple of that of the base model's.
@@ -152,7 +165,9 @@ def compare(
         everything, densities = [Method.base()], runner.densities(seeds[0])
         origin = runner.answers_key(everything[0], seeds[0])
         for method in methods:
-            everything += [method, *controls_of(method, controls, inner, layers, densities, origin)]
+            origin_of = digest_of([runner.answers_key(method, seed) for seed in seeds]) if method.gate else origin
+            share = partial(runner.share, seeds=seeds)
+            everything += [method, *controls_of(method, controls, inner, layers, densities, origin_of, share)]
         answers: dict[str, list[Answers]] = {}
         scores: dict[str, list[TripleScores]] = {}
         for method, seed in runner.work(everything, seeds, progress):
@@ -162,7 +177,7 @@ def compare(
                 for name, counter in counters.items():
                     count(name, counter, spoken(prompts[0]), decode(tokenizer, drawn.ids[0]))
             answers.setdefault(method.name, []).append(drawn)
-            if triples and (method.drawn or seed == seeds[0]):
+            if triples and method.processor is None and (method.drawn or seed == seeds[0]):
                 scores.setdefault(method.name, []).append(runner.scores(method, seed))
         comparison = Comparison(
             methods=everything,
@@ -179,6 +194,13 @@ def compare(
             prefer=prefer or (MARGIN if triples else None),
             max_perplexity=max_perplexity,
             tokenizer=tokenizer,
+            operations={
+                method.name: operations_per_token(
+                    inner, method, answers[method.name], runner.encoded(method.prefix), layers
+                )
+                for method in everything
+                if not method.control_of or method.settings["control"] in OF_GATES
+            },
         )
         if results is not None:
             comparison.save(results, runner.store.runs, progress=progress)
@@ -214,7 +236,7 @@ def _check(
         check_prompt(f"prompt {number}", prompt)
     if not methods:
         raise refusal(ValueError, "`methods`", "empty", "one method or more besides the base model")
-    check_methods(model, methods)
+    check_methods(model, methods, processors=True)
     check_runs(controls, seeds, batch_size)
     if not max_perplexity > 0:
         raise refusal(ValueError, "`max_perplexity`", max_perplexity, "a number > 0, such as 1.15")
@@ -237,8 +259,13 @@ def check_runs(controls: Sequence[str], seeds: Sequence[int], batch_size: int) -
         raise refusal(ValueError, "`batch_size`", batch_size, "a whole number >= 1")
 
 
-def check_methods(model: CausalLM, methods: Sequence[Method]) -> None:
+def check_methods(model: CausalLM, methods: Sequence[Method], *, processors: bool = False) -> None:
     """Check the methods of a comparison with the base model.
+
+    Args:
+        model: the model.
+        methods: the methods.
+        processors: True where methods may change logits, as junction steering does.
 
     Raises:
         ModelError: a model to which something is attached.
@@ -248,8 +275,11 @@ def check_methods(model: CausalLM, methods: Sequence[Method]) -> None:
         got = f"steered already ({', '.join(type(other).__name__ for other in Attachment.of(model).attached)})"
         raise refusal(ModelError, "`model`", got, "one to which nothing is attached", "Call dspa.detach(model) first.")
     if strays := [method for method in methods if not isinstance(method, Method)]:
-        made = "what Method.dspa, .joint, .static, .adapted, .vector, .tuned and .prefixed make"
+        made = "what Method.dspa, .joint, .static, .adapted, .vector, .tuned, .prefixed, .gated and .junction make"
         raise refusal(ValueError, "`methods`", f"with a {type(strays[0]).__name__}", made)
+    if not processors and (changing := [method.name for method in methods if method.processor is not None]):
+        accepted = "methods that change residuals, weights or prompts"
+        raise refusal(ValueError, "`methods`", f"with {changing[0]!r}, which changes logits", accepted)
     names = [BASE, *(method.name for method in methods)]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise refusal(ValueError, "`methods`", f"with the name {doubled[0]!r} twice", "methods of different names")
@@ -351,6 +381,7 @@ class _Runner:
             **sampling_arguments(settings["temperature"], settings["top_p"]),
         }
         texts: dict[int, Response] = {}
+        touched: dict[int, int] = {}
         seconds = 0.0
         with self.attached(method, seed):
             for start in range(0, len(prompts), settings["batch_size"]):
@@ -360,18 +391,30 @@ class _Runner:
                 torch.manual_seed(random.Random(f"{seed}/{start}").getrandbits(32))
                 began = time.perf_counter()
                 batch = [prompts[n] for n in numbers]
-                responses = continue_prompts(self.model, self.tokenizer, batch, self.ends, **arguments)
+                processor = None if method.processor is None else method.processor(self.model)
+                processors = {} if processor is None else {"logits_processor": [processor]}
+                responses = continue_prompts(self.model, self.tokenizer, batch, self.ends, **arguments, **processors)
                 seconds += time.perf_counter() - began
                 texts |= zip(numbers, responses, strict=True)
+                if (opened := _opened(self.model, processor)) is not None:
+                    for n, row, response in zip(numbers, opened, responses, strict=True):
+                        touched[n] = int(row[: len(response.ids)].sum())
                 self.bar.update(len(numbers))
             written = [texts[n] for n in range(len(prompts))]
             edited, unsteered = None, None
             if steerings := attached_steerings(self.model):
                 edited, unsteered = self._edits(steerings, written)
         plain = [Response(prompt, text.ids) for prompt, text in zip(self.encoded(""), written, strict=True)]
-        run = Answers([text.ids for text in written], self._nll(plain), edited, unsteered, seconds)
+        shares = [touched[n] for n in range(len(prompts))] if touched else None
+        run = Answers([text.ids for text in written], self._nll(plain), edited, unsteered, seconds, shares)
         self.store.add(key, run)
         return run
+
+    def share(self, method: Method, seeds: Sequence[int]) -> float:
+        """Return the share of the tokens of a method's answers that its gate let through. They are in the store."""
+        runs = [self.store.get(self.answers_key(method, seed), Answers) for seed in seeds]
+        touched = sum(sum(run.touched or []) for run in runs if run is not None)
+        return touched / sum(len(ids) for run in runs if run is not None for ids in run.ids)
 
     def scores(self, method: Method, seed: int) -> TripleScores:
         """Return the scores of the triples under a method, from the store where they are there."""
@@ -408,8 +451,11 @@ class _Runner:
             batch = [texts[n] for n in numbers]
             with ExitStack() as blocks:
                 traces = [blocks.enter_context(steering.recording()) for steering in steerings]
-                blocks.enter_context(teacher_forced(self.model, batch))
-                self.model(**padded(self.model, batch), use_cache=False, logits_to_keep=1)
+                if any(steering.stepwise for steering in steerings):
+                    generate_given(self.model, batch)
+                else:
+                    blocks.enter_context(teacher_forced(self.model, batch))
+                    self.model(**padded(self.model, batch), use_cache=False, logits_to_keep=1)
             for row, position in sorted({(edit.row, edit.position) for trace in traces for edit in trace}):
                 token = position - len(batch[row].prompt) + 1
                 # The last token predicts what was not generated any more.
@@ -443,6 +489,15 @@ class _Runner:
             return response_densities(self.model, sae, responses, layers=self.layers, batch_tokens=self.batch_tokens)
 
         return measure
+
+
+def _opened(model: CausalLM, processor: JunctionProcessor | None) -> Tensor | None:
+    """Return the tokens [R, N] of the latest answers that a gate let through or that were junctions, if there are."""
+    if processor is not None:
+        return torch.stack(processor.junctions, dim=1)
+    # Those of several maps of one method have one gate.
+    gated = (other.decisions for other in Attachment.of(model).attached if isinstance(other, Gated))
+    return next((decisions.opened for decisions in gated if decisions is not None), None)
 
 
 def check_attaching(model: CausalLM, methods: Sequence[Method], **names: Any) -> None:

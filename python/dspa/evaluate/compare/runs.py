@@ -30,6 +30,7 @@ class Answers:
             recorded, as for adapters.
         unsteered: True for each prompt that selected nothing to edit; None where none is selected.
         seconds: time of generation alone.
+        touched: number of each answer's tokens that a gate let through, or that were junctions; None without either.
     """
 
     ids: list[list[Count]]
@@ -37,6 +38,7 @@ class Answers:
     edited: list[list[Count]] | None
     unsteered: list[Flag] | None
     seconds: NonNegative
+    touched: list[Count] | None = None
 
 
 @schema

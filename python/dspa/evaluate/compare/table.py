@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dspa.evaluate.compare.figures import Figures
-from dspa.evaluate.compare.measures import EDITED, MARGIN, OF_TRIPLES, PERPLEXITY, Figure
+from dspa.evaluate.compare.measures import EDITED, MARGIN, OF_TRIPLES, PERPLEXITY, TOUCHED, Figure
 from dspa.evaluate.compare.methods import BASE, Method
 
 # Counters per table, as many as 80 columns hold.
@@ -21,7 +21,9 @@ LEGEND = (
     "seeds of a prompt drawn together. Controls are indented below their method. *: the interval is above 0 and above "
     "those of all controls. perplexity: of all answers' tokens under the base model; tokens: per answer; ended: share "
     "of answers that end by themselves; edited: share of tokens that were predicted from an edited residual; "
-    "unsteered: prompts that select nothing to edit."
+    "touched: share that a gate let through, or that were junctions; unsteered: prompts that select nothing to edit; "
+    "GFLOP: per token of an answer, at most, without reading prompts. Junction steering has no log-probabilities of "
+    "given responses, since it gives all but its candidates a probability of 0."
 )
 
 
@@ -122,8 +124,20 @@ def _of_runs(comparison: Figures, method: Method) -> Cells:
         ("tokens", _number(comparison.figure("length", method.name), ".1f")),
         ("ended", _number(comparison.figure("ended", method.name), ".0%")),
         ("edited", _number(comparison.figure(EDITED, method.name), ".0%")),
+        *_of_gates(comparison, method),
         ("unsteered", "" if unsteered is None else str(unsteered)),
         ("tokens/s", f"{comparison.speed(method.name):.0f}"),
+    ]
+
+
+def _of_gates(comparison: Figures, method: Method) -> Cells:
+    """Return what only comparisons with gates or junctions show."""
+    if not any(TOUCHED in sums for sums in comparison.sums.values()):
+        return []
+    operations = comparison.operations.get(method.name)
+    return [
+        (TOUCHED, _number(comparison.figure(TOUCHED, method.name), ".0%")),
+        ("GFLOP", "" if operations is None else f"{1e-9 * operations:.4g}"),
     ]
 
 
