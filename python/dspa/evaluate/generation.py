@@ -213,7 +213,7 @@ def continue_prompts(
         ends: the `end_tokens`.
         arguments: further arguments of `generate()`.
     """
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    pad = padding_token(tokenizer, ends)
     width = max(map(len, prompts))
     rows = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -224,6 +224,12 @@ def continue_prompts(
         last = next((n for n, token in enumerate(ids, start=1) if token in ends), len(ids))
         texts.append(Response(list(prompt), ids[:last]))
     return texts
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> int:
+    """Return the token with which prompts are padded, the smallest end token where the tokenizer has none."""
+    pad: int | None = tokenizer.pad_token_id
+    return min(ends, default=0) if pad is None else pad
 
 
 def end_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -19,7 +19,7 @@ from dspa.demo import language
 from dspa.demo.load import N_TRIPLES, World
 from dspa.errors import ModelError, VectorError
 from dspa.evaluate.responses import Response, responses_of
-from dspa.testing import make_model
+from dspa.testing import make_model, word_tokenizer
 
 from ...rounding import assert_same_logits
 
@@ -68,8 +68,11 @@ def test_refusals(gemma: Any, head: ValueHead) -> None:
     for wrong in (lambda _ids, tokens: tokens[0], lambda _ids, tokens: tokens * math.nan, lambda _ids, _tokens: None):
         with pytest.raises(ValueError, match="`value_model` returned"):
             JunctionProcessor(wrong, threshold=None)(torch.tensor([[1]]), torch.zeros(1, 5))
+    other = make_model("gemma2", seed=7)
     with pytest.raises(ModelError, match="made with"):
-        ValueModel(head, make_model("gemma2", seed=7))
+        ValueModel(head, other)
+    with pytest.raises(ModelError, match="made with"):
+        compare(other, word_tokenizer(), ["the cat"], [Method.junction(head)], progress=False)
     for rewards in ([1.0, 0.0], [1.0, 1.0, 1.0]):
         with pytest.raises(ValueError, match="not all equal"):
             fit_value_head(gemma, RESPONSES, rewards)
@@ -100,8 +103,7 @@ def test_the_head_is_the_least_squares_one(gemma: Any, head: ValueHead) -> None:
 def test_values_are_those_of_whole_passes(gemma: Any, head: ValueHead) -> None:
     """With rows padded on the left, as `generate()` passes them."""
     rows, candidates = [[0, 0, 1, 5], [1, 9, 3, 44]], [[7, 8, 50], [3, 2, 1]]
-    gemma.generation_config.pad_token_id = 0
-    values = ValueModel(head, gemma)(torch.tensor(rows), torch.tensor(candidates))
+    values = ValueModel(head, gemma, 0)(torch.tensor(rows), torch.tensor(candidates))
     for row, tokens, scored in zip(rows, candidates, values, strict=True):
         prompt = [token for token in row if token]
         wanted = torch.stack([head(hidden(gemma, Response(prompt, [token])))[-1] for token in tokens])

@@ -114,13 +114,17 @@ class ValueModel:
     Args:
         head: the head.
         model: the model that it was fitted on.
+        pad_token_id: token with which rows are padded on the left; None for that of the model. It is padding wherever a
+            row begins with it.
 
     Raises:
         ModelError: another model than the head's.
     """
 
-    def __init__(self, head: ValueHead, model: nn.Module) -> None:
+    def __init__(self, head: ValueHead, model: nn.Module, pad_token_id: int | None = None) -> None:
         self.head, self.model = head, base_model(model)
+        pads = [self.model.generation_config.pad_token_id, self.model.config.get_text_config().pad_token_id]
+        self.pad_token_id = next((token for token in (pad_token_id, *pads) if token is not None), None)
         if len(head.weight) != hidden_size(self.model):
             got, accepted = f"for {len(head.weight)} numbers", f"one for the model's {hidden_size(self.model)}"
             raise refusal(ModelError, "The value head", got, accepted)
@@ -129,9 +133,7 @@ class ValueModel:
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, candidates: Tensor) -> Tensor:
         """Return the values [R, k] fp32 of candidates [R, k] after tokens [R, T], which may be padded on the left."""
-        (n_rows, k), model = candidates.shape, self.model
-        pads = [model.generation_config.pad_token_id, model.config.get_text_config().pad_token_id]
-        pad = next((token for token in pads if token is not None), None)
+        (n_rows, k), model, pad = candidates.shape, self.model, self.pad_token_id
         mask = torch.ones_like(input_ids) if pad is None else ((input_ids != pad).cumsum(dim=1) > 0).long()
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         cache = DynamicCache(config=model.config)

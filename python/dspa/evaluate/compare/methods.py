@@ -95,8 +95,9 @@ class Method:
         prefix: text that is put in as a system message, or before a prompt that is plain text.
         parts: what a DSPA method is made of, one for each map, from which its controls are made.
         gate: which tokens of an answer it acts on; None for all.
-        processor: returns what changes the logits of a call for a model, a `JunctionProcessor`; None for nothing. Its
-            log-probabilities of given responses are not measured: it gives most tokens a probability of 0.
+        processor: returns what changes the logits of a call, a `JunctionProcessor`, for a model and the token that pads
+            prompts; None for nothing. Its log-probabilities of given responses are not measured: it gives most tokens a
+            probability of 0.
         control_of: name of the method that this is a control of.
     """
 
@@ -110,7 +111,7 @@ class Method:
     prefix: str = ""
     parts: tuple[Parts, ...] = ()
     gate: Gate | None = None
-    processor: Callable[[CausalLM], JunctionProcessor] | None = None
+    processor: Callable[[CausalLM, int], JunctionProcessor] | None = None
     control_of: str = ""
 
     @classmethod
@@ -343,8 +344,8 @@ class Method:
         """
         settings = {"k": k, "threshold": threshold, "weight": weight}
 
-        def make(model: CausalLM) -> JunctionProcessor:
-            return JunctionProcessor(ValueModel(head, model), k, threshold, weight)
+        def make(model: CausalLM, pad_token_id: int) -> JunctionProcessor:
+            return JunctionProcessor(ValueModel(head, model, pad_token_id), k, threshold, weight)
 
         JunctionProcessor(lambda _ids, candidates: candidates.float(), k, threshold, weight)
         return cls(name, "junction", {**settings, "head": head.digest}, processor=make)

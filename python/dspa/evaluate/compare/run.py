@@ -34,6 +34,7 @@ from dspa.evaluate.generation import (
     continue_prompts,
     decode,
     end_tokens,
+    padding_token,
     sampling_arguments,
     unsteered_prompts,
 )
@@ -308,6 +309,11 @@ class _Runner:
         """Tokens that end an answer."""
         return end_tokens(self.model, self.tokenizer)
 
+    @property
+    def pad(self) -> int:
+        """Token with which prompts are padded."""
+        return padding_token(self.tokenizer, self.ends)
+
     @cached_property
     def order(self) -> list[int]:
         """Numbers of the prompts in the order in which they are answered, the longest first."""
@@ -340,6 +346,9 @@ class _Runner:
             if self.triples:
                 self.responses(prefix)
         check_attaching(self.model, methods, **self.names)
+        for method in methods:
+            if method.processor is not None:
+                method.processor(self.model, self.pad)
 
     @property
     def names(self) -> dict[str, Any]:
@@ -391,7 +400,7 @@ class _Runner:
                 torch.manual_seed(random.Random(f"{seed}/{start}").getrandbits(32))
                 began = time.perf_counter()
                 batch = [prompts[n] for n in numbers]
-                processor = None if method.processor is None else method.processor(self.model)
+                processor = None if method.processor is None else method.processor(self.model, self.pad)
                 processors = {} if processor is None else {"logits_processor": [processor]}
                 responses = continue_prompts(self.model, self.tokenizer, batch, self.ends, **arguments, **processors)
                 seconds += time.perf_counter() - began
