@@ -313,6 +313,6 @@ def _make(made: EffectApproximator, weights: dict[int, float], out: Path, **opti
     shown = {f"latent {j} (weight {weights[j]:+.3g})": f"{effect[j]:+.4f}" for j in heaviest}
     print_table(title, shown)
     print_line(f"Written to {out}.")
-    print_next(
-        "vector", "scale", out, "TEXTS", "--model", made.record.model_name or "MODEL", "--out", "scaled.safetensors"
-    )
+    source = made.record.sources.get("model")
+    model = source.path if source else "MODEL"
+    print_next("vector", "scale", out, "TEXTS", "--model", model, "--out", "scaled.safetensors")

@@ -45,7 +45,8 @@ class ApproximatorRecord:
         ridge: relative penalty of M that was used, 0 for Adam.
         r2: `1 - sum (y - x M - b)^2 / sum (y - mean y)^2` over the held-out effects and all latents, with the mean
             effect of the fitted directions: what is explained beyond it.
-        r2_shuffled: the same for a ridge fit of effects whose directions were shuffled, a control.
+        r2_shuffled: the same for a ridge fit of effects whose directions were shuffled, with the penalty that the true
+            ones have: a control.
         mean_alone: `1 - sum (y - mean y)^2 / sum y^2`: what the mean effect alone explains of the held-out effects.
         model_name: name of the model, empty if that is not known.
         model_digest: its weights, as `dspa.models.sources.model_digest` gives them, or empty.
@@ -173,11 +174,10 @@ def fit_effects(
         shuffled = x[torch.randperm(n, generator=torch.Generator().manual_seed(settings.seed))]
         moments, control = _moments(x, shuffled, (y for _, y in _rows(effects, 0, n)), effects.record.d_sae)
         penalty, fitted = moments.fit(settings.ridge)
+        _, of_control = control.fit(penalty)
         if settings.method == "adam":
             penalty, fitted = 0.0, _adam(x, torch.cat([y for _, y in _rows(effects, 0, n)]), settings, progress)
-        r2, r2_shuffled, mean_alone = _scores(
-            measured(n, effects.n), moments.mean_y, fitted, control.fit(settings.ridge)[1]
-        )
+        r2, r2_shuffled, mean_alone = _scores(measured(n, effects.n), moments.mean_y, fitted, of_control)
     record = effects.record
     made = ApproximatorRecord(
         sae=record.sae,
