@@ -76,9 +76,9 @@ ASKED: dict[str, tuple[dict[str, Any] | None, Asked]] = {
         (dspa.SteeringConfig(alpha=1.0, mode="both"), dspa.EntropyGate(H_MEDIAN)),
     ),
     "decided": (
-        {"dspa_vector": "answer", "dspa_gate": "entropy", "dspa_gate_threshold": H_MEDIAN, "dspa_gate_k": 7}
+        {"dspa_vector": "answer", "dspa_gate": "entropy", "dspa_gate_threshold": 1.85, "dspa_gate_k": 7}
         | {"dspa_gate_complement": "on"},
-        ("answer", dspa.EntropyGate(H_MEDIAN, k=7, complement=True)),
+        ("answer", dspa.EntropyGate(1.85, k=7, complement=True)),
     ),
     "random": (
         {"dspa_adapter": "late", "dspa_gate": "random", "dspa_gate_share": 0.5, "dspa_gate_seed": 3},

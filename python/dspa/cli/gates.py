@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dspa.cli.options import FILES, Options, changed
+from dspa.cli.options import FILES, Options, changed, messages_of_options
 from dspa.errors import refusal
 
 if TYPE_CHECKING:
     from dspa.data.messages import Text
-    from dspa.steering.decisions import Gate
+    from dspa.steering.decisions import EntropyGate, Gate
 
 # Options that each gate takes besides those of all.
 TAKEN = {
@@ -80,6 +80,14 @@ class GateOptions:
                 raise refusal(ValueError, "One of --gate-share and --gate-prompts", "missing", accepted)
             if self.gate_share is not None and self.gate_threshold is not None:
                 raise refusal(ValueError, "--gate-share", "given with --gate-threshold", "one of them")
+            self._by_entropy()
+
+    def _by_entropy(self) -> EntropyGate:
+        """Return the gate of a threshold."""
+        from dspa.steering.decisions import EntropyGate
+
+        with messages_of_options({"threshold": "--gate-threshold"}):
+            return EntropyGate(1.0 if self.gate_threshold is None else self.gate_threshold, self.gate_top)
 
     def prompts(self) -> list[Text] | None:
         """Return the prompts for the share, None without them.
@@ -110,7 +118,7 @@ class GateOptions:
             max_new_tokens: largest number of tokens per answer.
         """
         from dspa.cli.tables import print_line
-        from dspa.steering.decisions import EntropyGate, FirstTokens, RandomGate
+        from dspa.steering.decisions import FirstTokens, RandomGate
 
         made: Gate
         if self.gate == "none":
@@ -132,7 +140,7 @@ class GateOptions:
             made = gate_of_share(entropies, self.gate_share, self.gate_top)
             print_line(f"The gate's threshold is {made.threshold:.6g} nats.")
         else:
-            made = EntropyGate(1.0 if self.gate_threshold is None else self.gate_threshold, self.gate_top)
+            made = self._by_entropy()
         return made.complemented() if self.gate_complement else made
 
 

@@ -9,6 +9,7 @@ its own. Integers of 32 bits are kept in int64.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -125,6 +126,11 @@ class EntropyGate(Gate):
     threshold: NonNegative = 1.0
     k: TopK = 10
     complement: Flag = False
+
+    def __post_init__(self) -> None:
+        # Rounding takes an entropy of equal logits above its limit.
+        if self.threshold > (1 + 1e-6) * math.log(self.k):
+            raise refusal(ValueError, "`threshold`", self.threshold, f"0 to ln {self.k}, {math.log(self.k):.4g} nats")
 
     @property
     def _words(self) -> str:

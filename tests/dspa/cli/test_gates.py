@@ -86,6 +86,7 @@ def test_generate(run: Run, folder: Path, n_first: int) -> None:
     ("options", "message"),
     [
         (("--gate", "often"), "--gate is 'often'; accepted: none, entropy, random, first"),
+        (("--gate", "entropy", "--gate-threshold", 3), "--gate-threshold is 3.0; accepted: 0 to ln 10, 2.303 nats"),
         (("--gate", "random"), "--gate random is without --gate-share; accepted: both"),
         (("--gate", "first"), "--gate first is without --gate-tokens; accepted: both"),
         (("--gate-threshold", 1), "--gate-threshold is given with --gate none; accepted: --gate entropy"),

@@ -389,6 +389,7 @@ def test_refused_settings(sae_out: Any) -> None:
     for make, message in (
         (lambda: dspa.EntropyGate(-1.0), "threshold.*finite number >= 0"),
         (lambda: dspa.EntropyGate(k=1), "whole number >= 2"),
+        (lambda: dspa.EntropyGate(1.2, k=3), r"`threshold` is 1\.2; accepted: 0 to ln 3, 1\.099 nats"),
         (lambda: dspa.RandomGate(1.5), "number from 0 to 1"),
         (lambda: dspa.FirstTokens(0), "whole number >= 1"),
     ):
