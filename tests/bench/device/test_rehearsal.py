@@ -69,6 +69,7 @@ def test_planted_faults_cost_only_themselves(tmp_path: Path) -> None:
         *(("inactive", "cuda-ahead", rows) for rows in (1, 4)),
         ("unsteered", "cuda", 1),
         ("counts", "triton", 16),
+        ("sums", "triton", 16),
         ("dense PyTorch, eager", "torch", 16),
     }
     for kernel, rows in (("cuda", 1), ("cuda", 4), ("cuda-ahead", 4)):
