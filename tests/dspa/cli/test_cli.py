@@ -355,7 +355,7 @@ def test_info_of_files(run, tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "other")
     for name, message in {"none": "where there is nothing", "other": "a file of another format (None)"}.items():
         code, text = run("info", tmp_path / name)
-        assert code == 2 and message in text and "accepted: the file of a map, a vector or a persona" in text
+        assert code == 2 and message in text and "accepted: the file of a map, a vector, a persona" in text
 
 
 def test_info_cuts_nothing_off_in_a_narrow_terminal(run, monkeypatch):
