@@ -116,7 +116,7 @@ def placed(positions: Tensor, *, backend: str) -> list[Tensor]:
     device, n_tokens = positions.device, len(positions)
     rows, starts = torch.tensor([3, 1], device=device), torch.tensor([0, 2, n_tokens], device=device).int()
     n_counted = torch.tensor([0, 2 * n_tokens, 0, 2], device=device)
-    prompts = PromptRows(n_counted, torch.zeros_like(n_counted).int(), torch.zeros_like(n_counted).bool())
+    prompts = PromptRows(n_counted, torch.ones_like(n_counted).bool()[:, None], torch.zeros_like(n_counted).bool())
     token = torch.zeros(2 * n_tokens, dtype=torch.int64, device=device)
     out = PlacedTokens(token.int(), token.clone(), token.clone(), torch.zeros(1, 4, device=device).int())
     place_tokens(rows, starts, positions, positions, prompts, out, backend=backend)

@@ -270,7 +270,11 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
         del steering["slots"], steering["signs"], steering["strengths"]
         yield "lookup_and_steer", {**steering, **lookup, "lookup_mode": mode}
     ints, longs = torch.zeros(4, dtype=torch.int32), torch.zeros(64, dtype=torch.int64)
-    prompts = {"n_counted": longs[:4], "group": ints, "planned": torch.zeros(4, dtype=torch.bool)}
+    prompts = {
+        "n_counted": longs[:4],
+        "groups": torch.zeros(4, 2, dtype=torch.bool),
+        "planned": torch.zeros(4, dtype=torch.bool),
+    }
     step = {"rows": longs[:3], "starts": ints, "positions": longs, "slots": longs}
     placed = {"row": longs.int(), "position": longs.clone(), "slot": longs.clone(), "due": ints.expand(2, 4).clone()}
     yield "place_tokens", {**step, **prompts, **placed}

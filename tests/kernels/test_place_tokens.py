@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ def placing(
     return {name: tensor.to(device) for name, tensor in arguments.items()} | {
         "prompts": PromptRows(
             n_counted=torch.tensor([8, 0, 5, 13, 6, 1], device=device),
-            group=torch.tensor([1, 0, 0, 0, 1, 0], dtype=torch.int32, device=device),
+            groups=torch.tensor([[0, 1], [1, 0], [1, 1], [1, 0], [1, 1], [0, 0]], dtype=torch.bool, device=device),
             planned=torch.zeros(N_ROWS, dtype=torch.bool, device=device),
         ),
         "out": results(N_TOKENS, N_GROUPS, N_ROWS, device),
@@ -66,7 +67,9 @@ def expected(arguments: dict[str, Any]) -> tuple[list[list[int]], list[list[int]
             position = int(arguments["positions"][t])
             tokens.append([row, position, int(arguments["slots"][t]) if position < n_counted else -1])
             if position >= n_counted - 1 and n_counted and not planned[row]:
-                due[int(prompts.group[row])][b], planned[row] = row, True
+                for group in prompts.groups[row].nonzero().flatten().tolist():
+                    due[group][b] = row
+                planned[row] = True
     return tokens, due, planned
 
 
@@ -91,14 +94,14 @@ def test_a_prompt_is_due_once(backend: str) -> None:
     arguments = placing(device=device_of(backend))
     assert place_tokens(**arguments, backend=backend).due.tolist() == [[-1, -1, 3, -1, -1, -1], [-1, 0, -1, -1, -1, -1]]
     arguments["positions"] += 20
-    assert place_tokens(**arguments, backend=backend).due.tolist() == [[-1] * 6, [4, -1, -1, -1, -1, -1]]
+    assert place_tokens(**arguments, backend=backend).due.tolist() == [[4, -1, -1, -1, -1, -1]] * 2
 
 
 def test_more_tokens_and_rows_than_a_tile(backend: str) -> None:
     n, device = 2500, device_of(backend)
     prompts = PromptRows(
         n_counted=torch.full((1500,), 2000, device=device),
-        group=torch.zeros(1500, dtype=torch.int32, device=device),
+        groups=torch.ones(1500, 1, dtype=torch.bool, device=device),
         planned=torch.zeros(1500, dtype=torch.bool, device=device),
     )
     rows, starts = (torch.tensor(values, device=device) for values in ([1400], [0, n]))
@@ -123,3 +126,10 @@ def test_more_tokens_and_rows_than_a_tile(backend: str) -> None:
 def test_what_is_refused(name: str, value: Tensor) -> None:
     with pytest.raises(InputError, match=f"`{name}`"):
         place_tokens(**(placing() | {name: value}))
+
+
+def test_groups_that_the_results_do_not_have() -> None:
+    arguments = placing()
+    groups = torch.ones(N_ROWS, N_GROUPS + 1, dtype=torch.bool)
+    with pytest.raises(InputError, match=r"`prompts\.groups`"):
+        place_tokens(**arguments | {"prompts": replace(arguments["prompts"], groups=groups)})

@@ -53,19 +53,37 @@ NO_GPU = {
 }
 # Below the largest entropy of ten logits, so that gates open at some tokens and not at others.
 H_MEDIAN = 2.2
-# What transformers answers with: settings of `dspa.Steering`, or the name of an adapter or a vector, or one of them and
-# a gate.
-Asked: TypeAlias = dspa.SteeringConfig | str | tuple[dspa.SteeringConfig | str, Gate] | None
+STRONG = dspa.SteeringConfig(alpha=1.0, mode="both")
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Settings of a `dspa.JointSteering`, and the names of its maps."""
+
+    config: dspa.SteeringConfig
+    maps: tuple[str, ...]
+
+
+# What transformers answers with: settings of `dspa.Steering` or several, or the name of an adapter or a vector, or one
+# of them and a gate.
+Asked: TypeAlias = dspa.SteeringConfig | Joint | str | tuple[dspa.SteeringConfig | str, Gate] | None
 # By the name of its settings, what a request asks for, and the same for transformers.
 ASKED: dict[str, tuple[dict[str, Any] | None, Asked]] = {
     "base": (None, None),
     "ablate": ({"dspa": "on"}, dspa.SteeringConfig()),
     "ablate 1": ({"dspa_alpha": 1.0}, dspa.SteeringConfig(alpha=1.0)),
     "augment": ({"dspa_alpha": 0.4, "dspa_mode": "augment"}, dspa.SteeringConfig(alpha=0.4, mode="augment")),
-    "both": ({"dspa_alpha": 1.0, "dspa_mode": "both"}, dspa.SteeringConfig(alpha=1.0, mode="both")),
+    "both": ({"dspa_alpha": 1.0, "dspa_mode": "both"}, STRONG),
     "generated": (
         {"dspa_alpha": 1.0, "dspa_mode": "both", "dspa_positions": "generated"},
         dspa.SteeringConfig(alpha=1.0, mode="both", positions="generated"),
+    ),
+    # The first reads and edits at one layer, below the edits of the second.
+    "two maps": ({"dspa_map": "same+low", "dspa_alpha": 1.0, "dspa_mode": "both"}, Joint(STRONG, ("low", "same"))),
+    # The last is chosen by latents of a layer that the second edits, before it does.
+    "three maps": (
+        {"dspa_map": "low+same+high", "dspa_alpha": 1.0, "dspa_mode": "both", "dspa_positions": "generated"},
+        Joint(dspa.SteeringConfig(alpha=1.0, mode="both", positions="generated"), ("low", "same", "high")),
     ),
     "early": ({"dspa_adapter": "early"}, "early"),
     "late": ({"dspa": "on", "dspa_adapter": "late"}, "late"),
@@ -85,6 +103,15 @@ ASKED: dict[str, tuple[dict[str, Any] | None, Asked]] = {
         ("late", dspa.RandomGate(0.5, seed=3)),
     ),
     "first": ({"dspa_vector": "all", "dspa_gate": "first", "dspa_gate_n": 3}, ("all", dspa.FirstTokens(3))),
+}
+# By the name of a map, its SAEs; by that of an SAE, its layer and width.
+MAPS = {"low": ("sae_in", "sae_out"), "same": ("sae_in", "sae_mid"), "high": ("sae_gate", "sae_top")}
+SAES = {
+    "sae_in": (L_IN, D_SAE_IN),
+    "sae_out": (L_OUT, D_SAE_OUT),
+    "sae_mid": (L_IN, 80),
+    "sae_top": (L_OUT + 1, 72),
+    "sae_gate": (L_OUT, 64),
 }
 # By the name of a vector, its layer and its positions.
 VECTORS = {"all": (L_IN, "all"), "answer": (L_OUT, "response")}
@@ -108,7 +135,7 @@ PROMPTS = make_prompts([3, 11, 11, 40, 75, 75, 75, 100])
 
 @dataclass(frozen=True)
 class World:
-    """A model, its SAEs, a map, two adapters and two vectors, in files."""
+    """A model, its SAEs, maps, two adapters and two vectors, in files. All maps but `map` say where their SAEs are."""
 
     folder: Path
 
@@ -119,6 +146,10 @@ class World:
     @property
     def map(self) -> str:
         return str(self.folder / "map.safetensors")
+
+    @property
+    def maps(self) -> dict[str, str]:
+        return {name: self.place(f"{name}.safetensors") for name in MAPS}
 
     @property
     def adapters(self) -> dict[str, str]:
@@ -133,8 +164,7 @@ class World:
 
     def options(self, **settings: Any) -> dict[str, Any]:
         """Options of an engine that steers."""
-        steering: dict[str, Any] = {"maps": self.map, "adapters": self.adapters, "vectors": self.vectors}
-        steering |= {name: self.place(name) for name in ("sae_in", "sae_out")}
+        steering: dict[str, Any] = {"maps": self.maps, "adapters": self.adapters, "vectors": self.vectors}
         return self.plain() | vllm_options(self.model, **(steering | settings))
 
     def plain(self) -> dict[str, Any]:
@@ -151,14 +181,16 @@ class World:
             "disable_log_stats": False,
         }
 
-    def steering(self, asked: dspa.SteeringConfig | str) -> Any:
-        """`dspa.Steering`, an adapter or a vector, not attached."""
+    def steering(self, asked: dspa.SteeringConfig | Joint | str, name: str = "low") -> Any:
+        """`dspa.Steering` by the map of a name, several of them, an adapter or a vector, not attached."""
         if asked in self.vectors:
             return dspa.SteeringVector.load(self.vectors[asked])
         if isinstance(asked, str):
             return FSRLAdapter.load(self.place(asked), dspa.FrozenSAE.load(self.place(ADAPTERS[asked][0])))
-        saes = [dspa.FrozenSAE.load(self.place(name)) for name in ("sae_in", "sae_out")]
-        return dspa.Steering(*saes, dspa.ConditionalDifferenceMap.load(self.map), asked)
+        if isinstance(asked, Joint):
+            return dspa.JointSteering([self.steering(asked.config, name) for name in asked.maps])
+        saes = [dspa.FrozenSAE.load(self.place(sae)) for sae in MAPS[name]]
+        return dspa.Steering(*saes, dspa.ConditionalDifferenceMap.load(self.maps[name]), asked)
 
     def answers(self, prompt: list[int], asked: Asked, n: int = 16) -> list[int]:
         """Tokens that transformers generates greedily, with what is asked for."""
@@ -167,7 +199,8 @@ class World:
         steering: Any = nullcontext()
         if steered is not None:
             steering = self.steering(steered)
-            steering.gate = gate
+            if gate is not None:
+                steering.gate = gate
             steering.attach(model)
         ids = torch.tensor([prompt])
         with steering:
@@ -204,10 +237,15 @@ def make_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Worl
             tokenizer = make_tokenizer()
             tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
             tokenizer.save_pretrained(folder / "model")
-            sae_in, sae_out = make_sae(L_IN, D_SAE_IN, d_in=d_in), make_sae(L_OUT, D_SAE_OUT, d_in=d_in, seed=1)
-            sae_in.save(folder / "sae_in")
-            sae_out.save(folder / "sae_out")
-            make_map(sae_in, sae_out).save(folder / "map.safetensors")
+            for seed, (name, (layer, d_sae)) in enumerate(SAES.items()):
+                make_sae(layer, d_sae, d_in=d_in, seed=seed).save(folder / name)
+            for seed, (name, pair) in enumerate(MAPS.items()):
+                saes = [dspa.FrozenSAE.load(folder / sae) for sae in pair]
+                cdmap = make_map(*saes, seed=seed)
+                if name == "low":
+                    cdmap.save(folder / "map.safetensors")
+                cdmap.sources = {place: sae.source for place, sae in zip(("sae_in", "sae_out"), saes, strict=True)}
+                cdmap.save(folder / f"{name}.safetensors")
             for seed, (name, (sae, activation)) in enumerate(ADAPTERS.items()):
                 # Loaded, so that the adapter records where it is.
                 make_adapter(dspa.FrozenSAE.load(folder / sae), activation, seed=seed).save(folder / name)

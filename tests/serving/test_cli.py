@@ -72,6 +72,7 @@ def test_vectors_alone(world: World, started: list[Any]) -> None:
         (["--adapter", "a=b", "--adapter", "a=c"], "--adapter is a twice"),
         (["--map", "a=b", "--map", "c"], "--map is c; accepted: NAME=FILE where there are several"),
         (["--adapter", "a=nowhere"], "nowhere holds no adapter.json"),
+        (["--adapter", "a", "--joint"], "Without --map there is no use for --joint."),
     ],
 )
 def test_what_is_refused(arguments: list[str], message: str, started: list[Any], world: World) -> None:

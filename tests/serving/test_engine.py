@@ -10,7 +10,7 @@ import pytest
 
 from dspa.testing import D_SAE_IN
 from dspa_kernels import n_words
-from tests.serving.conftest import ASKED, NO_GPU, PROMPTS, World
+from tests.serving.conftest import ASKED, NO_GPU, PROMPTS, SAES, World
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
@@ -31,6 +31,9 @@ def differences(
         if isinstance(config, tuple):
             ungated = [world.answers(prompt, config[0], n_tokens) for prompt in PROMPTS]
             assert ungated != [expected[n, name] for n in range(len(PROMPTS))], "a gate changes nothing here"
+    for several, single in (("two maps", "both"), ("three maps", "generated")):
+        if several in asked:
+            assert any(expected[n, several] != expected[n, single] for n in range(len(PROMPTS))), several
     return [
         f"round {number}, prompt {requests[i]}: {answer['tokens']} != {expected[requests[i]]}"
         for number, answered in enumerate(answers["rounds"])
@@ -127,7 +130,7 @@ def test_unsteered_requests_are_those_of_plain_vllm(make_world: Any, run_engine:
         if extra is None
     ]
     # Latents lie beside the cache, in the same memory.
-    latents = 4 * n_words(D_SAE_IN) * world.plain()["block_size"]
+    latents = 4 * (n_words(D_SAE_IN) + n_words(SAES["sae_gate"][1])) * world.plain()["block_size"]
     assert steered["blocks"] == pytest.approx(MEMORY / (MEMORY / plain["blocks"] + latents), abs=2) != plain["blocks"]
 
 

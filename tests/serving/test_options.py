@@ -50,6 +50,39 @@ def test_maps_by_name(world: World) -> None:
     assert list(overrides["dspa"]["maps"]) == ["polite", "terse"]
 
 
+def test_maps_of_several_layers(world: World, tmp_path: Path) -> None:
+    """Each with the SAEs that it records; what they share is loaded once, and settings come back from JSON."""
+    first, sae_in = dspa.ConditionalDifferenceMap.load(world.map), dspa.FrozenSAE.load(world.place("sae_in"))
+    make_sae(L_OUT + 1, 64, d_in=D_IN, seed=5).save(tmp_path / "top")
+    top = dspa.FrozenSAE.load(tmp_path / "top")
+    second = make_map(sae_in, top)
+    assert sae_in.source is not None and top.source is not None
+    second.sources = {"sae_in": sae_in.source, "sae_out": top.source}
+    second.save(tmp_path / "second")
+    sae_out = dspa.FrozenSAE.load(world.place("sae_out"))
+    assert sae_out.source is not None
+    first.sources = second.sources | {"sae_out": sae_out.source}
+    first.save(tmp_path / "first")
+    maps = {"low": tmp_path / "first", "high": tmp_path / "second"}
+
+    class Config:
+        dspa = vllm_options(world.model, maps, joint=True)["hf_overrides"]["dspa"]
+
+    settings = ServingSettings.of(Config())
+    assert settings is not None and settings.joint
+    assert [place.layers for place in settings.maps.values()] == [(L_IN, L_OUT), (L_IN, L_OUT + 1)]
+    state = ServingState(settings, 1, 1, torch.device("cpu"))
+    assert (state.reads, state.writes) == ({L_IN}, {L_OUT, L_OUT + 1})
+    with pytest.raises(ValueError, match=rf"`maps` with `joint` is with 2 of layer {L_OUT}"):
+        vllm_options(world.model, {"a": tmp_path / "first", "b": tmp_path / "first"}, joint=True)
+    with pytest.raises(ValueError, match="`joint` is given with fewer than two maps"):
+        vllm_options(world.model, tmp_path / "first", joint=True)
+    with pytest.raises(ValueError, match="A name of `maps` is 'a\\+b'; accepted: names without"):
+        vllm_options(world.model, {"a+b": tmp_path / "first"})
+    with pytest.raises(MapError, match="sae_out"):
+        vllm_options(world.model, maps, sae_out=world.place("sae_out"))
+
+
 def test_adapters_beside_maps_and_without(world: World) -> None:
     for changes, names in (
         ({"adapters": world.place("late")}, ["default"]),
@@ -76,7 +109,8 @@ def test_saes_of_a_catalogue(world: World, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(dspa.FrozenSAE, "from_pretrained", from_pretrained)
     given = options(world, sae_in="tiny-release:sae_in", sae_out="tiny-release:sae_out")["hf_overrides"]["dspa"]
-    assert given["sae_in"]["path"] == "tiny-release:sae_in" and names == ["tiny-release:sae_in", "tiny-release:sae_out"]
+    place = given["maps"]["default"]
+    assert place["sae_in"]["path"] == "tiny-release:sae_in" and names == ["tiny-release:sae_in", "tiny-release:sae_out"]
 
     class Config:
         dspa = given

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from dspa.serving.settings import Place, ServingSettings
+from dspa.serving.settings import ServingSettings
+from tests.serving.test_requests import map_place
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
-SETTINGS = ServingSettings(
-    model="m", maps={"default": Place("/a", "1")}, sae_in=Place("/b", "2"), sae_out=Place("/c", "3")
-)
+SETTINGS = ServingSettings(model="m", maps={"default": map_place("/a")})
 
 
 def missing_module(monkeypatch: pytest.MonkeyPatch) -> str:

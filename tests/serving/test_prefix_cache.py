@@ -12,7 +12,7 @@ import torch
 from dspa.errors import ModelError
 from dspa.serving.prefix_cache import CacheSlots, with_room, with_steering
 from dspa.serving.requests import parse
-from tests.serving.test_requests import ADAPTERS, VECTORS, settings
+from tests.serving.test_requests import ADAPTERS, VECTORS, map_place, settings
 
 BLOCK, PROMPT = 4, (("dspa", "dspa prompt"),)
 
@@ -94,8 +94,10 @@ def plan_blocks(_: Any, specs: list[Any], available: list[int]) -> list[Any]:
 def test_room_for_latents() -> None:
     interface = pytest.importorskip("vllm.v1.kv_cache_interface", reason="needs vLLM: make test-vllm")
     spec = interface.FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
-    steered = SimpleNamespace(dspa=asdict(settings(d_sae_in=700)))
-    for hf_config, taken in ((steered, 16 * 22 * 4), (SimpleNamespace(), 0)):
+    one = {"a": map_place("/a", d_sae_in=700), "b": map_place("/b", d_sae_in=700)}
+    two = one | {"c": map_place("/c", layer_in=0, d_sae_in=60)}
+    steered, twice = (SimpleNamespace(dspa=asdict(settings(maps=maps))) for maps in (one, two))
+    for hf_config, taken in ((steered, 16 * 22 * 4), (twice, 16 * 24 * 4), (SimpleNamespace(), 0)):
         config = SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))
         first, second = with_room(plan_blocks)(config, [spec], [10**9, 2 * 10**9])
         assert first.num_blocks == second.num_blocks

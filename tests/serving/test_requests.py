@@ -11,17 +11,22 @@ import pytest
 import dspa
 from dspa.config import POSITIONS, SCORINGS
 from dspa.serving.requests import parse
-from dspa.serving.settings import AdapterPlace, Place, ServingSettings, VectorPlace
+from dspa.serving.settings import AdapterPlace, MapPlace, Place, ServingSettings, VectorPlace
 
 PLACE = Place("/somewhere", "0")
 ADAPTERS = {"warm": AdapterPlace(PLACE, PLACE), "cold": AdapterPlace(PLACE, PLACE)}
 VECTORS = {"calm": VectorPlace(PLACE, 4.0, "all"), "bold": VectorPlace(PLACE, 0.5, "generated")}
-WITHOUT_MAPS: dict[str, Any] = {"maps": {}, "sae_in": None, "sae_out": None}
+WITHOUT_MAPS: dict[str, Any] = {"maps": {}}
+
+
+def map_place(file: str, layer_in: int = 1, layer_out: int = 2, d_sae_in: int = 64) -> MapPlace:
+    saes = (Place("/sae", str(layer), layer) for layer in (layer_in, layer_out))
+    return MapPlace(Place(file, file), *saes, d_sae_in)
 
 
 def settings(**kwargs: Any) -> ServingSettings:
-    maps = {"polite": Place("/a", "1"), "terse": Place("/b", "2")}
-    return ServingSettings(**{"model": "m", "maps": maps, "sae_in": PLACE, "sae_out": PLACE, "d_sae_in": 64} | kwargs)
+    maps = {"polite": map_place("/a"), "terse": map_place("/b")}
+    return ServingSettings(**{"model": "m", "maps": maps} | kwargs)
 
 
 def test_requests_that_ask_for_nothing() -> None:
@@ -237,8 +242,10 @@ def test_the_command_has_the_choices_that_can_be_served() -> None:
     "changes",
     [
         WITHOUT_MAPS,
-        {"maps": {}, "adapters": ADAPTERS},
-        {"sae_in": None},
+        {"maps": {"polite+terse": map_place("/a")}},
+        {"joint": True},
+        {"joint": True, "maps": {"polite": map_place("/a")}},
+        {"joint": True, "maps": {"early": map_place("/a", 1, 2), "late": map_place("/b", 3, 4)}},
         {"config": dspa.SteeringConfig(scoring="demixed")},
         {"config": dspa.SteeringConfig(positions="all")},
         {"config": dspa.SteeringConfig(alpha=1e39)},
@@ -248,3 +255,43 @@ def test_the_command_has_the_choices_that_can_be_served() -> None:
 def test_settings_that_no_engine_can_have(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="accepted"):
         settings(**changes)
+
+
+# Its first and third gate at one layer, the third edits below where the second reads.
+LAYERS = {"low": map_place("/a", 1, 4), "high": map_place("/b", 3, 5), "early": map_place("/c", 1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("keys", "joint", "names"),
+    [
+        ({"dspa": "on"}, False, ["low"]),
+        ({"dspa_map": "low+high"}, False, ["low", "high"]),
+        # In the order of the engine, for the prefix cache.
+        ({"dspa_map": "high+low"}, False, ["low", "high"]),
+        ({"dspa_map": "early+low", "dspa_alpha": 2}, False, ["low", "early"]),
+        ({"dspa_map": "early+high", "dspa_positions": "generated"}, False, ["high", "early"]),
+        ({"dspa_positions": "generated"}, True, ["low", "high", "early"]),
+        ({"dspa_map": "high"}, True, ["high"]),
+        ({}, True, None),
+    ],
+)
+def test_several_maps(keys: dict[str, Any], joint: bool, names: list[str] | None) -> None:
+    config = dspa.SteeringConfig(positions="generated" if joint else "response")
+    asked = parse(keys, settings(maps=LAYERS, joint=joint, config=config))
+    assert (None if asked is None else asked.maps) == names
+    if asked is not None:
+        assert asked.of_prompt(9).keys["dspa_map"] == "+".join(names or [])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("low+low", "`dspa_map` is with 2 of layer 4; accepted: one for each output layer"),
+        ("low+lower", "`dspa_map` is 'lower'; accepted: low, high, early"),
+        ("low+", "`dspa_map` is ''; accepted: low, high, early"),
+        ("early+high", "`dspa_map` is with an edit at layer 2 and one that is chosen by the prompt at layer 3"),
+    ],
+)
+def test_maps_that_do_not_go_together(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse({"dspa_map": name}, settings(maps=LAYERS))

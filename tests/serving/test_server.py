@@ -36,10 +36,10 @@ def client(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    command = [sys.executable, "-m", "dspa", "serve", world.model, "--map", world.map]
+    command = [sys.executable, "-m", "dspa", "serve", world.model, "--port", str(port)]
+    command += [word for name, path in world.maps.items() for word in ("--map", f"{name}={path}")]
     command += [word for name, path in world.adapters.items() for word in ("--adapter", f"{name}={path}")]
     command += [word for name, path in world.vectors.items() for word in ("--vector", f"{name}={path}")]
-    command += ["--sae-in", world.place("sae_in"), "--sae-out", world.place("sae_out"), "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-model-len", "128"]
     command += ["--max-num-batched-tokens", "64", "--max-num-seqs", "16", "--served-model-name", "tiny"]
     command += ["--enable-scale-out"]

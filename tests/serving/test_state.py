@@ -14,9 +14,10 @@ import dspa
 from dspa.config import MODES
 from dspa.errors import MapError
 from dspa.maps.cdmap import ConditionalDifferenceMap
+from dspa.serving.map_steering import MapSteering
 from dspa.serving.prefix_cache import CacheSlots
 from dspa.serving.requests import parse
-from dspa.serving.settings import Place, ServingSettings
+from dspa.serving.settings import MapPlace, Place, ServingSettings
 from dspa.serving.state import ServingState
 from dspa.testing import D_IN, D_SAE_IN, D_SAE_OUT, L_IN, L_OUT, make_map, make_sae
 from dspa_kernels import MapWeights, activation_counts, steer
@@ -24,38 +25,61 @@ from dspa_kernels import MapWeights, activation_counts, steer
 
 @pytest.fixture
 def settings(tmp_path: Path) -> ServingSettings:
-    sae_in, sae_out = make_sae(L_IN, D_SAE_IN), make_sae(L_OUT, D_SAE_OUT, seed=1)
+    """Two maps of one pair of SAEs, one of the same input SAE, and one that reads where the first two edit."""
+    saes = {
+        "sae_in": make_sae(L_IN, D_SAE_IN),
+        "sae_out": make_sae(L_OUT, D_SAE_OUT, seed=1),
+        "middle": make_sae(L_IN, 80, seed=2),
+        "top": make_sae(L_OUT + 1, 72, seed=3),
+    }
     places = {}
-    for name, sae in (("sae_in", sae_in), ("sae_out", sae_out)):
+    for name, sae in saes.items():
         sae.save(tmp_path / name)
         places[name] = Place(str(tmp_path / name), sae.fingerprint, sae.layer)
     maps = {}
-    for name, seed in (("polite", 0), ("terse", 1)):
+    for seed, (name, pair) in enumerate(PAIRS.items()):
         path = tmp_path / f"{name}.safetensors"
-        cdmap = make_map(sae_in, sae_out, n_columns=30 + seed, seed=seed)
+        cdmap = make_map(*(saes[sae] for sae in pair), n_columns=30 + seed, seed=seed)
         # The first has a calibration, by which the encoder is read.
         hot = {"hot": torch.arange(9, -1, -1).int(), "hot_counts": torch.arange(10, 0, -1), "mean": torch.zeros(D_IN)}
         cdmap.replaced(**({} if seed else hot)).save(path)
-        maps[name] = Place(str(path), dspa.files.file_sha256(path))
-    return ServingSettings(
-        model="m", maps=maps, **places, d_sae_in=D_SAE_IN, config=dspa.SteeringConfig(k_prompt=8, k_diff=4)
-    )
+        file = Place(str(path), dspa.files.file_sha256(path))
+        maps[name] = MapPlace(file, *(places[sae] for sae in pair), saes[pair[0]].d_sae)
+    return ServingSettings(model="m", maps=maps, config=dspa.SteeringConfig(k_prompt=8, k_diff=4))
 
 
-def alone(settings: ServingSettings, keys: dict[str, object], h_in: Tensor, h_out: Tensor, n_prompt: int) -> Tensor:
-    """Residuals of one sequence, with the edits that the ops make of it by itself."""
+PAIRS = {
+    "polite": ("sae_in", "sae_out"),
+    "below": ("sae_in", "middle"),
+    "above": ("sae_out", "top"),
+    "terse": ("sae_in", "sae_out"),
+}
+
+
+def alone(
+    settings: ServingSettings, keys: dict[str, object], h_in: Tensor, h_out: Tensor, n_prompt: int, layer: int = L_OUT
+) -> Tensor:
+    """Residuals of one sequence at a layer, with the edits that the ops make of it by itself.
+
+    A map that edits another layer leaves them.
+    """
     asked = parse(keys, settings)
     if asked is None:
         return h_out
     asked = asked.of_prompt(n_prompt)
-    sae_in, sae_out = (dspa.FrozenSAE.load(place.path) for place in (settings.sae_in, settings.sae_out))
-    cdmap = ConditionalDifferenceMap.load(settings.maps[asked.dspa_map].path)
-    counted = asked.n_counted
-    counts = activation_counts(h_in[:counted], sae_in.weights, torch.zeros(counted, dtype=torch.int32), 1)
-    plan = cdmap.select(counts, dspa.SteeringConfig(k_prompt=8, k_diff=4, mode=asked.dspa_mode))
-    rows = torch.where(torch.arange(len(h_out)) >= asked.first_edited, 0, -1).int()
-    weights = MapWeights.gather(cdmap.columns, cdmap.values, sae_out.weights)
-    return steer(h_out, sae_out.weights, weights, plan, rows, alpha=asked.dspa_alpha)
+    for name in asked.maps:
+        place = settings.maps[name]
+        if place.layers[1] != layer:
+            continue
+        sae_in, sae_out = (dspa.FrozenSAE.load(sae.path) for sae in (place.sae_in, place.sae_out))
+        cdmap = ConditionalDifferenceMap.load(place.file.path)
+        counted = asked.n_counted
+        counts = activation_counts(h_in[:counted], sae_in.weights, torch.zeros(counted, dtype=torch.int32), 1)
+        plan = cdmap.select(counts, dspa.SteeringConfig(k_prompt=8, k_diff=4, mode=asked.dspa_mode))
+        rows = torch.where(torch.arange(len(h_out)) >= asked.first_edited, 0, -1).int()
+        weights = MapWeights.gather(cdmap.columns, cdmap.values, sae_out.weights)
+        h_out = steer(h_out, sae_out.weights, weights, plan, rows, alpha=asked.dspa_alpha)
+    return h_out
 
 
 class Cache:
@@ -78,11 +102,17 @@ def start(settings: ServingSettings, n_requests: int, n_tokens: int) -> tuple[Se
     return state, cache
 
 
+def steering_of(state: ServingState, name: str) -> MapSteering:
+    """The steering by a map."""
+    (steering,) = (m for m in state.methods if isinstance(m, MapSteering) and name in m.names)
+    return steering
+
+
 def test_steps_of_mixed_requests(settings: ServingSettings) -> None:
     """Prompts in chunks of any size beside decoding, rows that are used again: each request as by itself."""
     torch.manual_seed(0)
     state, cache = start(settings, 3, 40)
-    assert state.methods[0].stream.n_large == 10
+    assert steering_of(state, "polite").stream.n_large == 10
     asked: list[dict[str, object]] = [
         {},
         *({"dspa_alpha": 0.3 + n, "dspa_mode": mode} for n, mode in enumerate(MODES)),
@@ -134,6 +164,48 @@ def test_steps_of_mixed_requests(settings: ServingSettings) -> None:
     assert changed >= 9
 
 
+def test_requests_with_maps_of_several_layers(settings: ServingSettings) -> None:
+    """Beside others in a batch: each map reads and edits at its own layers, and the rest is left alone."""
+    torch.manual_seed(2)
+    state, cache = start(settings, 4, 80)
+    layers = (L_IN, L_OUT, L_OUT + 1)
+    assert state.reads == {L_IN, L_OUT} and state.writes == set(layers)
+    joint: list[dict[str, object]] = [
+        {"dspa_map": "polite+below", "dspa_alpha": 1.0, "dspa_mode": "both"},
+        {"dspa_map": "below+above+terse", "dspa_positions": "generated", "dspa_mode": "augment", "dspa_alpha": 2.0},
+        {"dspa_map": "terse", "dspa_alpha": 1.0},
+        {"dspa": "off"},
+    ]
+    for keys in (joint, joint[::-1]):
+        h = torch.randn(3, 4, 20, D_IN) * D_IN**0.5 / 3
+        prompts, rows = [5, 9, 14, 7], torch.tensor([2, 0, 3, 1])
+        for n, row in enumerate(rows.tolist()):
+            request = parse(keys[n], settings)
+            state.begin(row, request and request.of_prompt(prompts[n]))
+        out = torch.empty_like(h)
+        for tokens in (slice(0, 4), slice(4, 12), slice(12, 13), slice(13, 20)):
+            size = tokens.stop - tokens.start
+            starts = torch.arange(5).int() * size
+            positions = torch.arange(20)[tokens].repeat(4)
+            cache.place(rows, starts, positions)
+            state.batch.place(rows, starts, positions, cache.slots.slots)
+            for n_layer, layer in enumerate(layers):
+                now = h[n_layer, :, tokens].reshape(4 * size, D_IN)
+                state.read(layer, now)
+                edited = now.clone()
+                state.write(layer, edited)
+                out[n_layer, :, tokens] = edited.view(4, size, D_IN)
+        n_changed = 0
+        for n_layer, layer in enumerate(layers):
+            for n in range(4):
+                # "above" reads where the others edit.
+                wanted = alone(settings, keys[n], h[int(layer > L_OUT), n], h[n_layer, n], prompts[n], layer)
+                torch.testing.assert_close(out[n_layer, n], wanted)
+                assert torch.equal((out[n_layer, n] != h[n_layer, n]).any(1), (wanted != h[n_layer, n]).any(1))
+                n_changed += not torch.equal(wanted, h[n_layer, n])
+        assert n_changed == 6
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_prompts_from_the_cache(together: bool, settings: ServingSettings) -> None:
     """Tokens that another request computed, before or in the same step, count as those of the prompt itself."""
@@ -182,12 +254,13 @@ def test_a_dummy_step_changes_nothing(settings: ServingSettings) -> None:
     state.read(L_IN, h)
     edited = h.clone()
     state.write(L_OUT, edited)
-    assert torch.equal(edited, h) and not state.methods[0].bits.any()
+    assert torch.equal(edited, h) and not steering_of(state, "polite").latents.bits.any()
 
 
 def test_a_map_that_was_replaced_is_refused(settings: ServingSettings) -> None:
-    sae_in, sae_out = (dspa.FrozenSAE.load(place.path) for place in (settings.sae_in, settings.sae_out))
-    make_map(sae_in, sae_out, seed=7).save(settings.maps["terse"].path)
+    place = settings.maps["terse"]
+    sae_in, sae_out = (dspa.FrozenSAE.load(sae.path) for sae in (place.sae_in, place.sae_out))
+    make_map(sae_in, sae_out, seed=7).save(place.file.path)
     with pytest.raises(MapError, match="another file than when the engine was started"):
         ServingState(settings, 1, 1, torch.device("cpu"))
 

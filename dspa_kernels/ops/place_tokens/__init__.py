@@ -18,12 +18,12 @@ class PromptRows:
 
     Attributes:
         n_counted: [R] int64, the number of tokens, from the first, that are counted for the row's plan; 0 for none.
-        group: [R] int32, the group that it is planned with, below G.
+        groups: [R, G] bool, the groups that it is planned with.
         planned: [R] bool, True once the prompt was due.
     """
 
     n_counted: Tensor
-    group: Tensor
+    groups: Tensor
     planned: Tensor
 
 
@@ -84,7 +84,7 @@ def place_tokens(
         "positions": (positions, torch.int64, ("n",)),
         "slots": (slots, torch.int64, ("n",)),
         "prompts.n_counted": (prompts.n_counted, torch.int64, ("R",)),
-        "prompts.group": (prompts.group, torch.int32, (n_rows,)),
+        "prompts.groups": (prompts.groups, torch.bool, (n_rows, n_groups)),
         "prompts.planned": (prompts.planned, torch.bool, (n_rows,)),
         "out.row": (out.row, torch.int32, ("N",)),
         "out.position": (out.position, torch.int64, (n_tokens,)),
@@ -98,7 +98,7 @@ def place_tokens(
         positions=positions,
         slots=slots,
         n_counted=prompts.n_counted,
-        group=prompts.group,
+        groups=prompts.groups,
         planned=prompts.planned,
         row=out.row,
         position=out.position,
@@ -115,7 +115,7 @@ def _fake(**_: object) -> None:
 
 _place_tokens = define_op(
     "place_tokens",
-    "(Tensor rows, Tensor starts, Tensor positions, Tensor slots, Tensor n_counted, Tensor group, Tensor(a!) planned,"
+    "(Tensor rows, Tensor starts, Tensor positions, Tensor slots, Tensor n_counted, Tensor groups, Tensor(a!) planned,"
     " Tensor(b!) row, Tensor(c!) position, Tensor(d!) slot, Tensor(e!) due) -> ()",
     _fake,
     mutates=("planned", "row", "position", "slot", "due"),

@@ -10,7 +10,7 @@ def place_tokens(
     positions: Tensor,
     slots: Tensor,
     n_counted: Tensor,
-    group: Tensor,
+    groups: Tensor,
     planned: Tensor,
     row: Tensor,
     position: Tensor,
@@ -20,7 +20,7 @@ def place_tokens(
     """Write row, position and slot of each token, and the rows due of each group.
 
     Token t with starts[b] <= t < starts[b + 1] has row r = rows[b] and position p = positions[t]. It has slot slots[t]
-    if p < n_counted[r], and -1 otherwise. Other tokens have -1. due[g, b] is r if group[r] = g, n_counted[r] > 0, not
+    if p < n_counted[r], and -1 otherwise. Other tokens have -1. due[g, b] is r if groups[r, g], n_counted[r] > 0, not
     planned[r], and the last token of the sequence in the step is at n_counted[r] - 1 or later; and -1 otherwise. These
     rows are planned from then on.
     """
@@ -37,5 +37,5 @@ def place_tokens(
     last = positions[starts[1:].long()[lengths > 0] - 1]
     ends = (n_counted[at] > 0) & ~planned[at] & (last >= n_counted[at] - 1)
     sequence = (lengths > 0).nonzero().flatten()
-    due[group[at[ends]].long(), sequence[ends]] = at[ends].int()
+    due[:, sequence[ends]] = torch.where(groups[at[ends]].T, at[ends].int(), -1)
     planned[at[ends]] = True

@@ -20,7 +20,7 @@ def place_kernel(
     p_positions,
     p_slots,
     p_n_counted,
-    p_group,
+    p_groups,
     p_planned,
     p_row,
     p_position,
@@ -34,7 +34,7 @@ def place_kernel(
 ):
     """row_t = r, position_t = p_t, slot_t = slots_t if p_t < n_counted_r else -1, for the tokens of the sequence of r.
 
-    due_gb = r for a sequence b whose last token is at n_counted_r - 1 or later, n_counted_r > 0, if r is of group g and
+    due_gb = r for a sequence b whose last token is at n_counted_r - 1 or later, n_counted_r > 0, if groups_rg and r is
     not planned yet, and -1 otherwise. The last program writes the -1 of padding and of sequences that are not there.
     """
     i_sequence = tl.program_id(0)
@@ -61,9 +61,9 @@ def place_kernel(
         b_last = tl.load(p_positions + b_end - 1, mask=b_end > b_start, other=-1)
         b_planned = tl.load(p_planned + i_row)
         m_due = (b_n_counted > 0) & (b_planned == 0) & (b_last >= b_n_counted - 1)
-        i_due = tl.load(p_group + i_row)
         for i_group in range(n_groups):
-            tl.store(p_due + i_group * n_rows + i_sequence, tl.where(m_due & (i_due == i_group), i_row, -1))
+            b_group = tl.load(p_groups + i_row * n_groups + i_group)
+            tl.store(p_due + i_group * n_rows + i_sequence, tl.where(m_due & (b_group != 0), i_row, -1))
         tl.store(p_planned + i_row, b_planned | m_due.to(tl.uint8))
 
 
@@ -73,7 +73,7 @@ def place_tokens(
     positions: Tensor,
     slots: Tensor,
     n_counted: Tensor,
-    group: Tensor,
+    groups: Tensor,
     planned: Tensor,
     row: Tensor,
     position: Tensor,
@@ -87,7 +87,7 @@ def place_tokens(
         positions,
         slots,
         n_counted,
-        group,
+        groups.view(torch.uint8),
         planned.view(torch.uint8),
         row,
         position,

@@ -36,10 +36,14 @@ def serve(
         list[str] | None,
         typer.Option(
             "--map",
-            help="A map, a file that dspa map build wrote, or several, each as NAME=FILE. All are of the same SAEs, "
-            "and requests that name nothing take the first.",
+            help="A map, a file that dspa map build wrote, or several, each as NAME=FILE. Requests that name nothing "
+            "take the first.",
         ),
     ] = None,
+    joint: Annotated[
+        bool,
+        typer.Option(help="Steer requests that name no map by all maps at once, which are of different output layers."),
+    ] = False,
     adapters: Annotated[
         list[str] | None,
         typer.Option(
@@ -80,7 +84,7 @@ def serve(
 
     if not (maps or adapters or vectors):
         raise ValueError("None of --map, --adapter and --vector was given; accepted: one of them, or more.")
-    check_used("--map", maps, [*changed(pair), *changed(config)])
+    check_used("--map", maps, [*changed(pair), *changed(config), *(["--joint"] if joint else [])])
     check_used("--adapter", adapters, changed(adapter_sae))
     options = vllm_options(
         model,
@@ -92,6 +96,7 @@ def serve(
         sae=adapter_sae.sae,
         vectors=_named("--vector", "FILE", vectors),
         steer_all=steer_all,
+        joint=joint,
         model_name=model_name,
         other_weights=other_weights,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ class Batch:
     Args:
         n_requests: requests that can run at once, R. Each has a row.
         n_tokens: tokens of a step at most.
-        n_groups: groups of requests that are planned apart.
+        n_groups: groups of requests that are planned apart. A request can be in several.
         device: device of the residuals.
         dtype: dtype of the residuals.
 
@@ -27,7 +29,7 @@ class Batch:
         self.n_requests, self.device, self.dtype = n_requests, device, dtype
         self.prompts = PromptRows(
             n_counted=torch.zeros(n_requests, dtype=torch.int64, device=device),
-            group=torch.zeros(n_requests, dtype=torch.int32, device=device),
+            groups=torch.zeros(n_requests, n_groups, dtype=torch.bool, device=device),
             planned=torch.zeros(n_requests, dtype=torch.bool, device=device),
         )
         token = torch.full((n_tokens,), -1, device=device)
@@ -38,9 +40,18 @@ class Batch:
         """Return row and position of the first `n` tokens, row -1 for padding."""
         return self.placed.row[:n], self.placed.position[:n]
 
-    def begin(self, row: int, n_counted: int = 0, group: int = 0) -> None:
-        """Give a row to a request whose plan is made of its first `n_counted` tokens, 0 for one without a plan."""
-        self.prompts.n_counted[row], self.prompts.group[row], self.prompts.planned[row] = n_counted, group, False
+    def begin(self, row: int, n_counted: int = 0, groups: Sequence[int] = ()) -> None:
+        """Give a row to a request.
+
+        Args:
+            row: the row.
+            n_counted: number of tokens, from the first, of which its plans are made, 0 for none.
+            groups: groups that it is planned with.
+        """
+        self.prompts.n_counted[row], self.prompts.planned[row] = n_counted, False
+        self.prompts.groups[row] = False
+        for number in groups:
+            self.prompts.groups[row, number] = True
 
     def place(self, rows: Tensor, starts: Tensor, positions: Tensor, slots: Tensor | None = None) -> None:
         """Say which request each token of a step belongs to, see `dspa_kernels.place_tokens`.

@@ -14,7 +14,17 @@ from dspa.maps.cdmap import ConditionalDifferenceMap
 from dspa.models.sources import Source
 from dspa.saes.frozen import FrozenSAE
 from dspa.schemas import check
-from dspa.serving.settings import ARCHITECTURES, DEFAULT, KEY, PREFIX, AdapterPlace, Place, ServingSettings, VectorPlace
+from dspa.serving.settings import (
+    ARCHITECTURES,
+    DEFAULT,
+    KEY,
+    PREFIX,
+    AdapterPlace,
+    MapPlace,
+    Place,
+    ServingSettings,
+    VectorPlace,
+)
 from dspa.steering.vector import SteeringVector
 
 
@@ -29,6 +39,7 @@ def vllm_options(
     sae: str | Path | None = None,
     vectors: str | Path | Mapping[str, str | Path] | None = None,
     steer_all: bool = False,
+    joint: bool = False,
     model_name: str | None = None,
     other_weights: bool = False,
 ) -> dict[str, Any]:
@@ -44,8 +55,9 @@ def vllm_options(
 
     Args:
         model: a folder, or a name on the Hub, of one of the `ARCHITECTURES`.
-        maps: a map's file, or several by name. All are of the same SAEs. The first is the default.
-        sae_in: folder or file of the input SAE, or RELEASE:SAE_ID of SAELens' catalogue; by default what the first map
+        maps: a map's file, or several by name. The first is the default. A request can name several, of different
+            output layers, which steer it together.
+        sae_in: folder or file of the maps' input SAE, or RELEASE:SAE_ID of SAELens' catalogue; by default what each map
             records.
         sae_out: the same of the output SAE.
         config: settings of steering by a map, which a request may replace in part. Not scoring="demixed", nor
@@ -55,6 +67,7 @@ def vllm_options(
         vectors: the file of a `dspa.SteeringVector`, or several by name. The first is the default where there is
             neither a map nor an adapter.
         steer_all: steer requests that do not ask for it.
+        joint: steer requests that name no map by all of them at once, in place of the first.
         model_name: name of the model, if it is in a folder that does not record it.
         other_weights: accept a model with other weights than what steers was made with, and do not read them.
 
@@ -76,14 +89,15 @@ def vllm_options(
     _check_used("adapters", adapter_paths, sae=sae)
     config = config or SteeringConfig()
     cdmaps = {name: ConditionalDifferenceMap.load(path) for name, path in map_paths.items()}
-    pair = _load_pair(list(cdmaps.values()), sae_in, sae_out, config)
+    pairs = _load_pairs(cdmaps, sae_in, sae_out, config)
     loaded = {name: _load_adapter(path, sae) for name, path in adapter_paths.items()}
     added = {name: SteeringVector.load(path) for name, path in vector_paths.items()}
     settings = ServingSettings(
         model=str(model),
-        maps={name: Place.of_file(path) for name, path in map_paths.items()},
-        **{name: _place_of(of_pair) for name, of_pair in pair.items()},
-        d_sae_in=pair["sae_in"].d_sae if pair else 0,
+        maps={
+            name: MapPlace(Place.of_file(path), _place_of(sae_in), _place_of(sae_out), sae_in.d_sae)
+            for (name, path), (sae_in, sae_out) in zip(map_paths.items(), pairs.values(), strict=True)
+        },
         adapters={
             name: AdapterPlace(Place.of_file(path / RECORD), _place_of(loaded[name].sae))
             for name, path in adapter_paths.items()
@@ -91,11 +105,12 @@ def vllm_options(
         vectors={name: _vector_place(path, added[name]) for name, path in vector_paths.items()},
         config=config,
         steer_all=steer_all,
+        joint=joint,
     )
     architecture = _check_model(
         model,
         list(cdmaps.values()),
-        pair,
+        list(pairs.values()),
         list(loaded.values()),
         list(added.values()),
         model_name,
@@ -120,24 +135,34 @@ def _check_used(argument: str, paths: Mapping[str, Path], **others: object) -> N
         raise ValueError(f"Without `{argument}` there is no use for {listed(unused)}. Pass it, or leave them out.")
 
 
-def _load_pair(
-    maps: list[ConditionalDifferenceMap],
+def _load_pairs(
+    maps: Mapping[str, ConditionalDifferenceMap],
     sae_in: str | Path | None,
     sae_out: str | Path | None,
     config: SteeringConfig,
-) -> dict[str, FrozenSAE]:
-    """Return the SAEs of maps, `sae_in` and `sae_out`, and nothing for no map."""
-    if not maps:
-        return {}
-    sources, meta = maps[0].sources, maps[0].meta
-    pair = {
-        "sae_in": _load_sae("sae_in", sae_in, sources, meta.layer_in, MapError),
-        "sae_out": _load_sae("sae_out", sae_out, sources, meta.layer_out, MapError),
-    }
-    for cdmap in maps:
-        cdmap.check_saes(**pair)
+) -> dict[str, tuple[FrozenSAE, FrozenSAE]]:
+    """Return the SAEs of each map by its name. What maps share is loaded once."""
+    loaded: list[FrozenSAE] = []
+
+    def load(
+        option: str, given: str | Path | None, fingerprint: str, layer: int, sources: Mapping[str, Source]
+    ) -> FrozenSAE:
+        for sae in loaded:
+            if (sae.fingerprint, sae.layer) == (fingerprint, layer):
+                return sae
+        loaded.append(_load_sae(option, given, sources, layer, MapError))
+        return loaded[-1]
+
+    pairs = {}
+    for name, cdmap in maps.items():
+        meta, sources = cdmap.meta, cdmap.sources
+        pairs[name] = (
+            load("sae_in", sae_in, meta.sae_in, meta.layer_in, sources),
+            load("sae_out", sae_out, meta.sae_out, meta.layer_out, sources),
+        )
+        cdmap.check_saes(*pairs[name])
         cdmap.check_sizes(config)
-    return pair
+    return pairs
 
 
 def _load_adapter(path: Path, sae: str | Path | None) -> FSRLAdapter:
@@ -171,7 +196,7 @@ def _vector_place(path: Path, vector: SteeringVector) -> VectorPlace:
 def _check_model(
     model: str | Path,
     maps: list[ConditionalDifferenceMap],
-    pair: Mapping[str, FrozenSAE],
+    pairs: list[tuple[FrozenSAE, FrozenSAE]],
     adapters: list[FSRLAdapter],
     vectors: list[SteeringVector],
     model_name: str | None,
@@ -198,8 +223,8 @@ def _check_model(
     if architecture not in ARCHITECTURES:
         raise refusal(ModelError, "`model`", f"a {architecture}", f"for serving {listed(ARCHITECTURES)}")
     n_layers = len(decoder_layers(inner))
-    if pair:
-        check_saes(pair["sae_in"], pair["sae_out"], inner, n_layers, model_name)
+    for sae_in, sae_out in pairs:
+        check_saes(sae_in, sae_out, inner, n_layers, model_name)
     for cdmap in maps:
         check_model_name("The map was made with", cdmap.meta.model_name, model_name or loaded_name(inner))
     for adapter in adapters:

@@ -79,7 +79,8 @@ def with_room(get_kv_cache_configs: Callable[..., Any]) -> Callable[..., Any]:
         if settings is None or not settings.maps:
             return configs
         n_slots = min(config.num_blocks * _all_tokens(config)[1] for config in configs)
-        latents, available = n_slots * n_words(settings.d_sae_in) * WORD, min(available_memory)
+        words = sum(n_words(d_sae) for d_sae in settings.latent_spaces.values())
+        latents, available = n_slots * words * WORD, min(available_memory)
         share = available / (available + latents)
         return get_kv_cache_configs(vllm_config, kv_cache_specs, [int(memory * share) for memory in available_memory])
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from dspa.config import MODES, POSITIONS
 from dspa.errors import refusal
 from dspa.schemas import Fraction, NonNegative, OneOf, PositiveInt, Seed, Text, check, schema
-from dspa.serving.settings import KEY, ServedStrength, ServingSettings
+from dspa.serving.settings import JOIN, KEY, ServedStrength, ServingSettings
 from dspa.steering.decisions import EntropyGate, FirstTokens, Gate, RandomGate, TopK
 
 # Positions of a map, whose plan needs the whole prompt.
@@ -17,8 +17,9 @@ MAP_POSITIONS = ("response", "generated")
 # What clients put into a request for an engine, and into one another.
 CONTAINERS = ("vllm_xargs", "extra_args", "extra_body", "sampling_params")
 # Keys that a method of steering takes, by the key that chooses one of the engine's.
+MAP = f"{KEY}_map"
 TAKES: dict[str, tuple[str, ...]] = {
-    "dspa_map": ("dspa_alpha", "dspa_mode", "dspa_positions", "dspa_start"),
+    MAP: ("dspa_alpha", "dspa_mode", "dspa_positions", "dspa_start"),
     "dspa_adapter": (),
     "dspa_vector": ("dspa_alpha", "dspa_positions", "dspa_start"),
 }
@@ -33,7 +34,8 @@ class SteeringRequest:
 
     Attributes:
         dspa: "on" or "off".
-        dspa_map: name of a map of the engine, None for a request that is steered by something else.
+        dspa_map: name of a map of the engine, or of several joined by "+", in the order of the engine; None for a
+            request that is steered by something else.
         dspa_adapter: name of an adapter of the engine, likewise. The other settings mean nothing to it.
         dspa_vector: name of a vector of the engine, likewise.
         dspa_alpha: strength, for a vector its scale.
@@ -102,8 +104,13 @@ class SteeringRequest:
         return {name: value for name, value in values.items() if value is not None}
 
     @property
+    def maps(self) -> list[str]:
+        """Names of the maps."""
+        return self.dspa_map.split(JOIN) if self.dspa_map else []
+
+    @property
     def n_counted(self) -> int:
-        """Number of tokens, from the first, by whose latents the plan of a map is chosen."""
+        """Number of tokens, from the first, by whose latents the plans of maps are chosen."""
         assert self.dspa_start is not None
         return 0 if self.dspa_map is None else self.dspa_start
 
@@ -159,15 +166,20 @@ def parse(extra_args: Mapping[str, Any] | None, settings: ServingSettings) -> St
     asked, choices = keys(extra_args), settings.choices
     chosen = [key for key in TAKES if key in asked]
     method = (chosen or [key for key in TAKES if choices[key]])[0]
-    name = asked.get(method, next(iter(choices[method]), None))
-    if name not in choices[method]:
+    given: Any = asked.get(method, _default(method, settings))
+    names = given.split(JOIN) if method == MAP and isinstance(given, str) else [given]
+    if unknown := [one for one in names if one not in choices[method]]:
         accepted = ", ".join(choices[method]) or "no such key, as this engine has none"
-        raise refusal(ValueError, f"`{method}`", repr(name), accepted)
-    on = {"dspa": "on" if asked or settings.steer_all else "off", method: name}
-    request = check(SteeringRequest, on | _defaults(method, name, settings) | asked, ValueError, "vllm_xargs")
+        raise refusal(ValueError, f"`{method}`", repr(unknown[0]), accepted)
+    # In one order, by which the prefix cache finds the same steering again.
+    name = JOIN.join(sorted(names, key=choices[method].index))
+    defaults = {"dspa": "on" if asked or settings.steer_all else "off"} | _defaults(method, name, settings)
+    request = check(SteeringRequest, defaults | asked | {method: name}, ValueError, "vllm_xargs")
     _check_used(asked, method, request)
     if request.dspa_map is not None and request.dspa_positions not in MAP_POSITIONS:
         raise refusal(ValueError, "`dspa_positions`", repr(request.dspa_positions), ", ".join(MAP_POSITIONS))
+    if request.maps:
+        settings.check_joint(f"`{MAP}`", request.maps, request.dspa_positions)
     return request if request.dspa == "on" else None
 
 
@@ -183,6 +195,12 @@ def _check_used(asked: Mapping[str, Any], method: str, request: SteeringRequest)
         raise refusal(ValueError, f"`{GATE}_share`", "missing", "the share of tokens that are steered, from 0 to 1")
     if request.dspa_gate == "first" and request.dspa_gate_n is None:
         raise refusal(ValueError, f"`{GATE}_n`", "missing", "the number of tokens that are steered")
+
+
+def _default(method: str, settings: ServingSettings) -> str | None:
+    """Return the name that a request means which gives none, None if the engine has nothing of the kind."""
+    names = settings.choices[method]
+    return JOIN.join(names) if method == MAP and settings.joint else next(iter(names), None)
 
 
 def _defaults(method: str, name: str, settings: ServingSettings) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, TypeAlias
@@ -12,6 +13,7 @@ from dspa.config import POSITIONS, SteeringConfig
 from dspa.errors import refusal
 from dspa.files import file_sha256
 from dspa.schemas import Accepts, Count, Flag, OneOf, Text, check, schema
+from dspa.steering.joint import check_layers
 
 # The name of the settings in the model's configuration, and the beginning of the architectures that read them.
 KEY, PREFIX = "dspa", "Dspa"
@@ -25,6 +27,8 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
 )
 DEFAULT = "default"
+# Between the names of maps that steer one request together.
+JOIN = "+"
 # A residual that overflows makes keys and values NaN, and attention can read those in the blocks of a later request.
 MAX_ALPHA = 100.0
 ServedStrength: TypeAlias = Annotated[
@@ -64,6 +68,28 @@ class Place:
 
 
 @schema
+class MapPlace:
+    """A map and its SAEs.
+
+    Attributes:
+        file: its file.
+        sae_in, sae_out: the SAEs, with their layers.
+        d_sae_in: latents of the input SAE.
+    """
+
+    file: Place
+    sae_in: Place
+    sae_out: Place
+    d_sae_in: Count
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """Layers of the SAEs."""
+        assert self.sae_in.layer is not None and self.sae_out.layer is not None
+        return self.sae_in.layer, self.sae_out.layer
+
+
+@schema
 class AdapterPlace:
     """An adapter and the SAE that it was trained with.
 
@@ -97,32 +123,29 @@ class ServingSettings:
 
     Attributes:
         model: the model that was checked, as vLLM names it.
-        maps: the maps by name, all of one pair of SAEs. Requests that name nothing take the first.
-        sae_in, sae_out: the SAEs of the maps, None without maps.
-        d_sae_in: latents of the input SAE, 0 without maps.
+        maps: the maps by name. Requests that name nothing take the first, or all of them if `joint`.
         adapters: the adapters by name. Requests that name nothing take the first where there is no map.
         vectors: the vectors by name. Requests that name nothing take the first where there is nothing else.
         config: settings of steering by a map, which a request may replace in part.
         steer_all: True to steer requests that do not ask for it.
+        joint: True to steer requests that name no map by all of them at once.
     """
 
     model: Text
-    maps: dict[Text, Place] = field(default_factory=dict)
-    sae_in: Place | None = None
-    sae_out: Place | None = None
-    d_sae_in: Count = 0
+    maps: dict[Text, MapPlace] = field(default_factory=dict)
     adapters: dict[Text, AdapterPlace] = field(default_factory=dict)
     vectors: dict[Text, VectorPlace] = field(default_factory=dict)
     config: SteeringConfig = field(default_factory=SteeringConfig)
     steer_all: Flag = False
+    joint: Flag = False
 
     def __post_init__(self) -> None:
         if not any(self.choices.values()):
             raise refusal(ValueError, "`maps`, `adapters` and `vectors`", "empty", "one of them, or more")
-        if {self.sae_in is None, self.sae_out is None} != {not self.maps}:
-            raise refusal(
-                ValueError, "`sae_in` and `sae_out`", "given without maps, or missing", "both with maps alone"
-            )
+        if joined := [name for name in self.maps if JOIN in name]:
+            raise refusal(ValueError, "A name of `maps`", repr(joined[0]), f"names without {JOIN!r}, which joins them")
+        if self.joint and len(self.maps) < 2:
+            raise refusal(ValueError, "`joint`", "given with fewer than two maps", "two maps or more")
         if self.config.scoring == "demixed":
             raise refusal(
                 ValueError,
@@ -139,6 +162,33 @@ class ServingSettings:
                 "`positions`",
                 "all, which needs a prompt's plan before the prompt is computed",
                 "response, generated",
+            )
+        if self.joint:
+            self.check_joint("`maps` with `joint`", list(self.maps), self.config.positions)
+
+    @property
+    def latent_spaces(self) -> dict[Place, int]:
+        """Numbers of latents of the maps' input SAEs."""
+        return {place.sae_in: place.d_sae_in for place in self.maps.values()}
+
+    def check_joint(self, what: str, names: Sequence[str], positions: str) -> None:
+        """Raise `ValueError` for maps that cannot steer one request together.
+
+        Args:
+            what: what gives them, in messages.
+            names: names of the maps.
+            positions: "response" or "generated".
+        """
+        layers_in, layers_out = zip(*(self.maps[name].layers for name in names), strict=True)
+        check_layers(what, layers_out)
+        last_read, first_edit = max(layers_in), min(layers_out)
+        if positions == "response" and first_edit < last_read:
+            raise refusal(
+                ValueError,
+                what,
+                f"with an edit at layer {first_edit} and one that is chosen by the prompt at layer {last_read}",
+                "with positions='response' maps whose input SAEs are not above the output SAE of another",
+                "The last token of the prompt would be edited before it is read. Ask for positions='generated'.",
             )
 
     @property

@@ -12,7 +12,7 @@ from dspa.saes.frozen import FrozenSAE
 from dspa.serving.adapter_steering import AdapterSteering
 from dspa.serving.batch import Batch
 from dspa.serving.gates import RequestGates
-from dspa.serving.map_steering import MapSteering
+from dspa.serving.map_steering import MapSteering, PromptLatents, groups_of, map_methods
 from dspa.serving.prefix_cache import CacheSlots
 from dspa.serving.requests import SteeringRequest
 from dspa.serving.settings import Place, ServingSettings
@@ -45,17 +45,16 @@ class ServingState:
         dtype: torch.dtype = torch.float32,
         n_positions: int = 0,
     ) -> None:
-        self.settings = settings
-        self.batch = Batch(n_requests, n_tokens, len(settings.maps), device, dtype)
+        self.settings, self.groups = settings, groups_of(settings)
+        self.batch = Batch(n_requests, n_tokens, len(self.groups), device, dtype)
         self.gates = RequestGates(self.batch, n_positions)
 
         @cache
         def load_sae(place: Place) -> FrozenSAE:
             return FrozenSAE.from_name(place.path, layer=place.layer, device=device)
 
-        self.methods: list[MapSteering | AdapterSteering | VectorSteering] = []
-        if settings.maps:
-            self.methods.append(MapSteering(settings, self.batch, load_sae))
+        self.methods: list[PromptLatents | MapSteering | AdapterSteering | VectorSteering]
+        self.methods = [*map_methods(settings, self.batch, load_sae)]
         if settings.adapters:
             self.methods.append(AdapterSteering(settings, self.batch, load_sae))
         if settings.vectors:
@@ -74,14 +73,18 @@ class ServingState:
         return {layer for method in self.methods for layer in method.writes}
 
     def begin(self, row: int, request: SteeringRequest | None) -> None:
-        """Give a row to a request, None for one that is not steered."""
+        """Give a row to a request, None for one that is not steered, which is computed from its first token on."""
+        if request is None:
+            self.batch.begin(row)
+        else:
+            self.batch.begin(row, request.n_counted, [self.groups.index(name) for name in request.maps])
         for method in self.methods:
             method.begin(row, request)
 
     def keep_beside(self, cache: CacheSlots) -> None:
         """Keep what plans need of prompts beside the key/value cache."""
         for method in self.methods:
-            if isinstance(method, MapSteering):
+            if isinstance(method, PromptLatents):
                 method.keep_beside(cache)
 
     def read(self, layer: int, h: Tensor) -> None:
