@@ -234,9 +234,13 @@ def test_given_responses(model: PreTrainedModel, joint: dspa.JointSteering) -> N
         with joint.responses([5]):
             assert_same_logits(model(SEQUENCE).logits, wanted)
             with joint.disabled():
+                assert not joint.enabled
                 assert torch.equal(model(SEQUENCE, use_cache=False).logits, base)
+            assert joint.enabled
         with pytest.raises(dspa.ModelError, match="outside of generate"):
             model(SEQUENCE)
+        with pytest.raises(dspa.ModelError, match="did not run, so the Steering changed nothing"), joint.checked_call():
+            pass
     assert (wanted - base).abs().max() > 0.01
 
 
