@@ -148,6 +148,9 @@ class Forced(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores that leave one token, and keep that of the model's own logits."""
+        if len(self.logps) == self.ids.shape[1]:
+            # On a GPU, generate() may run a pass before it sees that it has all tokens.
+            return scores
         token = self.ids[:, len(self.logps), None]
         logits = raw_logits(self._model)[:, -1].float()
         self.logps.append(logits.log_softmax(dim=-1).gather(1, token.to(logits.device))[:, 0])
@@ -173,6 +176,8 @@ def generate_given(model: CausalLM, batch: Sequence[Response]) -> Tensor:
         do_sample=False,
         num_beams=1,
         pad_token_id=0,
+        # The logits of a compiled pass are not kept.
+        disable_compile=True,
         # No token is an end, since a response may go on after one.
         eos_token_id=model.config.get_text_config().vocab_size,
     )
