@@ -232,14 +232,14 @@ def test_steer_is_cuda_where_that_was_measured_to_be_faster(
 
 
 def test_auto_is_left_to_steer_unless_a_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    sae = make_case().sae
+    case = make_case()
+    inputs = torch.zeros(1, 19), case.sae, case.plan
     monkeypatch.setattr(backends, "DEFAULT", "auto")
-    h = torch.zeros(1, 19)
-    assert choose_steer(h, sae, "auto") == "reference"
+    assert choose_steer(*inputs, "auto") == "reference"
     monkeypatch.setattr("dspa_kernels.ops.steer.contract.choose", lambda *_: "triton")
-    assert choose_steer(h, sae, "auto") == "auto" and choose_steer(h, sae, "triton") == "triton"
+    assert choose_steer(*inputs, "auto") == "auto" and choose_steer(*inputs, "triton") == "triton"
     monkeypatch.setattr(backends, "DEFAULT", "triton")
-    assert choose_steer(h, sae, "auto") == "triton"
+    assert choose_steer(*inputs, "auto") == "triton"
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_cuda_says_what_it_takes(case: dict[str, Any], parts: tuple[str, ...], m
     assert all(part in message for part in wanted) and "Use backend='auto'" in message, message
     # Named by the environment variable it runs where it can.
     monkeypatch.setattr(backends, "DEFAULT", "cuda")
-    assert choose_steer(arguments["h"], arguments["sae"], "auto") == "reference"
+    assert choose_steer(*(arguments[name] for name in ("h", "sae", "plan")), "auto") == "reference"
 
 
 SCRIPT = """
