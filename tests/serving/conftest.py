@@ -21,6 +21,7 @@ import dspa
 from dspa.fsrl import FSRLAdapter
 from dspa.serving import vllm_options
 from dspa.steering.decisions import Gate
+from dspa.steering.latent_sets import LatentSet
 from dspa.testing import (
     BOS,
     D_SAE_IN,
@@ -64,8 +65,8 @@ class Joint:
     maps: tuple[str, ...]
 
 
-# What transformers answers with: settings of `dspa.Steering` or several, or the name of an adapter or a vector, or one
-# of them and a gate.
+# What transformers answers with: settings of `dspa.Steering` or several, or the name of an adapter, a vector or a set
+# of latents, or one of them and a gate.
 Asked: TypeAlias = dspa.SteeringConfig | Joint | str | tuple[dspa.SteeringConfig | str, Gate] | None
 # By the name of its settings, what a request asks for, and the same for transformers.
 ASKED: dict[str, tuple[dict[str, Any] | None, Asked]] = {
@@ -103,6 +104,17 @@ ASKED: dict[str, tuple[dict[str, Any] | None, Asked]] = {
         ("late", dspa.RandomGate(0.5, seed=3)),
     ),
     "first": ({"dspa_vector": "all", "dspa_gate": "first", "dspa_gate_n": 3}, ("all", dspa.FirstTokens(3))),
+    "loud": ({"dspa_latents": "loud", "dspa_positions": "all"}, "loud"),
+    "mute": ({"dspa_latents": "mute"}, "mute"),
+    "mute, undecided": (
+        {"dspa_latents": "mute", "dspa_gate": "entropy", "dspa_gate_threshold": H_MEDIAN},
+        ("mute", dspa.EntropyGate(H_MEDIAN)),
+    ),
+}
+# By the name of a set of latents of the output SAE, its file, and its positions in the request above.
+LATENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "loud": ({"strengths": {str(j): 2.0 - j / 32 for j in range(0, 96, 7)}, "when": "always"}, "all"),
+    "mute": ({"strengths": {str(j): None for j in range(128)}}, "response"),
 }
 # By the name of a map, its SAEs; by that of an SAE, its layer and width.
 MAPS = {"low": ("sae_in", "sae_out"), "same": ("sae_in", "sae_mid"), "high": ("sae_gate", "sae_top")}
@@ -135,7 +147,10 @@ PROMPTS = make_prompts([3, 11, 11, 40, 75, 75, 75, 100])
 
 @dataclass(frozen=True)
 class World:
-    """A model, its SAEs, maps, two adapters and two vectors, in files. All maps but `map` say where their SAEs are."""
+    """A model, its SAEs, maps, and two adapters, vectors and sets of latents, in files.
+
+    All maps but `map` say where their SAEs are.
+    """
 
     folder: Path
 
@@ -159,12 +174,17 @@ class World:
     def vectors(self) -> dict[str, str]:
         return {name: self.place(f"{name}.safetensors") for name in VECTORS}
 
+    @property
+    def latents(self) -> dict[str, str]:
+        return {name: self.place(f"{name}.json") for name in LATENTS}
+
     def place(self, name: str) -> str:
         return str(self.folder / name)
 
     def options(self, **settings: Any) -> dict[str, Any]:
         """Options of an engine that steers."""
         steering: dict[str, Any] = {"maps": self.maps, "adapters": self.adapters, "vectors": self.vectors}
+        steering["latents"] = self.latents
         return self.plain() | vllm_options(self.model, **(steering | settings))
 
     def plain(self) -> dict[str, Any]:
@@ -182,9 +202,12 @@ class World:
         }
 
     def steering(self, asked: dspa.SteeringConfig | Joint | str, name: str = "low") -> Any:
-        """`dspa.Steering` by the map of a name, several of them, an adapter or a vector, not attached."""
+        """`dspa.Steering` by the map of a name or several, an adapter, a vector or a set of latents, not attached."""
         if asked in self.vectors:
             return dspa.SteeringVector.load(self.vectors[asked])
+        if asked in LATENTS:
+            sae, chosen = dspa.FrozenSAE.load(self.place("sae_out")), LatentSet.read(self.latents[asked])
+            return dspa.Steering.of_latents(sae, chosen, positions=LATENTS[asked][1])
         if isinstance(asked, str):
             return FSRLAdapter.load(self.place(asked), dspa.FrozenSAE.load(self.place(ADAPTERS[asked][0])))
         if isinstance(asked, Joint):
@@ -250,6 +273,8 @@ def make_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Worl
                 # Loaded, so that the adapter records where it is.
                 make_adapter(dspa.FrozenSAE.load(folder / sae), activation, seed=seed).save(folder / name)
             made[family] = World(folder)
+            for name, (record, _) in LATENTS.items():
+                (folder / f"{name}.json").write_text(json.dumps(record))
             for name, (layer, positions) in VECTORS.items():
                 vector = torch.randn(d_in, generator=torch.Generator().manual_seed(2))
                 dspa.SteeringVector(vector, layer, VECTOR_SCALE, positions).save(made[family].vectors[name])

@@ -64,10 +64,10 @@ def test_vectors_alone(world: World, started: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "None of --map, --adapter and --vector was given"),
+        ([], "None of --map, --adapter, --vector and --latents was given"),
         (["--adapter", "a", "--alpha", "1"], "Without --map there is no use for --alpha."),
         (["--adapter", "a", "--sae-in", "s"], "Without --map there is no use for --sae-in."),
-        (["--map", "m", "--sae", "s"], "Without --adapter there is no use for --sae."),
+        (["--map", "m", "--sae", "s"], "Without --adapter or --latents there is no use for --sae."),
         (["--adapter", "a", "--adapter", "b"], "--adapter is a; accepted: NAME=FOLDER where there are several"),
         (["--adapter", "a=b", "--adapter", "a=c"], "--adapter is a twice"),
         (["--map", "a=b", "--map", "c"], "--map is c; accepted: NAME=FILE where there are several"),

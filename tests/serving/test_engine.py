@@ -65,7 +65,8 @@ def test_each_architecture(family: str, make_world: Any, run_engine: Callable[..
 def test_each_way_of_scheduling(case: str, make_world: Any, run_engine: Callable[..., dict[str, Any]]) -> None:
     world = make_world("qwen3")
     # Gates by entropy are for one rank.
-    asked = {name: one for name, one in ASKED.items() if case != "two ranks" or name not in ("undecided", "decided")}
+    by_entropy = {name for name, (keys, _) in ASKED.items() if keys and keys.get("dspa_gate") == "entropy"}
+    asked = {name: one for name, one in ASKED.items() if case != "two ranks" or name not in by_entropy}
     requests = [[n, extra] for n in range(len(PROMPTS)) for extra, _ in asked.values()]
     # Long answers need more blocks than were there for their prompts.
     n_tokens = 28 if case == "preemptions" else 16

@@ -83,6 +83,22 @@ def test_maps_of_several_layers(world: World, tmp_path: Path) -> None:
         vllm_options(world.model, maps, sae_out=world.place("sae_out"))
 
 
+def test_latents_beside_maps_and_without(world: World) -> None:
+    """They are of the SAE that is given, or of the output SAE of the maps."""
+    sae_in = world.place("sae_in")
+    for changes, sae in (
+        ({"latents": world.latents["loud"]}, "sae_out"),
+        ({"latents": {"loud": world.latents["loud"]}, "sae": sae_in}, "sae_in"),
+        (
+            {"latents": {"loud": world.latents["loud"]}, "sae": sae_in, "maps": None, "sae_in": None, "sae_out": None},
+            "sae_in",
+        ),
+    ):
+        settings = options(world, **changes)["hf_overrides"]["dspa"]
+        assert list(settings["latents"]) == (["default"] if sae == "sae_out" else ["loud"])
+        assert settings["sae_latents"]["path"] == world.place(sae)
+
+
 def test_adapters_beside_maps_and_without(world: World) -> None:
     for changes, names in (
         ({"adapters": world.place("late")}, ["default"]),
@@ -144,17 +160,34 @@ def test_settings_that_were_edited_are_refused(world: World) -> None:
         ({"vectors": {}}, ValueError, "`vectors` is empty"),
         ({"vectors": "nowhere"}, VectorError, "There is no file at"),
         ({"vectors": "sae_in"}, VectorError, "There is no file at"),
+        ({"latents": {}}, ValueError, "`latents` is empty"),
+        ({"latents": "nowhere"}, OSError, "nowhere"),
+        ({"latents": "late"}, OSError, "late"),
+        ({"latents": "far.json"}, ValueError, "A set of latents is with 5000; accepted: latents of the SAE, 0 to 127"),
+        ({"latents": "none.json"}, SAEError, "is empty; accepted: one latent or more"),
+        ({"latents": "loud.json", "sae": "nowhere"}, SAEError, "nowhere"),
+        (
+            {"latents": "loud.json", "maps": None, "sae_in": None, "sae_out": None},
+            ValueError,
+            "`sae` is not given; accepted: the SAE of `latents`",
+        ),
         ({"adapters": {}}, ValueError, "`adapters` is empty"),
         ({"adapters": "nowhere"}, AdapterError, "holds no adapter.json"),
         ({"adapters": "late", "sae": "sae_in"}, AdapterError, "was trained with an SAE of d_sae 128"),
         ({"adapters": "late", "sae": "nowhere"}, SAEError, "nowhere"),
-        ({"sae": "sae_in"}, ValueError, "Without `adapters` there is no use for `sae`"),
+        ({"sae": "sae_in"}, ValueError, "Without `adapters` or `latents` there is no use for `sae`"),
         ({"maps": None}, ValueError, "Without `maps` there is no use for `sae_in`, `sae_out`"),
-        ({"maps": None, "sae_in": None, "sae_out": None}, ValueError, "`maps`, `adapters` and `vectors` is empty"),
+        (
+            {"maps": None, "sae_in": None, "sae_out": None},
+            ValueError,
+            "`maps`, `adapters`, `vectors` and `latents` is empty",
+        ),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], error: Any, message: str, world: World) -> None:
-    places = ("sae_in", "sae_out", "late")
+    places = ("sae_in", "sae_out", "late", "loud.json", "far.json", "none.json")
+    Path(world.place("far.json")).write_text('{"strengths": {"5000": 1}}')
+    Path(world.place("none.json")).write_text('{"strengths": {}}')
     changes = {name: world.place(value) if value in places else value for name, value in changes.items()}
     if error is None:
         options(world, **changes)

@@ -40,6 +40,7 @@ def client(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
     command += [word for name, path in world.maps.items() for word in ("--map", f"{name}={path}")]
     command += [word for name, path in world.adapters.items() for word in ("--adapter", f"{name}={path}")]
     command += [word for name, path in world.vectors.items() for word in ("--vector", f"{name}={path}")]
+    command += [word for name, path in world.latents.items() for word in ("--latents", f"{name}={path}")]
     command += ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-model-len", "128"]
     command += ["--max-num-batched-tokens", "64", "--max-num-seqs", "16", "--served-model-name", "tiny"]
     command += ["--enable-scale-out"]
@@ -100,6 +101,8 @@ def test_streaming(world: World, client: Any) -> None:
         ({"dspa_adapter": "other"}, "early, late"),
         ({"dspa_vector": "other"}, "all, answer"),
         ({"dspa_vector": "all", "dspa_mode": "both"}, "dspa_mode: not for a request that `dspa_vector` steers"),
+        ({"dspa_latents": "other"}, "loud, mute"),
+        ({"dspa_latents": "mute", "dspa_alpha": 0.5}, "dspa_alpha: not for a request that `dspa_latents` steers"),
         ({"dspa_adapter": "late", "dspa_alpha": 0.5}, "dspa_alpha: not for a request that `dspa_adapter` steers"),
         ({"dspa_adapter": "late", "dspa_map": "default"}, "dspa_adapter: not for a request that `dspa_map` steers"),
         # By vLLM itself, which takes flat values alone.

@@ -60,6 +60,14 @@ def serve(
             "nothing take the first where there is nothing else.",
         ),
     ] = None,
+    latents: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--latents",
+            help="A JSON file of a set of latents of --sae, or without it of the first map's output SAE, or several, "
+            "each as NAME=FILE. Requests that name nothing take the first where there is nothing else.",
+        ),
+    ] = None,
     steer_all: Annotated[bool, typer.Option(help="Steer requests that do not ask for it, too.")] = False,
     model_name: Annotated[
         str | None, typer.Option(help="Name of the model, if it is in a folder that does not record it.")
@@ -71,8 +79,8 @@ def serve(
     """Serve a model with vLLM: its OpenAI-compatible server, whose requests can be steered, each in its own way.
 
     A request asks for it by `vllm_xargs`: `{"dspa": "on"}`, and `dspa_alpha`, `dspa_mode`, `dspa_positions`,
-    `dspa_map` and `dspa_start` for other settings than the server's, `dspa_adapter` for an FSRL adapter, or
-    `dspa_vector` for a vector. Others in the same batch are not changed.
+    `dspa_map` and `dspa_start` for other settings than the server's, `dspa_adapter` for an FSRL adapter,
+    `dspa_vector` for a vector, or `dspa_latents` for a set of latents. Others in the same batch are not changed.
 
     All further arguments are those of `vllm serve`:
 
@@ -82,10 +90,10 @@ def serve(
     from dspa.serving.options import vllm_options
     from dspa.serving.server import serve as serve_until_stopped
 
-    if not (maps or adapters or vectors):
-        raise ValueError("None of --map, --adapter and --vector was given; accepted: one of them, or more.")
+    if not (maps or adapters or vectors or latents):
+        raise ValueError("None of --map, --adapter, --vector and --latents was given; accepted: one of them, or more.")
     check_used("--map", maps, [*changed(pair), *changed(config), *(["--joint"] if joint else [])])
-    check_used("--adapter", adapters, changed(adapter_sae))
+    check_used("--adapter or --latents", adapters or latents, changed(adapter_sae))
     options = vllm_options(
         model,
         _named("--map", "FILE", maps),
@@ -95,6 +103,7 @@ def serve(
         adapters=_named("--adapter", "FOLDER", adapters),
         sae=adapter_sae.sae,
         vectors=_named("--vector", "FILE", vectors),
+        latents=_named("--latents", "FILE", latents),
         steer_all=steer_all,
         joint=joint,
         model_name=model_name,

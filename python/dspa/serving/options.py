@@ -25,6 +25,8 @@ from dspa.serving.settings import (
     ServingSettings,
     VectorPlace,
 )
+from dspa.steering.latent_sets import LatentSet
+from dspa.steering.latents import LatentSteering
 from dspa.steering.vector import SteeringVector
 
 
@@ -38,6 +40,7 @@ def vllm_options(
     adapters: str | Path | Mapping[str, str | Path] | None = None,
     sae: str | Path | None = None,
     vectors: str | Path | Mapping[str, str | Path] | None = None,
+    latents: str | Path | Mapping[str, str | Path] | None = None,
     steer_all: bool = False,
     joint: bool = False,
     model_name: str | None = None,
@@ -63,9 +66,12 @@ def vllm_options(
         config: settings of steering by a map, which a request may replace in part. Not scoring="demixed", nor
             positions="all".
         adapters: the folder of an FSRL adapter, or several by name. The first is the default where there is no map.
-        sae: folder or file of the adapters' SAE, by default what each of them records.
+        sae: folder or file of the adapters' SAE, by default what each of them records, and of the latents.
         vectors: the file of a `dspa.SteeringVector`, or several by name. The first is the default where there is
             neither a map nor an adapter.
+        latents: the JSON file of a set of latents of `sae`, or without it of the first map's output SAE, as
+            `dspa.steering.latent_sets.LatentSet.read` takes it, or several by name. The first is the default where
+            there is nothing else.
         steer_all: steer requests that do not ask for it.
         joint: steer requests that name no map by all of them at once, in place of the first.
         model_name: name of the model, if it is in a folder that does not record it.
@@ -84,14 +90,16 @@ def vllm_options(
         ValueError: settings that cannot be served, or that nothing uses.
     """
     map_paths, adapter_paths = _by_name("maps", maps), _by_name("adapters", adapters)
-    vector_paths = _by_name("vectors", vectors)
+    vector_paths, latent_paths = _by_name("vectors", vectors), _by_name("latents", latents)
     _check_used("maps", map_paths, sae_in=sae_in, sae_out=sae_out, config=config)
-    _check_used("adapters", adapter_paths, sae=sae)
+    _check_used("adapters` or `latents", adapter_paths | latent_paths, sae=sae)
     config = config or SteeringConfig()
     cdmaps = {name: ConditionalDifferenceMap.load(path) for name, path in map_paths.items()}
     pairs = _load_pairs(cdmaps, sae_in, sae_out, config)
     loaded = {name: _load_adapter(path, sae) for name, path in adapter_paths.items()}
     added = {name: SteeringVector.load(path) for name, path in vector_paths.items()}
+    _, first_out = next(iter(pairs.values()), (None, None))
+    sae_latents = _load_latents_sae(latent_paths, sae, first_out) if latent_paths else None
     settings = ServingSettings(
         model=str(model),
         maps={
@@ -103,6 +111,8 @@ def vllm_options(
             for name, path in adapter_paths.items()
         },
         vectors={name: _vector_place(path, added[name]) for name, path in vector_paths.items()},
+        latents={name: Place.of_file(path) for name, path in latent_paths.items()},
+        sae_latents=None if sae_latents is None else _place_of(sae_latents),
         config=config,
         steer_all=steer_all,
         joint=joint,
@@ -113,6 +123,7 @@ def vllm_options(
         list(pairs.values()),
         list(loaded.values()),
         list(added.values()),
+        sae_latents,
         model_name,
         other_weights=other_weights,
     )
@@ -183,6 +194,17 @@ def _load_sae(
     return sae if sae.layer is not None else FrozenSAE.from_name(name, layer=layer)
 
 
+def _load_latents_sae(paths: Mapping[str, Path], given: str | Path | None, sae_out: FrozenSAE | None) -> FrozenSAE:
+    """Return the SAE of sets of latents, and raise `ValueError` for a set that it does not have."""
+    if given is None and sae_out is None:
+        raise refusal(ValueError, "`sae`", "not given", "the SAE of `latents`")
+    sae = sae_out if given is None else FrozenSAE.from_name(str(given))
+    assert sae is not None
+    # Everything that is wrong with them raises here.
+    LatentSteering(sae, {name: LatentSet.read(path) for name, path in paths.items()})
+    return sae
+
+
 def _place_of(sae: FrozenSAE) -> Place:
     assert sae.source is not None
     return Place(sae.source.path, sae.source.digest, sae.layer)
@@ -199,6 +221,7 @@ def _check_model(
     pairs: list[tuple[FrozenSAE, FrozenSAE]],
     adapters: list[FSRLAdapter],
     vectors: list[SteeringVector],
+    sae_latents: FrozenSAE | None,
     model_name: str | None,
     *,
     other_weights: bool,
@@ -229,6 +252,8 @@ def _check_model(
         check_model_name("The map was made with", cdmap.meta.model_name, model_name or loaded_name(inner))
     for adapter in adapters:
         check_sae("sae", adapter.sae, inner, n_layers, model_name)
+    if sae_latents is not None:
+        check_sae("sae", sae_latents, inner, n_layers, model_name)
     for vector in vectors:
         vector.check_model(inner, n_layers, model_name)
     for kind, made in (("map", maps), ("adapter", adapters), ("vector", vectors)):

@@ -22,6 +22,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     MAP: ("dspa_alpha", "dspa_mode", "dspa_positions", "dspa_start"),
     "dspa_adapter": (),
     "dspa_vector": ("dspa_alpha", "dspa_positions", "dspa_start"),
+    "dspa_latents": ("dspa_positions", "dspa_start"),
 }
 # Gates by name. Their settings have keys that begin with this.
 GATE = "dspa_gate"
@@ -38,9 +39,11 @@ class SteeringRequest:
             request that is steered by something else.
         dspa_adapter: name of an adapter of the engine, likewise. The other settings mean nothing to it.
         dspa_vector: name of a vector of the engine, likewise.
+        dspa_latents: name of a set of latents of the engine, likewise.
         dspa_alpha: strength, for a vector its scale.
         dspa_mode: "ablate", "augment" or "both".
-        dspa_positions: "response", "generated" to leave the last token of the prompt alone, or for a vector "all".
+        dspa_positions: "response", "generated" to leave the last token of the prompt alone, or for a vector or a
+            set of latents "all".
         dspa_start: number of tokens of the prompt that come before a response which is given with it, None for all.
             The latents of these tokens choose the plan.
         dspa_gate: which tokens of the answer are steered: a name of GATES, None for all.
@@ -55,6 +58,7 @@ class SteeringRequest:
     dspa_map: Text | None = None
     dspa_adapter: Text | None = None
     dspa_vector: Text | None = None
+    dspa_latents: Text | None = None
     dspa_start: PositiveInt | None = None
     dspa_gate: Annotated[str, OneOf(tuple(GATES))] | None = None
     dspa_gate_threshold: NonNegative | None = None

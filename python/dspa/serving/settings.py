@@ -125,7 +125,9 @@ class ServingSettings:
         model: the model that was checked, as vLLM names it.
         maps: the maps by name. Requests that name nothing take the first, or all of them if `joint`.
         adapters: the adapters by name. Requests that name nothing take the first where there is no map.
-        vectors: the vectors by name. Requests that name nothing take the first where there is nothing else.
+        vectors: the vectors by name. Requests that name nothing take the first where there is neither.
+        latents: files of sets of latents by name. Requests that name nothing take the first where there is no other.
+        sae_latents: the SAE of these latents, None without them.
         config: settings of steering by a map, which a request may replace in part.
         steer_all: True to steer requests that do not ask for it.
         joint: True to steer requests that name no map by all of them at once.
@@ -135,13 +137,17 @@ class ServingSettings:
     maps: dict[Text, MapPlace] = field(default_factory=dict)
     adapters: dict[Text, AdapterPlace] = field(default_factory=dict)
     vectors: dict[Text, VectorPlace] = field(default_factory=dict)
+    latents: dict[Text, Place] = field(default_factory=dict)
+    sae_latents: Place | None = None
     config: SteeringConfig = field(default_factory=SteeringConfig)
     steer_all: Flag = False
     joint: Flag = False
 
     def __post_init__(self) -> None:
         if not any(self.choices.values()):
-            raise refusal(ValueError, "`maps`, `adapters` and `vectors`", "empty", "one of them, or more")
+            raise refusal(ValueError, "`maps`, `adapters`, `vectors` and `latents`", "empty", "one of them, or more")
+        if (self.sae_latents is None) != (not self.latents):
+            raise refusal(ValueError, "`sae_latents`", "given without latents, or missing", "one with latents alone")
         if joined := [name for name in self.maps if JOIN in name]:
             raise refusal(ValueError, "A name of `maps`", repr(joined[0]), f"names without {JOIN!r}, which joins them")
         if self.joint and len(self.maps) < 2:
@@ -198,6 +204,7 @@ class ServingSettings:
             f"{KEY}_map": list(self.maps),
             f"{KEY}_adapter": list(self.adapters),
             f"{KEY}_vector": list(self.vectors),
+            f"{KEY}_latents": list(self.latents),
         }
 
     @classmethod

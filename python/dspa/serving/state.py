@@ -12,6 +12,7 @@ from dspa.saes.frozen import FrozenSAE
 from dspa.serving.adapter_steering import AdapterSteering
 from dspa.serving.batch import Batch
 from dspa.serving.gates import RequestGates
+from dspa.serving.latent_steering import ChosenLatents
 from dspa.serving.map_steering import MapSteering, PromptLatents, groups_of, map_methods
 from dspa.serving.prefix_cache import CacheSlots
 from dspa.serving.requests import SteeringRequest
@@ -53,12 +54,14 @@ class ServingState:
         def load_sae(place: Place) -> FrozenSAE:
             return FrozenSAE.from_name(place.path, layer=place.layer, device=device)
 
-        self.methods: list[PromptLatents | MapSteering | AdapterSteering | VectorSteering]
+        self.methods: list[PromptLatents | MapSteering | AdapterSteering | VectorSteering | ChosenLatents]
         self.methods = [*map_methods(settings, self.batch, load_sae)]
         if settings.adapters:
             self.methods.append(AdapterSteering(settings, self.batch, load_sae))
         if settings.vectors:
             self.methods.append(VectorSteering(settings, self.batch))
+        if settings.latents:
+            self.methods.append(ChosenLatents(settings, self.batch, load_sae))
         # An order for compilers: what reads also writes it, and what writes reads it.
         self.order = torch.zeros(1, device=device)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import StrictFloat
+from torch import Tensor
 
 from dspa.errors import SAEError, listed, refusal
 from dspa.schemas import Accepts, Count, OneOf, check, read_json, schema
@@ -104,6 +106,18 @@ class LatentSet:
         way = -1 if self.mode == "ablate" else 1
         latents = (f"{j} removed" if s is None else signed.format(j, way * s) for j, s in self.strengths.items())
         return listed(latents) + (" at every token" if self.when == "always" else "")
+
+
+def plans_of(sets: Collection[LatentSet]) -> tuple[Tensor, SteeringPlan]:
+    """Return the latents of sets, for `MapWeights.gather`, and a plan of a row per set and an empty one at the end."""
+    columns = sorted({latent for chosen in sets for latent in chosen.strengths})
+    place = {latent: slot for slot, latent in enumerate(columns)}
+    slots = torch.full((len(sets) + 1, max(len(chosen.strengths) for chosen in sets) or 1), -1, dtype=torch.int32)
+    signs, strengths = torch.zeros_like(slots, dtype=torch.int8), torch.zeros(slots.shape)
+    for row, chosen in enumerate(sets):
+        for i, (latent, sign, s) in enumerate(chosen.slots()):
+            slots[row, i], signs[row, i], strengths[row, i] = place[latent], sign, s
+    return torch.tensor(columns, dtype=torch.int32), SteeringPlan(slots, signs, strengths)
 
 
 REMOVES = "A latent without a strength (None, or in a list) is removed."

@@ -21,7 +21,7 @@ from dspa.saes.placement import check_sae, required_layer
 from dspa.schemas import NonNegative, check
 from dspa.steering.calls import SteeredCall
 from dspa.steering.decisions import Gate
-from dspa.steering.latent_sets import LatentSet
+from dspa.steering.latent_sets import LatentSet, plans_of
 from dspa.steering.plans import check_device
 from dspa.steering.recorded import Recorded
 from dspa.steering.trace import Trace
@@ -93,18 +93,10 @@ class LatentSteering(Recorded):
             raise refusal(ValueError, "`positions`", repr(positions), ", ".join(POSITIONS))
         if not self.sets:
             raise refusal(ValueError, "`sets`", "empty", "one set of latents or more, by their names")
-        columns = sorted({latent for chosen in self.sets.values() for latent in chosen.strengths})
-        if columns and columns[-1] >= sae.d_sae:
+        self._columns, self._plans = plans_of(self.sets.values())
+        if len(self._columns) and self._columns[-1] >= sae.d_sae:
             accepted = f"latents of the SAE, 0 to {sae.d_sae - 1}"
-            raise refusal(ValueError, "A set of latents", f"with {columns[-1]}", accepted)
-        self._columns = torch.tensor(columns, dtype=torch.int32)
-        place = {latent: slot for slot, latent in enumerate(columns)}
-        self._slots = {
-            name: [
-                (place[latent], sign if alpha is None else SteeringPlan.ABLATE, s) for latent, sign, s in chosen.slots()
-            ]
-            for name, chosen in self.sets.items()
-        }
+            raise refusal(ValueError, "A set of latents", f"with {self._columns[-1]}", accepted)
         self._weights = self._gathered()
 
     def _gathered(self) -> MapWeights:
@@ -184,13 +176,12 @@ class LatentSteering(Recorded):
         """Return the plan of each prompt: its set."""
         self._check_cache(prompts)
         self._number(call)
-        names = self._names(len(prompts.mask))
-        slots = torch.full((len(names), max(map(len, self._slots.values())) or 1), -1, dtype=torch.int32)
-        signs, strengths = torch.zeros_like(slots, dtype=torch.int8), torch.zeros(slots.shape)
-        for row, name in enumerate(names):
-            for i, (slot, sign, s) in enumerate(() if name is None else self._slots[name]):
-                slots[row, i], signs[row, i], strengths[row, i] = slot, sign, s
-        plan = {"slots": slots, "signs": signs, "strengths": strengths}
+        numbers = {name: n for n, name in enumerate(self.sets)}
+        # The last row of the plans is that of no set.
+        rows = [-1 if name is None else numbers[name] for name in self._names(len(prompts.mask))]
+        plan = {name: getattr(self._plans, name)[rows] for name in self.plan_names}
+        if self.alpha is not None:
+            plan["signs"] = SteeringPlan.ABLATE * (plan["slots"] >= 0).to(torch.int8)
         return {name: tensor.to(self.sae.device) for name, tensor in plan.items()}
 
     def _edit(self, h: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
