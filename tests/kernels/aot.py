@@ -320,7 +320,7 @@ def calls() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def main(capability: int, output: str) -> None:
-    """Write a JSON list of the op, its rows, whether it ranks latents, and the facts of its launches, per call."""
+    """Write a JSON list with, per call, the op, its rows, if it ranks or streams latents, and facts of its launches."""
     results: list[dict[str, Any]] = []
     for op, arguments in calls():
         if (owner(op), "triton") not in IMPLEMENTED:
@@ -329,9 +329,11 @@ def main(capability: int, output: str) -> None:
             implementation(op, "triton")(**arguments)
         # Ranking needs whole rows of latents, from launches that come first.
         ranked = bool(arguments.get("k")) or arguments.get("fraction", 1) < 1
+        # With strengths, nothing needs a row's largest latent.
+        streams = ranked or arguments.get("strengths") is None
         n_rows = len(arguments.get("h", ()))
         launches = [facts(kernel) for kernel in compiled]
-        results.append({"op": op, "rows": n_rows, "ranked": ranked, "launches": launches})
+        results.append({"op": op, "rows": n_rows, "ranked": ranked, "streams": streams, "launches": launches})
     Path(output).write_text(json.dumps(results))
 
 

@@ -136,11 +136,14 @@ def test_a_screen_is_unpacked_faster_than_it_is_read(compiled: dict[int, list[Fa
 
 def test_a_block_barrier_before_every_ticket(compiled: dict[int, list[Facts]], capability: int) -> None:
     cooperative = [
-        kernel for kernel in launches(compiled, capability) if kernel["launch"].get("launch_cooperative_grid")
+        (kernel, call["streams"])
+        for call in compiled[capability]
+        for kernel in call["launches"]
+        if kernel["launch"].get("launch_cooperative_grid")
     ]
-    assert cooperative
-    for kernel in cooperative:
-        barriers = 1 if kernel["name"] == "step_kernel" else 2
+    assert {streams for _, streams in cooperative} == {True, False}
+    for kernel, streams in cooperative:
+        barriers = 1 if kernel["name"] == "step_kernel" or not streams else 2
         assert kernel["tickets"] >= barriers and kernel["unguarded_tickets"] == 0, kernel
         assert kernel["waits"] >= barriers and kernel["unfinished_waits"] == 0, kernel
 
