@@ -88,8 +88,7 @@ def gate_of_share(entropies: Sequence[Tensor], share: float, k: int = 10) -> Ent
     if n_open < 0:
         accepted = f"{n_first / n_tokens:.3g} to 1: the first token of each answer is always let through"
         raise refusal(ValueError, "`share`", share, accepted)
-    # The next number above all, of their own dtype, lets none of them through.
-    infinity = torch.tensor([math.inf])
-    decisive = torch.cat([infinity, *(row[:-1] for row in entropies)]).sort(descending=True).values
-    decisive[0] = torch.nextafter(decisive[1], infinity[0]) if len(decisive) > 1 else 0.0
-    return EntropyGate(decisive[n_open].item(), k)
+    # Halfway between two entropies: generation differs from what measured them in the last bits.
+    decisive = torch.cat([row[:-1] for row in entropies]).sort(descending=True).values
+    bounds = [math.log(k), *decisive.tolist(), 0.0]
+    return EntropyGate(min((bounds[n_open] + bounds[n_open + 1]) / 2, math.log(k)), k)

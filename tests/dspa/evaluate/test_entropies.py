@@ -49,9 +49,11 @@ def test_a_gate_lets_its_share_through(model: Any, entropies: list[torch.Tensor]
 
 def test_by_hand() -> None:
     measured = [torch.tensor([0.1, 0.9, 0.5]), torch.tensor([0.75, 0.2, 0.3, 0.6])]
-    assert gate_of_share(measured, 4 / 7).threshold == pytest.approx(0.75)
-    assert not bool((torch.cat(measured) >= gate_of_share(measured, 2 / 7).threshold).any())
-    assert gate_of_share([torch.tensor([0.4])], 1.0).threshold == 0.0
+    # The last of an answer decides of no token, and the first token of each is let through.
+    for n_open, threshold in ((2, (0.9 + math.log(10)) / 2), (3, 0.825), (4, 0.525), (5, 0.25), (6, 0.15), (7, 0.05)):
+        assert gate_of_share(measured, n_open / 7).threshold == pytest.approx(threshold)
+    assert gate_of_share([torch.tensor([0.4])], 1.0).threshold <= math.log(10)
+    assert gate_of_share([torch.tensor([math.log(10) + 1e-6, 0.1])], 0.5).threshold <= math.log(10)
     for share, message in ((0.1, r"0\.286 to 1: the first token"), (1.5, "0 to 1"), (math.nan, "0 to 1")):
         with pytest.raises(ValueError, match=message):
             gate_of_share(measured, share)
