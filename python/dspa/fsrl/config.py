@@ -151,7 +151,7 @@ class TrainingConfig:
 
     @property
     def noun(self) -> str:
-        """What the loss learns from: "triple" or "ranking"."""
+        """The kind of example that the loss learns from, "triple" or "ranking"."""
         return "ranking" if self.loss == "pro" else "triple"
 
     def load(self, source: Source) -> Iterator[Example]:

@@ -200,7 +200,7 @@ def fit_effects(
 
 @dataclass(frozen=True)
 class _Moments:
-    """What the closed form needs of n directions x and effects y, in fp64.
+    """Sums over n directions x and effects y that the closed form needs, in fp64.
 
     Attributes:
         n: their number.

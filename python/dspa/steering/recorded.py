@@ -1,4 +1,4 @@
-"""What edits latents by a plan per prompt, and can record its edits."""
+"""The base of all that edits latents by a plan per prompt, and can record its edits."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def by_hand(
 
 @pytest.mark.parametrize(("weight", "plain"), [(0.05, False), (0.0, False), (0.2, True)])
 def test_the_loss_is_the_formula(model, tokenizer, tmp_path, weight, plain):
-    """Of rankings of two to four responses in one batch; with a rate near 0, the adapter stays as it came."""
+    """Rankings of two to four responses share a batch; with a rate near 0, the adapter stays as it came."""
     config = replace(PRO, lr=1e-30, batch_size=15, micro_batch_size=15, max_steps=1, sft_weight=weight, plain=plain)
     adapter = new_adapter(FSRLConfig(l1=0.3, initial_threshold=0.05))
     with torch.no_grad():

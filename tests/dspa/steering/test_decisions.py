@@ -35,7 +35,7 @@ ABLATED = list(range(40))
 
 @dataclass
 class Acts:
-    """What makes an object with a gate, its edit of one residual of a prompt, and if it changes whole prompts."""
+    """The maker of an object with a gate, its edit of one residual of a prompt, and if it changes whole prompts."""
 
     make: Callable[[Any], Any]
     edit: Callable[[list[int], Tensor], Tensor]
@@ -263,7 +263,7 @@ def test_speculation(model: Any, acts: Acts, gate: Any, expected: list[list[int]
 
 
 def test_ended_rows(model: Any, acts: Acts, gate: Any, loops: list[Loop], expected: list[list[int]]) -> None:
-    """What follows the end of a row is not counted."""
+    """Tokens after the end of a row are not counted."""
     end = expected[0][2]
     lengths = [answer.index(end) + 1 if end in answer else N_NEW for answer in expected]
     with acts.make(gate[0]).attach(model) as acting:

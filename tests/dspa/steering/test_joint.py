@@ -254,7 +254,7 @@ def test_a_peft_wrapper(model: PreTrainedModel, joint: dspa.JointSteering, expec
 
 
 def test_beside_others(gemma: PreTrainedModel, joint: dspa.JointSteering) -> None:
-    """What is attached beside it acts as beside a single Steering: everything in the order of the layers."""
+    """Vectors and adapters beside it act as beside a single Steering: everything in the order of the layers."""
     vector = dspa.SteeringVector(torch.ones(D_IN), 0, 0.3)
     settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
     with vector.attach(gemma), FSRLAdapter(TOP).attach(gemma), dspa.Steering.of_latents(LOW, [3]).attach(gemma):
